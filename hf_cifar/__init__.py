@@ -1,0 +1,50 @@
+"""Fine-tune pretrained image classifiers: fast, honest, and plain Transformers at the end."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Public names and where they live; each is imported when it is first used, and `import hf_cifar` loads no torch.
+_PUBLIC = {
+    "AugmentConfig": "hf_cifar.options",
+    "Classifier": "hf_cifar.models.build",
+    "DataConfig": "hf_cifar.options",
+    "EvaluateConfig": "hf_cifar.options",
+    "Evaluation": "hf_cifar.evaluation.evaluation",
+    "FinetuneConfig": "hf_cifar.config",
+    "ImageClassificationTrainer": "hf_cifar.trainer",
+    "ModelConfig": "hf_cifar.options",
+    "PredictConfig": "hf_cifar.options",
+    "Preprocessing": "hf_cifar.data.preprocessing",
+    "RandomView": "hf_cifar.data.transforms",
+    "RunConfig": "hf_cifar.config",
+    "RunResult": "hf_cifar.finetune",
+    "Split": "hf_cifar.data.splits",
+    "Splits": "hf_cifar.data.splits",
+    "UserError": "hf_cifar.errors",
+    "build_model": "hf_cifar.models.build",
+    "build_trainer": "hf_cifar.finetune",
+    "compute_metrics": "hf_cifar.evaluation.metrics",
+    "evaluate_classifier": "hf_cifar.evaluation.evaluation",
+    "evaluate_saved": "hf_cifar.evaluation.saved",
+    "finetune_classifier": "hf_cifar.finetune",
+    "load_classifier": "hf_cifar.models.build",
+    "load_splits": "hf_cifar.data.splits",
+    "load_test_split": "hf_cifar.data.splits",
+    "predict_files": "hf_cifar.predict",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hf_cifar' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

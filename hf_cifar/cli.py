@@ -1,0 +1,239 @@
+"""`hf-cifar SUBCOMMAND`: a table from name to function. What needs torch is imported in the chosen branch."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from hf_cifar.errors import UserError
+from hf_cifar.options import (
+    CONFIG_FILE,
+    LIGHT_CONFIGS,
+    DataConfig,
+    EvaluateConfig,
+    FinetuneOptions,
+    PredictConfig,
+    check_option_names,
+    expand_tokens,
+    field_names,
+    parse_dataclasses,
+    read_recipe,
+    recipe_names,
+    trainer_option_names,
+    yaml_tokens,
+)
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def finetune(argv: Sequence[str]) -> int:
+    """fine-tune a pretrained classifier"""
+    tokens = expand_tokens(argv)
+    if _wants_help(tokens):
+        from hf_cifar.config import FinetuneConfig
+
+        parse_dataclasses([*LIGHT_CONFIGS, FinetuneConfig], tokens, "hf-cifar finetune")
+    # Options and data are checked before torch is imported: a mistake shows in a second or two.
+    light_names = [name for c in (*LIGHT_CONFIGS, FinetuneOptions) for name in field_names(c)]
+    check_option_names(tokens, [*light_names, *trainer_option_names()])
+    data, _, model, *_ = parse_dataclasses(LIGHT_CONFIGS, tokens, "hf-cifar finetune")
+    _check_model_path(model.model_name_or_path)
+    _check_data(data)
+
+    from hf_cifar.config import RunConfig
+    from hf_cifar.finetune import finetune_classifier, render_summary
+
+    config = RunConfig.parse(argv)
+    quieten(config.train.process_index == 0)
+    result = finetune_classifier(config)
+    if config.train.process_index == 0:
+        print(render_summary(result))
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """evaluate a saved model on validation or test"""
+    classes = (EvaluateConfig, DataConfig)
+    if not _wants_help(argv):
+        check_option_names(argv, {name for c in classes for name in field_names(c)})
+    config, *_ = parse_dataclasses([EvaluateConfig], argv, "hf-cifar evaluate", add_help=False)
+    tokens = [*_data_tokens_of_run(config.model_name_or_path), *argv]
+    config, data, unused = parse_dataclasses(classes, tokens, "hf-cifar evaluate")
+    _refuse(unused)
+    _require_model(config.model_name_or_path)
+    _check_data(data)
+
+    from hf_cifar.evaluation.evaluation import render_metrics
+    from hf_cifar.evaluation.saved import evaluate_saved
+
+    quieten(int(os.environ.get("RANK", "0")) == 0)
+    evaluation = evaluate_saved(config, data)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(render_metrics({evaluation.split: evaluation.metrics}))
+    return 0
+
+
+def predict(argv: Sequence[str]) -> int:
+    """classify image files with a saved model, as JSON lines"""
+    if not _wants_help(argv):
+        check_option_names(argv, field_names(PredictConfig))
+    config, paths = parse_dataclasses(
+        [PredictConfig],
+        argv,
+        "hf-cifar predict",
+        usage="hf-cifar predict [options] FILE_OR_FOLDER ...",
+    )
+    _require_model(config.model_name_or_path)
+    missing = [path for path in paths if not Path(path).exists()]
+    if not paths or len(missing) == len(paths):
+        raise UserError(
+            f"no such file or folder: {missing[0]}"
+            if missing
+            else "no image to predict; pass files or folders"
+        )
+
+    from hf_cifar.predict import predict_files
+
+    quieten(True)
+    failed = 0
+    for record in predict_files(config, paths):
+        print(json.dumps(record), flush=True)
+        failed += "error" in record
+    if failed:
+        print(f"hf-cifar: {failed} image(s) could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def recipes(argv: Sequence[str]) -> int:
+    """list the packaged recipes, or show one"""
+    if _wants_help(argv) or len(argv) > 1:
+        print("usage: hf-cifar recipes [NAME]\n\nList the packaged recipes, or show one.")
+        return 0 if _wants_help(argv) else USER_ERROR
+    if argv:
+        print(read_recipe(argv[0]), end="")
+        return 0
+    width = max(map(len, recipe_names()))
+    for name in recipe_names():
+        print(f"{name:<{width}}  {read_recipe(name).splitlines()[0].removeprefix('# ')}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "predict": predict,
+    "recipes": recipes,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; a user's mistake is one line on stderr and exit status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        return _complain(error)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _complain(
+                f"no space left on the disk ({error}); free some, then resume or start again"
+            )
+        raise
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: hf-cifar COMMAND [options]\n")
+        for name, function in COMMANDS.items():
+            print(f"  {name:<10}{function.__doc__}")
+        print("\nhf-cifar COMMAND --help lists the options of a command.")
+        return 0 if argv else USER_ERROR
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("hf-cifar"))
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UserError(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
+    return COMMANDS[argv[0]](argv[1:])
+
+
+def _complain(error: Exception | str) -> int:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"hf-cifar: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return "-h" in argv or "--help" in argv
+
+
+def _refuse(unused: Sequence[str]) -> None:
+    if unused:
+        raise UserError(f"unexpected argument {unused[0]!r}; options start with --, see --help")
+
+
+def _require_model(name: str) -> None:
+    if not name:
+        raise UserError("--model_name_or_path is missing; pass the folder of a run, or a Hub id")
+    _check_model_path(name)
+
+
+def _check_model_path(name: str) -> None:
+    from hf_cifar.data.sources import looks_like_path
+
+    bundled = name.startswith(("scratch/", "bundled/"))
+    if (
+        not bundled
+        and looks_like_path(name)
+        and not (Path(name).expanduser() / "config.json").is_file()
+    ):
+        raise UserError(f"no model in {name}: there is no config.json in such a folder")
+
+
+def _check_data(data: DataConfig) -> None:
+    """Load and decode now what the run will ask for; it gets the same splits back, at no cost."""
+    from hf_cifar.data.splits import load_splits
+
+    splits = load_splits(data)
+    for split in (splits.train, splits.validation):
+        split.pixels  # noqa: B018  decodes, or names the row that cannot be
+
+
+def _data_tokens_of_run(folder: str) -> list[str]:
+    """The data options of a run's own config, as tokens; none for a model without one."""
+    path = Path(folder) / CONFIG_FILE
+    if not folder or not path.is_file():
+        return []
+    saved = yaml.safe_load(path.read_text()) or {}
+    kept = {name: value for name, value in saved.items() if name in field_names(DataConfig)}
+    return yaml_tokens(yaml.safe_dump(kept), str(path))
+
+
+def quieten(main_process: bool) -> None:
+    """Let the libraries report errors alone, and this package its one-line notes on the main process."""
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    logging.getLogger("hf_cifar").setLevel(logging.INFO if main_process else logging.ERROR)
+
+
+def run() -> NoReturn:
+    """Console entry point."""
+    sys.exit(main())

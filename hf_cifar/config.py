@@ -1,0 +1,145 @@
+"""Every option of a run: parse a command line into a RunConfig, save it, and read it back."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from hf_cifar.errors import UserError
+from hf_cifar.options import (
+    LIGHT_CONFIGS,
+    AugmentConfig,
+    DataConfig,
+    FinetuneOptions,
+    ModelConfig,
+    check_option_names,
+    expand_tokens,
+    field_names,
+    option,
+    parse_dataclasses,
+)
+
+# A token must never reach a file; the others say where a run runs, not what it computes.
+UNSAVED = {"hub_token", "resume_from_checkpoint", "local_rank"}
+
+
+@dataclass
+class FinetuneConfig(FinetuneOptions, TrainingArguments):
+    """transformers' TrainingArguments with defaults that suit fine-tuning an image classifier."""
+
+    output_dir: str | None = option(
+        "outputs/finetuned", "Folder of the run: model, report, checkpoints."
+    )
+    learning_rate: float | None = option(
+        None, "Peak learning rate; if not given, the model family's default, scaled to the batch."
+    )
+    weight_decay: float = option(0.05, "Weight decay of weight matrices and kernels alone.")
+    label_smoothing_factor: float = option(0.1, "Label smoothing of the training loss alone.")
+    per_device_train_batch_size: int = option(32, "Training images per step and process.")
+    per_device_eval_batch_size: int = option(128, "Evaluation images per step and process.")
+    warmup_steps: float = option(0.1, "Warm-up, in steps, or as a share of all steps if below 1.")
+    lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
+    eval_strategy: str = option("epoch", "When to evaluate on validation: no, steps or epoch.")
+    save_strategy: str = option("epoch", "When to save a checkpoint: no, steps, epoch or best.")
+    save_total_limit: int | None = option(2, "Checkpoints kept; the best one is always among them.")
+    load_best_model_at_end: bool = option(
+        True, "End with the checkpoint that did best on validation."
+    )
+    metric_for_best_model: str | None = option(
+        "accuracy", "Validation metric that says which is best."
+    )
+    logging_steps: float = option(50, "Log the training loss every this many steps.")
+    logging_nan_inf_filter: bool = option(False, "Hide NaN and infinite losses from the log.")
+    remove_unused_columns: bool = option(
+        False, "Not used here: batches hold only what the model needs."
+    )
+    dataloader_num_workers: int | None = option(
+        None, "Loader processes; if not given, 0 for images held in memory, else one per core."
+    )
+    hub_strategy: str = option("end", "When to push: at the end of the run.")
+
+    def __post_init__(self) -> None:
+        if self.eval_strategy == "no":
+            # Without evaluations there is no best checkpoint; the last weights are the result.
+            self.load_best_model_at_end = False
+        self.label_names = ["labels"]
+        # The parent compares the number of workers; None, to be resolved with the data, must not reach it.
+        num_workers, self.dataloader_num_workers = self.dataloader_num_workers, 0
+        super().__post_init__()
+        self.dataloader_num_workers = num_workers
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that a fine-tuning run depends on."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    @classmethod
+    def parse(cls, argv: Sequence[str], prog: str = "hf-cifar finetune") -> RunConfig:
+        """Read a command line; `--recipe` and `--config` files come first, flags last, the last one wins.
+
+        Raises: UserError for an unknown option or a bad value.
+        """
+        classes = [*LIGHT_CONFIGS, FinetuneConfig]
+        tokens = expand_tokens(argv)
+        check_option_names(tokens, {name for c in classes for name in field_names(c)})
+        try:
+            *configs, unused = parse_dataclasses(classes, tokens, prog)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(" ".join(str(error).split())) from None
+        if unused:
+            raise UserError(f"unexpected argument {unused[0]!r}; options start with --, see --help")
+        return cls(*configs)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Read what `save` wrote."""
+        return cls.parse(["--config", str(path)])
+
+    def options(self) -> dict[str, Any]:
+        """Resolved options by name: all of data, augmentation and model, and the training options that
+        differ from transformers' own defaults. Never a token. To be called before a Trainer is built: it
+        makes TrainingArguments to compare with, and that resets accelerate's state."""
+        values: dict[str, Any] = {}
+        for config in (self.data, self.augment, self.model):
+            values |= dataclasses.asdict(config)
+        own = {
+            f.name
+            for f in dataclasses.fields(FinetuneConfig)
+            if f.name in FinetuneConfig.__annotations__
+        }
+        own |= set(field_names(FinetuneOptions)) | {"seed", "num_train_epochs", "optim"}
+        reference = TrainingArguments(output_dir=self.train.output_dir, use_cpu=self.train.use_cpu)
+        for name in field_names(FinetuneConfig):
+            value = getattr(self.train, name)
+            if name not in UNSAVED and (name in own or value != getattr(reference, name)):
+                values[name] = _plain(value)
+        return values
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved options as YAML: `hf-cifar finetune --config FILE` is the same run."""
+        Path(path).write_text(yaml.safe_dump(self.options(), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML and a command line can hold it."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    return value

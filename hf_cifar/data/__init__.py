@@ -1,0 +1,1 @@
+"""Sources, splits, pixels and transforms."""

@@ -1,0 +1,102 @@
+"""Any image file as RGB uint8: the one decoder of training, evaluation and prediction."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from hf_cifar.errors import UserError
+
+SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as a person sees it, in mode RGB.
+
+    First frame of an animation, upright by its EXIF tag, transparency over white, 16-bit and float
+    grey rescaled to 8 bit instead of clipped.
+    """
+    image.seek(0)
+    image = ImageOps.exif_transpose(image)
+    if image.mode in SIXTEEN_BIT_MODES:
+        # Pillow's own conversion clips at 255. A 16-bit PNG may open as "I", with 16-bit values.
+        grey = np.asarray(image).astype(np.float64)
+        return Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        grey = np.asarray(image)
+        scale = 255.0 if grey.max() <= 1 else 1.0
+        return Image.fromarray((grey * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode_image(source: bytes | str | os.PathLike | Image.Image) -> np.ndarray:
+    """Decode encoded bytes, a file, or a Pillow image to [H, W, 3] uint8, RGB.
+
+    Raises: UserError if the source is not an image that can be read to its end.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return np.asarray(to_rgb(source))
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return np.asarray(to_rgb(image))
+    except FileNotFoundError:
+        raise UserError(f"no image file {source}") from None
+    except UnidentifiedImageError:
+        raise UserError("cannot read image: not a known image format") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"cannot read image: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+        raise UserError(f"cannot read image: {' '.join(str(error).split())}") from None
+
+
+def decode_cell(cell: dict | None) -> np.ndarray:
+    """Decode one cell of an undecoded `datasets` image column: {"bytes": ..., "path": ...}.
+
+    Raises: UserError as `decode_image`, and for an empty cell.
+    """
+    if cell is None or (not cell.get("bytes") and not cell.get("path")):
+        raise UserError("cannot read image: the cell is empty")
+    return decode_image(cell["bytes"] if cell.get("bytes") else cell["path"])
+
+
+def decode_cells(cells: Sequence[dict]) -> Iterator[np.ndarray | UserError]:
+    """Decode many cells, in order, on all cores (Pillow decodes outside the interpreter's lock).
+
+    Yields [H, W, 3] uint8, or the error of a cell that cannot be read.
+    """
+
+    def attempt(cell: dict) -> np.ndarray | UserError:
+        try:
+            return decode_cell(cell)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        yield from pool.map(attempt, cells)
+
+
+def pnm_bytes(pixels: np.ndarray) -> bytes:
+    """Encode [H, W] grey or [H, W, 3] RGB uint8 as PGM or PPM: a header, then the pixels as they are.
+
+    Source: https://netpbm.sourceforge.net/doc/ppm.html
+    """
+    kind = b"P6" if pixels.ndim == 3 else b"P5"
+    return b"%s %d %d 255\n" % (kind, pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Files below `folder` whose extension Pillow can open, sorted."""
+    extensions = {ext for ext, form in Image.registered_extensions().items() if form in Image.OPEN}
+    return sorted(
+        p for p in Path(folder).rglob("*") if p.suffix.lower() in extensions and p.is_file()
+    )

@@ -1,0 +1,168 @@
+"""What a checkpoint's image processor does to an image, as one batched tensor function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_cifar.data.transforms import KERNELS, normalize, resample
+from hf_cifar.errors import UserError
+
+# Pillow's numbers for its filters, which transformers saves as `resample`.
+RESAMPLE_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize, crop and normalise, as read from an image processor.
+
+    resize: (height, width) in pixels, or the length of the shorter side, which keeps the shape of the
+    image; None leaves the size alone. crop: (height, width) of the central crop, or None. mean, std: per
+    channel, of pixels times `rescale_factor`.
+    """
+
+    resize: tuple[int, int] | int | None
+    crop: tuple[int, int] | None
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale_factor: float = 1 / 255
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in KERNELS:
+            raise UserError(
+                f"the checkpoint resizes with {self.interpolation!r}; known are {sorted(KERNELS)}"
+            )
+
+    @classmethod
+    def from_image_processor(cls, processor) -> Preprocessing:
+        """Read the geometry and statistics of a transformers or timm image processor.
+
+        Raises: UserError for a processor that does something this class cannot repeat.
+        """
+        if hasattr(processor, "data_config"):  # TimmWrapperImageProcessor
+            return cls._from_timm(processor.data_config)
+        return cls._from_transformers(processor)
+
+    @classmethod
+    def _from_timm(cls, config: dict) -> Preprocessing:
+        height, width = config["input_size"][-2:]
+        interpolation = (
+            "bicubic" if config["interpolation"] == "random" else config["interpolation"]
+        )
+        # timm.data.transforms_factory.transforms_imagenet_eval
+        scale = [int(np.floor(side / config["crop_pct"])) for side in (height, width)]
+        mode = config.get("crop_mode", "center")
+        if mode not in ("center", "squash"):
+            raise UserError(
+                f"the checkpoint crops with mode {mode!r}; only center and squash are known"
+            )
+        resize = tuple(scale) if mode == "squash" or scale[0] != scale[1] else scale[0]
+        return cls(
+            resize, (height, width), interpolation, tuple(config["mean"]), tuple(config["std"])
+        )
+
+    @classmethod
+    def _from_transformers(cls, processor) -> Preprocessing:
+        options = processor.to_dict()
+        for unknown in ("do_flip_channel_order", "rescale_offset"):
+            if options.get(unknown):
+                raise UserError(
+                    f"the checkpoint's image processor sets {unknown}, which is not known here"
+                )
+        size = options.get("size") or {}
+        crop = None
+        if options.get("do_center_crop"):
+            side = options["crop_size"]
+            crop = (side["height"], side["width"])
+        if not options.get("do_resize", True):
+            resize = None
+        elif "shortest_edge" in size and "longest_edge" not in size:
+            resize = size["shortest_edge"]
+            if options.get("crop_pct") is not None:  # ConvNextImageProcessor
+                side, resize = resize, int(resize / options["crop_pct"])
+                crop = (side, side) if side < 384 else None
+                resize = resize if side < 384 else (side, side)
+        elif "height" in size:
+            resize = (size["height"], size["width"])
+        else:
+            raise UserError(
+                f"the checkpoint's image processor resizes by {size}, which is not known here"
+            )
+        do_normalize = options.get("do_normalize", True)
+        mean = tuple(options["image_mean"]) if do_normalize else (0.0, 0.0, 0.0)
+        std = tuple(options["image_std"]) if do_normalize else (1.0, 1.0, 1.0)
+        if options.get("include_top"):  # EfficientNetImageProcessor divides by the deviation twice
+            std = tuple(value**2 for value in std)
+        rescale_factor = (
+            options.get("rescale_factor", 1 / 255) if options.get("do_rescale", True) else 1.0
+        )
+        resample_code = options.get("resample")
+        interpolation = RESAMPLE_NAMES[2 if resample_code is None else int(resample_code)]
+        return cls(resize, crop, interpolation, mean, std, rescale_factor)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what the model sees, in pixels.
+
+        Raises: UserError if the processor leaves the size to the image.
+        """
+        final = self.crop or self.resize
+        if not isinstance(final, tuple):
+            raise UserError(
+                "the checkpoint's image processor has no fixed output size; pass --image_size"
+            )
+        return final
+
+    def enlarged(self, factor: float) -> Preprocessing:
+        """The same view of an image with `factor` times as many pixels a side."""
+
+        def scaled(value):
+            if value is None:
+                return None
+            return (
+                round(value * factor)
+                if isinstance(value, int)
+                else tuple(round(v * factor) for v in value)
+            )
+
+        return replace(self, resize=scaled(self.resize), crop=scaled(self.crop))
+
+    def box(self, height: int, width: int) -> Tensor:
+        """The part [1, 4] of a height x width image that the model sees: (top, left, bottom, right)."""
+        if self.resize is None:
+            resized = (height, width)
+        elif isinstance(self.resize, int):
+            # The shorter side becomes `resize`, the longer one is rounded down, as torchvision does.
+            short, long = sorted((height, width))
+            longer = int(self.resize * long / short)
+            resized = (self.resize, longer) if height <= width else (longer, self.resize)
+        else:
+            resized = self.resize
+        crop = self.crop or resized
+        top = int(round((resized[0] - crop[0]) / 2.0))
+        left = int(round((resized[1] - crop[1]) / 2.0))
+        rows, columns = height / resized[0], width / resized[1]
+        return torch.tensor(
+            [[top * rows, left * columns, (top + crop[0]) * rows, (left + crop[1]) * columns]]
+        )
+
+    def view(self, images: Tensor) -> Tensor:
+        """Resize and crop [N, C, H, W] uint8 to float [N, C, *size], 0..255."""
+        height, width = images.shape[-2:]
+        if (height, width) == self.size and self.resize in (None, self.size, min(self.size)):
+            return images.to(torch.float32)
+        return resample(images, self.box(height, width), self.size, self.interpolation)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Float pixels 0..255 to the model's `pixel_values`."""
+        mean = torch.tensor(self.mean, device=images.device)
+        std = torch.tensor(self.std, device=images.device)
+        return normalize(images, mean, std, self.rescale_factor)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`pixel_values` [N, C, *size] for evaluation, from uint8 [N, C, H, W]."""
+        return self.normalize(self.view(images))

@@ -1,0 +1,275 @@
+"""Where data comes from: every source ends as splits with an undecoded `image` and a ClassLabel `label`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+
+from hf_cifar.data.cifar_archives import cifar_version, read_cifar
+from hf_cifar.data.images import pnm_bytes
+from hf_cifar.errors import UserError
+from hf_cifar.extras import require
+from hf_cifar.options import DataConfig
+
+BUNDLED = "bundled/"
+
+
+@functools.lru_cache(maxsize=1)
+def load_source(config: DataConfig) -> DatasetDict:
+    """All splits of a data set, with columns `image` (encoded, not decoded) and `label` (ClassLabel).
+
+    Raises: UserError for an unknown data set, no network, or columns that cannot be told apart.
+    """
+    name = config.dataset_name
+    if name.startswith(BUNDLED):
+        splits = _load_bundled(name.removeprefix(BUNDLED))
+    elif looks_like_path(name):
+        splits = _load_local(Path(name).expanduser(), config)
+    else:
+        splits = _load_hub(name, config)
+    splits = DatasetDict({split: rows for split, rows in splits.items() if len(rows)})
+    if not splits:
+        raise UserError(f"data set {name} holds no images")
+    return _standard_columns(splits, config)
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a data set or model name means a local file or folder rather than a Hub id."""
+    return (
+        Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    )
+
+
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Silence the progress bars of `datasets` for work that takes no time."""
+    shown = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _load_bundled(name: str) -> DatasetDict:
+    if name != "digits":
+        raise UserError(f"no bundled data set {name!r}; there is bundled/digits")
+    digits = require("sklearn.datasets", extra="bundled").load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
+    # A fixed fifth is the test part: every fifth image of each class, in the file's order.
+    occurrence = np.zeros(len(digits.target), int)
+    for digit in range(10):
+        rows = np.flatnonzero(digits.target == digit)
+        occurrence[rows] = np.arange(len(rows))
+    is_test = occurrence % 5 == 4
+    names = {"label": [str(digit) for digit in range(10)]}
+    return DatasetDict(
+        {
+            split: _from_pixels(
+                {"pixels": pixels[rows], "label": digits.target[rows].tolist()}, names
+            )
+            for split, rows in (("train", ~is_test), ("test", is_test))
+        }
+    )
+
+
+def _from_pixels(columns: dict[str, Any], names: dict[str, list[str]]) -> Dataset:
+    """A data set from raw pixels [N, H, W] or [N, H, W, 3] and label columns."""
+    features = Features(
+        {"image": Image(decode=False)} | {c: ClassLabel(names=n) for c, n in names.items()}
+    )
+    encoded = [
+        {"bytes": pnm_bytes(np.ascontiguousarray(image)), "path": None}
+        for image in columns["pixels"]
+    ]
+    return Dataset.from_dict({"image": encoded} | {c: columns[c] for c in names}, features=features)
+
+
+def _load_local(path: Path, config: DataConfig) -> DatasetDict:
+    if not path.exists():
+        raise UserError(f"no data set {config.dataset_name}: there is no such file or folder")
+    if cifar_version(path) is not None:
+        parts, names = read_cifar(path)
+        return DatasetDict(
+            {split: _from_pixels(columns, names) for split, columns in parts.items()}
+        )
+    if path.is_file():
+        raise UserError(
+            f"{path} is not a CIFAR archive; pass a folder of images, a Hub-layout folder, or an official "
+            "cifar-10/100 tar.gz"
+        )
+    with quiet_datasets():
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            saved = datasets.load_from_disk(str(path))
+            return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+        try:
+            return datasets.load_dataset(str(path), config.dataset_config_name)
+        except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(
+                f"cannot load data set {config.dataset_name}: {_first_line(error)}"
+            ) from None
+
+
+def _load_hub(name: str, config: DataConfig) -> DatasetDict:
+    require_network(f"data set {name}")
+    try:
+        return datasets.load_dataset(name, config.dataset_config_name)
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"data set {name} is not in the local cache and HF_HUB_OFFLINE=1 forbids the network; unset "
+                "it, or pass --dataset_name with a local folder or bundled/digits"
+            ) from None
+        raise UserError(f"cannot load data set {name}: {_first_line(error)}") from None
+
+
+def require_network(what: str, timeout_s: float = 3.0) -> None:
+    """Fail at once where the Hub cannot be reached, instead of after the client's minutes of retries.
+
+    Does nothing under HF_HUB_OFFLINE=1: then the cache answers.
+    Raises: UserError that says how to go offline.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    reached = threading.Event()
+
+    def connect() -> None:
+        # Name resolution has no timeout of its own, hence the thread.
+        with contextlib.suppress(OSError):
+            socket.create_connection(_first_hop(constants.ENDPOINT), timeout=timeout_s).close()
+            reached.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if not reached.is_set():
+        raise UserError(
+            f"{what} needs {constants.ENDPOINT}, which cannot be reached; set HF_HUB_OFFLINE=1 to use what "
+            "is cached, or pass a local folder (offline: --model_name_or_path bundled/efficientnet_lite0 "
+            "--dataset_name bundled/digits)"
+        )
+
+
+def _first_hop(endpoint: str) -> tuple[str, int]:
+    """Host and port that a connection to `endpoint` goes to first: a proxy, where one is set."""
+    import urllib.request
+
+    url = urlsplit(endpoint)
+    proxy = urllib.request.getproxies().get(url.scheme)
+    if proxy and not urllib.request.proxy_bypass(url.hostname):
+        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    return url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme, 1080)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
+    """Find the image and label columns by type, rename them, and make the labels class labels."""
+    features = next(iter(splits.values())).features
+    image = _find_column(features, Image, config.image_column_name, "image")
+    label = _find_column(features, ClassLabel, config.label_column_name, "label")
+    standard = {}
+    names = None
+    for split, rows in splits.items():
+        if image not in rows.features or label not in rows.features:
+            raise UserError(
+                f"split {split} has columns {list(rows.features)}, not {image} and {label}"
+            )
+        rows = rows.select_columns([image, label])
+        if (image, label) != ("image", "label"):
+            # Through temporary names, so that columns may trade places.
+            rows = rows.rename_columns({image: "_image", label: "_label"})
+            rows = rows.rename_columns({"_image": "image", "_label": "label"})
+        with quiet_datasets():
+            rows = rows.cast_column("image", Image(decode=False))
+        if split == "test" and set(rows.unique("label")) <= {-1, None}:
+            continue  # hidden labels: such a split can be predicted, not evaluated
+        if names is None:
+            names = _class_names(rows, split)
+        standard[split] = _with_class_labels(rows, names, split)
+    return DatasetDict(standard)
+
+
+def _find_column(features: Features, kind: type, asked: str | None, role: str) -> str:
+    flag = f"--{role}_column_name"
+    if asked is not None:
+        if asked not in features:
+            raise UserError(
+                f"no column {asked!r} in {list(features)}; pass {flag} with one of them"
+            )
+        if role == "image" and not isinstance(features[asked], Image):
+            raise UserError(
+                f"column {asked!r} holds {features[asked]}, not images; pass another {flag}"
+            )
+        return asked
+    found = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if len(found) > 1:
+        raise UserError(f"several {role} columns: {found}; choose one with {flag}")
+    if not found:
+        word = "an image column" if role == "image" else "a class label column"
+        raise UserError(f"none of the columns {list(features)} is {word}; name it with {flag}")
+    return found[0]
+
+
+def _class_names(rows: Dataset, split: str) -> list[str]:
+    """Names of the classes: declared by the data set, else the values that occur in train, sorted."""
+    feature = rows.features["label"]
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    if not isinstance(feature, Value):
+        raise UserError(
+            f"the label column holds {feature}; it must hold class labels, strings or integers"
+        )
+    values = rows.unique("label")
+    if any(value is None or value != value for value in values):
+        raise UserError(f"{_row_of(rows, None, split)}: the label is missing")
+    if not all(isinstance(value, (str, int)) for value in values):
+        raise UserError(
+            f"the label column holds {feature.dtype}; it must hold class labels, strings or integers"
+        )
+    return [str(value) for value in sorted(values)]
+
+
+def _row_of(rows: Dataset, value: Any, split: str) -> str:
+    labels = rows["label"][:]
+    return f"{split} row {next(i for i, v in enumerate(labels) if v == value or (value is None and v != v))}"
+
+
+def _with_class_labels(rows: Dataset, names: list[str], split: str) -> Dataset:
+    feature = rows.features["label"]
+    if isinstance(feature, ClassLabel):
+        if feature.names != names:
+            raise UserError(
+                f"split {split} names its classes {feature.names}, but the first split {names}"
+            )
+        ids = rows["label"][:]
+    else:
+        index = {name: i for i, name in enumerate(names)}
+        ids = [index.get(str(value), value) for value in rows["label"][:]]
+    for row, value in enumerate(ids):
+        if not isinstance(value, int) or not 0 <= value < len(names):
+            raise UserError(
+                f"{split} row {row}: label {value!r} is not one of the {len(names)} classes"
+            )
+    if isinstance(feature, ClassLabel):
+        return rows
+    with quiet_datasets():
+        rows = rows.remove_columns("label").add_column("label", ids)
+        return rows.cast_column("label", ClassLabel(names=names))

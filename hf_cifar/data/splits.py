@@ -1,0 +1,229 @@
+"""Train and validation, never test: the splits that a run may look at."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from sklearn.model_selection import StratifiedShuffleSplit
+
+from hf_cifar.data.images import decode_cell, decode_cells
+from hf_cifar.data.sources import load_source
+from hf_cifar.errors import UserError
+from hf_cifar.options import DataConfig
+
+VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
+# Above this many bytes of decoded pixels, images are decoded as they are needed.
+MEMORY_LIMIT = 4 * 1024**3
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Some rows of one split of a data set."""
+
+    name: str
+    rows: Dataset  # columns: image (encoded), label
+    row_ids: np.ndarray  # [N] int64, position of each row in the data set's own split
+    source_split: str  # the data set's split that row_ids count in
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """[N] int64 class ids."""
+        return np.asarray(self.rows["label"][:], dtype=np.int64)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return dict(enumerate(self.rows.features["label"].names))
+
+    def describe_row(self, position: int) -> str:
+        """How error messages name a row: by the data set's own split and row number."""
+        return f"{self.source_split} row {self.row_ids[position]}"
+
+    def decode(self, position: int) -> np.ndarray:
+        """One image, [H, W, 3] uint8. Raises: UserError that names the row."""
+        try:
+            return decode_cell(self.rows[int(position)]["image"])
+        except UserError as error:
+            raise UserError(f"{self.describe_row(position)}: {error}") from None
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray | None:
+        """All images as [N, H, W, 3] uint8, decoded once; None if they differ in size or are too many.
+
+        Raises: UserError that names the row of an image that cannot be read.
+        """
+        first = self.decode(0)
+        if first.nbytes * len(self) > MEMORY_LIMIT:
+            return None
+        pixels = np.empty((len(self), *first.shape), np.uint8)
+        position = 0
+        for start in range(0, len(self), 1024):
+            cells = self.rows[start : start + 1024]["image"]
+            for decoded in decode_cells(cells):
+                if isinstance(decoded, UserError):
+                    raise UserError(f"{self.describe_row(position)}: {decoded}")
+                if decoded.shape != first.shape:
+                    return None
+                pixels[position] = decoded
+                position += 1
+        return pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """What training may see. There is no test split here; see `load_test_split`."""
+
+    train: Split
+    validation: Split
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return self.train.id2label
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Identifies the split: SHA-256 over the row ids, labels and label counts of both parts."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation):
+            counts = np.bincount(split.labels, minlength=len(self.id2label)).tolist()
+            header = [split.name, split.source_split, counts, list(self.id2label.values())]
+            digest.update(json.dumps(header).encode())
+            digest.update(split.row_ids.astype("<i8").tobytes())
+            digest.update(split.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def load_splits(config: DataConfig) -> Splits:
+    """Train and validation, seeded and stratified; the data set's own validation split if it has one.
+
+    The last result is kept: asking twice costs nothing.
+    Raises: UserError for data that cannot be trained on.
+    """
+    source = load_source(config)
+    train_name = _train_name(source)
+    train = source[train_name]
+    labels = np.asarray(train["label"][:], dtype=np.int64)
+    names = train.features["label"].names
+    if len(names) < 2:
+        raise UserError(
+            f"{config.dataset_name} has {len(names)} class; a classifier needs two or more"
+        )
+    missing = [name for i, name in enumerate(names) if not (labels == i).any()]
+    if missing:
+        raise UserError(
+            f"class {missing[0]!r} has no image in {train_name} ({len(missing)} of {len(names)} classes are "
+            "missing); add images or drop its name"
+        )
+    own = next((name for name in VALIDATION_NAMES if name in source), None)
+    if own is not None:
+        validation = _split("validation", source[own], own, np.arange(len(source[own])))
+        train_ids = np.arange(len(train))
+    else:
+        train_ids, validation_ids = _stratified(
+            labels, config.train_val_split, names, config.split_seed, train_name
+        )
+        validation = _split("validation", train, train_name, validation_ids)
+    return Splits(
+        train=subsample(
+            _split("train", train, train_name, train_ids),
+            config.max_train_samples, config.split_seed, "--max_train_samples",
+        ),
+        validation=subsample(
+            validation, config.max_eval_samples, config.split_seed, "--max_eval_samples"
+        ),
+    )  # fmt: skip
+
+
+def load_test_split(config: DataConfig) -> Split:
+    """The test split, labelled. For the final evaluation alone: nothing that is tuned may read it.
+
+    Raises: UserError if the data set has no labelled test split.
+    """
+    require_test_split(config)
+    source = load_source(config)
+    test = _split("test", source["test"], "test", np.arange(len(source["test"])))
+    return subsample(test, config.max_eval_samples, config.split_seed, "--max_eval_samples")
+
+
+def require_test_split(config: DataConfig) -> None:
+    """Raises: UserError if the data set has no labelled test split. Looks at no row of it."""
+    source = load_source(config)
+    if "test" not in source:
+        raise UserError(
+            f"data set {config.dataset_name} has no labelled test split, only {list(source)}; leave out "
+            "--do_predict, or evaluate with --split validation"
+        )
+
+
+def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -> Split:
+    """At most `limit` rows, stratified, in their original order."""
+    if limit is None or limit >= len(split):
+        return split
+    present = len(np.unique(split.labels))
+    if limit < present:
+        raise UserError(
+            f"{flag} {limit} is less than the {present} classes of {split.name}; use more"
+        )
+    kept = _stratified_choice(split.labels, limit, seed)
+    return Split(split.name, split.rows.select(kept), split.row_ids[kept], split.source_split)
+
+
+def _train_name(source: DatasetDict) -> str:
+    if "train" in source:
+        return "train"
+    if len(source) == 1:
+        return next(iter(source))
+    raise UserError(f"no train split among {list(source)}")
+
+
+def _split(name: str, rows: Dataset, source_split: str, row_ids: Sequence[int]) -> Split:
+    row_ids = np.asarray(row_ids, dtype=np.int64)
+    if len(row_ids) < len(rows):
+        rows = rows.select(row_ids)
+    return Split(name, rows, row_ids, source_split)
+
+
+def _stratified(
+    labels: np.ndarray, share: float, names: list[str], seed: int, split: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of the two parts, sorted; each class gives its share to the second."""
+    counts = np.bincount(labels, minlength=len(names))
+    if counts.min() < 2:
+        raise UserError(
+            f"class {names[counts.argmin()]!r} has one image in {split}; train and validation need one each"
+        )
+    # At least one validation image a class, and one left for training.
+    size = min(max(round(len(labels) * share), len(names)), len(labels) - len(names))
+    splitter = StratifiedShuffleSplit(n_splits=1, test_size=size, random_state=seed)
+    first, second = next(splitter.split(labels, labels))
+    return np.sort(first), np.sort(second)
+
+
+def _stratified_choice(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """`size` row numbers, sorted, with every class present in proportion (largest remainder, at least one)."""
+    generator = np.random.default_rng(seed)
+    classes, counts = np.unique(labels, return_counts=True)
+    exact = counts * size / len(labels)
+    take = np.maximum(np.floor(exact).astype(int), 1)
+    order = np.argsort(-(exact - np.floor(exact)), kind="stable")
+    while take.sum() != size:
+        step = 1 if take.sum() < size else -1
+        for i in order if step > 0 else order[::-1]:
+            if take.sum() == size:
+                break
+            if (step > 0 and take[i] < counts[i]) or (step < 0 and take[i] > 1):
+                take[i] += step
+    chosen = [
+        generator.permutation(np.flatnonzero(labels == c))[:n]
+        for c, n in zip(classes, take, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))

@@ -1,0 +1,207 @@
+"""Batch transforms on device tensors: uint8 images in, model-ready `pixel_values` out.
+
+Crop, flip, scale and resize are one separable resampling, `out = Wy @ image @ Wx'`, with one pair of
+interpolation matrices per sample. Evaluation is the same function with one fixed box.
+
+Shapes: N images, C channels, H x W pixels in, h x w pixels out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _bicubic(x: Tensor) -> Tensor:
+    """Keys' cubic kernel with a = -0.5, as Pillow has it (torch's own uses -0.75)."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def _bilinear(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp_min(0)
+
+
+def _box(x: Tensor) -> Tensor:
+    return ((x > -0.5) & (x <= 0.5)).to(x.dtype)
+
+
+def _lanczos(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < 3, torch.sinc(x) * torch.sinc(x / 3), torch.zeros_like(x))
+
+
+KERNELS = {
+    "bicubic": (_bicubic, 2.0),
+    "bilinear": (_bilinear, 1.0),
+    "box": (_box, 0.5),
+    "lanczos": (_lanczos, 3.0),
+}
+
+
+def interpolation_matrix(
+    start: Tensor, stop: Tensor, in_size: int, out_size: int, interpolation: str = "bicubic"
+) -> Tensor:
+    """Weights [N, out_size, in_size] that resample the interval [start, stop) of a line of pixels.
+
+    `start` and `stop` [N] are in input pixels; `stop < start` mirrors. Rows sum to 1. When the interval
+    shrinks, the kernel widens, so there is no aliasing. Inside the image the weights are Pillow's: taps
+    outside it are dropped and the rest renormalised. A sample that lies outside is mirrored back in.
+
+    Source: Pillow, src/libImaging/Resample.c (`precompute_coeffs`).
+    """
+    kernel, support = KERNELS[interpolation]
+    scale = (stop - start) / out_size
+    steps = torch.arange(out_size, dtype=start.dtype, device=start.device) + 0.5
+    centers = start[:, None] + steps * scale[:, None]
+    period = 2.0 * in_size
+    centers = centers.remainder(period)
+    centers = torch.where(centers > in_size, period - centers, centers)
+
+    stretch = scale.abs().clamp_min(1.0)[:, None, None]
+    pixels = torch.arange(in_size, dtype=start.dtype, device=start.device) + 0.5
+    distance = pixels - centers[:, :, None]
+    # Pillow gives a weight to the pixels whose centre rounds into the support, and to no others.
+    reach = support * stretch
+    first = (centers[:, :, None] - reach + 0.5).floor()
+    last = (centers[:, :, None] + reach + 0.5).floor()
+    index = pixels - 0.5
+    taps = (index >= first) & (index < last)
+    weights = torch.where(taps, kernel(distance / stretch), torch.zeros_like(distance))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def resample(
+    images: Tensor, boxes: Tensor, size: tuple[int, int], interpolation: str = "bicubic"
+) -> Tensor:
+    """Cut a box out of every image and bring it to `size` in one pass.
+
+    images [N, C, H, W] uint8 or float, values 0 to 255; boxes [N, 4] or [1, 4] as (top, left, bottom,
+    right) in pixels, right < left flips. Returns float [N, C, h, w], clamped to 0..255.
+    """
+    num_images, channels, height, width = images.shape
+    out_height, out_width = size
+    boxes = boxes.to(device=images.device, dtype=torch.float32)
+    top, left, bottom, right = boxes.unbind(dim=1)
+    rows = interpolation_matrix(top, bottom, height, out_height, interpolation)
+    columns = interpolation_matrix(left, right, width, out_width, interpolation)
+    pixels = images.to(torch.float32)
+    # Width first and a clamp between the passes, as Pillow does: a cubic overshoot is cut off twice.
+    if boxes.shape[0] == 1:
+        pixels = torch.matmul(pixels, columns.transpose(1, 2)).clamp_(0, 255)
+    else:
+        pixels = pixels.reshape(num_images, channels * height, width)
+        pixels = torch.bmm(pixels, columns.transpose(1, 2)).clamp_(0, 255)
+        pixels = pixels.view(num_images, channels, height, out_width)
+    return torch.matmul(rows[:, None], pixels).clamp_(0, 255)
+
+
+def affine_sample(images: Tensor, boxes: Tensor, angles: Tensor, size: tuple[int, int]) -> Tensor:
+    """As `resample`, with each box turned by its angle about its own centre; one bicubic grid sample.
+
+    images [N, C, H, W]; boxes [N, 4]; angles [N] in radians, counter-clockwise on the screen. What lies
+    outside the image is its mirror image. Returns float [N, C, h, w], 0..255.
+    """
+    num_images, channels, height, width = images.shape
+    top, left, bottom, right = boxes.to(images.device, torch.float32).unbind(dim=1)
+    angles = angles.to(images.device, torch.float32)
+    # A grid sample takes single pixels: shrink first where it would skip some.
+    ratio = min(height / size[0], width / size[1])
+    pixels = images.to(torch.float32)
+    if ratio > 1:
+        shrunk = (math.ceil(height / ratio), math.ceil(width / ratio))
+        pixels = resample(images, whole_image(height, width), shrunk)
+    # Output pixels in units of half a box, rotated in input pixels (so that nothing shears) ...
+    y = torch.linspace(-1 + 1 / size[0], 1 - 1 / size[0], size[0], device=images.device)
+    x = torch.linspace(-1 + 1 / size[1], 1 - 1 / size[1], size[1], device=images.device)
+    dy = y[None, :, None] * ((bottom - top) / 2)[:, None, None]
+    dx = x[None, None, :] * ((right - left) / 2)[:, None, None]
+    sin, cos = angles.sin()[:, None, None], angles.cos()[:, None, None]
+    rows = ((top + bottom) / 2)[:, None, None] + cos * dy + sin * dx
+    columns = ((left + right) / 2)[:, None, None] + cos * dx - sin * dy
+    # ... and then in the grid's units, where the image spans -1..1.
+    grid = torch.stack((columns * (2 / width) - 1, rows * (2 / height) - 1), dim=-1)
+    out = F.grid_sample(
+        pixels, grid, mode="bicubic", padding_mode="reflection", align_corners=False
+    )
+    return out.clamp_(0, 255)
+
+
+def whole_image(height: int, width: int) -> Tensor:
+    """The box [1, 4] of a whole image."""
+    return torch.tensor([[0.0, 0.0, height, width]])
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor, rescale_factor: float = 1 / 255) -> Tensor:
+    """(images * rescale_factor - mean) / std, per channel; mean and std [C]. One multiply and one add."""
+    shape = (1, -1, 1, 1)
+    scale = (rescale_factor / std).view(shape)
+    shift = (-mean / std).view(shape)
+    return images.to(torch.float32) * scale + shift
+
+
+@dataclass(frozen=True)
+class RandomView:
+    """Draws one box and one angle per image: pad-and-crop, random resized crop, flip, rotation, zoom.
+
+    padding: largest shift, as a share of the side. min_area: smallest share of the area kept; 1 keeps
+    it all. max_ratio: largest aspect ratio of the crop. flip: probability. rotation: largest angle, in
+    degrees. zoom: largest relative change of size.
+    """
+
+    padding: float = 0.0
+    min_area: float = 1.0
+    max_ratio: float = 4 / 3
+    flip: float = 0.0
+    rotation: float = 0.0
+    zoom: float = 0.0
+
+    def draw(
+        self, num_images: int, height: int, width: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """Boxes [N, 4] and angles [N] (None without rotation), on the CPU, from `generator` alone."""
+
+        def uniform(low: float, high: float) -> Tensor:
+            return torch.rand(num_images, generator=generator) * (high - low) + low
+
+        box_height = torch.full((num_images,), float(height))
+        box_width = torch.full((num_images,), float(width))
+        if self.min_area < 1:
+            side = uniform(self.min_area, 1).sqrt()
+            stretch = torch.exp(uniform(-1, 1) * (0.5 * math.log(self.max_ratio)))
+            box_height = height * (side / stretch).clamp_max(1)
+            box_width = width * (side * stretch).clamp_max(1)
+        if self.zoom:
+            factor = torch.exp(uniform(-1, 1) * math.log1p(self.zoom))
+            box_height, box_width = box_height * factor, box_width * factor
+        # A smaller box lies anywhere inside the image, plus the padding's shift.
+        free_height, free_width = (height - box_height).abs(), (width - box_width).abs()
+        middle_y = height / 2 + uniform(-0.5, 0.5) * (free_height + 2 * self.padding * height)
+        middle_x = width / 2 + uniform(-0.5, 0.5) * (free_width + 2 * self.padding * width)
+        top, bottom = middle_y - box_height / 2, middle_y + box_height / 2
+        left, right = middle_x - box_width / 2, middle_x + box_width / 2
+        if self.flip:
+            mirrored = uniform(0, 1) < self.flip
+            left, right = torch.where(mirrored, right, left), torch.where(mirrored, left, right)
+        angles = uniform(-1, 1) * math.radians(self.rotation) if self.rotation else None
+        return torch.stack((top, left, bottom, right), dim=1), angles
+
+    def __call__(
+        self,
+        images: Tensor,
+        size: tuple[int, int],
+        interpolation: str = "bicubic",
+        *,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """A random view of each image: [N, C, H, W] uint8 -> float [N, C, h, w], 0..255."""
+        num_images, _, height, width = images.shape
+        boxes, angles = self.draw(num_images, height, width, generator)
+        if angles is None:
+            return resample(images, boxes, size, interpolation)
+        return affine_sample(images, boxes, angles, size)

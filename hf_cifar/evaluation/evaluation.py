@@ -1,0 +1,105 @@
+"""One set of predictions, and every figure from it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from hf_cifar.data.sources import quiet_datasets
+from hf_cifar.data.splits import Split
+from hf_cifar.data.store import build_store
+from hf_cifar.evaluation.metrics import compute_metrics
+from hf_cifar.trainer import ImageClassificationTrainer
+
+METRICS_FILE = "metrics.json"
+PREDICTIONS_FOLDER = "predictions"
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a model said about the images of one split.
+
+    split: "validation" or "test". row_ids, labels [N]; logits [N, K]. Rows count in the data set's
+    `source_split`.
+    """
+
+    split: str
+    source_split: str
+    row_ids: np.ndarray
+    labels: np.ndarray
+    logits: np.ndarray
+    id2label: dict[int, str]
+    metrics: dict[str, Any]
+
+    def save(self, folder: str | Path) -> None:
+        """Write predictions/SPLIT.parquet, and this split's figures into metrics.json."""
+        folder = Path(folder)
+        (folder / PREDICTIONS_FOLDER).mkdir(parents=True, exist_ok=True)
+        table = datasets.Dataset.from_dict(
+            {"row_id": self.row_ids, "label": self.labels, "logits": list(self.logits)},
+            features=datasets.Features(
+                {
+                    "row_id": datasets.Value("int64"),
+                    "label": datasets.ClassLabel(names=list(self.id2label.values())),
+                    "logits": datasets.Sequence(datasets.Value("float32")),
+                }
+            ),
+        )
+        with quiet_datasets():
+            table.to_parquet(folder / PREDICTIONS_FOLDER / f"{self.split}.parquet")
+        path = folder / METRICS_FILE
+        figures = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, {**figures, self.split: self.metrics})
+
+
+def evaluate_classifier(trainer: ImageClassificationTrainer, split: Split) -> Evaluation:
+    """Predict every image of a split once; on all processes, each row counted once."""
+    store = build_store(split, trainer.preprocessing, augmented=False)
+    output = trainer.predict(store)
+    logits = np.asarray(output.predictions, dtype=np.float32)
+    return Evaluation(
+        split=split.name,
+        source_split=split.source_split,
+        row_ids=split.row_ids,
+        labels=split.labels,
+        logits=logits,
+        id2label=split.id2label,
+        metrics=compute_metrics(logits, split.labels, split.id2label),
+    )
+
+
+def render_metrics(metrics: dict[str, dict[str, Any]]) -> str:
+    """The figures of one or more splits as a table of text, and the per-class figures of the last."""
+    names = list(metrics)
+    keys = [k for k, v in metrics[names[0]].items() if not isinstance(v, (dict, list))]
+    width = max(map(len, keys))
+    lines = [" " * width + "".join(f"  {name:>10}" for name in names)]
+    for key in keys:
+        cells = (metrics[name].get(key) for name in names)
+        lines.append(f"{key:<{width}}" + "".join(f"  {_cell(value):>10}" for value in cells))
+    per_class = metrics[names[-1]]["per_class"]
+    columns = list(next(iter(per_class.values())))
+    width = max(len(f"{names[-1]}, per class"), *(len(label) for label in per_class))
+    lines += ["", f"{names[-1] + ', per class':<{width}}" + "".join(f"  {c:>10}" for c in columns)]
+    for label, values in per_class.items():
+        lines.append(f"{label:<{width}}" + "".join(f"  {_cell(values[c]):>10}" for c in columns))
+    return "\n".join(lines)
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in one step: a reader sees the old one or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)

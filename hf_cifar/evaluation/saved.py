@@ -1,0 +1,75 @@
+"""Evaluate a saved model, on the data and with the preprocessing of its own run unless told otherwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from hf_cifar.data.preprocessing import Preprocessing
+from hf_cifar.data.splits import load_splits, load_test_split
+from hf_cifar.errors import UserError
+from hf_cifar.evaluation.evaluation import METRICS_FILE, Evaluation, evaluate_classifier
+from hf_cifar.models.build import load_classifier
+from hf_cifar.options import DataConfig, EvaluateConfig
+from hf_cifar.trainer import ImageClassificationTrainer
+
+
+def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Evaluation:
+    """Evaluate a saved model on one split, and update metrics.json and the predictions in its folder.
+
+    Raises: UserError if the data's classes are not the model's.
+    """
+    split = load_test_split(data) if config.split == "test" else load_splits(data).validation
+    model, image_processor = load_classifier(
+        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+    )
+    known = {int(i): name for i, name in model.config.id2label.items()}
+    if known != split.id2label:
+        raise UserError(
+            f"the model tells {list(known.values())[:5]}..., but the data has "
+            f"{list(split.id2label.values())[:5]}...; pass the --dataset_name that it was trained on"
+        )
+    num_workers = config.dataloader_num_workers
+    if num_workers is None:
+        num_workers = 0 if split.pixels is not None else os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = ImageClassificationTrainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=scratch,
+                per_device_eval_batch_size=config.per_device_eval_batch_size,
+                dataloader_num_workers=num_workers,
+                bf16=config.bf16,
+                fp16=config.fp16,
+                use_cpu=config.use_cpu,
+                remove_unused_columns=False,
+                label_names=["labels"],
+                report_to="none",
+            ),
+            processing_class=image_processor,
+            preprocessing=Preprocessing.from_image_processor(image_processor),
+        )
+        evaluation = evaluate_classifier(trainer, split)
+    folder = output_folder(config)
+    if folder is not None and trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        evaluation.save(folder)
+    return evaluation
+
+
+def output_folder(config: EvaluateConfig) -> Path | None:
+    """Where the figures go: --output_dir, else the model's folder; None for a Hub model without a folder."""
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    folder = Path(config.model_name_or_path)
+    return folder if folder.is_dir() else None
+
+
+def saved_metrics(folder: str | Path) -> dict:
+    """Figures by split of a run's metrics.json; empty if there is none."""
+    path = Path(folder) / METRICS_FILE
+    return json.loads(path.read_text()) if path.exists() else {}

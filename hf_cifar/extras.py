@@ -1,0 +1,23 @@
+"""Optional dependencies, asked for where they are used."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from hf_cifar.errors import UserError
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import `module`, or say which extra of hf_cifar brings it.
+
+    Raises: UserError if the module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise UserError(
+            f"{module} is not installed; run: pip install 'hf-cifar[{extra}]'"
+        ) from None

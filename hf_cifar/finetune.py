@@ -1,0 +1,275 @@
+"""The main path: from options to a fine-tuned model and the figures that go with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_cifar.config import RunConfig
+from hf_cifar.data.preprocessing import Preprocessing
+from hf_cifar.data.splits import (
+    Split,
+    Splits,
+    load_splits,
+    load_test_split,
+    require_test_split,
+)
+from hf_cifar.data.store import build_store
+from hf_cifar.data.transforms import RandomView
+from hf_cifar.errors import UserError
+from hf_cifar.evaluation.evaluation import Evaluation, evaluate_classifier, write_json
+from hf_cifar.hub import environment, prepare_push, push_run, render_model_card
+from hf_cifar.models.build import SCRATCH, build_model
+from hf_cifar.models.layers import describe_trainable
+from hf_cifar.optim import default_learning_rate
+from hf_cifar.options import CONFIG_FILE, AugmentConfig
+from hf_cifar.trainer import ImageClassificationTrainer
+
+logger = logging.getLogger(__name__)
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: where it lies, its figures by split, and the loaded model."""
+
+    output_dir: Path
+    metrics: dict[str, dict[str, Any]]
+    model: torch.nn.Module
+    image_processor: Any
+
+
+def finetune_classifier(config: RunConfig) -> RunResult:
+    """Fine-tune, evaluate and save a classifier; see README for what `output_dir` then holds.
+
+    Raises: UserError before anything is written, for options or data that cannot work.
+    """
+    check_run(config)
+    set_seed(config.train.seed)
+    splits = load_splits(config.data)  # train and validation; test stays sealed
+    model, image_processor = build_model(config.model, splits.id2label)
+    config = resolve_defaults(config, model, splits)
+    save_config(config)
+    trainer = build_trainer(model, image_processor, splits, config)
+    trainer.train(resume_from_checkpoint=resume_point(config))
+    evaluations = [evaluate_classifier(trainer, split) for split in final_splits(splits, config)]
+    return finish_run(trainer, splits, evaluations, config)
+
+
+def build_trainer(
+    model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, config: RunConfig
+) -> ImageClassificationTrainer:
+    """The Trainer over both splits' pixels; `config` must be resolved."""
+    preprocessing = Preprocessing.from_image_processor(image_processor)
+    callbacks = []
+    if config.train.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.train.early_stopping_patience))
+    return ImageClassificationTrainer(
+        model=model.to(memory_format=torch.channels_last),
+        args=dataclasses.replace(
+            config.train, push_to_hub=False
+        ),  # hub.py pushes, once, at the end
+        processing_class=image_processor,
+        train_dataset=build_store(splits.train, preprocessing, augmented=True),
+        eval_dataset=build_store(splits.validation, preprocessing, augmented=False),
+        preprocessing=preprocessing,
+        random_view=random_view(config.augment),
+        callbacks=callbacks,
+    )
+
+
+def random_view(augment: AugmentConfig) -> RandomView:
+    """The random view of a training image that the options ask for."""
+    return RandomView(
+        padding=augment.crop_padding,
+        min_area=augment.crop_scale,
+        max_ratio=augment.crop_ratio,
+        flip=augment.flip,
+        rotation=augment.rotation,
+        zoom=augment.zoom,
+    )
+
+
+def finish_run(
+    trainer: ImageClassificationTrainer,
+    splits: Splits,
+    evaluations: list[Evaluation],
+    config: RunConfig,
+) -> RunResult:
+    """Save the model with its figures, facts and card, and push it if asked."""
+    folder = Path(config.train.output_dir)
+    metrics = {evaluation.split: evaluation.metrics for evaluation in evaluations}
+    save_classifier(trainer, folder)
+    if trainer.is_world_process_zero():
+        for evaluation in evaluations:
+            evaluation.save(folder)
+        facts = run_facts(trainer, splits)
+        write_json(folder / RUN_FILE, facts)
+        custom_code = any(folder.glob("*.py"))
+        card = render_model_card(config, splits, metrics, facts, custom_code=custom_code)
+        (folder / "README.md").write_text(card)
+        if config.train.push_to_hub:
+            logger.info("pushed to %s", push_run(config))
+    trainer.accelerator.wait_for_everyone()
+    return RunResult(folder, metrics, trainer.model, trainer.processing_class)
+
+
+def check_run(config: RunConfig) -> None:
+    """Find out now what would otherwise fail at the end of the run.
+
+    Raises: UserError if the output folder holds another run, there is nothing to resume from, the
+    device cannot compute as asked, there is no test split to predict, or a push could not work.
+    """
+    train = config.train
+    folder = Path(train.output_dir)
+    if resume_point(config):
+        if get_last_checkpoint(folder) is None if folder.is_dir() else True:
+            raise UserError(
+                f"--resume_from_checkpoint: no checkpoint in {folder}; leave the flag out to start anew"
+            )
+    elif train.process_index == 0 and any(
+        (folder / name).exists() for name in (CONFIG_FILE, "config.json")
+    ):
+        raise UserError(
+            f"{folder} holds another run; pass another --output_dir, or --resume_from_checkpoint last to go on"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file; pass a folder")
+    if train.mixed_precision == "fp16" and train.device.type == "cpu":
+        raise UserError(
+            "fp16 needs a GPU and there is none; leave out --fp16, or launch with configs/cpu.yaml instead of "
+            "a GPU configuration"
+        )
+    if train.do_predict:
+        require_test_split(config.data)
+    prepare_push(config)
+
+
+def resume_point(config: RunConfig) -> bool | str | None:
+    """What to resume from, in the Trainer's terms: a folder, True for the last checkpoint, or None."""
+    value = config.train.resume_from_checkpoint
+    if value is None or value.lower() in ("false", "no"):
+        return None
+    return True if value.lower() in ("true", "last", "latest") else value
+
+
+def resolve_defaults(config: RunConfig, model: PreTrainedModel, splits: Splits) -> RunConfig:
+    """Fill in what depends on the model and the data: learning rate and loader processes.
+
+    Raises: UserError if the disk has no room for the model and one checkpoint.
+    """
+    train = config.train
+    batch_size = train.train_batch_size * train.gradient_accumulation_steps * train.world_size
+    learning_rate, num_workers = train.learning_rate, train.dataloader_num_workers
+    if learning_rate is None:
+        scratch = config.model.model_name_or_path.startswith(SCRATCH)
+        learning_rate = default_learning_rate(model, batch_size, scratch=scratch)
+    in_memory = all(split.pixels is not None for split in (splits.train, splits.validation))
+    if num_workers is None:
+        num_workers = 0 if in_memory else os.cpu_count() or 1
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    require_space(Path(train.output_dir), 2 * weights + moments)
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(
+            train, learning_rate=learning_rate, dataloader_num_workers=num_workers
+        ),
+    )
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raises: UserError if the disk of `folder` has less room than needed."""
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(
+            f"no space left for {folder}: the model and one checkpoint take {needed_bytes / 1e6:,.0f} MB, "
+            f"{free / 1e6:,.0f} MB are free; pass another --output_dir"
+        )
+
+
+def save_config(config: RunConfig) -> None:
+    """Write the resolved options first, so that even a run that is cut off can be repeated."""
+    if config.train.process_index == 0:
+        Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
+        config.save(Path(config.train.output_dir) / CONFIG_FILE)
+
+
+def final_splits(splits: Splits, config: RunConfig) -> list[Split]:
+    """Validation, and with --do_predict the test split: read here for the first time, after training."""
+    return [splits.validation] + ([load_test_split(config.data)] if config.train.do_predict else [])
+
+
+def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
+    """Save model and image processor as plain transformers files, and no pickle."""
+    trainer.save_model(folder, _internal_call=True)
+    if trainer.is_world_process_zero():
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+def run_facts(trainer: ImageClassificationTrainer, splits: Splits) -> dict[str, Any]:
+    """What happened in a run, as plain values: data, work, time, machine and versions."""
+    state, device = trainer.state, trainer.args.device
+    seconds = next(
+        log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log
+    )
+    return {
+        "split_hash": splits.hash,
+        "num_train": len(splits.train),
+        "num_validation": len(splits.validation),
+        "label_counts": {
+            split.name: {
+                name: int((split.labels == label).sum()) for label, name in split.id2label.items()
+            }
+            for split in (splits.train, splits.validation)
+        },
+        "trainable": describe_trainable(trainer.model),
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "best_checkpoint_step": state.best_global_step,
+        "train_seconds": seconds,
+        "train_images_per_second": round(len(splits.train) * (state.epoch or 0) / seconds, 1),
+        "processes": trainer.args.world_size,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU ({os.cpu_count()} cores)",
+        "environment": environment(),
+    }
+
+
+def render_summary(result: RunResult) -> str:
+    """The table at the end of a run: figures, where the model lies, and the lines that load it."""
+    names = list(result.metrics)
+    keys = ("num_images", "accuracy", "f1_macro", "roc_auc_macro", "cross_entropy")
+    lines = [f"{'':<14}" + "".join(f"{name:>12}" for name in names)]
+    for key in keys:
+        values = (result.metrics[name][key] for name in names)
+        cells = (
+            "-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values
+        )
+        lines.append(f"{key:<14}" + "".join(f"{cell:>12}" for cell in cells))
+    return (
+        "\n".join(lines)
+        + f"""
+
+model: {result.output_dir}
+
+from transformers import pipeline
+classify = pipeline("image-classification", model="{result.output_dir}"{_custom_code(result)})
+print(classify("image.png"))"""
+    )
+
+
+def _custom_code(result: RunResult) -> str:
+    return ", trust_remote_code=True" if any(result.output_dir.glob("*.py")) else ""

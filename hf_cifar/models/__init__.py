@@ -1,0 +1,1 @@
+"""Building classifiers, and choosing what of them trains."""

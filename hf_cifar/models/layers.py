@@ -1,0 +1,116 @@
+"""Head, backbone and blocks of a classifier: which parameters train."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+
+from hf_cifar.errors import UserError
+
+
+def head_parameter_names(model: PreTrainedModel) -> set[str]:
+    """Names of the classification head's parameters.
+
+    Raises: UserError for a model whose head cannot be told from its backbone.
+    """
+    if model.config.model_type == "timm_wrapper":
+        classifier = model.timm_model.get_classifier()
+        heads = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
+        wanted = {id(p) for head in heads for p in head.parameters()}
+        names = {name for name, p in model.named_parameters() if id(p) in wanted}
+    else:
+        prefix = f"{model.base_model_prefix}."
+        names = {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
+    if not names:
+        raise UserError(
+            f"{type(model).__name__} has no classification head that can be told from its backbone"
+        )
+    return names
+
+
+def backbone_blocks(model: PreTrainedModel) -> list[str]:
+    """Prefixes of the backbone's stages or blocks, from input to output.
+
+    Raises: UserError for an architecture without any.
+    """
+    if model.config.model_type == "timm_wrapper":
+        return _timm_blocks(model)
+    backbone = getattr(model, model.base_model_prefix)
+    # The outermost list of two or more modules: a ViT's layers, a ResNet's stages.
+    lists = [
+        (name.count("."), name, module)
+        for name, module in backbone.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
+    ]
+    if not lists:
+        raise UserError(
+            f"{type(model).__name__} has no stages or blocks; use --freeze none or backbone"
+        )
+    _, name, module = min(lists, key=lambda item: item[0])
+    path = ".".join(part for part in (model.base_model_prefix, name) if part)
+    return [f"{path}.{child}." for child, _ in module.named_children()]
+
+
+def _timm_blocks(model: PreTrainedModel) -> list[str]:
+    """Blocks by timm's own `group_matcher`: what its pattern for `blocks` matches, once each."""
+    timm_model = model.timm_model
+    if not hasattr(timm_model, "group_matcher"):
+        raise UserError(
+            f"timm's {model.config.architecture} has no stages; use --freeze none or backbone"
+        )
+    patterns = timm_model.group_matcher(coarse=True).get("blocks", [])
+    patterns = [patterns] if isinstance(patterns, str) else [p[0] for p in patterns]
+    blocks: list[str] = []
+    for name, _ in timm_model.named_parameters():
+        for pattern in patterns:
+            match = re.match(pattern, name)
+            if match and any(group and group.isdigit() for group in match.groups()):
+                block = f"timm_model.{match.group(0).rstrip('.')}."
+                if block not in blocks:
+                    blocks.append(block)
+    if not blocks:
+        raise UserError(
+            f"timm's {model.config.architecture} has no stages; use --freeze none or backbone"
+        )
+    return blocks
+
+
+def freeze(model: PreTrainedModel, what: str) -> None:
+    """Set which parameters train: "none" frozen, all of the "backbone", or all but its last N blocks.
+
+    What stands behind the blocks (a final norm, a pooler) trains with them.
+    Raises: UserError if N exceeds the number of blocks.
+    """
+    model.requires_grad_(True)
+    if what == "none":
+        return
+    head = head_parameter_names(model)
+    trainable = set(head)
+    if what != "backbone" and int(what) > 0:
+        blocks = backbone_blocks(model)
+        if int(what) > len(blocks):
+            raise UserError(
+                f"--freeze {what}: {type(model).__name__} has {len(blocks)} stages or blocks"
+            )
+        names = [name for name, _ in model.named_parameters()]
+        first = next(i for i, name in enumerate(names) if name.startswith(blocks[-int(what)]))
+        trainable.update(names[first:])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+
+
+def eval_frozen_norms(model: nn.Module) -> None:
+    """Put frozen BatchNorms in eval mode, so that their running statistics stay the checkpoint's."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
+
+
+def describe_trainable(model: nn.Module) -> str:
+    """One line: how many parameters train."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{trainable:,} of {total:,} parameters train ({trainable / total:.1%})"

@@ -1,0 +1,295 @@
+"""Data, augmentation and model options, and how a command line is read. Imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hf_cifar.errors import UserError
+
+CONFIG_FILE = "config.yaml"  # the resolved options in a run's folder
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its default and the text that `--help` and README show."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images and labels to use, and how they are split."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str = option(
+        "uoft-cs/cifar10",
+        "Hub id, local folder (Hub layout, save_to_disk, or images in class folders), CIFAR archive, "
+        "or bundled/digits.",
+    )
+    dataset_config_name: str | None = option(
+        None, "Configuration of the data set, where it has several."
+    )
+    image_column_name: str | None = option(None, "Image column; found by its type if not given.")
+    label_column_name: str | None = option(
+        None,
+        "Label column; found by its type if not given. May hold class labels, strings or integers.",
+    )
+    train_val_split: float = option(
+        0.1,
+        "Share of train that becomes validation, stratified, if the data has no validation split.",
+    )
+    split_seed: int = option(42, "Seed of the train/validation split and of every subsample.")
+    max_train_samples: int | None = option(
+        None, "Use at most this many training images, stratified."
+    )
+    max_eval_samples: int | None = option(
+        None, "Use at most this many validation (or test) images, stratified."
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.train_val_split < 1:
+            raise UserError(
+                f"--train_val_split is {self.train_val_split}; it must lie between 0 and 1, for example 0.1"
+            )
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random transforms of a training batch; each image draws its own. All act in one resampling."""
+
+    _argument_group_name = "augmentation"
+
+    crop_padding: float = option(
+        0.125,
+        "Largest random shift, as a share of the image side (0.125 of 32 px is the usual 4 px).",
+    )
+    crop_scale: float = option(
+        1.0, "Smallest share of the image area that a random resized crop keeps; 1 turns it off."
+    )
+    crop_ratio: float = option(
+        4 / 3, "Largest aspect ratio of a random resized crop; the smallest is its inverse."
+    )
+    flip: float = option(0.5, "Probability of a horizontal flip.")
+    rotation: float = option(0.0, "Largest random rotation, in degrees.")
+    zoom: float = option(0.0, "Largest random zoom in or out, as a share of the size.")
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "crop_padding": (0, 1), "crop_scale": (0.01, 1), "crop_ratio": (1, 10),
+            "flip": (0, 1), "rotation": (0, 180), "zoom": (0, 0.9),
+        }  # fmt: skip
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must lie in {low}..{high}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which pretrained model to start from."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = option(
+        "google/vit-base-patch16-224-in21k",
+        "Hub id (transformers or timm), local folder, bundled/efficientnet_lite0, or scratch/NAME "
+        "(article_cnn, article_mlp, any timm architecture) for random weights.",
+    )
+    model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+    image_size: int | None = option(
+        None, "Side of the square model input, in pixels; the checkpoint's own if not given."
+    )
+    freeze: str = option(
+        "none",
+        "What stays fixed: none, backbone (train the head alone), or N: train the head and the last N "
+        "stages or blocks.",
+    )
+    trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"--image_size is {self.image_size}; it must be at least 1 pixel")
+        if self.freeze not in ("none", "backbone") and not self.freeze.isdigit():
+            raise UserError(
+                f"--freeze is {self.freeze!r}; it takes none, backbone, or a number of stages or blocks"
+            )
+
+
+@dataclass
+class FinetuneOptions:
+    """Training options that the Trainer does not have."""
+
+    early_stopping_patience: int | None = option(
+        None, "Stop after this many evaluations without a better validation accuracy."
+    )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Which saved model to evaluate, and on which split."""
+
+    _argument_group_name = "evaluation"
+
+    model_name_or_path: str = option(
+        "", "Folder of a run, or a Hub id, of a fine-tuned model. Required."
+    )
+    split: Literal["validation", "test"] = option("validation", "Which split to evaluate.")
+    output_dir: str | None = option(
+        None, "Where to write metrics and predictions; the model's own folder if not given."
+    )
+    per_device_eval_batch_size: int = option(128, "Images per step and process.")
+    dataloader_num_workers: int | None = option(
+        None, "Loader processes; if not given, 0 for images held in memory, else one per core."
+    )
+    bf16: bool = option(False, "Evaluate under bfloat16 autocast.")
+    fp16: bool = option(False, "Evaluate under float16 autocast (GPU).")
+    use_cpu: bool = option(False, "Evaluate on the CPU even where there is a GPU.")
+    trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Which saved model is to classify which files."""
+
+    _argument_group_name = "prediction"
+
+    model_name_or_path: str = option(
+        "", "Folder of a run, or a Hub id, of a fine-tuned model. Required."
+    )
+    top_k: int = option(5, "Number of classes listed for each image.")
+    batch_size: int = option(64, "Images per step.")
+    use_cpu: bool = option(False, "Predict on the CPU even where there is a GPU.")
+    trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+
+
+LIGHT_CONFIGS = (DataConfig, AugmentConfig, ModelConfig)
+
+
+def recipe_names() -> list[str]:
+    """Names that `--recipe` takes."""
+    folder = resources.files("hf_cifar") / "recipes"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> str:
+    """Text of a packaged recipe. Raises: UserError for an unknown name."""
+    if name not in recipe_names():
+        raise UserError(
+            f"no recipe {name!r}{_nearest(name, recipe_names())}; see: hf-cifar recipes"
+        )
+    return (resources.files("hf_cifar") / "recipes" / f"{name}.yaml").read_text()
+
+
+def yaml_tokens(text: str, source: str) -> list[str]:
+    """A YAML file as the command line that it stands for: null keeps the default, a list is several tokens."""
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{source} holds a {type(values).__name__}; it must map option names to values"
+        )
+    tokens = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        tokens.append(f"--{name}")
+        if isinstance(value, dict):
+            tokens.append(json.dumps(value))
+        else:
+            tokens.extend(str(item) for item in (value if isinstance(value, list) else [value]))
+    return tokens
+
+
+def expand_tokens(argv: Sequence[str]) -> list[str]:
+    """Replace `--recipe NAME` and `--config FILE` by their tokens, in this order and before all flags."""
+    rest, recipe, config = [], [], []
+    tokens = iter(argv)
+    for token in tokens:
+        name, has_value, value = token.partition("=")
+        if name not in ("--recipe", "--config"):
+            rest.append(token)
+            continue
+        if not has_value:
+            value = next(tokens, None)
+            if value is None:
+                raise UserError(f"{name} needs a value, for example {name} quickstart")
+        if name == "--recipe":
+            recipe += yaml_tokens(read_recipe(value), f"recipe {value}")
+        else:
+            path = Path(value)
+            if not path.is_file():
+                raise UserError(f"--config: no file {value}; see also: hf-cifar recipes")
+            config += yaml_tokens(path.read_text(), value)
+    return recipe + config + rest
+
+
+def field_names(config_class: type) -> list[str]:
+    """Names of the options that a configuration class declares."""
+    return [f.name for f in dataclasses.fields(config_class) if f.init]
+
+
+def trainer_option_names() -> list[str]:
+    """Options of transformers' TrainingArguments, read from its source: importing it would import torch."""
+    path = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
+            names = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
+            return [name for name in names if not name.startswith("_")]
+    raise AssertionError(f"no TrainingArguments in {path}")
+
+
+def check_option_names(tokens: Iterable[str], known: Iterable[str]) -> None:
+    """Raises: UserError that names the nearest option for the first unknown one."""
+    known = set(known)
+    for token in tokens:
+        flag = token.partition("=")[0]
+        name = flag[2:].replace("-", "_")
+        if flag.startswith("--") and name not in known and name.removeprefix("no_") not in known:
+            raise UserError(f"no option {flag}{_nearest(name, known, '--')}; see --help")
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (nearest: {prefix}{matches[0]})" if matches else ""
+
+
+def parse_dataclasses(
+    classes: Sequence[type], tokens: Sequence[str], prog: str, **parser_options: Any
+):
+    """Build one instance of each dataclass from command line tokens; also returns what is left over.
+
+    Raises: UserError for a missing or malformed value.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        list(classes), prog=prog, allow_abbrev=False, exit_on_error=False, **parser_options
+    )
+
+    def fail(message: str) -> None:
+        raise UserError(message)
+
+    parser.error = fail
+    return parser.parse_args_into_dataclasses(
+        list(tokens), return_remaining_strings=True, look_for_args_file=False
+    )

@@ -1,0 +1,91 @@
+"""The Trainer, for image classification: transforms in the step, a plain mean loss, honest weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer
+
+from hf_cifar.callbacks import TrainingLines, TrainingProgress
+from hf_cifar.data.preprocessing import Preprocessing
+from hf_cifar.data.store import take_batch
+from hf_cifar.data.transforms import RandomView
+from hf_cifar.evaluation.metrics import compute_training_metrics
+from hf_cifar.models.layers import eval_frozen_norms
+from hf_cifar.optim import decay_parameter_names
+
+
+class ImageClassificationTrainer(Trainer):
+    """Trains on uint8 batches: each is transformed on the device, inside the step.
+
+    preprocessing: what the saved image processor does; evaluation applies just that. random_view: the
+    random crop, flip and so on of a training image; it draws from a generator seeded by (seed, step,
+    micro-batch, rank), so that a resumed run sees the images that an undisturbed one would.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        preprocessing: Preprocessing,
+        random_view: RandomView | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            *args, data_collator=take_batch, compute_metrics=compute_training_metrics, **kwargs
+        )
+        self.preprocessing = preprocessing
+        self.random_view = random_view
+        self._micro_batch = (-1, -1)
+        shown = TrainingLines if self.args.disable_tqdm else TrainingProgress
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+        self.add_callback(shown)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        images = inputs["pixel_values"]
+        if self.model.training:
+            eval_frozen_norms(self.model)
+        if self.model.training and self.random_view is not None:
+            preprocessing = self.preprocessing
+            view = self.random_view(
+                images,
+                preprocessing.size,
+                preprocessing.interpolation,
+                generator=self._step_generator(),
+            )
+            pixel_values = preprocessing.normalize(view)
+        else:
+            pixel_values = self.preprocessing(images)
+        return {
+            **inputs,
+            "pixel_values": pixel_values.contiguous(memory_format=torch.channels_last),
+        }
+
+    def _step_generator(self) -> torch.Generator:
+        """A generator that depends on nothing but the seed, the step, the micro-batch and the rank."""
+        step, micro = self._micro_batch
+        micro = micro + 1 if step == self.state.global_step else 0
+        self._micro_batch = (self.state.global_step, micro)
+        key = (self.args.seed, *self._micro_batch, self.args.process_index)
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+        return torch.Generator().manual_seed(seed % 2**63)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy of the batch; label smoothing in training alone."""
+        logits = model(pixel_values=inputs["pixel_values"]).logits
+        smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
+        loss = F.cross_entropy(logits.float(), inputs["labels"], label_smoothing=smoothing)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decay_parameter_names(model)
