@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from hf_cifar.models.autoload import register_article_models
+
 # Public names and where they live; each is imported when it is first used, and `import hf_cifar` loads no torch.
 _PUBLIC = {
     "AugmentConfig": "hf_cifar.options",
@@ -48,3 +50,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
+
+
+register_article_models()

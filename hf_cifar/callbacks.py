@@ -29,5 +29,11 @@ class TrainingLines(TrainerCallback):
     """The same without bars, for logs and pipes."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs and "eval_accuracy" in logs:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_accuracy" in logs:
             print(evaluation_line(logs.get("epoch"), logs), flush=True)
+        elif "loss" in logs:
+            rate = logs["learning_rate"]
+            step = f"step {state.global_step}/{state.max_steps}"
+            print(f"{step}: loss {logs['loss']:.3f}, learning rate {rate:.1e}", flush=True)

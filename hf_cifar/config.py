@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,10 @@ from hf_cifar.options import (
 )
 
 # A token must never reach a file; the others say where a run runs, not what it computes.
-UNSAVED = {"hub_token", "resume_from_checkpoint", "local_rank"}
+UNSAVED = {
+    "hub_token", "resume_from_checkpoint", "local_rank", "disable_tqdm", "label_names", "do_eval",
+    "dataloader_pin_memory",
+}  # fmt: skip
 
 
 @dataclass
@@ -69,6 +73,8 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
         if self.eval_strategy == "no":
             # Without evaluations there is no best checkpoint; the last weights are the result.
             self.load_best_model_at_end = False
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # bars for people, lines for logs
         self.label_names = ["labels"]
         # The parent compares the number of workers; None, to be resolved with the data, must not reach it.
         num_workers, self.dataloader_num_workers = self.dataloader_num_workers, 0

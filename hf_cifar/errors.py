@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with status 2.
     """
+
+    def __init__(self, message: str) -> None:
+        # A loader's worker process hands its whole traceback over as the message; its end is ours.
+        super().__init__(message.rpartition("errors.UserError: ")[2].strip())

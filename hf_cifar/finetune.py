@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel, set_seed
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_cifar.config import RunConfig
@@ -212,10 +211,17 @@ def final_splits(splits: Splits, config: RunConfig) -> list[Split]:
 
 
 def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
-    """Save model and image processor as plain transformers files, and no pickle."""
-    trainer.save_model(folder, _internal_call=True)
+    """Save model and image processor as plain transformers files, and no pickle.
+
+    A timm model's weights keep timm's own names: transformers and timm both load such a folder.
+    """
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, where sharded
     if trainer.is_world_process_zero():
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if model.config.model_type == "timm_wrapper":
+            weights = {name.removeprefix("timm_model."): value for name, value in weights.items()}
+        model.save_pretrained(folder, state_dict=weights)
+        trainer.processing_class.save_pretrained(folder)
 
 
 def run_facts(trainer: ImageClassificationTrainer, splits: Splits) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,7 @@ PACKAGES = (
     "timm",
     "huggingface_hub",
 )
-# What a stranger needs to use and judge the model; no checkpoint, no pickle, no config with local paths.
+# What a stranger needs to use and judge the model; no checkpoint, pickle, or config with paths.
 PUSHED_FILES = [
     "config.json",
     "*.safetensors*",
@@ -35,6 +36,7 @@ PUSHED_FILES = [
     "metrics.json",
     "*.py",
 ]
+UNPUSHED_FILES = ["*/*"]  # a pattern's * matches slashes too: nothing from checkpoints
 BASE_MODELS = {"bundled/efficientnet_lite0": "timm/tf_efficientnet_lite0.in1k"}
 
 TEMPLATE = """---
@@ -58,7 +60,7 @@ classify("image.png")
 
 {{ results }}
 
-Validation is what chose the checkpoint; test was not read before the end of the run.
+{{ selection }}
 
 ## Data
 
@@ -145,7 +147,8 @@ def render_model_card(
         eval_results=[
             EvalResult(
                 task_type="image-classification", dataset_type=dataset, dataset_name=dataset,
-                dataset_split=split, metric_type="accuracy", metric_value=round(figures["accuracy"], 6),
+                dataset_split=split, metric_type="accuracy",
+                metric_value=round(figures["accuracy"], 6),
             )
             for split, figures in metrics.items()
         ],
@@ -157,6 +160,8 @@ def render_model_card(
         if name not in hidden and value is not None and not _is_path(value)
     }  # fmt: skip
     seconds = facts["train_seconds"]
+    start = "trained from random weights" if base.startswith("scratch/") else "fine-tuned"
+    own_validation = splits.validation.source_split != splits.train.source_split
     card = ModelCard.from_template(
         card_data,
         template_str=TEMPLATE,
@@ -164,18 +169,25 @@ def render_model_card(
         repo_id=repo_id,
         custom_code=", trust_remote_code=True" if custom_code else "",
         summary=(
-            f"`{base}` fine-tuned to tell {len(splits.id2label)} classes of `{dataset}`: "
+            f"`{base}`, {start} to tell {len(splits.id2label)} classes of `{dataset}`: "
             + ", ".join(splits.id2label.values()) + "."
         ),
         results=_results_table(metrics),
+        selection=(
+            ("Validation chose the checkpoint; test" if config.train.load_best_model_at_end
+             else "Test") + " was not read before the end of the run."
+        ),
         data=(
-            f"`{dataset}`: {len(splits.train):,} images to train on, {len(splits.validation):,} for validation, "
-            f"stratified, split seed {config.data.split_seed}. Split hash (SHA-256 over row ids and labels): "
-            f"`{splits.hash}`."
+            f"`{dataset}`: {len(splits.train):,} images to train on, "
+            f"{len(splits.validation):,} for validation, "
+            + ("the data set's own validation split. " if own_validation else
+               f"stratified, split seed {config.data.split_seed}. ")
+            + f"Split hash (SHA-256 over row ids and labels): `{splits.hash}`."
         ),
         procedure=(
-            f"{facts['trainable']}. {facts['steps']:,} steps in {seconds:,.0f} s on {facts['device']}, "
-            f"{facts['processes']} process{'es' if facts['processes'] > 1 else ''}. "
+            f"{facts['trainable']}. {facts['steps']:,} steps in {seconds:,.0f} s on "
+            f"{facts['device']}, {facts['processes']} "
+            f"process{'es' if facts['processes'] > 1 else ''}. "
             f"Seed {config.train.seed}. Options:\n\n"
             + _table(("option", "value"), [(f"`{k}`", f"`{v}`") for k, v in shown.items()])
         ),
@@ -213,7 +225,7 @@ def _table(header: tuple[str, ...], rows: list[tuple]) -> str:
 
 
 def prepare_push(config: RunConfig) -> None:
-    """Fail before training if the push at its end could not work: create the repo, or see that it is there.
+    """Create the repo, or see that it is there: fail before training if the push could not work.
 
     Raises: UserError for no network, no token, or a refusal by the Hub.
     """
@@ -255,18 +267,25 @@ def push_run(config: RunConfig) -> str:
     folder = config.train.output_dir
     try:
         repo = _create_repo(config)
+        # Only now is the user's own namespace known, where --hub_model_id leaves it out.
+        card = Path(folder) / "README.md"
+        card.write_text(card.read_text().replace(f'"{_repo_name(config)}"', f'"{repo.repo_id}"'))
         huggingface_hub.HfApi(token=config.train.hub_token).upload_folder(
             repo_id=repo.repo_id,
             folder_path=folder,
             allow_patterns=PUSHED_FILES,
-            ignore_patterns=["*/*"],
+            ignore_patterns=list(UNPUSHED_FILES),
             revision=config.train.hub_revision,
             commit_message="Fine-tuned with hf_cifar",
         )
     except Exception as error:  # as above
         name = _repo_name(config)
+        retry = ["hf", "upload", name, str(folder), "."]
+        retry += [part for pattern in PUSHED_FILES for part in ("--include", pattern)]
+        retry += [part for pattern in UNPUSHED_FILES for part in ("--exclude", pattern)]
+        retry += ["--revision", config.train.hub_revision] if config.train.hub_revision else []
         raise UserError(
-            f"push to {name} failed ({_reason(error)}); the model is saved in {folder}; retry with: hf upload "
-            f"{name} {folder} . " + " ".join(f"--include '{pattern}'" for pattern in PUSHED_FILES)
+            f"push to {name} failed ({_reason(error)}); the model is saved in {folder}; "
+            f"retry with: {shlex.join(retry)}"
         ) from None
     return str(repo)

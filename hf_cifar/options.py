@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
@@ -283,7 +283,7 @@ def parse_dataclasses(
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
-        list(classes), prog=prog, allow_abbrev=False, exit_on_error=False, **parser_options
+        list(classes), prog=prog, allow_abbrev=False, **parser_options
     )
 
     def fail(message: str) -> None:
@@ -291,5 +291,17 @@ def parse_dataclasses(
 
     parser.error = fail
     return parser.parse_args_into_dataclasses(
-        list(tokens), return_remaining_strings=True, look_for_args_file=False
+        _explicit_flags(classes, tokens), return_remaining_strings=True, look_for_args_file=False
     )
+
+
+def _explicit_flags(classes: Sequence[type], tokens: Sequence[str]) -> list[str]:
+    """Write a bare `--flag` as `--flag true`: the parser would take a file name behind it for its value."""
+    hints = {name: hint for c in classes for name, hint in get_type_hints(c).items()}
+    explicit = []
+    for token, following in zip(tokens, [*tokens[1:], ""], strict=False):
+        explicit.append(token)
+        is_flag = token.startswith("--") and hints.get(token[2:].replace("-", "_")) is bool
+        if is_flag and following.lower() not in ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0"):
+            explicit.append("true")
+    return explicit

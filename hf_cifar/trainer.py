@@ -14,6 +14,7 @@ from hf_cifar.callbacks import TrainingLines, TrainingProgress
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.store import take_batch
 from hf_cifar.data.transforms import RandomView
+from hf_cifar.errors import UserError
 from hf_cifar.evaluation.metrics import compute_training_metrics
 from hf_cifar.models.layers import eval_frozen_norms
 from hf_cifar.optim import decay_parameter_names
@@ -89,3 +90,22 @@ class ImageClassificationTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """A checkpoint's weights, under the names that they have in memory.
+
+        The parent writes those of a ViT under their old names, then reads them back with strict=False:
+        a resumed run, or the best checkpoint at the end, would silently lack them (transformers 5.23).
+        """
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model.save_pretrained(
+                output_dir or self.args.output_dir, state_dict=state_dict, save_original_format=False
+            )
+            self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint that lacks weights of the model, or has others, is no checkpoint of this run."""
+        wrong = [*load_result.missing_keys, *load_result.unexpected_keys]
+        if wrong:
+            raise UserError(f"the checkpoint is of another model: {len(wrong)} weights differ, first {wrong[0]}")

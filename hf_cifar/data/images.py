@@ -32,7 +32,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image)
         scale = 255.0 if grey.max() <= 1 else 1.0
         return Image.fromarray((grey * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode == "La":  # Pillow brings it to LA and to nothing else
+        image = image.convert("LA")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(canvas, image).convert("RGB")
@@ -55,7 +57,7 @@ def decode_image(source: bytes | str | os.PathLike | Image.Image) -> np.ndarray:
         raise UserError("cannot read image: not a known image format") from None
     except Image.DecompressionBombError as error:
         raise UserError(f"cannot read image: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+    except Exception as error:  # Pillow's decoders fail on damaged bytes in many ways
         raise UserError(f"cannot read image: {' '.join(str(error).split())}") from None
 
 

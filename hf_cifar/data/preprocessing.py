@@ -131,6 +131,14 @@ class Preprocessing:
 
         return replace(self, resize=scaled(self.resize), crop=scaled(self.crop))
 
+    def uncropped(self) -> Preprocessing:
+        """The same resizing before its crop: `view` of what this gives is `view` of the image itself."""
+        if self.crop is None or self.resize is None:
+            return self
+        if isinstance(self.resize, tuple):
+            return replace(self, crop=None)
+        return replace(self, crop=tuple(max(self.resize, side) for side in self.crop))
+
     def box(self, height: int, width: int) -> Tensor:
         """The part [1, 4] of a height x width image that the model sees: (top, left, bottom, right)."""
         if self.resize is None:
@@ -143,8 +151,8 @@ class Preprocessing:
         else:
             resized = self.resize
         crop = self.crop or resized
-        top = int(round((resized[0] - crop[0]) / 2.0))
-        left = int(round((resized[1] - crop[1]) / 2.0))
+        top = round((resized[0] - crop[0]) / 2.0)
+        left = round((resized[1] - crop[1]) / 2.0)
         rows, columns = height / resized[0], width / resized[1]
         return torch.tensor(
             [[top * rows, left * columns, (top + crop[0]) * rows, (left + crop[1]) * columns]]

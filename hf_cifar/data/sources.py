@@ -37,9 +37,15 @@ def load_source(config: DataConfig) -> DatasetDict:
         splits = _load_local(Path(name).expanduser(), config)
     else:
         splits = _load_hub(name, config)
-    splits = DatasetDict({split: rows for split, rows in splits.items() if len(rows)})
-    if not splits:
-        raise UserError(f"data set {name} holds no images")
+    empty = [split for split, rows in splits.items() if not len(rows)]
+    if empty or not splits:
+        raise UserError(
+            f"split {(empty or ['train'])[0]} of {name} holds no images; add some or remove it"
+        )
+    # Train comes first: it says which columns and classes there are.
+    splits = DatasetDict(
+        {split: splits[split] for split in sorted(splits, key=lambda s: s != "train")}
+    )
     return _standard_columns(splits, config)
 
 
@@ -110,11 +116,15 @@ def _load_local(path: Path, config: DataConfig) -> DatasetDict:
             "cifar-10/100 tar.gz"
         )
     with quiet_datasets():
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            saved = datasets.load_from_disk(str(path))
-            return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         try:
+            if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+                saved = datasets.load_from_disk(str(path))
+                return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
             return datasets.load_dataset(str(path), config.dataset_config_name)
+        except IndexError:  # what load_from_disk makes of a split without rows
+            raise UserError(
+                f"a split of {config.dataset_name} holds no images; save it without empty splits"
+            ) from None
         except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise UserError(
                 f"cannot load data set {config.dataset_name}: {_first_line(error)}"
@@ -199,8 +209,8 @@ def _standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
             rows = rows.rename_columns({"_image": "image", "_label": "label"})
         with quiet_datasets():
             rows = rows.cast_column("image", Image(decode=False))
-        if split == "test" and set(rows.unique("label")) <= {-1, None}:
-            continue  # hidden labels: such a split can be predicted, not evaluated
+        if split not in ("train", "validation") and set(rows.unique("label")) <= {-1, None}:
+            continue  # hidden labels: such a split can be neither trained on nor evaluated
         if names is None:
             names = _class_names(rows, split)
         standard[split] = _with_class_labels(rows, names, split)
@@ -223,8 +233,14 @@ def _find_column(features: Features, kind: type, asked: str | None, role: str) -
     if len(found) > 1:
         raise UserError(f"several {role} columns: {found}; choose one with {flag}")
     if not found:
-        word = "an image column" if role == "image" else "a class label column"
-        raise UserError(f"none of the columns {list(features)} is {word}; name it with {flag}")
+        word, advice = (
+            ("an image column", "")
+            if role == "image"
+            else ("a class label column", ", or put images into one folder per class")
+        )
+        raise UserError(
+            f"none of the columns {list(features)} is {word}; name it with {flag}{advice}"
+        )
     return found[0]
 
 

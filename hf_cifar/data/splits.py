@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from sklearn.model_selection import StratifiedShuffleSplit
 
 from hf_cifar.data.images import decode_cell, decode_cells
 from hf_cifar.data.sources import load_source
@@ -180,9 +179,12 @@ def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -
 def _train_name(source: DatasetDict) -> str:
     if "train" in source:
         return "train"
-    if len(source) == 1:
+    # A lone split is to be trained on, whatever its name, unless the name says that it is not.
+    if len(source) == 1 and not {"test", *VALIDATION_NAMES}.intersection(source):
         return next(iter(source))
-    raise UserError(f"no train split among {list(source)}")
+    raise UserError(
+        f"no train split among {list(source)}; name one of them train, or pass its folder alone"
+    )
 
 
 def _split(name: str, rows: Dataset, source_split: str, row_ids: Sequence[int]) -> Split:
@@ -203,24 +205,26 @@ def _stratified(
         )
     # At least one validation image a class, and one left for training.
     size = min(max(round(len(labels) * share), len(names)), len(labels) - len(names))
-    splitter = StratifiedShuffleSplit(n_splits=1, test_size=size, random_state=seed)
-    first, second = next(splitter.split(labels, labels))
-    return np.sort(first), np.sort(second)
+    second = _stratified_choice(labels, size, seed, spare=1)
+    return np.setdiff1d(np.arange(len(labels)), second), second
 
 
-def _stratified_choice(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """`size` row numbers, sorted, with every class present in proportion (largest remainder, at least one)."""
+def _stratified_choice(labels: np.ndarray, size: int, seed: int, spare: int = 0) -> np.ndarray:
+    """`size` row numbers, sorted, with every class present in proportion (largest remainder, at least one).
+
+    spare: how many rows of each class are left over, at least.
+    """
     generator = np.random.default_rng(seed)
     classes, counts = np.unique(labels, return_counts=True)
     exact = counts * size / len(labels)
-    take = np.maximum(np.floor(exact).astype(int), 1)
+    take = np.clip(np.floor(exact).astype(int), 1, counts - spare)
     order = np.argsort(-(exact - np.floor(exact)), kind="stable")
     while take.sum() != size:
         step = 1 if take.sum() < size else -1
         for i in order if step > 0 else order[::-1]:
             if take.sum() == size:
                 break
-            if (step > 0 and take[i] < counts[i]) or (step < 0 and take[i] > 1):
+            if (step > 0 and take[i] < counts[i] - spare) or (step < 0 and take[i] > 1):
                 take[i] += step
     chosen = [
         generator.permutation(np.flatnonzero(labels == c))[:n]

@@ -80,7 +80,7 @@ def build_store(split: Split, preprocessing: Preprocessing, *, augmented: bool) 
     if split.pixels is not None:
         return ResidentStore(split)
     return StreamedStore(
-        split, preprocessing.enlarged(STREAMED_MARGIN) if augmented else preprocessing
+        split, preprocessing.enlarged(STREAMED_MARGIN) if augmented else preprocessing.uncropped()
     )
 
 

@@ -102,12 +102,12 @@ def resample(
 
 
 def affine_sample(images: Tensor, boxes: Tensor, angles: Tensor, size: tuple[int, int]) -> Tensor:
-    """As `resample`, with each box turned by its angle about its own centre; one bicubic grid sample.
+    """As `resample`, with the content of each box turned about its centre; one bicubic grid sample.
 
-    images [N, C, H, W]; boxes [N, 4]; angles [N] in radians, counter-clockwise on the screen. What lies
-    outside the image is its mirror image. Returns float [N, C, h, w], 0..255.
+    images [N, C, H, W]; boxes [N, 4]; angles [N] in radians: the content turns counter-clockwise on
+    the screen. What lies outside the image is its mirror image. Returns float [N, C, h, w], 0..255.
     """
-    num_images, channels, height, width = images.shape
+    height, width = images.shape[-2:]
     top, left, bottom, right = boxes.to(images.device, torch.float32).unbind(dim=1)
     angles = angles.to(images.device, torch.float32)
     # A grid sample takes single pixels: shrink first where it would skip some.

@@ -65,6 +65,10 @@ def precision_recall_f1(confusion: Array) -> dict[str, Array]:
 
 def average(per_class: Array, confusion: Array, how: str) -> float:
     """Mean over the classes that occur in truth or prediction: "macro" counts each once, "weighted" by size."""
+    if how not in ("macro", "weighted"):
+        raise ValueError(
+            f"no average {how!r}; it is macro, weighted, or None for one value a class"
+        )
     actual = confusion.sum(axis=1)
     present = (actual + confusion.sum(axis=0)) > 0
     weights = present if how == "macro" else actual

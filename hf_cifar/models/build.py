@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -40,6 +43,11 @@ ARTICLE_MODELS = {
     "article_mlp": (ArticleMLPConfig, ArticleMLPForImageClassification),
 }
 ARTICLE_IMAGE_SIZE = 32
+# What transformers, timm and safetensors raise for a checkpoint that is missing, broken or of another kind.
+LOAD_ERRORS = (
+    OSError, ImportError, KeyError, TypeError, ValueError, RuntimeError, AssertionError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
 
 
 class Classifier(NamedTuple):
@@ -63,9 +71,9 @@ def build_model(config: ModelConfig, id2label: dict[int, str]) -> Classifier:
             classifier, new = _build_bundled(name.removeprefix(BUNDLED), config, id2label)
         else:
             classifier, new = _load_pretrained(config, id2label)
-    except (OSError, ImportError, KeyError, ValueError, RuntimeError, AssertionError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except LOAD_ERRORS as error:
         raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
     model = classifier.model
     _check_forward(model, classifier.image_processor, config)
@@ -82,22 +90,25 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> Classifier
 
     Raises: UserError if there is no such model.
     """
-    _check_reachable(name)
     try:
+        _check_reachable(name)
         model = AutoModelForImageClassification.from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ImportError, KeyError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except LOAD_ERRORS as error:
         raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
     return Classifier(model, processor)
 
 
 def _load_pretrained(config: ModelConfig, id2label: dict[int, str]) -> tuple[Classifier, set[str]]:
     name = config.model_name_or_path
-    _check_reachable(name)
+    revision = config.model_revision or "main"
+    _check_reachable(name, revision)
     options = {
-        "revision": config.model_revision or "main",
+        "revision": revision,
         "trust_remote_code": config.trust_remote_code,
     }
     checkpoint = AutoConfig.from_pretrained(name, **options)
@@ -109,7 +120,12 @@ def _load_pretrained(config: ModelConfig, id2label: dict[int, str]) -> tuple[Cla
         # timm.create_model(num_classes=...) leaves it there, and transformers would pass it twice.
         target.model_args = {k: v for k, v in target.model_args.items() if k != "num_classes"}
     model, loading = AutoModelForImageClassification.from_pretrained(
-        name, config=target, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        name,
+        config=target,
+        dtype=torch.float32,  # training in the float16 of a checkpoint would lose small steps
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
     )
     mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
     new = set(loading["missing_keys"]) | mismatched
@@ -207,7 +223,13 @@ def _resize_timm(model: PreTrainedModel, size: int, config: ModelConfig) -> None
         model.config.model_args or {}
     ).get("img_size"):
         return
-    model.timm_model.set_input_size(img_size=(size, size))
+    try:
+        model.timm_model.set_input_size(img_size=(size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"--image_size {size}: timm's {model.config.architecture} cannot take it "
+            f"({_one_line(error)}); pass another"
+        ) from None
     model.config.model_args = {**(model.config.model_args or {}), "img_size": size}
 
 
@@ -293,12 +315,19 @@ def _check_forward(
     model.train(was_training)
 
 
-def _check_reachable(name: str) -> None:
+def _check_reachable(name: str, revision: str = "main") -> None:
     if looks_like_path(name):
         if not (Path(name).expanduser() / "config.json").is_file():
             raise UserError(f"no model in {name}: there is no config.json in such a folder")
         return
     require_network(f"model {name}")
+    if constants.HF_HUB_OFFLINE and not isinstance(
+        try_to_load_from_cache(name, "config.json", revision=revision), str
+    ):
+        raise UserError(
+            f"model {name} is not in the cache, and HF_HUB_OFFLINE=1 forbids the network; unset it, or "
+            "pass a local folder or bundled/efficientnet_lite0"
+        )
 
 
 def _label2id(id2label: dict[int, str]) -> dict[str, int]:

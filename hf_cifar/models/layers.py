@@ -55,7 +55,10 @@ def backbone_blocks(model: PreTrainedModel) -> list[str]:
 
 
 def _timm_blocks(model: PreTrainedModel) -> list[str]:
-    """Blocks by timm's own `group_matcher`: what its pattern for `blocks` matches, once each."""
+    """Blocks by timm's own `group_matcher`: the first prefix of each number that its `blocks` match.
+
+    DenseNet's `denseblock1` and `transition1` are one stage.
+    """
     timm_model = model.timm_model
     if not hasattr(timm_model, "group_matcher"):
         raise UserError(
@@ -63,19 +66,18 @@ def _timm_blocks(model: PreTrainedModel) -> list[str]:
         )
     patterns = timm_model.group_matcher(coarse=True).get("blocks", [])
     patterns = [patterns] if isinstance(patterns, str) else [p[0] for p in patterns]
-    blocks: list[str] = []
+    blocks: dict[tuple, str] = {}
     for name, _ in timm_model.named_parameters():
         for pattern in patterns:
             match = re.match(pattern, name)
             if match and any(group and group.isdigit() for group in match.groups()):
-                block = f"timm_model.{match.group(0).rstrip('.')}."
-                if block not in blocks:
-                    blocks.append(block)
+                prefix = f"timm_model.{match.group(0).rstrip('.')}."
+                blocks.setdefault((pattern, *match.groups()), prefix)
     if not blocks:
         raise UserError(
             f"timm's {model.config.architecture} has no stages; use --freeze none or backbone"
         )
-    return blocks
+    return list(blocks.values())
 
 
 def freeze(model: PreTrainedModel, what: str) -> None:

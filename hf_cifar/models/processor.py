@@ -13,6 +13,7 @@ def timm_processor(config: PreTrainedConfig, size: int) -> BaseImageProcessor:
         TimmWrapperImageProcessor,
     )
 
+    config.model_args = config.model_args or {}  # timm refuses a null in a local folder's config
     config.pretrained_cfg = {
         **config.pretrained_cfg,
         "input_size": [3, size, size],

@@ -1,0 +1,36 @@
+# `make quickstart` and `make test` set up .venv themselves; everything else assumes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: quickstart test quality style docs clean
+
+quickstart: $(VENV)/installed
+	rm -rf outputs/quickstart
+	$(BIN)/hf-cifar finetune --recipe quickstart --output_dir outputs/quickstart
+	$(BIN)/python scripts/quickstart_image.py outputs/quickstart/digit.png
+	$(BIN)/hf-cifar predict --model_name_or_path outputs/quickstart --top_k 3 outputs/quickstart/digit.png
+
+test: $(VENV)/installed quality
+	$(BIN)/pytest -n 2 -q
+
+quality: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+style: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/installed
+	$(BIN)/python scripts/option_table.py
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[bundled,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs

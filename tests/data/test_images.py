@@ -1,0 +1,276 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_cifar.data.images import decode_cell, decode_cells, decode_image, list_images, pnm_bytes
+from hf_cifar.errors import UserError
+
+GENERATOR = np.random.default_rng(0)
+RGB = GENERATOR.integers(0, 256, (6, 10, 3), dtype=np.uint8)
+GREY = GENERATOR.integers(0, 256, (6, 10), dtype=np.uint8)
+ALPHA = GENERATOR.integers(0, 256, (6, 10), dtype=np.uint8)
+
+
+def encode(image, form="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def grey_rgb(grey):
+    return np.repeat(np.asarray(grey)[..., None], 3, axis=2)
+
+
+def over_white(rgb, alpha):
+    share = alpha[..., None] / 255
+    return rgb * share + 255 * (1 - share)
+
+
+def close(found, expected, tolerance=0):
+    assert found.dtype == np.uint8
+    assert found.shape == np.shape(expected)
+    return np.abs(found.astype(float) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "BMP", "PPM"])
+def test_rgb_is_unchanged(form):
+    assert close(decode_image(encode(Image.fromarray(RGB), form)), RGB)
+
+
+def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(RGB).save(path)
+    sources = [path, str(path), path.read_bytes(), Image.open(path), Image.fromarray(RGB)]
+    assert all(close(decode_image(source), RGB) for source in sources)
+
+
+def test_grey_becomes_equal_channels():
+    assert close(decode_image(encode(Image.fromarray(GREY))), grey_rgb(GREY))
+
+
+def test_one_bit_becomes_black_and_white():
+    bits = GREY > 127
+    assert close(decode_image(encode(Image.fromarray(bits))), grey_rgb(bits * 255))
+
+
+def test_palette_is_looked_up():
+    image = Image.fromarray(RGB).quantize(16)
+    assert close(decode_image(encode(image)), np.asarray(image.convert("RGB")))
+
+
+def test_transparent_palette_entry_is_white():
+    image = Image.fromarray(RGB).quantize(16)
+    clear = int(np.asarray(image)[2, 3])
+    expected = np.asarray(image.convert("RGB")).copy()
+    expected[np.asarray(image) == clear] = 255
+    assert close(decode_image(encode(image, transparency=clear)), expected)
+
+
+def test_half_transparent_palette_is_blended_over_white():
+    image = Image.fromarray(RGB).quantize(4)
+    alphas = np.array([0, 80, 200, 255], np.uint8)
+    expected = over_white(np.asarray(image.convert("RGB")), alphas[np.asarray(image)])
+    assert close(decode_image(encode(image, transparency=alphas.tobytes())), expected, 1)
+
+
+def test_transparent_colour_of_an_rgb_image_is_white():
+    expected = RGB.copy()
+    expected[1, 2] = 255
+    colour = tuple(int(v) for v in RGB[1, 2])
+    assert close(decode_image(encode(Image.fromarray(RGB), transparency=colour)), expected)
+
+
+def test_rgba_lies_over_white():
+    image = Image.fromarray(np.dstack((RGB, ALPHA)))
+    assert close(decode_image(encode(image)), over_white(RGB, ALPHA), 1)
+
+
+def test_grey_with_alpha_lies_over_white():
+    image = Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(ALPHA)))
+    assert close(decode_image(encode(image)), over_white(grey_rgb(GREY), ALPHA), 1)
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La", "PA"])
+def test_rare_alpha_modes_lie_over_white(mode):
+    if mode == "PA":
+        image = Image.fromarray(RGB).quantize(16).convert("PA")
+        image.putalpha(0)
+    else:
+        straight = "RGBA" if mode == "RGBa" else "LA"
+        image = Image.new(straight, (10, 6), 0).convert(mode)
+    assert close(decode_image(image), np.full((6, 10, 3), 255))
+
+
+@pytest.mark.parametrize("form", ["TIFF", "JPEG"])
+def test_cmyk_is_inverted_ink(form):
+    ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # no cyan, full magenta and yellow: red
+    options = {"quality": 100} if form == "JPEG" else {}
+    assert close(decode_image(encode(ink, form, **options)), np.full((8, 8, 3), (255, 0, 0)), 3)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_sixteen_bit_is_rescaled_not_clipped(form):
+    ramp = np.linspace(0, 65535, 60).round().astype(np.uint16).reshape(6, 10)
+    found = decode_image(encode(Image.fromarray(ramp), form))
+    assert close(found, grey_rgb((ramp / 257.0).round()))
+    assert len(np.unique(found)) == 60
+
+
+def test_big_endian_sixteen_bit_tiff_is_rescaled():
+    ramp = np.linspace(0, 65535, 60).round().astype(np.uint16).reshape(6, 10)
+    image = Image.frombytes("I;16B", (10, 6), ramp.astype(">u2").tobytes())
+    assert close(decode_image(encode(image, "TIFF")), grey_rgb((ramp / 257.0).round()))
+
+
+def test_sixteen_bit_pgm_is_rescaled():
+    ramp = np.linspace(0, 65535, 60).round().astype(np.uint16).reshape(6, 10)
+    raw = b"P5 10 6 65535\n" + ramp.astype(">u2").tobytes()
+    assert close(decode_image(raw), grey_rgb((ramp / 257.0).round()))
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0])
+def test_float_tiff_is_rescaled(top):
+    ramp = np.linspace(0, top, 60, dtype=np.float32).reshape(6, 10)
+    found = decode_image(encode(Image.fromarray(ramp), "TIFF"))
+    assert close(found, grey_rgb((ramp / top * 255).round()), 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    # How each stored picture is to be turned or mirrored for display (EXIF 2.3, tag 0x0112).
+    upright = [
+        lambda a: a,
+        lambda a: a[:, ::-1],
+        lambda a: a[::-1, ::-1],
+        lambda a: a[::-1],
+        lambda a: a.transpose(1, 0, 2),
+        lambda a: np.rot90(a, -1),
+        lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        lambda a: np.rot90(a, 1),
+    ][orientation - 1](RGB)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for form in ("PNG", "TIFF"):
+        assert close(decode_image(encode(Image.fromarray(RGB), form, exif=exif)), upright)
+
+
+def test_exif_orientation_of_a_jpeg_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    raw = encode(Image.fromarray(RGB), "JPEG", exif=exif)
+    stored = np.asarray(Image.open(io.BytesIO(raw)))
+    assert close(decode_image(raw), np.rot90(stored, -1))
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
+def test_animation_gives_its_first_frame(form):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    lossless = {"lossless": True} if form == "WEBP" else {}
+    raw = encode(frames[0], form, save_all=True, append_images=frames[1:], duration=50, **lossless)
+    with Image.open(io.BytesIO(raw)) as image:
+        assert image.n_frames == 3
+        image.seek(2)
+        assert close(decode_image(image), np.full((8, 8, 3), (255, 0, 0)))
+    assert close(decode_image(raw), np.full((8, 8, 3), (255, 0, 0)))
+
+
+def test_decoding_leaves_the_callers_image_alone():
+    image = Image.fromarray(np.dstack((RGB, ALPHA)))
+    decode_image(image)
+    assert image.mode == "RGBA"
+    assert (np.asarray(image) == np.dstack((RGB, ALPHA))).all()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_files_give_user_errors_and_no_other():
+    generator = np.random.default_rng(1)
+    image = Image.fromarray(RGB)
+    refused = 0
+    for form in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "DDS", "PCX", "TGA"):
+        whole = encode(image, form)
+        for _ in range(40):
+            damaged = bytearray(whole[: generator.integers(1, len(whole) + 1)])
+            for _ in range(generator.integers(0, 5)):
+                damaged[generator.integers(len(damaged))] = generator.integers(256)
+            try:
+                assert decode_image(bytes(damaged)).shape[2] == 3
+            except UserError as error:
+                assert str(error).startswith("cannot read image: ")
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 50
+
+
+def test_unknown_dds_pixels_are_a_user_error():
+    # Pillow raises NotImplementedError here, which is no OSError.
+    raw = bytearray(encode(Image.fromarray(RGB), "DDS"))
+    raw[80:84] = (17).to_bytes(4, "little")
+    with pytest.raises(UserError, match="cannot read image: Unknown pixel format"):
+        decode_image(bytes(raw))
+
+
+def test_text_is_not_an_image():
+    with pytest.raises(UserError, match="cannot read image: not a known image format"):
+        decode_image(b"<html>not found</html>")
+
+
+def test_truncated_image_is_refused():
+    raw = encode(Image.fromarray(np.tile(RGB, (8, 8, 1))), "JPEG")
+    with pytest.raises(UserError, match=r"cannot read image: .*truncated"):
+        decode_image(raw[: len(raw) // 2])
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no image file .*cat\.png"):
+        decode_image(tmp_path / "cat.png")
+
+
+def test_decompression_bomb_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UserError, match=r"cannot read image: .*exceeds limit"):
+        decode_image(encode(Image.fromarray(RGB)))
+
+
+def test_cell_with_bytes_or_path(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(RGB).save(path)
+    assert close(decode_cell({"bytes": path.read_bytes(), "path": "elsewhere.png"}), RGB)
+    assert close(decode_cell({"bytes": None, "path": str(path)}), RGB)
+
+
+@pytest.mark.parametrize("cell", [None, {"bytes": None, "path": None}, {"bytes": b"", "path": ""}])
+def test_empty_cell_is_refused(cell):
+    with pytest.raises(UserError, match="the cell is empty"):
+        decode_cell(cell)
+
+
+def test_cells_keep_their_order_and_errors_their_place():
+    images = [np.full((4, 4, 3), value, np.uint8) for value in range(40)]
+    cells = [{"bytes": encode(Image.fromarray(image)), "path": None} for image in images]
+    cells[17] = {"bytes": b"broken", "path": None}
+    found = list(decode_cells(cells))
+    assert isinstance(found[17], UserError)
+    assert all(
+        close(got, image)
+        for i, (got, image) in enumerate(zip(found, images, strict=True))
+        if i != 17
+    )
+
+
+@pytest.mark.parametrize("pixels", [RGB, GREY], ids=["rgb", "grey"])
+def test_pnm_bytes_decode_to_themselves(pixels):
+    expected = pixels if pixels.ndim == 3 else grey_rgb(pixels)
+    assert close(decode_image(pnm_bytes(pixels)), expected)
+
+
+def test_list_images_finds_images_alone_sorted(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("z.PNG", "a.jpg", "b/c.webp"):
+        Image.fromarray(RGB).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path)] == [
+        "a.jpg", "b/c.webp", "z.PNG",
+    ]  # fmt: skip

@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    ConvNextImageProcessor,
+    DeiTImageProcessor,
+    EfficientNetImageProcessor,
+    ViTImageProcessor,
+)
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import (
+    TimmWrapperImageProcessor,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from hf_cifar.data.preprocessing import Preprocessing
+from hf_cifar.errors import UserError
+
+SIZES = [(32, 32), (64, 96), (150, 101)]
+
+
+def timm(**changes):
+    config = {
+        "input_size": [3, 64, 64], "interpolation": "bicubic", "crop_pct": 1.0,
+        "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+    }  # fmt: skip
+    return TimmWrapperImageProcessor(pretrained_cfg=config | changes, architecture="resnet18")
+
+
+SQUARE = {"height": 64, "width": 64}
+PROCESSORS = {
+    "vit": ViTImageProcessor(size=SQUARE),
+    "vit bicubic": ViTImageProcessor(size=SQUARE, resample=3),
+    "vit wide": ViTImageProcessor(size={"height": 48, "width": 80}),
+    "vit pil": ViTImageProcessorPil(size=SQUARE),
+    "vit without normalisation": ViTImageProcessor(size=SQUARE, do_normalize=False),
+    "vit without rescaling": ViTImageProcessor(size=SQUARE, do_rescale=False),
+    "convnext crop": ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+    "convnext whole": ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=1.0),
+    "convnext squash": ConvNextImageProcessor(size={"shortest_edge": 384}),
+    "deit": DeiTImageProcessor(size={"height": 73, "width": 73}, crop_size=SQUARE),
+    "efficientnet": EfficientNetImageProcessor(size=SQUARE, resample=3),
+    "clip": CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=SQUARE),
+    "clip crop": CLIPImageProcessor(size={"shortest_edge": 73}, crop_size=SQUARE),
+    "timm whole": timm(),
+    "timm crop": timm(crop_pct=0.875),
+    "timm squash": timm(crop_pct=0.875, crop_mode="squash"),
+    "timm bilinear": timm(crop_pct=0.95, interpolation="bilinear"),
+    "timm wide": timm(input_size=[3, 48, 80], crop_pct=0.9),
+}
+
+
+def tensor(image):
+    return torch.tensor(np.asarray(image)).permute(2, 0, 1)[None]
+
+
+def levels(preprocessing):
+    """What one level of 0..255 is worth in normalised units, by channel."""
+    return preprocessing.rescale_factor / torch.tensor(preprocessing.std).view(1, 3, 1, 1)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_agrees_with_the_image_processor(photo, name, size):
+    image = photo(*size)
+    preprocessing = Preprocessing.from_image_processor(PROCESSORS[name])
+    expected = PROCESSORS[name](image, return_tensors="pt")["pixel_values"]
+    found = preprocessing(tensor(image))
+    assert found.shape == expected.shape
+    assert found.shape[-2:] == preprocessing.size
+    assert ((found - expected) / levels(preprocessing)).abs().max() <= 1.5
+    assert ((found - expected) / levels(preprocessing)).abs().mean() <= 0.5
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_agrees_on_noise_but_for_roundings(name):
+    generator = np.random.default_rng(0)
+    image = torch.tensor(generator.integers(0, 256, (1, 3, 32, 32), dtype=np.uint8))
+    preprocessing = Preprocessing.from_image_processor(PROCESSORS[name])
+    picture = Image.fromarray(image[0].permute(1, 2, 0).numpy())
+    expected = PROCESSORS[name](picture, return_tensors="pt")
+    difference = (preprocessing(image) - expected["pixel_values"]) / levels(preprocessing)
+    assert difference.abs().mean() <= 0.5
+
+
+def test_batches_are_processed_image_by_image(photo):
+    images = torch.cat([tensor(photo(40, 60, seed)) for seed in range(3)])
+    preprocessing = Preprocessing.from_image_processor(PROCESSORS["timm crop"])
+    together = preprocessing(images)
+    for n in range(3):
+        assert torch.allclose(together[n], preprocessing(images[n : n + 1])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_uncropped_loses_nothing(photo, name, size):
+    """A view of the uncropped view is the view of the image, to a rounding: streaming relies on it."""
+    image = tensor(photo(*size))
+    preprocessing = Preprocessing.from_image_processor(PROCESSORS[name])
+    early = preprocessing.uncropped().view(image).round().to(torch.uint8)
+    assert (preprocessing.view(early) - preprocessing.view(image)).abs().max() <= 1.0
+
+
+def test_image_of_the_right_size_is_left_alone(photo):
+    image = tensor(photo(64, 64))
+    preprocessing = Preprocessing.from_image_processor(PROCESSORS["vit"])
+    assert torch.equal(preprocessing.view(image), image.float())
+
+
+def test_enlarged_sees_the_same_part(photo):
+    image = tensor(photo(128, 160))
+    preprocessing = Preprocessing.from_image_processor(PROCESSORS["timm crop"])
+    large = preprocessing.enlarged(2)
+    assert large.size == (128, 128)
+    small = torch.nn.functional.avg_pool2d(large.view(image), 2)
+    inner = (..., slice(2, -2), slice(2, -2))
+    assert (small - preprocessing.view(image))[inner].abs().max() <= 3
+
+
+def test_timm_random_interpolation_is_bicubic():
+    chosen = Preprocessing.from_image_processor(timm(interpolation="random")).interpolation
+    assert chosen == "bicubic"
+
+
+def test_unknown_processors_are_refused():
+    with pytest.raises(UserError, match="crops with mode 'border'; only center and squash"):
+        Preprocessing.from_image_processor(timm(crop_mode="border"))
+    with pytest.raises(UserError, match="resizes with 'nearest'; known are"):
+        Preprocessing.from_image_processor(ViTImageProcessor(size=SQUARE, resample=0))
+    odd = ViTImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    with pytest.raises(UserError, match=r"resizes by .*longest_edge.*not known here"):
+        Preprocessing.from_image_processor(odd)
+    offset = EfficientNetImageProcessor(size=SQUARE, rescale_offset=True)
+    with pytest.raises(UserError, match="sets rescale_offset, which is not known here"):
+        Preprocessing.from_image_processor(offset)
+
+
+def test_size_left_to_the_image_is_refused():
+    processor = CLIPImageProcessor(size={"shortest_edge": 64}, do_center_crop=False)
+    with pytest.raises(UserError, match="no fixed output size; pass --image_size"):
+        Preprocessing.from_image_processor(processor).size  # noqa: B018

@@ -1,0 +1,157 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import ViTImageProcessor
+
+from hf_cifar.data import splits as splits_module
+from hf_cifar.data.preprocessing import Preprocessing
+from hf_cifar.data.splits import load_splits
+from hf_cifar.data.store import ResidentStore, StreamedStore, build_store, take_batch, to_batch
+from hf_cifar.errors import UserError
+from hf_cifar.options import DataConfig
+
+PREPROCESSING = Preprocessing.from_image_processor(
+    ViTImageProcessor(size={"height": 12, "width": 12}, resample=3)
+)
+CROPPING = Preprocessing(14, (12, 12), "bicubic", (0.5,) * 3, (0.5,) * 3)
+MIXED = ((8, 8), (20, 13), (9, 30))
+
+
+@pytest.fixture
+def train(save, make_rows):
+    """A function (sizes) -> the train split of 22 images, two of them taken for validation."""
+
+    def load(sizes=((8, 8),)):
+        folder = save(train=make_rows([0, 1] * 11, sizes=sizes))
+        return load_splits(DataConfig(dataset_name=str(folder))).train
+
+    return load
+
+
+def read(store, num_workers=0, batch_size=6):
+    loader = DataLoader(
+        store, batch_size=batch_size, num_workers=num_workers, collate_fn=take_batch
+    )
+    batches = list(loader)
+    for batch in batches:
+        assert batch["pixel_values"].dtype == torch.uint8
+        assert batch["labels"].dtype == torch.int64
+        assert len(batch["labels"]) == len(batch["pixel_values"]) <= batch_size
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def test_resident_store_holds_the_pixels(train):
+    split = train()
+    store = build_store(split, PREPROCESSING, augmented=True)
+    assert isinstance(store, ResidentStore)
+    assert len(store) == len(split) == 20
+    found = read(store)
+    assert (found["pixel_values"].permute(0, 2, 3, 1).numpy() == split.pixels).all()
+    assert (found["labels"].numpy() == split.labels).all()
+
+
+def test_streamed_store_resizes_each_image(train):
+    split = train(MIXED)
+    store = build_store(split, PREPROCESSING, augmented=False)
+    assert isinstance(store, StreamedStore)
+    found = read(store)
+    assert found["pixel_values"].shape == (20, 3, 12, 12)
+    assert (found["labels"].numpy() == split.labels).all()
+    for position in range(20):
+        expected = PREPROCESSING.view(to_batch(split.decode(position)))
+        assert torch.equal(found["pixel_values"][position], expected[0].round().to(torch.uint8))
+
+
+@pytest.mark.parametrize("sizes", [((8, 8),), MIXED], ids=["resident", "streamed"])
+def test_workers_change_no_pixel(train, sizes):
+    store = build_store(train(sizes), PREPROCESSING, augmented=True)
+    alone, shared = read(store), read(store, num_workers=2)
+    assert torch.equal(alone["pixel_values"], shared["pixel_values"])
+    assert torch.equal(alone["labels"], shared["labels"])
+
+
+@pytest.mark.parametrize("preprocessing", [PREPROCESSING, CROPPING], ids=["whole", "crop"])
+def test_streamed_and_resident_show_the_model_the_same(train, monkeypatch, preprocessing):
+    split = train()
+    resident = read(build_store(split, preprocessing, augmented=False))
+    monkeypatch.setattr(splits_module, "MEMORY_LIMIT", 0)
+    del split.__dict__["pixels"]
+    store = build_store(split, preprocessing, augmented=False)
+    assert isinstance(store, StreamedStore)
+    streamed = read(store)
+    assert torch.equal(streamed["labels"], resident["labels"])
+    views = [preprocessing.view(batch["pixel_values"]) for batch in (streamed, resident)]
+    assert (views[0] - views[1]).abs().max() <= 0.51
+
+
+def test_crop_is_cut_once(train):
+    """A streamed batch comes to the model through `view`, like any other."""
+    split = train(MIXED)
+    found = CROPPING.view(read(build_store(split, CROPPING, augmented=False))["pixel_values"])
+    for position in range(len(split)):
+        expected = CROPPING.view(to_batch(split.decode(position)))
+        assert (found[position] - expected[0]).abs().max() <= 0.51
+
+
+def test_streamed_training_images_keep_a_margin(train):
+    found = read(build_store(train(MIXED), PREPROCESSING, augmented=True))
+    assert found["pixel_values"].shape == (20, 3, 14, 14)
+
+
+@pytest.mark.parametrize("sizes", [((8, 8),), MIXED], ids=["resident", "streamed"])
+def test_one_item_is_a_batch_of_one(train, sizes):
+    split = train(sizes)
+    store = build_store(split, PREPROCESSING, augmented=False)
+    item = store[3]
+    assert item["pixel_values"].shape[:2] == (1, 3)
+    assert torch.equal(item["pixel_values"], store.__getitems__([2, 3])["pixel_values"][1:])
+    assert item["labels"].tolist() == [split.labels[3]]
+
+
+def test_shuffled_order_keeps_images_and_labels_together(train):
+    split = train(MIXED)
+    store = build_store(split, PREPROCESSING, augmented=False)
+    order = np.random.default_rng(0).permutation(20).tolist()
+    found = store.__getitems__(order)
+    assert found["labels"].tolist() == split.labels[order].tolist()
+    plain = store.__getitems__(range(20))["pixel_values"]
+    assert torch.equal(found["pixel_values"], plain[order])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_image_in_a_stream_names_its_row_in_one_line(save, make_rows, num_workers):
+    rows = make_rows([0, 1] * 10, sizes=MIXED)
+    rows = rows.cast_column("img", type(rows.features["img"])(decode=False))
+    cells = rows["img"][:]
+    cells[12] = {"bytes": cells[12]["bytes"][:60], "path": None}
+    rows = type(rows).from_dict({"img": cells, "label": rows["label"][:]}, rows.features)
+    folder = save(train=rows, validation=make_rows([0, 1]))
+    store = build_store(
+        load_splits(DataConfig(dataset_name=str(folder))).train, PREPROCESSING, augmented=True
+    )
+    with pytest.raises(UserError) as raised:
+        read(store, num_workers)
+    assert str(raised.value).startswith("train row 12: cannot read image: ")
+    assert "\n" not in str(raised.value)
+
+
+def test_broken_image_in_a_resident_split_is_found_at_once(save, make_rows):
+    rows = make_rows([0, 1] * 5)
+    rows = rows.cast_column("img", type(rows.features["img"])(decode=False))
+    cells = rows["img"][:]
+    cells[4] = {"bytes": b"GIF89a", "path": None}
+    rows = type(rows).from_dict({"img": cells, "label": rows["label"][:]}, rows.features)
+    split = load_splits(
+        DataConfig(dataset_name=str(save(train=rows, validation=make_rows([0, 1]))))
+    ).train
+    with pytest.raises(UserError, match="^train row 4: cannot read image"):
+        build_store(split, PREPROCESSING, augmented=True)
+
+
+def test_stores_travel_to_spawned_workers(train):
+    store = build_store(train(MIXED), PREPROCESSING, augmented=False)
+    copy = pickle.loads(pickle.dumps(store))
+    assert torch.equal(copy[0]["pixel_values"], store[0]["pixel_values"])

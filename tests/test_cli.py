@@ -1,0 +1,186 @@
+"""hf_cifar.cli: the commands as a user types them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_cifar.cli import COMMANDS, main
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, stripes, tiny_vit):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    status = main(
+        [
+            "finetune", "--dataset_name", str(stripes), "--model_name_or_path", str(tiny_vit),
+            "--output_dir", str(folder), "--use_cpu", "--num_train_epochs", "6",
+            "--per_device_train_batch_size", "8", "--learning_rate", "5e-3",
+        ]
+    )  # fmt: skip
+    assert status == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_renders(command, capsys):
+    try:
+        status = main([command, "--help"])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 0
+    assert f"hf-cifar {command}" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in COMMANDS)
+
+
+def test_summary_shows_figures_and_working_code(finished, capsys, stripes, tiny_vit, tmp_path):
+    status = main(
+        [
+            "finetune", "--dataset_name", str(stripes), "--model_name_or_path", str(tiny_vit),
+            "--output_dir", str(tmp_path / "run"), "--use_cpu", "--num_train_epochs", "1",
+        ]
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert status == 0
+    accuracy = json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"]["accuracy"]
+    assert f"{accuracy:.4f}" in out
+    code = out[out.index("from transformers") :]
+    code = code.replace("image.png", str(next((stripes / "test").rglob("*.png"))))
+    exec(code)
+    assert "'label': 'across'" in capsys.readouterr().out
+
+
+def test_evaluate_takes_data_from_the_run(finished, capsys):
+    assert main(["evaluate", "--model_name_or_path", str(finished), "--split", "test", "--use_cpu"]) == 0
+    out = capsys.readouterr().out
+    figures = json.loads((finished / "metrics.json").read_text())
+    assert set(figures) == {"validation", "test"}
+    assert f"{figures['test']['accuracy']:.4f}" in out
+    assert figures["test"]["num_images"] == 22
+
+
+def test_predict_prints_json_lines_and_goes_on_after_a_broken_image(finished, stripes, tmp_path, capsys):
+    good = sorted((stripes / "test").rglob("*.png"))
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(good[0].read_bytes()[:60])
+    argv = ["predict", "--model_name_or_path", str(finished), "--batch_size", "4", "--use_cpu"]
+    assert main([*argv, str(stripes / "test"), str(broken), str(good[0])]) == 1
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["path"] for r in records] == [*map(str, good), str(broken), str(good[0])]
+    assert "cannot read image" in records[-2]["error"]
+    right = [r["label"] == Path(r["path"]).parent.name for r in records if "label" in r]
+    assert np.mean(right) > 0.8
+    for record in (r for r in records if "label" in r):
+        assert record["score"] == record["top_k"][0]["score"]
+        assert sum(entry["score"] for entry in record["top_k"]) == pytest.approx(1, abs=1e-4)
+    assert main([*argv, str(good[0])]) == 0
+
+
+def test_predict_agrees_with_evaluate_for_any_image_size(finished, tmp_path, capsys, stripes):
+    """One resampling, whatever the size of the file: a doubled image gets the same label."""
+    path = next((stripes / "test" / "down").glob("*.png"))
+    Image.open(path).resize((32, 32), Image.Resampling.NEAREST).save(tmp_path / "big.png")
+    argv = ["predict", "--model_name_or_path", str(finished), "--use_cpu"]
+    assert main([*argv, str(path), str(tmp_path / "big.png")]) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["label"] == second["label"]
+    assert first["score"] == pytest.approx(second["score"], abs=0.05)
+
+
+def test_recipes_lists_and_shows(capsys):
+    assert main(["recipes"]) == 0
+    assert "quickstart" in capsys.readouterr().out
+    assert main(["recipes", "quickstart"]) == 0
+    assert "bundled/digits" in capsys.readouterr().out
+
+
+BAD = {
+    "command": (["tune"], "no command 'tune'"),
+    "option": (["finetune", "--learning_rat", "1"], "nearest: --learning_rate"),
+    "recipe": (["finetune", "--recipe", "quikstart"], "nearest: quickstart"),
+    "recipe shown": (["recipes", "nope"], "no recipe 'nope'"),
+    "config": (["finetune", "--config", "none.yaml"], "no file none.yaml"),
+    "data set": (["finetune", "--dataset_name", "./nowhere"], "no such file or folder"),
+    "bundled data set": (["finetune", "--dataset_name", "bundled/letters"], "bundled/digits"),
+    "hub offline": (["finetune", "--dataset_name", "someone/nothing"], "HF_HUB_OFFLINE"),
+    "model": (["finetune", "--model_name_or_path", "./nowhere"], "no model in ./nowhere"),
+    "bundled model": (
+        ["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "bundled/resnet"],
+        "bundled/efficientnet_lite0",
+    ),
+    "architecture": (
+        ["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "scratch/resnt18"],
+        "nearest: resnet18",
+    ),
+    "value": (["finetune", "--train_val_split", "2"], "--train_val_split is 2.0"),
+    "evaluate without model": (["evaluate"], "--model_name_or_path is missing"),
+    "evaluate option": (["evaluate", "--modl", "x"], "no option --modl"),
+    "predict without files": (["predict", "--model_name_or_path", "{run}"], "no image to predict"),
+    "predict nothing": (["predict", "--model_name_or_path", "{run}", "gone.png"], "gone.png"),
+    "run folder": (
+        ["finetune", "--config", "{run}/config.yaml"],
+        "holds another run",
+    ),
+    "too small": (
+        ["finetune", "--dataset_name", "bundled/digits", "--max_train_samples", "5"],
+        "--max_train_samples 5 is less than the 10 classes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_2(case, finished, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, words = BAD[case]
+    assert main([part.replace("{run}", str(finished)) for part in argv]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("hf-cifar: error: ")
+    assert words in lines[0]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_broken_image_is_named_before_anything_is_written(tmp_path, stripes, tiny_vit, capsys):
+    data = tmp_path / "data"
+    for path in (stripes / "train").rglob("*.png"):
+        target = data / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    victim = sorted(data.rglob("*.png"))[7]
+    victim.write_bytes(victim.read_bytes()[:-40])
+    argv = ["--dataset_name", str(data), "--model_name_or_path", str(tiny_vit)]
+    assert main(["finetune", *argv, "--output_dir", str(tmp_path / "run")]) == 2
+    assert "train row 7: cannot read image" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_and_help_are_found_without_torch(tmp_path):
+    """`import hf_cifar` is light, and so is every error that needs no model."""
+    code = """
+import sys
+import hf_cifar
+from hf_cifar.cli import main
+assert main(["--help"]) == 0
+assert main(["finetune", "--learning_rat", "1"]) == 2
+assert main(["finetune", "--dataset_name", "./nowhere"]) == 2
+assert main(["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "./nowhere"]) == 2
+assert main(["finetune", "--dataset_name", "bundled/digits", "--max_train_samples", "3"]) == 2
+print("torch" in sys.modules, dir(hf_cifar) != [])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "False True", done.stderr
+
+
+def test_every_public_name_exists_and_has_a_docstring():
+    import hf_cifar
+
+    for name in hf_cifar.__all__:
+        assert getattr(hf_cifar, name).__doc__, name

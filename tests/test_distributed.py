@@ -1,0 +1,99 @@
+"""Two processes over gloo, launched as a user launches them, against one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = [ROOT / "accelerate_config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
+
+
+def launch(output_dir, data, model, processes, *flags):
+    """Run scripts/finetune.py under accelerate, with the same global batch of 8 images."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/cpu.yaml"),
+        "--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "scripts/finetune.py"),
+        "--dataset_name", str(data), "--model_name_or_path", str(model), "--output_dir", str(output_dir),
+        "--use_cpu", "--per_device_train_batch_size", str(8 // processes), "--per_device_eval_batch_size", "3",
+        "--crop_padding", "0", "--flip", "0", "--learning_rate", "1e-3", "--num_train_epochs", "2",
+        "--logging_steps", "1", "--do_predict", *flags,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if processes == 1:  # the launcher would still start a process group for one
+        command = [sys.executable, *command[command.index(str(ROOT / "scripts/finetune.py")) :]]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, stripes, tiny_vit):
+    root = tmp_path_factory.mktemp("distributed")
+    for processes in (1, 2):
+        done = launch(root / str(processes), stripes, tiny_vit, processes)
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+def log_of(folder, key):
+    checkpoint = max(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def test_two_processes_really_ran(runs):
+    facts = [json.loads((runs / str(n) / "run.json").read_text()) for n in (1, 2)]
+    assert [f["processes"] for f in facts] == [1, 2]
+    assert facts[0]["steps"] == facts[1]["steps"]
+
+
+def test_two_processes_end_with_the_weights_of_one(runs):
+    """Same data order, same global batch, no augmentation: equal to float rounding."""
+    from safetensors.torch import load_file
+
+    one, two = (load_file(runs / n / "model.safetensors") for n in ("1", "2"))
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-4), name
+
+
+def test_gradient_norms_are_those_of_one_process(runs):
+    one, two = (log_of(runs / n, "grad_norm") for n in ("1", "2"))
+    assert len(one) == 18
+    assert two[:6] == pytest.approx(one[:6], rel=1e-3)
+
+
+def test_metrics_are_exact_when_the_split_does_not_divide_evenly(runs):
+    """22 test images on 2 processes in batches of 3: the padding of the last batch is not counted."""
+    one, two = (json.loads((runs / n / "metrics.json").read_text()) for n in ("1", "2"))
+    for split, images in (("validation", 8), ("test", 22)):
+        assert two[split]["num_images"] == images
+        assert sum(map(sum, two[split]["confusion_matrix"])) == images
+        assert two[split]["accuracy"] == one[split]["accuracy"]
+        assert two[split]["cross_entropy"] == pytest.approx(one[split]["cross_entropy"], rel=1e-3)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_launch_configuration_parses(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    raw = yaml.safe_load(path.read_text())
+    assert config.distributed_type.value == raw["distributed_type"]
+    assert config.num_processes == raw["num_processes"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_a_gpu_configuration_without_a_gpu_says_so(tmp_path, stripes, tiny_vit):
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "fp16"}
+    command = [
+        sys.executable, str(ROOT / "scripts/finetune.py"), "--dataset_name", str(stripes),
+        "--model_name_or_path", str(tiny_vit), "--output_dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "fp16 needs a GPU" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,214 @@
+"""hf_cifar.finetune: whole runs on a tiny model, and what they leave behind."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from hf_cifar import RunConfig, UserError, evaluate_saved, finetune_classifier, load_splits
+from hf_cifar.evaluation.metrics import accuracy
+from hf_cifar.evaluation.saved import saved_metrics
+from hf_cifar.options import DataConfig, EvaluateConfig
+
+
+def run(output_dir, data, model, *flags):
+    return finetune_classifier(
+        RunConfig.parse(
+            [
+                "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
+                "--output_dir", str(output_dir), "--per_device_train_batch_size", "8",
+                "--learning_rate", "5e-3", "--disable_tqdm", "true", "--num_train_epochs", "2", *flags,
+            ]
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def vit_run(tmp_path_factory, stripes, tiny_vit):
+    folder = tmp_path_factory.mktemp("runs") / "vit"
+    run(folder, stripes, tiny_vit, "--num_train_epochs", "12", "--do_predict")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def timm_run(tmp_path_factory, stripes):
+    folder = tmp_path_factory.mktemp("runs") / "timm"
+    run(folder, stripes, "scratch/test_efficientnet", "--image_size", "32")
+    return folder
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def stripe_images(stripes):
+    return sorted((stripes / "test").rglob("*.png"))
+
+
+def test_a_run_leaves_what_it_promises(vit_run):
+    names = {path.name for path in vit_run.iterdir() if not path.name.startswith("checkpoint")}
+    assert names == {
+        "config.json", "model.safetensors", "preprocessor_config.json", "config.yaml", "metrics.json",
+        "predictions", "run.json", "README.md",
+    }  # fmt: skip
+    assert not list(vit_run.rglob("training_args.bin"))
+    checkpoints = list(vit_run.glob("checkpoint-*"))
+    assert 1 <= len(checkpoints) <= 2
+
+
+def test_metrics_follow_from_the_saved_predictions(vit_run, stripes):
+    metrics = saved_metrics(vit_run)
+    assert set(metrics) == {"validation", "test"}
+    splits = load_splits(DataConfig(dataset_name=str(stripes)))
+    for split, wanted_rows in (("validation", splits.validation.row_ids), ("test", np.arange(22))):
+        table = datasets.Dataset.from_parquet(
+            str(vit_run / "predictions" / f"{split}.parquet"), cache_dir=str(vit_run / "cache")
+        )
+        assert table["row_id"][:] == wanted_rows.tolist()
+        logits = np.asarray(table["logits"][:])
+        assert metrics[split]["accuracy"] == accuracy(logits.argmax(1), table["label"][:])
+        assert metrics[split]["num_images"] == len(table)
+    assert metrics["validation"]["accuracy"] > 0.8
+
+
+def test_the_model_loads_as_plain_transformers(vit_run, stripes):
+    model = AutoModelForImageClassification.from_pretrained(vit_run).eval()
+    processor = AutoImageProcessor.from_pretrained(vit_run)
+    assert model.config.id2label == {0: "across", 1: "down"}
+    images = [Image.open(path).convert("RGB") for path in stripe_images(stripes)]
+    with torch.no_grad():
+        logits = model(**processor(images, return_tensors="pt")).logits.numpy()
+    table = datasets.Dataset.from_parquet(
+        str(vit_run / "predictions" / "test.parquet"), cache_dir=str(vit_run / "cache")
+    )
+    # Both paths, ours and the saved image processor's, see the same pixels.
+    assert np.abs(logits - np.asarray(table["logits"][:])).max() < 1e-2
+    classify = pipeline("image-classification", model=str(vit_run), device="cpu")
+    assert classify(images[0])[0]["label"] == model.config.id2label[int(logits[0].argmax())]
+
+
+def test_a_timm_model_goes_back_into_plain_timm(timm_run):
+    import timm
+
+    model = AutoModelForImageClassification.from_pretrained(timm_run).eval()
+    plain = timm.create_model(f"local-dir:{timm_run}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, plain(images))
+    settings = timm.data.resolve_model_data_config(plain)
+    assert (settings["input_size"], settings["crop_pct"]) == ([3, 32, 32], 1.0)
+    assert AutoImageProcessor.from_pretrained(timm_run).data_config["input_size"] == (3, 32, 32)
+
+
+def test_test_stays_sealed_unless_asked(timm_run):
+    assert set(saved_metrics(timm_run)) == {"validation"}
+    assert not (timm_run / "predictions" / "test.parquet").exists()
+
+
+def test_evaluate_adds_test_to_the_same_file(timm_run, stripes):
+    before = saved_metrics(timm_run)["validation"]
+    config = EvaluateConfig(model_name_or_path=str(timm_run), split="test", use_cpu=True)
+    evaluation = evaluate_saved(config, DataConfig(dataset_name=str(stripes)))
+    metrics = saved_metrics(timm_run)
+    assert metrics["test"] == json.loads(json.dumps(evaluation.metrics))
+    assert metrics["validation"] == before
+    again = EvaluateConfig(model_name_or_path=str(timm_run), use_cpu=True)
+    repeated = evaluate_saved(again, DataConfig(dataset_name=str(stripes)))
+    assert repeated.metrics["accuracy"] == before["accuracy"]
+    assert repeated.metrics["cross_entropy"] == pytest.approx(before["cross_entropy"], rel=1e-5)
+
+
+def test_evaluate_refuses_other_classes(timm_run):
+    config = EvaluateConfig(model_name_or_path=str(timm_run), use_cpu=True)
+    with pytest.raises(UserError, match="across.*dataset_name"):
+        evaluate_saved(config, DataConfig(dataset_name="bundled/digits"))
+
+
+def test_a_saved_config_repeats_the_run_bit_for_bit(tmp_path, vit_run):
+    config = RunConfig.parse(
+        ["--config", str(vit_run / "config.yaml"), "--output_dir", str(tmp_path / "again")]
+    )
+    result = finetune_classifier(config)
+    first, second = weights(vit_run), weights(result.output_dir)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert json.loads((vit_run / "run.json").read_text())["split_hash"] in (
+        result.output_dir / "README.md"
+    ).read_text()
+
+
+def test_the_best_checkpoint_is_kept(tmp_path, stripes, tiny_vit):
+    """A learning rate that grows wrecks the model in the end; the saved one is the best, not the last."""
+    result = run(
+        tmp_path / "run", stripes, tiny_vit, "--num_train_epochs", "8", "--learning_rate", "1",
+        "--warmup_steps", "0.99", "--lr_scheduler_type", "constant_with_warmup",
+    )  # fmt: skip
+    states = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    state = json.loads((states[-1] / "trainer_state.json").read_text())
+    best = max(log["eval_accuracy"] for log in state["log_history"] if "eval_accuracy" in log)
+    assert result.metrics["validation"]["accuracy"] == best == state["best_metric"]
+
+
+def test_early_stopping(tmp_path, stripes, tiny_vit):
+    run(
+        tmp_path / "run", stripes, tiny_vit, "--num_train_epochs", "9", "--learning_rate", "1e-9",
+        "--early_stopping_patience", "2",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["epochs"] == 3
+
+
+def test_a_folder_with_a_run_is_refused_and_unchanged(vit_run, stripes, tiny_vit):
+    before = {p: p.stat().st_mtime_ns for p in vit_run.rglob("*")}
+    with pytest.raises(UserError, match="holds another run.*--resume_from_checkpoint"):
+        run(vit_run, stripes, tiny_vit)
+    assert {p: p.stat().st_mtime_ns for p in vit_run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resume_from_checkpoint", "last"], "no checkpoint"),
+        (["--fp16"], "fp16 needs a GPU"),
+        (["--image_size", "18"], "patch size 4"),
+    ],
+)
+def test_what_cannot_work_leaves_nothing_behind(tmp_path, stripes, tiny_vit, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", stripes, tiny_vit, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_do_predict_needs_a_test_split(tmp_path, stripes, tiny_vit):
+    with pytest.raises(UserError, match="no labelled test split"):
+        run(tmp_path / "run", stripes / "train", tiny_vit, "--do_predict")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_found_before_training(tmp_path):
+    from hf_cifar.finetune import require_space
+
+    with pytest.raises(UserError, match="no space left"):
+        require_space(tmp_path / "run", 10**18)
+
+
+def test_images_of_mixed_sizes_train(tmp_path, stripes, tiny_vit):
+    mixed = tmp_path / "mixed"
+    for i, path in enumerate(sorted((stripes / "train").rglob("*.png"))[::4]):
+        target = mixed / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((16 + i, 20)).save(target)
+    result = run(tmp_path / "run", mixed, tiny_vit, "--dataloader_num_workers", "2")
+    assert result.metrics["validation"]["num_images"] == 2
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, stripes, tiny_vit):
+    run(tmp_path / "run", stripes, tiny_vit)
+    first = weights(tmp_path / "run")
+    run(tmp_path / "run", stripes, tiny_vit, "--resume_from_checkpoint", "last")
+    second = weights(tmp_path / "run")
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,169 @@
+"""hf_cifar.trainer: what the subclass changes, against plain torch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from hf_cifar.config import RunConfig
+from hf_cifar.data.splits import load_splits
+from hf_cifar.finetune import build_trainer, resolve_defaults
+from hf_cifar.models.build import build_model
+
+
+def make_trainer(tmp_path, data, model, *flags):
+    config = RunConfig.parse(
+        [
+            "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
+            "--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "8",
+            "--learning_rate", "1e-3", "--disable_tqdm", "true", "--eval_strategy", "no", "--save_strategy", "no",
+            "--max_steps", "2", *flags,
+        ]
+    )  # fmt: skip
+    torch.manual_seed(0)
+    splits = load_splits(config.data)
+    model, processor = build_model(config.model, splits.id2label)
+    config = resolve_defaults(config, model, splits)
+    return build_trainer(model, processor, splits, config)
+
+
+@pytest.fixture(scope="module")
+def tiny_resnet(tmp_path_factory):
+    """A transformers ResNet: its forward takes **kwargs and ignores num_items_in_batch."""
+    from transformers import ConvNextImageProcessor
+
+    folder = tmp_path_factory.mktemp("tiny_resnet")
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    ResNetForImageClassification(config).save_pretrained(folder)
+    ConvNextImageProcessor(size={"shortest_edge": 16}, crop_pct=1.0).save_pretrained(folder)
+    return folder
+
+
+def first_batch(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def test_the_loader_moves_uint8(tmp_path, stripes, tiny_vit):
+    batch = first_batch(make_trainer(tmp_path, stripes, tiny_vit))
+    assert batch["pixel_values"].dtype == torch.uint8
+    assert batch["pixel_values"].shape == (8, 3, 16, 16)
+
+
+def test_training_batches_are_augmented_and_evaluation_batches_are_not(tmp_path, stripes, tiny_vit):
+    trainer = make_trainer(tmp_path, stripes, tiny_vit)
+    batch = first_batch(trainer)
+    plain = trainer.preprocessing(batch["pixel_values"])
+    trainer.model.eval()
+    assert torch.equal(trainer._prepare_inputs(batch)["pixel_values"], plain)
+    trainer.model.train()
+    assert not torch.equal(trainer._prepare_inputs(batch)["pixel_values"], plain)
+
+
+def test_randomness_depends_on_seed_step_micro_batch_and_rank_alone(tmp_path, stripes, tiny_vit):
+    trainer = make_trainer(tmp_path, stripes, tiny_vit)
+
+    def draw(step):
+        trainer.state.global_step = step
+        return torch.rand(4, generator=trainer._step_generator())
+
+    first, second_micro, next_step = draw(3), draw(3), draw(4)
+    assert not torch.equal(first, second_micro)
+    assert not torch.equal(first, next_step)
+    other = make_trainer(tmp_path, stripes, tiny_vit)
+    other.state.global_step = 3
+    torch.rand(100)  # the global generator has no say
+    assert torch.equal(torch.rand(4, generator=other._step_generator()), first)
+
+
+def test_loss_is_plain_cross_entropy_smoothed_in_training_alone(tmp_path, stripes, tiny_vit):
+    trainer = make_trainer(tmp_path, stripes, tiny_vit, "--label_smoothing_factor", "0.2")
+    inputs = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 0, 1])}
+    for training, smoothing in ((True, 0.2), (False, 0.0)):
+        trainer.model.train(training)
+        loss, outputs = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+        wanted = F.cross_entropy(outputs["logits"], inputs["labels"], label_smoothing=smoothing)
+        assert torch.allclose(loss, wanted)
+
+
+def gradient_norm(trainer):
+    """Norm of the gradient of the first optimizer step, before clipping."""
+    trainer.train()
+    return next(log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log)
+
+
+@pytest.mark.parametrize("model", ["tiny_vit", "tiny_resnet"])
+def test_gradients_are_the_same_with_and_without_accumulation(tmp_path, stripes, model, request):
+    folder = request.getfixturevalue(model)
+    # BatchNorm statistics depend on the micro-batch; a frozen backbone keeps them out of the comparison.
+    flags = ["--freeze", "backbone", "--crop_padding", "0", "--flip", "0", "--logging_steps", "1"]
+    flags += ["--max_steps", "1", "--max_grad_norm", "1000"]
+    whole = make_trainer(tmp_path, stripes, folder, *flags)
+    parts = make_trainer(
+        tmp_path, stripes, folder, *flags, "--per_device_train_batch_size", "2",
+        "--gradient_accumulation_steps", "4",
+    )  # fmt: skip
+    parts.model.load_state_dict(whole.model.state_dict())
+    assert gradient_norm(parts) == pytest.approx(gradient_norm(whole), rel=1e-4)
+
+
+def test_weight_decay_reaches_weights_alone(tmp_path, stripes, tiny_vit):
+    trainer = make_trainer(tmp_path, stripes, tiny_vit, "--weight_decay", "0.3")
+    optimizer = trainer.create_optimizer()
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0)
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    assert {names[id(p)] for p in plain["params"]} >= {
+        "vit.embeddings.cls_token",
+        "vit.embeddings.position_embeddings",
+        "classifier.bias",
+    }
+    assert all(names[id(p)].endswith("weight") and p.ndim > 1 for p in decayed["params"])
+
+
+def test_frozen_batchnorm_keeps_its_statistics_in_training(tmp_path, stripes, tiny_resnet):
+    trainer = make_trainer(tmp_path, stripes, tiny_resnet, "--freeze", "backbone")
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.train()
+    after = trainer.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.1.weight", "classifier.1.bias"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_in_mid_epoch_is_bit_exact_with_augmentation(tmp_path, stripes, tiny_vit, workers):
+    flags = ["--save_strategy", "steps", "--save_steps", "3", "--max_steps", "7"]
+    flags += ["--save_total_limit", "9"]
+    flags += ["--crop_scale", "0.6", "--rotation", "10", "--dataloader_num_workers", str(workers)]
+    whole = make_trainer(tmp_path, stripes, tiny_vit, *flags)
+    whole.train()
+    resumed = make_trainer(tmp_path, stripes, tiny_vit, *flags)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_it_learns(tmp_path, stripes, tiny_vit):
+    trainer = make_trainer(tmp_path, stripes, tiny_vit, "--max_steps", "100", "--learning_rate", "1e-2")
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] == 1.0
+    assert metrics["eval_cross_entropy"] < 0.2
+
+
+def test_training_metrics_are_those_of_the_predictions(tmp_path, stripes, tiny_vit):
+    trainer = make_trainer(tmp_path, stripes, tiny_vit)
+    output = trainer.predict(trainer.eval_dataset)
+    assert np.array_equal(output.label_ids, trainer.eval_dataset.labels.numpy())
+    right = (output.predictions.argmax(1) == output.label_ids).mean()
+    assert output.metrics["test_accuracy"] == pytest.approx(right)
+
+
+def test_options_survive_a_copy(tmp_path):
+    config = RunConfig.parse(["--use_cpu", "--output_dir", str(tmp_path), "--bf16"])
+    copy = dataclasses.replace(config.train, push_to_hub=False)
+    assert copy.bf16 and copy.warmup_steps == config.train.warmup_steps
