@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_cifar.models.autoload import register_article_models
 
-# Public names and where they live; each is imported when it is first used, and `import hf_cifar` loads no torch.
+# Public names and where they live; imported when first used, so that `import hf_cifar` loads no torch.
 _PUBLIC = {
     "AugmentConfig": "hf_cifar.options",
     "Classifier": "hf_cifar.models.build",

@@ -209,7 +209,7 @@ def _check_data(data: DataConfig) -> None:
 
     splits = load_splits(data)
     for split in (splits.train, splits.validation):
-        split.pixels  # noqa: B018  decodes, or names the row that cannot be
+        split.in_memory  # noqa: B018  decodes, or names the row that cannot be read
 
 
 def _data_tokens_of_run(folder: str) -> list[str]:

@@ -140,14 +140,13 @@ def check_run(config: RunConfig) -> None:
         (folder / name).exists() for name in (CONFIG_FILE, "config.json")
     ):
         raise UserError(
-            f"{folder} holds another run; pass another --output_dir, or --resume_from_checkpoint last to go on"
+            f"{folder} holds another run; pass another --output_dir, or --resume_from_checkpoint last"
         )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; pass a folder")
     if train.mixed_precision == "fp16" and train.device.type == "cpu":
         raise UserError(
-            "fp16 needs a GPU and there is none; leave out --fp16, or launch with configs/cpu.yaml instead of "
-            "a GPU configuration"
+            "fp16 needs a GPU and there is none; leave out --fp16, or launch with configs/cpu.yaml"
         )
     if train.do_predict:
         require_test_split(config.data)
@@ -173,7 +172,7 @@ def resolve_defaults(config: RunConfig, model: PreTrainedModel, splits: Splits) 
     if learning_rate is None:
         scratch = config.model.model_name_or_path.startswith(SCRATCH)
         learning_rate = default_learning_rate(model, batch_size, scratch=scratch)
-    in_memory = all(split.pixels is not None for split in (splits.train, splits.validation))
+    in_memory = all(split.in_memory for split in (splits.train, splits.validation))
     if num_workers is None:
         num_workers = 0 if in_memory else os.cpu_count() or 1
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -14,7 +14,7 @@ NO_DECAY = re.compile(
     r"distillation_token|register_tokens|relative_position\w*)(\.|$)"
 )
 REFERENCE_BATCH = 64
-HEAD_RATE, CONVOLUTION_RATE, ATTENTION_RATE = 2e-3, 1e-3, 5e-5
+HEAD_RATE, DEPTHWISE_RATE, CONVOLUTION_RATE, ATTENTION_RATE = 2e-3, 3e-3, 1e-3, 5e-5
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
@@ -38,8 +38,9 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
 def default_learning_rate(model: nn.Module, batch_size: int, *, scratch: bool = False) -> float:
     """Peak learning rate for AdamW, by model family; batch_size is the images per step on all processes.
 
-    2e-3 for a head alone, 1e-3 for networks with BatchNorm and for random weights, 5e-5 for pretrained
-    transformers, each at 64 images a step and scaled by the square root of the batch.
+    2e-3 for a head alone, 3e-3 for depthwise convolutions (EfficientNet, MobileNet), 1e-3 for other
+    networks with BatchNorm and for random weights, 5e-5 for pretrained transformers, each at 64 images a
+    step and scaled by the square root of the batch.
 
     Source: Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022.
     """
@@ -47,8 +48,10 @@ def default_learning_rate(model: nn.Module, batch_size: int, *, scratch: bool = 
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     if trainable < 0.05 * sum(p.numel() for p in parameters):
         rate = HEAD_RATE
-    elif scratch or any(isinstance(module, _BatchNorm) for module in model.modules()):
-        rate = CONVOLUTION_RATE
+    elif not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        rate = CONVOLUTION_RATE if scratch else ATTENTION_RATE
+    elif any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 3 for m in model.modules()):
+        rate = DEPTHWISE_RATE
     else:
-        rate = ATTENTION_RATE
+        rate = CONVOLUTION_RATE
     return float(f"{rate * math.sqrt(batch_size / REFERENCE_BATCH):.3g}")

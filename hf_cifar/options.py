@@ -199,7 +199,7 @@ def read_recipe(name: str) -> str:
 
 
 def yaml_tokens(text: str, source: str) -> list[str]:
-    """A YAML file as the command line that it stands for: null keeps the default, a list is several tokens."""
+    """A YAML file as a command line: null keeps the default, a list is several tokens."""
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -282,9 +282,7 @@ def parse_dataclasses(
     """
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(
-        list(classes), prog=prog, allow_abbrev=False, **parser_options
-    )
+    parser = HfArgumentParser(list(classes), prog=prog, allow_abbrev=False, **parser_options)
 
     def fail(message: str) -> None:
         raise UserError(message)
@@ -302,6 +300,17 @@ def _explicit_flags(classes: Sequence[type], tokens: Sequence[str]) -> list[str]
     for token, following in zip(tokens, [*tokens[1:], ""], strict=False):
         explicit.append(token)
         is_flag = token.startswith("--") and hints.get(token[2:].replace("-", "_")) is bool
-        if is_flag and following.lower() not in ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0"):
+        if is_flag and following.lower() not in (
+            "true",
+            "false",
+            "yes",
+            "no",
+            "t",
+            "f",
+            "y",
+            "n",
+            "1",
+            "0",
+        ):
             explicit.append("true")
     return explicit

@@ -91,7 +91,9 @@ class ImageClassificationTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """A checkpoint's weights, under the names that they have in memory.
 
         The parent writes those of a ViT under their old names, then reads them back with strict=False:
@@ -100,7 +102,9 @@ class ImageClassificationTrainer(Trainer):
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             model.save_pretrained(
-                output_dir or self.args.output_dir, state_dict=state_dict, save_original_format=False
+                output_dir or self.args.output_dir,
+                state_dict=state_dict,
+                save_original_format=False,
             )
             self.processing_class.save_pretrained(output_dir or self.args.output_dir)
 
@@ -108,4 +112,6 @@ class ImageClassificationTrainer(Trainer):
         """A checkpoint that lacks weights of the model, or has others, is no checkpoint of this run."""
         wrong = [*load_result.missing_keys, *load_result.unexpected_keys]
         if wrong:
-            raise UserError(f"the checkpoint is of another model: {len(wrong)} weights differ, first {wrong[0]}")
+            raise UserError(
+                f"the checkpoint is of another model: {len(wrong)} weights differ, first {wrong[0]}"
+            )

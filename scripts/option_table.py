@@ -17,11 +17,18 @@ def render_option_table() -> str:
     for config_class in (*LIGHT_CONFIGS, FinetuneOptions, FinetuneConfig):
         for field in dataclasses.fields(config_class):
             if field.init and field.name in config_class.__annotations__:
-                default = "" if field.default is None else f"`{field.default:.4g}`" if isinstance(
-                    field.default, float
-                ) else f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+                default = render_default(field.default)
                 lines.append(f"| `--{field.name}` | {default} | {field.metadata['help']} |")
     return "\n".join(lines) + "\n"
+
+
+def render_default(value: object) -> str:
+    """A default as one would type it; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value:.4g}`" if isinstance(value, float) else f"`{value}`"
 
 
 def with_table(readme: str) -> str:

@@ -60,7 +60,10 @@ def test_summary_shows_figures_and_working_code(finished, capsys, stripes, tiny_
 
 
 def test_evaluate_takes_data_from_the_run(finished, capsys):
-    assert main(["evaluate", "--model_name_or_path", str(finished), "--split", "test", "--use_cpu"]) == 0
+    assert (
+        main(["evaluate", "--model_name_or_path", str(finished), "--split", "test", "--use_cpu"])
+        == 0
+    )
     out = capsys.readouterr().out
     figures = json.loads((finished / "metrics.json").read_text())
     assert set(figures) == {"validation", "test"}
@@ -68,7 +71,9 @@ def test_evaluate_takes_data_from_the_run(finished, capsys):
     assert figures["test"]["num_images"] == 22
 
 
-def test_predict_prints_json_lines_and_goes_on_after_a_broken_image(finished, stripes, tmp_path, capsys):
+def test_predict_prints_json_lines_and_goes_on_after_a_broken_image(
+    finished, stripes, tmp_path, capsys
+):
     good = sorted((stripes / "test").rglob("*.png"))
     broken = tmp_path / "broken.png"
     broken.write_bytes(good[0].read_bytes()[:60])
@@ -175,7 +180,9 @@ assert main(["finetune", "--dataset_name", "bundled/digits", "--model_name_or_pa
 assert main(["finetune", "--dataset_name", "bundled/digits", "--max_train_samples", "3"]) == 2
 print("torch" in sys.modules, dir(hf_cifar) != [])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.stdout.splitlines()[-1] == "False True", done.stderr
 
 

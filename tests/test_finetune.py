@@ -126,7 +126,7 @@ def test_evaluate_adds_test_to_the_same_file(timm_run, stripes):
 
 def test_evaluate_refuses_other_classes(timm_run):
     config = EvaluateConfig(model_name_or_path=str(timm_run), use_cpu=True)
-    with pytest.raises(UserError, match="across.*dataset_name"):
+    with pytest.raises(UserError, match=r"across.*dataset_name"):
         evaluate_saved(config, DataConfig(dataset_name="bundled/digits"))
 
 
@@ -137,9 +137,10 @@ def test_a_saved_config_repeats_the_run_bit_for_bit(tmp_path, vit_run):
     result = finetune_classifier(config)
     first, second = weights(vit_run), weights(result.output_dir)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert json.loads((vit_run / "run.json").read_text())["split_hash"] in (
-        result.output_dir / "README.md"
-    ).read_text()
+    assert (
+        json.loads((vit_run / "run.json").read_text())["split_hash"]
+        in (result.output_dir / "README.md").read_text()
+    )
 
 
 def test_the_best_checkpoint_is_kept(tmp_path, stripes, tiny_vit):
@@ -148,7 +149,9 @@ def test_the_best_checkpoint_is_kept(tmp_path, stripes, tiny_vit):
         tmp_path / "run", stripes, tiny_vit, "--num_train_epochs", "8", "--learning_rate", "1",
         "--warmup_steps", "0.99", "--lr_scheduler_type", "constant_with_warmup",
     )  # fmt: skip
-    states = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    states = sorted(
+        (tmp_path / "run").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])
+    )
     state = json.loads((states[-1] / "trainer_state.json").read_text())
     best = max(log["eval_accuracy"] for log in state["log_history"] if "eval_accuracy" in log)
     assert result.metrics["validation"]["accuracy"] == best == state["best_metric"]
@@ -164,7 +167,7 @@ def test_early_stopping(tmp_path, stripes, tiny_vit):
 
 def test_a_folder_with_a_run_is_refused_and_unchanged(vit_run, stripes, tiny_vit):
     before = {p: p.stat().st_mtime_ns for p in vit_run.rglob("*")}
-    with pytest.raises(UserError, match="holds another run.*--resume_from_checkpoint"):
+    with pytest.raises(UserError, match=r"holds another run.*--resume_from_checkpoint"):
         run(vit_run, stripes, tiny_vit)
     assert {p: p.stat().st_mtime_ns for p in vit_run.rglob("*")} == before
 

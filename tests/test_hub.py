@@ -329,8 +329,8 @@ def test_no_network_ends_quickly_and_says_how_to_go_offline(tmp_path):
         line = error_line(command)
         assert f"{what} needs {CLOSED}, which cannot be reached" in line
         assert "set HF_HUB_OFFLINE=1" in line and "bundled/" in line
-    assert done[0].seconds < 5  # the default command line: before torch is imported
-    assert done[2].seconds < 5
+    # The client alone would retry for 23 s; the default line fails before torch is imported.
+    assert done[0].seconds < 10 and done[2].seconds < 10
     assert not (tmp_path / "run").exists()
 
 

@@ -19,7 +19,8 @@ def make_trainer(tmp_path, data, model, *flags):
         [
             "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
             "--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "8",
-            "--learning_rate", "1e-3", "--disable_tqdm", "true", "--eval_strategy", "no", "--save_strategy", "no",
+            "--learning_rate", "1e-3", "--disable_tqdm", "true",
+            "--eval_strategy", "no", "--save_strategy", "no",
             "--max_steps", "2", *flags,
         ]
     )  # fmt: skip
@@ -148,7 +149,9 @@ def test_resume_in_mid_epoch_is_bit_exact_with_augmentation(tmp_path, stripes, t
 
 
 def test_it_learns(tmp_path, stripes, tiny_vit):
-    trainer = make_trainer(tmp_path, stripes, tiny_vit, "--max_steps", "100", "--learning_rate", "1e-2")
+    trainer = make_trainer(
+        tmp_path, stripes, tiny_vit, "--max_steps", "100", "--learning_rate", "1e-2"
+    )
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_accuracy"] == 1.0

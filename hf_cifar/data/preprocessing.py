@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +31,7 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     rescale_factor: float = 1 / 255
+    crop_rounds_down: bool = False  # where an odd number of pixels is cut off: else to even
 
     def __post_init__(self) -> None:
         if self.interpolation not in KERNELS:
@@ -50,9 +52,6 @@ class Preprocessing:
     @classmethod
     def _from_timm(cls, config: dict) -> Preprocessing:
         height, width = config["input_size"][-2:]
-        interpolation = (
-            "bicubic" if config["interpolation"] == "random" else config["interpolation"]
-        )
         # timm.data.transforms_factory.transforms_imagenet_eval
         scale = [int(np.floor(side / config["crop_pct"])) for side in (height, width)]
         mode = config.get("crop_mode", "center")
@@ -60,10 +59,13 @@ class Preprocessing:
             raise UserError(
                 f"the checkpoint crops with mode {mode!r}; only center and squash are known"
             )
-        resize = tuple(scale) if mode == "squash" or scale[0] != scale[1] else scale[0]
-        return cls(
-            resize, (height, width), interpolation, tuple(config["mean"]), tuple(config["std"])
-        )
+        if mode == "center" and height != width:
+            raise UserError(
+                f"the checkpoint cuts {height} x {width} pixels out; only square crops are known"
+            )
+        resize = tuple(scale) if mode == "squash" else scale[0]
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        return cls(resize, (height, width), config["interpolation"], mean, std)
 
     @classmethod
     def _from_transformers(cls, processor) -> Preprocessing:
@@ -102,7 +104,7 @@ class Preprocessing:
         )
         resample_code = options.get("resample")
         interpolation = RESAMPLE_NAMES[2 if resample_code is None else int(resample_code)]
-        return cls(resize, crop, interpolation, mean, std, rescale_factor)
+        return cls(resize, crop, interpolation, mean, std, rescale_factor, crop_rounds_down=True)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -132,7 +134,7 @@ class Preprocessing:
         return replace(self, resize=scaled(self.resize), crop=scaled(self.crop))
 
     def uncropped(self) -> Preprocessing:
-        """The same resizing before its crop: `view` of what this gives is `view` of the image itself."""
+        """The same resizing before its crop: `view` of its view is `view` of the image, to a pixel."""
         if self.crop is None or self.resize is None:
             return self
         if isinstance(self.resize, tuple):
@@ -151,8 +153,9 @@ class Preprocessing:
         else:
             resized = self.resize
         crop = self.crop or resized
-        top = round((resized[0] - crop[0]) / 2.0)
-        left = round((resized[1] - crop[1]) / 2.0)
+        middle = math.floor if self.crop_rounds_down else round
+        top = middle((resized[0] - crop[0]) / 2)
+        left = middle((resized[1] - crop[1]) / 2)
         rows, columns = height / resized[0], width / resized[1]
         return torch.tensor(
             [[top * rows, left * columns, (top + crop[0]) * rows, (left + crop[1]) * columns]]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset, DatasetDict
+from tqdm.auto import tqdm
 
 from hf_cifar.data.images import decode_cell, decode_cells
 from hf_cifar.data.sources import load_source
@@ -74,6 +75,26 @@ class Split:
                 pixels[position] = decoded
                 position += 1
         return pixels
+
+    @functools.cached_property
+    def in_memory(self) -> bool:
+        """Whether `pixels` holds the images. Either way each image has then been decoded once.
+
+        Raises: UserError that names the row of an image that cannot be read.
+        """
+        if self.pixels is not None:
+            return True
+        progress = tqdm(
+            total=len(self), desc=f"checking {self.name} images", disable=None, leave=False
+        )
+        with progress:
+            for start in range(0, len(self), 1024):
+                cells = self.rows[start : start + 1024]["image"]
+                for offset, decoded in enumerate(decode_cells(cells)):
+                    if isinstance(decoded, UserError):
+                        raise UserError(f"{self.describe_row(start + offset)}: {decoded}")
+                    progress.update()
+        return False
 
 
 @dataclass(frozen=True, eq=False)

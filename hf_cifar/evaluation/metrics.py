@@ -64,7 +64,7 @@ def precision_recall_f1(confusion: Array) -> dict[str, Array]:
 
 
 def average(per_class: Array, confusion: Array, how: str) -> float:
-    """Mean over the classes that occur in truth or prediction: "macro" counts each once, "weighted" by size."""
+    """Mean over the classes in truth or prediction: "macro" counts each once, "weighted" by size."""
     if how not in ("macro", "weighted"):
         raise ValueError(
             f"no average {how!r}; it is macro, weighted, or None for one value a class"

@@ -35,7 +35,7 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Evaluation:
         )
     num_workers = config.dataloader_num_workers
     if num_workers is None:
-        num_workers = 0 if split.pixels is not None else os.cpu_count() or 1
+        num_workers = 0 if split.in_memory else os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as scratch:
         trainer = ImageClassificationTrainer(
             model=model,

@@ -30,16 +30,24 @@ class ArticleConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+# transformers gives a configuration class without an `__init__` of its own a new one, which would
+# not call the one above.
 class ArticleCNNConfig(ArticleConfig):
     """The small CNN (row A1)."""
 
     model_type = "article_cnn"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
 
 
 class ArticleMLPConfig(ArticleConfig):
     """The three-layer network (row A2)."""
 
     model_type = "article_mlp"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
 
 
 class ArticleModel(PreTrainedModel):
@@ -76,7 +84,7 @@ class ArticleModel(PreTrainedModel):
 
 
 class ArticleCNNForImageClassification(ArticleModel):
-    """conv 32, pool, conv 64, pool, conv 64, dense 64, dense K: 122,570 parameters for 32 px and 10 classes."""
+    """conv 32, pool, conv 64, pool, conv 64, dense 64, dense K: 122,570 parameters at 32 px, K = 10."""
 
     config_class = ArticleCNNConfig
 

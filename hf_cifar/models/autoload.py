@@ -1,7 +1,7 @@
-"""Makes the article models known to transformers after a bare `import hf_cifar`, which loads no torch.
+"""Makes the article models known to transformers after a bare `import hf_cifar`.
 
-Registering a model takes its class, and so torch. It waits until transformers' own table of auto
-models is imported, which is before any `AutoModel...` or `pipeline` can be used.
+That import loads no torch, but registering a model takes its class, and so torch. It waits until
+transformers' own table of auto models is imported, before any `AutoModel...` or `pipeline` is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ARTICLE_MODELS = "hf_cifar.models.article"  # registers its classes when it is i
 
 
 class _AutoModelsFinder(MetaPathFinder):
-    """Finds `AUTO_MODELS` where it always is, but has the article models imported right after it."""
+    """Finds `AUTO_MODELS` where it always is, and has the article models imported after it."""
 
     def find_spec(self, name, path=None, target=None) -> ModuleSpec | None:
         if name != AUTO_MODELS:
@@ -35,7 +35,7 @@ class _AutoModelsFinder(MetaPathFinder):
 
 
 def register_article_models() -> None:
-    """Register the article models now if transformers' auto models are loaded, else when they are."""
+    """Register the article models once transformers' auto models are loaded: perhaps now."""
     if AUTO_MODELS in sys.modules:
         importlib.import_module(ARTICLE_MODELS)
     else:

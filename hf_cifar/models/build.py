@@ -186,7 +186,7 @@ def _build_timm(
     import timm
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-    architecture, _, tag = name.partition(".")
+    architecture = name.partition(".")[0]
     source = timm.create_model(name, pretrained=False, num_classes=len(id2label))
     pretrained_cfg = {
         key: value

@@ -107,8 +107,10 @@ def freeze(model: PreTrainedModel, what: str) -> None:
 def eval_frozen_norms(model: nn.Module) -> None:
     """Put frozen BatchNorms in eval mode, so that their running statistics stay the checkpoint's."""
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
-            module.eval()
+        if isinstance(module, _BatchNorm):
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
 
 
 def describe_trainable(model: nn.Module) -> str:

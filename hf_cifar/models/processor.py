@@ -1,4 +1,4 @@
-"""Image processors: the checkpoint's own, set to show the model the whole image at the size it is trained on."""
+"""Image processors: the checkpoint's own, set to show the whole image at the size trained on."""
 
 from __future__ import annotations
 

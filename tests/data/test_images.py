@@ -183,7 +183,7 @@ def test_decoding_leaves_the_callers_image_alone():
     assert (np.asarray(image) == np.dstack((RGB, ALPHA))).all()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_damaged_files_give_user_errors_and_no_other():
     generator = np.random.default_rng(1)
     image = Image.fromarray(RGB)

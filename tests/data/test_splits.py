@@ -201,23 +201,23 @@ def broken(make_rows, row, content=b"no image", **options):
     rows = make_rows([0, 1] * 10, **options)
     rows = rows.cast_column("img", rows.features["img"].__class__(decode=False))
     cells = rows["img"][:]
-    cells[row] = {"bytes": content, "path": None}
+    cells[row] = content and {"bytes": content, "path": None}
     return type(rows).from_dict({"img": cells, "label": rows["label"][:]}, rows.features)
 
 
 @pytest.mark.parametrize("row", [0, 7, 19])
 def test_broken_image_names_its_row(save, make_rows, row):
     splits = load(save(train=broken(make_rows, row)))
-    with pytest.raises(UserError, match=f"^train row {row}: cannot read image: not a known image"):
+    with pytest.raises(UserError, match=rf"^train row {row}: cannot read image: not a known image"):
         [split.pixels for split in (splits.train, splits.validation)]
     holder = next(s for s in (splits.train, splits.validation) if row in s.row_ids)
-    with pytest.raises(UserError, match=f"^train row {row}: cannot read image"):
+    with pytest.raises(UserError, match=rf"^train row {row}: cannot read image"):
         holder.decode(list(holder.row_ids).index(row))
 
 
 def test_empty_cell_names_its_row(save, make_rows):
     splits = load(save(train=make_rows([0, 1] * 5), validation=broken(make_rows, 3, None)))
-    with pytest.raises(UserError, match="^validation row 3: cannot read image: the cell is empty"):
+    with pytest.raises(UserError, match=r"^validation row 3: cannot read image: the cell is empty"):
         splits.validation.pixels  # noqa: B018
 
 

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hf_cifar.errors import UserError
+from hf_cifar.models.build import build_model
+from hf_cifar.models.layers import (
+    backbone_blocks,
+    describe_trainable,
+    eval_frozen_norms,
+    freeze,
+    head_parameter_names,
+)
+from hf_cifar.options import ModelConfig
+
+LABELS = {0: "cat", 1: "dog", 2: "owl"}
+# Checkpoint, prefixes of its blocks, and what stands before and behind them.
+STRUCTURE = {
+    "vit": ([f"vit.layers.{i}" for i in range(3)], ["vit.embeddings"], ["vit.layernorm"]),
+    "resnet": ([f"resnet.encoder.stages.{i}" for i in range(3)], ["resnet.embedder"], []),
+    "timm/test_resnet": (
+        [f"timm_model.layer{i}" for i in range(1, 5)],
+        ["timm_model.conv1", "timm_model.bn1"],
+        [],
+    ),
+    "timm/densenet121": (
+        [f"timm_model.features.denseblock{i}" for i in range(1, 5)],
+        ["timm_model.features.conv0", "timm_model.features.norm0"],
+        ["timm_model.features.norm5"],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def load(checkpoints):
+    def load_model(name):
+        where = name if name.startswith("scratch/") else str(checkpoints(name))
+        return build_model(ModelConfig(model_name_or_path=where, image_size=32), LABELS).model
+
+    return load_model
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_blocks_from_input_to_output(name, load):
+    blocks = STRUCTURE[name][0]
+    assert [block.rstrip(".") for block in backbone_blocks(load(name))] == blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("timm/test_vit", 6), ("timm/test_efficientnet", 5), ("scratch/test_convnext", 4),
+     ("scratch/resnet18", 4), ("scratch/vit_tiny_patch16_224", 12), ("scratch/article_cnn", 11)],
+)  # fmt: skip
+def test_number_of_blocks(name, count, load):
+    blocks = backbone_blocks(load(name))
+    assert len(blocks) == len(set(blocks)) == count
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_none_trains_all_and_backbone_trains_the_head(name, load):
+    model = load(name)
+    everything = {n for n, _ in model.named_parameters()}
+    freeze(model, "none")
+    assert trainable(model) == everything
+    for what in ("backbone", "0"):
+        freeze(model, what)
+        assert trainable(model) == head_parameter_names(model)
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_last_blocks_train_with_what_stands_behind_them(name, load):
+    blocks, before, behind = STRUCTURE[name]
+    model = load(name)
+    for count in range(1, len(blocks) + 1):
+        freeze(model, str(count))
+        names = trainable(model)
+        for prefix in blocks[-count:] + behind:
+            block = {n for n, _ in model.named_parameters() if n.startswith(f"{prefix}.")}
+            assert block
+            assert block <= names
+        for prefix in before + blocks[:-count]:
+            assert not any(n.startswith(f"{prefix}.") for n in names)
+        assert head_parameter_names(model) <= names
+
+
+def test_a_transition_belongs_to_its_dense_block(load):
+    model = load("timm/densenet121")
+    freeze(model, "2")
+    names = trainable(model)
+    assert any("transition3" in name for name in names)
+    assert not any("transition2" in name for name in names)
+
+
+def test_freezing_can_be_undone(load):
+    model = load("vit")
+    freeze(model, "backbone")
+    freeze(model, "none")
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet", "timm/test_resnet", "timm/test_efficientnet"])
+def test_frozen_norms_keep_their_statistics(name, load):
+    model = load(name)
+    freeze(model, "1")
+    model.train()
+    eval_frozen_norms(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model(pixel_values=torch.randn(4, 3, 32, 32) * 3 + 1)
+    kinds = set()
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            frozen = not module.weight.requires_grad
+            kinds.add(frozen)
+            assert module.training != frozen
+            same = torch.equal(before[f"{path}.running_mean"], module.running_mean)
+            assert same == frozen, path
+    assert kinds == {True, False}
+
+
+def test_norms_that_train_stay_in_training_mode(load):
+    model = load("resnet").train()
+    eval_frozen_norms(model)
+    assert all(module.training for module in model.modules())
+
+
+def test_trainable_line_counts_parameters(load):
+    model = load("vit")
+    freeze(model, "backbone")
+    total = sum(p.numel() for p in model.parameters())
+    assert describe_trainable(model) == f"99 of {total:,} parameters train ({99 / total:.1%})"
+
+
+def test_more_blocks_than_there_are(load):
+    with pytest.raises(UserError, match=r"--freeze 4: ViTForImageClassification has 3 stages"):
+        freeze(load("vit"), "4")
+
+
+def test_a_network_without_blocks(load):
+    model = load("vit")
+    model.vit.layers = torch.nn.ModuleList([model.vit.layers[0]])
+    with pytest.raises(UserError, match="use --freeze none or backbone"):
+        backbone_blocks(model)

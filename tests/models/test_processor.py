@@ -1,0 +1,82 @@
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessor,
+    ConvNextImageProcessor,
+    TimmWrapperConfig,
+    ViTImageProcessor,
+)
+
+from hf_cifar.data.preprocessing import Preprocessing
+from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
+
+PROCESSORS = {
+    "vit": lambda: ViTImageProcessor(size={"height": 32, "width": 32}),
+    "bit": lambda: BitImageProcessor(
+        size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}
+    ),
+    "bit without crop": lambda: BitImageProcessor(size={"shortest_edge": 36}, do_center_crop=False),
+    "convnext": lambda: ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875),
+    "no resize": lambda: ViTImageProcessor(do_resize=False),
+}
+
+
+def border_seen(processor, size):
+    """Whether a mark on the outermost pixels of an image reaches the model."""
+    image = Image.new("RGB", (size, size))
+    image.paste((255, 255, 255), (0, 0, size, 1))
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    return pixels[0, :, 0].mean() > pixels[0, :, size // 2].mean() + 0.5
+
+
+@pytest.mark.parametrize("size", [32, 48, 400])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_processor_shows_the_whole_image_at_the_size(name, size, tmp_path):
+    original = PROCESSORS[name]()
+    processor = transformers_processor(original, size)
+    assert type(processor) is type(original)
+    assert border_seen(processor, size)
+    for shape in ((50, 40), (40, 50), (size, size)):
+        pixels = processor(Image.new("RGB", shape), return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, size, size)
+    assert Preprocessing.from_image_processor(processor).size == (size, size)
+    for key in ("image_mean", "image_std", "resample", "rescale_factor"):
+        assert processor.to_dict()[key] == original.to_dict()[key]
+    processor.save_pretrained(tmp_path)
+    assert AutoImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
+
+
+def test_original_processor_is_left_alone():
+    original = PROCESSORS["bit"]()
+    before = original.to_dict()
+    transformers_processor(original, 48)
+    assert original.to_dict() == before
+
+
+def test_timm_processor_is_written_into_the_config():
+    config = TimmWrapperConfig(
+        architecture="test_resnet",
+        pretrained_cfg={
+            "input_size": [3, 160, 160], "crop_pct": 0.9, "interpolation": "bicubic",
+            "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6],
+        },
+    )  # fmt: skip
+    processor = timm_processor(config, 64)
+    assert config.pretrained_cfg["input_size"] == [3, 64, 64]
+    assert (config.pretrained_cfg["crop_pct"], config.pretrained_cfg["crop_mode"]) == (
+        1.0,
+        "center",
+    )
+    assert config.pretrained_cfg["mean"] == [0.1, 0.2, 0.3]
+    view = Preprocessing.from_image_processor(processor)
+    assert (view.size, view.std) == ((64, 64), (0.4, 0.5, 0.6))
+    assert border_seen(processor, 64)
+
+
+def test_plain_processor_divides_by_255():
+    image = Image.new("RGB", (28, 28), (0, 51, 255))
+    pixels = plain_processor(28)(image, return_tensors="pt")["pixel_values"]
+    expected = torch.tensor([0.0, 0.2, 1.0]).view(1, 3, 1, 1).expand(1, 3, 28, 28)
+    torch.testing.assert_close(pixels, expected)

@@ -1,0 +1,81 @@
+"""README and docs: what can go stale is compared with the code."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_option_table_is_that_of_the_code():
+    assert load_script("option_table").with_table(README) == README
+
+
+def test_the_file_tree_is_that_of_the_disk():
+    tree = README[README.index("## Files") : README.index("## Read on")]
+    listed = set(re.findall(r"^(hf_cifar/\S+\.py|scripts/\S+\.py)\s", tree, re.MULTILINE))
+    on_disk = {
+        str(path.relative_to(ROOT))
+        for folder in ("hf_cifar", "scripts")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert listed == on_disk
+
+
+def test_the_python_of_readme_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0 <= float(done.stdout.splitlines()[-1]) <= 1
+    assert (tmp_path / "outputs" / "digits" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_recipe_has_its_row():
+    from hf_cifar.options import recipe_names
+
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    assert all(f"`{name}`" in text for name in recipe_names())
+
+
+def test_every_option_in_a_command_exists():
+    from hf_cifar.config import FinetuneConfig
+    from hf_cifar.options import LIGHT_CONFIGS, EvaluateConfig, PredictConfig, field_names
+
+    classes = (*LIGHT_CONFIGS, FinetuneConfig, EvaluateConfig, PredictConfig)
+    known = {name for config_class in classes for name in field_names(config_class)}
+    for page in PAGES:
+        for line in re.findall(
+            r"^.*(?:hf-cifar|scripts/finetune.py) .*$", page.read_text(), re.MULTILINE
+        ):
+            after = re.split(r"hf-cifar|scripts/finetune.py", line)[-1]
+            for name in re.findall(r"--(\w+)", after):
+                assert name in known | {"recipe", "config", "help"}, line
+
+
+def test_scripts_are_thin():
+    for name in ("finetune", "evaluate_run"):
+        assert len((ROOT / "scripts" / f"{name}.py").read_text().splitlines()) <= 15

@@ -1,0 +1,136 @@
+import pytest
+import timm
+import torch
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_cifar.models.article import ArticleMLPConfig, ArticleMLPForImageClassification
+from hf_cifar.models.layers import freeze
+from hf_cifar.optim import decay_parameter_names, default_learning_rate
+
+
+def vit():
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+            image_size=32, patch_size=8,
+        )
+    )  # fmt: skip
+
+
+def resnet():
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    )
+
+
+def swin():
+    return SwinForImageClassification(
+        SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 1],
+                   window_size=4, use_absolute_embeddings=True)
+    )  # fmt: skip
+
+
+MODELS = {
+    "vit": vit,
+    "resnet": resnet,
+    "swin": swin,
+    "timm vit": lambda: timm.create_model("test_vit", num_classes=3),
+    "timm vit, registers": lambda: timm.create_model("test_vit", num_classes=3, reg_tokens=2),
+    "timm resnet": lambda: timm.create_model("test_resnet", num_classes=3),
+    "timm swin": lambda: timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=8, depths=(1, 1),
+        num_heads=(1, 1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exactly_the_weights_of_layers_decay(name):
+    model = MODELS[name]()
+    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    expected = {
+        f"{path}.weight" for path, module in model.named_modules() if isinstance(module, layers)
+    }
+    found = decay_parameter_names(model)
+    assert set(found) == expected
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "spared"),
+    [
+        ("vit", ["vit.embeddings.position_embeddings", "vit.embeddings.cls_token"]),
+        ("timm vit", ["pos_embed", "cls_token"]),
+        ("timm vit, registers", ["reg_token"]),
+        ("swin", ["swin.embeddings.position_embeddings", "relative_position_bias_table"]),
+        ("timm swin", ["relative_position_bias_table"]),
+    ],
+)
+def test_embeddings_and_tokens_do_not_decay(name, spared):
+    model = MODELS[name]()
+    names = [n for n, p in model.named_parameters() if p.ndim > 1]
+    for part in spared:
+        assert any(n.endswith(part) for n in names), part
+        assert not any(n.endswith(part) for n in decay_parameter_names(model))
+
+
+def test_what_a_model_exempts_itself_does_not_decay():
+    class Declared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(2, 2))
+            self.layer = torch.nn.Linear(2, 2)
+
+        def no_weight_decay(self):
+            return {"scale"}
+
+    assert decay_parameter_names(torch.nn.Sequential(Declared())) == ["0.layer.weight"]
+
+
+def test_learning_rate_grows_with_the_root_of_the_batch():
+    model = vit()
+    rates = [default_learning_rate(model, batch) for batch in (16, 64, 256)]
+    assert rates[1] / rates[0] == pytest.approx(2, rel=1e-2)
+    assert rates[2] / rates[1] == pytest.approx(2, rel=1e-2)
+
+
+def test_learning_rate_by_family():
+    transformer, network = vit(), resnet()
+    pretrained = default_learning_rate(transformer, 64)
+    assert 0 < pretrained < default_learning_rate(network, 64)
+    assert pretrained < default_learning_rate(transformer, 64, scratch=True)
+    freeze(transformer, "backbone")
+    head = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    assert head < 0.05 * sum(p.numel() for p in transformer.parameters())
+    assert default_learning_rate(transformer, 64) > pretrained
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused"])
+def test_adam_makes_the_articles_moments(name, tmp_path):
+    model = ArticleMLPForImageClassification(ArticleMLPConfig(image_size=2, num_labels=2))
+    args = TrainingArguments(
+        output_dir=tmp_path, optim=name, weight_decay=0.0, learning_rate=1e-3, use_cpu=True
+    )
+    optimizer = Trainer(model=model, args=args).create_optimizer()
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.2)
+        optimizer.state[parameter] = {
+            "step": torch.tensor(1.0),
+            "exp_avg": torch.full_like(parameter, 0.1),
+            "exp_avg_sq": torch.full_like(parameter, 0.3),
+        }
+    optimizer.step()
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        torch.testing.assert_close(state["exp_avg"], torch.full_like(parameter, 0.11))
+        torch.testing.assert_close(state["exp_avg_sq"], torch.full_like(parameter, 0.29974))
