@@ -30,7 +30,9 @@ def run(output_dir, data, model, *flags):
 @pytest.fixture(scope="module")
 def vit_run(tmp_path_factory, stripes, tiny_vit):
     folder = tmp_path_factory.mktemp("runs") / "vit"
-    run(folder, stripes, tiny_vit, "--num_train_epochs", "12", "--do_predict")
+    run(
+        folder, stripes, tiny_vit, "--num_train_epochs", "15", "--learning_rate", "1e-2", "--do_predict"
+    )
     return folder
 
 
