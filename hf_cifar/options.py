@@ -74,8 +74,7 @@ class AugmentConfig:
     _argument_group_name = "augmentation"
 
     crop_padding: float = option(
-        0.125,
-        "Largest random shift, as a share of the image side (0.125 of 32 px is the usual 4 px).",
+        0.0625, "Largest random shift, as a share of the image side (0.0625 of 32 px is 2 px)."
     )
     crop_scale: float = option(
         1.0, "Smallest share of the image area that a random resized crop keeps; 1 turns it off."
