@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import yaml
-
 from hf_cifar.errors import UserError
+from hf_cifar.network import looks_like_path
 from hf_cifar.options import (
     CONFIG_FILE,
     LIGHT_CONFIGS,
@@ -22,13 +21,15 @@ from hf_cifar.options import (
     EvaluateConfig,
     FinetuneOptions,
     PredictConfig,
+    check_numbers,
     check_option_names,
     expand_tokens,
     field_names,
     parse_dataclasses,
     read_recipe,
     recipe_names,
-    trainer_option_names,
+    refuse_occupied,
+    trainer_options,
     yaml_tokens,
 )
 
@@ -43,11 +44,16 @@ def finetune(argv: Sequence[str]) -> int:
 
         parse_dataclasses([*LIGHT_CONFIGS, FinetuneConfig], tokens, "hf-cifar finetune")
     # Options and data are checked before torch is imported: a mistake shows in a second or two.
-    light_names = [name for c in (*LIGHT_CONFIGS, FinetuneOptions) for name in field_names(c)]
-    check_option_names(tokens, [*light_names, *trainer_option_names()])
-    data, _, model, *_ = parse_dataclasses(LIGHT_CONFIGS, tokens, "hf-cifar finetune")
+    light_classes = [*LIGHT_CONFIGS, FinetuneOptions]
+    light_names = [name for c in light_classes for name in field_names(c)]
+    trainer_types = trainer_options()
+    check_option_names(tokens, [*light_names, *trainer_types])
+    check_numbers(tokens, trainer_types)
+    data, _, model, options, *_ = parse_dataclasses(light_classes, tokens, "hf-cifar finetune")
     _check_model_path(model.model_name_or_path)
-    _check_data(data)
+    if options.resume_from_checkpoint is None and is_main_process():
+        refuse_occupied(Path(options.output_dir))
+    check_images(data, ["train", "validation"])
 
     from hf_cifar.config import RunConfig
     from hf_cifar.finetune import finetune_classifier, render_summary
@@ -66,18 +72,18 @@ def evaluate(argv: Sequence[str]) -> int:
     if not _wants_help(argv):
         check_option_names(argv, {name for c in classes for name in field_names(c)})
     config, *_ = parse_dataclasses([EvaluateConfig], argv, "hf-cifar evaluate", add_help=False)
-    tokens = [*_data_tokens_of_run(config.model_name_or_path), *argv]
+    tokens = [*_data_tokens_of_run(config, argv), *argv]
     config, data, unused = parse_dataclasses(classes, tokens, "hf-cifar evaluate")
     _refuse(unused)
     _require_model(config.model_name_or_path)
-    _check_data(data)
+    check_images(data, [config.split])
 
     from hf_cifar.evaluation.evaluation import render_metrics
     from hf_cifar.evaluation.saved import evaluate_saved
 
-    quieten(int(os.environ.get("RANK", "0")) == 0)
+    quieten(is_main_process())
     evaluation = evaluate_saved(config, data)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main_process():
         print(render_metrics({evaluation.split: evaluation.metrics}))
     return 0
 
@@ -143,10 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(argv)
     except UserError as error:
         return _complain(error)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:
+        # safetensors and torch wrap the system's error in their own.
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             return _complain(
-                f"no space left on the disk ({error}); free some, then resume or start again"
+                "no space left on the disk; free some, and start again or resume from the last checkpoint"
             )
         raise
     except KeyboardInterrupt:
@@ -171,7 +178,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _complain(error: Exception | str) -> int:
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main_process():
         print(f"hf-cifar: error: {' '.join(str(error).split())}", file=sys.stderr)
     return USER_ERROR
 
@@ -192,8 +199,6 @@ def _require_model(name: str) -> None:
 
 
 def _check_model_path(name: str) -> None:
-    from hf_cifar.data.sources import looks_like_path
-
     bundled = name.startswith(("scratch/", "bundled/"))
     if (
         not bundled
@@ -203,23 +208,55 @@ def _check_model_path(name: str) -> None:
         raise UserError(f"no model in {name}: there is no config.json in such a folder")
 
 
-def _check_data(data: DataConfig) -> None:
-    """Load and decode now what the run will ask for; it gets the same splits back, at no cost."""
-    from hf_cifar.data.splits import load_splits
+def check_images(data: DataConfig, splits: Sequence[str]) -> None:
+    """Load and decode now what the command will ask for; it gets the same splits back, at no cost."""
+    from hf_cifar.data.splits import load_splits, load_test_split
 
-    splits = load_splits(data)
-    for split in (splits.train, splits.validation):
+    for name in splits:
+        split = load_test_split(data) if name == "test" else getattr(load_splits(data), name)
         split.in_memory  # noqa: B018  decodes, or names the row that cannot be read
 
 
-def _data_tokens_of_run(folder: str) -> list[str]:
-    """The data options of a run's own config, as tokens; none for a model without one."""
-    path = Path(folder) / CONFIG_FILE
-    if not folder or not path.is_file():
+def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str]:
+    """The data options of a run's own config, as tokens; none for other data, or without a config.
+
+    Raises: UserError if figures of other data would replace the run's own.
+    """
+    path = Path(config.model_name_or_path) / CONFIG_FILE
+    if not config.model_name_or_path or not path.is_file():
         return []
-    saved = yaml.safe_load(path.read_text()) or {}
-    kept = {name: value for name, value in saved.items() if name in field_names(DataConfig)}
-    return yaml_tokens(yaml.safe_dump(kept), str(path))
+    names = field_names(DataConfig)
+    given = [t.partition("=")[0] for t in argv if t.startswith("--")]
+    other = [flag for flag in given if flag[2:].replace("-", "_") in names]
+    if other and config.output_dir is None:
+        raise UserError(
+            f"{other[0]} asks for other data than the run's own; pass --output_dir too, so that the run's "
+            "figures stay true"
+        )
+    if "--dataset_name" in other:
+        return []
+    tokens = yaml_tokens(path.read_text(), str(path))
+    return [
+        token
+        for name, *values in _grouped(tokens)
+        if name[2:] in names
+        for token in (name, *values)
+    ]
+
+
+def _grouped(tokens: Sequence[str]) -> list[list[str]]:
+    """Tokens as one list for each option: its flag and its values."""
+    groups: list[list[str]] = []
+    for token in tokens:
+        if token.startswith("--"):
+            groups.append([])
+        groups[-1].append(token)
+    return groups
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of all processes, by the launcher's environment."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def quieten(main_process: bool) -> None:

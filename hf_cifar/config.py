@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,14 @@ from hf_cifar.options import (
 )
 
 # A token must never reach a file; the others say where a run runs, not what it computes.
+BOUNDS = (
+    ("per_device_train_batch_size", 1, 2**20), ("per_device_eval_batch_size", 1, 2**20),
+    ("gradient_accumulation_steps", 1, 2**20), ("num_train_epochs", 1e-6, 1e6),
+    ("learning_rate", 1e-12, 1e3), ("weight_decay", 0, 1e3), ("label_smoothing_factor", 0, 0.999),
+    ("dataloader_num_workers", 0, 1024), ("early_stopping_patience", 1, 10**6),
+)  # fmt: skip
+# The Trainer's, but not ours: the model always trains, hub.py pushes once, and batches are made to measure.
+WITHOUT_EFFECT = ("do_train", "hub_strategy", "hub_always_push", "remove_unused_columns")
 UNSAVED = {
     "hub_token", "resume_from_checkpoint", "local_rank", "disable_tqdm", "label_names", "do_eval",
     "dataloader_pin_memory",
@@ -38,9 +47,6 @@ UNSAVED = {
 class FinetuneConfig(FinetuneOptions, TrainingArguments):
     """transformers' TrainingArguments with defaults that suit fine-tuning an image classifier."""
 
-    output_dir: str | None = option(
-        "outputs/finetuned", "Folder of the run: model, report, checkpoints."
-    )
     learning_rate: float | None = option(
         None, "Peak learning rate; if not given, the model family's default, scaled to the batch."
     )
@@ -67,9 +73,9 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
     dataloader_num_workers: int | None = option(
         None, "Loader processes; if not given, 0 for images held in memory, else one per core."
     )
-    hub_strategy: str = option("end", "When to push: at the end of the run.")
 
     def __post_init__(self) -> None:
+        self._check()
         if self.eval_strategy == "no":
             # Without evaluations there is no best checkpoint; the last weights are the result.
             self.load_best_model_at_end = False
@@ -81,6 +87,27 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
         super().__post_init__()
         self.dataloader_num_workers = num_workers
 
+    def _check(self) -> None:
+        """Raises: UserError for a value out of range, or an option that would have no effect."""
+        for name, low, high in BOUNDS:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name} is {value}; it must lie in {low}..{high}")
+        for name in WITHOUT_EFFECT:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"--{name} has no effect here; leave it out")
+        metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
+        if metric not in ("accuracy", "cross_entropy", "loss"):
+            raise UserError(
+                f"--metric_for_best_model is {metric}; it takes accuracy, cross_entropy or loss"
+            )
+        if self.greater_is_better is None:
+            self.greater_is_better = metric == "accuracy"
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise UserError(
+                "--early_stopping_patience needs evaluations; leave out --eval_strategy no"
+            )
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -90,6 +117,10 @@ class RunConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    def __post_init__(self) -> None:
+        # Made now: once a Trainer is built, new TrainingArguments would reset accelerate's state.
+        _default_arguments(self.train.use_cpu)
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str = "hf-cifar finetune") -> RunConfig:
@@ -104,7 +135,7 @@ class RunConfig:
             *configs, unused = parse_dataclasses(classes, tokens, prog)
         except UserError:
             raise
-        except ValueError as error:
+        except (ValueError, ImportError, NotImplementedError) as error:
             raise UserError(" ".join(str(error).split())) from None
         if unused:
             raise UserError(f"unexpected argument {unused[0]!r}; options start with --, see --help")
@@ -117,8 +148,7 @@ class RunConfig:
 
     def options(self) -> dict[str, Any]:
         """Resolved options by name: all of data, augmentation and model, and the training options that
-        differ from transformers' own defaults. Never a token. To be called before a Trainer is built: it
-        makes TrainingArguments to compare with, and that resets accelerate's state."""
+        differ from transformers' own defaults. Never a token."""
         values: dict[str, Any] = {}
         for config in (self.data, self.augment, self.model):
             values |= dataclasses.asdict(config)
@@ -128,7 +158,7 @@ class RunConfig:
             if f.name in FinetuneConfig.__annotations__
         }
         own |= set(field_names(FinetuneOptions)) | {"seed", "num_train_epochs", "optim"}
-        reference = TrainingArguments(output_dir=self.train.output_dir, use_cpu=self.train.use_cpu)
+        reference = _default_arguments(self.train.use_cpu)
         for name in field_names(FinetuneConfig):
             value = getattr(self.train, name)
             if name not in UNSAVED and (name in own or value != getattr(reference, name)):
@@ -138,6 +168,11 @@ class RunConfig:
     def save(self, path: str | Path) -> None:
         """Write the resolved options as YAML: `hf-cifar finetune --config FILE` is the same run."""
         Path(path).write_text(yaml.safe_dump(self.options(), sort_keys=False))
+
+
+@functools.lru_cache
+def _default_arguments(use_cpu: bool) -> TrainingArguments:
+    return TrainingArguments(output_dir="unused", use_cpu=use_cpu)
 
 
 def _plain(value: Any) -> Any:

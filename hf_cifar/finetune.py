@@ -23,15 +23,16 @@ from hf_cifar.data.splits import (
     load_test_split,
     require_test_split,
 )
-from hf_cifar.data.store import build_store
+from hf_cifar.data.store import build_store, default_num_workers
 from hf_cifar.data.transforms import RandomView
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import Evaluation, evaluate_classifier, write_json
-from hf_cifar.hub import environment, prepare_push, push_run, render_model_card
+from hf_cifar.evaluation.metrics import render_figure
+from hf_cifar.hub import check_push, environment, prepare_push, push_run, render_model_card
 from hf_cifar.models.build import SCRATCH, build_model
 from hf_cifar.models.layers import describe_trainable
 from hf_cifar.optim import default_learning_rate
-from hf_cifar.options import CONFIG_FILE, AugmentConfig
+from hf_cifar.options import CONFIG_FILE, AugmentConfig, refuse_occupied
 from hf_cifar.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,9 @@ def finetune_classifier(config: RunConfig) -> RunResult:
     splits = load_splits(config.data)  # train and validation; test stays sealed
     model, image_processor = build_model(config.model, splits.id2label)
     config = resolve_defaults(config, model, splits)
-    save_config(config)
+    prepare_push(config)
     trainer = build_trainer(model, image_processor, splits, config)
+    save_config(config)
     trainer.train(resume_from_checkpoint=resume_point(config))
     evaluations = [evaluate_classifier(trainer, split) for split in final_splits(splits, config)]
     return finish_run(trainer, splits, evaluations, config)
@@ -131,26 +133,33 @@ def check_run(config: RunConfig) -> None:
     """
     train = config.train
     folder = Path(train.output_dir)
-    if resume_point(config):
-        if get_last_checkpoint(folder) is None if folder.is_dir() else True:
-            raise UserError(
-                f"--resume_from_checkpoint: no checkpoint in {folder}; leave the flag out to start anew"
-            )
-    elif train.process_index == 0 and any(
-        (folder / name).exists() for name in (CONFIG_FILE, "config.json")
-    ):
+    resume = resume_point(config)
+    if resume is True and (not folder.is_dir() or get_last_checkpoint(folder) is None):
         raise UserError(
-            f"{folder} holds another run; pass another --output_dir, or --resume_from_checkpoint last"
+            f"--resume_from_checkpoint: no checkpoint in {folder}; leave it out to start anew"
         )
+    if isinstance(resume, str) and not (Path(resume) / "trainer_state.json").is_file():
+        raise UserError(
+            f"--resume_from_checkpoint: no checkpoint in {resume}; pass its folder, or last"
+        )
+    if not resume and train.process_index == 0:
+        refuse_occupied(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; pass a folder")
     if train.mixed_precision == "fp16" and train.device.type == "cpu":
         raise UserError(
             "fp16 needs a GPU and there is none; leave out --fp16, or launch with configs/cpu.yaml"
         )
+    if train.device.type == "cpu" and "true" in (
+        os.environ.get("ACCELERATE_USE_FSDP"),
+        os.environ.get("ACCELERATE_USE_DEEPSPEED"),
+    ):
+        raise UserError(
+            "FSDP and DeepSpeed need GPUs and there are none; launch with configs/cpu.yaml"
+        )
     if train.do_predict:
         require_test_split(config.data)
-    prepare_push(config)
+    check_push(config)
 
 
 def resume_point(config: RunConfig) -> bool | str | None:
@@ -164,7 +173,7 @@ def resume_point(config: RunConfig) -> bool | str | None:
 def resolve_defaults(config: RunConfig, model: PreTrainedModel, splits: Splits) -> RunConfig:
     """Fill in what depends on the model and the data: learning rate and loader processes.
 
-    Raises: UserError if the disk has no room for the model and one checkpoint.
+    Raises: UserError if the disk has no room for the model and its checkpoints.
     """
     train = config.train
     batch_size = train.train_batch_size * train.gradient_accumulation_steps * train.world_size
@@ -174,10 +183,11 @@ def resolve_defaults(config: RunConfig, model: PreTrainedModel, splits: Splits) 
         learning_rate = default_learning_rate(model, batch_size, scratch=scratch)
     in_memory = all(split.in_memory for split in (splits.train, splits.validation))
     if num_workers is None:
-        num_workers = 0 if in_memory else os.cpu_count() or 1
+        num_workers = default_num_workers(in_memory)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    require_space(Path(train.output_dir), 2 * weights + moments)
+    checkpoints = 0 if train.save_strategy == "no" else (train.save_total_limit or 1) + 1
+    require_space(Path(train.output_dir), weights + checkpoints * (weights + moments))
     return dataclasses.replace(
         config,
         train=dataclasses.replace(
@@ -192,7 +202,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(
-            f"no space left for {folder}: the model and one checkpoint take {needed_bytes / 1e6:,.0f} MB, "
+            f"no space left for {folder}: the model and its checkpoints take {needed_bytes / 1e6:,.0f} MB, "
             f"{free / 1e6:,.0f} MB are free; pass another --output_dir"
         )
 
@@ -215,6 +225,9 @@ def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
     A timm model's weights keep timm's own names: transformers and timm both load such a folder.
     """
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, where sharded
+    weights = {
+        name.removeprefix("_orig_mod."): value for name, value in weights.items()
+    }  # torch.compile's
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if model.config.model_type == "timm_wrapper":
@@ -260,9 +273,7 @@ def render_summary(result: RunResult) -> str:
     lines = [f"{'':<14}" + "".join(f"{name:>12}" for name in names)]
     for key in keys:
         values = (result.metrics[name][key] for name in names)
-        cells = (
-            "-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values
-        )
+        cells = map(render_figure, values)
         lines.append(f"{key:<14}" + "".join(f"{cell:>12}" for cell in cells))
     return (
         "\n".join(lines)

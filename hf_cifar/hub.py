@@ -13,9 +13,10 @@ import huggingface_hub
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
 from hf_cifar.config import RunConfig
-from hf_cifar.data.sources import looks_like_path, require_network
 from hf_cifar.data.splits import Splits
 from hf_cifar.errors import UserError
+from hf_cifar.evaluation.metrics import render_figure
+from hf_cifar.network import looks_like_path, require_network
 
 PACKAGES = (
     "hf-cifar",
@@ -210,10 +211,7 @@ def _results_table(metrics: dict[str, Any]) -> str:
         rows.append(
             (
                 split,
-                *(
-                    "-" if c is None else f"{c:,}" if isinstance(c, int) else f"{c:.4f}"
-                    for c in cells
-                ),
+                *(render_figure(c) for c in cells),
             )
         )
     return _table(("split", *keys), rows)
@@ -224,11 +222,8 @@ def _table(header: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def prepare_push(config: RunConfig) -> None:
-    """Create the repo, or see that it is there: fail before training if the push could not work.
-
-    Raises: UserError for no network, no token, or a refusal by the Hub.
-    """
+def check_push(config: RunConfig) -> None:
+    """Raises: UserError if --push_to_hub has no network or no token."""
     if not config.train.push_to_hub or config.train.process_index != 0:
         return
     if constants.HF_HUB_OFFLINE:
@@ -238,6 +233,15 @@ def prepare_push(config: RunConfig) -> None:
     require_network("--push_to_hub")
     if not (config.train.hub_token or huggingface_hub.get_token()):
         raise UserError("--push_to_hub needs a token; run: hf auth login, or set HF_TOKEN")
+
+
+def prepare_push(config: RunConfig) -> None:
+    """Create the repo, or see that it is there: fail before training if the push could not work.
+
+    Raises: UserError for a refusal by the Hub.
+    """
+    if not config.train.push_to_hub or config.train.process_index != 0:
+        return
     try:
         _create_repo(config)
     except Exception as error:  # the client raises its own, httpx's and OS errors

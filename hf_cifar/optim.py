@@ -14,7 +14,7 @@ NO_DECAY = re.compile(
     r"distillation_token|register_tokens|relative_position\w*)(\.|$)"
 )
 REFERENCE_BATCH = 64
-HEAD_RATE, DEPTHWISE_RATE, CONVOLUTION_RATE, ATTENTION_RATE = 2e-3, 3e-3, 1e-3, 5e-5
+HEAD_RATE, DEPTHWISE_RATE, CONVOLUTION_RATE, ATTENTION_RATE = 2e-3, 3e-3, 1e-3, 7e-5
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
@@ -39,7 +39,7 @@ def default_learning_rate(model: nn.Module, batch_size: int, *, scratch: bool = 
     """Peak learning rate for AdamW, by model family; batch_size is the images per step on all processes.
 
     2e-3 for a head alone, 3e-3 for depthwise convolutions (EfficientNet, MobileNet), 1e-3 for other
-    networks with BatchNorm and for random weights, 5e-5 for pretrained transformers, each at 64 images a
+    networks with BatchNorm and for random weights, 7e-5 for pretrained transformers, each at 64 images a
     step and scaled by the square root of the batch.
 
     Source: Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022.

@@ -129,7 +129,14 @@ class ModelConfig:
 
 @dataclass
 class FinetuneOptions:
-    """Training options that the Trainer does not have."""
+    """Training options that the Trainer does not have, or that are looked at before it is imported."""
+
+    output_dir: str | None = option(
+        "outputs/finetuned", "Folder of the run: model, figures, checkpoints."
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "Go on from a checkpoint: last, or a checkpoint's folder."
+    )
 
     early_stopping_patience: int | None = option(
         None, "Stop after this many evaluations without a better validation accuracy."
@@ -158,6 +165,12 @@ class EvaluateConfig:
     use_cpu: bool = option(False, "Evaluate on the CPU even where there is a GPU.")
     trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
 
+    def __post_init__(self) -> None:
+        if self.per_device_eval_batch_size < 1:
+            raise UserError(
+                f"--per_device_eval_batch_size is {self.per_device_eval_batch_size}; it must be at least 1"
+            )
+
 
 @dataclass(frozen=True)
 class PredictConfig:
@@ -180,6 +193,18 @@ class PredictConfig:
 
 
 LIGHT_CONFIGS = (DataConfig, AugmentConfig, ModelConfig)
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raises: UserError if an output folder holds a run, finished or not."""
+    if (folder / "config.json").exists() or any(folder.glob("checkpoint-*")):
+        raise UserError(
+            f"{folder} holds another run; pass another --output_dir, or --resume_from_checkpoint last"
+        )
+    if (folder / CONFIG_FILE).exists():
+        raise UserError(
+            f"{folder} holds another run, which saved no checkpoint; pass another --output_dir, or remove it"
+        )
 
 
 def recipe_names() -> list[str]:
@@ -231,7 +256,7 @@ def expand_tokens(argv: Sequence[str]) -> list[str]:
         if not has_value:
             value = next(tokens, None)
             if value is None:
-                raise UserError(f"{name} needs a value, for example {name} quickstart")
+                raise UserError(f"{name} needs a value; see: hf-cifar recipes")
         if name == "--recipe":
             recipe += yaml_tokens(read_recipe(value), f"recipe {value}")
         else:
@@ -247,14 +272,29 @@ def field_names(config_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(config_class) if f.init]
 
 
-def trainer_option_names() -> list[str]:
-    """Options of transformers' TrainingArguments, read from its source: importing it would import torch."""
+def trainer_options() -> dict[str, str]:
+    """Options of transformers' TrainingArguments with their types, read from its source: importing it
+    would import torch."""
     path = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
-            names = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
-            return [name for name in names if not name.startswith("_")]
+            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+            types = {item.target.id: ast.unparse(item.annotation) for item in fields}
+            return {name: kind for name, kind in types.items() if not name.startswith("_")}
     raise AssertionError(f"no TrainingArguments in {path}")
+
+
+def check_numbers(tokens: Sequence[str], types: dict[str, str]) -> None:
+    """Raises: UserError for the first numeric option whose value is no number."""
+    for token, following in zip(tokens, [*tokens[1:], ""], strict=False):
+        flag, has_value, value = token.partition("=")
+        kind = types.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
+        if kind in ("int", "float", "int | None", "float | None"):
+            value = value if has_value else following
+            try:
+                float(value)
+            except ValueError:
+                raise UserError(f"{flag} takes a number, not {value!r}") from None
 
 
 def check_option_names(tokens: Iterable[str], known: Iterable[str]) -> None:

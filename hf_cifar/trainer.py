@@ -38,6 +38,9 @@ class ImageClassificationTrainer(Trainer):
         super().__init__(
             *args, data_collator=take_batch, compute_metrics=compute_training_metrics, **kwargs
         )
+        # A model whose forward takes **kwargs but ignores num_items_in_batch inflates its gradients under
+        # accumulation and several processes (huggingface/transformers#48207); a mean loss never does.
+        self.model_accepts_loss_kwargs = False
         self.preprocessing = preprocessing
         self.random_view = random_view
         self._micro_batch = (-1, -1)

@@ -18,8 +18,8 @@ def finished(tmp_path_factory, stripes, tiny_vit):
     status = main(
         [
             "finetune", "--dataset_name", str(stripes), "--model_name_or_path", str(tiny_vit),
-            "--output_dir", str(folder), "--use_cpu", "--num_train_epochs", "6",
-            "--per_device_train_batch_size", "8", "--learning_rate", "5e-3",
+            "--output_dir", str(folder), "--use_cpu", "--num_train_epochs", "15",
+            "--per_device_train_batch_size", "8", "--learning_rate", "1e-2",
         ]
     )  # fmt: skip
     assert status == 0
@@ -71,6 +71,24 @@ def test_evaluate_takes_data_from_the_run(finished, capsys):
     assert figures["test"]["num_images"] == 22
 
 
+def test_evaluate_on_other_data_does_not_replace_the_figures_of_the_run(finished, tmp_path, capsys):
+    before = (finished / "metrics.json").read_text()
+    argv = [
+        "evaluate",
+        "--model_name_or_path",
+        str(finished),
+        "--use_cpu",
+        "--max_eval_samples",
+        "4",
+    ]
+    assert main(argv) == 2
+    assert "--max_eval_samples asks for other data" in capsys.readouterr().err
+    assert main([*argv, "--output_dir", str(tmp_path / "other")]) == 0
+    other = json.loads((tmp_path / "other" / "metrics.json").read_text())
+    assert other["validation"]["num_images"] == 4
+    assert (finished / "metrics.json").read_text() == before
+
+
 def test_predict_prints_json_lines_and_goes_on_after_a_broken_image(
     finished, stripes, tmp_path, capsys
 ):
@@ -114,6 +132,8 @@ BAD = {
     "recipe": (["finetune", "--recipe", "quikstart"], "nearest: quickstart"),
     "recipe shown": (["recipes", "nope"], "no recipe 'nope'"),
     "config": (["finetune", "--config", "none.yaml"], "no file none.yaml"),
+    "number": (["finetune", "--num_train_epochs", "three"], "--num_train_epochs takes a number"),
+    "batch": (["evaluate", "--per_device_eval_batch_size", "0"], "it must be at least 1"),
     "data set": (["finetune", "--dataset_name", "./nowhere"], "no such file or folder"),
     "bundled data set": (["finetune", "--dataset_name", "bundled/letters"], "bundled/digits"),
     "hub offline": (["finetune", "--dataset_name", "someone/nothing"], "HF_HUB_OFFLINE"),

@@ -14,7 +14,7 @@ from hf_cifar.options import (
     PredictConfig,
     field_names,
     recipe_names,
-    trainer_option_names,
+    trainer_options,
 )
 
 
@@ -35,7 +35,7 @@ def test_every_option_has_a_help_text():
 
 
 def test_trainer_options_read_from_source_are_those_of_the_class():
-    assert set(trainer_option_names()) == set(field_names(TrainingArguments))
+    assert set(trainer_options()) == set(field_names(TrainingArguments))
 
 
 def test_defaults_are_the_reference_pair():
@@ -92,6 +92,15 @@ def test_every_recipe_parses_and_states_what_was_measured(name):
     [
         (["--learning_rat", "1"], ["--learning_rat", "--learning_rate"]),
         (["--learning_rate", "fast"], ["learning_rate", "fast"]),
+        (["--learning_rate", "-1"], ["--learning_rate", "-1"]),
+        (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size"]),
+        (["--metric_for_best_model", "f1"], ["f1", "accuracy"]),
+        (["--hub_strategy", "checkpoint"], ["--hub_strategy"]),
+        (["--remove_unused_columns"], ["--remove_unused_columns"]),
+        (
+            ["--early_stopping_patience", "2", "--eval_strategy", "no"],
+            ["--early_stopping_patience"],
+        ),
         (["--recipe", "quikstart"], ["quikstart", "quickstart"]),
         (["--recipe"], ["--recipe"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),

@@ -11,7 +11,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from hf_cifar import RunConfig, UserError, evaluate_saved, finetune_classifier, load_splits
 from hf_cifar.evaluation.metrics import accuracy
-from hf_cifar.evaluation.saved import saved_metrics
 from hf_cifar.options import DataConfig, EvaluateConfig
 
 
@@ -31,7 +30,14 @@ def run(output_dir, data, model, *flags):
 def vit_run(tmp_path_factory, stripes, tiny_vit):
     folder = tmp_path_factory.mktemp("runs") / "vit"
     run(
-        folder, stripes, tiny_vit, "--num_train_epochs", "15", "--learning_rate", "1e-2", "--do_predict"
+        folder,
+        stripes,
+        tiny_vit,
+        "--num_train_epochs",
+        "15",
+        "--learning_rate",
+        "1e-2",
+        "--do_predict",
     )
     return folder
 
@@ -41,6 +47,10 @@ def timm_run(tmp_path_factory, stripes):
     folder = tmp_path_factory.mktemp("runs") / "timm"
     run(folder, stripes, "scratch/test_efficientnet", "--image_size", "32")
     return folder
+
+
+def saved_metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def weights(folder):
@@ -157,6 +167,48 @@ def test_the_best_checkpoint_is_kept(tmp_path, stripes, tiny_vit):
     state = json.loads((states[-1] / "trainer_state.json").read_text())
     best = max(log["eval_accuracy"] for log in state["log_history"] if "eval_accuracy" in log)
     assert result.metrics["validation"]["accuracy"] == best == state["best_metric"]
+
+
+@pytest.mark.parametrize("metric", ["cross_entropy", "eval_loss"])
+def test_the_best_by_a_loss_is_the_lowest(tmp_path, stripes, tiny_vit, metric):
+    run(
+        tmp_path / "run",
+        stripes,
+        tiny_vit,
+        "--metric_for_best_model",
+        metric,
+        "--num_train_epochs",
+        "3",
+    )
+    last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    state = json.loads((last / "trainer_state.json").read_text())
+    key = f"eval_{metric.removeprefix('eval_')}"
+    assert state["best_metric"] == min(log[key] for log in state["log_history"] if key in log)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, stripes, tiny_vit):
+    flags = ["--torch_compile", "--torch_compile_backend", "eager", "--num_train_epochs", "1"]
+    result = run(tmp_path / "run", stripes, tiny_vit, *flags)
+    assert not any("_orig_mod" in name for name in weights(result.output_dir))
+    _, loading = AutoModelForImageClassification.from_pretrained(
+        result.output_dir, output_loading_info=True
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+
+
+def test_a_model_from_elsewhere_gets_a_mean_loss_too(tmp_path, stripes, tiny_vit):
+    """ViT's forward takes **kwargs; the Trainer would hand it num_items_in_batch and scale twice."""
+    from hf_cifar.finetune import build_trainer, resolve_defaults
+
+    config = RunConfig.parse(
+        ["--dataset_name", str(stripes), "--use_cpu", "--output_dir", str(tmp_path / "run")]
+    )
+    splits = load_splits(config.data)
+    model = AutoModelForImageClassification.from_pretrained(tiny_vit)
+    processor = AutoImageProcessor.from_pretrained(tiny_vit)
+    trainer = build_trainer(model, processor, splits, resolve_defaults(config, model, splits))
+    assert trainer.model_accepts_loss_kwargs is False
 
 
 def test_early_stopping(tmp_path, stripes, tiny_vit):

@@ -23,7 +23,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from hf_cifar.config import FinetuneConfig, RunConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.errors import UserError
-from hf_cifar.hub import environment, prepare_push, public_name, render_model_card
+from hf_cifar.hub import check_push, environment, prepare_push, public_name, render_model_card
 from hf_cifar.options import DataConfig, ModelConfig
 
 NAMES = [
@@ -188,12 +188,12 @@ def strangers_answers(published):
     return answers
 
 
-def error_line(command, after_training=False):
-    """The one line that a failed command said."""
+def error_line(command, after_start=False):
+    """The one line that a failed command said, behind its notes on model and training if it got there."""
     assert command.status == 2, command.stderr
     *before, line = command.stderr.splitlines()
     assert line.startswith("hf-cifar: error: ")
-    if after_training:
+    if after_start:
         assert "Traceback" not in command.stderr
     else:
         assert not before and not command.stdout
@@ -281,7 +281,7 @@ def test_one_commit_a_push(published):
 
 def test_refused_repo_fails_before_training(published):
     command = published.commands["foreign"]
-    line = error_line(command)
+    line = error_line(command, after_start=True)
     assert "them/vit" in line and "403" in line
     assert not (published.root / "foreign").exists()
 
@@ -294,7 +294,7 @@ def test_missing_token_fails_before_training(published):
 
 def test_failed_push_keeps_the_model_and_its_retry_line_works(published):
     folder = published.root / "full disk"
-    line = error_line(published.commands["full disk"], after_training=True)
+    line = error_line(published.commands["full disk"], after_start=True)
     assert "me/full" in line and "500" in line and f"the model is saved in {folder}" in line
     assert (folder / "model.safetensors").exists() and (folder / "metrics.json").exists()
     assert published.files("me/full") == {}
@@ -461,9 +461,10 @@ def test_push_under_offline_mode_names_both_ways_out(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     config = RunConfig(train=FinetuneConfig(push_to_hub=True, use_cpu=True))
     with pytest.raises(UserError, match=r"--push_to_hub needs the network, but HF_HUB_OFFLINE=1"):
-        prepare_push(config)
+        check_push(config)
 
 
 def test_no_push_asks_nothing_of_the_network(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert prepare_push(RunConfig(train=FinetuneConfig(use_cpu=True))) is None
+    config = RunConfig(train=FinetuneConfig(use_cpu=True))
+    assert check_push(config) is None and prepare_push(config) is None

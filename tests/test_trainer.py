@@ -148,6 +148,17 @@ def test_resume_in_mid_epoch_is_bit_exact_with_augmentation(tmp_path, stripes, t
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
+def test_bf16_trains(tmp_path, stripes, tiny_vit):
+    trainer = make_trainer(tmp_path, stripes, tiny_vit, "--bf16", "--max_steps", "30")
+    dtypes = []
+    trainer.model.classifier.register_forward_hook(lambda m, i, output: dtypes.append(output.dtype))
+    before = trainer.model.classifier.weight.clone()
+    trainer.train()
+    assert set(dtypes) == {torch.bfloat16}
+    assert trainer.model.classifier.weight.dtype == torch.float32
+    assert not torch.equal(before, trainer.model.classifier.weight)
+
+
 def test_it_learns(tmp_path, stripes, tiny_vit):
     trainer = make_trainer(
         tmp_path, stripes, tiny_vit, "--max_steps", "100", "--learning_rate", "1e-2"

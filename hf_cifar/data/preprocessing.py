@@ -13,7 +13,7 @@ from hf_cifar.data.transforms import KERNELS, normalize, resample
 from hf_cifar.errors import UserError
 
 # Pillow's numbers for its filters, which transformers saves as `resample`.
-RESAMPLE_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
+RESAMPLE_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import datasets
 import numpy as np
@@ -19,6 +16,7 @@ from hf_cifar.data.cifar_archives import cifar_version, read_cifar
 from hf_cifar.data.images import pnm_bytes
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
+from hf_cifar.network import looks_like_path, require_network
 from hf_cifar.options import DataConfig
 
 BUNDLED = "bundled/"
@@ -47,13 +45,6 @@ def load_source(config: DataConfig) -> DatasetDict:
         {split: splits[split] for split in sorted(splits, key=lambda s: s != "train")}
     )
     return _standard_columns(splits, config)
-
-
-def looks_like_path(name: str) -> bool:
-    """Whether a data set or model name means a local file or folder rather than a Hub id."""
-    return (
-        Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
-    )
 
 
 @contextlib.contextmanager
@@ -146,46 +137,6 @@ def _load_hub(name: str, config: DataConfig) -> DatasetDict:
         raise UserError(f"cannot load data set {name}: {_first_line(error)}") from None
 
 
-def require_network(what: str, timeout_s: float = 3.0) -> None:
-    """Fail at once where the Hub cannot be reached, instead of after the client's minutes of retries.
-
-    Does nothing under HF_HUB_OFFLINE=1: then the cache answers.
-    Raises: UserError that says how to go offline.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return
-    reached = threading.Event()
-
-    def connect() -> None:
-        # Name resolution has no timeout of its own, hence the thread.
-        with contextlib.suppress(OSError):
-            socket.create_connection(_first_hop(constants.ENDPOINT), timeout=timeout_s).close()
-            reached.set()
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if not reached.is_set():
-        raise UserError(
-            f"{what} needs {constants.ENDPOINT}, which cannot be reached; set HF_HUB_OFFLINE=1 to use what "
-            "is cached, or pass a local folder (offline: --model_name_or_path bundled/efficientnet_lite0 "
-            "--dataset_name bundled/digits)"
-        )
-
-
-def _first_hop(endpoint: str) -> tuple[str, int]:
-    """Host and port that a connection to `endpoint` goes to first: a proxy, where one is set."""
-    import urllib.request
-
-    url = urlsplit(endpoint)
-    proxy = urllib.request.getproxies().get(url.scheme)
-    if proxy and not urllib.request.proxy_bypass(url.hostname):
-        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    return url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme, 1080)
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -195,6 +146,10 @@ def _standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
     features = next(iter(splits.values())).features
     image = _find_column(features, Image, config.image_column_name, "image")
     label = _find_column(features, ClassLabel, config.label_column_name, "label")
+    if image == label:
+        raise UserError(
+            f"column {image!r} cannot be both image and label; pass another --label_column_name"
+        )
     standard = {}
     names = None
     for split, rows in splits.items():

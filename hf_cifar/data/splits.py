@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,16 +64,10 @@ class Split:
         if first.nbytes * len(self) > MEMORY_LIMIT:
             return None
         pixels = np.empty((len(self), *first.shape), np.uint8)
-        position = 0
-        for start in range(0, len(self), 1024):
-            cells = self.rows[start : start + 1024]["image"]
-            for decoded in decode_cells(cells):
-                if isinstance(decoded, UserError):
-                    raise UserError(f"{self.describe_row(position)}: {decoded}")
-                if decoded.shape != first.shape:
-                    return None
-                pixels[position] = decoded
-                position += 1
+        for position, image in enumerate(self._decode_all()):
+            if image.shape != first.shape:
+                return None
+            pixels[position] = image
         return pixels
 
     @functools.cached_property
@@ -82,19 +76,23 @@ class Split:
 
         Raises: UserError that names the row of an image that cannot be read.
         """
-        if self.pixels is not None:
-            return True
-        progress = tqdm(
-            total=len(self), desc=f"checking {self.name} images", disable=None, leave=False
-        )
-        with progress:
+        if self.pixels is None:
+            for _ in self._decode_all():
+                pass
+        return self.pixels is not None
+
+    def _decode_all(self) -> Iterator[np.ndarray]:
+        """Every image in order, decoded on all cores, with a progress bar on a terminal."""
+        with tqdm(
+            total=len(self), desc=f"decoding {self.name}", disable=None, leave=False
+        ) as progress:
             for start in range(0, len(self), 1024):
                 cells = self.rows[start : start + 1024]["image"]
-                for offset, decoded in enumerate(decode_cells(cells)):
-                    if isinstance(decoded, UserError):
-                        raise UserError(f"{self.describe_row(start + offset)}: {decoded}")
+                for position, image in enumerate(decode_cells(cells), start):
+                    if isinstance(image, UserError):
+                        raise UserError(f"{self.describe_row(position)}: {image}")
                     progress.update()
-        return False
+                    yield image
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +161,7 @@ def load_splits(config: DataConfig) -> Splits:
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1)
 def load_test_split(config: DataConfig) -> Split:
     """The test split, labelled. For the final evaluation alone: nothing that is tuned may read it.
 
@@ -175,7 +174,7 @@ def load_test_split(config: DataConfig) -> Split:
 
 
 def require_test_split(config: DataConfig) -> None:
-    """Raises: UserError if the data set has no labelled test split. Looks at no row of it."""
+    """Raises: UserError if the data set has no labelled test split."""
     source = load_source(config)
     if "test" not in source:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -82,6 +83,13 @@ def build_store(split: Split, preprocessing: Preprocessing, *, augmented: bool) 
     return StreamedStore(
         split, preprocessing.enlarged(STREAMED_MARGIN) if augmented else preprocessing.uncropped()
     )
+
+
+def default_num_workers(in_memory: bool) -> int:
+    """Loader processes: none for images in memory, else this process's share of the machine's cores."""
+    if in_memory:
+        return 0
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def to_batch(image) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 from hf_cifar.data.sources import quiet_datasets
 from hf_cifar.data.splits import Split
 from hf_cifar.data.store import build_store
-from hf_cifar.evaluation.metrics import compute_metrics
+from hf_cifar.evaluation.metrics import compute_metrics, render_figure
 from hf_cifar.trainer import ImageClassificationTrainer
 
 METRICS_FILE = "metrics.json"
@@ -25,12 +25,11 @@ PREDICTIONS_FOLDER = "predictions"
 class Evaluation:
     """What a model said about the images of one split.
 
-    split: "validation" or "test". row_ids, labels [N]; logits [N, K]. Rows count in the data set's
-    `source_split`.
+    split: "validation" or "test". row_ids, labels [N]; logits [N, K]. Row ids count in
+    the data set's own split that a row comes from: train, for a validation split cut out of it.
     """
 
     split: str
-    source_split: str
     row_ids: np.ndarray
     labels: np.ndarray
     logits: np.ndarray
@@ -65,7 +64,6 @@ def evaluate_classifier(trainer: ImageClassificationTrainer, split: Split) -> Ev
     logits = np.asarray(output.predictions, dtype=np.float32)
     return Evaluation(
         split=split.name,
-        source_split=split.source_split,
         row_ids=split.row_ids,
         labels=split.labels,
         logits=logits,
@@ -82,20 +80,18 @@ def render_metrics(metrics: dict[str, dict[str, Any]]) -> str:
     lines = [" " * width + "".join(f"  {name:>10}" for name in names)]
     for key in keys:
         cells = (metrics[name].get(key) for name in names)
-        lines.append(f"{key:<{width}}" + "".join(f"  {_cell(value):>10}" for value in cells))
+        lines.append(
+            f"{key:<{width}}" + "".join(f"  {render_figure(value):>10}" for value in cells)
+        )
     per_class = metrics[names[-1]]["per_class"]
     columns = list(next(iter(per_class.values())))
     width = max(len(f"{names[-1]}, per class"), *(len(label) for label in per_class))
     lines += ["", f"{names[-1] + ', per class':<{width}}" + "".join(f"  {c:>10}" for c in columns)]
     for label, values in per_class.items():
-        lines.append(f"{label:<{width}}" + "".join(f"  {_cell(values[c]):>10}" for c in columns))
+        lines.append(
+            f"{label:<{width}}" + "".join(f"  {render_figure(values[c]):>10}" for c in columns)
+        )
     return "\n".join(lines)
-
-
-def _cell(value: float | int | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def write_json(path: Path, content: Any) -> None:

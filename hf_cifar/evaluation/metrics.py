@@ -188,6 +188,13 @@ class RocAuc(ClassificationMetric):
         return {"roc_auc": areas if average is None else float(np.nanmean(areas))}
 
 
+def render_figure(value: float | int | None) -> str:
+    """One figure as people read it: four decimals, thousands separated, a dash for an undefined one."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
 def compute_training_metrics(prediction: Any) -> dict[str, float]:
     """The two figures of every evaluation during training, exact under any number of processes."""
     probabilities = softmax(prediction.predictions)

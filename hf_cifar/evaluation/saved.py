@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_splits, load_test_split
+from hf_cifar.data.store import default_num_workers
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.evaluation import METRICS_FILE, Evaluation, evaluate_classifier
+from hf_cifar.evaluation.evaluation import Evaluation, evaluate_classifier
 from hf_cifar.models.build import load_classifier
 from hf_cifar.options import DataConfig, EvaluateConfig
 from hf_cifar.trainer import ImageClassificationTrainer
@@ -23,6 +23,10 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Evaluation:
 
     Raises: UserError if the data's classes are not the model's.
     """
+    if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
+        raise UserError(
+            "--fp16 needs a GPU and there is none; use --bf16 --use_cpu, or leave it out"
+        )
     split = load_test_split(data) if config.split == "test" else load_splits(data).validation
     model, image_processor = load_classifier(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
@@ -35,7 +39,7 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Evaluation:
         )
     num_workers = config.dataloader_num_workers
     if num_workers is None:
-        num_workers = 0 if split.in_memory else os.cpu_count() or 1
+        num_workers = default_num_workers(split.in_memory)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = ImageClassificationTrainer(
             model=model,
@@ -67,9 +71,3 @@ def output_folder(config: EvaluateConfig) -> Path | None:
         return Path(config.output_dir)
     folder = Path(config.model_name_or_path)
     return folder if folder.is_dir() else None
-
-
-def saved_metrics(folder: str | Path) -> dict:
-    """Figures by split of a run's metrics.json; empty if there is none."""
-    path = Path(folder) / METRICS_FILE
-    return json.loads(path.read_text()) if path.exists() else {}

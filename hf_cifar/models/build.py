@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_cifar.data.sources import looks_like_path, require_network
+from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.models.article import (
@@ -33,6 +34,7 @@ from hf_cifar.models.article import (
 )
 from hf_cifar.models.layers import describe_trainable, freeze, head_parameter_names
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
+from hf_cifar.network import looks_like_path, require_network
 from hf_cifar.options import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -77,9 +79,6 @@ def build_model(config: ModelConfig, id2label: dict[int, str]) -> Classifier:
         raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
     model = classifier.model
     _check_forward(model, classifier.image_processor, config)
-    # A forward that takes **kwargs but ignores num_items_in_batch would inflate gradients under
-    # accumulation and several processes (huggingface/transformers#48207); a mean loss never does.
-    model.accepts_loss_kwargs = False
     freeze(model, config.freeze)
     _log_summary(name, model, new)
     return classifier
@@ -158,8 +157,6 @@ def _build_scratch(
 
     if not timm.is_model(name.partition(".")[0]):
         known = [*ARTICLE_MODELS, *timm.list_models()]
-        import difflib
-
         nearest = difflib.get_close_matches(name, known, n=1)
         hint = f" (nearest: {nearest[0]})" if nearest else ""
         raise UserError(
@@ -235,8 +232,6 @@ def _resize_timm(model: PreTrainedModel, size: int, config: ModelConfig) -> None
 
 def _native_size(config: PreTrainedConfig, processor: BaseImageProcessor) -> int:
     """Side in pixels of what the checkpoint's processor gives its model."""
-    from hf_cifar.data.preprocessing import Preprocessing
-
     view = Preprocessing.from_image_processor(processor)
     size = view.crop or view.resize
     if isinstance(size, int):
@@ -299,8 +294,6 @@ def _check_forward(
     model: PreTrainedModel, processor: BaseImageProcessor, config: ModelConfig
 ) -> None:
     """One image through the model: a size that it cannot take fails here, not in the first step."""
-    from hf_cifar.data.preprocessing import Preprocessing
-
     height, width = Preprocessing.from_image_processor(processor).size
     was_training = model.training
     model.eval()

@@ -128,11 +128,6 @@ def test_half_precision_checkpoint_is_trained_in_float32(checkpoints, tmp_path):
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_loss_is_a_plain_mean_for_the_trainer(name, checkpoints):
-    assert build(checkpoints(name)).model.accepts_loss_kwargs is False
-
-
 @pytest.mark.parametrize("size", [32, 64])
 def test_vit_position_embeddings_are_interpolated_as_timm_does(size, checkpoints):
     folder = checkpoints("vit")
