@@ -28,7 +28,6 @@ from hf_cifar.options import (
     parse_dataclasses,
 )
 
-# A token must never reach a file; the others say where a run runs, not what it computes.
 BOUNDS = (
     ("per_device_train_batch_size", 1, 2**20), ("per_device_eval_batch_size", 1, 2**20),
     ("gradient_accumulation_steps", 1, 2**20), ("num_train_epochs", 1e-6, 1e6),
@@ -37,6 +36,7 @@ BOUNDS = (
 )  # fmt: skip
 # The Trainer's, but not ours: the model always trains, hub.py pushes once, and batches are made to measure.
 WITHOUT_EFFECT = ("do_train", "hub_strategy", "hub_always_push", "remove_unused_columns")
+# A token must never reach a file; the others say where a run runs, not what it computes.
 UNSAVED = {
     "hub_token", "resume_from_checkpoint", "local_rank", "disable_tqdm", "label_names", "do_eval",
     "dataloader_pin_memory",

@@ -26,8 +26,13 @@ from hf_cifar.data.splits import (
 from hf_cifar.data.store import build_store, default_num_workers
 from hf_cifar.data.transforms import RandomView
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.evaluation import Evaluation, evaluate_classifier, write_json
-from hf_cifar.evaluation.metrics import render_figure
+from hf_cifar.evaluation.evaluation import (
+    Evaluation,
+    evaluate_classifier,
+    render_figures,
+    write_json,
+)
+from hf_cifar.evaluation.metrics import HEADLINE_FIGURES
 from hf_cifar.hub import check_push, environment, prepare_push, push_run, render_model_card
 from hf_cifar.models.build import SCRATCH, build_model
 from hf_cifar.models.layers import describe_trainable
@@ -225,9 +230,8 @@ def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
     A timm model's weights keep timm's own names: transformers and timm both load such a folder.
     """
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, where sharded
-    weights = {
-        name.removeprefix("_orig_mod."): value for name, value in weights.items()
-    }  # torch.compile's
+    # torch.compile puts a prefix of its own before every name.
+    weights = {name.removeprefix("_orig_mod."): value for name, value in weights.items()}
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if model.config.model_type == "timm_wrapper":
@@ -268,23 +272,13 @@ def run_facts(trainer: ImageClassificationTrainer, splits: Splits) -> dict[str, 
 
 def render_summary(result: RunResult) -> str:
     """The table at the end of a run: figures, where the model lies, and the lines that load it."""
-    names = list(result.metrics)
-    keys = ("num_images", "accuracy", "f1_macro", "roc_auc_macro", "cross_entropy")
-    lines = [f"{'':<14}" + "".join(f"{name:>12}" for name in names)]
-    for key in keys:
-        values = (result.metrics[name][key] for name in names)
-        cells = map(render_figure, values)
-        lines.append(f"{key:<14}" + "".join(f"{cell:>12}" for cell in cells))
-    return (
-        "\n".join(lines)
-        + f"""
+    return f"""{render_figures(result.metrics, HEADLINE_FIGURES)}
 
 model: {result.output_dir}
 
 from transformers import pipeline
 classify = pipeline("image-classification", model="{result.output_dir}"{_custom_code(result)})
 print(classify("image.png"))"""
-    )
 
 
 def _custom_code(result: RunResult) -> str:

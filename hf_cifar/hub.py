@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from hf_cifar.config import RunConfig
 from hf_cifar.data.splits import Splits
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.metrics import render_figure
+from hf_cifar.evaluation.metrics import HEADLINE_FIGURES, render_figure
 from hf_cifar.network import looks_like_path, require_network
 
 PACKAGES = (
@@ -204,17 +204,11 @@ def _is_path(value: Any) -> bool:
 
 
 def _results_table(metrics: dict[str, Any]) -> str:
-    keys = ["num_images", "accuracy", "f1_macro", "roc_auc_macro", "cross_entropy"]
-    rows = []
-    for split, figures in metrics.items():
-        cells = (figures.get(key) for key in keys)
-        rows.append(
-            (
-                split,
-                *(render_figure(c) for c in cells),
-            )
-        )
-    return _table(("split", *keys), rows)
+    rows = [
+        (split, *(render_figure(figures.get(key)) for key in HEADLINE_FIGURES))
+        for split, figures in metrics.items()
+    ]
+    return _table(("split", *HEADLINE_FIGURES), rows)
 
 
 def _table(header: tuple[str, ...], rows: list[tuple]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,17 +73,21 @@ def evaluate_classifier(trainer: ImageClassificationTrainer, split: Split) -> Ev
     )
 
 
-def render_metrics(metrics: dict[str, dict[str, Any]]) -> str:
-    """The figures of one or more splits as a table of text, and the per-class figures of the last."""
-    names = list(metrics)
-    keys = [k for k, v in metrics[names[0]].items() if not isinstance(v, (dict, list))]
+def render_figures(metrics: dict[str, dict[str, Any]], keys: Sequence[str]) -> str:
+    """The named figures as a table of text: a row each, a column for each split."""
     width = max(map(len, keys))
-    lines = [" " * width + "".join(f"  {name:>10}" for name in names)]
+    lines = [" " * width + "".join(f"  {name:>10}" for name in metrics)]
     for key in keys:
-        cells = (metrics[name].get(key) for name in names)
-        lines.append(
-            f"{key:<{width}}" + "".join(f"  {render_figure(value):>10}" for value in cells)
-        )
+        cells = (render_figure(figures.get(key)) for figures in metrics.values())
+        lines.append(f"{key:<{width}}" + "".join(f"  {cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+def render_metrics(metrics: dict[str, dict[str, Any]]) -> str:
+    """All figures of one or more splits as a table of text, and the per-class figures of the last."""
+    names = list(metrics)
+    single = [k for k, v in metrics[names[0]].items() if not isinstance(v, (dict, list))]
+    lines = [render_figures(metrics, single)]
     per_class = metrics[names[-1]]["per_class"]
     columns = list(next(iter(per_class.values())))
     width = max(len(f"{names[-1]}, per class"), *(len(label) for label in per_class))

@@ -188,6 +188,10 @@ class RocAuc(ClassificationMetric):
         return {"roc_auc": areas if average is None else float(np.nanmean(areas))}
 
 
+# What a summary or a model card shows of `compute_metrics`.
+HEADLINE_FIGURES = ("num_images", "accuracy", "f1_macro", "roc_auc_macro", "cross_entropy")
+
+
 def render_figure(value: float | int | None) -> str:
     """One figure as people read it: four decimals, thousands separated, a dash for an undefined one."""
     if value is None:
