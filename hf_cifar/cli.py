@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hf_cifar.errors import UserError
-from hf_cifar.network import looks_like_path
+from hf_cifar.models.names import check_model_name
 from hf_cifar.options import (
     CONFIG_FILE,
     LIGHT_CONFIGS,
@@ -21,8 +21,8 @@ from hf_cifar.options import (
     EvaluateConfig,
     FinetuneOptions,
     PredictConfig,
-    check_numbers,
     check_option_names,
+    check_values,
     expand_tokens,
     field_names,
     parse_dataclasses,
@@ -46,13 +46,12 @@ def finetune(argv: Sequence[str]) -> int:
     # Options and data are checked before torch is imported: a mistake shows in a second or two.
     light_classes = [*LIGHT_CONFIGS, FinetuneOptions]
     light_names = [name for c in light_classes for name in field_names(c)]
-    trainer_types = trainer_options()
-    check_option_names(tokens, [*light_names, *trainer_types])
-    check_numbers(tokens, trainer_types)
+    check_option_names(tokens, [*light_names, *trainer_options()])
+    check_values(tokens, trainer_options())
     data, _, model, options, *_ = parse_dataclasses(light_classes, tokens, "hf-cifar finetune")
-    _check_model_path(model.model_name_or_path)
     if options.resume_from_checkpoint is None and is_main_process():
         refuse_occupied(Path(options.output_dir))
+    check_model_name(model.model_name_or_path, model.model_revision)
     check_images(data, ["train", "validation"])
 
     from hf_cifar.config import RunConfig
@@ -195,17 +194,7 @@ def _refuse(unused: Sequence[str]) -> None:
 def _require_model(name: str) -> None:
     if not name:
         raise UserError("--model_name_or_path is missing; pass the folder of a run, or a Hub id")
-    _check_model_path(name)
-
-
-def _check_model_path(name: str) -> None:
-    bundled = name.startswith(("scratch/", "bundled/"))
-    if (
-        not bundled
-        and looks_like_path(name)
-        and not (Path(name).expanduser() / "config.json").is_file()
-    ):
-        raise UserError(f"no model in {name}: there is no config.json in such a folder")
+    check_model_name(name)
 
 
 def check_images(data: DataConfig, splits: Sequence[str]) -> None:

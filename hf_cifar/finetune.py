@@ -34,8 +34,9 @@ from hf_cifar.evaluation.evaluation import (
 )
 from hf_cifar.evaluation.metrics import HEADLINE_FIGURES
 from hf_cifar.hub import check_push, environment, prepare_push, push_run, render_model_card
-from hf_cifar.models.build import SCRATCH, build_model
+from hf_cifar.models.build import build_model
 from hf_cifar.models.layers import describe_trainable
+from hf_cifar.models.names import SCRATCH
 from hf_cifar.optim import default_learning_rate
 from hf_cifar.options import CONFIG_FILE, AugmentConfig, refuse_occupied
 from hf_cifar.trainer import ImageClassificationTrainer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import json
 from collections.abc import Iterable, Sequence
@@ -272,25 +273,42 @@ def field_names(config_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(config_class) if f.init]
 
 
-def trainer_options() -> dict[str, str]:
-    """Options of transformers' TrainingArguments with their types, read from its source: importing it
-    would import torch."""
-    path = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
-            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
-            types = {item.target.id: ast.unparse(item.annotation) for item in fields}
-            return {name: kind for name, kind in types.items() if not name.startswith("_")}
-    raise AssertionError(f"no TrainingArguments in {path}")
+@functools.cache
+def trainer_options() -> dict[str, str | tuple[str, ...]]:
+    """Options of transformers' TrainingArguments: each with its type, or with the words that it takes.
+
+    Read from the source, because importing it would import torch.
+    """
+    folder = Path(importlib.util.find_spec("transformers").origin).parent
+    files = [folder / "trainer_utils.py", folder / "training_args.py"]
+    nodes = [node for path in files for node in ast.parse(path.read_text()).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    options: dict[str, str | tuple[str, ...]] = {}
+    for field_ in classes["TrainingArguments"].body:
+        if isinstance(field_, ast.AnnAssign) and not field_.target.id.startswith("_"):
+            kind = ast.unparse(field_.annotation)
+            enumeration = classes.get(kind.removesuffix(" | str"))
+            options[field_.target.id] = _words(enumeration) if enumeration else kind
+    return options
 
 
-def check_numbers(tokens: Sequence[str], types: dict[str, str]) -> None:
-    """Raises: UserError for the first numeric option whose value is no number."""
+def _words(enumeration: ast.ClassDef) -> tuple[str, ...]:
+    """The values of an enumeration's members."""
+    return tuple(
+        ast.literal_eval(item.value) for item in enumeration.body if isinstance(item, ast.Assign)
+    )
+
+
+def check_values(tokens: Sequence[str], options: dict[str, str | tuple[str, ...]]) -> None:
+    """Raises: UserError for the first value that is no number, or no word that its option takes."""
     for token, following in zip(tokens, [*tokens[1:], ""], strict=False):
         flag, has_value, value = token.partition("=")
-        kind = types.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
+        kind = options.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
+        value = value if has_value else following
+        if isinstance(kind, tuple) and value not in kind:
+            hint = _nearest(value, kind) or f"; it takes {', '.join(kind[:8])}"
+            raise UserError(f"{flag} does not take {value!r}{hint}")
         if kind in ("int", "float", "int | None", "float | None"):
-            value = value if has_value else following
             try:
                 float(value)
             except ValueError:

@@ -33,8 +33,10 @@ def stripes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory):
     """A ViT of two layers for 16 x 16 px images, saved as transformers saves it, with three classes."""
+    import torch
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny_vit")
     config = ViTConfig(
         image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,

@@ -19,7 +19,7 @@ def finished(tmp_path_factory, stripes, tiny_vit):
         [
             "finetune", "--dataset_name", str(stripes), "--model_name_or_path", str(tiny_vit),
             "--output_dir", str(folder), "--use_cpu", "--num_train_epochs", "15",
-            "--per_device_train_batch_size", "8", "--learning_rate", "1e-2",
+            "--per_device_train_batch_size", "8", "--learning_rate", "3e-3",
         ]
     )  # fmt: skip
     assert status == 0
@@ -126,6 +126,7 @@ def test_recipes_lists_and_shows(capsys):
     assert "bundled/digits" in capsys.readouterr().out
 
 
+MODEL = ["--model_name_or_path", "scratch/article_mlp"]
 BAD = {
     "command": (["tune"], "no command 'tune'"),
     "option": (["finetune", "--learning_rat", "1"], "nearest: --learning_rate"),
@@ -133,14 +134,33 @@ BAD = {
     "recipe shown": (["recipes", "nope"], "no recipe 'nope'"),
     "config": (["finetune", "--config", "none.yaml"], "no file none.yaml"),
     "number": (["finetune", "--num_train_epochs", "three"], "--num_train_epochs takes a number"),
+    "optimiser": (
+        ["finetune", "--optim", "adamw_torh"],
+        "does not take 'adamw_torh' (nearest: adamw_torch)",
+    ),
+    "strategy": (["finetune", "--eval_strategy=never"], "it takes no, steps, epoch"),
     "batch": (["evaluate", "--per_device_eval_batch_size", "0"], "it must be at least 1"),
-    "data set": (["finetune", "--dataset_name", "./nowhere"], "no such file or folder"),
-    "bundled data set": (["finetune", "--dataset_name", "bundled/letters"], "bundled/digits"),
-    "hub offline": (["finetune", "--dataset_name", "someone/nothing"], "HF_HUB_OFFLINE"),
+    "data set": (["finetune", *MODEL, "--dataset_name", "./nowhere"], "no such file or folder"),
+    "bundled data set": (
+        ["finetune", *MODEL, "--dataset_name", "bundled/letters"],
+        "bundled/digits",
+    ),
+    "hub offline": (
+        ["finetune", *MODEL, "--dataset_name", "someone/nothing"],
+        "data set someone/nothing is not in the local cache and HF_HUB_OFFLINE",
+    ),
     "model": (["finetune", "--model_name_or_path", "./nowhere"], "no model in ./nowhere"),
     "bundled model": (
         ["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "bundled/resnet"],
         "bundled/efficientnet_lite0",
+    ),
+    "hub model offline": (
+        ["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "someone/nothing"],
+        "model someone/nothing is not in the cache, and HF_HUB_OFFLINE",
+    ),
+    "no hub id": (
+        ["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "a model"],
+        "neither a local folder nor a Hub id",
     ),
     "architecture": (
         ["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "scratch/resnt18"],
@@ -156,7 +176,7 @@ BAD = {
         "holds another run",
     ),
     "too small": (
-        ["finetune", "--dataset_name", "bundled/digits", "--max_train_samples", "5"],
+        ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--max_train_samples", "5"],
         "--max_train_samples 5 is less than the 10 classes",
     ),
 }
@@ -195,9 +215,12 @@ import hf_cifar
 from hf_cifar.cli import main
 assert main(["--help"]) == 0
 assert main(["finetune", "--learning_rat", "1"]) == 2
-assert main(["finetune", "--dataset_name", "./nowhere"]) == 2
-assert main(["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "./nowhere"]) == 2
-assert main(["finetune", "--dataset_name", "bundled/digits", "--max_train_samples", "3"]) == 2
+assert main(["finetune", "--optim", "adam"]) == 2
+model = ["--model_name_or_path", "scratch/resnet18"]
+assert main(["finetune", *model, "--dataset_name", "./nowhere"]) == 2
+for name in ("./nowhere", "someone/nothing", "scratch/resnt18", "bundled/resnet"):
+    assert main(["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", name]) == 2
+assert main(["finetune", *model, "--dataset_name", "bundled/digits", "--max_train_samples", "3"]) == 2
 print("torch" in sys.modules, dir(hf_cifar) != [])
 """
     done = subprocess.run(

@@ -36,7 +36,7 @@ def vit_run(tmp_path_factory, stripes, tiny_vit):
         "--num_train_epochs",
         "15",
         "--learning_rate",
-        "1e-2",
+        "3e-3",
         "--do_predict",
     )
     return folder

@@ -154,6 +154,8 @@ def published(tmp_path_factory):
                               "--hub_model_id", "me/full"]),
         "foreign": (TOKEN, [*article, "--hub_model_id", "them/vit"]),
         "anonymous": (None, article),
+        "no such model": (TOKEN, [*digits, "--model_name_or_path", "google/vit-bas"]),
+        "no such revision": (TOKEN, [*digits, "--model_revision", "v7"]),
     }  # fmt: skip
     commands = [
         (token, ["finetune", *argv, "--output_dir", str(root / name)])
@@ -227,6 +229,18 @@ def test_no_local_path_and_no_token_in_what_is_pushed_or_printed(published):
     for path in published.root.glob("*/*"):
         if path.is_file():
             assert TOKEN.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no such model", "no model google/vit-bas on the Hub, or it is private or gated"),
+        ("no such revision", "has no revision 'v7'"),
+    ],
+)
+def test_a_hub_model_that_is_not_there_is_found_out_first(published, name, words):
+    assert words in error_line(published.commands[name])
+    assert not (published.root / name).exists()
 
 
 @pytest.mark.parametrize("name", ["vit", "timm", "article"])
@@ -320,7 +334,7 @@ def test_no_network_ends_quickly_and_says_how_to_go_offline(tmp_path):
         ["--model_name_or_path", "scratch/test_vit"],
     )
     needs = {
-        "data set uoft-cs/cifar10": output,
+        "data set uoft-cs/cifar10": [*output, *scratch],
         "model google/vit-base-patch16-224-in21k": [*output, *digits],
         "--push_to_hub": [*output, *digits, *scratch, "--push_to_hub"],
     }

@@ -161,7 +161,7 @@ def test_bf16_trains(tmp_path, stripes, tiny_vit):
 
 def test_it_learns(tmp_path, stripes, tiny_vit):
     trainer = make_trainer(
-        tmp_path, stripes, tiny_vit, "--max_steps", "100", "--learning_rate", "1e-2"
+        tmp_path, stripes, tiny_vit, "--max_steps", "100", "--learning_rate", "3e-3"
     )
     trainer.train()
     metrics = trainer.evaluate()

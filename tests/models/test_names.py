@@ -1,0 +1,41 @@
+"""hf_cifar.models.names: whether there is such a model, before torch is imported."""
+
+import pytest
+import timm
+
+from hf_cifar.errors import UserError
+from hf_cifar.models.names import ARTICLE_NAMES, BUNDLED, BUNDLED_NAMES, SCRATCH, check_model_name
+
+
+def test_every_architecture_of_timm_is_known():
+    unknown = []
+    for name in [*timm.list_models(), *timm.list_models(pretrained=True)[::50]]:
+        try:
+            check_model_name(SCRATCH + name)
+        except UserError:
+            unknown.append(name)
+    assert unknown == []
+
+
+def test_every_own_name_is_known():
+    for name in ARTICLE_NAMES:
+        check_model_name(SCRATCH + name)
+    for name in BUNDLED_NAMES:
+        check_model_name(BUNDLED + name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("scratch/resnt18", "nearest: resnet18"),
+        ("scratch/article_cn", "nearest: article_cnn"),
+        ("bundled/vit", "there is bundled/efficientnet_lite0"),
+        ("./nowhere", "there is no config.json"),
+        ("someone/nothing", "not in the cache"),
+        ("two words", "neither a local folder nor a Hub id"),
+    ],
+)
+def test_an_unknown_name_says_what_there_is(name, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        check_model_name(name)
