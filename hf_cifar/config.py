@@ -33,6 +33,7 @@ BOUNDS = (
     ("gradient_accumulation_steps", 1, 2**20), ("num_train_epochs", 1e-6, 1e6),
     ("learning_rate", 1e-12, 1e3), ("weight_decay", 0, 1e3), ("label_smoothing_factor", 0, 0.999),
     ("dataloader_num_workers", 0, 1024), ("early_stopping_patience", 1, 10**6),
+    ("layer_decay", 0.01, 1),
 )  # fmt: skip
 # The Trainer's, but not ours: the model always trains, hub.py pushes once, and batches are made to measure.
 WITHOUT_EFFECT = ("do_train", "hub_strategy", "hub_always_push", "remove_unused_columns")

@@ -35,9 +35,9 @@ from hf_cifar.evaluation.evaluation import (
 from hf_cifar.evaluation.metrics import HEADLINE_FIGURES
 from hf_cifar.hub import check_push, environment, prepare_push, push_run, render_model_card
 from hf_cifar.models.build import build_model
-from hf_cifar.models.layers import describe_trainable
+from hf_cifar.models.layers import block_depths, describe_trainable, has_blocks
 from hf_cifar.models.names import SCRATCH
-from hf_cifar.optim import default_learning_rate
+from hf_cifar.optim import default_rates
 from hf_cifar.options import CONFIG_FILE, AugmentConfig, refuse_occupied
 from hf_cifar.trainer import ImageClassificationTrainer
 
@@ -177,29 +177,27 @@ def resume_point(config: RunConfig) -> bool | str | None:
 
 
 def resolve_defaults(config: RunConfig, model: PreTrainedModel, splits: Splits) -> RunConfig:
-    """Fill in what depends on the model and the data: learning rate and loader processes.
+    """Fill in what depends on the model and the data: learning rates and loader processes.
 
-    Raises: UserError if the disk has no room for the model and its checkpoints.
+    Raises: UserError for a layer decay without layers, or a disk without room for the checkpoints.
     """
     train = config.train
     batch_size = train.train_batch_size * train.gradient_accumulation_steps * train.world_size
-    learning_rate, num_workers = train.learning_rate, train.dataloader_num_workers
-    if learning_rate is None:
-        scratch = config.model.model_name_or_path.startswith(SCRATCH)
-        learning_rate = default_learning_rate(model, batch_size, scratch=scratch)
+    scratch = config.model.model_name_or_path.startswith(SCRATCH)
     in_memory = all(split.in_memory for split in (splits.train, splits.validation))
-    if num_workers is None:
-        num_workers = default_num_workers(in_memory)
+    defaults = default_rates(model, batch_size, scratch=scratch)._asdict()
+    defaults["dataloader_num_workers"] = default_num_workers(in_memory)
+    if train.layer_decay is None and not has_blocks(model):
+        defaults["layer_decay"] = 1.0
+    missing = {name: value for name, value in defaults.items() if getattr(train, name) is None}
+    train = dataclasses.replace(train, **missing)
+    if train.layer_decay != 1:
+        block_depths(model)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     checkpoints = 0 if train.save_strategy == "no" else (train.save_total_limit or 1) + 1
     require_space(Path(train.output_dir), weights + checkpoints * (weights + moments))
-    return dataclasses.replace(
-        config,
-        train=dataclasses.replace(
-            train, learning_rate=learning_rate, dataloader_num_workers=num_workers
-        ),
-    )
+    return dataclasses.replace(config, train=train)
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

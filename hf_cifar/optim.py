@@ -1,12 +1,14 @@
-"""Which weights decay, and a learning rate that suits the model."""
+"""Which weights decay, and learning rates that suit the model."""
 
 from __future__ import annotations
 
 import math
 import re
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 # Position embeddings and class tokens have two or more axes, but are no weights of a layer.
 NO_DECAY = re.compile(
@@ -14,7 +16,18 @@ NO_DECAY = re.compile(
     r"distillation_token|register_tokens|relative_position\w*)(\.|$)"
 )
 REFERENCE_BATCH = 64
-HEAD_RATE, DEPTHWISE_RATE, CONVOLUTION_RATE, ATTENTION_RATE = 2e-3, 3e-3, 1e-3, 7e-5
+
+
+class Rates(NamedTuple):
+    """Peak learning rate at `REFERENCE_BATCH` images a step, and the share that each earlier block has
+    of the rate of the block behind it."""
+
+    learning_rate: float
+    layer_decay: float = 1.0
+
+
+HEAD, ATTENTION, CONVOLUTION, SCRATCH = Rates(2e-3), Rates(7e-5), Rates(1e-3), Rates(1e-3)
+DEPTHWISE = Rates(7e-3, layer_decay=0.85)
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
@@ -35,23 +48,47 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
     ]
 
 
-def default_learning_rate(model: nn.Module, batch_size: int, *, scratch: bool = False) -> float:
-    """Peak learning rate for AdamW, by model family; batch_size is the images per step on all processes.
+def default_rates(model: nn.Module, batch_size: int, *, scratch: bool = False) -> Rates:
+    """Peak learning rate for AdamW and layer decay, by family; batch_size: images a step on all processes.
 
-    2e-3 for a head alone, 3e-3 for depthwise convolutions (EfficientNet, MobileNet), 1e-3 for other
-    networks with BatchNorm and for random weights, 7e-5 for pretrained transformers, each at 64 images a
-    step and scaled by the square root of the batch.
+    The rates of a head alone, of pretrained networks with depthwise convolutions (EfficientNet,
+    MobileNet), of others with BatchNorm, of pretrained transformers, and of random weights; scaled by the
+    square root of the batch.
 
     Source: Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022.
     """
+    rates = _family_rates(model, scratch)
+    scaled = rates.learning_rate * math.sqrt(batch_size / REFERENCE_BATCH)
+    return rates._replace(learning_rate=float(f"{scaled:.3g}"))
+
+
+def _family_rates(model: nn.Module, scratch: bool) -> Rates:
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     if trainable < 0.05 * sum(p.numel() for p in parameters):
-        rate = HEAD_RATE
-    elif not any(isinstance(module, _BatchNorm) for module in model.modules()):
-        rate = CONVOLUTION_RATE if scratch else ATTENTION_RATE
-    elif any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 3 for m in model.modules()):
-        rate = DEPTHWISE_RATE
-    else:
-        rate = CONVOLUTION_RATE
-    return float(f"{rate * math.sqrt(batch_size / REFERENCE_BATCH):.3g}")
+        return HEAD
+    if scratch:
+        return SCRATCH
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return ATTENTION
+    if any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 3 for m in model.modules()):
+        return DEPTHWISE
+    return CONVOLUTION
+
+
+def decay_learning_rates(
+    optimizer: Optimizer, depths: dict[nn.Parameter, int], layer_decay: float
+) -> None:
+    """Give a parameter of depth d the learning rate of its group times layer_decay to the power d.
+
+    Source: Clark et al., ELECTRA, 2020, appendix A; Bao et al., BEiT, 2021, for images.
+    """
+    groups = []
+    for group in optimizer.param_groups:
+        by_depth: dict[int, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_depth.setdefault(depths[parameter], []).append(parameter)
+        for depth, parameters in sorted(by_depth.items()):
+            rate = group["lr"] * layer_decay**depth
+            groups.append({**group, "params": parameters, "lr": rate})
+    optimizer.param_groups[:] = groups

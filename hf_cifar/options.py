@@ -138,7 +138,11 @@ class FinetuneOptions:
     resume_from_checkpoint: str | None = option(
         None, "Go on from a checkpoint: last, or a checkpoint's folder."
     )
-
+    layer_decay: float | None = option(
+        None,
+        "Share of the learning rate that each block has of the block behind it; if not given, the model "
+        "family's default.",
+    )
     early_stopping_patience: int | None = option(
         None, "Stop after this many evaluations without a better validation accuracy."
     )

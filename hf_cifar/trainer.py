@@ -16,8 +16,8 @@ from hf_cifar.data.store import take_batch
 from hf_cifar.data.transforms import RandomView
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.metrics import compute_training_metrics
-from hf_cifar.models.layers import eval_frozen_norms
-from hf_cifar.optim import decay_parameter_names
+from hf_cifar.models.layers import block_depths, eval_frozen_norms
+from hf_cifar.optim import decay_learning_rates, decay_parameter_names
 
 
 class ImageClassificationTrainer(Trainer):
@@ -90,6 +90,17 @@ class ImageClassificationTrainer(Trainer):
         smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
         loss = F.cross_entropy(logits.float(), inputs["labels"], label_smoothing=smoothing)
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The parent's, with its learning rate made smaller block by block towards the input."""
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            if self.args.layer_decay not in (None, 1):
+                classifier = self.accelerator.unwrap_model(model or self.model)
+                names = block_depths(classifier)
+                depths = {p: names[name] for name, p in classifier.named_parameters()}
+                decay_learning_rates(self.optimizer, depths, self.args.layer_decay)
+        return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)

@@ -175,6 +175,10 @@ BAD = {
         ["finetune", "--config", "{run}/config.yaml"],
         "holds another run",
     ),
+    "no blocks": (
+        ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--layer_decay", "0.5"],
+        "ArticleMLPForImageClassification has no stages or blocks",
+    ),
     "too small": (
         ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--max_train_samples", "5"],
         "--max_train_samples 5 is less than the 10 classes",

@@ -14,7 +14,7 @@ from transformers import (
 
 from hf_cifar.models.article import ArticleMLPConfig, ArticleMLPForImageClassification
 from hf_cifar.models.layers import freeze
-from hf_cifar.optim import decay_parameter_names, default_learning_rate
+from hf_cifar.optim import decay_learning_rates, decay_parameter_names, default_rates
 
 
 def vit():
@@ -98,20 +98,45 @@ def test_what_a_model_exempts_itself_does_not_decay():
 
 def test_learning_rate_grows_with_the_root_of_the_batch():
     model = vit()
-    rates = [default_learning_rate(model, batch) for batch in (16, 64, 256)]
+    rates = [default_rates(model, batch).learning_rate for batch in (16, 64, 256)]
     assert rates[1] / rates[0] == pytest.approx(2, rel=1e-2)
     assert rates[2] / rates[1] == pytest.approx(2, rel=1e-2)
 
 
-def test_learning_rate_by_family():
+def test_rates_by_family():
     transformer, network = vit(), resnet()
-    pretrained = default_learning_rate(transformer, 64)
-    assert 0 < pretrained < default_learning_rate(network, 64)
-    assert pretrained < default_learning_rate(transformer, 64, scratch=True)
+    depthwise = timm.create_model("test_efficientnet", num_classes=3)
+    pretrained = default_rates(transformer, 64)
+    assert 0 < pretrained.learning_rate < default_rates(network, 64).learning_rate
+    assert default_rates(network, 64).learning_rate < default_rates(depthwise, 64).learning_rate
+    assert pretrained.layer_decay == default_rates(network, 64).layer_decay == 1
+    assert default_rates(depthwise, 64).layer_decay < 1
+    for model in (transformer, network, depthwise):
+        assert default_rates(model, 64, scratch=True) == (1e-3, 1)
     freeze(transformer, "backbone")
     head = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     assert head < 0.05 * sum(p.numel() for p in transformer.parameters())
-    assert default_learning_rate(transformer, 64) > pretrained
+    assert default_rates(transformer, 64).learning_rate > pretrained.learning_rate
+
+
+def test_rates_decay_with_depth_and_keep_the_groups_options():
+    layers = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    depths = {p: 2 - int(name[0]) for name, p in layers.named_parameters()}
+    weights = [p for p in layers.parameters() if p.ndim > 1]
+    biases = [p for p in layers.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}], lr=0.4
+    )
+    decay_learning_rates(optimizer, depths, 0.5)
+    found = {
+        p: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert found == {
+        p: (0.4 * 0.5**depth, 0.1 if p.ndim > 1 else 0.0) for p, depth in depths.items()
+    }
+    assert optimizer.param_groups[0]["lr"] == 0.4  # the one that the Trainer reports
 
 
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused"])

@@ -159,6 +159,32 @@ def test_bf16_trains(tmp_path, stripes, tiny_vit):
     assert not torch.equal(before, trainer.model.classifier.weight)
 
 
+def test_earlier_blocks_learn_more_slowly(tmp_path, stripes, tiny_vit):
+    trainer = make_trainer(
+        tmp_path, stripes, tiny_vit, "--layer_decay", "0.5", "--learning_rate", "0.1", "--optim", "sgd",
+        "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--max_grad_norm", "0",
+        "--weight_decay", "0", "--max_steps", "1",
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    gradients = {}
+    for name, parameter in trainer.model.named_parameters():
+        parameter.register_hook(lambda grad, name=name: gradients.update({name: grad.clone()}))
+    trainer.create_optimizer()
+    trainer.create_optimizer()  # twice, as the Trainer may: the rates decay once
+    trainer.train()
+    depths = {
+        "vit.embeddings": 3,
+        "vit.layers.0.": 2,
+        "vit.layers.1.": 1,
+        "vit.layernorm": 0,
+        "classifier": 0,
+    }
+    for name, parameter in trainer.model.named_parameters():
+        depth = next(d for prefix, d in depths.items() if name.startswith(prefix))
+        expected = before[name] - 0.1 * 0.5**depth * gradients[name]
+        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-6)
+
+
 def test_it_learns(tmp_path, stripes, tiny_vit):
     trainer = make_trainer(
         tmp_path, stripes, tiny_vit, "--max_steps", "100", "--learning_rate", "3e-3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 
 from torch import nn
@@ -39,19 +40,22 @@ def backbone_blocks(model: PreTrainedModel) -> list[str]:
     if model.config.model_type == "timm_wrapper":
         return _timm_blocks(model)
     backbone = getattr(model, model.base_model_prefix)
-    # The outermost list of two or more modules: a ViT's layers, a ResNet's stages.
+    # The outermost list of two or more modules with weights: a ViT's layers, a ResNet's stages.
     lists = [
-        (name.count("."), name, module)
+        (name.count("."), name, _children_with_weights(module))
         for name, module in backbone.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
     ]
+    lists = [entry for entry in lists if len(entry[2]) > 1]
     if not lists:
-        raise UserError(
-            f"{type(model).__name__} has no stages or blocks; use --freeze none or backbone"
-        )
-    _, name, module = min(lists, key=lambda item: item[0])
+        raise _no_blocks(type(model).__name__)
+    _, name, children = min(lists, key=lambda entry: entry[0])
     path = ".".join(part for part in (model.base_model_prefix, name) if part)
-    return [f"{path}.{child}." for child, _ in module.named_children()]
+    return [f"{path}.{child}." for child in children]
+
+
+def _children_with_weights(module: nn.Module) -> list[str]:
+    return [name for name, child in module.named_children() if len(list(child.parameters()))]
 
 
 def _timm_blocks(model: PreTrainedModel) -> list[str]:
@@ -61,9 +65,7 @@ def _timm_blocks(model: PreTrainedModel) -> list[str]:
     """
     timm_model = model.timm_model
     if not hasattr(timm_model, "group_matcher"):
-        raise UserError(
-            f"timm's {model.config.architecture} has no stages; use --freeze none or backbone"
-        )
+        raise _no_blocks(f"timm's {model.config.architecture}")
     patterns = timm_model.group_matcher(coarse=True).get("blocks", [])
     patterns = [patterns] if isinstance(patterns, str) else [p[0] for p in patterns]
     blocks: dict[tuple, str] = {}
@@ -74,10 +76,41 @@ def _timm_blocks(model: PreTrainedModel) -> list[str]:
                 prefix = f"timm_model.{match.group(0).rstrip('.')}."
                 blocks.setdefault((pattern, *match.groups()), prefix)
     if not blocks:
-        raise UserError(
-            f"timm's {model.config.architecture} has no stages; use --freeze none or backbone"
-        )
+        raise _no_blocks(f"timm's {model.config.architecture}")
     return list(blocks.values())
+
+
+def _no_blocks(what: str) -> UserError:
+    return UserError(
+        f"{what} has no stages or blocks; use --freeze none or backbone, and --layer_decay 1"
+    )
+
+
+def has_blocks(model: PreTrainedModel) -> bool:
+    """Whether `backbone_blocks` finds any."""
+    try:
+        return bool(backbone_blocks(model))
+    except UserError:
+        return False
+
+
+def block_depths(model: PreTrainedModel) -> dict[str, int]:
+    """How far each parameter is from the output: 0 for the head and what else stands behind the blocks,
+    1 for the last block, one more for each block before, and the highest for what stands before all.
+
+    Raises: UserError for an architecture without blocks.
+    """
+    blocks, head = backbone_blocks(model), head_parameter_names(model)
+    names = [name for name, _ in model.named_parameters()]
+    starts = [next(i for i, n in enumerate(names) if n.startswith(block)) for block in blocks]
+    end = 1 + max(i for i, name in enumerate(names) if name.startswith(blocks[-1]))
+    bounds = [*starts[1:], end]  # what stands between two blocks belongs to the former
+    depths = {}
+    for i, name in enumerate(names):
+        behind = i >= end or name in head
+        passed = len(bounds) if behind else bisect.bisect_right(bounds, i)
+        depths[name] = len(blocks) + 1 if i < starts[0] and not behind else len(blocks) - passed
+    return depths
 
 
 def freeze(model: PreTrainedModel, what: str) -> None:

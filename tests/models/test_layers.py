@@ -6,9 +6,11 @@ from hf_cifar.errors import UserError
 from hf_cifar.models.build import build_model
 from hf_cifar.models.layers import (
     backbone_blocks,
+    block_depths,
     describe_trainable,
     eval_frozen_norms,
     freeze,
+    has_blocks,
     head_parameter_names,
 )
 from hf_cifar.options import ModelConfig
@@ -53,11 +55,30 @@ def test_blocks_from_input_to_output(name, load):
 @pytest.mark.parametrize(
     ("name", "count"),
     [("timm/test_vit", 6), ("timm/test_efficientnet", 5), ("scratch/test_convnext", 4),
-     ("scratch/resnet18", 4), ("scratch/vit_tiny_patch16_224", 12), ("scratch/article_cnn", 11)],
+     ("scratch/resnet18", 4), ("scratch/vit_tiny_patch16_224", 12), ("scratch/article_cnn", 4)],
 )  # fmt: skip
 def test_number_of_blocks(name, count, load):
     blocks = backbone_blocks(load(name))
     assert len(blocks) == len(set(blocks)) == count
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_depth_grows_from_the_head_to_the_input(name, load):
+    blocks, before, behind = STRUCTURE[name]
+    model = load(name)
+    depths = block_depths(model)
+    assert list(depths) == [n for n, _ in model.named_parameters()]
+    expected = dict.fromkeys(before, len(blocks) + 1) | dict.fromkeys(behind, 0)
+    expected |= {block: len(blocks) - i for i, block in enumerate(blocks)}
+    for prefix, depth in expected.items():
+        assert {d for n, d in depths.items() if n.startswith(f"{prefix}.")} == {depth}, prefix
+    assert {depths[n] for n in head_parameter_names(model)} == {0}
+
+
+def test_what_leads_to_a_dense_block_belongs_to_the_one_before(load):
+    depths = block_depths(load("timm/densenet121"))
+    assert depths["timm_model.features.transition2.conv.weight"] == 3
+    assert depths["timm_model.features.denseblock2.denselayer1.conv1.weight"] == 3
 
 
 @pytest.mark.parametrize("name", STRUCTURE)
@@ -142,5 +163,6 @@ def test_more_blocks_than_there_are(load):
 def test_a_network_without_blocks(load):
     model = load("vit")
     model.vit.layers = torch.nn.ModuleList([model.vit.layers[0]])
-    with pytest.raises(UserError, match="use --freeze none or backbone"):
+    assert not has_blocks(model)
+    with pytest.raises(UserError, match="use --freeze none or backbone, and --layer_decay 1"):
         backbone_blocks(model)
