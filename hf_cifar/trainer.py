@@ -96,7 +96,9 @@ class ImageClassificationTrainer(Trainer):
         if self.optimizer is None:
             super().create_optimizer(model)
             if self.args.layer_decay not in (None, 1):
-                classifier = self.accelerator.unwrap_model(model or self.model)
+                classifier = self.accelerator.unwrap_model(
+                    self.model if model is None else model, keep_torch_compile=False
+                )
                 names = block_depths(classifier)
                 depths = {p: names[name] for name, p in classifier.named_parameters()}
                 decay_learning_rates(self.optimizer, depths, self.args.layer_decay)

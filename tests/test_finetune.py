@@ -189,6 +189,7 @@ def test_the_best_by_a_loss_is_the_lowest(tmp_path, stripes, tiny_vit, metric):
 @pytest.mark.slow
 def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, stripes, tiny_vit):
     flags = ["--torch_compile", "--torch_compile_backend", "eager", "--num_train_epochs", "1"]
+    flags += ["--layer_decay", "0.5"]  # which asks for the names too
     result = run(tmp_path / "run", stripes, tiny_vit, *flags)
     assert not any("_orig_mod" in name for name in weights(result.output_dir))
     _, loading = AutoModelForImageClassification.from_pretrained(

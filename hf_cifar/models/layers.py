@@ -104,13 +104,11 @@ def block_depths(model: PreTrainedModel) -> dict[str, int]:
     names = [name for name, _ in model.named_parameters()]
     starts = [next(i for i, n in enumerate(names) if n.startswith(block)) for block in blocks]
     end = 1 + max(i for i, name in enumerate(names) if name.startswith(blocks[-1]))
-    bounds = [*starts[1:], end]  # what stands between two blocks belongs to the former
-    depths = {}
-    for i, name in enumerate(names):
-        behind = i >= end or name in head
-        passed = len(bounds) if behind else bisect.bisect_right(bounds, i)
-        depths[name] = len(blocks) + 1 if i < starts[0] and not behind else len(blocks) - passed
-    return depths
+    bounds = [*starts, end]  # what stands between two blocks belongs to the former
+    return {
+        name: 0 if name in head else len(bounds) - bisect.bisect_right(bounds, i)
+        for i, name in enumerate(names)
+    }
 
 
 def freeze(model: PreTrainedModel, what: str) -> None:
@@ -122,17 +120,15 @@ def freeze(model: PreTrainedModel, what: str) -> None:
     model.requires_grad_(True)
     if what == "none":
         return
-    head = head_parameter_names(model)
-    trainable = set(head)
+    trainable = head_parameter_names(model)
     if what != "backbone" and int(what) > 0:
         blocks = backbone_blocks(model)
         if int(what) > len(blocks):
             raise UserError(
                 f"--freeze {what}: {type(model).__name__} has {len(blocks)} stages or blocks"
             )
-        names = [name for name, _ in model.named_parameters()]
-        first = next(i for i, name in enumerate(names) if name.startswith(blocks[-int(what)]))
-        trainable.update(names[first:])
+        depths = block_depths(model)
+        trainable |= {name for name, depth in depths.items() if depth <= int(what)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
 
