@@ -222,7 +222,7 @@ def read_recipe(name: str) -> str:
     """Text of a packaged recipe. Raises: UserError for an unknown name."""
     if name not in recipe_names():
         raise UserError(
-            f"no recipe {name!r}{_nearest(name, recipe_names())}; see: hf-cifar recipes"
+            f"no recipe {name!r}{nearest_hint(name, recipe_names())}; see: hf-cifar recipes"
         )
     return (resources.files("hf_cifar") / "recipes" / f"{name}.yaml").read_text()
 
@@ -310,7 +310,7 @@ def check_values(tokens: Sequence[str], options: dict[str, str | tuple[str, ...]
         kind = options.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
         value = value if has_value else following
         if isinstance(kind, tuple) and value not in kind:
-            hint = _nearest(value, kind) or f"; it takes {', '.join(kind[:8])}"
+            hint = nearest_hint(value, kind) or f"; it takes {', '.join(kind[:8])}"
             raise UserError(f"{flag} does not take {value!r}{hint}")
         if kind in ("int", "float", "int | None", "float | None"):
             try:
@@ -326,10 +326,11 @@ def check_option_names(tokens: Iterable[str], known: Iterable[str]) -> None:
         flag = token.partition("=")[0]
         name = flag[2:].replace("-", "_")
         if flag.startswith("--") and name not in known and name.removeprefix("no_") not in known:
-            raise UserError(f"no option {flag}{_nearest(name, known, '--')}; see --help")
+            raise UserError(f"no option {flag}{nearest_hint(name, known, '--')}; see --help")
 
 
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def nearest_hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """` (nearest: NAME)` if one of the known names is near to `name`, else nothing; for error messages."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (nearest: {prefix}{matches[0]})" if matches else ""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
 from pathlib import Path
 
 from hf_cifar.errors import UserError
 from hf_cifar.network import looks_like_path, require_network
+from hf_cifar.options import nearest_hint
 
 SCRATCH, BUNDLED = "scratch/", "bundled/"
 ARTICLE_NAMES = ("article_cnn", "article_mlp")
@@ -45,8 +45,7 @@ def _check_architecture(name: str) -> None:
     architecture = name.partition(".")[0]
     if architecture in registered or re.search(rf"""['"]{re.escape(architecture)}['"]:""", source):
         return  # the second: a model's former name, which timm still knows
-    nearest = difflib.get_close_matches(architecture, [*ARTICLE_NAMES, *sorted(registered)], n=1)
-    hint = f" (nearest: {nearest[0]})" if nearest else ""
+    hint = nearest_hint(architecture, [*ARTICLE_NAMES, *sorted(registered)])
     raise UserError(
         f"no architecture {name!r}{hint}; scratch/ takes {', '.join(ARTICLE_NAMES)} or timm's"
     )
