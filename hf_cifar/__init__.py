@@ -10,6 +10,7 @@ from hf_cifar.models.autoload import register_article_models
 # Public names and where they live; imported when first used, so that `import hf_cifar` loads no torch.
 _PUBLIC = {
     "AugmentConfig": "hf_cifar.options",
+    "Augmentation": "hf_cifar.data.augmentation",
     "Classifier": "hf_cifar.models.build",
     "DataConfig": "hf_cifar.options",
     "EvaluateConfig": "hf_cifar.options",
@@ -17,9 +18,10 @@ _PUBLIC = {
     "FinetuneConfig": "hf_cifar.config",
     "ImageClassificationTrainer": "hf_cifar.trainer",
     "ModelConfig": "hf_cifar.options",
+    "Policy": "hf_cifar.data.augmentation",
     "PredictConfig": "hf_cifar.options",
     "Preprocessing": "hf_cifar.data.preprocessing",
-    "RandomView": "hf_cifar.data.transforms",
+    "RandomView": "hf_cifar.data.augmentation",
     "RunConfig": "hf_cifar.config",
     "RunResult": "hf_cifar.finetune",
     "Split": "hf_cifar.data.splits",

@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedMo
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_cifar.config import RunConfig
+from hf_cifar.data.augmentation import Augmentation, Policy, RandomView
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import (
     Split,
@@ -24,7 +25,6 @@ from hf_cifar.data.splits import (
     require_test_split,
 )
 from hf_cifar.data.store import build_store, default_num_workers
-from hf_cifar.data.transforms import RandomView
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import (
     Evaluation,
@@ -90,20 +90,38 @@ def build_trainer(
         train_dataset=build_store(splits.train, preprocessing, augmented=True),
         eval_dataset=build_store(splits.validation, preprocessing, augmented=False),
         preprocessing=preprocessing,
-        random_view=random_view(config.augment),
+        augmentation=augmentation(config.augment),
         callbacks=callbacks,
     )
 
 
-def random_view(augment: AugmentConfig) -> RandomView:
-    """The random view of a training image that the options ask for."""
-    return RandomView(
-        padding=augment.crop_padding,
-        min_area=augment.crop_scale,
-        max_ratio=augment.crop_ratio,
-        flip=augment.flip,
-        rotation=augment.rotation,
-        zoom=augment.zoom,
+def augmentation(options: AugmentConfig) -> Augmentation:
+    """What the options ask to happen to a training batch."""
+    view = RandomView(
+        padding=options.crop_padding,
+        min_area=options.crop_scale,
+        max_ratio=options.crop_ratio,
+        flip=options.flip,
+        rotation=options.rotation,
+        shear=options.shear,
+        zoom=options.zoom,
+    )
+    policies = {
+        "none": lambda: None,
+        "trivial_augment": Policy.trivial_augment,
+        "rand_augment": lambda: Policy.rand_augment(
+            options.rand_augment_ops, options.rand_augment_magnitude / 30
+        ),
+    }
+    return Augmentation(
+        view=view,
+        policy=policies[options.auto_augment](),
+        color_jitter=options.color_jitter,
+        hue=options.hue,
+        grayscale=options.grayscale,
+        erasing=options.random_erasing,
+        mixup_alpha=options.mixup_alpha,
+        cutmix_alpha=options.cutmix_alpha,
     )
 
 

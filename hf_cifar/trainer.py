@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from hf_cifar.callbacks import TrainingLines, TrainingProgress
+from hf_cifar.data.augmentation import Augmentation
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.store import take_batch
-from hf_cifar.data.transforms import RandomView
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.metrics import compute_training_metrics
 from hf_cifar.models.layers import block_depths, eval_frozen_norms
@@ -23,16 +23,16 @@ from hf_cifar.optim import decay_learning_rates, decay_parameter_names
 class ImageClassificationTrainer(Trainer):
     """Trains on uint8 batches: each is transformed on the device, inside the step.
 
-    preprocessing: what the saved image processor does; evaluation applies just that. random_view: the
-    random crop, flip and so on of a training image; it draws from a generator seeded by (seed, step,
-    micro-batch, rank), so that a resumed run sees the images that an undisturbed one would.
+    preprocessing: what the saved image processor does; evaluation applies just that. augmentation:
+    what happens to a training batch instead; it draws from a generator seeded by (seed, step, micro-batch,
+    rank), so that a resumed run sees the images that an undisturbed one would.
     """
 
     def __init__(
         self,
         *args: Any,
         preprocessing: Preprocessing,
-        random_view: RandomView | None = None,
+        augmentation: Augmentation | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -42,32 +42,28 @@ class ImageClassificationTrainer(Trainer):
         # accumulation and several processes (huggingface/transformers#48207); a mean loss never does.
         self.model_accepts_loss_kwargs = False
         self.preprocessing = preprocessing
-        self.random_view = random_view
+        self.augmentation = augmentation
         self._micro_batch = (-1, -1)
         shown = TrainingLines if self.args.disable_tqdm else TrainingProgress
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(shown)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        images = inputs["pixel_values"]
+        inputs = dict(super()._prepare_inputs(inputs))
         if self.model.training:
             eval_frozen_norms(self.model)
-        if self.model.training and self.random_view is not None:
-            preprocessing = self.preprocessing
-            view = self.random_view(
-                images,
-                preprocessing.size,
-                preprocessing.interpolation,
-                generator=self._step_generator(),
+        if self.model.training and self.augmentation is not None:
+            pixel_values, inputs["targets"] = self.augmentation(
+                inputs["pixel_values"],
+                inputs["labels"],
+                self.preprocessing,
+                self.model.config.num_labels,
+                self._step_generator(),
             )
-            pixel_values = preprocessing.normalize(view)
         else:
-            pixel_values = self.preprocessing(images)
-        return {
-            **inputs,
-            "pixel_values": pixel_values.contiguous(memory_format=torch.channels_last),
-        }
+            pixel_values = self.preprocessing(inputs["pixel_values"])
+        inputs["pixel_values"] = pixel_values.contiguous(memory_format=torch.channels_last)
+        return inputs
 
     def _step_generator(self) -> torch.Generator:
         """A generator that depends on nothing but the seed, the step, the micro-batch and the rank."""
@@ -85,10 +81,11 @@ class ImageClassificationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy of the batch; label smoothing in training alone."""
+        """Mean cross-entropy of the batch, with soft targets if it was mixed; smoothed in training alone."""
         logits = model(pixel_values=inputs["pixel_values"]).logits
+        targets = inputs.get("targets", inputs["labels"])
         smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
-        loss = F.cross_entropy(logits.float(), inputs["labels"], label_smoothing=smoothing)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Batch transforms on device tensors: uint8 images in, model-ready `pixel_values` out.
+"""Geometry of batches on device tensors, and their normalisation.
 
 Crop, flip, scale and resize are one separable resampling, `out = Wy @ image @ Wx'`, with one pair of
 interpolation matrices per sample. Evaluation is the same function with one fixed box.
@@ -9,7 +9,6 @@ Shapes: N images, C channels, H x W pixels in, h x w pixels out.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -101,35 +100,47 @@ def resample(
     return torch.matmul(rows[:, None], pixels).clamp_(0, 255)
 
 
-def affine_sample(images: Tensor, boxes: Tensor, angles: Tensor, size: tuple[int, int]) -> Tensor:
-    """As `resample`, with the content of each box turned about its centre; one bicubic grid sample.
+def affine_sample(images: Tensor, boxes: Tensor, linear: Tensor, size: tuple[int, int]) -> Tensor:
+    """As `resample`, with the content of each box turned or sheared about its centre; one grid sample.
 
-    images [N, C, H, W]; boxes [N, 4]; angles [N] in radians: the content turns counter-clockwise on
-    the screen. What lies outside the image is its mirror image. Returns float [N, C, h, w], 0..255.
+    images [N, C, H, W]; boxes [N, 4]; linear [N, 2, 2] takes an offset (y, x) from the centre of the box,
+    in input pixels, to the offset that is shown there: see `rotation` and `shear`. What lies outside the
+    image is its mirror image. Returns float [N, C, h, w], 0..255.
     """
     height, width = images.shape[-2:]
     top, left, bottom, right = boxes.to(images.device, torch.float32).unbind(dim=1)
-    angles = angles.to(images.device, torch.float32)
+    linear = linear.to(images.device, torch.float32)[..., None, None]
     # A grid sample takes single pixels: shrink first where it would skip some.
     ratio = min(height / size[0], width / size[1])
     pixels = images.to(torch.float32)
     if ratio > 1:
         shrunk = (math.ceil(height / ratio), math.ceil(width / ratio))
         pixels = resample(images, whole_image(height, width), shrunk)
-    # Output pixels in units of half a box, rotated in input pixels (so that nothing shears) ...
+    # Output pixels as offsets from the centre of the box, in input pixels (so that a turn does not shear) ...
     y = torch.linspace(-1 + 1 / size[0], 1 - 1 / size[0], size[0], device=images.device)
     x = torch.linspace(-1 + 1 / size[1], 1 - 1 / size[1], size[1], device=images.device)
     dy = y[None, :, None] * ((bottom - top) / 2)[:, None, None]
     dx = x[None, None, :] * ((right - left) / 2)[:, None, None]
-    sin, cos = angles.sin()[:, None, None], angles.cos()[:, None, None]
-    rows = ((top + bottom) / 2)[:, None, None] + cos * dy + sin * dx
-    columns = ((left + right) / 2)[:, None, None] + cos * dx - sin * dy
+    rows = ((top + bottom) / 2)[:, None, None] + linear[:, 0, 0] * dy + linear[:, 0, 1] * dx
+    columns = ((left + right) / 2)[:, None, None] + linear[:, 1, 0] * dy + linear[:, 1, 1] * dx
     # ... and then in the grid's units, where the image spans -1..1.
     grid = torch.stack((columns * (2 / width) - 1, rows * (2 / height) - 1), dim=-1)
     out = F.grid_sample(
         pixels, grid, mode="bicubic", padding_mode="reflection", align_corners=False
     )
     return out.clamp_(0, 255)
+
+
+def rotation(angles: Tensor) -> Tensor:
+    """[N] radians -> [N, 2, 2] for `affine_sample`: the content turns counter-clockwise on the screen."""
+    sin, cos = angles.sin(), angles.cos()
+    return torch.stack((torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)), dim=-2)
+
+
+def shear(y: Tensor, x: Tensor) -> Tensor:
+    """[N] -> [N, 2, 2] for `affine_sample`: pixels a row moves down per column (y), and right per row (x)."""
+    one = torch.ones_like(y)
+    return torch.stack((torch.stack((one, -y), -1), torch.stack((-x, one), -1)), dim=-2)
 
 
 def whole_image(height: int, width: int) -> Tensor:
@@ -143,65 +154,3 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor, rescale_factor: float =
     scale = (rescale_factor / std).view(shape)
     shift = (-mean / std).view(shape)
     return images.to(torch.float32) * scale + shift
-
-
-@dataclass(frozen=True)
-class RandomView:
-    """Draws one box and one angle per image: pad-and-crop, random resized crop, flip, rotation, zoom.
-
-    padding: largest shift, as a share of the side. min_area: smallest share of the area kept; 1 keeps
-    it all. max_ratio: largest aspect ratio of the crop. flip: probability. rotation: largest angle, in
-    degrees. zoom: largest relative change of size.
-    """
-
-    padding: float = 0.0
-    min_area: float = 1.0
-    max_ratio: float = 4 / 3
-    flip: float = 0.0
-    rotation: float = 0.0
-    zoom: float = 0.0
-
-    def draw(
-        self, num_images: int, height: int, width: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor | None]:
-        """Boxes [N, 4] and angles [N] (None without rotation), on the CPU, from `generator` alone."""
-
-        def uniform(low: float, high: float) -> Tensor:
-            return torch.rand(num_images, generator=generator) * (high - low) + low
-
-        box_height = torch.full((num_images,), float(height))
-        box_width = torch.full((num_images,), float(width))
-        if self.min_area < 1:
-            side = uniform(self.min_area, 1).sqrt()
-            stretch = torch.exp(uniform(-1, 1) * (0.5 * math.log(self.max_ratio)))
-            box_height = height * (side / stretch).clamp_max(1)
-            box_width = width * (side * stretch).clamp_max(1)
-        if self.zoom:
-            factor = torch.exp(uniform(-1, 1) * math.log1p(self.zoom))
-            box_height, box_width = box_height * factor, box_width * factor
-        # A smaller box lies anywhere inside the image, plus the padding's shift.
-        free_height, free_width = (height - box_height).abs(), (width - box_width).abs()
-        middle_y = height / 2 + uniform(-0.5, 0.5) * (free_height + 2 * self.padding * height)
-        middle_x = width / 2 + uniform(-0.5, 0.5) * (free_width + 2 * self.padding * width)
-        top, bottom = middle_y - box_height / 2, middle_y + box_height / 2
-        left, right = middle_x - box_width / 2, middle_x + box_width / 2
-        if self.flip:
-            mirrored = uniform(0, 1) < self.flip
-            left, right = torch.where(mirrored, right, left), torch.where(mirrored, left, right)
-        angles = uniform(-1, 1) * math.radians(self.rotation) if self.rotation else None
-        return torch.stack((top, left, bottom, right), dim=1), angles
-
-    def __call__(
-        self,
-        images: Tensor,
-        size: tuple[int, int],
-        interpolation: str = "bicubic",
-        *,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """A random view of each image: [N, C, H, W] uint8 -> float [N, C, h, w], 0..255."""
-        num_images, _, height, width = images.shape
-        boxes, angles = self.draw(num_images, height, width, generator)
-        if angles is None:
-            return resample(images, boxes, size, interpolation)
-        return affine_sample(images, boxes, angles, size)

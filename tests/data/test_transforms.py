@@ -3,15 +3,17 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from hf_cifar.data.transforms import (
     KERNELS,
-    RandomView,
     affine_sample,
     interpolation_matrix,
     normalize,
     resample,
+    rotation,
+    shear,
     whole_image,
 )
 
@@ -31,20 +33,6 @@ def noise(num_images, height=12, width=16):
     generator = torch.Generator().manual_seed(0)
     shape = (num_images, 3, height, width)
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-ALL_VIEWS = {
-    "shift": RandomView(padding=0.125),
-    "crop": RandomView(min_area=0.2),
-    "flip": RandomView(flip=0.5),
-    "zoom": RandomView(zoom=0.3),
-    "rotation": RandomView(rotation=20),
-    "everything": RandomView(0.125, 0.5, 4 / 3, 0.5, 15, 0.2),
-}
 
 
 @pytest.mark.parametrize("interpolation", KERNELS)
@@ -123,7 +111,7 @@ def test_whole_pixel_shifts_are_a_slow_loop_with_mirroring():
 
 def test_boxes_of_a_batch_act_one_by_one(photo):
     images = batch(*(photo(20, 20, seed) for seed in range(6)))
-    boxes, _ = RandomView(0.2, 0.4, flip=0.5).draw(6, 20, 20, seeded(3))
+    boxes = torch.rand(6, 4, generator=torch.Generator().manual_seed(3)) * 24 - 2
     together = resample(images, boxes, (30, 30))
     for n in range(6):
         alone = resample(images[n : n + 1], boxes[n : n + 1], (30, 30))
@@ -136,7 +124,7 @@ def test_values_stay_in_range():
     boxes = torch.tensor([[0.0, 0.0, 16.0, 16.0], [-3.0, 19.0, 13.0, 3.0]])
     for found in (
         resample(edges, boxes, (57, 57)),
-        affine_sample(edges, boxes, torch.tensor([0.3, -1.0]), (57, 57)),
+        affine_sample(edges, boxes, rotation(torch.tensor([0.3, -1.0])), (57, 57)),
     ):
         assert found.min() >= 0
         assert found.max() <= 255
@@ -146,7 +134,7 @@ def test_values_stay_in_range():
 def test_affine_without_an_angle_is_resample(photo, size):
     images = batch(photo(32, 32), photo(32, 32, 1))
     whole = whole_image(32, 32).expand(2, 4)
-    found = affine_sample(images, whole, torch.zeros(2), size)
+    found = affine_sample(images, whole, rotation(torch.zeros(2)), size)
     assert found.shape == (2, 3, *size)
     # torch's cubic kernel is a little sharper than Pillow's.
     assert (found - resample(images, whole, size)).abs().max() <= 4
@@ -156,14 +144,14 @@ def test_affine_without_an_angle_is_resample(photo, size):
 def test_quarter_turns_are_counter_clockwise(quarters):
     images = noise(2, 16, 16)
     angles = torch.full((2,), quarters * math.pi / 2)
-    found = affine_sample(images, whole_image(16, 16).expand(2, 4), angles, (16, 16))
+    found = affine_sample(images, whole_image(16, 16).expand(2, 4), rotation(angles), (16, 16))
     assert (found - torch.rot90(images, quarters, dims=(2, 3))).abs().max() <= 0.1
 
 
 def test_small_rotation_agrees_with_pillow(photo):
     image = photo(64, 64)
     angles = torch.tensor([math.radians(10)])
-    found = affine_sample(batch(image), whole_image(64, 64), angles, (64, 64))
+    found = affine_sample(batch(image), whole_image(64, 64), rotation(angles), (64, 64))
     expected = batch(image.rotate(10, Image.Resampling.BICUBIC))
     inner = (..., slice(14, -14), slice(14, -14))
     assert (found - expected)[inner].abs().max() <= 2
@@ -171,74 +159,8 @@ def test_small_rotation_agrees_with_pillow(photo):
 
 def test_rotation_outside_the_image_is_mirrored():
     images = torch.full((1, 3, 16, 16), 200, dtype=torch.uint8)
-    found = affine_sample(images, whole_image(16, 16), torch.tensor([0.7]), (16, 16))
+    found = affine_sample(images, whole_image(16, 16), rotation(torch.tensor([0.7])), (16, 16))
     assert torch.allclose(found, torch.full_like(found, 200), atol=1e-2)
-
-
-@pytest.mark.parametrize("view", [v for k, v in ALL_VIEWS.items() if k != "flip"])
-def test_every_image_of_a_batch_draws_its_own_view(view):
-    images = noise(1, 32, 32).expand(64, -1, -1, -1)
-    found = view(images, (32, 32), generator=seeded(0))
-    assert len({image.numpy().tobytes() for image in found}) == 64
-
-
-def test_flip_is_drawn_per_image():
-    images = noise(1, 32, 32).expand(64, -1, -1, -1)
-    found = RandomView(flip=0.5)(images, (32, 32), generator=seeded(0))
-    flipped = [torch.allclose(image, images[0].flip(-1).float(), atol=1e-2) for image in found]
-    plain = [torch.allclose(image, images[0].float(), atol=1e-2) for image in found]
-    assert sum(flipped) + sum(plain) == 64
-    assert 16 < sum(flipped) < 48
-
-
-@pytest.mark.parametrize("view", ALL_VIEWS.values(), ids=ALL_VIEWS)
-def test_the_generator_decides_every_bit(view):
-    images = noise(16, 32, 32)
-    first = view(images, (48, 48), generator=seeded(7))
-    torch.rand(3)  # the global generator plays no part
-    assert torch.equal(first, view(images, (48, 48), generator=seeded(7)))
-    assert not torch.equal(first, view(images, (48, 48), generator=seeded(8)))
-
-
-def test_drawing_leaves_the_global_generator_alone():
-    state = torch.get_rng_state()
-    ALL_VIEWS["everything"](noise(4), (12, 16), generator=seeded(0))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_the_quiet_view_is_resampling():
-    images = noise(4)
-    found = RandomView()(images, (30, 30), generator=seeded(0))
-    assert torch.allclose(found, resample(images, whole_image(12, 16), (30, 30)), atol=1e-2)
-
-
-def test_random_crops_keep_to_their_limits():
-    view = RandomView(min_area=0.3, max_ratio=2.0)
-    boxes, angles = view.draw(2000, 32, 32, seeded(0))
-    top, left, bottom, right = boxes.unbind(1)
-    height, width = bottom - top, right - left
-    assert angles is None
-    assert boxes.min() >= -1e-4
-    assert boxes.max() <= 32 + 1e-4
-    assert (width / height).max() <= 2.0 + 1e-4
-    assert (height / width).max() <= 2.0 + 1e-4
-    area = height * width / 32**2
-    assert area.min() < 0.4
-    assert area.max() > 0.9
-    assert area.max() <= 1 + 1e-6
-
-
-def test_shifts_keep_to_the_padding():
-    boxes, _ = RandomView(padding=0.125).draw(2000, 32, 48, seeded(0))
-    assert torch.allclose(boxes[:, 2] - boxes[:, 0], torch.tensor(32.0))
-    assert 3.9 < boxes[:, 0].abs().max() <= 4
-    assert 5.9 < boxes[:, 1].abs().max() <= 6
-
-
-def test_angles_keep_to_their_limit():
-    _, angles = RandomView(rotation=15).draw(2000, 32, 32, seeded(0))
-    assert math.radians(14.5) < angles.abs().max() <= math.radians(15)
-    assert angles.mean().abs() < 0.02
 
 
 def test_normalize_is_torchvisions():
@@ -248,3 +170,19 @@ def test_normalize_is_torchvisions():
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
     expected = functional.normalize(images / 255, mean.tolist(), std.tolist())
     assert torch.allclose(normalize(images, mean, std), expected, atol=1e-5)
+
+
+def test_shear_moves_rows_and_columns():
+    images = noise(1, 32, 32)
+    linear = shear(torch.tensor([0.0]), torch.tensor([0.5]))
+    found = affine_sample(images, whole_image(32, 32), linear, (32, 32))
+    exact = F.grid_sample(
+        images.float(),
+        F.affine_grid(torch.tensor([[[1.0, -0.5, 0], [0, 1, 0]]]), (1, 3, 32, 32), False),
+        mode="bicubic", padding_mode="reflection", align_corners=False,
+    ).clamp(0, 255)  # fmt: skip
+    assert torch.allclose(found, exact, atol=1e-2)
+    turned = affine_sample(
+        images.mT, whole_image(32, 32), shear(*torch.tensor([[0.5], [0.0]])), (32, 32)
+    )
+    assert torch.allclose(turned.mT, found, atol=1e-2)
