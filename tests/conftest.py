@@ -31,6 +31,19 @@ def stripes(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def colours(tmp_path_factory):
+    """An image folder of 16 x 16 px in all colours, of two classes."""
+    root = tmp_path_factory.mktemp("colours")
+    generator = np.random.default_rng(0)
+    for i in range(48):
+        folder = root / ("one", "two")[i % 2]
+        folder.mkdir(exist_ok=True)
+        pixels = generator.integers(0, 256, (16, 16, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory):
     """A ViT of two layers for 16 x 16 px images, saved as transformers saves it, with three classes."""
     import torch

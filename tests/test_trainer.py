@@ -65,6 +65,57 @@ def test_training_batches_are_augmented_and_evaluation_batches_are_not(tmp_path,
     assert not torch.equal(trainer._prepare_inputs(batch)["pixel_values"], plain)
 
 
+AUGMENTATIONS = [
+    ["--crop_padding", "0.2"], ["--crop_scale", "0.3"], ["--flip", "0.5"], ["--rotation", "20"],
+    ["--shear", "0.3"], ["--zoom", "0.3"], ["--color_jitter", "0.4"], ["--hue", "0.3"],
+    ["--grayscale", "0.5"], ["--auto_augment", "trivial_augment"],
+    ["--auto_augment", "rand_augment"], ["--random_erasing", "0.9"],
+    ["--mixup_alpha", "0.8"], ["--cutmix_alpha", "1"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", AUGMENTATIONS, ids=" ".join)
+def test_every_augmentation_option_changes_the_batch(tmp_path, colours, tiny_vit, flags):
+    quiet = ["--crop_padding", "0", "--flip", "0"]
+    trainer = make_trainer(tmp_path, colours, tiny_vit, *quiet, *flags)
+    batch = first_batch(trainer)
+    plain = trainer.preprocessing(batch["pixel_values"])
+    trainer.model.train()
+    inputs = trainer._prepare_inputs(batch)
+    assert not torch.allclose(inputs["pixel_values"], plain, atol=1e-2)
+    assert torch.isfinite(trainer.compute_loss(trainer.model, inputs))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--rand_augment_ops", "5"], ["--rand_augment_magnitude", "25"]], ids=" ".join
+)
+def test_rand_augment_takes_its_options(tmp_path, colours, tiny_vit, flags):
+    inputs = []
+    for chosen in ([], flags):
+        trainer = make_trainer(
+            tmp_path, colours, tiny_vit, "--auto_augment", "rand_augment", *chosen
+        )
+        batch = first_batch(trainer)
+        trainer.model.train()
+        inputs.append(trainer._prepare_inputs(batch)["pixel_values"])
+    assert not torch.equal(*inputs)
+
+
+def test_a_mixed_batch_trains_on_soft_targets(tmp_path, stripes, tiny_vit):
+    trainer = make_trainer(tmp_path, stripes, tiny_vit, "--mixup_alpha", "1")
+    trainer.model.train()
+    inputs = trainer._prepare_inputs(first_batch(trainer))
+    logits = trainer.model(inputs["pixel_values"]).logits
+    targets = inputs["targets"]
+    assert targets.shape == (8, 2)
+    assert ((targets > 0.01) & (targets < 0.99)).any()
+    smoothed = 0.9 * targets + 0.1 / 2
+    by_hand = -(smoothed * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    assert torch.allclose(trainer.compute_loss(trainer.model, inputs), by_hand, atol=1e-6)
+    trainer.model.eval()
+    assert "targets" not in trainer._prepare_inputs(first_batch(trainer))
+
+
 def test_randomness_depends_on_seed_step_micro_batch_and_rank_alone(tmp_path, stripes, tiny_vit):
     trainer = make_trainer(tmp_path, stripes, tiny_vit)
 
