@@ -87,6 +87,11 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
         num_workers, self.dataloader_num_workers = self.dataloader_num_workers, 0
         super().__post_init__()
         self.dataloader_num_workers = num_workers
+        # --bf16, --fp16 and the launcher name a precision too; --precision itself goes before the launcher.
+        if self.precision == "auto" and self.mixed_precision != "no":
+            self.precision = self.mixed_precision
+        if self.precision != "auto":
+            self.mixed_precision = "no" if self.precision == "fp32" else self.precision
 
     def _check(self) -> None:
         """Raises: UserError for a value out of range, or an option that would have no effect."""
@@ -104,6 +109,11 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
             )
         if self.greater_is_better is None:
             self.greater_is_better = metric == "accuracy"
+        for name in ("bf16", "fp16"):
+            if getattr(self, name) and self.precision not in ("auto", name):
+                raise UserError(
+                    f"--{name} and --precision {self.precision} differ; pass one of them"
+                )
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise UserError(
                 "--early_stopping_patience needs evaluations; leave out --eval_strategy no"

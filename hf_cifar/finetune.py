@@ -24,7 +24,13 @@ from hf_cifar.data.splits import (
     load_test_split,
     require_test_split,
 )
-from hf_cifar.data.store import build_store, default_num_workers
+from hf_cifar.data.store import (
+    CPU,
+    build_store,
+    default_num_workers,
+    is_resident,
+    stored_view,
+)
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import (
     Evaluation,
@@ -39,6 +45,7 @@ from hf_cifar.models.layers import block_depths, describe_trainable, has_blocks
 from hf_cifar.models.names import SCRATCH
 from hf_cifar.optim import default_rates
 from hf_cifar.options import CONFIG_FILE, AugmentConfig, refuse_occupied
+from hf_cifar.setting import MEMORY_FORMATS, resolve_setting
 from hf_cifar.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
@@ -64,32 +71,57 @@ def finetune_classifier(config: RunConfig) -> RunResult:
     set_seed(config.train.seed)
     splits = load_splits(config.data)  # train and validation; test stays sealed
     model, image_processor = build_model(config.model, splits.id2label)
-    config = resolve_defaults(config, model, splits)
-    prepare_push(config)
+    config = resolve_defaults(config, model)
+    config = resolve_setting(
+        config, model, image_processor, splits.train, resumed=bool(resume_point(config))
+    )
     trainer = build_trainer(model, image_processor, splits, config)
+    prepare_push(config)
     save_config(config)
     trainer.train(resume_from_checkpoint=resume_point(config))
-    evaluations = [evaluate_classifier(trainer, split) for split in final_splits(splits, config)]
+    evaluations = [
+        evaluate_classifier(trainer, split, config.data.pixel_store)
+        for split in final_splits(splits, config)
+    ]
     return finish_run(trainer, splits, evaluations, config)
 
 
 def build_trainer(
     model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, config: RunConfig
 ) -> ImageClassificationTrainer:
-    """The Trainer over both splits' pixels; `config` must be resolved."""
+    """The Trainer over both splits' pixels; `config` must be resolved, see `resolve_setting`."""
     preprocessing = Preprocessing.from_image_processor(image_processor)
+    kind, args = config.data.pixel_store, config.train
+    num_workers = args.dataloader_num_workers
+    if num_workers is None:
+        resident = (
+            is_resident(splits.train, stored_view(preprocessing, augmented=True), kind),
+            is_resident(splits.validation, stored_view(preprocessing, augmented=False), kind),
+        )
+        num_workers = default_num_workers(all(resident))
+    args = dataclasses.replace(
+        args,
+        dataloader_num_workers=num_workers,
+        dataloader_pin_memory=num_workers > 0,  # what lies on the device cannot be pinned
+        push_to_hub=False,  # hub.py pushes, once, at the end
+    )
+    device = args.device if num_workers == 0 else CPU  # a worker process must not touch a GPU
     callbacks = []
     if config.train.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.train.early_stopping_patience))
+    memory_format = MEMORY_FORMATS[args.memory_format]
     return ImageClassificationTrainer(
-        model=model.to(memory_format=torch.channels_last),
-        args=dataclasses.replace(
-            config.train, push_to_hub=False
-        ),  # hub.py pushes, once, at the end
+        model=model.to(memory_format=memory_format),
+        args=args,
         processing_class=image_processor,
-        train_dataset=build_store(splits.train, preprocessing, augmented=True),
-        eval_dataset=build_store(splits.validation, preprocessing, augmented=False),
+        train_dataset=build_store(
+            splits.train, preprocessing, augmented=True, kind=kind, device=device
+        ),
+        eval_dataset=build_store(
+            splits.validation, preprocessing, augmented=False, kind=kind, device=device
+        ),
         preprocessing=preprocessing,
+        memory_format=memory_format,
         augmentation=augmentation(config.augment),
         callbacks=callbacks,
     )
@@ -194,17 +226,15 @@ def resume_point(config: RunConfig) -> bool | str | None:
     return True if value.lower() in ("true", "last", "latest") else value
 
 
-def resolve_defaults(config: RunConfig, model: PreTrainedModel, splits: Splits) -> RunConfig:
-    """Fill in what depends on the model and the data: learning rates and loader processes.
+def resolve_defaults(config: RunConfig, model: PreTrainedModel) -> RunConfig:
+    """Fill in what depends on the model: the learning rates.
 
     Raises: UserError for a layer decay without layers, or a disk without room for the checkpoints.
     """
     train = config.train
     batch_size = train.train_batch_size * train.gradient_accumulation_steps * train.world_size
     scratch = config.model.model_name_or_path.startswith(SCRATCH)
-    in_memory = all(split.in_memory for split in (splits.train, splits.validation))
     defaults = default_rates(model, batch_size, scratch=scratch)._asdict()
-    defaults["dataloader_num_workers"] = default_num_workers(in_memory)
     if train.layer_decay is None and not has_blocks(model):
         defaults["layer_decay"] = 1.0
     missing = {name: value for name, value in defaults.items() if getattr(train, name) is None}

@@ -57,6 +57,12 @@ class DataConfig:
         None, "Use at most this many validation (or test) images, stratified."
     )
 
+    pixel_store: Literal["auto", "resident", "streamed"] = option(
+        "auto",
+        "Where decoded images live: resident in memory, or streamed by loader processes; auto goes by "
+        "their size and the free memory.",
+    )
+
     def __post_init__(self) -> None:
         if not 0 < self.train_val_split < 1:
             raise UserError(
@@ -160,6 +166,14 @@ class FinetuneOptions:
     )
     resume_from_checkpoint: str | None = option(
         None, "Go on from a checkpoint: last, or a checkpoint's folder."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto",
+        "Number format of training: auto times a few steps of each, and of the memory formats, and keeps the "
+        "fastest that is sound.",
+    )
+    memory_format: Literal["auto", "contiguous", "channels_last"] = option(
+        "auto", "Memory format of weights and images; auto goes with --precision auto."
     )
     layer_decay: float | None = option(
         None,

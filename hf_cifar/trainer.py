@@ -23,7 +23,8 @@ from hf_cifar.optim import decay_learning_rates, decay_parameter_names
 class ImageClassificationTrainer(Trainer):
     """Trains on uint8 batches: each is transformed on the device, inside the step.
 
-    preprocessing: what the saved image processor does; evaluation applies just that. augmentation:
+    preprocessing: what the saved image processor does; evaluation applies just that. memory_format:
+    of the batches. augmentation:
     what happens to a training batch instead; it draws from a generator seeded by (seed, step, micro-batch,
     rank), so that a resumed run sees the images that an undisturbed one would.
     """
@@ -32,6 +33,7 @@ class ImageClassificationTrainer(Trainer):
         self,
         *args: Any,
         preprocessing: Preprocessing,
+        memory_format: torch.memory_format = torch.channels_last,
         augmentation: Augmentation | None = None,
         **kwargs: Any,
     ) -> None:
@@ -42,6 +44,7 @@ class ImageClassificationTrainer(Trainer):
         # accumulation and several processes (huggingface/transformers#48207); a mean loss never does.
         self.model_accepts_loss_kwargs = False
         self.preprocessing = preprocessing
+        self.memory_format = memory_format
         self.augmentation = augmentation
         self._micro_batch = (-1, -1)
         shown = TrainingLines if self.args.disable_tqdm else TrainingProgress
@@ -62,7 +65,7 @@ class ImageClassificationTrainer(Trainer):
             )
         else:
             pixel_values = self.preprocessing(inputs["pixel_values"])
-        inputs["pixel_values"] = pixel_values.contiguous(memory_format=torch.channels_last)
+        inputs["pixel_values"] = pixel_values.contiguous(memory_format=self.memory_format)
         return inputs
 
     def _step_generator(self) -> torch.Generator:

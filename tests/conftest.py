@@ -10,6 +10,12 @@ import pytest
 from PIL import Image
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_pixel_cache(tmp_path_factory):
+    """Decoded pixels are kept inside the tests' own folder."""
+    os.environ["HF_CIFAR_CACHE"] = str(tmp_path_factory.mktemp("pixel_cache"))
+
+
 @pytest.fixture(scope="session")
 def stripes(tmp_path_factory):
     """An image folder that can be learned in seconds: 16 x 16 px, horizontal or vertical stripes."""

@@ -208,7 +208,7 @@ def test_a_model_from_elsewhere_gets_a_mean_loss_too(tmp_path, stripes, tiny_vit
     splits = load_splits(config.data)
     model = AutoModelForImageClassification.from_pretrained(tiny_vit)
     processor = AutoImageProcessor.from_pretrained(tiny_vit)
-    trainer = build_trainer(model, processor, splits, resolve_defaults(config, model, splits))
+    trainer = build_trainer(model, processor, splits, resolve_defaults(config, model))
     assert trainer.model_accepts_loss_kwargs is False
 
 

@@ -27,7 +27,7 @@ def make_trainer(tmp_path, data, model, *flags):
     torch.manual_seed(0)
     splits = load_splits(config.data)
     model, processor = build_model(config.model, splits.id2label)
-    config = resolve_defaults(config, model, splits)
+    config = resolve_defaults(config, model)
     return build_trainer(model, processor, splits, config)
 
 

@@ -5,21 +5,35 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
 from hf_cifar.data.images import decode_cell, decode_cells
+from hf_cifar.data.pixel_cache import (
+    content_key,
+    load_pixels,
+    one_process_at_a_time,
+    save_pixels,
+)
 from hf_cifar.data.sources import load_source
 from hf_cifar.errors import UserError
 from hf_cifar.options import DataConfig
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
-# Above this many bytes of decoded pixels, images are decoded as they are needed.
-MEMORY_LIMIT = 4 * 1024**3
+# Share of the free memory that the decoded images of a split may take.
+MEMORY_SHARE = 0.25
+
+
+def memory_to_spare() -> int:
+    """Bytes of memory that this process may fill with the decoded images of one split."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(psutil.virtual_memory().available * MEMORY_SHARE / processes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,33 +69,43 @@ class Split:
             raise UserError(f"{self.describe_row(position)}: {error}") from None
 
     @functools.cached_property
-    def pixels(self) -> np.ndarray | None:
-        """All images as [N, H, W, 3] uint8, decoded once; None if they differ in size or are too many.
+    def images(self) -> np.ndarray | list[np.ndarray] | None:
+        """All images, decoded once: uint8 [N, H, W, 3]; a list of [H, W, 3] if they differ in size.
 
+        None if they take more memory than there is to spare: then they are decoded as they are needed.
+        What has one size is kept on disk for the next run, see `pixel_cache`.
         Raises: UserError that names the row of an image that cannot be read.
         """
-        first = self.decode(0)
-        if first.nbytes * len(self) > MEMORY_LIMIT:
+        budget = memory_to_spare()
+        if self.decode(0).nbytes * len(self) > budget:
             return None
-        pixels = np.empty((len(self), *first.shape), np.uint8)
-        for position, image in enumerate(self._decode_all()):
-            if image.shape != first.shape:
+        key = content_key(self.rows)
+        with one_process_at_a_time(key):
+            images = load_pixels(key)
+            if images is None:
+                images = self._collect(budget)
+                if isinstance(images, np.ndarray):
+                    save_pixels(key, images)
+        return images
+
+    def _collect(self, budget: int) -> np.ndarray | list[np.ndarray] | None:
+        """Decode every image into one array, or into a list from the first that has another size."""
+        images: np.ndarray | list[np.ndarray] | None = None
+        for position, image in enumerate(self.decode_all()):
+            budget -= image.nbytes
+            if budget < 0:
                 return None
-            pixels[position] = image
-        return pixels
+            if images is None:
+                images = np.empty((len(self), *image.shape), np.uint8)
+            if isinstance(images, np.ndarray) and image.shape != images.shape[1:]:
+                images = list(images[:position])
+            if isinstance(images, np.ndarray):
+                images[position] = image
+            else:
+                images.append(image)
+        return images
 
-    @functools.cached_property
-    def in_memory(self) -> bool:
-        """Whether `pixels` holds the images. Either way each image has then been decoded once.
-
-        Raises: UserError that names the row of an image that cannot be read.
-        """
-        if self.pixels is None:
-            for _ in self._decode_all():
-                pass
-        return self.pixels is not None
-
-    def _decode_all(self) -> Iterator[np.ndarray]:
+    def decode_all(self) -> Iterator[np.ndarray]:
         """Every image in order, decoded on all cores, with a progress bar on a terminal."""
         with tqdm(
             total=len(self), desc=f"decoding {self.name}", disable=None, leave=False

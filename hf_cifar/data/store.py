@@ -1,32 +1,42 @@
-"""uint8 pixels for the loader: all in memory, or decoded and resized as workers need them."""
+"""uint8 pixels for the loader: a split resident in memory or on the device, or streamed by workers."""
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from hf_cifar.data.preprocessing import Preprocessing
-from hf_cifar.data.splits import Split
+from hf_cifar.data.splits import Split, memory_to_spare
 
-# Streamed training images keep this margin over the model's size for the random crops to use.
-STREAMED_MARGIN = 8 / 7
+logger = logging.getLogger(__name__)
+# Images of mixed sizes are kept this much larger than the model sees them, for random crops to use.
+TRAINING_MARGIN = 8 / 7
+# Share of a device's free memory that one split may take.
+DEVICE_SHARE = 0.25
+CPU = torch.device("cpu")
 
 
 class ResidentStore(Dataset):
-    """Every image of a split as one uint8 tensor, decoded once.
+    """Every image of a split in one tensor, where the model runs: the loader moves row numbers alone.
 
+    pixels: uint8 [N, H, W, 3]; labels: int64 [N].
     A batch is {"pixel_values": uint8 [B, 3, H, W], "labels": int64 [B]}.
     """
 
-    streamed = False
+    resident = True
 
-    def __init__(self, split: Split) -> None:
-        self.pixels = torch.from_numpy(split.pixels)
-        self.labels = torch.from_numpy(split.labels)
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        self.pixels = pixels
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,21 +45,21 @@ class ResidentStore(Dataset):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        index = torch.as_tensor(positions)
+        rows = torch.as_tensor(positions).to(self.pixels.device, non_blocking=True)
         return {
-            "pixel_values": self.pixels[index].permute(0, 3, 1, 2),
-            "labels": self.labels[index],
+            "pixel_values": self.pixels[rows].permute(0, 3, 1, 2),
+            "labels": self.labels[rows],
         }
 
 
 class StreamedStore(Dataset):
-    """Images of any sizes, decoded and brought to one size in the loader's workers.
+    """Images that are decoded, and brought to one size, by the loader's workers.
 
     A batch is {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B]}, with h x w the size that
     `preprocessing` gives.
     """
 
-    streamed = True
+    resident = False
 
     def __init__(self, split: Split, preprocessing: Preprocessing) -> None:
         self.split = split
@@ -63,31 +73,63 @@ class StreamedStore(Dataset):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        images = [
-            self.preprocessing.view(to_batch(self.split.decode(position))) for position in positions
-        ]
+        images = [resized(self.split.decode(row), self.preprocessing) for row in positions]
         return {
-            "pixel_values": torch.cat(images).round_().to(torch.uint8),
+            "pixel_values": torch.cat(images),
             "labels": self.labels[torch.as_tensor(positions)],
         }
 
 
-def build_store(split: Split, preprocessing: Preprocessing, *, augmented: bool) -> Dataset:
-    """Hold the split in memory if its images have one size and fit, else stream it.
+@functools.lru_cache(maxsize=4)
+def build_store(
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    augmented: bool,
+    kind: str = "auto",
+    device: torch.device = CPU,
+) -> ResidentStore | StreamedStore:
+    """Hold a split resident if it fits, else stream it. The last stores are kept: nothing is decoded twice.
 
-    augmented: keep a margin around the model's size, for random crops.
+    augmented: mixed sizes keep a margin around the model's size, for random crops. kind: auto, resident or
+    streamed. device: holds resident pixels too, where it has room.
     Raises: UserError that names the row of an image that cannot be read.
     """
-    if split.pixels is not None:
-        return ResidentStore(split)
-    return StreamedStore(
-        split, preprocessing.enlarged(STREAMED_MARGIN) if augmented else preprocessing.uncropped()
+    stored = stored_view(preprocessing, augmented)
+    count = f"{len(split):,} images"
+    if not is_resident(split, stored, kind):
+        logger.info("%s: %s, decoded as they are needed", split.name, count)
+        return StreamedStore(split, stored)
+    if isinstance(split.images, np.ndarray):
+        pixels = torch.from_numpy(split.images)
+    else:
+        pixels = _resize_all(split, stored)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        device = device if pixels.nbytes < DEVICE_SHARE * free else CPU
+    where = "in memory" if device.type == "cpu" else "on the GPU"
+    logger.info(
+        "%s: %s of %d x %d px %s", split.name, count, pixels.shape[2], pixels.shape[1], where
     )
+    return ResidentStore(pixels.to(device), torch.from_numpy(split.labels).to(device))
 
 
-def default_num_workers(in_memory: bool) -> int:
+def stored_view(preprocessing: Preprocessing, augmented: bool) -> Preprocessing:
+    """The form in which images of mixed sizes, or too many, are kept for the model."""
+    return preprocessing.enlarged(TRAINING_MARGIN) if augmented else preprocessing.uncropped()
+
+
+def is_resident(split: Split, stored: Preprocessing, kind: str = "auto") -> bool:
+    """Whether `build_store` holds the split in memory: as it is, or else in its stored form."""
+    if kind != "auto":
+        return kind == "resident"
+    num_bytes = 3 * math.prod(stored.size) * len(split)
+    return split.images is not None or num_bytes < memory_to_spare()
+
+
+def default_num_workers(resident: bool) -> int:
     """Loader processes: none for images in memory, else this process's share of the machine's cores."""
-    if in_memory:
+    if resident:
         return 0
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -97,6 +139,22 @@ def to_batch(image) -> Tensor:
     return torch.tensor(image).permute(2, 0, 1)[None]
 
 
+def resized(image, preprocessing: Preprocessing) -> Tensor:
+    """[H, W, 3] uint8 array -> what the model sees of it, uint8 [1, 3, h, w]."""
+    return preprocessing.view(to_batch(image)).round_().to(torch.uint8)
+
+
 def take_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The loader's collate function: a store already returns whole batches."""
     return batch
+
+
+def _resize_all(split: Split, preprocessing: Preprocessing) -> Tensor:
+    """Images of mixed sizes, brought to one: uint8 [N, h, w, 3]."""
+    pixels = torch.empty((len(split), *preprocessing.size, 3), dtype=torch.uint8)
+    images = split.decode_all() if split.images is None else split.images
+    for row, image in enumerate(
+        tqdm(images, f"resizing {split.name}", len(split), leave=False, disable=None)
+    ):
+        pixels[row] = resized(image, preprocessing)[0].permute(1, 2, 0)
+    return pixels

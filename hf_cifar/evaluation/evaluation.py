@@ -14,7 +14,7 @@ import numpy as np
 
 from hf_cifar.data.sources import quiet_datasets
 from hf_cifar.data.splits import Split
-from hf_cifar.data.store import build_store
+from hf_cifar.data.store import CPU, build_store
 from hf_cifar.evaluation.metrics import compute_metrics, render_figure
 from hf_cifar.trainer import ImageClassificationTrainer
 
@@ -58,9 +58,17 @@ class Evaluation:
         write_json(path, {**figures, self.split: self.metrics})
 
 
-def evaluate_classifier(trainer: ImageClassificationTrainer, split: Split) -> Evaluation:
-    """Predict every image of a split once; on all processes, each row counted once."""
-    store = build_store(split, trainer.preprocessing, augmented=False)
+def evaluate_classifier(
+    trainer: ImageClassificationTrainer, split: Split, pixel_store: str = "auto"
+) -> Evaluation:
+    """Predict every image of a split once; on all processes, each row counted once.
+
+    pixel_store: auto, resident or streamed.
+    """
+    device = trainer.args.device if trainer.args.dataloader_num_workers == 0 else CPU
+    store = build_store(
+        split, trainer.preprocessing, augmented=False, kind=pixel_store, device=device
+    )
     output = trainer.predict(store)
     logits = np.asarray(output.predictions, dtype=np.float32)
     return Evaluation(

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_splits, load_test_split
-from hf_cifar.data.store import default_num_workers
+from hf_cifar.data.store import default_num_workers, is_resident, stored_view
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import Evaluation, evaluate_classifier
 from hf_cifar.models.build import load_classifier
@@ -37,9 +37,11 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Evaluation:
             f"the model tells {list(known.values())[:5]}..., but the data has "
             f"{list(split.id2label.values())[:5]}...; pass the --dataset_name that it was trained on"
         )
+    preprocessing = Preprocessing.from_image_processor(image_processor)
     num_workers = config.dataloader_num_workers
     if num_workers is None:
-        num_workers = default_num_workers(split.in_memory)
+        stored = stored_view(preprocessing, augmented=False)
+        num_workers = default_num_workers(is_resident(split, stored, data.pixel_store))
     with tempfile.TemporaryDirectory() as scratch:
         trainer = ImageClassificationTrainer(
             model=model,
@@ -47,6 +49,7 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Evaluation:
                 output_dir=scratch,
                 per_device_eval_batch_size=config.per_device_eval_batch_size,
                 dataloader_num_workers=num_workers,
+                dataloader_pin_memory=num_workers > 0,
                 bf16=config.bf16,
                 fp16=config.fp16,
                 use_cpu=config.use_cpu,
@@ -55,9 +58,9 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Evaluation:
                 report_to="none",
             ),
             processing_class=image_processor,
-            preprocessing=Preprocessing.from_image_processor(image_processor),
+            preprocessing=preprocessing,
         )
-        evaluation = evaluate_classifier(trainer, split)
+        evaluation = evaluate_classifier(trainer, split, data.pixel_store)
     folder = output_folder(config)
     if folder is not None and trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)

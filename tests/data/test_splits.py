@@ -84,7 +84,7 @@ def test_splits_never_hold_test(save, make_rows):
     assert [field.name for field in dataclasses.fields(Splits)] == ["train", "validation"]
     assert {splits.train.source_split, splits.validation.source_split} == {"train"}
     sealed = {np.asarray(image).tobytes() for image in test["img"]}
-    seen = {image.tobytes() for s in (splits.train, splits.validation) for image in s.pixels}
+    seen = {image.tobytes() for s in (splits.train, splits.validation) for image in s.images}
     assert len(seen) == 40
     assert not sealed & seen
 
@@ -94,7 +94,7 @@ def test_one_function_reads_test(folder, make_rows):
     assert (test.name, test.source_split) == ("test", "test")
     assert test.labels.tolist() == [0, 1, 2, 2]
     expected = [np.asarray(image) for image in make_rows([0, 1, 2, 2], THREE)["img"]]
-    assert (test.pixels == np.stack(expected)).all()
+    assert (test.images == np.stack(expected)).all()
 
 
 @pytest.mark.parametrize("only", ["test", "validation", "val"])
@@ -118,9 +118,9 @@ def test_rows_keep_their_pixels(folder, make_rows):
     pictures = [np.asarray(image) for image in make_rows(LABELS, THREE)["img"]]
     splits = load(folder, max_train_samples=20)
     for split in (splits.train, splits.validation):
-        assert split.pixels.dtype == np.uint8
+        assert split.images.dtype == np.uint8
         for position, row in enumerate(split.row_ids):
-            assert (split.pixels[position] == pictures[row]).all()
+            assert (split.images[position] == pictures[row]).all()
             assert (split.decode(position) == pictures[row]).all()
             assert (decode_cell(split.rows[position]["image"]) == pictures[row]).all()
 
@@ -187,14 +187,30 @@ def test_hash_does_not_depend_on_where_the_data_lie(save, make_rows):
     assert load(save(train=train)).hash == load(save(train=train)).hash
 
 
-def test_mixed_sizes_are_not_held_in_memory(save, make_rows, monkeypatch):
-    labels = [0, 1] * 5
-    mixed = load(save(train=make_rows(labels, sizes=((8, 8), (8, 9)))))
-    assert mixed.train.pixels is None
-    monkeypatch.setattr(splits_module, "MEMORY_LIMIT", 8 * 8 * 3 * 7)
-    too_many = load(save(train=make_rows(labels)))
-    assert too_many.train.pixels is None
-    assert too_many.validation.pixels.shape == (2, 8, 8, 3)
+@pytest.mark.parametrize("odd", [0, 3, 7])
+def test_images_of_mixed_sizes_are_a_list(save, make_rows, odd):
+    sizes = [(8, 8)] * 8
+    sizes[odd] = (8, 9)
+    rows = make_rows([0, 1] * 4, sizes=sizes)
+    train = load(save(train=rows, validation=make_rows([0, 1]))).train
+    assert [image.shape for image in train.images] == [(*size, 3) for size in sizes]
+    for found, expected in zip(train.images, rows["img"], strict=True):
+        assert (found == np.asarray(expected)).all()
+
+
+@pytest.mark.parametrize("sizes", [((8, 8),), ((8, 8), (8, 9))], ids=["one size", "mixed"])
+def test_images_that_do_not_fit_are_not_held(save, make_rows, monkeypatch, sizes):
+    monkeypatch.setattr(splits_module, "memory_to_spare", lambda: 8 * 9 * 3 * 6)
+    splits = load(save(train=make_rows([0, 1] * 5, sizes=sizes)))
+    assert splits.train.images is None
+    assert len(splits.validation.images) == 2
+
+
+def test_the_share_of_memory_is_split_among_processes(monkeypatch):
+    alone = splits_module.memory_to_spare()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert alone > 2**20
+    assert splits_module.memory_to_spare() == pytest.approx(alone / 4, rel=0.2)
 
 
 def broken(make_rows, row, content=b"no image", **options):
@@ -209,7 +225,7 @@ def broken(make_rows, row, content=b"no image", **options):
 def test_broken_image_names_its_row(save, make_rows, row):
     splits = load(save(train=broken(make_rows, row)))
     with pytest.raises(UserError, match=rf"^train row {row}: cannot read image: not a known image"):
-        [split.pixels for split in (splits.train, splits.validation)]
+        [split.images for split in (splits.train, splits.validation)]
     holder = next(s for s in (splits.train, splits.validation) if row in s.row_ids)
     with pytest.raises(UserError, match=rf"^train row {row}: cannot read image"):
         holder.decode(list(holder.row_ids).index(row))
@@ -218,7 +234,7 @@ def test_broken_image_names_its_row(save, make_rows, row):
 def test_empty_cell_names_its_row(save, make_rows):
     splits = load(save(train=make_rows([0, 1] * 5), validation=broken(make_rows, 3, None)))
     with pytest.raises(UserError, match=r"^validation row 3: cannot read image: the cell is empty"):
-        splits.validation.pixels  # noqa: B018
+        splits.validation.images  # noqa: B018
 
 
 def test_class_missing_in_train(save, make_rows):

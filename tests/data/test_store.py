@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from hf_cifar.data import splits as splits_module
+from hf_cifar.data import store as store_module
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import ResidentStore, StreamedStore, build_store, take_batch, to_batch
@@ -51,14 +52,17 @@ def test_resident_store_holds_the_pixels(train):
     assert isinstance(store, ResidentStore)
     assert len(store) == len(split) == 20
     found = read(store)
-    assert (found["pixel_values"].permute(0, 2, 3, 1).numpy() == split.pixels).all()
+    assert (found["pixel_values"].permute(0, 2, 3, 1).numpy() == split.images).all()
     assert (found["labels"].numpy() == split.labels).all()
 
 
-def test_streamed_store_resizes_each_image(train):
+@pytest.mark.parametrize(
+    ("kind", "store_class"), [("auto", ResidentStore), ("streamed", StreamedStore)]
+)
+def test_images_of_mixed_sizes_become_one(train, kind, store_class):
     split = train(MIXED)
-    store = build_store(split, PREPROCESSING, augmented=False)
-    assert isinstance(store, StreamedStore)
+    store = build_store(split, PREPROCESSING, augmented=False, kind=kind)
+    assert isinstance(store, store_class)
     found = read(store)
     assert found["pixel_values"].shape == (20, 3, 12, 12)
     assert (found["labels"].numpy() == split.labels).all()
@@ -67,46 +71,47 @@ def test_streamed_store_resizes_each_image(train):
         assert torch.equal(found["pixel_values"][position], expected[0].round().to(torch.uint8))
 
 
-@pytest.mark.parametrize("sizes", [((8, 8),), MIXED], ids=["resident", "streamed"])
-def test_workers_change_no_pixel(train, sizes):
-    store = build_store(train(sizes), PREPROCESSING, augmented=True)
+@pytest.mark.parametrize("sizes", [((8, 8),), MIXED], ids=["one size", "mixed"])
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+def test_workers_change_no_pixel(train, sizes, kind):
+    store = build_store(train(sizes), PREPROCESSING, augmented=True, kind=kind)
     alone, shared = read(store), read(store, num_workers=2)
     assert torch.equal(alone["pixel_values"], shared["pixel_values"])
     assert torch.equal(alone["labels"], shared["labels"])
 
 
 @pytest.mark.parametrize("preprocessing", [PREPROCESSING, CROPPING], ids=["whole", "crop"])
-def test_streamed_and_resident_show_the_model_the_same(train, monkeypatch, preprocessing):
+def test_streamed_and_resident_show_the_model_the_same(train, preprocessing):
     split = train()
-    resident = read(build_store(split, preprocessing, augmented=False))
-    monkeypatch.setattr(splits_module, "MEMORY_LIMIT", 0)
-    del split.__dict__["pixels"]
-    store = build_store(split, preprocessing, augmented=False)
-    assert isinstance(store, StreamedStore)
-    streamed = read(store)
+    resident, streamed = (
+        read(build_store(split, preprocessing, augmented=False, kind=kind))
+        for kind in ("resident", "streamed")
+    )
     assert torch.equal(streamed["labels"], resident["labels"])
     views = [preprocessing.view(batch["pixel_values"]) for batch in (streamed, resident)]
     assert (views[0] - views[1]).abs().max() <= 0.51
 
 
 def test_crop_is_cut_once(train):
-    """A streamed batch comes to the model through `view`, like any other."""
+    """A batch of stored views comes to the model through `view`, like any other."""
     split = train(((16, 16), (20, 10), (8, 24)))
-    found = CROPPING.view(read(build_store(split, CROPPING, augmented=False))["pixel_values"])
+    store = build_store(split, CROPPING, augmented=False, kind="streamed")
+    found = CROPPING.view(read(store)["pixel_values"])
     for position in range(len(split)):
         expected = CROPPING.view(to_batch(split.decode(position)))
         assert (found[position] - expected[0]).abs().max() <= 0.51
 
 
-def test_streamed_training_images_keep_a_margin(train):
-    found = read(build_store(train(MIXED), PREPROCESSING, augmented=True))
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+def test_training_images_of_mixed_sizes_keep_a_margin(train, kind):
+    found = read(build_store(train(MIXED), PREPROCESSING, augmented=True, kind=kind))
     assert found["pixel_values"].shape == (20, 3, 14, 14)
 
 
-@pytest.mark.parametrize("sizes", [((8, 8),), MIXED], ids=["resident", "streamed"])
-def test_one_item_is_a_batch_of_one(train, sizes):
-    split = train(sizes)
-    store = build_store(split, PREPROCESSING, augmented=False)
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+def test_one_item_is_a_batch_of_one(train, kind):
+    split = train(MIXED)
+    store = build_store(split, PREPROCESSING, augmented=False, kind=kind)
     item = store[3]
     assert item["pixel_values"].shape[:2] == (1, 3)
     assert torch.equal(item["pixel_values"], store.__getitems__([2, 3])["pixel_values"][1:])
@@ -131,7 +136,10 @@ def test_broken_image_in_a_stream_names_its_row_in_one_line(save, make_rows):
     rows = type(rows).from_dict({"img": cells, "label": rows["label"][:]}, rows.features)
     folder = save(train=rows, validation=make_rows([0, 1]))
     store = build_store(
-        load_splits(DataConfig(dataset_name=str(folder))).train, PREPROCESSING, augmented=True
+        load_splits(DataConfig(dataset_name=str(folder))).train,
+        PREPROCESSING,
+        augmented=True,
+        kind="streamed",
     )
     with pytest.raises(UserError) as raised:
         read(store)
@@ -157,6 +165,39 @@ def test_broken_image_in_a_resident_split_is_found_at_once(save, make_rows):
 
 
 def test_stores_travel_to_spawned_workers(train):
-    store = build_store(train(MIXED), PREPROCESSING, augmented=False)
+    store = build_store(train(MIXED), PREPROCESSING, augmented=False, kind="streamed")
     copy = pickle.loads(pickle.dumps(store))
     assert torch.equal(copy[0]["pixel_values"], store[0]["pixel_values"])
+
+
+def test_the_same_store_is_built_once(train):
+    split = train(MIXED)
+    assert build_store(split, PREPROCESSING, augmented=False) is build_store(
+        split, PREPROCESSING, augmented=False
+    )
+    assert build_store(split, PREPROCESSING, augmented=True) is not build_store(
+        split, PREPROCESSING, augmented=False
+    )
+
+
+def test_size_and_free_memory_choose_the_store(train, monkeypatch):
+    """22 images of 8 x 8 px: in memory as they are, as views of 2 x 2 px, or not at all."""
+    small = Preprocessing((2, 2), None, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    shapes = []
+    for spare in (10**6, 20 * 2 * 2 * 3 + 1, 100):
+        monkeypatch.setattr(splits_module, "memory_to_spare", lambda spare=spare: spare)
+        monkeypatch.setattr(store_module, "memory_to_spare", lambda spare=spare: spare)
+        store = build_store(train(), small, augmented=False)
+        shapes.append(store.pixels.shape[1:3] if store.resident else None)
+    assert shapes == [(8, 8), (2, 2), None]
+    assert build_store(train(), small, augmented=False, kind="resident").pixels.shape[1:3] == (2, 2)
+
+
+def test_the_choice_is_said_in_one_line(train, caplog):
+    caplog.set_level("INFO", logger="hf_cifar.data.store")
+    build_store(train(), PREPROCESSING, augmented=False)
+    build_store(train(), PREPROCESSING, augmented=False, kind="streamed")
+    assert caplog.messages == [
+        "train: 20 images of 8 x 8 px in memory",
+        "train: 20 images, decoded as they are needed",
+    ]

@@ -1,0 +1,117 @@
+"""Decoded pixels on disk, so that the next run on the same images need not decode them.
+
+One safetensors file for each set of images, in $HF_CIFAR_CACHE or ~/.cache/huggingface/hf_cifar. The key is a
+hash of the encoded images, so that other data never meets old pixels; a check sum finds a damaged file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+from filelock import FileLock
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+logger = logging.getLogger(__name__)
+# Belongs into the key: raise it when `data.images` decodes differently.
+DECODER = 1
+# Bytes of all files together; the ones not used for longest go first.
+SIZE_LIMIT = 20 * 1024**3
+
+
+def cache_folder() -> Path:
+    """Where the files lie."""
+    return Path(os.environ.get("HF_CIFAR_CACHE") or Path(constants.HF_HOME, "hf_cifar"))
+
+
+def content_key(rows: Dataset) -> str:
+    """SHA-256 of the encoded images in order; of path, size and time of change where only a path is kept."""
+    digest = hashlib.sha256(b"%d" % DECODER)
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        for chunk in table.column("image").chunks:
+            contents, paths = pc.struct_field(chunk, "bytes"), pc.struct_field(chunk, "path")
+            for content, path in zip(contents, paths, strict=True):
+                if content.is_valid:
+                    data = content.as_buffer()
+                    digest.update(b"%d " % data.size)
+                    digest.update(data)
+                else:
+                    digest.update(_file_key(path.as_py()))
+    return digest.hexdigest()
+
+
+def _file_key(path: str | None) -> bytes:
+    try:
+        status = os.stat(path or "")
+        return f"{path} {status.st_size} {status.st_mtime_ns} ".encode()
+    except OSError:
+        return f"{path} missing ".encode()
+
+
+@contextlib.contextmanager
+def one_process_at_a_time(key: str) -> Iterator[None]:
+    """While one process decodes, the others on this machine wait, and then find what it kept."""
+    lock = FileLock(cache_folder() / f"{key}.lock")
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError:  # no folder to write to: there will be nothing to find either
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def load_pixels(key: str) -> np.ndarray | None:
+    """uint8 [N, H, W, 3] as `save_pixels` got them, or None if there is no such file, or a damaged one."""
+    path = cache_folder() / f"{key}.safetensors"
+    try:
+        with safe_open(path, framework="numpy") as file:
+            pixels = file.get_tensor("pixels")
+            checksum = file.metadata()["crc32"]
+    except (OSError, SafetensorError, KeyError, TypeError):
+        return None
+    if f"{zlib.crc32(pixels):08x}" != checksum:
+        logger.warning("%s is damaged; decoding again", path)
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # used now
+    return pixels
+
+
+def save_pixels(key: str, pixels: np.ndarray) -> None:
+    """Keep decoded pixels, in one step; a disk that is full or not writable only costs the cache."""
+    folder = cache_folder()
+    path = folder / f"{key}.safetensors"
+    temporary = folder / f".{key}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _make_room(folder, pixels.nbytes)
+        save_file({"pixels": pixels}, temporary, {"crc32": f"{zlib.crc32(pixels):08x}"})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        logger.warning("decoded images are not kept in %s: %s", folder, error)
+
+
+def _make_room(folder: Path, num_bytes: int) -> None:
+    files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    used = sum(path.stat().st_size for path in files)
+    for path in files:
+        if used + num_bytes <= SIZE_LIMIT:
+            return
+        used -= path.stat().st_size
+        path.unlink(missing_ok=True)

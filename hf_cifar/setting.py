@@ -1,0 +1,272 @@
+"""Number format, memory format and compilation: picked by timing real steps of this model on this device.
+
+Depthwise convolutions lose in bfloat16 on a CPU, where plain ones and attention win nearly threefold: no rule
+by device or family would do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from transformers import BaseImageProcessor
+
+from hf_cifar.config import FinetuneConfig, RunConfig
+from hf_cifar.data.preprocessing import Preprocessing
+from hf_cifar.data.splits import Split
+from hf_cifar.data.store import to_batch
+from hf_cifar.options import CONFIG_FILE
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEMORY_FORMATS = {
+    "auto": torch.channels_last,  # where nothing was measured
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+}
+ROUNDS = 3
+# Another setting than the first must be faster by this much: what is left is noise.
+CLEARLY = 1.1
+# A loss further from the one in fp32 than this share of it is another computation.
+TOLERANCE = 0.05
+# Images that a first guess at the speed takes, and seconds that a measured step on a CPU is cut to.
+FEW_IMAGES, STEP_SECONDS = 4, 0.5
+# Share of a run's time that measuring may take, and seconds that compiling is expected to take.
+MEASURING_SHARE = 0.05
+COMPILE_SECONDS = 60.0
+
+
+class Setting(NamedTuple):
+    """How a model computes; the same maths in each."""
+
+    precision: str = "fp32"
+    memory_format: str = "channels_last"
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.precision} {self.memory_format}" + (" compiled" if self.compiled else "")
+
+
+class Timing(NamedTuple):
+    """seconds: of one forward and backward pass, the fastest of several. loss: of the batch."""
+
+    seconds: float
+    loss: float
+
+
+def candidates(model: nn.Module, device: torch.device) -> list[Setting]:
+    """Settings to be compared; the first is what a tie falls back to."""
+    precisions = ["fp32", "bf16"]
+    if device.type == "cuda":
+        precisions = ["fp32", *(["bf16"] if torch.cuda.is_bf16_supported() else []), "fp16"]
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    # The one convolution of a ViT cuts its patches out; the format of what follows is fixed.
+    formats = ["channels_last", "contiguous"] if convolutions > 1 else ["channels_last"]
+    return [Setting(precision, layout) for precision in precisions for layout in formats]
+
+
+def measure(
+    model: nn.Module,
+    pixel_values: Tensor,
+    labels: Tensor,
+    settings: Sequence[Setting],
+    rounds: int = ROUNDS,
+) -> dict[Setting, Timing]:
+    """Time training steps (forward, backward) of every setting in turn, `rounds` times, after one to warm up.
+
+    pixel_values [N, C, h, w] and labels [N] lie on the model's device. The model is left as it was:
+    weights, gradients, statistics of its norms, mode, memory format, and the state of the generators.
+    A setting that cannot run here (no compiler, no kernel) has no timing.
+    """
+    timings: dict[Setting, Timing] = {}
+    failed: set[Setting] = set()
+    with _left_as_it_was(model):
+        for _ in range(rounds + 1):
+            for setting in settings:
+                if setting in failed:
+                    continue
+                try:
+                    found = _step(model, pixel_values, labels, setting)
+                except Exception:  # compilers and kernels fail in many ways, each its own
+                    failed.add(setting)
+                    timings.pop(setting, None)
+                    continue
+                # The first step of each also allocates, compiles and picks kernels.
+                warm = setting in timings
+                best = min(found.seconds, timings[setting].seconds) if warm else math.inf
+                timings[setting] = Timing(best, found.loss)
+    return timings
+
+
+def choose(timings: dict[Setting, Timing]) -> Setting:
+    """The fastest sound setting, if it is clearly faster than the first, else the first.
+
+    Sound: the loss is finite and near that of the first, which must be in fp32.
+    """
+    first, reference = next(iter(timings.items()))
+    sound = {
+        setting: timing
+        for setting, timing in timings.items()
+        if math.isclose(timing.loss, reference.loss, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    }
+    if not sound:
+        return first
+    fastest = min(sound, key=lambda setting: sound[setting].seconds)
+    return fastest if reference.seconds > CLEARLY * sound[fastest].seconds else first
+
+
+def pick_setting(
+    model: nn.Module, pixel_values: Tensor, labels: Tensor, num_steps: int
+) -> tuple[Setting, str]:
+    """The fastest sound setting for `num_steps` such steps, and one line that says what was found.
+
+    Measuring takes at most a twentieth of the run; a shorter run keeps the first candidate. Compiling is
+    tried where it can pay.
+    """
+    settings = candidates(model, pixel_values.device)
+    first, batch = settings[0], len(labels)
+    few = min(batch, FEW_IMAGES)
+    image_seconds = (
+        measure(model, pixel_values[:few], labels[:few], [first], 1)[first].seconds / few
+    )
+    # Where a step takes long, a part of the batch tells as much.
+    part = batch
+    if pixel_values.device.type == "cpu":
+        part = min(batch, max(few, int(STEP_SECONDS / image_seconds)))
+    rest = image_seconds * batch * num_steps
+    if image_seconds * part * len(settings) * (ROUNDS + 1) > MEASURING_SHARE * rest:
+        return first, f"computing in {first}: a run of {rest:.0f} s is too short to compare others"
+    pixel_values, labels = pixel_values[:part], labels[:part]
+    timings = measure(model, pixel_values, labels, settings)
+    chosen = choose(timings)
+    if MEASURING_SHARE * timings[chosen].seconds / part * batch * num_steps > COMPILE_SECONDS:
+        compiled = chosen._replace(compiled=True)
+        timings |= measure(model, pixel_values, labels, [compiled])
+        chosen = choose({chosen: timings[chosen], **timings})
+    speeds = ", ".join(
+        f"{setting} {part / timing.seconds:.0f}" for setting, timing in timings.items()
+    )
+    return chosen, f"computing in {chosen}; measured images/s: {speeds}"
+
+
+def resolve_setting(
+    config: RunConfig,
+    model: nn.Module,
+    image_processor: BaseImageProcessor,
+    train_split: Split,
+    *,
+    resumed: bool = False,
+) -> RunConfig:
+    """Settle how the model computes: as the options or the launcher ask, as the run that is resumed, or as is
+    fastest here. The result names it, so that a rerun of its config computes the same way."""
+    train = config.train
+    before = Path(train.output_dir) / CONFIG_FILE
+    if train.precision == "auto" and resumed and before.is_file():
+        saved = RunConfig.load(before).train
+        train = dataclasses.replace(
+            train,
+            precision=saved.precision,
+            memory_format=saved.memory_format,
+            torch_compile=saved.torch_compile,
+        )
+    if train.precision == "auto":
+        setting = _measured(train, model, image_processor, train_split)
+        train = dataclasses.replace(
+            train,
+            precision=setting.precision,
+            memory_format=setting.memory_format,
+            torch_compile=setting.compiled or train.torch_compile,
+        )
+    return dataclasses.replace(config, train=train)
+
+
+def _measured(
+    train: FinetuneConfig, model: nn.Module, image_processor: BaseImageProcessor, split: Split
+) -> Setting:
+    """What the first process finds; one setting for all."""
+    sharded = {os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")}
+    if "true" in sharded:  # the whole model may fit on no single device
+        return Setting()
+    found = [Setting()]
+    if train.process_index == 0:
+        preprocessing = Preprocessing.from_image_processor(image_processor)
+        size = min(train.train_batch_size, len(split))
+        image = preprocessing(to_batch(split.decode(0)))
+        pixel_values = image.repeat(size, 1, 1, 1).to(train.device)
+        labels = torch.from_numpy(split.labels[:size]).to(train.device)
+        found[0], line = pick_setting(
+            model.to(train.device), pixel_values, labels, num_batches(train, len(split))
+        )
+        logger.info(line)
+    if train.world_size > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def num_batches(train: FinetuneConfig, num_images: int) -> int:
+    """Forward and backward passes of a process in the whole run."""
+    if train.max_steps > 0:
+        return train.max_steps * train.gradient_accumulation_steps
+    batches = math.ceil(num_images / (train.train_batch_size * train.world_size))
+    return math.ceil(batches * train.num_train_epochs)
+
+
+def _step(model: nn.Module, pixel_values: Tensor, labels: Tensor, setting: Setting) -> Timing:
+    layout = MEMORY_FORMATS[setting.memory_format]
+    model.to(memory_format=layout)
+    pixel_values = pixel_values.contiguous(memory_format=layout)
+    network = torch.compile(model) if setting.compiled else model
+    device = pixel_values.device.type
+    dtype = DTYPES[setting.precision]
+    torch.manual_seed(0)  # the same dropout for all
+    _wait(device)
+    start = time.perf_counter()
+    with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
+        logits = network(pixel_values=pixel_values).logits
+    loss = F.cross_entropy(logits.float(), labels)
+    loss.backward()
+    _wait(device)
+    seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return Timing(seconds, loss.item())
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    training = model.training
+    strides = [parameter.stride() for parameter in model.parameters()]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        model.train()
+        try:
+            yield
+        finally:
+            model.train(training)
+            model.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(buffers[name])
+            for parameter, stride in zip(model.parameters(), strides, strict=True):
+                if parameter.stride() != stride:
+                    as_before = torch.empty_strided(
+                        parameter.shape, stride, dtype=parameter.dtype, device=parameter.device
+                    )
+                    parameter.data = as_before.copy_(parameter.data)

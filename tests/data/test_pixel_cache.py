@@ -1,0 +1,149 @@
+"""hf_cifar.data.pixel_cache: the next run finds the same pixels, and never others."""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from datasets import Image
+
+from hf_cifar.data import images as images_module
+from hf_cifar.data import pixel_cache
+from hf_cifar.data.pixel_cache import content_key, load_pixels, save_pixels
+from hf_cifar.data.sources import load_source
+from hf_cifar.data.splits import load_splits
+from hf_cifar.options import DataConfig
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "pixels"))
+    return tmp_path / "pixels"
+
+
+@pytest.fixture
+def load():
+    """A function (folder) -> train split, as a new process would load it."""
+
+    def anew(path):
+        load_splits.cache_clear()
+        load_source.cache_clear()
+        return load_splits(DataConfig(dataset_name=str(path))).train
+
+    return anew
+
+
+def undecoded(rows):
+    return rows.rename_column("img", "image").cast_column("image", Image(decode=False))
+
+
+def files(folder):
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def test_the_next_run_decodes_nothing(save, make_rows, load, monkeypatch):
+    path = save(train=make_rows([0, 1] * 10))
+    first = load(path).images
+    decoded = []
+    original = images_module.decode_cell
+    for module in ("hf_cifar.data.images", "hf_cifar.data.splits"):
+        monkeypatch.setattr(f"{module}.decode_cell", lambda c: decoded.append(c) or original(c))
+    again = load(path).images
+    assert (again == first).all()
+    assert len(decoded) == 1  # the first image, for its size
+
+
+def test_other_data_in_the_same_place_are_decoded_anew(tmp_path, make_rows, load):
+    from datasets import DatasetDict
+
+    path = tmp_path / "data"
+    for seed in (10, 11):
+        rows = make_rows([0, 1] * seed)
+        DatasetDict(train=rows).save_to_disk(str(path))
+        train = load(path)
+        for row, image in zip(train.row_ids, train.images, strict=True):
+            assert (image == np.asarray(rows[int(row)]["img"])).all()
+
+
+def test_the_key_is_of_content_and_order(make_rows):
+    rows = undecoded(make_rows([0, 1] * 5))
+    assert content_key(rows) == content_key(undecoded(make_rows([0, 1] * 5)))
+    others = [rows.select(range(9)), rows.select([1, 0, *range(2, 10)])]
+    keys = {content_key(r) for r in (rows, *others)}
+    assert len(keys) == 3
+    assert content_key(others[1].select([1, 0, *range(2, 10)])) == content_key(rows)
+
+
+def test_an_image_file_that_changes_changes_the_key(tmp_path, make_rows):
+    from datasets import Dataset, Features
+
+    path = tmp_path / "image.png"
+    picture = make_rows([0])[0]["img"]
+    picture.save(path)
+    cells = {"image": [{"bytes": None, "path": str(path)}]}
+    rows = Dataset.from_dict(cells, features=Features({"image": Image(decode=False)}))
+    before = content_key(rows)
+    assert content_key(rows) == before
+    os.utime(path, (1, 1))
+    assert content_key(rows) != before
+    path.unlink()
+    assert content_key(rows) != before
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text"])
+def test_a_damaged_file_is_decoded_again(save, make_rows, load, folder, damage, caplog):
+    path = save(train=make_rows([0, 1] * 10))
+    first = load(path).images.copy()
+    (name,) = files(folder)
+    content = bytearray((folder / name).read_bytes())
+    if damage == "flipped":
+        content[-7] ^= 0x10
+    kept = {"cut": content[:-100], "flipped": content, "text": b"not pixels"}[damage]
+    (folder / name).write_bytes(bytes(kept))
+    assert (load(path).images == first).all()
+    assert (load_pixels(name.removesuffix(".safetensors")) == first).all()  # mended
+    assert ("is damaged; decoding again" in caplog.text) == (damage == "flipped")
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
+    save, make_rows, load, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "a_file").write_text("")
+    monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "a_file" / "cache"))
+    assert load(save(train=make_rows([0, 1] * 5))).images.shape == (8, 8, 8, 3)
+    assert "decoded images are not kept in" in caplog.text
+
+
+def test_the_oldest_file_goes_first(folder, monkeypatch):
+    pixels = np.zeros((10, 4, 4, 3), np.uint8)
+    monkeypatch.setattr(pixel_cache, "SIZE_LIMIT", 1500)
+    for age, key in ((300, "a"), (200, "b")):
+        save_pixels(key, pixels)
+        os.utime(folder / f"{key}.safetensors", (time.time() - age,) * 2)
+    assert load_pixels("a") is not None  # used now: b is the older one
+    save_pixels("c", pixels)
+    assert files(folder) == ["a.safetensors", "c.safetensors"]
+    assert not list(folder.glob(".*tmp"))
+
+
+COUNT_DECODED = """
+import sys
+from hf_cifar.data import images
+from hf_cifar.data.splits import load_splits
+from hf_cifar.options import DataConfig
+decoded, original = [], images.decode_image
+images.decode_image = lambda source: decoded.append(1) or original(source)
+pixels = load_splits(DataConfig(dataset_name=sys.argv[1])).train.images
+print(len(decoded), int(pixels.sum()))
+"""
+
+
+def test_of_several_processes_one_decodes(save, make_rows):
+    path = save(train=make_rows([0, 1] * 100))
+    command = [sys.executable, "-c", COUNT_DECODED, str(path)]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    results = sorted(worker.communicate(timeout=100)[0].split() for worker in workers)
+    assert sorted(int(decoded) for decoded, _ in results) == [1, 1 + 180]  # 1: for its size
+    assert results[0][1] == results[1][1]

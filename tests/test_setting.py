@@ -1,0 +1,204 @@
+"""hf_cifar.setting: what is measured, what is chosen, and that nothing else changes."""
+
+import math
+
+import pytest
+import timm
+import torch
+from transformers import (
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_cifar.config import RunConfig
+from hf_cifar.finetune import finetune_classifier
+from hf_cifar.setting import (
+    Setting,
+    Timing,
+    candidates,
+    choose,
+    measure,
+    num_batches,
+    pick_setting,
+)
+
+FP32, BF16 = Setting("fp32"), Setting("bf16")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def convnet():
+    config = TimmWrapperConfig(
+        architecture="resnet10t",
+        num_labels=3,
+        pretrained_cfg=timm.get_pretrained_cfg("resnet10t").to_dict(),
+        model_args={"drop_rate": 0.2},
+    )
+    return TimmWrapperForImageClassification(config)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, 32, 32, generator=generator), torch.tensor([0, 1, 2, 0])
+
+
+def test_candidates_on_a_cpu(convnet):
+    assert [str(setting) for setting in candidates(convnet, CPU)] == [
+        "fp32 channels_last", "fp32 contiguous", "bf16 channels_last", "bf16 contiguous",
+    ]  # fmt: skip
+    vit = ViTForImageClassification(
+        ViTConfig(image_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    assert [str(setting) for setting in candidates(vit, CPU)] == [
+        "fp32 channels_last", "bf16 channels_last",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_leaves_the_model_as_it_was(convnet, batch, layout, training):
+    convnet.to(memory_format=layout).train(training)
+    before = {name: value.clone() for name, value in convnet.state_dict().items()}
+    strides = [parameter.stride() for parameter in convnet.parameters()]
+    state = torch.get_rng_state()
+    timings = measure(convnet, *batch, candidates(convnet, CPU), rounds=1)
+    assert len(timings) == 4
+    assert all(0 < timing.seconds < math.inf for timing in timings.values())
+    after = convnet.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert [parameter.stride() for parameter in convnet.parameters()] == strides
+    assert all(parameter.grad is None for parameter in convnet.parameters())
+    assert convnet.training is training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_setting_computes_the_same_loss(convnet, batch):
+    """Dropout included: each step sees the same one. float32 to rounding, bfloat16 to its own."""
+    timings = measure(convnet, *batch, candidates(convnet, CPU), rounds=1)
+    reference = timings[FP32].loss
+    assert 0.1 < reference < 10
+    for setting, timing in timings.items():
+        tolerance = 1e-5 if setting.precision == "fp32" else 5e-2
+        assert timing.loss == pytest.approx(reference, rel=tolerance)
+
+
+def test_a_setting_that_cannot_run_has_no_timing(convnet, batch, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: (_ for _ in ()).throw(OSError("no g++")))
+    compiled = FP32._replace(compiled=True)
+    assert list(measure(convnet, *batch, [FP32, compiled], rounds=1)) == [FP32]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "loss", "chosen"),
+    [
+        (0.5, 2.01, BF16),
+        (0.95, 2.0, FP32),  # not clearly faster
+        (1.5, 2.0, FP32),
+        (0.5, 2.2, FP32),  # another loss
+        (0.5, math.nan, FP32),
+    ],
+)
+def test_the_fastest_sound_setting_is_chosen(seconds, loss, chosen):
+    assert choose({FP32: Timing(1.0, 2.0), BF16: Timing(seconds, loss)}) == chosen
+
+
+def test_a_short_run_is_not_held_up(convnet, batch):
+    setting, line = pick_setting(convnet, *batch, num_steps=3)
+    assert setting == FP32
+    assert "is too short to compare others" in line
+
+
+def test_a_long_run_compares_all(convnet, batch):
+    setting, line = pick_setting(convnet, *batch, num_steps=400)
+    assert line.startswith(f"computing in {setting}; measured images/s: fp32 channels_last ")
+    for candidate in candidates(convnet, CPU):
+        assert f"{candidate} " in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--num_train_epochs", "2"], 10),  # 72 images in 5 batches of 16, twice
+        (["--max_steps", "7", "--gradient_accumulation_steps", "3"], 21),
+        (["--num_train_epochs", "0.5"], 3),
+    ],
+)
+def test_number_of_batches(tmp_path, flags, expected):
+    config = RunConfig.parse(
+        ["--output_dir", str(tmp_path), "--per_device_train_batch_size", "16", *flags]
+    )
+    assert num_batches(config.train, 72) == expected
+
+
+def run(tmp_path, stripes, tiny_vit, *flags):
+    return RunConfig.parse(
+        [
+            "--dataset_name", str(stripes), "--model_name_or_path", str(tiny_vit),
+            "--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "8",
+            "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no",
+            "--disable_tqdm", "true", *flags,
+        ]
+    )  # fmt: skip
+
+
+def measured(caplog):
+    return [m for m in caplog.messages if m.startswith("computing in")]
+
+
+def test_a_run_says_how_it_computes_and_a_resumed_one_does_the_same(
+    tmp_path, stripes, tiny_vit, caplog
+):
+    caplog.set_level("INFO", logger="hf_cifar.setting")
+    finetune_classifier(run(tmp_path, stripes, tiny_vit, "--max_steps", "2"))
+    saved = RunConfig.load(tmp_path / "run" / "config.yaml")
+    assert (saved.train.precision, saved.train.memory_format) == ("fp32", "channels_last")
+    assert measured(caplog)[0].startswith("computing in fp32 channels_last")
+    # As if bf16 had been the faster one.
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(
+        text.replace("precision: fp32", "precision: bf16")
+    )
+    caplog.clear()
+    resumed = run(
+        tmp_path, stripes, tiny_vit, "--max_steps", "4", "--resume_from_checkpoint", "last"
+    )
+    finetune_classifier(resumed)
+    assert not measured(caplog)
+    assert RunConfig.load(tmp_path / "run" / "config.yaml").train.precision == "bf16"
+
+
+@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--bf16", "--use_cpu"]])
+def test_an_asked_precision_is_kept(tmp_path, stripes, tiny_vit, flags, caplog):
+    caplog.set_level("INFO", logger="hf_cifar.setting")
+    config = run(tmp_path, stripes, tiny_vit, "--max_steps", "2", *flags)
+    assert config.train.precision == "bf16"
+    assert config.train.mixed_precision == "bf16"
+    seen = set()
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: (
+            seen.add(output.dtype) if isinstance(module, torch.nn.Linear) else None
+        )
+    )
+    try:
+        finetune_classifier(config)
+    finally:
+        hook.remove()
+    assert seen == {torch.bfloat16}
+    assert not measured(caplog)
+
+
+def test_contiguous_images_stay_so(tmp_path, stripes, tiny_vit):
+    from hf_cifar.data.splits import load_splits
+    from hf_cifar.finetune import build_trainer, resolve_defaults
+    from hf_cifar.models.build import build_model
+
+    for layout, expected in (("contiguous", True), ("channels_last", False)):
+        config = run(tmp_path, stripes, tiny_vit, "--memory_format", layout, "--use_cpu")
+        splits = load_splits(config.data)
+        model, processor = build_model(config.model, splits.id2label)
+        trainer = build_trainer(model, processor, splits, resolve_defaults(config, model))
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        assert inputs["pixel_values"].is_contiguous() is expected
