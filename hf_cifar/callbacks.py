@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from transformers import ProgressCallback, TrainerCallback
+
+from hf_cifar.errors import UserError
 
 
 def evaluation_line(epoch: float | None, logs: dict[str, float]) -> str:
@@ -11,8 +15,31 @@ def evaluation_line(epoch: float | None, logs: dict[str, float]) -> str:
     return f"epoch {epoch or 0:.2f}: validation accuracy {accuracy:.4f}, cross-entropy {loss:.4f}"
 
 
+def nothing_left(step: int) -> str:
+    """What a resumed run says that was finished before."""
+    return f"all {step} steps are done; raise --num_train_epochs to train on"
+
+
+class StopAtNaN(TrainerCallback):
+    """Ends a run whose loss is no longer a number: no later step can mend it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "eval_cross_entropy"):
+            value = (logs or {}).get(name, 0.0)
+            if not math.isfinite(value):
+                raise UserError(
+                    f"training diverged: {name} is {value} at step {state.global_step}; start again with "
+                    f"a lower --learning_rate than {args.learning_rate:g}"
+                )
+
+
 class TrainingProgress(ProgressCallback):
     """A bar with the running loss, and one line for each evaluation."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero and state.global_step >= state.max_steps:
+            self.training_bar.write(nothing_left(state.global_step))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None or not logs:
@@ -27,6 +54,10 @@ class TrainingProgress(ProgressCallback):
 
 class TrainingLines(TrainerCallback):
     """The same without bars, for logs and pipes."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.global_step >= state.max_steps:
+            print(nothing_left(state.global_step), flush=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:

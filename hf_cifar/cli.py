@@ -9,11 +9,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
 from hf_cifar.errors import UserError
-from hf_cifar.models.names import check_model_name
+from hf_cifar.models.names import BUNDLED, SCRATCH, check_model_name
 from hf_cifar.options import (
     CONFIG_FILE,
     LIGHT_CONFIGS,
@@ -22,6 +23,7 @@ from hf_cifar.options import (
     FinetuneOptions,
     PredictConfig,
     check_option_names,
+    check_same_run,
     check_values,
     expand_tokens,
     field_names,
@@ -29,6 +31,7 @@ from hf_cifar.options import (
     read_recipe,
     recipe_names,
     refuse_occupied,
+    run_to_resume,
     trainer_options,
     yaml_tokens,
 )
@@ -42,14 +45,26 @@ def finetune(argv: Sequence[str]) -> int:
     if _wants_help(tokens):
         from hf_cifar.config import FinetuneConfig
 
-        parse_dataclasses([*LIGHT_CONFIGS, FinetuneConfig], tokens, "hf-cifar finetune")
+        parse_dataclasses(
+            [*LIGHT_CONFIGS, FinetuneConfig],
+            tokens,
+            "hf-cifar finetune",
+            usage="hf-cifar finetune [--recipe NAME] [--config FILE.yaml] [options]",
+            description="A recipe's options come first, then those of the config file, then the flags; "
+            "the last one wins. See also: hf-cifar recipes",
+        )
     # Options and data are checked before torch is imported: a mistake shows in a second or two.
     light_classes = [*LIGHT_CONFIGS, FinetuneOptions]
     light_names = [name for c in light_classes for name in field_names(c)]
     check_option_names(tokens, [*light_names, *trainer_options()])
     check_values(tokens, trainer_options())
-    data, _, model, options, *_ = parse_dataclasses(light_classes, tokens, "hf-cifar finetune")
-    if options.resume_from_checkpoint is None and is_main_process():
+    data, augment, model, options, *_ = parse_dataclasses(
+        light_classes, tokens, "hf-cifar finetune"
+    )
+    resumed = run_to_resume(options.output_dir, options.resume_from_checkpoint)
+    if resumed is not None:
+        check_same_run(resumed, {**asdict(data), **asdict(augment), **asdict(model)})
+    elif is_main_process():
         refuse_occupied(Path(options.output_dir))
     check_model_name(model.model_name_or_path, model.model_revision)
     check_images(data, ["train", "validation"])
@@ -111,7 +126,7 @@ def predict(argv: Sequence[str]) -> int:
     quieten(True)
     failed = 0
     for record in predict_files(config, paths):
-        print(json.dumps(record), flush=True)
+        print(json.dumps(record, ensure_ascii=False), flush=True)
         failed += "error" in record
     if failed:
         print(f"hf-cifar: {failed} image(s) could not be read", file=sys.stderr)
@@ -156,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         raise
     except KeyboardInterrupt:
+        print("hf-cifar: stopped", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -194,7 +210,9 @@ def _refuse(unused: Sequence[str]) -> None:
 def _require_model(name: str) -> None:
     if not name:
         raise UserError("--model_name_or_path is missing; pass the folder of a run, or a Hub id")
-    check_model_name(name)
+    if name.startswith((SCRATCH, BUNDLED)):
+        raise UserError(f"{name} is not fine-tuned yet; pass the folder of a run, or a Hub id")
+    check_model_name(name, purpose="the folder of a run")
 
 
 def check_images(data: DataConfig, splits: Sequence[str]) -> None:

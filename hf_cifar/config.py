@@ -16,11 +16,15 @@ from transformers import TrainingArguments
 
 from hf_cifar.errors import UserError
 from hf_cifar.options import (
+    BEST_METRICS,
+    BOUNDS,
     LIGHT_CONFIGS,
+    WITHOUT_EFFECT,
     AugmentConfig,
     DataConfig,
     FinetuneOptions,
     ModelConfig,
+    check_bounds,
     check_option_names,
     expand_tokens,
     field_names,
@@ -28,25 +32,18 @@ from hf_cifar.options import (
     parse_dataclasses,
 )
 
-BOUNDS = (
-    ("per_device_train_batch_size", 1, 2**20), ("per_device_eval_batch_size", 1, 2**20),
-    ("gradient_accumulation_steps", 1, 2**20), ("num_train_epochs", 1e-6, 1e6),
-    ("learning_rate", 1e-12, 1e3), ("weight_decay", 0, 1e3), ("label_smoothing_factor", 0, 0.999),
-    ("dataloader_num_workers", 0, 1024), ("early_stopping_patience", 1, 10**6),
-    ("layer_decay", 0.01, 1),
-)  # fmt: skip
-# The Trainer's, but not ours: the model always trains, hub.py pushes once, and batches are made to measure.
-WITHOUT_EFFECT = ("do_train", "hub_strategy", "hub_always_push", "remove_unused_columns")
 # A token must never reach a file; the others say where a run runs, not what it computes.
 UNSAVED = {
     "hub_token", "resume_from_checkpoint", "local_rank", "disable_tqdm", "label_names", "do_eval",
-    "dataloader_pin_memory",
+    "dataloader_pin_memory", "remove_unused_columns",
 }  # fmt: skip
 
 
 @dataclass
 class FinetuneConfig(FinetuneOptions, TrainingArguments):
     """transformers' TrainingArguments with defaults that suit fine-tuning an image classifier."""
+
+    _argument_group_name = "training"
 
     learning_rate: float | None = option(
         None, "Peak learning rate; if not given, the model family's default, scaled to the batch."
@@ -83,6 +80,11 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # bars for people, lines for logs
         self.label_names = ["labels"]
+        for name in ("bf16", "fp16"):
+            if getattr(self, name):
+                # The parent would ask for a GPU, or --use_cpu; bfloat16 runs on a CPU as well.
+                self.precision = name
+                setattr(self, name, False)
         # The parent compares the number of workers; None, to be resolved with the data, must not reach it.
         num_workers, self.dataloader_num_workers = self.dataloader_num_workers, 0
         super().__post_init__()
@@ -95,17 +97,15 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
 
     def _check(self) -> None:
         """Raises: UserError for a value out of range, or an option that would have no effect."""
-        for name, low, high in BOUNDS:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"--{name} is {value}; it must lie in {low}..{high}")
+        for name in BOUNDS:
+            check_bounds(name, getattr(self, name))
         for name in WITHOUT_EFFECT:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise UserError(f"--{name} has no effect here; leave it out")
         metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
-        if metric not in ("accuracy", "cross_entropy", "loss"):
+        if metric not in BEST_METRICS:
             raise UserError(
-                f"--metric_for_best_model is {metric}; it takes accuracy, cross_entropy or loss"
+                f"--metric_for_best_model is {metric}; it takes {', '.join(BEST_METRICS)}"
             )
         if self.greater_is_better is None:
             self.greater_is_better = metric == "accuracy"

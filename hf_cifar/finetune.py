@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -12,9 +13,10 @@ from typing import Any
 
 import torch
 from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_cifar.config import RunConfig
+from hf_cifar.config import FinetuneConfig, RunConfig
 from hf_cifar.data.augmentation import Augmentation, Policy, RandomView
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import (
@@ -44,7 +46,13 @@ from hf_cifar.models.build import build_model
 from hf_cifar.models.layers import block_depths, describe_trainable, has_blocks
 from hf_cifar.models.names import SCRATCH
 from hf_cifar.optim import default_rates
-from hf_cifar.options import CONFIG_FILE, AugmentConfig, refuse_occupied
+from hf_cifar.options import (
+    CONFIG_FILE,
+    AugmentConfig,
+    check_same_run,
+    refuse_occupied,
+    run_to_resume,
+)
 from hf_cifar.setting import MEMORY_FORMATS, resolve_setting
 from hf_cifar.trainer import ImageClassificationTrainer
 
@@ -110,6 +118,7 @@ def build_trainer(
     if config.train.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.train.early_stopping_patience))
     memory_format = MEMORY_FORMATS[args.memory_format]
+    check_libraries(args, model)
     return ImageClassificationTrainer(
         model=model.to(memory_format=memory_format),
         args=args,
@@ -125,6 +134,27 @@ def build_trainer(
         augmentation=augmentation(config.augment),
         callbacks=callbacks,
     )
+
+
+def check_libraries(args: FinetuneConfig, model: PreTrainedModel) -> None:
+    """Raises: UserError for an option whose package is missing, or which the model does not support."""
+    try:
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()
+        ImageClassificationTrainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"--gradient_checkpointing: {type(model).__name__} does not support it; leave it out"
+        )
+    if args.torch_compile:
+        known = torch.compiler.list_backends(exclude_tags=())
+        if args.torch_compile_backend not in known:
+            raise UserError(
+                f"--torch_compile_backend does not take {args.torch_compile_backend!r}; it takes "
+                f"{', '.join(known)}"
+            )
 
 
 def augmentation(options: AugmentConfig) -> Augmentation:
@@ -171,6 +201,10 @@ def finish_run(
         for evaluation in evaluations:
             evaluation.save(folder)
         facts = run_facts(trainer, splits)
+        if resume_point(config) and (folder / RUN_FILE).is_file():
+            before = json.loads((folder / RUN_FILE).read_text())
+            # A finished run that is resumed trains nothing: its time and speed are those of then.
+            facts = before if before["steps"] == facts["steps"] else facts
         write_json(folder / RUN_FILE, facts)
         custom_code = any(folder.glob("*.py"))
         card = render_model_card(config, splits, metrics, facts, custom_code=custom_code)
@@ -190,6 +224,9 @@ def check_run(config: RunConfig) -> None:
     train = config.train
     folder = Path(train.output_dir)
     resume = resume_point(config)
+    if resume:
+        run = run_to_resume(train.output_dir, train.resume_from_checkpoint)
+        check_same_run(run, config.options())
     if resume is True and (not folder.is_dir() or get_last_checkpoint(folder) is None):
         raise UserError(
             f"--resume_from_checkpoint: no checkpoint in {folder}; leave it out to start anew"
@@ -221,7 +258,7 @@ def check_run(config: RunConfig) -> None:
 def resume_point(config: RunConfig) -> bool | str | None:
     """What to resume from, in the Trainer's terms: a folder, True for the last checkpoint, or None."""
     value = config.train.resume_from_checkpoint
-    if value is None or value.lower() in ("false", "no"):
+    if run_to_resume(config.train.output_dir, value) is None:
         return None
     return True if value.lower() in ("true", "last", "latest") else value
 

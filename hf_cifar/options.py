@@ -8,6 +8,8 @@ import difflib
 import functools
 import importlib.util
 import json
+import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -104,7 +106,7 @@ class AugmentConfig:
     rand_augment_ops: int = option(2, "Operations that rand_augment applies to an image.")
     rand_augment_magnitude: float = option(9, "Mean strength of rand_augment, 0 to 30.")
     random_erasing: float = option(
-        0.0, "Probability that a box of 2 to 33% of the image is erased."
+        0.0, "Probability that a box of up to a third of the image is erased."
     )
     mixup_alpha: float = option(
         0.0, "Mixup: images are blended in pairs by Beta(alpha, alpha); 0 turns it off."
@@ -249,6 +251,61 @@ def refuse_occupied(folder: Path) -> None:
         )
 
 
+BOUNDS = {
+    "per_device_train_batch_size": (1, 2**20), "per_device_eval_batch_size": (1, 2**20),
+    "gradient_accumulation_steps": (1, 2**20), "num_train_epochs": (1e-6, 1e6),
+    "learning_rate": (1e-12, 1e3), "weight_decay": (0, 1e3), "label_smoothing_factor": (0, 0.999),
+    "dataloader_num_workers": (0, 1024), "early_stopping_patience": (1, 10**6),
+    "layer_decay": (0.01, 1), "seed": (0, 2**32 - 1),
+}  # fmt: skip
+BEST_METRICS = ("accuracy", "cross_entropy", "loss")
+# The Trainer's, but not ours: the model always trains, hub.py pushes once, and batches are made to measure.
+WITHOUT_EFFECT = ("do_train", "hub_strategy", "hub_always_push", "remove_unused_columns")
+
+
+def check_bounds(name: str, value: float | None) -> None:
+    """Raises: UserError for a training option out of its range."""
+    low, high = BOUNDS.get(name, (-math.inf, math.inf))
+    if value is not None and not low <= value <= high:
+        raise UserError(f"--{name} is {value:g}; it must lie in {low:g}..{high:g}")
+
+
+# What may differ when a run goes on: how long, where, what is shown and kept. All else is the run itself.
+MAY_CHANGE = re.compile(
+    r"num_train_epochs|max_steps|output_dir|resume_.*|early_stopping_.*|(eval|save|logging|log|hub|dataloader)_.*|"
+    r"do_.*|push_to_hub|load_best_.*|metric_.*|greater_.*|report_to|run_name|disable_tqdm|use_cpu|"
+    r"trust_remote_code|per_device_eval_.*|pixel_store|precision|memory_format|torch_compile.*|bf16|fp16|tf32"
+)
+
+
+def check_same_run(folder: Path, options: dict[str, Any]) -> None:
+    """Before a run goes on: the options that make it what it is must be those of its config.yaml.
+
+    options: by name; None stands for a default. Raises: UserError for the first that differs.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return
+    saved = yaml.safe_load(path.read_text()) or {}
+    for name, value in options.items():
+        before = saved.get(name, value)
+        if value not in (None, before) and not MAY_CHANGE.fullmatch(name):
+            raise UserError(
+                f"--resume_from_checkpoint: --{name} is {value}, but the run in {folder} began with "
+                f"{before}; go on with --config {path}, or start anew in another --output_dir"
+            )
+
+
+def run_to_resume(output_dir: str, resume_from_checkpoint: str | None) -> Path | None:
+    """The folder of the run that is to go on, or None for a new one."""
+    value = resume_from_checkpoint
+    if value is None or value.lower() in ("false", "no"):
+        return None
+    if value.lower() in ("true", "last", "latest"):
+        return Path(output_dir)
+    return Path(value).parent
+
+
 def recipe_names() -> list[str]:
     """Names that `--recipe` takes."""
     folder = resources.files("hf_cifar") / "recipes"
@@ -341,17 +398,30 @@ def _words(enumeration: ast.ClassDef) -> tuple[str, ...]:
 
 
 def check_values(tokens: Sequence[str], options: dict[str, str | tuple[str, ...]]) -> None:
-    """Raises: UserError for the first value that is no number, or no word that its option takes."""
+    """Find a mistake in a training option before it is parsed, which takes torch.
+
+    Raises: UserError for the first value that is no number, out of range, or no word that its option
+    takes, and for an option that would have no effect.
+    """
+    options = {
+        **options,
+        "metric_for_best_model": (*BEST_METRICS, *(f"eval_{m}" for m in BEST_METRICS)),
+    }
     for token, following in zip(tokens, [*tokens[1:], ""], strict=False):
         flag, has_value, value = token.partition("=")
-        kind = options.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
+        name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+        kind = options.get(name)
         value = value if has_value else following
+        if name in WITHOUT_EFFECT and (name, value) != ("remove_unused_columns", "false"):
+            raise UserError(f"--{name} has no effect here; leave it out")
         if isinstance(kind, tuple) and value not in kind:
             hint = nearest_hint(value, kind) or f"; it takes {', '.join(kind[:8])}"
             raise UserError(f"{flag} does not take {value!r}{hint}")
         if kind in ("int", "float", "int | None", "float | None"):
             try:
-                float(value)
+                check_bounds(name, float(value))
+            except UserError:
+                raise
             except ValueError:
                 raise UserError(f"{flag} takes a number, not {value!r}") from None
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from hf_cifar.callbacks import TrainingLines, TrainingProgress
+from hf_cifar.callbacks import StopAtNaN, TrainingLines, TrainingProgress
 from hf_cifar.data.augmentation import Augmentation
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.store import take_batch
@@ -50,6 +50,7 @@ class ImageClassificationTrainer(Trainer):
         shown = TrainingLines if self.args.disable_tqdm else TrainingProgress
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(shown)
+        self.add_callback(StopAtNaN)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(super()._prepare_inputs(inputs))

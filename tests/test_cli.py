@@ -127,6 +127,7 @@ def test_recipes_lists_and_shows(capsys):
 
 
 MODEL = ["--model_name_or_path", "scratch/article_mlp"]
+LAST = ["--resume_from_checkpoint", "last"]
 BAD = {
     "command": (["tune"], "no command 'tune'"),
     "option": (["finetune", "--learning_rat", "1"], "nearest: --learning_rate"),
@@ -156,7 +157,7 @@ BAD = {
     ),
     "hub model offline": (
         ["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "someone/nothing"],
-        "model someone/nothing is not in the cache, and HF_HUB_OFFLINE",
+        "no folder someone/nothing, nor such a model in the cache, and HF_HUB_OFFLINE",
     ),
     "no hub id": (
         ["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "a model"],
@@ -174,6 +175,61 @@ BAD = {
     "run folder": (
         ["finetune", "--config", "{run}/config.yaml"],
         "holds another run",
+    ),
+    "out of range": (
+        ["finetune", "--learning_rate", "-1"],
+        "--learning_rate is -1; it must lie in",
+    ),
+    "seed": (["finetune", "--seed=-1"], "--seed is -1; it must lie in 0..4.29497e+09"),
+    "no effect": (["finetune", "--do_train", "false"], "--do_train has no effect here"),
+    "metric": (["finetune", "--metric_for_best_model", "f1"], "it takes accuracy, cross_entropy"),
+    "configuration": (
+        ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--dataset_config_name", "x"],
+        "bundled/digits has one configuration",
+    ),
+    "article without scratch": (
+        ["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "article_cnn"],
+        "or scratch/article_cnn",
+    ),
+    "evaluate what is not trained": (
+        ["evaluate", "--model_name_or_path", "bundled/efficientnet_lite0"],
+        "bundled/efficientnet_lite0 is not fine-tuned yet",
+    ),
+    "evaluate nothing": (
+        ["evaluate", "--model_name_or_path", "nowhere"],
+        "pass the folder of a run",
+    ),
+    "optimiser without its package": (
+        ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--optim", "lion_8bit"],
+        "bitsandbytes",
+    ),
+    "tracker without its package": (
+        ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--report_to", "swanlab"],
+        "swanlab",
+    ),
+    "compiler": (
+        ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--torch_compile_backend", "foo"],
+        "--torch_compile_backend does not take 'foo'; it takes",
+    ),
+    "checkpointing": (
+        ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--gradient_checkpointing"],
+        "ArticleMLPForImageClassification does not support it",
+    ),
+    "two precisions": (
+        ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--bf16", "--precision", "fp32"],
+        "--bf16 and --precision fp32 differ",
+    ),
+    "resume other data": (
+        ["finetune", "--config", "{run}/config.yaml", "--split_seed", "1", *LAST],
+        "--split_seed is 1, but the run in",
+    ),
+    "resume another model": (
+        ["finetune", "--config", "{run}/config.yaml", *MODEL, *LAST],
+        "--model_name_or_path is scratch/article_mlp, but the run in",
+    ),
+    "resume at another rate": (
+        ["finetune", "--config", "{run}/config.yaml", "--learning_rate", "0.5", *LAST],
+        "--learning_rate is 0.5, but the run in",
     ),
     "no blocks": (
         ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--layer_decay", "0.5"],
@@ -207,7 +263,7 @@ def test_a_broken_image_is_named_before_anything_is_written(tmp_path, stripes, t
     victim.write_bytes(victim.read_bytes()[:-40])
     argv = ["--dataset_name", str(data), "--model_name_or_path", str(tiny_vit)]
     assert main(["finetune", *argv, "--output_dir", str(tmp_path / "run")]) == 2
-    assert "train row 7: cannot read image" in capsys.readouterr().err
+    assert f"train row 7 ({victim}): cannot read image" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -264,9 +264,37 @@ def test_images_of_mixed_sizes_train(tmp_path, stripes, tiny_vit):
     assert result.metrics["validation"]["num_images"] == 2
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path, stripes, tiny_vit):
+def test_resuming_a_finished_run_changes_nothing(tmp_path, stripes, tiny_vit, capsys):
     run(tmp_path / "run", stripes, tiny_vit)
-    first = weights(tmp_path / "run")
+    first, facts = weights(tmp_path / "run"), (tmp_path / "run" / "run.json").read_text()
     run(tmp_path / "run", stripes, tiny_vit, "--resume_from_checkpoint", "last")
     second = weights(tmp_path / "run")
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "run" / "run.json").read_text() == facts
+    assert "steps are done; raise --num_train_epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change", [["--freeze", "backbone"], ["--flip", "0.25"], ["--max_train_samples", "20"]]
+)
+def test_a_resumed_run_is_the_same_run(tmp_path, stripes, tiny_vit, change):
+    run(tmp_path / "run", stripes, tiny_vit, "--max_steps", "2")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(
+        UserError, match=rf"{change[0]} is {change[1]}, but the run in .* began with"
+    ):
+        run(
+            tmp_path / "run", stripes, tiny_vit, "--max_steps", "4", *change,
+            "--resume_from_checkpoint", "last",
+        )  # fmt: skip
+    assert (tmp_path / "run" / "config.yaml").read_text() == config
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "no"])
+def test_a_run_that_diverges_says_so(tmp_path, stripes, tiny_vit, strategy):
+    with pytest.raises(UserError, match=r"^training diverged: .* is (nan|inf) at step .* lower"):
+        run(
+            tmp_path / "run", stripes, tiny_vit, "--learning_rate", "900", "--optim", "sgd",
+            "--warmup_steps", "0", "--max_grad_norm", "0", "--logging_steps", "2",
+            "--eval_strategy", strategy, "--num_train_epochs", "4",
+        )  # fmt: skip

@@ -179,7 +179,9 @@ def test_an_asked_precision_is_kept(tmp_path, stripes, tiny_vit, flags, caplog):
     seen = set()
     hook = torch.nn.modules.module.register_module_forward_hook(
         lambda module, _, output: (
-            seen.add(output.dtype) if isinstance(module, torch.nn.Linear) else None
+            seen.add(output.dtype)
+            if isinstance(module, torch.nn.Linear) and module.training
+            else None
         )
     )
     try:

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from hf_cifar.data.cifar_archives import cifar_version, read_cifar
-from hf_cifar.data.images import pnm_bytes
+from hf_cifar.data.images import list_images, pnm_bytes
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.network import looks_like_path, require_network
@@ -30,6 +30,7 @@ def load_source(config: DataConfig) -> DatasetDict:
     """
     name = config.dataset_name
     if name.startswith(BUNDLED):
+        _refuse_configuration(config)
         splits = _load_bundled(name.removeprefix(BUNDLED))
     elif looks_like_path(name):
         splits = _load_local(Path(name).expanduser(), config)
@@ -57,6 +58,13 @@ def quiet_datasets() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+def _refuse_configuration(config: DataConfig) -> None:
+    if config.dataset_config_name is not None:
+        raise UserError(
+            f"{config.dataset_name} has one configuration; leave out --dataset_config_name"
+        )
 
 
 def _load_bundled(name: str) -> DatasetDict:
@@ -97,6 +105,7 @@ def _load_local(path: Path, config: DataConfig) -> DatasetDict:
     if not path.exists():
         raise UserError(f"no data set {config.dataset_name}: there is no such file or folder")
     if cifar_version(path) is not None:
+        _refuse_configuration(config)
         parts, names = read_cifar(path)
         return DatasetDict(
             {split: _from_pixels(columns, names) for split, columns in parts.items()}
@@ -111,15 +120,49 @@ def _load_local(path: Path, config: DataConfig) -> DatasetDict:
             if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
                 saved = datasets.load_from_disk(str(path))
                 return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-            return datasets.load_dataset(str(path), config.dataset_config_name)
+            splits = datasets.load_dataset(str(path), config.dataset_config_name)
+            _check_class_folders(path, splits)
+            return splits
         except IndexError:  # what load_from_disk makes of a split without rows
             raise UserError(
                 f"a split of {config.dataset_name} holds no images; save it without empty splits"
             ) from None
+        except UserError:
+            raise
         except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise UserError(
                 f"cannot load data set {config.dataset_name}: {_first_line(error)}"
             ) from None
+
+
+def _check_class_folders(path: Path, splits: DatasetDict) -> None:
+    """Where plain images were found: each class must be a folder of its own, with images.
+
+    Raises: UserError that names a lone class, an image outside the class folders, or an empty one.
+    """
+    columns = set(next(iter(splits.values())).features)
+    if not columns <= {"image", "label"} or "image" not in columns:
+        return
+    images = list_images(path)
+    folders = sorted({image.parent for image in images})
+    if not folders:
+        return  # parquet, or an archive
+    if "label" not in columns:
+        stray = next((image for image in images if image.parent == path), None)
+        others = [folder for folder in folders if folder != path]
+        if stray is not None and others:
+            raise UserError(
+                f"{stray} lies outside the class folders; move it into one, or remove it"
+            )
+        if len({folder.name for folder in others}) == 1:
+            raise UserError(
+                f"{path} has one class folder, {others[0].name}; a classifier needs two or more"
+            )
+        raise UserError(f"the images in {path} have no labels; put them into one folder per class")
+    for parent in {folder.parent for folder in folders}:
+        for folder in sorted(parent.iterdir()):
+            if folder.is_dir() and not any(folder.iterdir()):
+                raise UserError(f"class folder {folder} holds no images; add some or remove it")
 
 
 def _load_hub(name: str, config: DataConfig) -> DatasetDict:

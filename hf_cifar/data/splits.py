@@ -58,8 +58,10 @@ class Split:
         return dict(enumerate(self.rows.features["label"].names))
 
     def describe_row(self, position: int) -> str:
-        """How error messages name a row: by the data set's own split and row number."""
-        return f"{self.source_split} row {self.row_ids[position]}"
+        """How error messages name a row: by the data set's own split and row number, and its file."""
+        row = f"{self.source_split} row {self.row_ids[position]}"
+        path = (self.rows[int(position)]["image"] or {}).get("path")
+        return f"{row} ({path})" if path and os.path.exists(path) else row
 
     def decode(self, position: int) -> np.ndarray:
         """One image, [H, W, 3] uint8. Raises: UserError that names the row."""

@@ -15,9 +15,14 @@ ARTICLE_NAMES = ("article_cnn", "article_mlp")
 BUNDLED_NAMES = ("efficientnet_lite0",)
 
 
-def check_model_name(name: str, revision: str | None = None) -> None:
+def check_model_name(
+    name: str,
+    revision: str | None = None,
+    purpose: str = "a local folder or bundled/efficientnet_lite0",
+) -> None:
     """Find out now, at the cost of one small file at most, whether there is a model to load.
 
+    purpose: what the error for an unreachable Hub tells the user to pass instead.
     Raises: UserError if there is none, or the Hub is needed and cannot be reached.
     """
     if name.startswith(SCRATCH):
@@ -31,7 +36,7 @@ def check_model_name(name: str, revision: str | None = None) -> None:
         if not (Path(name).expanduser() / "config.json").is_file():
             raise UserError(f"no model in {name}: there is no config.json in such a folder")
     else:
-        _check_hub_model(name, revision or "main")
+        _check_hub_model(name, revision or "main", purpose)
 
 
 def _check_architecture(name: str) -> None:
@@ -51,7 +56,14 @@ def _check_architecture(name: str) -> None:
     )
 
 
-def _check_hub_model(name: str, revision: str) -> None:
+def _other_name(name: str) -> str:
+    """What a bare name may have been meant for."""
+    if name in ARTICLE_NAMES:
+        return f", or {SCRATCH}{name}"
+    return f", or {BUNDLED}{name}" if name in BUNDLED_NAMES else ""
+
+
+def _check_hub_model(name: str, revision: str, purpose: str) -> None:
     """Fetch the model's config.json: the first file that loading it would ask for."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (
@@ -74,8 +86,8 @@ def _check_hub_model(name: str, revision: str) -> None:
                 f"model {name}: {constants.ENDPOINT} did not answer; try again"
             ) from None
         raise UserError(
-            f"model {name} is not in the cache, and HF_HUB_OFFLINE=1 forbids the network; unset it, or "
-            "pass a local folder or bundled/efficientnet_lite0"
+            f"no folder {name}, nor such a model in the cache, and HF_HUB_OFFLINE=1 forbids the network; "
+            f"unset it, or pass {purpose}{_other_name(name)}"
         ) from None
     except RevisionNotFoundError:
         raise UserError(

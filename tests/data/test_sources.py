@@ -328,3 +328,28 @@ def test_unknown_hub_and_bundled_names():
         source("nobody/nothing")
     with pytest.raises(UserError, match="no bundled data set 'letters'; there is bundled/digits"):
         source("bundled/letters")
+
+
+def image_folder(root, *files):
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(root / name)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "empty", "message"),
+    [
+        (["a/1.png", "a/2.png"], None, "has one class folder, a; a classifier needs two"),
+        (["1.png", "2.png"], None, "have no labels; put them into one folder per class"),
+        (["a/1.png", "b/1.png", "stray.png"], None, r"stray\.png lies outside the class folders"),
+        (["a/1.png", "b/1.png"], "c", r"class folder .*c holds no images; add some or remove it"),
+        (["train/a/1.png", "train/b/1.png"], "train/c", r"class folder .*c holds no images"),
+    ],
+)
+def test_class_folders_that_cannot_be_meant(tmp_path, files, empty, message):
+    folder = image_folder(tmp_path / "images", *files)
+    if empty:
+        (folder / empty).mkdir()
+    with pytest.raises(UserError, match=message):
+        load_source(DataConfig(dataset_name=str(folder)))

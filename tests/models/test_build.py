@@ -278,7 +278,10 @@ def test_a_size_that_cannot_be_taken(name, size, expected, checkpoints):
         ("scratch/article_cmn", r"\(nearest: article_cnn\)"),
         ("bundled/resnet50", r"no bundled model 'resnet50'; there is bundled/efficientnet_lite0"),
         ("./no/such/folder", r"no model in ./no/such/folder: there is no config.json"),
-        ("google/vit-base-none", r"google/vit-base-none is not in the cache, and HF_HUB_OFFLINE=1"),
+        (
+            "google/vit-base-none",
+            r"google/vit-base-none, nor such a model in the cache, and HF_HUB_OFFLINE=1",
+        ),
         ("not a name", r"neither a local folder nor a Hub id"),
     ],
 )
