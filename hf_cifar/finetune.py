@@ -83,8 +83,8 @@ def finetune_classifier(config: RunConfig) -> RunResult:
     config = resolve_setting(
         config, model, image_processor, splits.train, resumed=bool(resume_point(config))
     )
-    trainer = build_trainer(model, image_processor, splits, config)
     prepare_push(config)
+    trainer = build_trainer(model, image_processor, splits, config)
     save_config(config)
     trainer.train(resume_from_checkpoint=resume_point(config))
     evaluations = [
