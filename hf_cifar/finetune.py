@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from hf_cifar.data.splits import (
 )
 from hf_cifar.data.store import (
     CPU,
+    ResidentStore,
+    StreamedStore,
     build_store,
     default_num_workers,
     is_resident,
@@ -41,6 +44,14 @@ from hf_cifar.evaluation.evaluation import (
     write_json,
 )
 from hf_cifar.evaluation.metrics import HEADLINE_FIGURES
+from hf_cifar.features import (
+    FeatureStore,
+    accept_features,
+    accept_pixels_alone,
+    feature_store,
+    features_suffice,
+    fit_head,
+)
 from hf_cifar.hub import check_push, environment, prepare_push, push_run, render_model_card
 from hf_cifar.models.build import build_model
 from hf_cifar.models.layers import block_depths, describe_trainable, has_blocks
@@ -53,7 +64,7 @@ from hf_cifar.options import (
     refuse_occupied,
     run_to_resume,
 )
-from hf_cifar.setting import MEMORY_FORMATS, resolve_setting
+from hf_cifar.setting import DTYPES, MEMORY_FORMATS, resolve_setting
 from hf_cifar.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
@@ -86,7 +97,7 @@ def finetune_classifier(config: RunConfig) -> RunResult:
     prepare_push(config)
     trainer = build_trainer(model, image_processor, splits, config)
     save_config(config)
-    trainer.train(resume_from_checkpoint=resume_point(config))
+    fit(trainer, config)
     evaluations = [
         evaluate_classifier(trainer, split, config.data.pixel_store)
         for split in final_splits(splits, config)
@@ -119,21 +130,87 @@ def build_trainer(
         callbacks.append(EarlyStoppingCallback(config.train.early_stopping_patience))
     memory_format = MEMORY_FORMATS[args.memory_format]
     check_libraries(args, model)
+    model = model.to(memory_format=memory_format)
+    stores = [
+        build_store(split, preprocessing, augmented=augmented, kind=kind, device=device)
+        for split, augmented in ((splits.train, True), (splits.validation, False))
+    ]
+    if trains_on_features(config, model, preprocessing):
+        stores = feature_stores(model.to(args.device), splits, stores, preprocessing, config)
+        accept_features(model)
+    train_store, validation_store = stores
     return ImageClassificationTrainer(
-        model=model.to(memory_format=memory_format),
+        model=model,
         args=args,
         processing_class=image_processor,
-        train_dataset=build_store(
-            splits.train, preprocessing, augmented=True, kind=kind, device=device
-        ),
-        eval_dataset=build_store(
-            splits.validation, preprocessing, augmented=False, kind=kind, device=device
-        ),
+        train_dataset=train_store,
+        eval_dataset=validation_store,
         preprocessing=preprocessing,
         memory_format=memory_format,
         augmentation=augmentation(config.augment),
         callbacks=callbacks,
     )
+
+
+def trains_on_features(
+    config: RunConfig, model: PreTrainedModel, preprocessing: Preprocessing
+) -> bool:
+    """Whether the head alone trains, on inputs that can be computed beforehand.
+
+    Raises: UserError if only that would do, but it is not so.
+    """
+    wanted = config.model.freeze == "backbone" and config.train.feature_views > 0
+    mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
+    if wanted and not mixed and features_suffice(model, preprocessing):
+        return True
+    if config.train.head_solver == "lbfgs":
+        raise UserError(
+            "--head_solver lbfgs needs --freeze backbone, --feature_views of 1 or more, a model whose head "
+            "is one linear layer, and no mixup or cutmix"
+        )
+    return False
+
+
+def feature_stores(
+    model: PreTrainedModel,
+    splits: Splits,
+    stores: list[ResidentStore | StreamedStore],
+    preprocessing: Preprocessing,
+    config: RunConfig,
+) -> list[FeatureStore]:
+    """What the head sees of train, in all views, and of validation."""
+    options = {
+        "preprocessing": preprocessing,
+        "augmentation": augmentation(config.augment),
+        "seed": config.train.seed,
+        "batch_size": config.train.per_device_eval_batch_size,
+        "dtype": DTYPES.get(config.train.precision, torch.float32),
+    }
+    return [
+        feature_store(
+            model,
+            split,
+            store,
+            views=views,
+            num_workers=0 if store.resident else default_num_workers(resident=False),
+            **options,
+        )
+        for split, store, views in zip(
+            (splits.train, splits.validation), stores, (config.train.feature_views, 1), strict=True
+        )
+    ]
+
+
+def fit(trainer: ImageClassificationTrainer, config: RunConfig) -> None:
+    """Train in epochs, or solve for the head at once."""
+    if config.train.head_solver == "lbfgs":
+        start = time.perf_counter()
+        fit_head(trainer.model, trainer.train_dataset, trainer.eval_dataset)
+        trainer.state.epoch = 0.0
+        trainer.state.log_history.append({"train_runtime": time.perf_counter() - start})
+    else:
+        trainer.train(resume_from_checkpoint=resume_point(config))
+    accept_pixels_alone(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def check_libraries(args: FinetuneConfig, model: PreTrainedModel) -> None:

@@ -177,6 +177,16 @@ class FinetuneOptions:
     memory_format: Literal["auto", "contiguous", "channels_last"] = option(
         "auto", "Memory format of weights and images; auto goes with --precision auto."
     )
+    feature_views: int = option(
+        1,
+        "With --freeze backbone: compute the head's inputs once, of this many views of each image, and "
+        "train on them; 0 runs the backbone in every step.",
+    )
+    head_solver: Literal["optimizer", "lbfgs"] = option(
+        "optimizer",
+        "With --freeze backbone: train the head in epochs, or solve for it exactly, with the penalty that "
+        "does best on validation.",
+    )
     layer_decay: float | None = option(
         None,
         "Share of the learning rate that each block has of the block behind it; if not given, the model "
@@ -256,7 +266,7 @@ BOUNDS = {
     "gradient_accumulation_steps": (1, 2**20), "num_train_epochs": (1e-6, 1e6),
     "learning_rate": (1e-12, 1e3), "weight_decay": (0, 1e3), "label_smoothing_factor": (0, 0.999),
     "dataloader_num_workers": (0, 1024), "early_stopping_patience": (1, 10**6),
-    "layer_decay": (0.01, 1), "seed": (0, 2**32 - 1),
+    "layer_decay": (0.01, 1), "seed": (0, 2**32 - 1), "feature_views": (0, 1000),
 }  # fmt: skip
 BEST_METRICS = ("accuracy", "cross_entropy", "loss")
 # The Trainer's, but not ours: the model always trains, hub.py pushes once, and batches are made to measure.

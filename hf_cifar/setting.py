@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
-from hf_cifar.config import FinetuneConfig, RunConfig
+from hf_cifar.config import RunConfig
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import Split
 from hf_cifar.data.store import to_batch
@@ -182,7 +182,7 @@ def resolve_setting(
             torch_compile=saved.torch_compile,
         )
     if train.precision == "auto":
-        setting = _measured(train, model, image_processor, train_split)
+        setting = _measured(config, model, image_processor, train_split)
         train = dataclasses.replace(
             train,
             precision=setting.precision,
@@ -193,9 +193,10 @@ def resolve_setting(
 
 
 def _measured(
-    train: FinetuneConfig, model: nn.Module, image_processor: BaseImageProcessor, split: Split
+    config: RunConfig, model: nn.Module, image_processor: BaseImageProcessor, split: Split
 ) -> Setting:
     """What the first process finds; one setting for all."""
+    train = config.train
     sharded = {os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")}
     if "true" in sharded:  # the whole model may fit on no single device
         return Setting()
@@ -207,7 +208,7 @@ def _measured(
         pixel_values = image.repeat(size, 1, 1, 1).to(train.device)
         labels = torch.from_numpy(split.labels[:size]).to(train.device)
         found[0], line = pick_setting(
-            model.to(train.device), pixel_values, labels, num_batches(train, len(split))
+            model.to(train.device), pixel_values, labels, num_batches(config, len(split))
         )
         logger.info(line)
     if train.world_size > 1:
@@ -215,8 +216,12 @@ def _measured(
     return found[0]
 
 
-def num_batches(train: FinetuneConfig, num_images: int) -> int:
+def num_batches(config: RunConfig, num_images: int) -> int:
     """Forward and backward passes of a process in the whole run."""
+    train = config.train
+    if config.model.freeze == "backbone" and train.feature_views:
+        # Each view goes forward once, which is about a third of a training step.
+        return math.ceil(num_images * train.feature_views / train.train_batch_size / 3)
     if train.max_steps > 0:
         return train.max_steps * train.gradient_accumulation_steps
     batches = math.ceil(num_images / (train.train_batch_size * train.world_size))

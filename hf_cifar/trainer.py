@@ -16,6 +16,7 @@ from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.store import take_batch
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.metrics import compute_training_metrics
+from hf_cifar.features import draw_view
 from hf_cifar.models.layers import block_depths, eval_frozen_norms
 from hf_cifar.optim import decay_learning_rates, decay_parameter_names
 
@@ -56,6 +57,10 @@ class ImageClassificationTrainer(Trainer):
         inputs = dict(super()._prepare_inputs(inputs))
         if self.model.training:
             eval_frozen_norms(self.model)
+        if inputs["pixel_values"].ndim == 3:  # features, see features.py
+            generator = self._step_generator() if self.model.training else None
+            inputs["pixel_values"] = draw_view(inputs["pixel_values"], generator)
+            return inputs
         if self.model.training and self.augmentation is not None:
             pixel_values, inputs["targets"] = self.augmentation(
                 inputs["pixel_values"],

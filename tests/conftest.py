@@ -11,9 +11,9 @@ from PIL import Image
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_pixel_cache(tmp_path_factory):
-    """Decoded pixels are kept inside the tests' own folder."""
-    os.environ["HF_CIFAR_CACHE"] = str(tmp_path_factory.mktemp("pixel_cache"))
+def own_disk_cache(tmp_path_factory):
+    """What is kept for the next run lies inside the tests' own folder."""
+    os.environ["HF_CIFAR_CACHE"] = str(tmp_path_factory.mktemp("disk_cache"))
 
 
 @pytest.fixture(scope="session")

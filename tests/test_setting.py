@@ -124,13 +124,15 @@ def test_a_long_run_compares_all(convnet, batch):
         (["--num_train_epochs", "2"], 10),  # 72 images in 5 batches of 16, twice
         (["--max_steps", "7", "--gradient_accumulation_steps", "3"], 21),
         (["--num_train_epochs", "0.5"], 3),
+        (["--num_train_epochs", "9", "--freeze", "backbone"], 2),
+        (["--num_train_epochs", "2", "--freeze", "backbone", "--feature_views", "0"], 10),
     ],
 )
 def test_number_of_batches(tmp_path, flags, expected):
     config = RunConfig.parse(
         ["--output_dir", str(tmp_path), "--per_device_train_batch_size", "16", *flags]
     )
-    assert num_batches(config.train, 72) == expected
+    assert num_batches(config, 72) == expected
 
 
 def run(tmp_path, stripes, tiny_vit, *flags):

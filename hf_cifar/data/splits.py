@@ -14,13 +14,13 @@ import psutil
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
-from hf_cifar.data.images import decode_cell, decode_cells
-from hf_cifar.data.pixel_cache import (
+from hf_cifar.data.disk_cache import (
     content_key,
-    load_pixels,
+    load_array,
     one_process_at_a_time,
-    save_pixels,
+    save_array,
 )
+from hf_cifar.data.images import decode_cell, decode_cells
 from hf_cifar.data.sources import load_source
 from hf_cifar.errors import UserError
 from hf_cifar.options import DataConfig
@@ -75,7 +75,7 @@ class Split:
         """All images, decoded once: uint8 [N, H, W, 3]; a list of [H, W, 3] if they differ in size.
 
         None if they take more memory than there is to spare: then they are decoded as they are needed.
-        What has one size is kept on disk for the next run, see `pixel_cache`.
+        What has one size is kept on disk for the next run, see `disk_cache`.
         Raises: UserError that names the row of an image that cannot be read.
         """
         budget = memory_to_spare()
@@ -83,11 +83,11 @@ class Split:
             return None
         key = content_key(self.rows)
         with one_process_at_a_time(key):
-            images = load_pixels(key)
+            images = load_array(key)
             if images is None:
                 images = self._collect(budget)
                 if isinstance(images, np.ndarray):
-                    save_pixels(key, images)
+                    save_array(key, images)
         return images
 
     def _collect(self, budget: int) -> np.ndarray | list[np.ndarray] | None:

@@ -32,6 +32,19 @@ def head_parameter_names(model: PreTrainedModel) -> set[str]:
     return names
 
 
+def linear_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The head, if it is one linear layer: all that trains behind a frozen backbone. Else None."""
+    names = head_parameter_names(model)
+    linear = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" in names
+    ]
+    if len(linear) != 1 or len(names) != len(list(linear[0].parameters())):
+        return None
+    return linear[0]
+
+
 def backbone_blocks(model: PreTrainedModel) -> list[str]:
     """Prefixes of the backbone's stages or blocks, from input to output.
 

@@ -1,4 +1,4 @@
-"""hf_cifar.data.pixel_cache: the next run finds the same pixels, and never others."""
+"""hf_cifar.data.disk_cache: the next run finds the same pixels, and never others."""
 
 import os
 import subprocess
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from datasets import Image
 
+from hf_cifar.data import disk_cache
 from hf_cifar.data import images as images_module
-from hf_cifar.data import pixel_cache
-from hf_cifar.data.pixel_cache import content_key, load_pixels, save_pixels
+from hf_cifar.data.disk_cache import content_key, load_array, save_array
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.splits import load_splits
 from hf_cifar.options import DataConfig
@@ -103,8 +103,8 @@ def test_a_damaged_file_is_decoded_again(save, make_rows, load, folder, damage, 
     kept = {"cut": content[:-100], "flipped": content, "text": b"not pixels"}[damage]
     (folder / name).write_bytes(bytes(kept))
     assert (load(path).images == first).all()
-    assert (load_pixels(name.removesuffix(".safetensors")) == first).all()  # mended
-    assert ("is damaged; decoding again" in caplog.text) == (damage == "flipped")
+    assert (load_array(name.removesuffix(".safetensors")) == first).all()  # mended
+    assert ("is damaged; making it again" in caplog.text) == (damage == "flipped")
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
@@ -113,17 +113,17 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     (tmp_path / "a_file").write_text("")
     monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "a_file" / "cache"))
     assert load(save(train=make_rows([0, 1] * 5))).images.shape == (8, 8, 8, 3)
-    assert "decoded images are not kept in" in caplog.text
+    assert "nothing is kept in" in caplog.text
 
 
 def test_the_oldest_file_goes_first(folder, monkeypatch):
     pixels = np.zeros((10, 4, 4, 3), np.uint8)
-    monkeypatch.setattr(pixel_cache, "SIZE_LIMIT", 1500)
+    monkeypatch.setattr(disk_cache, "SIZE_LIMIT", 1500)
     for age, key in ((300, "a"), (200, "b")):
-        save_pixels(key, pixels)
+        save_array(key, pixels)
         os.utime(folder / f"{key}.safetensors", (time.time() - age,) * 2)
-    assert load_pixels("a") is not None  # used now: b is the older one
-    save_pixels("c", pixels)
+    assert load_array("a") is not None  # used now: b is the older one
+    save_array("c", pixels)
     assert files(folder) == ["a.safetensors", "c.safetensors"]
     assert not list(folder.glob(".*tmp"))
 

@@ -1,7 +1,7 @@
-"""Decoded pixels on disk, so that the next run on the same images need not decode them.
+"""Arrays on disk that are slow to make: decoded pixels, features. The next run finds them.
 
-One safetensors file for each set of images, in $HF_CIFAR_CACHE or ~/.cache/huggingface/hf_cifar. The key is a
-hash of the encoded images, so that other data never meets old pixels; a check sum finds a damaged file.
+One safetensors file each, in $HF_CIFAR_CACHE or ~/.cache/huggingface/hf_cifar. The key is a hash of all that
+the array was made from, so that other data never meets an old one; a check sum finds a damaged file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _file_key(path: str | None) -> bytes:
 
 @contextlib.contextmanager
 def one_process_at_a_time(key: str) -> Iterator[None]:
-    """While one process decodes, the others on this machine wait, and then find what it kept."""
+    """While one process makes an array, the others on this machine wait, and then find what it kept."""
     lock = FileLock(cache_folder() / f"{key}.lock")
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
@@ -74,37 +74,37 @@ def one_process_at_a_time(key: str) -> Iterator[None]:
         lock.release()
 
 
-def load_pixels(key: str) -> np.ndarray | None:
-    """uint8 [N, H, W, 3] as `save_pixels` got them, or None if there is no such file, or a damaged one."""
+def load_array(key: str) -> np.ndarray | None:
+    """The array as `save_array` got it, or None if there is no such file, or a damaged one."""
     path = cache_folder() / f"{key}.safetensors"
     try:
         with safe_open(path, framework="numpy") as file:
-            pixels = file.get_tensor("pixels")
+            array = file.get_tensor("array")
             checksum = file.metadata()["crc32"]
     except (OSError, SafetensorError, KeyError, TypeError):
         return None
-    if f"{zlib.crc32(pixels):08x}" != checksum:
-        logger.warning("%s is damaged; decoding again", path)
+    if f"{zlib.crc32(array):08x}" != checksum:
+        logger.warning("%s is damaged; making it again", path)
         return None
     with contextlib.suppress(OSError):
         os.utime(path)  # used now
-    return pixels
+    return array
 
 
-def save_pixels(key: str, pixels: np.ndarray) -> None:
-    """Keep decoded pixels, in one step; a disk that is full or not writable only costs the cache."""
+def save_array(key: str, array: np.ndarray) -> None:
+    """Keep an array, in one step; a disk that is full or not writable only costs the cache."""
     folder = cache_folder()
     path = folder / f"{key}.safetensors"
     temporary = folder / f".{key}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _make_room(folder, pixels.nbytes)
-        save_file({"pixels": pixels}, temporary, {"crc32": f"{zlib.crc32(pixels):08x}"})
+        _make_room(folder, array.nbytes)
+        save_file({"array": array}, temporary, {"crc32": f"{zlib.crc32(array):08x}"})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        logger.warning("decoded images are not kept in %s: %s", folder, error)
+        logger.warning("nothing is kept in %s for the next run: %s", folder, error)
 
 
 def _make_room(folder: Path, num_bytes: int) -> None:

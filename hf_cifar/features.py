@@ -1,0 +1,245 @@
+"""Behind a frozen backbone only the head trains: compute its inputs once, and train on them.
+
+A feature is what the head, one linear layer, sees of an image. With `views` above 1, the first view is the
+image as evaluation sees it and the others are augmented; training then draws one for each image and step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from hf_cifar.data.augmentation import Augmentation
+from hf_cifar.data.disk_cache import content_key, load_array, one_process_at_a_time, save_array
+from hf_cifar.data.preprocessing import Preprocessing
+from hf_cifar.data.splits import Split
+from hf_cifar.data.store import ResidentStore, StreamedStore, take_batch
+from hf_cifar.models.layers import head_parameter_names, linear_head
+
+logger = logging.getLogger(__name__)
+# Penalties of the linear head, from the strongest: each solution is the start of the next.
+PENALTIES = tuple(10.0**exponent for exponent in (0, -1, -2, -3, -4, -5, -6))
+
+
+class FeatureStore(Dataset):
+    """Features of a split. A batch is {"pixel_values": float32 [B, V, D], "labels": int64 [B]}.
+
+    features: [V, N, D], one row for each view of each image; labels: [N].
+    """
+
+    resident = True
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.features = features
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        rows = torch.as_tensor(positions).to(self.features.device)
+        return {
+            "pixel_values": self.features[:, rows].transpose(0, 1),
+            "labels": self.labels[rows],
+        }
+
+
+def draw_view(features: Tensor, generator: torch.Generator | None) -> Tensor:
+    """[B, V, D] -> [B, D]: a random view of each image, or the first without a generator."""
+    if generator is None:
+        return features[:, 0]
+    batch, views, _ = features.shape
+    chosen = torch.randint(views, (batch,), generator=generator)
+    return features[torch.arange(batch, device=features.device), chosen.to(features.device)]
+
+
+def accept_features(model: PreTrainedModel) -> None:
+    """Let the model's forward take features [B, D] too: they go straight to the head."""
+    head, whole = linear_head(model), model.forward
+
+    def forward(pixel_values: Tensor, **kwargs) -> ImageClassifierOutput:
+        if pixel_values.ndim == 2:
+            return ImageClassifierOutput(logits=head(pixel_values))
+        return whole(pixel_values=pixel_values, **kwargs)
+
+    model.forward = forward
+
+
+def accept_pixels_alone(model: PreTrainedModel) -> None:
+    """Undo `accept_features`."""
+    model.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what a module is given."""
+    seen: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def features_suffice(model: PreTrainedModel, preprocessing: Preprocessing) -> bool:
+    """Whether the model is a frozen backbone and a linear head on one feature an image, and nothing else."""
+    head = linear_head(model)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if head is None or trainable != head_parameter_names(model):
+        return False
+    device = next(model.parameters()).device
+    pixel_values = torch.rand(2, 3, *preprocessing.size, device=device)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), _inputs_of(head) as seen:
+        logits = model(pixel_values=pixel_values).logits
+        same = len(seen) == 1 and seen[0].ndim == 2
+        same = same and torch.allclose(head(seen[0]), logits, atol=1e-4)
+    model.train(was_training)
+    return same
+
+
+def feature_store(
+    model: PreTrainedModel,
+    split: Split,
+    store: ResidentStore | StreamedStore,
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
+    *,
+    views: int = 1,
+    seed: int = 0,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> FeatureStore:
+    """The features of every image of a split, from the disk if they were computed before.
+
+    dtype: of the backbone's autocast; the features are float32. They are kept under a hash of images,
+    weights, preprocessing and what the views draw from.
+    """
+    device = next(model.parameters()).device
+    details = [preprocessing, views, dtype, (augmentation, seed) if views > 1 else None]
+    digest = hashlib.sha256(f"{content_key(split.rows)} {details}".encode())
+    head = head_parameter_names(model)
+    for name, value in model.state_dict().items():
+        if name not in head:
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+    key = digest.hexdigest()
+    with one_process_at_a_time(key):
+        features = load_array(key)
+        if features is None:
+            loader = DataLoader(
+                store, batch_size=batch_size, num_workers=num_workers, collate_fn=take_batch
+            )
+            passes = [
+                _one_view(
+                    model,
+                    loader,
+                    preprocessing,
+                    augmentation if view else None,
+                    (seed, view),
+                    dtype,
+                )
+                for view in range(views)
+            ]
+            features = torch.stack(passes).cpu().numpy()
+            save_array(key, features)
+    logger.info(
+        "%s: %s features of %d images%s", split.name, features.shape[2], len(split),
+        f", {views} views of each" if views > 1 else "",
+    )  # fmt: skip
+    labels = torch.from_numpy(split.labels)
+    return FeatureStore(torch.from_numpy(features).to(device), labels.to(device))
+
+
+def _one_view(
+    model: PreTrainedModel,
+    loader: DataLoader,
+    preprocessing: Preprocessing,
+    augmentation: Augmentation | None,
+    seed: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Features [N, D] of every image in order, as evaluation sees it, or augmented."""
+    head, device = linear_head(model), next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), _inputs_of(head) as seen:
+        for number, batch in enumerate(tqdm(loader, "features", leave=False, disable=None)):
+            images, labels = batch["pixel_values"].to(device), batch["labels"].to(device)
+            if augmentation is None:
+                pixel_values = preprocessing(images)
+            else:
+                state = np.random.SeedSequence((*seed, number)).generate_state(1, np.uint64)[0]
+                generator = torch.Generator().manual_seed(int(state) % 2**63)
+                pixel_values, _ = augmentation(
+                    images, labels, preprocessing, model.config.num_labels, generator
+                )
+            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+                model(pixel_values=pixel_values.contiguous(memory_format=torch.channels_last))
+    model.train(was_training)
+    return torch.cat([feature.float() for feature in seen])
+
+
+def solve_head(
+    features: Tensor, labels: Tensor, num_classes: int, penalty: float, start: Tensor | None = None
+) -> Tensor:
+    """The linear head that minimises mean cross-entropy + penalty / 2 * |weights|^2, by L-BFGS.
+
+    features [N, D]; labels [N]; start: a solution to begin at. Returns [num_classes, D + 1], the last column
+    is the bias, which is not penalised. The problem is convex: there is one solution.
+    """
+    if start is None:
+        start = features.new_zeros(num_classes, features.shape[1] + 1)
+    weights = start.clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-9,
+        history_size=20, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = features @ weights[:, :-1].T + weights[:, -1]
+        value = F.cross_entropy(logits, labels) + penalty / 2 * weights[:, :-1].square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weights.detach()
+
+
+def fit_head(model: PreTrainedModel, train: FeatureStore, validation: FeatureStore) -> float:
+    """Solve for the head at each penalty; the one with the best validation accuracy goes into the model.
+
+    Penalties are relative to features scaled to a mean square of 1. Of equals the strongest wins.
+    Returns the penalty chosen.
+    """
+    head = linear_head(model)
+    views, _, width = train.features.shape
+    features, labels = train.features.reshape(-1, width), train.labels.repeat(views)
+    scale = features.square().mean().sqrt()
+    best, solution, chosen = -1.0, None, None
+    for penalty in PENALTIES:
+        chosen = solve_head(features / scale, labels, head.out_features, penalty, chosen)
+        logits = validation.features[0] / scale @ chosen[:, :-1].T + chosen[:, -1]
+        accuracy = (logits.argmax(dim=1) == validation.labels).float().mean().item()
+        if accuracy > best:
+            best, solution, strength = accuracy, chosen, penalty
+    with torch.no_grad():
+        head.weight.copy_(solution[:, :-1] / scale)
+        if head.bias is not None:
+            head.bias.copy_(solution[:, -1])
+    logger.info("head solved: penalty %g, validation accuracy %.4f", strength, best)
+    return strength

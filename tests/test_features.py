@@ -1,0 +1,229 @@
+"""hf_cifar.features: a head trained on cached features is the head of the uncached run."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModelForImageClassification
+
+from hf_cifar.cli import main
+from hf_cifar.config import RunConfig
+from hf_cifar.data.splits import load_splits
+from hf_cifar.data.store import ResidentStore
+from hf_cifar.errors import UserError
+from hf_cifar.features import (
+    FeatureStore,
+    accept_features,
+    accept_pixels_alone,
+    draw_view,
+    features_suffice,
+    fit_head,
+    solve_head,
+)
+from hf_cifar.finetune import build_trainer, finetune_classifier, resolve_defaults
+from hf_cifar.models.build import build_model
+from hf_cifar.models.layers import linear_head
+
+MODELS = ["tiny_vit", "scratch/resnet10t", "scratch/densenet121", "scratch/efficientnet_lite0"]
+
+
+def parse(tmp_path, data, model, *flags):
+    return RunConfig.parse(
+        [
+            "--dataset_name", str(data), "--model_name_or_path", str(model),
+            "--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "8",
+            "--use_cpu", "--disable_tqdm", "true", "--freeze", "backbone", "--learning_rate", "0.05",
+            *flags,
+        ]
+    )  # fmt: skip
+
+
+def make_trainer(config):
+    torch.manual_seed(0)
+    splits = load_splits(config.data)
+    model, processor = build_model(config.model, splits.id2label)
+    return build_trainer(model, processor, splits, resolve_defaults(config, model)), splits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_give_the_models_own_logits(tmp_path, stripes, request, name):
+    model = name if "/" in name else request.getfixturevalue(name)
+    trainer, splits = make_trainer(parse(tmp_path, stripes, model, "--image_size", "32"))
+    assert isinstance(trainer.train_dataset, FeatureStore)
+    batch = trainer.train_dataset.__getitems__([3, 1, 7])
+    images = torch.from_numpy(splits.train.images[[3, 1, 7]]).permute(0, 3, 1, 2)
+    trainer.model.eval()
+    with torch.inference_mode():
+        whole = trainer.model(pixel_values=trainer.preprocessing(images)).logits
+        fast = trainer.model(pixel_values=batch["pixel_values"][:, 0]).logits
+    assert torch.allclose(fast, whole, atol=1e-4)
+    assert batch["labels"].tolist() == splits.train.labels[[3, 1, 7]].tolist()
+
+
+@pytest.mark.parametrize("name", ["tiny_vit", "scratch/resnet10t"])
+def test_training_on_features_is_training_the_frozen_model(tmp_path, stripes, request, name):
+    """The same order, no augmentation: the same head, and the whole model is what is saved."""
+    model = name if "/" in name else request.getfixturevalue(name)
+    results = []
+    for views in ("1", "0"):
+        config = parse(
+            tmp_path / views, stripes, model, "--feature_views", views, "--crop_padding", "0",
+            "--flip", "0", "--num_train_epochs", "2", "--image_size", "32",
+        )  # fmt: skip
+        results.append(finetune_classifier(config))
+    cached, uncached = (result.model.state_dict() for result in results)
+    assert cached.keys() == uncached.keys()
+    for key, value in cached.items():
+        assert torch.allclose(value.float(), uncached[key].float(), atol=2e-4), key
+    figures = [result.metrics["validation"] for result in results]
+    assert figures[0]["accuracy"] == figures[1]["accuracy"]
+    assert "forward" not in vars(results[0].model)
+    loaded = AutoModelForImageClassification.from_pretrained(results[0].output_dir)
+    head = linear_head(loaded).weight
+    assert torch.equal(head, linear_head(results[0].model).weight)
+
+
+def test_the_next_run_computes_no_features(tmp_path, stripes, tiny_vit):
+    config = parse(tmp_path, stripes, tiny_vit, "--seed", "5", "--max_train_samples", "30")
+    first, _ = make_trainer(config)
+    calls = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: (
+            calls.append(len(output.logits))
+            if type(module).__name__ == "ViTForImageClassification"
+            else None
+        )
+    )
+    try:
+        again, _ = make_trainer(config)
+    finally:
+        hook.remove()
+    assert torch.equal(first.train_dataset.features, again.train_dataset.features)
+    assert all(size <= 2 for size in calls)  # the look at the architecture alone
+
+
+@pytest.mark.parametrize(
+    "change",
+    [["--image_size", "24"], ["--feature_views", "2"], ["--max_train_samples", "30"], ["--bf16"]],
+)
+def test_other_conditions_get_other_features(tmp_path, stripes, tiny_vit, change):
+    one, _ = make_trainer(parse(tmp_path, stripes, tiny_vit))
+    other, _ = make_trainer(parse(tmp_path, stripes, tiny_vit, *change))
+    features = one.train_dataset.features, other.train_dataset.features
+    assert features[0].shape != features[1].shape or not torch.equal(*features)
+
+
+def test_views_are_drawn_per_image_in_training_alone(tmp_path, stripes, tiny_vit):
+    trainer, _ = make_trainer(parse(tmp_path, stripes, tiny_vit, "--feature_views", "4"))
+    features = trainer.train_dataset.features
+    assert features.shape == (4, 72, 32)
+    assert trainer.eval_dataset.features.shape == (1, 8, 32)
+    assert not torch.allclose(features[1], features[2], atol=1e-3)
+    batch = trainer.train_dataset.__getitems__(list(range(8)))
+    trainer.model.eval()
+    assert torch.equal(trainer._prepare_inputs(batch)["pixel_values"], features[0, :8])
+    trainer.model.train()
+    drawn = [trainer._prepare_inputs(batch)["pixel_values"] for _ in range(6)]
+    views = {
+        (row, view)
+        for values in drawn
+        for row in range(8)
+        for view in range(4)
+        if torch.equal(values[row], features[view, row])
+    }
+    assert len(views) > 16  # of 32
+
+
+def test_draw_view_without_a_generator_is_the_first():
+    features = torch.arange(24.0).view(2, 3, 4)
+    assert torch.equal(draw_view(features, None), features[:, 0])
+
+
+def test_a_model_of_which_more_than_the_head_trains_runs_whole(tmp_path, stripes, tiny_vit):
+    trainer, _ = make_trainer(parse(tmp_path, stripes, tiny_vit, "--freeze", "1"))
+    assert isinstance(trainer.train_dataset, ResidentStore)
+    assert not features_suffice(trainer.model, trainer.preprocessing)
+
+
+@pytest.mark.parametrize("flags", [["--mixup_alpha", "0.2"], ["--feature_views", "0"]])
+def test_the_solver_needs_features(tmp_path, stripes, tiny_vit, flags):
+    config = parse(tmp_path, stripes, tiny_vit, "--head_solver", "lbfgs", *flags)
+    with pytest.raises(UserError, match="--head_solver lbfgs needs --freeze backbone"):
+        finetune_classifier(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("penalty", [1e-1, 1e-3])
+def test_the_solved_head_is_scikit_learns(penalty):
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 4, 300)
+    features = generator.normal(size=(300, 6)) + np.eye(4, 6)[labels] * 1.5
+    solution = solve_head(
+        torch.tensor(features), torch.from_numpy(labels), num_classes=4, penalty=penalty
+    )
+    reference = LogisticRegression(C=1 / (300 * penalty), tol=1e-8, max_iter=5000)
+    reference.fit(features, labels)
+    assert np.allclose(solution[:, :-1], reference.coef_, atol=2e-3)
+    bias = solution[:, -1].numpy()
+    assert np.allclose(
+        bias - bias.mean(), reference.intercept_ - reference.intercept_.mean(), atol=2e-3
+    )
+
+
+def test_the_penalty_is_the_best_on_validation(tiny_vit):
+    """Few noisy training images, many dimensions: a weak penalty overfits."""
+    generator = torch.Generator().manual_seed(0)
+    model = AutoModelForImageClassification.from_pretrained(tiny_vit)
+    labels = torch.arange(60) % 3
+
+    def features(labels, seed):
+        generator.manual_seed(seed)
+        noise = torch.randn(1, len(labels), 32, generator=generator)
+        return FeatureStore(noise + torch.eye(3, 32)[labels] * 1.2, labels)
+
+    train, validation = features(labels, 0), features(torch.arange(600) % 3, 1)
+    penalty = fit_head(model, train, validation)
+
+    def accuracy(weights):
+        logits = validation.features[0] @ weights[:, :-1].T + weights[:, -1]
+        return (logits.argmax(dim=1) == validation.labels).float().mean().item()
+
+    head = linear_head(model)
+    chosen = accuracy(torch.cat((head.weight, head.bias[:, None]), dim=1).detach())
+    scale = train.features.square().mean().sqrt()
+    for other in (1.0, 1e-2, 1e-4, 1e-6):
+        weights = solve_head(train.features[0] / scale, labels, 3, other)
+        weights = torch.cat((weights[:, :-1] / scale, weights[:, -1:]), dim=1)
+        assert chosen >= accuracy(weights) - 0.005
+    assert 1e-6 < penalty <= 1
+
+
+def test_accepting_features_can_be_undone(tiny_vit):
+    model = AutoModelForImageClassification.from_pretrained(tiny_vit)
+    accept_features(model)
+    assert model(pixel_values=torch.zeros(2, 32)).logits.shape == (2, 3)
+    assert model(pixel_values=torch.zeros(2, 3, 16, 16)).logits.shape == (2, 3)
+    accept_pixels_alone(model)
+    with pytest.raises((ValueError, RuntimeError)):
+        model(pixel_values=torch.zeros(2, 32))
+
+
+def test_a_solved_head_from_the_command_line(tmp_path, capsys):
+    argv = [
+        "finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "scratch/resnet10t",
+        "--image_size", "32", "--freeze", "backbone", "--head_solver", "lbfgs", "--do_predict",
+        "--output_dir", str(tmp_path / "run"), "--max_train_samples", "600",
+    ]  # fmt: skip
+    assert main(argv) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test"]["accuracy"] > 0.8  # random features of digits
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["steps"] == 0
+    assert facts["train_seconds"] > 0
+    model = timm.create_model("resnet10t", num_classes=10)
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
