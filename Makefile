@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test quality style docs clean
+.PHONY: quickstart test quality style docs bench clean
 
 quickstart: $(VENV)/installed
 	rm -rf outputs/quickstart
@@ -31,6 +31,11 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[bundled,dev]'
 	touch $@
+
+# Run nothing else meanwhile.
+bench: $(VENV)/installed
+	for name in data training evaluation head; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	$(BIN)/python -m benchmarks.table
 
 clean:
 	rm -rf $(VENV) outputs

@@ -1,0 +1,102 @@
+"""Interleaved rounds, medians and spreads, and the JSON lines that hold them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "timm", "pillow")
+
+
+def compare(
+    benchmark: str,
+    variants: dict[str, Callable[[], float]],
+    unit: str = "images/s",
+    rounds: int = 3,
+    **facts: object,
+) -> dict[str, list[float]]:
+    """Run all variants in turn, `rounds` times, and append one JSON line.
+
+    A variant returns its figure, a rate; or in seconds or MB, where less is better. The ratios are of the
+    first variant to each other one, round by round, and above 1 where the first is better.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds):
+        for name, run in variants.items():
+            figures[name].append(run())
+            print(
+                f"{benchmark}, round {number + 1}: {name} {figures[name][-1]:.4g} {unit}",
+                flush=True,
+            )
+    first = next(iter(variants))
+    less_is_better = unit in ("s", "MB")
+    ratios = {
+        name: [
+            b / a if less_is_better else a / b for a, b in zip(figures[first], values, strict=True)
+        ]
+        for name, values in figures.items()
+        if name != first
+    }
+    record = {
+        "benchmark": benchmark, "unit": unit, "n": rounds, **facts,
+        "figures": {name: summary(values) for name, values in figures.items()},
+        "ratios": {name: summary(values) for name, values in ratios.items()},
+        **conditions(),
+    }  # fmt: skip
+    write(record)
+    for name, values in ratios.items():
+        print(f"{benchmark}: {first} / {name} = {statistics.median(values):.2f}", flush=True)
+    return figures
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    rounded = [float(f"{value:.4g}") for value in values]
+    return {
+        "median": statistics.median(rounded), "low": min(rounded), "high": max(rounded)
+    }  # fmt: skip
+
+
+def device_name() -> str:
+    """The GPU, or the processor with its number of cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or "CPU"
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def conditions() -> dict[str, object]:
+    """Where and with what a figure was measured."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    return {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[2], 2),
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip() or None,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def write(record: dict[str, object]) -> None:
+    """Append to the results of this device."""
+    RESULTS.mkdir(exist_ok=True)
+    name = "gpu" if torch.cuda.is_available() else "cpu"
+    with (RESULTS / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")

@@ -1,0 +1,60 @@
+"""Write docs/benchmarks.md from the JSON lines: the newest of each benchmark, for each device.
+
+python -m benchmarks.table
+"""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks.measure import RESULTS, ROOT
+
+HEAD = """# Benchmarks
+
+Written by `python -m benchmarks.table` from `benchmarks/results/*.jsonl`; `make bench` measures anew.
+Every ratio is of runs that took turns in one process tree, on the same images, model, batch size and steps;
+above 1 the first is better. Median, then lowest and highest in brackets.
+"""
+
+
+def cell(values: dict[str, float]) -> str:
+    """`median (lowest-highest)`."""
+    return f"{values['median']:,.4g} ({values['low']:,.4g}-{values['high']:,.4g})"
+
+
+def table(records: list[dict]) -> list[str]:
+    """One row for each variant of each benchmark."""
+    lines = ["| benchmark | variant | figure | first / variant |", "| --- | --- | --- | --- |"]
+    for record in records:
+        for name, values in record["figures"].items():
+            ratio = cell(record["ratios"][name]) if name in record["ratios"] else ""
+            setting = f", {record['setting']}" if not ratio and "setting" in record else ""
+            figure = f"{cell(values)} {record['unit']}"
+            lines.append(f"| {record['benchmark']} | {name}{setting} | {figure} | {ratio} |")
+    return lines
+
+
+def main() -> None:
+    """Replace the page."""
+    page = [HEAD]
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        newest: dict[str, dict] = {}
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            newest[record["benchmark"]] = record
+        records = list(newest.values())
+        last = records[-1]
+        versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
+        page += [
+            f"## {last['device']}",
+            "",
+            f"n = {last['n']}; {versions}.",
+            "",
+            *table(records),
+            "",
+        ]
+    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(page))
+
+
+if __name__ == "__main__":
+    main()
