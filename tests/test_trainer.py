@@ -257,4 +257,5 @@ def test_training_metrics_are_those_of_the_predictions(tmp_path, stripes, tiny_v
 def test_options_survive_a_copy(tmp_path):
     config = RunConfig.parse(["--use_cpu", "--output_dir", str(tmp_path), "--bf16"])
     copy = dataclasses.replace(config.train, push_to_hub=False)
-    assert copy.bf16 and copy.warmup_steps == config.train.warmup_steps
+    assert copy.mixed_precision == copy.precision == "bf16"
+    assert copy.warmup_steps == config.train.warmup_steps

@@ -49,7 +49,8 @@ class Affine(NamedTuple):
 class RandomView:
     """Draws one view per image: pad-and-crop, random resized crop, flip, rotation, shear, zoom.
 
-    padding: largest shift, as a share of the side. min_area: smallest share of the area kept; 1 keeps
+    padding: largest shift, as a share of the side; in whole pixels of the result, because a shift by a
+    part of one would blur what evaluation shows sharp. min_area: smallest share of the area kept; 1 keeps
     it all. max_ratio: largest aspect ratio of the crop. flip: probability. rotation: largest angle, in
     degrees. shear: largest shift of a row per row. zoom: largest relative change of size.
     """
@@ -63,12 +64,24 @@ class RandomView:
     zoom: float = 0.0
 
     def draw(
-        self, num_images: int, height: int, width: int, generator: Generator
+        self,
+        num_images: int,
+        height: int,
+        width: int,
+        size: tuple[int, int],
+        generator: Generator,
     ) -> tuple[Tensor, Tensor | None]:
-        """Boxes [N, 4], and what turns or shears their content: [N, 2, 2] for `affine_sample`, or None."""
+        """Views of height x width images that will be resampled to `size`.
+
+        Boxes [N, 4], and what turns or shears their content: [N, 2, 2] for `affine_sample`, or None.
+        """
 
         def draw(low: float, high: float) -> Tensor:
             return uniform(num_images, low, high, generator)
+
+        def shift(pixel: float, side: int) -> Tensor:
+            most = int(self.padding * side / pixel + 1e-6)
+            return torch.randint(-most, most + 1, (num_images,), generator=generator) * pixel
 
         box_height = torch.full((num_images,), float(height))
         box_width = torch.full((num_images,), float(width))
@@ -81,9 +94,11 @@ class RandomView:
             factor = torch.exp(draw(-1, 1) * math.log1p(self.zoom))
             box_height, box_width = box_height * factor, box_width * factor
         # A smaller box lies anywhere inside the image, plus the padding's shift.
-        free_height, free_width = (height - box_height).abs(), (width - box_width).abs()
-        middle_y = height / 2 + draw(-0.5, 0.5) * (free_height + 2 * self.padding * height)
-        middle_x = width / 2 + draw(-0.5, 0.5) * (free_width + 2 * self.padding * width)
+        middle_y = height / 2 + draw(-0.5, 0.5) * (height - box_height).abs()
+        middle_x = width / 2 + draw(-0.5, 0.5) * (width - box_width).abs()
+        if self.padding:
+            middle_y = middle_y + shift(height / size[0], height)
+            middle_x = middle_x + shift(width / size[1], width)
         top, bottom = middle_y - box_height / 2, middle_y + box_height / 2
         left, right = middle_x - box_width / 2, middle_x + box_width / 2
         if self.flip:
@@ -314,7 +329,7 @@ class Augmentation:
     def sample(self, images: Tensor, preprocessing: Preprocessing, generator: Generator) -> Tensor:
         """A random view of each image, in new colours: float [N, 3, h, w], 0..255."""
         num_images, _, height, width = images.shape
-        boxes, linear = self.view.draw(num_images, height, width, generator)
+        boxes, linear = self.view.draw(num_images, height, width, preprocessing.size, generator)
         if self.policy is not None:
             images, affine = self.policy(images.to(torch.float32), generator)
             boxes, linear = move(boxes, linear, affine, height, width)

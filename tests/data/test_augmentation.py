@@ -35,16 +35,16 @@ ALL_VIEWS = {
     "shear": RandomView(shear=0.2),
     "everything": RandomView(0.125, 0.5, 4 / 3, 0.5, 15, 0.1, 0.2),
 }
-SHIFT_FLIP = RandomView(padding=0.0625, flip=0.5)
+CROP_FLIP = RandomView(min_area=0.6, flip=0.5)  # no two crops are alike
 ALL_AUGMENTATIONS = {
-    "trivial_augment": Augmentation(SHIFT_FLIP, Policy.trivial_augment()),
-    "rand_augment": Augmentation(SHIFT_FLIP, Policy.rand_augment()),
+    "trivial_augment": Augmentation(CROP_FLIP, Policy.trivial_augment()),
+    "rand_augment": Augmentation(CROP_FLIP, Policy.rand_augment()),
     "color_jitter": Augmentation(color_jitter=0.4),
     "hue": Augmentation(hue=0.2),
-    "grayscale": Augmentation(SHIFT_FLIP, grayscale=0.5),
-    "erasing": Augmentation(SHIFT_FLIP, erasing=0.5),
-    "mixup": Augmentation(SHIFT_FLIP, mixup_alpha=0.8),
-    "cutmix": Augmentation(SHIFT_FLIP, cutmix_alpha=1.0),
+    "grayscale": Augmentation(CROP_FLIP, grayscale=0.5),
+    "erasing": Augmentation(CROP_FLIP, erasing=0.5),
+    "mixup": Augmentation(CROP_FLIP, mixup_alpha=0.8),
+    "cutmix": Augmentation(CROP_FLIP, cutmix_alpha=1.0),
     "everything": Augmentation(
         ALL_VIEWS["everything"], Policy.rand_augment(), 0.4, 0.1, 0.2, 0.25, 0.8, 1.0
     ),
@@ -67,7 +67,7 @@ def seeded(seed):
 
 
 def show(view, images, size, seed=0):
-    boxes, linear = view.draw(len(images), *images.shape[-2:], seeded(seed))
+    boxes, linear = view.draw(len(images), *images.shape[-2:], size, seeded(seed))
     return sample(images, boxes, linear, size, "bicubic")
 
 
@@ -76,7 +76,7 @@ def augment(augmentation, images, seed=0):
     return augmentation(images, labels, PREPROCESSING, 10, seeded(seed))
 
 
-@pytest.mark.parametrize("view", [v for k, v in ALL_VIEWS.items() if k != "flip"])
+@pytest.mark.parametrize("view", [v for k, v in ALL_VIEWS.items() if k not in ("flip", "shift")])
 def test_every_image_of_a_batch_draws_its_own_view(view):
     images = noise(1, 32, 32).expand(64, -1, -1, -1)
     found = show(view, images, (32, 32))
@@ -115,7 +115,7 @@ def test_the_quiet_view_is_resampling():
 
 def test_random_crops_keep_to_their_limits():
     view = RandomView(min_area=0.3, max_ratio=2.0)
-    boxes, linear = view.draw(2000, 32, 32, seeded(0))
+    boxes, linear = view.draw(2000, 32, 32, (32, 32), seeded(0))
     top, left, bottom, right = boxes.unbind(1)
     height, width = bottom - top, right - left
     assert linear is None
@@ -129,15 +129,22 @@ def test_random_crops_keep_to_their_limits():
     assert area.max() <= 1 + 1e-6
 
 
-def test_shifts_keep_to_the_padding():
-    boxes, _ = RandomView(padding=0.125).draw(2000, 32, 48, seeded(0))
+def test_shifts_are_whole_pixels_of_the_result_up_to_the_padding():
+    view = RandomView(padding=0.125)
+    boxes, _ = view.draw(2000, 32, 48, (32, 48), seeded(0))
     assert torch.allclose(boxes[:, 2] - boxes[:, 0], torch.tensor(32.0))
-    assert 3.9 < boxes[:, 0].abs().max() <= 4
-    assert 5.9 < boxes[:, 1].abs().max() <= 6
+    assert sorted(boxes[:, 0].unique().tolist()) == list(range(-4, 5))
+    assert sorted(boxes[:, 1].unique().tolist()) == list(range(-6, 7))
+    images = noise(50, 32, 32)  # at its own size a shifted image is the image, shifted
+    found = show(view, images, (32, 32))
+    assert torch.equal(found, found.round())
+    upscaled, _ = view.draw(2000, 32, 32, (96, 96), seeded(0))
+    assert len(upscaled[:, 0].unique()) == 25  # thirds of a pixel
+    assert torch.allclose((upscaled * 3).round(), upscaled * 3, atol=1e-4)
 
 
 def test_angles_keep_to_their_limit():
-    _, linear = RandomView(rotation=15).draw(2000, 32, 32, seeded(0))
+    _, linear = RandomView(rotation=15).draw(2000, 32, 32, (32, 32), seeded(0))
     angles = linear[:, 0, 1].asin()
     assert math.radians(14.5) < angles.abs().max() <= math.radians(15)
     assert angles.mean().abs() < 0.02

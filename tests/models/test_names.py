@@ -31,7 +31,7 @@ def test_every_own_name_is_known():
         ("scratch/article_cn", "nearest: article_cnn"),
         ("bundled/vit", "there is bundled/efficientnet_lite0"),
         ("./nowhere", "there is no config.json"),
-        ("someone/nothing", "not in the cache"),
+        ("someone/nothing", "no folder someone/nothing, nor such a model in the cache"),
         ("two words", "neither a local folder nor a Hub id"),
     ],
 )
