@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from hf_cifar.data.images import decode_image, list_images
 from hf_cifar.data.preprocessing import Preprocessing
-from hf_cifar.data.store import to_batch
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
 from hf_cifar.options import PredictConfig
@@ -29,12 +31,32 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
-    model = model.to(device).eval()
+    model = model.to(device, memory_format=torch.channels_last).eval()
     preprocessing = Preprocessing.from_image_processor(image_processor)
-    for start in range(0, len(files), config.batch_size):
-        yield from _predict_batch(
-            model, preprocessing, files[start : start + config.batch_size], config.top_k
-        )
+    for batch, images in decoded_ahead(files, config.batch_size):
+        yield from _predict_batch(model, preprocessing, batch, images, config.top_k)
+
+
+def decoded_ahead(
+    files: Sequence[Path], batch_size: int
+) -> Iterator[tuple[Sequence[Path], list[np.ndarray | UserError]]]:
+    """Batches of files with their images, or what is wrong with one; the next is decoded meanwhile."""
+
+    def decode(file: Path) -> np.ndarray | UserError:
+        try:
+            return decode_image(file)
+        except UserError as error:
+            return error
+
+    batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        following = [pool.submit(decode, file) for file in batches[0]]
+        for number, batch in enumerate(batches):
+            current = following
+            following = [
+                pool.submit(decode, file) for file in chain(*batches[number + 1 : number + 2])
+            ]
+            yield batch, [future.result() for future in current]
 
 
 def expand_paths(paths: Sequence[str]) -> list[Path]:
@@ -51,24 +73,24 @@ def expand_paths(paths: Sequence[str]) -> list[Path]:
 
 
 def _predict_batch(
-    model: torch.nn.Module, preprocessing: Preprocessing, files: Sequence[Path], top_k: int
+    model: torch.nn.Module,
+    preprocessing: Preprocessing,
+    files: Sequence[Path],
+    images: Sequence[np.ndarray | UserError],
+    top_k: int,
 ) -> Iterator[dict[str, Any]]:
     device = next(model.parameters()).device
-    views: list[Tensor] = []
-    errors: dict[Path, str] = {}
-    for file in files:
-        try:
-            views.append(preprocessing.view(to_batch(decode_image(file)).to(device)))
-        except UserError as error:
-            errors[file] = str(error)
+    readable = [image for image in images if not isinstance(image, UserError)]
     rows = iter(())
-    if views:
+    if readable:
         with torch.inference_mode():
-            logits = model(pixel_values=preprocessing.normalize(torch.cat(views))).logits
+            pixel_values = preprocessing.normalize(preprocessing.view_each(readable, device))
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+            logits = model(pixel_values=pixel_values).logits
         rows = iter(logits.float().softmax(dim=1).cpu())
-    for file in files:
-        if file in errors:
-            yield {"path": str(file), "error": errors[file]}
+    for file, image in zip(files, images, strict=True):
+        if isinstance(image, UserError):
+            yield {"path": str(file), "error": str(image)}
             continue
         scores, labels = next(rows).topk(min(top_k, len(model.config.id2label)))
         ranked = [

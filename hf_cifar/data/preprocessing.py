@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -167,6 +168,17 @@ class Preprocessing:
         if (height, width) == self.size and self.resize in (None, self.size, min(self.size)):
             return images.to(torch.float32)
         return resample(images, self.box(height, width), self.size, self.interpolation)
+
+    def view_each(self, images: Sequence[np.ndarray], device: torch.device) -> Tensor:
+        """`view` of images [H, W, 3] uint8 of any sizes, those of one size at once: [N, 3, *size]."""
+        views = torch.empty((len(images), 3, *self.size), device=device)
+        rows_of_size: dict[tuple[int, ...], list[int]] = {}
+        for row, image in enumerate(images):
+            rows_of_size.setdefault(image.shape, []).append(row)
+        for rows in rows_of_size.values():
+            batch = torch.from_numpy(np.stack([images[row] for row in rows])).to(device)
+            views[rows] = self.view(batch.permute(0, 3, 1, 2))
+        return views
 
     def normalize(self, images: Tensor) -> Tensor:
         """Float pixels 0..255 to the model's `pixel_values`."""

@@ -137,3 +137,13 @@ def test_size_left_to_the_image_is_refused():
     processor = CLIPImageProcessor(size={"shortest_edge": 64}, do_center_crop=False)
     with pytest.raises(UserError, match="no fixed output size; pass --image_size"):
         Preprocessing.from_image_processor(processor).size  # noqa: B018
+
+
+def test_images_of_many_sizes_are_viewed_as_one_by_one(photo):
+    preprocessing = Preprocessing(18, (16, 16), "bicubic", (0.5,) * 3, (0.5,) * 3)
+    sizes = [(20, 30), (16, 16), (20, 30), (50, 24), (16, 16)]
+    images = [np.asarray(photo(*size, seed)) for seed, size in enumerate(sizes)]
+    found = preprocessing.view_each(images, torch.device("cpu"))
+    for view, image in zip(found, images, strict=True):
+        alone = preprocessing.view(torch.tensor(image).permute(2, 0, 1)[None])
+        assert torch.allclose(view, alone[0], atol=1e-3)
