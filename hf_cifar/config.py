@@ -48,6 +48,9 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
     learning_rate: float | None = option(
         None, "Peak learning rate; if not given, the model family's default, scaled to the batch."
     )
+    max_grad_norm: float | None = option(
+        None, "Norm to which gradients are clipped, 0 for none; if not given, the family's default."
+    )
     weight_decay: float = option(0.05, "Weight decay of weight matrices and kernels alone.")
     label_smoothing_factor: float = option(0.1, "Label smoothing of the training loss alone.")
     per_device_train_batch_size: int = option(32, "Training images per step and process.")

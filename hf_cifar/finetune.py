@@ -341,7 +341,7 @@ def resume_point(config: RunConfig) -> bool | str | None:
 
 
 def resolve_defaults(config: RunConfig, model: PreTrainedModel) -> RunConfig:
-    """Fill in what depends on the model: the learning rates.
+    """Fill in what depends on the model: learning rates and clipping.
 
     Raises: UserError for a layer decay without layers, or a disk without room for the checkpoints.
     """

@@ -266,7 +266,7 @@ BOUNDS = {
     "gradient_accumulation_steps": (1, 2**20), "num_train_epochs": (1e-6, 1e6),
     "learning_rate": (1e-12, 1e3), "weight_decay": (0, 1e3), "label_smoothing_factor": (0, 0.999),
     "dataloader_num_workers": (0, 1024), "early_stopping_patience": (1, 10**6),
-    "layer_decay": (0.01, 1), "seed": (0, 2**32 - 1), "feature_views": (0, 1000),
+    "layer_decay": (0.01, 1), "max_grad_norm": (0, 1e6), "seed": (0, 2**32 - 1), "feature_views": (0, 1000),
 }  # fmt: skip
 BEST_METRICS = ("accuracy", "cross_entropy", "loss")
 # The Trainer's, but not ours: the model always trains, hub.py pushes once, and batches are made to measure.
