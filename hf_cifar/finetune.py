@@ -64,7 +64,7 @@ from hf_cifar.options import (
     refuse_occupied,
     run_to_resume,
 )
-from hf_cifar.setting import DTYPES, MEMORY_FORMATS, resolve_setting
+from hf_cifar.setting import DTYPES, MEMORY_FORMATS, is_sharded, resolve_setting
 from hf_cifar.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
@@ -320,10 +320,7 @@ def check_run(config: RunConfig) -> None:
         raise UserError(
             "fp16 needs a GPU and there is none; leave out --fp16, or launch with configs/cpu.yaml"
         )
-    if train.device.type == "cpu" and "true" in (
-        os.environ.get("ACCELERATE_USE_FSDP"),
-        os.environ.get("ACCELERATE_USE_DEEPSPEED"),
-    ):
+    if train.device.type == "cpu" and is_sharded():
         raise UserError(
             "FSDP and DeepSpeed need GPUs and there are none; launch with configs/cpu.yaml"
         )

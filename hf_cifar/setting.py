@@ -66,14 +66,17 @@ class Timing(NamedTuple):
     loss: float
 
 
-def candidates(model: nn.Module, device: torch.device) -> list[Setting]:
-    """Settings to be compared; the first is what a tie falls back to."""
+def candidates(
+    model: nn.Module, device: torch.device, memory_format: str = "auto"
+) -> list[Setting]:
+    """Settings to be compared, in the asked memory format alone; the first is what a tie falls back to."""
     precisions = ["fp32", "bf16"]
     if device.type == "cuda":
         precisions = ["fp32", *(["bf16"] if torch.cuda.is_bf16_supported() else []), "fp16"]
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     # The one convolution of a ViT cuts its patches out; the format of what follows is fixed.
     formats = ["channels_last", "contiguous"] if convolutions > 1 else ["channels_last"]
+    formats = formats if memory_format == "auto" else [memory_format]
     return [Setting(precision, layout) for precision in precisions for layout in formats]
 
 
@@ -128,14 +131,18 @@ def choose(timings: dict[Setting, Timing]) -> Setting:
 
 
 def pick_setting(
-    model: nn.Module, pixel_values: Tensor, labels: Tensor, num_steps: int
+    model: nn.Module,
+    pixel_values: Tensor,
+    labels: Tensor,
+    num_steps: int,
+    memory_format: str = "auto",
 ) -> tuple[Setting, str]:
     """The fastest sound setting for `num_steps` such steps, and one line that says what was found.
 
     Measuring takes at most a twentieth of the run; a shorter run keeps the first candidate. Compiling is
     tried where it can pay.
     """
-    settings = candidates(model, pixel_values.device)
+    settings = candidates(model, pixel_values.device, memory_format)
     first, batch = settings[0], len(labels)
     few = min(batch, FEW_IMAGES)
     image_seconds = (
@@ -197,10 +204,12 @@ def _measured(
 ) -> Setting:
     """What the first process finds; one setting for all."""
     train = config.train
-    sharded = {os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")}
-    if "true" in sharded:  # the whole model may fit on no single device
-        return Setting()
-    found = [Setting()]
+    unmeasured = Setting()
+    if train.memory_format != "auto":
+        unmeasured = Setting(memory_format=train.memory_format)
+    if is_sharded():  # the whole model may fit on no single device
+        return unmeasured
+    found = [unmeasured]
     if train.process_index == 0:
         preprocessing = Preprocessing.from_image_processor(image_processor)
         size = min(train.train_batch_size, len(split))
@@ -208,12 +217,21 @@ def _measured(
         pixel_values = image.repeat(size, 1, 1, 1).to(train.device)
         labels = torch.from_numpy(split.labels[:size]).to(train.device)
         found[0], line = pick_setting(
-            model.to(train.device), pixel_values, labels, num_batches(config, len(split))
+            model.to(train.device),
+            pixel_values,
+            labels,
+            num_batches(config, len(split)),
+            train.memory_format,
         )
         logger.info(line)
     if train.world_size > 1:
         broadcast_object_list(found)
     return found[0]
+
+
+def is_sharded() -> bool:
+    """Whether the launcher asks for FSDP or DeepSpeed."""
+    return "true" in [os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")]
 
 
 def num_batches(config: RunConfig, num_images: int) -> int:

@@ -194,6 +194,19 @@ def test_an_asked_precision_is_kept(tmp_path, stripes, tiny_vit, flags, caplog):
     assert not measured(caplog)
 
 
+@pytest.mark.parametrize("steps", [3, 400], ids=["short", "measured"])
+def test_an_asked_memory_format_is_kept_while_the_precision_is_picked(convnet, batch, steps):
+    setting, _ = pick_setting(convnet, *batch, num_steps=steps, memory_format="contiguous")
+    assert setting.memory_format == "contiguous"
+
+
+def test_a_run_keeps_the_asked_memory_format(tmp_path, stripes, tiny_vit):
+    flags = ["--max_steps", "2", "--memory_format", "contiguous"]
+    finetune_classifier(run(tmp_path, stripes, tiny_vit, *flags))
+    saved = RunConfig.load(tmp_path / "run" / "config.yaml").train
+    assert (saved.precision, saved.memory_format) == ("fp32", "contiguous")
+
+
 def test_contiguous_images_stay_so(tmp_path, stripes, tiny_vit):
     from hf_cifar.data.splits import load_splits
     from hf_cifar.finetune import build_trainer, resolve_defaults
