@@ -109,12 +109,10 @@ def test_rates_by_family():
     pretrained = default_rates(transformer, 64)
     assert 0 < pretrained.learning_rate < default_rates(network, 64).learning_rate
     assert default_rates(network, 64).learning_rate < default_rates(depthwise, 64).learning_rate
-    assert pretrained.layer_decay == default_rates(network, 64).layer_decay == 1
-    assert default_rates(depthwise, 64).layer_decay < 1
     assert default_rates(depthwise, 64).max_grad_norm == 0
     assert pretrained.max_grad_norm == default_rates(network, 64).max_grad_norm == 1
     for model in (transformer, network, depthwise):
-        assert default_rates(model, 64, scratch=True) == (1e-3, 1, 1)
+        assert default_rates(model, 64, scratch=True) == (1e-3, 1)
     freeze(transformer, "backbone")
     head = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     assert head < 0.05 * sum(p.numel() for p in transformer.parameters())

@@ -123,8 +123,11 @@ def _load_pretrained(config: ModelConfig, id2label: dict[int, str]) -> tuple[Cla
     mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
     new = set(loading["missing_keys"]) | mismatched
     head = head_parameter_names(model)
-    if old_labels != id2label and not head <= new:
-        _initialise_head(model)
+    if old_labels != id2label or head & new:
+        if target.model_type == "timm_wrapper":
+            _draw_timm_head(model, head)
+        elif not head <= new:
+            _draw_head(model, head)
         new |= head
     processor = AutoImageProcessor.from_pretrained(name, **options)
     if target.model_type == "timm_wrapper":
@@ -261,9 +264,24 @@ def _interpolate_positions(weight: Tensor, shape: torch.Size, name: str, size: i
     raise UserError(f"--image_size {size}: this model's {name} cannot be resized; use its own size")
 
 
-def _initialise_head(model: PreTrainedModel) -> None:
+def _draw_timm_head(model: PreTrainedModel, head: set[str]) -> None:
+    """New weights for the head of a timm model, as timm draws them.
+
+    transformers gives every layer N(0, 0.02). EfficientNet-Lite0 learns far more slowly from that than from
+    timm's own, nine times as wide: on CIFAR-10 its loss at step 200 is 1.47 in place of 1.26.
+    """
+    import timm
+
+    config = model.config
+    drawn = timm.create_model(
+        config.architecture, num_classes=config.num_labels, **(config.model_args or {})
+    ).state_dict()
+    head = {name.removeprefix("timm_model.") for name in head}
+    model.timm_model.load_state_dict({name: drawn[name] for name in head}, strict=False)
+
+
+def _draw_head(model: PreTrainedModel, head: set[str]) -> None:
     """New weights for a head of the right shape that was trained for other labels."""
-    head = head_parameter_names(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in head and parameter.ndim > 1:

@@ -95,16 +95,8 @@ def _timm_blocks(model: PreTrainedModel) -> list[str]:
 
 def _no_blocks(what: str) -> UserError:
     return UserError(
-        f"{what} has no stages or blocks; use --freeze none or backbone, and --layer_decay 1"
+        f"{what} has no stages or blocks; use --freeze none or backbone, and no --layer_decay"
     )
-
-
-def has_blocks(model: PreTrainedModel) -> bool:
-    """Whether `backbone_blocks` finds any."""
-    try:
-        return bool(backbone_blocks(model))
-    except UserError:
-        return False
 
 
 def block_depths(model: PreTrainedModel) -> dict[str, int]:

@@ -88,7 +88,21 @@ def test_labels_go_into_the_saved_config(name, checkpoints, tmp_path):
     assert again.config.label2id == model.config.label2id
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet", "timm/test_resnet"])
+@pytest.mark.parametrize("name", ["timm/test_efficientnet", "timm/test_resnet", "timm/test_vit"])
+@pytest.mark.parametrize("labels", [LABELS, dict(enumerate("abcde"))], ids=["fewer", "as many"])
+def test_a_new_timm_head_is_drawn_as_timm_draws_it(name, labels, checkpoints):
+    """Not from transformers' N(0, 0.02): the spread is that of a model that timm makes."""
+    head = HEADS[name].removeprefix("timm_model.")
+    expected = timm.create_model(name.removeprefix("timm/"), num_classes=len(labels)).state_dict()
+    state = build(checkpoints(name), labels).model.timm_model.state_dict()
+    for part in ("weight", "bias"):
+        found, wanted = state[f"{head}.{part}"], expected[f"{head}.{part}"]
+        assert found.shape == wanted.shape
+        if part == "weight" or not wanted.any():
+            assert found.std().item() == pytest.approx(wanted.std().item(), rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_same_number_of_other_classes_gets_a_new_head(name, checkpoints):
     other = dict(enumerate(("car", "bus", "van", "cab", "bike")))
     folder = checkpoints(name)
