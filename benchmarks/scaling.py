@@ -1,0 +1,139 @@
+"""How cost grows: processes, images, image size, batch size; and peak memory next to the plain recipe.
+
+python -m benchmarks.scaling [--rounds 3] [--dataset_name DATA]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import ROOT, compare
+from benchmarks.peers import small_pictures
+
+MODEL = "scratch/tf_efficientnet_lite0"
+FINETUNE = "scripts/finetune.py"
+STEPS, BATCH = 24, 32
+# The plain recipe on the whole data set, for its memory; prints the peak in MB.
+PLAIN_MEMORY = """
+import resource, sys
+from benchmarks.peers import Task, plain
+plain(Task(sys.argv[2], 96, 32, 3, sys.argv[1]))()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+OURS_MEMORY = """
+import resource, sys
+from hf_cifar.cli import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+sys.exit(code)
+"""
+
+
+def flags(data: str, output_dir: str, *more: str) -> list[str]:
+    """Options of a short run that computes the same way everywhere."""
+    return [
+        "--dataset_name", data, "--model_name_or_path", MODEL, "--output_dir", output_dir,
+        "--image_size", "96", "--per_device_train_batch_size", str(BATCH), "--precision", "fp32",
+        "--max_steps", str(STEPS), "--eval_strategy", "no", "--save_strategy", "no",
+        "--max_eval_samples", "20", "--disable_tqdm", "true", *more,
+    ]  # fmt: skip
+
+
+def command_output(command: list[str], **environment: str) -> str:
+    """What a command prints; its errors are shown if it fails."""
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stdout
+
+
+def training_facts(launcher: list[str], data: str, *more: str, **environment: str) -> dict:
+    """`run.json` of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = str(Path(folder, "run"))
+        command_output([*launcher, FINETUNE, *flags(data, run, *more)], **environment)
+        return json.loads(Path(run, "run.json").read_text())
+
+
+def speed(data: str, *more: str) -> Callable[[], float]:
+    """Images/s of a run in one process."""
+    return lambda: training_facts([sys.executable], data, *more)["train_images_per_second"]
+
+
+def two_processes(data: str) -> Callable[[], float]:
+    """Images/s of two processes of half the threads and half the batch each."""
+    threads = max(1, torch.get_num_threads() // 2)
+    launcher = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/cpu.yaml",
+        "--num_processes", "2", "--main_process_port", "0",
+    ]  # fmt: skip
+    batch = ["--per_device_train_batch_size", str(BATCH // 2)]
+    return lambda: training_facts(launcher, data, *batch, OMP_NUM_THREADS=str(threads))[
+        "train_images_per_second"
+    ]
+
+
+def epoch_seconds(data: str, num_images: int) -> Callable[[], float]:
+    """Seconds of one epoch over `num_images` images."""
+    more = ["--max_steps", "-1", "--num_train_epochs", "1", "--max_train_samples", str(num_images)]
+    return lambda: training_facts([sys.executable], data, *more)["train_seconds"]
+
+
+def peak_memory(script: str, *arguments: str) -> float:
+    """MB that the largest process held at most."""
+    return float(command_output([sys.executable, "-c", script, *arguments]).split()[-1])
+
+
+def ours_memory(data: str) -> float:
+    """A short run of ours over all images of the data set."""
+    with tempfile.TemporaryDirectory() as folder:
+        more = ("--max_steps", "6", "--use_cpu")
+        return peak_memory(OURS_MEMORY, "finetune", *flags(data, str(Path(folder, "run")), *more))
+
+
+def main() -> None:
+    """Processes, then growth, then memory."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dataset_name", help="default: 4,000 PNG images of 32 x 32 px, made here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.dataset_name or str(small_pictures(Path(folder, "data")))
+        shared = {
+            "rounds": options.rounds, "model": MODEL, "batch_size": BATCH,
+            "dataset_name": options.dataset_name or "small_pictures",
+        }  # fmt: skip
+        if not torch.cuda.is_available():
+            runs = {"two processes": two_processes(data), "one process": speed(data)}
+            compare("processes, the same threads in all", runs, **shared)
+        sizes = {f"{n} px": speed(data, "--image_size", str(n)) for n in (64, 96, 128)}
+        compare("growth with the image size", sizes, **shared)
+        batches = {
+            f"batch {n}": speed(
+                data, "--per_device_train_batch_size", str(n), "--max_steps", str(768 // n)
+            )
+            for n in (16, 32, 64)
+        }
+        compare("growth with the batch", batches, **shared)
+        images = {f"{n} images": epoch_seconds(data, n) for n in (500, 1000, 2000)}
+        compare("growth with the images, one epoch", images, "s", **shared)
+        memory = {
+            "ours": lambda: ours_memory(data),
+            "plain": lambda: peak_memory(PLAIN_MEMORY, data, MODEL),
+        }
+        compare("peak memory", memory, "MB", **shared)
+
+
+if __name__ == "__main__":
+    main()
