@@ -27,14 +27,25 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     Raises: UserError for an unknown model, or a folder without images.
     """
     files = expand_paths(paths)
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    dtype = _autocast_dtype(config, device)
     model, image_processor = load_classifier(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     model = model.to(device, memory_format=torch.channels_last).eval()
     preprocessing = Preprocessing.from_image_processor(image_processor)
     for batch, images in decoded_ahead(files, config.batch_size):
-        yield from _predict_batch(model, preprocessing, batch, images, config.top_k)
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            records = _predict_batch(model, preprocessing, batch, images, config.top_k)
+        yield from records
+
+
+def _autocast_dtype(config: PredictConfig, device: torch.device) -> torch.dtype:
+    if config.fp16 and device.type == "cpu":
+        raise UserError(
+            "--fp16 needs a GPU and there is none; use --bf16 --use_cpu, or leave it out"
+        )
+    return torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else torch.float32
 
 
 def decoded_ahead(
@@ -78,8 +89,9 @@ def _predict_batch(
     files: Sequence[Path],
     images: Sequence[np.ndarray | UserError],
     top_k: int,
-) -> Iterator[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     device = next(model.parameters()).device
+    records: list[dict[str, Any]] = []
     readable = [image for image in images if not isinstance(image, UserError)]
     rows = iter(())
     if readable:
@@ -90,11 +102,12 @@ def _predict_batch(
         rows = iter(logits.float().softmax(dim=1).cpu())
     for file, image in zip(files, images, strict=True):
         if isinstance(image, UserError):
-            yield {"path": str(file), "error": str(image)}
+            records.append({"path": str(file), "error": str(image)})
             continue
         scores, labels = next(rows).topk(min(top_k, len(model.config.id2label)))
         ranked = [
             {"label": model.config.id2label[label], "score": round(score, 6)}
             for score, label in zip(scores.tolist(), labels.tolist(), strict=True)
         ]
-        yield {"path": str(file), **ranked[0], "top_k": ranked}
+        records.append({"path": str(file), **ranked[0], "top_k": ranked})
+    return records

@@ -108,6 +108,20 @@ def test_predict_prints_json_lines_and_goes_on_after_a_broken_image(
     assert main([*argv, str(good[0])]) == 0
 
 
+def test_predict_under_autocast_gives_the_same_labels(finished, stripes, capsys):
+    argv = ["predict", "--model_name_or_path", str(finished), "--use_cpu", str(stripes / "test")]
+    assert main(argv) == 0
+    exact = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main([*argv, "--bf16"]) == 0
+    rounded = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["label"] for r in rounded] == [r["label"] for r in exact]
+    scores = [[r["score"] for r in records] for records in (exact, rounded)]
+    assert scores[0] != scores[1]
+    assert scores[0] == pytest.approx(scores[1], abs=0.05)
+    assert main([*argv, "--fp16"]) == 2
+    assert "--fp16 needs a GPU" in capsys.readouterr().err
+
+
 def test_predict_agrees_with_evaluate_for_any_image_size(finished, tmp_path, capsys, stripes):
     """One resampling, whatever the size of the file: a doubled image gets the same label."""
     path = next((stripes / "test" / "down").glob("*.png"))
