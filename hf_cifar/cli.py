@@ -217,11 +217,11 @@ def _require_model(name: str) -> None:
 
 def check_images(data: DataConfig, splits: Sequence[str]) -> None:
     """Load and decode now what the command will ask for; it gets the same splits back, at no cost."""
-    from hf_cifar.data.splits import load_splits, load_test_split
+    from hf_cifar.data.splits import Split, load_splits, load_test_split
 
     for name in splits:
         split = load_test_split(data) if name == "test" else getattr(load_splits(data), name)
-        if data.pixel_store != "streamed":
+        if isinstance(split, Split) and data.pixel_store != "streamed":
             split.images  # noqa: B018  decodes, or names the row that cannot be read
 
 
@@ -276,6 +276,7 @@ def quieten(main_process: bool) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its search for CUDA
     logging.getLogger("hf_cifar").setLevel(logging.INFO if main_process else logging.ERROR)
 
 

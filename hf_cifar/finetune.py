@@ -30,12 +30,14 @@ from hf_cifar.data.splits import (
 from hf_cifar.data.store import (
     CPU,
     ResidentStore,
+    ShardStore,
     StreamedStore,
     build_store,
     default_num_workers,
     is_resident,
     stored_view,
 )
+from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import (
     Evaluation,
@@ -54,7 +56,7 @@ from hf_cifar.features import (
 )
 from hf_cifar.hub import check_push, environment, prepare_push, push_run, render_model_card
 from hf_cifar.models.build import build_model
-from hf_cifar.models.layers import block_depths, describe_trainable, has_blocks
+from hf_cifar.models.layers import block_depths, describe_trainable
 from hf_cifar.models.names import SCRATCH
 from hf_cifar.optim import default_rates
 from hf_cifar.options import (
@@ -111,8 +113,11 @@ def build_trainer(
     """The Trainer over both splits' pixels; `config` must be resolved, see `resolve_setting`."""
     preprocessing = Preprocessing.from_image_processor(image_processor)
     kind, args = config.data.pixel_store, config.train
+    shards = shard_store(splits.train, preprocessing, args)
     num_workers = args.dataloader_num_workers
-    if num_workers is None:
+    if num_workers is None and shards:
+        num_workers = shards.num_workers()
+    elif num_workers is None:
         resident = (
             is_resident(splits.train, stored_view(preprocessing, augmented=True), kind),
             is_resident(splits.validation, stored_view(preprocessing, augmented=False), kind),
@@ -132,8 +137,9 @@ def build_trainer(
     check_libraries(args, model)
     model = model.to(memory_format=memory_format)
     stores = [
-        build_store(split, preprocessing, augmented=augmented, kind=kind, device=device)
-        for split, augmented in ((splits.train, True), (splits.validation, False))
+        shards
+        or build_store(splits.train, preprocessing, augmented=True, kind=kind, device=device),
+        build_store(splits.validation, preprocessing, augmented=False, kind=kind, device=device),
     ]
     if trains_on_features(config, model, preprocessing):
         stores = feature_stores(model.to(args.device), splits, stores, preprocessing, config)
@@ -152,6 +158,26 @@ def build_trainer(
     )
 
 
+def shard_store(
+    train: Split | Stream, preprocessing: Preprocessing, args: FinetuneConfig
+) -> ShardStore | None:
+    """This process's part of a stream; None for a split that can be read in any order."""
+    if not isinstance(train, Stream):
+        return None
+    logger.info(
+        "train: about %s images in %d shards, read as they are needed",
+        f"{len(train):,}", train.rows.num_shards,
+    )  # fmt: skip
+    return ShardStore(
+        train,
+        stored_view(preprocessing, augmented=True),
+        batch_size=args.train_batch_size,
+        seed=args.seed,
+        rank=args.process_index,
+        num_processes=args.world_size,
+    )
+
+
 def trains_on_features(
     config: RunConfig, model: PreTrainedModel, preprocessing: Preprocessing
 ) -> bool:
@@ -160,13 +186,14 @@ def trains_on_features(
     Raises: UserError if only that would do, but it is not so.
     """
     wanted = config.model.freeze == "backbone" and config.train.feature_views > 0
+    wanted = wanted and not config.data.streaming
     mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
     if wanted and not mixed and features_suffice(model, preprocessing):
         return True
     if config.train.head_solver == "lbfgs":
         raise UserError(
             "--head_solver lbfgs needs --freeze backbone, --feature_views of 1 or more, a model whose head "
-            "is one linear layer, and no mixup or cutmix"
+            "is one linear layer, and no mixup, cutmix or --streaming"
         )
     return False
 
@@ -338,7 +365,7 @@ def resume_point(config: RunConfig) -> bool | str | None:
 
 
 def resolve_defaults(config: RunConfig, model: PreTrainedModel) -> RunConfig:
-    """Fill in what depends on the model: learning rates and clipping.
+    """Fill in what depends on the model: learning rate and clipping.
 
     Raises: UserError for a layer decay without layers, or a disk without room for the checkpoints.
     """
@@ -346,8 +373,6 @@ def resolve_defaults(config: RunConfig, model: PreTrainedModel) -> RunConfig:
     batch_size = train.train_batch_size * train.gradient_accumulation_steps * train.world_size
     scratch = config.model.model_name_or_path.startswith(SCRATCH)
     defaults = default_rates(model, batch_size, scratch=scratch)._asdict()
-    if train.layer_decay is None and not has_blocks(model):
-        defaults["layer_decay"] = 1.0
     missing = {name: value for name, value in defaults.items() if getattr(train, name) is None}
     train = dataclasses.replace(train, **missing)
     if train.layer_decay != 1:
@@ -413,6 +438,7 @@ def run_facts(trainer: ImageClassificationTrainer, splits: Splits) -> dict[str, 
                 name: int((split.labels == label).sum()) for label, name in split.id2label.items()
             }
             for split in (splits.train, splits.validation)
+            if isinstance(split, Split)  # nobody has counted a stream's
         },
         "trainable": describe_trainable(trainer.model),
         "steps": state.global_step,

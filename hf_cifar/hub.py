@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
 from hf_cifar.config import RunConfig
 from hf_cifar.data.splits import Splits
+from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.metrics import HEADLINE_FIGURES, render_figure
 from hf_cifar.network import looks_like_path, require_network
@@ -162,7 +163,6 @@ def render_model_card(
     }  # fmt: skip
     seconds = facts["train_seconds"]
     start = "trained from random weights" if base.startswith("scratch/") else "fine-tuned"
-    own_validation = splits.validation.source_split != splits.train.source_split
     card = ModelCard.from_template(
         card_data,
         template_str=TEMPLATE,
@@ -181,8 +181,7 @@ def render_model_card(
         data=(
             f"`{dataset}`: {len(splits.train):,} images to train on, "
             f"{len(splits.validation):,} for validation, "
-            + ("the data set's own validation split. " if own_validation else
-               f"stratified, split seed {config.data.split_seed}. ")
+            + _validation_source(splits, config.data.split_seed)
             + f"Split hash (SHA-256 over row ids and labels): `{splits.hash}`."
         ),
         procedure=(
@@ -209,6 +208,14 @@ def _results_table(metrics: dict[str, Any]) -> str:
         for split, figures in metrics.items()
     ]
     return _table(("split", *HEADLINE_FIGURES), rows)
+
+
+def _validation_source(splits: Splits, seed: int) -> str:
+    if splits.validation.source_split != splits.train.source_split:
+        return "the data set's own validation split. "
+    if isinstance(splits.train, Stream):
+        return f"the first of those that a hash of their bytes holds out, split seed {seed}. "
+    return f"stratified, split seed {seed}. "
 
 
 def _table(header: tuple[str, ...], rows: list[tuple]) -> str:

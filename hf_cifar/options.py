@@ -59,6 +59,11 @@ class DataConfig:
         None, "Use at most this many validation (or test) images, stratified."
     )
 
+    streaming: bool = option(
+        False,
+        "Read train shard by shard as training goes, for data that is larger than the disk; samples are then "
+        "the first ones.",
+    )
     pixel_store: Literal["auto", "resident", "streamed"] = option(
         "auto",
         "Where decoded images live: resident in memory, or streamed by loader processes; auto goes by "
@@ -74,6 +79,8 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} is {value}; it must be at least 1")
+        if self.streaming and self.pixel_store == "resident":
+            raise UserError("--streaming and --pixel_store resident exclude each other")
 
 
 @dataclass(frozen=True)
@@ -187,10 +194,8 @@ class FinetuneOptions:
         "With --freeze backbone: train the head in epochs, or solve for it exactly, with the penalty that "
         "does best on validation.",
     )
-    layer_decay: float | None = option(
-        None,
-        "Share of the learning rate that each block has of the block behind it; if not given, the model "
-        "family's default.",
+    layer_decay: float = option(
+        1.0, "Share of the learning rate that each block has of the block behind it."
     )
     early_stopping_patience: int | None = option(
         None, "Stop after this many evaluations without a better validation accuracy."
@@ -237,6 +242,8 @@ class PredictConfig:
     )
     top_k: int = option(5, "Number of classes listed for each image.")
     batch_size: int = option(64, "Images per step.")
+    bf16: bool = option(False, "Predict under bfloat16 autocast.")
+    fp16: bool = option(False, "Predict under float16 autocast (GPU).")
     use_cpu: bool = option(False, "Predict on the CPU even where there is a GPU.")
     trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
 

@@ -25,7 +25,7 @@ from transformers import BaseImageProcessor
 from hf_cifar.config import RunConfig
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import Split
-from hf_cifar.data.store import to_batch
+from hf_cifar.data.streams import Stream
 from hf_cifar.options import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def resolve_setting(
     config: RunConfig,
     model: nn.Module,
     image_processor: BaseImageProcessor,
-    train_split: Split,
+    train_split: Split | Stream,
     *,
     resumed: bool = False,
 ) -> RunConfig:
@@ -200,7 +200,7 @@ def resolve_setting(
 
 
 def _measured(
-    config: RunConfig, model: nn.Module, image_processor: BaseImageProcessor, split: Split
+    config: RunConfig, model: nn.Module, image_processor: BaseImageProcessor, split: Split | Stream
 ) -> Setting:
     """What the first process finds; one setting for all."""
     train = config.train
@@ -213,9 +213,9 @@ def _measured(
     if train.process_index == 0:
         preprocessing = Preprocessing.from_image_processor(image_processor)
         size = min(train.train_batch_size, len(split))
-        image = preprocessing(to_batch(split.decode(0)))
-        pixel_values = image.repeat(size, 1, 1, 1).to(train.device)
-        labels = torch.from_numpy(split.labels[:size]).to(train.device)
+        noise = torch.randint(0, 256, (size, 3, *preprocessing.size), dtype=torch.uint8)
+        pixel_values = preprocessing(noise.to(train.device))
+        labels = torch.arange(size, device=train.device) % model.config.num_labels
         found[0], line = pick_setting(
             model.to(train.device),
             pixel_values,

@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from hf_cifar.callbacks import StopAtNaN, TrainingLines, TrainingProgress
 from hf_cifar.data.augmentation import Augmentation
 from hf_cifar.data.preprocessing import Preprocessing
-from hf_cifar.data.store import take_batch
+from hf_cifar.data.store import ShardStore, take_batch
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.metrics import compute_training_metrics
 from hf_cifar.features import draw_view
@@ -52,6 +54,27 @@ class ImageClassificationTrainer(Trainer):
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(shown)
         self.add_callback(StopAtNaN)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The parent's; of a stream, the part that the store has for this process, not shared out again."""
+        if not isinstance(self.train_dataset, ShardStore):
+            return super().get_train_dataloader()
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=None,  # the store's items are batches
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(
+            loader,
+            args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,  # else the first process would read for all
+        )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(super()._prepare_inputs(inputs))
@@ -101,7 +124,7 @@ class ImageClassificationTrainer(Trainer):
         """The parent's, with its learning rate made smaller block by block towards the input."""
         if self.optimizer is None:
             super().create_optimizer(model)
-            if self.args.layer_decay not in (None, 1):
+            if self.args.layer_decay != 1:
                 classifier = self.accelerator.unwrap_model(
                     self.model if model is None else model, keep_torch_compile=False
                 )

@@ -37,6 +37,36 @@ def stripes(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def shards(stripes, tmp_path_factory):
+    """The stripes in Hub layout: train in four Parquet files, and a README that counts the rows."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    root = tmp_path_factory.mktemp("shards")
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=["across", "down"])})
+    for split, files in (("train", 4), ("test", 1)):
+        # The classes take turns, as in shuffled files.
+        images = sorted((stripes / split).rglob("*.png"), key=lambda path: path.name)
+        for part in range(files):
+            chosen = images[part * len(images) // files : (part + 1) * len(images) // files]
+            cells = [{"bytes": path.read_bytes(), "path": path.name} for path in chosen]
+            labels = [features["label"].names.index(path.parent.name) for path in chosen]
+            target = root / "data" / f"{split}-{part:05}-of-{files:05}.parquet"
+            target.parent.mkdir(exist_ok=True)
+            rows = Dataset.from_dict({"img": cells, "label": labels}, features=features)
+            rows.to_parquet(str(target))
+    (root / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        "  - {split: train, path: data/train-*}\n  - {split: test, path: data/test-*}\n"
+        "dataset_info:\n  config_name: default\n  features:\n  - {name: img, dtype: image}\n"
+        "  - name: label\n    dtype:\n      class_label:\n        names: {'0': across, '1': down}\n"
+        "  splits:\n  - {name: train, num_bytes: 20000, num_examples: 80}\n"
+        "  - {name: test, num_bytes: 5000, num_examples: 22}\n---\n"
+    )
+    return root
+
+
+@pytest.fixture(scope="session")
 def colours(tmp_path_factory):
     """An image folder of 16 x 16 px in all colours, of two classes."""
     root = tmp_path_factory.mktemp("colours")

@@ -77,6 +77,16 @@ def test_metrics_are_exact_when_the_split_does_not_divide_evenly(runs):
         assert two[split]["cross_entropy"] == pytest.approx(one[split]["cross_entropy"], rel=1e-3)
 
 
+def test_two_processes_stream_shards_of_their_own(tmp_path, shards, tiny_vit):
+    """Each has half of the 72 images in whole batches of 4, and both end with one model."""
+    flags = ("--streaming", "--max_eval_samples", "8")
+    done = launch(tmp_path / "run", shards, tiny_vit, 2, *flags)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["processes"], facts["steps"]) == (2, 2 * 9)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["num_images"] == 8
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_launch_configuration_parses(path):
     from accelerate.commands.config.config_args import load_config_from_file

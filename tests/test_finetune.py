@@ -1,6 +1,7 @@
 """hf_cifar.finetune: whole runs on a tiny model, and what they leave behind."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -298,3 +299,44 @@ def test_a_run_that_diverges_says_so(tmp_path, stripes, tiny_vit, strategy):
             "--warmup_steps", "0", "--max_grad_norm", "0", "--logging_steps", "2",
             "--eval_strategy", strategy, "--num_train_epochs", "4",
         )  # fmt: skip
+
+
+STREAMED = ("--streaming", "--max_eval_samples", "8", "--label_column_name", "label")
+THREE_EPOCHS = (
+    "--num_train_epochs", "3", "--dataloader_num_workers", "2", "--do_predict",
+    "--save_total_limit", "3", "--load_best_model_at_end", "false",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def streamed_run(tmp_path_factory, shards, tiny_vit):
+    folder = tmp_path_factory.mktemp("runs") / "streamed"
+    run(folder, shards, tiny_vit, *STREAMED, *THREE_EPOCHS)
+    return folder
+
+
+def test_a_stream_trains_in_epochs_of_whole_batches(streamed_run):
+    facts = json.loads((streamed_run / "run.json").read_text())
+    assert facts["num_train"] == 72
+    assert facts["steps"] == 3 * 9
+    assert list(facts["label_counts"]) == ["validation"]
+    assert saved_metrics(streamed_run)["test"]["num_images"] == 8
+    assert "hash of their bytes" in (streamed_run / "README.md").read_text()
+
+
+def test_a_stream_resumes_to_the_same_weights(tmp_path, streamed_run, shards, tiny_vit):
+    """Another run that stops early and goes on ends where the undisturbed one does."""
+    folder = tmp_path / "again"
+    shutil.copytree(streamed_run, folder)
+    for path in [*folder.glob("checkpoint-27"), *folder.glob("*.safetensors")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert (folder / "checkpoint-18").is_dir()
+    run(folder, shards, tiny_vit, *STREAMED, *THREE_EPOCHS, "--resume_from_checkpoint", "last")
+    before, after = weights(streamed_run), weights(folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_stream_has_no_features_to_keep(tmp_path, shards, tiny_vit):
+    flags = (*STREAMED, "--freeze", "backbone", "--head_solver", "lbfgs")
+    with pytest.raises(UserError, match="no mixup, cutmix or --streaming"):
+        run(tmp_path / "run", shards, tiny_vit, *flags)

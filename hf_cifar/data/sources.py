@@ -10,7 +10,15 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDatasetDict,
+    Value,
+)
 
 from hf_cifar.data.cifar_archives import cifar_version, read_cifar
 from hf_cifar.data.images import list_images, pnm_bytes
@@ -29,13 +37,7 @@ def load_source(config: DataConfig) -> DatasetDict:
     Raises: UserError for an unknown data set, no network, or columns that cannot be told apart.
     """
     name = config.dataset_name
-    if name.startswith(BUNDLED):
-        _refuse_configuration(config)
-        splits = _load_bundled(name.removeprefix(BUNDLED))
-    elif looks_like_path(name):
-        splits = _load_local(Path(name).expanduser(), config)
-    else:
-        splits = _load_hub(name, config)
+    splits = open_data_set(config)
     empty = [split for split, rows in splits.items() if not len(rows)]
     if empty or not splits:
         raise UserError(
@@ -46,6 +48,21 @@ def load_source(config: DataConfig) -> DatasetDict:
         {split: splits[split] for split in sorted(splits, key=lambda s: s != "train")}
     )
     return _standard_columns(splits, config)
+
+
+def open_data_set(config: DataConfig, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+    """All splits as their source has them; streaming: unread, which needs a folder or the Hub.
+
+    Raises: UserError for an unknown data set, no network, or a source that cannot be streamed.
+    """
+    name = config.dataset_name
+    if name.startswith(BUNDLED):
+        _refuse_configuration(config)
+        _refuse_streaming(name, streaming)
+        return _load_bundled(name.removeprefix(BUNDLED))
+    if looks_like_path(name):
+        return _load_local(Path(name).expanduser(), config, streaming)
+    return _load_hub(name, config, streaming)
 
 
 @contextlib.contextmanager
@@ -64,6 +81,14 @@ def _refuse_configuration(config: DataConfig) -> None:
     if config.dataset_config_name is not None:
         raise UserError(
             f"{config.dataset_name} has one configuration; leave out --dataset_config_name"
+        )
+
+
+def _refuse_streaming(name: str, streaming: bool) -> None:
+    if streaming:
+        raise UserError(
+            f"{name} cannot be streamed: that takes a Hub id, or a folder in Hub layout or of images; leave "
+            "out --streaming"
         )
 
 
@@ -101,11 +126,14 @@ def _from_pixels(columns: dict[str, Any], names: dict[str, list[str]]) -> Datase
     return Dataset.from_dict({"image": encoded} | {c: columns[c] for c in names}, features=features)
 
 
-def _load_local(path: Path, config: DataConfig) -> DatasetDict:
+def _load_local(
+    path: Path, config: DataConfig, streaming: bool
+) -> DatasetDict | IterableDatasetDict:
     if not path.exists():
         raise UserError(f"no data set {config.dataset_name}: there is no such file or folder")
     if cifar_version(path) is not None:
         _refuse_configuration(config)
+        _refuse_streaming(config.dataset_name, streaming)
         parts, names = read_cifar(path)
         return DatasetDict(
             {split: _from_pixels(columns, names) for split, columns in parts.items()}
@@ -118,9 +146,12 @@ def _load_local(path: Path, config: DataConfig) -> DatasetDict:
     with quiet_datasets():
         try:
             if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+                _refuse_streaming(config.dataset_name, streaming)
                 saved = datasets.load_from_disk(str(path))
                 return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-            splits = datasets.load_dataset(str(path), config.dataset_config_name)
+            splits = datasets.load_dataset(
+                str(path), config.dataset_config_name, streaming=streaming
+            )
             _check_class_folders(path, splits)
             return splits
         except IndexError:  # what load_from_disk makes of a split without rows
@@ -135,12 +166,12 @@ def _load_local(path: Path, config: DataConfig) -> DatasetDict:
             ) from None
 
 
-def _check_class_folders(path: Path, splits: DatasetDict) -> None:
+def _check_class_folders(path: Path, splits: DatasetDict | IterableDatasetDict) -> None:
     """Where plain images were found: each class must be a folder of its own, with images.
 
     Raises: UserError that names a lone class, an image outside the class folders, or an empty one.
     """
-    columns = set(next(iter(splits.values())).features)
+    columns = set(next(iter(splits.values())).features or ())
     if not columns <= {"image", "label"} or "image" not in columns:
         return
     images = list_images(path)
@@ -165,10 +196,10 @@ def _check_class_folders(path: Path, splits: DatasetDict) -> None:
                 raise UserError(f"class folder {folder} holds no images; add some or remove it")
 
 
-def _load_hub(name: str, config: DataConfig) -> DatasetDict:
+def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | IterableDatasetDict:
     require_network(f"data set {name}")
     try:
-        return datasets.load_dataset(name, config.dataset_config_name)
+        return datasets.load_dataset(name, config.dataset_config_name, streaming=streaming)
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         from huggingface_hub import constants
 
@@ -187,8 +218,8 @@ def _first_line(error: Exception) -> str:
 def _standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
     """Find the image and label columns by type, rename them, and make the labels class labels."""
     features = next(iter(splits.values())).features
-    image = _find_column(features, Image, config.image_column_name, "image")
-    label = _find_column(features, ClassLabel, config.label_column_name, "label")
+    image = find_column(features, Image, config.image_column_name, "image")
+    label = find_column(features, ClassLabel, config.label_column_name, "label")
     if image == label:
         raise UserError(
             f"column {image!r} cannot be both image and label; pass another --label_column_name"
@@ -215,7 +246,7 @@ def _standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
     return DatasetDict(standard)
 
 
-def _find_column(features: Features, kind: type, asked: str | None, role: str) -> str:
+def find_column(features: Features, kind: type, asked: str | None, role: str) -> str:
     flag = f"--{role}_column_name"
     if asked is not None:
         if asked not in features:

@@ -6,12 +6,12 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import psutil
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from hf_cifar.data.disk_cache import (
@@ -22,6 +22,7 @@ from hf_cifar.data.disk_cache import (
 )
 from hf_cifar.data.images import decode_cell, decode_cells
 from hf_cifar.data.sources import load_source
+from hf_cifar.data.streams import Stream, gather, load_streams, num_rows
 from hf_cifar.errors import UserError
 from hf_cifar.options import DataConfig
 
@@ -125,7 +126,7 @@ class Split:
 class Splits:
     """What training may see. There is no test split here; see `load_test_split`."""
 
-    train: Split
+    train: Split | Stream
     validation: Split
 
     @property
@@ -134,9 +135,14 @@ class Splits:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Identifies the split: SHA-256 over the row ids, labels and label counts of both parts."""
+        """Identifies the split: SHA-256 over the row ids, labels and label counts of both parts; of a stream,
+        over how many rows it has and which share of them, by which seed, is held out."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
+            if isinstance(split, Stream):
+                header = [split.source_split, split.num_rows, split.held_out, split.seed]
+                digest.update(json.dumps([*header, list(self.id2label.values())]).encode())
+                continue
             counts = np.bincount(split.labels, minlength=len(self.id2label)).tolist()
             header = [split.name, split.source_split, counts, list(self.id2label.values())]
             digest.update(json.dumps(header).encode())
@@ -152,22 +158,21 @@ def load_splits(config: DataConfig) -> Splits:
     The last result is kept: asking twice costs nothing.
     Raises: UserError for data that cannot be trained on.
     """
+    if config.streaming:
+        return _load_streamed_splits(config)
     source = load_source(config)
     train_name = _train_name(source)
     train = source[train_name]
     labels = np.asarray(train["label"][:], dtype=np.int64)
     names = train.features["label"].names
-    if len(names) < 2:
-        raise UserError(
-            f"{config.dataset_name} has {len(names)} class; a classifier needs two or more"
-        )
+    _require_classes(names, config)
     missing = [name for i, name in enumerate(names) if not (labels == i).any()]
     if missing:
         raise UserError(
             f"class {missing[0]!r} has no image in {train_name} ({len(missing)} of {len(names)} classes are "
             "missing); add images or drop its name"
         )
-    own = next((name for name in VALIDATION_NAMES if name in source), None)
+    own = _own_validation(source)
     if own is not None:
         validation = _split("validation", source[own], own, np.arange(len(source[own])))
         train_ids = np.arange(len(train))
@@ -187,6 +192,45 @@ def load_splits(config: DataConfig) -> Splits:
     )  # fmt: skip
 
 
+def _load_streamed_splits(config: DataConfig) -> Splits:
+    """As `load_splits`, of a data set of which only validation is read here."""
+    source = load_streams(config)
+    train_name = _train_name(source)
+    train = source[train_name]
+    _require_classes(train.features["label"].names, config)
+    own = _own_validation(source)
+    limit, held_out, seed = config.max_eval_samples, config.train_val_split, config.split_seed
+    if own is not None:
+        held_out = 0.0
+        rows, row_ids = gather("validation", source[own], limit)
+    elif limit is None:
+        raise UserError(
+            f"{config.dataset_name} has no validation split, and a stream is not read to the end for one; "
+            "pass --max_eval_samples, say 5000, to hold out that many of its first images"
+        )
+    else:
+        rows, row_ids = gather("validation", train, limit, held_out, seed)
+    size = num_rows(train, train_name)
+    if config.max_train_samples is not None:
+        train = train.take(config.max_train_samples)
+        size = min(config.max_train_samples, size or config.max_train_samples)
+    return Splits(
+        train=Stream("train", train_name, train, size, held_out, seed),
+        validation=Split("validation", rows, row_ids, own or train_name),
+    )
+
+
+def _require_classes(names: Sequence[str], config: DataConfig) -> None:
+    if len(names) < 2:
+        raise UserError(
+            f"{config.dataset_name} has {len(names)} class; a classifier needs two or more"
+        )
+
+
+def _own_validation(source: Mapping) -> str | None:
+    return next((name for name in VALIDATION_NAMES if name in source), None)
+
+
 @functools.lru_cache(maxsize=1)
 def load_test_split(config: DataConfig) -> Split:
     """The test split, labelled. For the final evaluation alone: nothing that is tuned may read it.
@@ -194,6 +238,9 @@ def load_test_split(config: DataConfig) -> Split:
     Raises: UserError if the data set has no labelled test split.
     """
     require_test_split(config)
+    if config.streaming:
+        rows, row_ids = gather("test", load_streams(config)["test"], config.max_eval_samples)
+        return Split("test", rows, row_ids, "test")
     source = load_source(config)
     test = _split("test", source["test"], "test", np.arange(len(source["test"])))
     return subsample(test, config.max_eval_samples, config.split_seed, "--max_eval_samples")
@@ -201,7 +248,7 @@ def load_test_split(config: DataConfig) -> Split:
 
 def require_test_split(config: DataConfig) -> None:
     """Raises: UserError if the data set has no labelled test split."""
-    source = load_source(config)
+    source = load_streams(config) if config.streaming else load_source(config)
     if "test" not in source:
         raise UserError(
             f"data set {config.dataset_name} has no labelled test split, only {list(source)}; leave out "
@@ -222,7 +269,7 @@ def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -
     return Split(split.name, split.rows.select(kept), split.row_ids[kept], split.source_split)
 
 
-def _train_name(source: DatasetDict) -> str:
+def _train_name(source: Mapping) -> str:
     if "train" in source:
         return "train"
     # A lone split is to be trained on, whatever its name, unless the name says that it is not.

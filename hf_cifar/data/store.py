@@ -1,4 +1,8 @@
-"""uint8 pixels for the loader: a split resident in memory or on the device, or streamed by workers."""
+"""uint8 pixels for the loader: a split resident in memory or on the device, or streamed by workers.
+
+`ResidentStore` has every pixel, `StreamedStore` decodes the rows that it is asked for, and `ShardStore` reads
+what can only be read in order.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,18 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import Split, memory_to_spare
+from hf_cifar.data.streams import Stream
+from hf_cifar.errors import UserError
 
 logger = logging.getLogger(__name__)
 # Images of mixed sizes are kept this much larger than the model sees them, for random crops to use.
@@ -78,6 +84,77 @@ class StreamedStore(Dataset):
             "pixel_values": torch.cat(images),
             "labels": self.labels[torch.as_tensor(positions)],
         }
+
+
+class ShardStore(IterableDataset):
+    """Batches from a stream of shards: this process's part, decoded and resized by the loader's workers.
+
+    An item is a whole batch, {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B]}; an epoch has only
+    whole ones. A worker whose shards end before its share of the epoch is over reads them again.
+    """
+
+    resident = False
+
+    def __init__(
+        self,
+        stream: Stream,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.stream = stream
+        self.preprocessing = preprocessing
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.num_processes = num_processes
+        self.epoch = 0
+        if len(self) == 0:
+            raise UserError(
+                f"the {len(stream)} images to train on do not fill one batch of {batch_size} in each of "
+                f"{num_processes} processes; pass a smaller --per_device_train_batch_size"
+            )
+
+    def __len__(self) -> int:
+        return len(self.stream) // (self.batch_size * self.num_processes)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def num_workers(self) -> int:
+        """Loader processes that find a shard each."""
+        return min(default_num_workers(resident=False), self.stream.num_shards(self.num_processes))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        images = self._images()
+        for _ in range(first, len(self), step):
+            batch = [next(images) for _ in range(self.batch_size)]
+            yield {
+                "pixel_values": torch.cat([resized(im, self.preprocessing) for im, _ in batch]),
+                "labels": torch.tensor([label for _, label in batch]),
+            }
+
+    def _images(self) -> Iterator[tuple[np.ndarray, int]]:
+        again = 0
+        while True:
+            # Numbers that no other pass has: the epochs of a run stay far below the factor.
+            number = self.epoch + again * 100_000
+            part = self.stream.read(number, self.rank, self.num_processes, self.seed)
+            empty = True
+            for image in part:
+                empty = False
+                yield image
+            if empty:
+                raise UserError(
+                    f"a shard of {self.stream.source_split} holds no image to train on; use fewer "
+                    "--dataloader_num_workers"
+                )
+            again += 1
 
 
 @functools.lru_cache(maxsize=4)

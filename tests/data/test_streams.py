@@ -1,0 +1,216 @@
+"""hf_cifar.data.streams and ShardStore: data that is read in shards, in order, and never whole."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Image, Value
+from torch.utils.data import DataLoader
+from transformers import ViTImageProcessor
+
+from hf_cifar.data import streams
+from hf_cifar.data.images import decode_cell
+from hf_cifar.data.preprocessing import Preprocessing
+from hf_cifar.data.splits import load_splits, load_test_split
+from hf_cifar.data.store import ShardStore
+from hf_cifar.data.streams import Stream, is_held_out, load_streams
+from hf_cifar.errors import UserError
+from hf_cifar.options import DataConfig
+
+PREPROCESSING = Preprocessing.from_image_processor(
+    ViTImageProcessor(size={"height": 16, "width": 16})
+)
+
+
+def stream_of(folder, **options):
+    return DataConfig(dataset_name=str(folder), streaming=True, **options)
+
+
+@pytest.fixture(autouse=True)
+def one_shard_at_a_time(request, monkeypatch):
+    """Closing interleaved shards takes `datasets` 5 s; only the tests that are about them need it."""
+    if "interleaved" not in request.keywords:
+        monkeypatch.setattr(streams, "INTERLEAVED_SHARDS", 1)
+
+
+@pytest.fixture
+def splits(shards):
+    return load_splits(stream_of(shards, max_eval_samples=6))
+
+
+def pixels_of(images):
+    return sorted(image.tobytes() for image, _ in images)
+
+
+def test_train_and_validation_share_no_image(splits, shards):
+    assert isinstance(splits.train, Stream)
+    train = set(pixels_of(splits.train.read(0)))
+    validation = {decode_cell(cell).tobytes() for cell in splits.validation.rows["image"]}
+    assert len(splits.validation) == 6
+    assert not train & validation
+    whole = load_splits(DataConfig(dataset_name=str(shards)))
+    everything = {
+        image.tobytes() for part in (whole.train, whole.validation) for image in part.images
+    }
+    assert train | validation <= everything
+    assert len(everything) == 80
+    assert len(splits.train) == 72  # the declared number, less a tenth
+
+
+def test_row_ids_are_positions_in_train(splits, shards):
+    whole = load_splits(DataConfig(dataset_name=str(shards)))
+    all_rows = {}
+    for part in (whole.train, whole.validation):
+        all_rows |= dict(zip(part.row_ids.tolist(), part.images, strict=True))
+    for position, row in enumerate(splits.validation.row_ids):
+        assert (splits.validation.decode(position) == all_rows[row]).all()
+
+
+def test_labels_stay_with_their_images(splits):
+    for image, label in splits.train.read(0):
+        rows, columns = (image.astype(float).mean(axis=(1 - axis, 2)).std() for axis in (0, 1))
+        assert label == int(columns > rows)  # 0: stripes across
+
+
+def test_each_epoch_has_its_own_order_and_the_same_images(splits):
+    first, again, second = (list(splits.train.read(epoch, seed=1)) for epoch in (0, 0, 1))
+    assert [im.tobytes() for im, _ in first] == [im.tobytes() for im, _ in again]
+    assert [im.tobytes() for im, _ in first] != [im.tobytes() for im, _ in second]
+    assert pixels_of(first) == pixels_of(second)
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 4])
+def test_processes_share_the_images_out(splits, num_processes):
+    """By shards where these can be shared out evenly (2, 4), by rows otherwise (3)."""
+    parts = [pixels_of(splits.train.read(0, rank, num_processes)) for rank in range(num_processes)]
+    assert all(parts)
+    assert sorted(itertools.chain(*parts)) == pixels_of(splits.train.read(0))
+
+
+@pytest.mark.interleaved
+def test_shards_that_are_sorted_by_class_mix(tmp_path, make_rows):
+    for number, label in enumerate((0, 0, 1, 1)):
+        target = tmp_path / "data" / f"train-{number}.parquet"
+        target.parent.mkdir(exist_ok=True)
+        make_rows([label] * 20, image="image").to_parquet(str(target))
+    stream = Stream("train", "train", load_streams(stream_of(tmp_path))["train"], 80, 0.0, 0)
+    labels = [label for _, label in stream.read(0)]
+    assert sum(labels) == 40
+    assert 4 <= sum(labels[:20]) <= 16
+
+
+def test_held_out_is_a_share_of_the_images_by_chance_of_a_hash():
+    images = [str(i).encode() for i in range(20_000)]
+    found = [is_held_out(image, 0.1, seed=0) for image in images]
+    assert abs(np.mean(found) - 0.1) < 0.01
+    other = [is_held_out(image, 0.1, seed=1) for image in images]
+    assert abs(np.mean(np.logical_and(found, other)) - 0.01) < 0.004
+
+
+def read_store(store, num_workers):
+    return list(DataLoader(store, batch_size=None, num_workers=num_workers))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+def test_store_gives_whole_batches_whatever_the_workers(splits, num_workers):
+    store = ShardStore(splits.train, PREPROCESSING, batch_size=8, seed=0)
+    batches = read_store(store, num_workers)
+    assert len(batches) == len(store) == 9
+    for batch in batches:
+        assert batch["pixel_values"].shape == (8, 3, 16, 16)
+        assert batch["pixel_values"].dtype == torch.uint8
+        assert batch["labels"].shape == (8,)
+    again = read_store(store, num_workers)
+    for one, two in zip(batches, again, strict=True):
+        assert torch.equal(one["pixel_values"], two["pixel_values"])
+    store.set_epoch(1)
+    other = read_store(store, num_workers)
+    assert not all(
+        torch.equal(one["labels"], two["labels"]) for one, two in zip(batches, other, strict=True)
+    )
+
+
+def test_store_shows_nearly_every_image_once(splits):
+    store = ShardStore(splits.train, PREPROCESSING, batch_size=8, seed=0)
+    shown = [im.numpy().tobytes() for b in read_store(store, 0) for im in b["pixel_values"]]
+    available = len(pixels_of(splits.train.read(0)))
+    assert len(set(shown)) == min(len(shown), available)
+
+
+def test_a_stream_shorter_than_the_epoch_starts_again(shards):
+    splits = load_splits(stream_of(shards, max_eval_samples=6, max_train_samples=20))
+    stream = Stream(**{**vars(splits.train), "num_rows": 40})
+    store = ShardStore(stream, PREPROCESSING, batch_size=6, seed=0)
+    assert len(read_store(store, 0)) == 6
+
+
+def test_samples_are_the_first_ones(shards):
+    few = load_splits(stream_of(shards, max_eval_samples=6, max_train_samples=20))
+    assert len(few.train) == 18
+    assert len(list(few.train.read(0))) <= 20
+
+
+def test_test_is_gathered_whole_or_its_first_rows(shards):
+    assert len(load_test_split(stream_of(shards))) == 22
+    few = load_test_split(stream_of(shards, max_eval_samples=5))
+    assert few.row_ids.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_hash_tells_splits_apart(shards, splits):
+    same = load_splits(stream_of(shards, max_eval_samples=6))
+    assert same.hash == splits.hash
+    assert load_splits(stream_of(shards, max_eval_samples=6, split_seed=1)).hash != splits.hash
+    assert load_splits(stream_of(shards, max_eval_samples=7)).hash != splits.hash
+
+
+def test_a_folder_of_images_streams_as_well(stripes):
+    test = load_test_split(stream_of(stripes))
+    assert len(test) == 22
+    assert list(test.id2label.values()) == ["across", "down"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "pass --max_eval_samples"),
+        ({"max_eval_samples": 1}, "show 1 of 2 classes"),
+        ({"max_eval_samples": 6, "label_column_name": "nothing"}, "no column 'nothing'"),
+    ],
+)
+def test_what_a_stream_cannot_give_is_said(shards, options, message):
+    with pytest.raises(UserError, match=message):
+        load_splits(stream_of(shards, **options))
+
+
+def test_sources_that_are_no_shards_are_refused(save, make_rows):
+    for name in ("bundled/digits", str(save(train=make_rows([0, 1] * 4)))):
+        with pytest.raises(UserError, match="cannot be streamed"):
+            load_splits(DataConfig(dataset_name=name, streaming=True))
+
+
+def test_undeclared_classes_are_refused(tmp_path, make_rows):
+    rows = make_rows(["a", "b"] * 4, feature=Value("string"))
+    rows.to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(UserError, match="does not declare its classes"):
+        load_splits(stream_of(tmp_path, label_column_name="label", max_eval_samples=2))
+
+
+def test_an_unknown_number_of_images_is_asked_for(tmp_path, make_rows):
+    make_rows([0, 1] * 20, image="image").to_parquet(str(tmp_path / "train.parquet"))
+    splits = load_splits(stream_of(tmp_path, max_eval_samples=2))
+    with pytest.raises(UserError, match="pass --max_train_samples"):
+        len(splits.train)
+
+
+def test_a_broken_image_is_named(tmp_path, make_rows):
+    rows = make_rows([0, 1] * 20, image="image").cast_column("image", Image(decode=False))
+    cells = rows["image"][:]
+    cells[30] = {"bytes": b"no image", "path": "broken.png"}
+    broken = Dataset.from_dict({"image": cells, "label": rows["label"][:]}, features=rows.features)
+    broken.to_parquet(str(tmp_path / "train.parquet"))
+    splits = load_splits(stream_of(tmp_path, max_eval_samples=4, train_val_split=0.2))
+    assert not is_held_out(b"no image", 0.2, 42)
+    with pytest.raises(UserError, match=r"train, broken\.png: cannot read image"):
+        list(splits.train.read(0))
