@@ -131,9 +131,11 @@ def pil_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], torch
     )
 
 
-def with_pil_transform(rows: Dataset, preprocessing: Preprocessing) -> Dataset:
+def with_pil_transform(
+    rows: Dataset, preprocessing: Preprocessing, transform: Callable | None = None
+) -> Dataset:
     """A data set of PIL images that is transformed when it is read, as the public example does."""
-    transform = pil_transform(preprocessing)
+    transform = transform or pil_transform(preprocessing)
 
     def apply(examples: dict) -> dict:
         return {

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks import measure, table
+from benchmarks import accuracy, measure, scaling, table
 from benchmarks.peers import (
     Task,
     ceiling,
@@ -63,3 +63,35 @@ def test_every_peer_trains(tmp_path):
     peers = [run, plain(task, use_cpu=True), ceiling(task, setting), timm_pattern(task, images, 0)]
     for peer in peers:
         assert 0 < peer() < math.inf
+
+
+@pytest.mark.slow
+def test_time_to_accuracy_of_whole_commands(results, stripes, monkeypatch):
+    arguments = [
+        "accuracy", "--model_name_or_path", "scratch/article_cnn", "--dataset_name", str(stripes),
+        "--image_size", "32", "--target", "0.4", "--epochs", "1", "--plain_epochs", "1",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", arguments)
+    accuracy.main()
+    (record,) = map(json.loads, (results / "results" / "cpu.jsonl").read_text().splitlines())
+    runs = record["runs"]
+    assert set(runs) == {"ours", "plain"}
+    assert all(run["accuracy"] >= 0.4 and run["epochs"] >= 1 for run in runs.values())
+    ratio = runs["plain"]["seconds"] / runs["ours"]["seconds"]
+    assert record["ratios"]["plain"]["median"] == pytest.approx(ratio, rel=0.01)
+
+
+def test_an_accuracy_out_of_reach_is_said():
+    with pytest.raises(SystemExit, match=r"ours does not reach 0\.9 in 3 epochs"):
+        accuracy.reach("ours", lambda epochs: 0.2 * epochs, 0.9, 1, 3)
+
+
+@pytest.mark.slow
+def test_memory_and_speed_of_whole_commands(tmp_path, monkeypatch):
+    data = str(small_pictures(tmp_path / "data", 100))
+    monkeypatch.setattr(scaling, "MODEL", "scratch/article_cnn")
+    monkeypatch.setattr(scaling, "STEPS", 2)
+    assert 100 < scaling.ours_memory(data) < 20_000
+    plain_memory = scaling.peak_memory(scaling.PLAIN_MEMORY, data, "scratch/article_cnn")
+    assert 100 < plain_memory < 20_000
+    assert scaling.speed(data, "--image_size", "32")() > 0

@@ -1,0 +1,112 @@
+"""Time to a test accuracy: whole commands of ever more epochs, until one reaches it. Takes hours on a CPU.
+
+python -m benchmarks.accuracy --model_name_or_path MODEL --dataset_name DATA [--target 0.9] [--epochs 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.measure import ROOT, conditions, write
+
+# The stock Trainer at its defaults but for the learning rate, on PIL images; the same rows train.
+PLAIN = """
+import sys, numpy
+from torchvision import transforms
+from transformers import Trainer, TrainingArguments
+from benchmarks.peers import collate, with_pil_transform
+from hf_cifar import DataConfig, ModelConfig, Preprocessing, build_model, load_splits
+from hf_cifar.data.splits import load_test_split
+model_name, data, size, epochs, rate, output = sys.argv[1:]
+config = DataConfig(dataset_name=data)
+splits = load_splits(config)
+model, processor = build_model(ModelConfig(model_name_or_path=model_name, image_size=int(size)), splits.id2label)
+view = Preprocessing.from_image_processor(processor)
+args = TrainingArguments(
+    output_dir=output, num_train_epochs=float(epochs), learning_rate=float(rate), save_strategy="no",
+    per_device_train_batch_size=32, remove_unused_columns=False, report_to="none", disable_tqdm=True,
+    label_names=["labels"],
+)
+trainer = Trainer(model=model, args=args, train_dataset=with_pil_transform(splits.train.rows, view), data_collator=collate)
+trainer.train()
+whole = transforms.Compose([
+    transforms.Resize(view.size, 3), transforms.ToTensor(), transforms.Normalize(view.mean, view.std),
+])
+output = trainer.predict(with_pil_transform(load_test_split(config).rows, view, whole))
+print("accuracy", numpy.mean(output.predictions.argmax(1) == output.label_ids))
+"""  # noqa: E501
+
+
+def reach(
+    name: str, run: Callable[[int], float], target: float, epochs: int, most: int
+) -> dict[str, float]:
+    """The first run, from `epochs` epochs on, whose accuracy is the target: its seconds, start to exit."""
+    for number in range(epochs, most + 1):
+        start = time.perf_counter()
+        accuracy = run(number)
+        seconds = time.perf_counter() - start
+        print(f"{name}, {number} epochs: accuracy {accuracy:.4f} after {seconds:.0f} s", flush=True)
+        if accuracy >= target:
+            return {"seconds": round(seconds, 1), "epochs": number, "accuracy": accuracy}
+    raise SystemExit(f"{name} does not reach {target} in {most} epochs")
+
+
+def main() -> None:
+    """Ours at its defaults, then the plain recipe with the given learning rate."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_name_or_path", default="bundled/efficientnet_lite0")
+    parser.add_argument("--dataset_name", default="uoft-cs/cifar10")
+    parser.add_argument("--image_size", default="96")
+    parser.add_argument("--target", type=float, default=0.9)
+    parser.add_argument("--epochs", type=int, default=2, help="of the first run of ours")
+    parser.add_argument("--plain_epochs", type=int, default=3, help="of the plain recipe's first")
+    parser.add_argument("--max_epochs", type=int, default=10)
+    parser.add_argument("--plain_learning_rate", default="1e-3")
+    options = parser.parse_args()
+    data = ["--dataset_name", options.dataset_name]
+    model = ["--model_name_or_path", options.model_name_or_path]
+
+    def ours(epochs: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder, "run")
+            command = [
+                sys.executable, "scripts/finetune.py", *data, *model, "--output_dir", str(run),
+                "--image_size", options.image_size, "--num_train_epochs", str(epochs), "--do_predict",
+            ]  # fmt: skip
+            subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+            return json.loads((run / "metrics.json").read_text())["test"]["accuracy"]
+
+    def plain(epochs: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = [
+                model[1], data[1], options.image_size, str(epochs), options.plain_learning_rate, folder
+            ]  # fmt: skip
+            command = [sys.executable, "-c", PLAIN, *arguments]
+            done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            return float(done.stdout.split()[-1])
+
+    found = {
+        "ours": reach("ours", ours, options.target, options.epochs, options.max_epochs),
+        "plain": reach("plain", plain, options.target, options.plain_epochs, options.max_epochs),
+    }
+    seconds = {name: facts["seconds"] for name, facts in found.items()}
+    figures = {name: dict.fromkeys(("median", "low", "high"), s) for name, s in seconds.items()}
+    ratio = round(seconds["plain"] / seconds["ours"], 3)
+    write(
+        {
+            "benchmark": f"time to {options.target:.0%} test accuracy", "unit": "s", "n": 1,
+            **vars(options), "runs": found, "figures": figures,
+            "ratios": {"plain": dict.fromkeys(("median", "low", "high"), ratio)}, **conditions(),
+        }
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
