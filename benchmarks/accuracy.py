@@ -1,4 +1,4 @@
-"""Time to a test accuracy: whole commands of ever more epochs, until one reaches it. Takes hours on a CPU.
+"""Time to an accuracy: whole commands of ever more epochs, until one reaches it. Takes hours on a CPU.
 
 python -m benchmarks.accuracy --model_name_or_path MODEL --dataset_name DATA [--target 0.9] [--epochs 2]
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,22 +40,27 @@ trainer.train()
 whole = transforms.Compose([
     transforms.Resize(view.size, 3), transforms.ToTensor(), transforms.Normalize(view.mean, view.std),
 ])
-output = trainer.predict(with_pil_transform(load_test_split(config).rows, view, whole))
-print("accuracy", numpy.mean(output.predictions.argmax(1) == output.label_ids))
+for rows in (splits.validation.rows, load_test_split(config).rows):
+    output = trainer.predict(with_pil_transform(rows, view, whole))
+    print(numpy.mean(output.predictions.argmax(1) == output.label_ids))
 """  # noqa: E501
 
 
 def reach(
-    name: str, run: Callable[[int], float], target: float, epochs: int, most: int
+    name: str, run: Callable[[int], list[float]], target: float, epochs: int, most: int
 ) -> dict[str, float]:
-    """The first run, from `epochs` epochs on, whose accuracy is the target: its seconds, start to exit."""
+    """The first run, from `epochs` epochs on, whose validation accuracy is the target: its seconds, start to
+    exit, and its accuracy on test, which decided nothing."""
     for number in range(epochs, most + 1):
         start = time.perf_counter()
-        accuracy = run(number)
+        validation, test = run(number)
         seconds = time.perf_counter() - start
-        print(f"{name}, {number} epochs: accuracy {accuracy:.4f} after {seconds:.0f} s", flush=True)
-        if accuracy >= target:
-            return {"seconds": round(seconds, 1), "epochs": number, "accuracy": accuracy}
+        print(
+            f"{name}, {number} epochs: validation {validation:.4f}, test {test:.4f}, {seconds:.0f} s",
+            flush=True,
+        )
+        if validation >= target:
+            return {"seconds": round(seconds, 1), "epochs": number, "accuracy": test}
     raise SystemExit(f"{name} does not reach {target} in {most} epochs")
 
 
@@ -73,24 +79,29 @@ def main() -> None:
     data = ["--dataset_name", options.dataset_name]
     model = ["--model_name_or_path", options.model_name_or_path]
 
-    def ours(epochs: int) -> float:
+    def ours(epochs: int) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder, "run")
             command = [
                 sys.executable, "scripts/finetune.py", *data, *model, "--output_dir", str(run),
                 "--image_size", options.image_size, "--num_train_epochs", str(epochs), "--do_predict",
             ]  # fmt: skip
-            subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-            return json.loads((run / "metrics.json").read_text())["test"]["accuracy"]
+            # Nothing is left over from the attempt before.
+            environment = {**os.environ, "HF_CIFAR_CACHE": str(Path(folder, "cache"))}
+            subprocess.run(
+                command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+            )
+            metrics = json.loads((run / "metrics.json").read_text())
+            return [metrics[split]["accuracy"] for split in ("validation", "test")]
 
-    def plain(epochs: int) -> float:
+    def plain(epochs: int) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
             arguments = [
                 model[1], data[1], options.image_size, str(epochs), options.plain_learning_rate, folder
             ]  # fmt: skip
             command = [sys.executable, "-c", PLAIN, *arguments]
             done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-            return float(done.stdout.split()[-1])
+            return [float(word) for word in done.stdout.split()[-2:]]
 
     found = {
         "ours": reach("ours", ours, options.target, options.epochs, options.max_epochs),
@@ -101,7 +112,7 @@ def main() -> None:
     ratio = round(seconds["plain"] / seconds["ours"], 3)
     write(
         {
-            "benchmark": f"time to {options.target:.0%} test accuracy", "unit": "s", "n": 1,
+            "benchmark": f"time to {options.target:.0%} accuracy", "unit": "s", "n": 1,
             **vars(options), "runs": found, "figures": figures,
             "ratios": {"plain": dict.fromkeys(("median", "low", "high"), ratio)}, **conditions(),
         }

@@ -26,7 +26,7 @@ STEPS, BATCH = 24, 32
 PLAIN_MEMORY = """
 import resource, sys
 from benchmarks.peers import Task, plain
-plain(Task(sys.argv[2], 96, 32, 3, sys.argv[1]))()
+plain(Task(sys.argv[2], 96, 32, 3, sys.argv[1]), use_cpu=True)()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 OURS_MEMORY = """
@@ -91,7 +91,7 @@ def epoch_seconds(data: str, num_images: int) -> Callable[[], float]:
 
 
 def peak_memory(script: str, *arguments: str) -> float:
-    """MB that the largest process held at most."""
+    """MB that the main process held at most; neither has loader workers here."""
     return float(command_output([sys.executable, "-c", script, *arguments]).split()[-1])
 
 

@@ -96,6 +96,7 @@ def finetune_classifier(config: RunConfig) -> RunResult:
     config = resolve_setting(
         config, model, image_processor, splits.train, resumed=bool(resume_point(config))
     )
+    config = resolve_workers(config, splits.train)
     prepare_push(config)
     trainer = build_trainer(model, image_processor, splits, config)
     save_config(config)
@@ -114,10 +115,8 @@ def build_trainer(
     preprocessing = Preprocessing.from_image_processor(image_processor)
     kind, args = config.data.pixel_store, config.train
     shards = shard_store(splits.train, preprocessing, args)
-    num_workers = args.dataloader_num_workers
-    if num_workers is None and shards:
-        num_workers = shards.num_workers()
-    elif num_workers is None:
+    num_workers = resolve_workers(config, splits.train).train.dataloader_num_workers
+    if num_workers is None:
         resident = (
             is_resident(splits.train, stored_view(preprocessing, augmented=True), kind),
             is_resident(splits.validation, stored_view(preprocessing, augmented=False), kind),
@@ -164,6 +163,9 @@ def shard_store(
     """This process's part of a stream; None for a split that can be read in any order."""
     if not isinstance(train, Stream):
         return None
+    for name in ("auto_find_batch_size", "dataloader_persistent_workers"):
+        if getattr(args, name):
+            raise UserError(f"--{name} does not go with --streaming; leave one of them out")
     logger.info(
         "train: about %s images in %d shards, read as they are needed",
         f"{len(train):,}", train.rows.num_shards,
@@ -382,6 +384,22 @@ def resolve_defaults(config: RunConfig, model: PreTrainedModel) -> RunConfig:
     checkpoints = 0 if train.save_strategy == "no" else (train.save_total_limit or 1) + 1
     require_space(Path(train.output_dir), weights + checkpoints * (weights + moments))
     return dataclasses.replace(config, train=train)
+
+
+def resolve_workers(config: RunConfig, train: Split | Stream) -> RunConfig:
+    """Settle how many loader workers share a stream's shards: its order depends on it, so that a run that is
+    resumed needs as many. Of other data nothing does."""
+    args = config.train
+    if not isinstance(train, Stream) or args.dataloader_num_workers is not None:
+        return config
+    before, number = Path(args.output_dir) / CONFIG_FILE, None
+    if resume_point(config) and before.is_file():
+        number = RunConfig.load(before).train.dataloader_num_workers
+    if number is None:
+        number = train.num_workers(args.world_size, default_num_workers(resident=False))
+    return dataclasses.replace(
+        config, train=dataclasses.replace(args, dataloader_num_workers=number)
+    )
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

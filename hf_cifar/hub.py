@@ -182,7 +182,7 @@ def render_model_card(
             f"`{dataset}`: {len(splits.train):,} images to train on, "
             f"{len(splits.validation):,} for validation, "
             + _validation_source(splits, config.data.split_seed)
-            + f"Split hash (SHA-256 over row ids and labels): `{splits.hash}`."
+            + f"Split hash ({_hashed(splits)}): `{splits.hash}`."
         ),
         procedure=(
             f"{facts['trainable']}. {facts['steps']:,} steps in {seconds:,.0f} s on "
@@ -208,6 +208,12 @@ def _results_table(metrics: dict[str, Any]) -> str:
         for split, figures in metrics.items()
     ]
     return _table(("split", *HEADLINE_FIGURES), rows)
+
+
+def _hashed(splits: Splits) -> str:
+    if isinstance(splits.train, Stream):
+        return "SHA-256 over validation's row ids and labels, and over how train is drawn"
+    return "SHA-256 over row ids and labels"
 
 
 def _validation_source(splits: Splits, seed: int) -> str:

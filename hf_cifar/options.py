@@ -49,20 +49,22 @@ class DataConfig:
     )
     train_val_split: float = option(
         0.1,
-        "Share of train that becomes validation, stratified, if the data has no validation split.",
+        "Share of train that becomes validation, stratified (not of a stream), if the data has no validation "
+        "split.",
     )
     split_seed: int = option(42, "Seed of the train/validation split and of every subsample.")
     max_train_samples: int | None = option(
-        None, "Use at most this many training images, stratified."
+        None,
+        "Use at most this many training images, stratified; of a stream, a share of about as many.",
     )
     max_eval_samples: int | None = option(
-        None, "Use at most this many validation (or test) images, stratified."
+        None,
+        "Use at most this many validation (or test) images, stratified; of a stream, the first.",
     )
 
     streaming: bool = option(
         False,
-        "Read train shard by shard as training goes, for data that is larger than the disk; samples are then "
-        "the first ones.",
+        "Read train shard by shard as training goes, for data that is larger than the disk.",
     )
     pixel_store: Literal["auto", "resident", "streamed"] = option(
         "auto",
@@ -251,6 +253,8 @@ class PredictConfig:
         for name in ("top_k", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.bf16 and self.fp16:
+            raise UserError("--bf16 and --fp16 exclude each other; pass one")
 
 
 LIGHT_CONFIGS = (DataConfig, AugmentConfig, ModelConfig)
@@ -306,7 +310,9 @@ def check_same_run(folder: Path, options: dict[str, Any]) -> None:
     saved = yaml.safe_load(path.read_text()) or {}
     for name, value in options.items():
         before = saved.get(name, value)
-        if value not in (None, before) and not MAY_CHANGE.fullmatch(name):
+        # The order of a stream depends on how many workers share its shards.
+        fixed = name == "dataloader_num_workers" and options.get("streaming")
+        if value not in (None, before) and (fixed or not MAY_CHANGE.fullmatch(name)):
             raise UserError(
                 f"--resume_from_checkpoint: --{name} is {value}, but the run in {folder} began with "
                 f"{before}; go on with --config {path}, or start anew in another --output_dir"

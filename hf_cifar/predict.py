@@ -35,9 +35,7 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     model = model.to(device, memory_format=torch.channels_last).eval()
     preprocessing = Preprocessing.from_image_processor(image_processor)
     for batch, images in decoded_ahead(files, config.batch_size):
-        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            records = _predict_batch(model, preprocessing, batch, images, config.top_k)
-        yield from records
+        yield from _predict_batch(model, preprocessing, batch, images, config.top_k, dtype)
 
 
 def _autocast_dtype(config: PredictConfig, device: torch.device) -> torch.dtype:
@@ -89,25 +87,25 @@ def _predict_batch(
     files: Sequence[Path],
     images: Sequence[np.ndarray | UserError],
     top_k: int,
-) -> list[dict[str, Any]]:
+    dtype: torch.dtype,
+) -> Iterator[dict[str, Any]]:
     device = next(model.parameters()).device
-    records: list[dict[str, Any]] = []
     readable = [image for image in images if not isinstance(image, UserError)]
     rows = iter(())
     if readable:
         with torch.inference_mode():
             pixel_values = preprocessing.normalize(preprocessing.view_each(readable, device))
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-            logits = model(pixel_values=pixel_values).logits
+            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+                logits = model(pixel_values=pixel_values).logits
         rows = iter(logits.float().softmax(dim=1).cpu())
     for file, image in zip(files, images, strict=True):
         if isinstance(image, UserError):
-            records.append({"path": str(file), "error": str(image)})
+            yield {"path": str(file), "error": str(image)}
             continue
         scores, labels = next(rows).topk(min(top_k, len(model.config.id2label)))
         ranked = [
             {"label": model.config.id2label[label], "score": round(score, 6)}
             for score, label in zip(scores.tolist(), labels.tolist(), strict=True)
         ]
-        records.append({"path": str(file), **ranked[0], "top_k": ranked})
-    return records
+        yield {"path": str(file), **ranked[0], "top_k": ranked}

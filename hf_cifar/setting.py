@@ -237,7 +237,7 @@ def is_sharded() -> bool:
 def num_batches(config: RunConfig, num_images: int) -> int:
     """Forward and backward passes of a process in the whole run."""
     train = config.train
-    if config.model.freeze == "backbone" and train.feature_views:
+    if config.model.freeze == "backbone" and train.feature_views and not config.data.streaming:
         # Each view goes forward once, which is about a third of a training step.
         return math.ceil(num_images * train.feature_views / train.train_batch_size / 3)
     if train.max_steps > 0:

@@ -76,6 +76,12 @@ class ImageClassificationTrainer(Trainer):
             dispatch_batches=False,  # else the first process would read for all
         )
 
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Images of an epoch; the parent would count the batches of a stream."""
+        if isinstance(dataloader.dataset, ShardStore):
+            return len(dataloader.dataset.stream)
+        return super().num_examples(dataloader)
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(super()._prepare_inputs(inputs))
         if self.model.training:

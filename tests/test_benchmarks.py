@@ -76,14 +76,14 @@ def test_time_to_accuracy_of_whole_commands(results, stripes, monkeypatch):
     (record,) = map(json.loads, (results / "results" / "cpu.jsonl").read_text().splitlines())
     runs = record["runs"]
     assert set(runs) == {"ours", "plain"}
-    assert all(run["accuracy"] >= 0.4 and run["epochs"] >= 1 for run in runs.values())
+    assert all(run["accuracy"] > 0.2 and run["epochs"] >= 1 for run in runs.values())
     ratio = runs["plain"]["seconds"] / runs["ours"]["seconds"]
     assert record["ratios"]["plain"]["median"] == pytest.approx(ratio, rel=0.01)
 
 
 def test_an_accuracy_out_of_reach_is_said():
     with pytest.raises(SystemExit, match=r"ours does not reach 0\.9 in 3 epochs"):
-        accuracy.reach("ours", lambda epochs: 0.2 * epochs, 0.9, 1, 3)
+        accuracy.reach("ours", lambda epochs: [0.2 * epochs, 0.9], 0.9, 1, 3)
 
 
 @pytest.mark.slow

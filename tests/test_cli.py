@@ -120,6 +120,19 @@ def test_predict_under_autocast_gives_the_same_labels(finished, stripes, capsys)
     assert scores[0] == pytest.approx(scores[1], abs=0.05)
     assert main([*argv, "--fp16"]) == 2
     assert "--fp16 needs a GPU" in capsys.readouterr().err
+    assert main([*argv, "--fp16", "--bf16"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_predict_under_autocast_resizes_exactly(finished, stripes, tmp_path, capsys):
+    path = next((stripes / "test" / "down").glob("*.png"))
+    Image.open(path).resize((40, 24)).save(tmp_path / "other.png")
+    argv = ["predict", "--model_name_or_path", str(finished), "--use_cpu", str(tmp_path)]
+    scores = []
+    for flags in ([], ["--bf16"]):
+        assert main([*argv, *flags]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["score"])
+    assert scores[0] == pytest.approx(scores[1], abs=0.05)
 
 
 def test_predict_agrees_with_evaluate_for_any_image_size(finished, tmp_path, capsys, stripes):

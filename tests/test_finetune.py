@@ -336,6 +336,47 @@ def test_a_stream_resumes_to_the_same_weights(tmp_path, streamed_run, shards, ti
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_stream_resumes_in_mid_epoch_with_its_own_number_of_workers(
+    tmp_path, shards, tiny_vit, monkeypatch
+):
+    flags = (*STREAMED, "--num_train_epochs", "1", "--save_strategy", "steps", "--save_steps", "4")
+    flags += (
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+        "--save_total_limit",
+        "3",
+    )
+    monkeypatch.setattr("hf_cifar.finetune.default_num_workers", lambda resident: 2)
+    run(tmp_path / "whole", shards, tiny_vit, *flags)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    for path in [tmp_path / "part/checkpoint-8", tmp_path / "part/checkpoint-9"]:
+        shutil.rmtree(path)
+    (tmp_path / "part/model.safetensors").unlink()
+    resumed = (*flags, "--resume_from_checkpoint", "last")
+    with pytest.raises(UserError, match="--dataloader_num_workers is 0, but the run"):
+        run(tmp_path / "part", shards, tiny_vit, *resumed, "--dataloader_num_workers", "0")
+    monkeypatch.setattr("hf_cifar.finetune.default_num_workers", lambda resident: 1)
+    run(tmp_path / "part", shards, tiny_vit, *resumed)
+    before, after = weights(tmp_path / "whole"), weights(tmp_path / "part")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["auto_find_batch_size", "dataloader_persistent_workers"])
+def test_options_that_a_stream_cannot_honour_are_refused(tmp_path, shards, tiny_vit, name):
+    with pytest.raises(UserError, match=f"--{name} does not go with --streaming"):
+        run(
+            tmp_path / "run",
+            shards,
+            tiny_vit,
+            *STREAMED,
+            f"--{name}",
+            "--dataloader_num_workers",
+            "1",
+        )
+
+
 def test_a_stream_has_no_features_to_keep(tmp_path, shards, tiny_vit):
     flags = (*STREAMED, "--freeze", "backbone", "--head_solver", "lbfgs")
     with pytest.raises(UserError, match="no mixup, cutmix or --streaming"):

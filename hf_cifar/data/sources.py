@@ -87,8 +87,7 @@ def _refuse_configuration(config: DataConfig) -> None:
 def _refuse_streaming(name: str, streaming: bool) -> None:
     if streaming:
         raise UserError(
-            f"{name} cannot be streamed: that takes a Hub id, or a folder in Hub layout or of images; leave "
-            "out --streaming"
+            f"{name} cannot be streamed: that takes a Hub id or a folder in Hub layout; leave out --streaming"
         )
 
 

@@ -22,7 +22,13 @@ from hf_cifar.data.disk_cache import (
 )
 from hf_cifar.data.images import decode_cell, decode_cells
 from hf_cifar.data.sources import load_source
-from hf_cifar.data.streams import Stream, gather, load_streams, num_rows
+from hf_cifar.data.streams import (
+    Stream,
+    gather,
+    load_streams,
+    num_rows,
+    require_every_class,
+)
 from hf_cifar.errors import UserError
 from hf_cifar.options import DataConfig
 
@@ -136,11 +142,11 @@ class Splits:
     @functools.cached_property
     def hash(self) -> str:
         """Identifies the split: SHA-256 over the row ids, labels and label counts of both parts; of a stream,
-        over how many rows it has and which share of them, by which seed, is held out."""
+        over how many images it has, and which share of them, by which seed, trains."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
             if isinstance(split, Stream):
-                header = [split.source_split, split.num_rows, split.held_out, split.seed]
+                header = [split.source_split, len(split), split.held_out, split.end, split.seed]
                 digest.update(json.dumps([*header, list(self.id2label.values())]).encode())
                 continue
             counts = np.bincount(split.labels, minlength=len(self.id2label)).tolist()
@@ -202,20 +208,22 @@ def _load_streamed_splits(config: DataConfig) -> Splits:
     limit, held_out, seed = config.max_eval_samples, config.train_val_split, config.split_seed
     if own is not None:
         held_out = 0.0
-        rows, row_ids = gather("validation", source[own], limit)
+        rows, row_ids = gather(own, source[own], limit)
     elif limit is None:
         raise UserError(
             f"{config.dataset_name} has no validation split, and a stream is not read to the end for one; "
             "pass --max_eval_samples, say 5000, to hold out that many of its first images"
         )
     else:
-        rows, row_ids = gather("validation", train, limit, held_out, seed)
-    size = num_rows(train, train_name)
-    if config.max_train_samples is not None:
-        train = train.take(config.max_train_samples)
-        size = min(config.max_train_samples, size or config.max_train_samples)
+        rows, row_ids = gather(train_name, train, limit, held_out, seed)
+    require_every_class(rows, "validation")
+    size, most, end = num_rows(train, train_name), config.max_train_samples, 1.0
+    num_images = most if size is None else round(size * (1 - held_out))
+    if size is not None and most is not None and most < num_images:
+        end = held_out + (1 - held_out) * most / num_images
+        num_images = most
     return Splits(
-        train=Stream("train", train_name, train, size, held_out, seed),
+        train=Stream("train", train_name, train, num_images, held_out, end, seed),
         validation=Split("validation", rows, row_ids, own or train_name),
     )
 
@@ -249,6 +257,10 @@ def load_test_split(config: DataConfig) -> Split:
 def require_test_split(config: DataConfig) -> None:
     """Raises: UserError if the data set has no labelled test split."""
     source = load_streams(config) if config.streaming else load_source(config)
+    if config.streaming and "test" in source:
+        first = next(iter(source["test"]), {"label": None})
+        if first["label"] in (None, -1):
+            source = {name: rows for name, rows in source.items() if name != "test"}
     if "test" not in source:
         raise UserError(
             f"data set {config.dataset_name} has no labelled test split, only {list(source)}; leave out "

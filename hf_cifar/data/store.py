@@ -90,7 +90,7 @@ class ShardStore(IterableDataset):
     """Batches from a stream of shards: this process's part, decoded and resized by the loader's workers.
 
     An item is a whole batch, {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B]}; an epoch has only
-    whole ones. A worker whose shards end before its share of the epoch is over reads them again.
+    whole ones, of which each worker gives as many. One whose shards hold less begins another pass.
     """
 
     resident = False
@@ -123,10 +123,6 @@ class ShardStore(IterableDataset):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-
-    def num_workers(self) -> int:
-        """Loader processes that find a shard each."""
-        return min(default_num_workers(resident=False), self.stream.num_shards(self.num_processes))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()

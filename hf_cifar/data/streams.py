@@ -26,7 +26,7 @@ INTERLEAVED_SHARDS = 10
 
 @functools.lru_cache(maxsize=1)
 def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
-    """All splits, unread, with columns `image` (encoded) and `label` (ClassLabel).
+    """All splits, unread, with columns `image` (encoded, as in the source) and `label` (ClassLabel).
 
     Raises: UserError for a source that cannot be streamed, or that does not declare its columns' types.
     """
@@ -36,6 +36,11 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
             raise UserError(
                 f"{config.dataset_name} does not declare the types of its columns; leave out --streaming"
             )
+        if rows.info.builder_name == "imagefolder":
+            raise UserError(
+                f"{config.dataset_name} holds single image files, one class after the other, which a stream "
+                "cannot mix; leave out --streaming: they are not copied"
+            )
         image = find_column(rows.features, Image, config.image_column_name, "image")
         label = find_column(rows.features, ClassLabel, config.label_column_name, "label")
         if not isinstance(rows.features[label], ClassLabel):
@@ -43,11 +48,10 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
                 f"column {label!r} does not declare its classes, and a stream is not read to find them; "
                 "leave out --streaming, or cast the column to ClassLabel"
             )
-        features = Features({"image": Image(decode=False), "label": rows.features[label]})
-        rows = rows.select_columns([image, label])
-        names = {image: "image", label: "label"}
-        rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
-        standard[split] = rows.cast(features)
+        # Before all else: a stream that still decodes would hand on re-encoded images.
+        rows = rows.decode(False).select_columns([image, label])
+        names = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
+        standard[split] = rows.rename_columns(names) if names else rows
     return standard
 
 
@@ -55,26 +59,27 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
 class Stream:
     """The images to train on, of a data set that is read in shards and never whole.
 
-    rows: columns image (encoded), label. num_rows: what the data set says that it holds, if it does.
-    held_out: share of the images that belong to validation, picked by a hash of their bytes and `seed`:
-    whatever the order of reading, and for a copy of an image as for the image.
+    rows: columns image (encoded), label. num_images: those of an epoch, None if nobody knows. Each image has
+    a place from 0 to 1, a hash of its bytes and `seed`: those below held_out belong to validation, those
+    below `end` train. So it stays, whatever the order of reading, and for a copy as for the image.
     """
 
     name: str
     source_split: str
     rows: IterableDataset
-    num_rows: int | None
+    num_images: int | None
     held_out: float
+    end: float
     seed: int
 
     def __len__(self) -> int:
         """Images of an epoch, to within the chance of the hash. Raises: UserError if nobody knows."""
-        if self.num_rows is None:
+        if self.num_images is None:
             raise UserError(
                 f"the data set does not say how many images {self.source_split} holds; pass "
                 "--max_train_samples with the number that makes an epoch"
             )
-        return round(self.num_rows * (1 - self.held_out))
+        return self.num_images
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -84,6 +89,11 @@ class Stream:
         """Shards that each of the processes reads, see `read`."""
         shards = self.rows.num_shards
         return shards // num_processes if shards % num_processes == 0 else shards
+
+    def num_workers(self, num_processes: int, most: int) -> int:
+        """Loader workers of a process, at most `most`, that all have as many shards to read."""
+        shards = self.num_shards(num_processes)
+        return max(n for n in range(1, most + 1) if shards % n == 0)
 
     def read(
         self, epoch: int, rank: int = 0, num_processes: int = 1, seed: int = 0
@@ -100,7 +110,9 @@ class Stream:
         rows.set_epoch(epoch)
         for row in rows:
             encoded = encoded_bytes(row["image"])
-            if self.held_out and is_held_out(encoded, self.held_out, self.seed):
+            if (self.held_out or self.end < 1) and not (
+                self.held_out <= place(encoded, self.seed) < self.end
+            ):
                 continue
             try:
                 yield decode_image(encoded), checked_label(row["label"], self.rows.features)
@@ -110,11 +122,11 @@ class Stream:
 
 
 def gather(
-    name: str, rows: IterableDataset, limit: int | None, held_out: float = 1, seed: int = 0
+    source_split: str, rows: IterableDataset, limit: int | None, held_out: float = 1, seed: int = 0
 ) -> tuple[Dataset, np.ndarray]:
     """The first `limit` (None: all) of the held-out rows, in memory as they are, and their positions [N].
 
-    Raises: UserError if they do not show every class: then the order of the rows is not a random one.
+    Raises: UserError that names a row whose label is not one of the classes.
     """
     found: dict[str, list] = {"image": [], "label": []}
     positions = []
@@ -122,17 +134,13 @@ def gather(
         if limit is not None and len(positions) == limit:
             break
         encoded = encoded_bytes(row["image"])
-        if held_out == 1 or is_held_out(encoded, held_out, seed):
+        if held_out == 1 or place(encoded, seed) < held_out:
+            try:
+                found["label"].append(checked_label(row["label"], rows.features))
+            except UserError as error:
+                raise UserError(f"{source_split} row {position}: {error}") from None
             found["image"].append({"bytes": encoded, "path": None})
-            found["label"].append(checked_label(row["label"], rows.features))
             positions.append(position)
-    classes = rows.features["label"].names
-    missing = [n for i, n in enumerate(classes) if i not in set(found["label"])]
-    if missing:
-        raise UserError(
-            f"the {len(positions)} images of {name} show {len(classes) - len(missing)} of {len(classes)} "
-            f"classes, none of {missing[0]!r}; raise or leave out --max_eval_samples, or --streaming"
-        )
     with quiet_datasets():
         return Dataset.from_dict(found, features=rows.features), np.asarray(positions, np.int64)
 
@@ -153,10 +161,21 @@ def encoded_bytes(cell: dict | None) -> bytes:
         return file.read()
 
 
-def is_held_out(encoded: bytes, share: float, seed: int) -> bool:
-    """Whether an image belongs to validation: a fixed `share` of all that there are, evenly drawn."""
+def place(encoded: bytes, seed: int) -> float:
+    """Where an image lies between 0 and 1: always there, and evenly spread over all that there are."""
     digest = hashlib.sha256(f"{seed} ".encode() + encoded).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def require_every_class(rows: Dataset, what: str) -> None:
+    """Raises: UserError if rows to choose a model by lack a class: then their order is not a random one."""
+    classes, present = rows.features["label"].names, set(rows["label"][:])
+    missing = [name for i, name in enumerate(classes) if i not in present]
+    if missing:
+        raise UserError(
+            f"{what}, {len(rows)} images, shows {len(classes) - len(missing)} of {len(classes)} classes, "
+            f"none of {missing[0]!r}; raise --max_eval_samples, or leave out --streaming"
+        )
 
 
 def sha256(encoded: bytes) -> str:

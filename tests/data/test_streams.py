@@ -1,20 +1,22 @@
 """hf_cifar.data.streams and ShardStore: data that is read in shards, in order, and never whole."""
 
+import io
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PillowImage
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from hf_cifar.data import streams
-from hf_cifar.data.images import decode_cell
+from hf_cifar.data.images import decode_cell, decode_image
 from hf_cifar.data.preprocessing import Preprocessing
-from hf_cifar.data.splits import load_splits, load_test_split
+from hf_cifar.data.splits import load_splits, load_test_split, require_test_split
 from hf_cifar.data.store import ShardStore
-from hf_cifar.data.streams import Stream, is_held_out, load_streams
+from hf_cifar.data.streams import Stream, load_streams, place
 from hf_cifar.errors import UserError
 from hf_cifar.options import DataConfig
 
@@ -94,18 +96,19 @@ def test_shards_that_are_sorted_by_class_mix(tmp_path, make_rows):
         target = tmp_path / "data" / f"train-{number}.parquet"
         target.parent.mkdir(exist_ok=True)
         make_rows([label] * 20, image="image").to_parquet(str(target))
-    stream = Stream("train", "train", load_streams(stream_of(tmp_path))["train"], 80, 0.0, 0)
+    stream = Stream("train", "train", load_streams(stream_of(tmp_path))["train"], 80, 0.0, 1.0, 0)
     labels = [label for _, label in stream.read(0)]
     assert sum(labels) == 40
     assert 4 <= sum(labels[:20]) <= 16
 
 
-def test_held_out_is_a_share_of_the_images_by_chance_of_a_hash():
+def test_places_are_spread_evenly_and_anew_for_each_seed():
     images = [str(i).encode() for i in range(20_000)]
-    found = [is_held_out(image, 0.1, seed=0) for image in images]
-    assert abs(np.mean(found) - 0.1) < 0.01
-    other = [is_held_out(image, 0.1, seed=1) for image in images]
-    assert abs(np.mean(np.logical_and(found, other)) - 0.01) < 0.004
+    found = np.array([place(image, seed=0) for image in images])
+    counts, _ = np.histogram(found, bins=10, range=(0, 1))
+    assert np.abs(counts / len(images) - 0.1).max() < 0.01
+    other = np.array([place(image, seed=1) for image in images])
+    assert abs(np.corrcoef(found, other)[0, 1]) < 0.03
 
 
 def read_store(store, num_workers):
@@ -139,17 +142,46 @@ def test_store_shows_nearly_every_image_once(splits):
     assert len(set(shown)) == min(len(shown), available)
 
 
-def test_a_stream_shorter_than_the_epoch_starts_again(shards):
-    splits = load_splits(stream_of(shards, max_eval_samples=6, max_train_samples=20))
-    stream = Stream(**{**vars(splits.train), "num_rows": 40})
+def test_a_stream_shorter_than_the_epoch_starts_again(splits):
+    stream = Stream(**{**vars(splits.train), "num_images": 200})
     store = ShardStore(stream, PREPROCESSING, batch_size=6, seed=0)
-    assert len(read_store(store, 0)) == 6
+    assert len(read_store(store, 0)) == 33
 
 
-def test_samples_are_the_first_ones(shards):
-    few = load_splits(stream_of(shards, max_eval_samples=6, max_train_samples=20))
-    assert len(few.train) == 18
-    assert len(list(few.train.read(0))) <= 20
+def test_samples_are_a_share_that_stays_the_same(shards, splits):
+    few = load_splits(stream_of(shards, max_eval_samples=6, max_train_samples=36))
+    assert len(few.train) == 36
+    images = pixels_of(few.train.read(0))
+    assert 20 < len(images) < 52
+    assert images == pixels_of(few.train.read(1, seed=5))
+    assert set(images) < set(pixels_of(splits.train.read(0)))
+    assert few.hash != splits.hash
+
+
+def test_bytes_are_those_of_the_file(tmp_path):
+    """A JPEG that is decoded and encoded again on the way is another image."""
+    files = []
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        buffer = io.BytesIO()
+        noise = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        PillowImage.fromarray(noise).save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    features = Features({"img": Image(), "label": ClassLabel(names=["a", "b"])})
+    cells = [{"bytes": file, "path": None} for file in files]
+    rows = Dataset.from_dict({"img": cells, "label": [0, 1] * 20}, features=features)
+    rows.to_parquet(str(tmp_path / "train.parquet"))
+    splits = load_splits(stream_of(tmp_path, max_eval_samples=4, train_val_split=0.3))
+    assert {cell["bytes"] for cell in splits.validation.rows["image"]} <= set(files)
+    expected = sorted(decode_image(file).tobytes() for file in files if place(file, 42) >= 0.3)
+    assert pixels_of(splits.train.read(0)) == expected
+
+
+@pytest.mark.parametrize(
+    ("processes", "most", "expected"), [(1, 8, 4), (1, 3, 2), (1, 1, 1), (2, 8, 2), (3, 8, 4)]
+)
+def test_workers_have_as_many_shards_each(splits, processes, most, expected):
+    assert splits.train.num_workers(processes, most) == expected
 
 
 def test_test_is_gathered_whole_or_its_first_rows(shards):
@@ -165,17 +197,30 @@ def test_the_hash_tells_splits_apart(shards, splits):
     assert load_splits(stream_of(shards, max_eval_samples=7)).hash != splits.hash
 
 
-def test_a_folder_of_images_streams_as_well(stripes):
-    test = load_test_split(stream_of(stripes))
-    assert len(test) == 22
-    assert list(test.id2label.values()) == ["across", "down"]
+def test_single_image_files_are_refused(stripes):
+    with pytest.raises(UserError, match="one class after the other"):
+        load_splits(stream_of(stripes, max_eval_samples=6))
+
+
+def test_hidden_test_labels_are_found_before_training(tmp_path, make_rows):
+    make_rows([0, 1] * 20, image="image").to_parquet(str(tmp_path / "train.parquet"))
+    make_rows([-1] * 4, image="image").to_parquet(str(tmp_path / "test.parquet"))
+    with pytest.raises(UserError, match="has no labelled test split"):
+        require_test_split(stream_of(tmp_path))
+
+
+def test_a_label_that_is_no_class_is_named(tmp_path, make_rows):
+    make_rows([0, 1] * 20, image="image").to_parquet(str(tmp_path / "train.parquet"))
+    make_rows([0, 1, -1], image="image").to_parquet(str(tmp_path / "test.parquet"))
+    with pytest.raises(UserError, match="test row 2: label -1 is not one of the 2 classes"):
+        load_test_split(stream_of(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({}, "pass --max_eval_samples"),
-        ({"max_eval_samples": 1}, "show 1 of 2 classes"),
+        ({"max_eval_samples": 1}, "1 images, shows 1 of 2 classes"),
         ({"max_eval_samples": 6, "label_column_name": "nothing"}, "no column 'nothing'"),
     ],
 )
@@ -204,13 +249,15 @@ def test_an_unknown_number_of_images_is_asked_for(tmp_path, make_rows):
         len(splits.train)
 
 
-def test_a_broken_image_is_named(tmp_path, make_rows):
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_broken_image_is_named(tmp_path, make_rows, decode):
     rows = make_rows([0, 1] * 20, image="image").cast_column("image", Image(decode=False))
     cells = rows["image"][:]
     cells[30] = {"bytes": b"no image", "path": "broken.png"}
-    broken = Dataset.from_dict({"image": cells, "label": rows["label"][:]}, features=rows.features)
+    features = Features({"image": Image(decode=decode), "label": rows.features["label"]})
+    broken = Dataset.from_dict({"image": cells, "label": rows["label"][:]}, features=features)
     broken.to_parquet(str(tmp_path / "train.parquet"))
     splits = load_splits(stream_of(tmp_path, max_eval_samples=4, train_val_split=0.2))
-    assert not is_held_out(b"no image", 0.2, 42)
+    assert place(b"no image", 42) >= 0.2
     with pytest.raises(UserError, match=r"train, broken\.png: cannot read image"):
         list(splits.train.read(0))
