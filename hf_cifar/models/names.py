@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -43,10 +44,7 @@ def _check_architecture(name: str) -> None:
     """Raises: UserError for a name that is neither an article's network nor one of timm's."""
     if name in ARTICLE_NAMES:
         return
-    # timm's registry fills when timm is imported, which takes torch; its source names every model.
-    folder = Path(importlib.util.find_spec("timm").origin).parent / "models"
-    source = "\n".join(path.read_text() for path in folder.glob("*.py"))
-    registered = set(re.findall(r"^@register_model\s+def (\w+)\(", source, flags=re.MULTILINE))
+    source, registered = _timm_models()
     architecture = name.partition(".")[0]
     if architecture in registered or re.search(rf"""['"]{re.escape(architecture)}['"]:""", source):
         return  # the second: a model's former name, which timm still knows
@@ -54,6 +52,15 @@ def _check_architecture(name: str) -> None:
     raise UserError(
         f"no architecture {name!r}{hint}; scratch/ takes {', '.join(ARTICLE_NAMES)} or timm's"
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _timm_models() -> tuple[str, frozenset[str]]:
+    """timm's source, and the architectures that it registers: its registry would take torch to fill."""
+    folder = Path(importlib.util.find_spec("timm").origin).parent / "models"
+    source = "\n".join(path.read_text() for path in folder.glob("*.py"))
+    names = re.findall(r"^@register_model\s+def (\w+)\(", source, flags=re.MULTILINE)
+    return source, frozenset(names)
 
 
 def _other_name(name: str) -> str:
