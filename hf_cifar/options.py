@@ -231,6 +231,7 @@ class EvaluateConfig:
             raise UserError(
                 f"--per_device_eval_batch_size is {self.per_device_eval_batch_size}; it must be at least 1"
             )
+        _refuse_both_formats(self)
 
 
 @dataclass(frozen=True)
@@ -253,8 +254,12 @@ class PredictConfig:
         for name in ("top_k", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if self.bf16 and self.fp16:
-            raise UserError("--bf16 and --fp16 exclude each other; pass one")
+        _refuse_both_formats(self)
+
+
+def _refuse_both_formats(config: EvaluateConfig | PredictConfig) -> None:
+    if config.bf16 and config.fp16:
+        raise UserError("--bf16 and --fp16 exclude each other; pass one")
 
 
 LIGHT_CONFIGS = (DataConfig, AugmentConfig, ModelConfig)

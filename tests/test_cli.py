@@ -120,8 +120,9 @@ def test_predict_under_autocast_gives_the_same_labels(finished, stripes, capsys)
     assert scores[0] == pytest.approx(scores[1], abs=0.05)
     assert main([*argv, "--fp16"]) == 2
     assert "--fp16 needs a GPU" in capsys.readouterr().err
-    assert main([*argv, "--fp16", "--bf16"]) == 2
-    assert "exclude each other" in capsys.readouterr().err
+    for command in (argv, ["evaluate", *argv[1:4]]):
+        assert main([*command, "--fp16", "--bf16"]) == 2
+        assert "exclude each other" in capsys.readouterr().err
 
 
 def test_predict_under_autocast_resizes_exactly(finished, stripes, tmp_path, capsys):

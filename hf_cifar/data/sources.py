@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -16,6 +16,7 @@ from datasets import (
     DatasetDict,
     Features,
     Image,
+    IterableDataset,
     IterableDatasetDict,
     Value,
 )
@@ -28,6 +29,7 @@ from hf_cifar.network import looks_like_path, require_network
 from hf_cifar.options import DataConfig
 
 BUNDLED = "bundled/"
+Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
 @functools.lru_cache(maxsize=1)
@@ -216,25 +218,11 @@ def _first_line(error: Exception) -> str:
 
 def _standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
     """Find the image and label columns by type, rename them, and make the labels class labels."""
-    features = next(iter(splits.values())).features
-    image = find_column(features, Image, config.image_column_name, "image")
-    label = find_column(features, ClassLabel, config.label_column_name, "label")
-    if image == label:
-        raise UserError(
-            f"column {image!r} cannot be both image and label; pass another --label_column_name"
-        )
+    image, label = image_and_label(next(iter(splits.values())).features, config)
     standard = {}
     names = None
     for split, rows in splits.items():
-        if image not in rows.features or label not in rows.features:
-            raise UserError(
-                f"split {split} has columns {list(rows.features)}, not {image} and {label}"
-            )
-        rows = rows.select_columns([image, label])
-        if (image, label) != ("image", "label"):
-            # Through temporary names, so that columns may trade places.
-            rows = rows.rename_columns({image: "_image", label: "_label"})
-            rows = rows.rename_columns({"_image": "image", "_label": "label"})
+        rows = with_standard_names(rows, split, image, label)
         with quiet_datasets():
             rows = rows.cast_column("image", Image(decode=False))
         if split not in ("train", "validation") and set(rows.unique("label")) <= {-1, None}:
@@ -245,7 +233,30 @@ def _standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
     return DatasetDict(standard)
 
 
-def find_column(features: Features, kind: type, asked: str | None, role: str) -> str:
+def image_and_label(features: Features, config: DataConfig) -> tuple[str, str]:
+    """Names of the image and the label column. Raises: UserError if they cannot be told."""
+    image = _find_column(features, Image, config.image_column_name, "image")
+    label = _find_column(features, ClassLabel, config.label_column_name, "label")
+    if image == label:
+        raise UserError(
+            f"column {image!r} cannot be both image and label; pass another --label_column_name"
+        )
+    return image, label
+
+
+def with_standard_names(rows: Rows, split: str, image: str, label: str) -> Rows:
+    """Those two columns alone, as `image` and `label`. Raises: UserError if the split lacks one."""
+    if image not in rows.features or label not in rows.features:
+        raise UserError(f"split {split} has columns {list(rows.features)}, not {image} and {label}")
+    rows = rows.select_columns([image, label])
+    if (image, label) != ("image", "label"):
+        # Through temporary names, so that columns may trade places.
+        rows = rows.rename_columns({image: "_image", label: "_label"})
+        rows = rows.rename_columns({"_image": "image", "_label": "label"})
+    return rows
+
+
+def _find_column(features: Features, kind: type, asked: str | None, role: str) -> str:
     flag = f"--{role}_column_name"
     if asked is not None:
         if asked not in features:

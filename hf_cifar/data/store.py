@@ -90,7 +90,7 @@ class ShardStore(IterableDataset):
     """Batches from a stream of shards: this process's part, decoded and resized by the loader's workers.
 
     An item is a whole batch, {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B]}; an epoch has only
-    whole ones, of which each worker gives as many. One whose shards hold less begins another pass.
+    whole ones, which the workers give in turn. One whose shards hold less begins another pass.
     """
 
     resident = False

@@ -9,12 +9,17 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from datasets.utils.file_utils import xopen
 
 from hf_cifar.data.images import decode_image
-from hf_cifar.data.sources import find_column, open_data_set, quiet_datasets
+from hf_cifar.data.sources import (
+    image_and_label,
+    open_data_set,
+    quiet_datasets,
+    with_standard_names,
+)
 from hf_cifar.errors import UserError
 from hf_cifar.options import DataConfig
 
@@ -41,17 +46,15 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
                 f"{config.dataset_name} holds single image files, one class after the other, which a stream "
                 "cannot mix; leave out --streaming: they are not copied"
             )
-        image = find_column(rows.features, Image, config.image_column_name, "image")
-        label = find_column(rows.features, ClassLabel, config.label_column_name, "label")
-        if not isinstance(rows.features[label], ClassLabel):
+        image, label = image_and_label(rows.features, config)
+        # Before all else: a stream that still decodes would hand on re-encoded images.
+        rows = with_standard_names(rows.decode(False), split, image, label)
+        if not isinstance(rows.features["label"], ClassLabel):
             raise UserError(
                 f"column {label!r} does not declare its classes, and a stream is not read to find them; "
                 "leave out --streaming, or cast the column to ClassLabel"
             )
-        # Before all else: a stream that still decodes would hand on re-encoded images.
-        rows = rows.decode(False).select_columns([image, label])
-        names = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
-        standard[split] = rows.rename_columns(names) if names else rows
+        standard[split] = rows
     return standard
 
 
@@ -117,7 +120,8 @@ class Stream:
             try:
                 yield decode_image(encoded), checked_label(row["label"], self.rows.features)
             except UserError as error:
-                where = (row["image"] or {}).get("path") or f"SHA-256 {sha256(encoded)[:16]}"
+                digest = hashlib.sha256(encoded).hexdigest()
+                where = (row["image"] or {}).get("path") or f"SHA-256 {digest[:16]}"
                 raise UserError(f"{self.source_split}, {where}: {error}") from None
 
 
@@ -176,10 +180,6 @@ def require_every_class(rows: Dataset, what: str) -> None:
             f"{what}, {len(rows)} images, shows {len(classes) - len(missing)} of {len(classes)} classes, "
             f"none of {missing[0]!r}; raise --max_eval_samples, or leave out --streaming"
         )
-
-
-def sha256(encoded: bytes) -> str:
-    return hashlib.sha256(encoded).hexdigest()
 
 
 def checked_label(label: int | None, features: Features) -> int:

@@ -235,6 +235,15 @@ def test_sources_that_are_no_shards_are_refused(save, make_rows):
             load_splits(DataConfig(dataset_name=name, streaming=True))
 
 
+def test_columns_may_trade_places(tmp_path, make_rows):
+    rows = make_rows([0, 1] * 20, image="label", label="image")
+    rows.to_parquet(str(tmp_path / "train.parquet"))
+    streamed = load_splits(stream_of(tmp_path, max_eval_samples=4, train_val_split=0.3))
+    labels = [label for _, label in streamed.train.read(0)]
+    assert sum(labels) > 0
+    assert set(labels) | set(streamed.validation.labels) == {0, 1}
+
+
 def test_undeclared_classes_are_refused(tmp_path, make_rows):
     rows = make_rows(["a", "b"] * 4, feature=Value("string"))
     rows.to_parquet(str(tmp_path / "train.parquet"))

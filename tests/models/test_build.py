@@ -334,7 +334,7 @@ def test_broken_checkpoints(file, content, expected, checkpoints, tmp_path):
 
 
 def test_initial_loss_is_that_of_a_guess(checkpoints):
-    # A head that starts too large would undo the backbone in the first steps.
+    # timm draws the head of a ResNet small.
     model = build(checkpoints("timm/test_resnet"), image_size=32).model.eval()
     with torch.inference_mode():
         logits = model(pixel_values=torch.randn(8, 3, 32, 32)).logits
