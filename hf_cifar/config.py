@@ -56,7 +56,7 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
     per_device_train_batch_size: int = option(32, "Training images per step and process.")
     per_device_eval_batch_size: int = option(128, "Evaluation images per step and process.")
     warmup_steps: float = option(0.1, "Warm-up, in steps, or as a share of all steps if below 1.")
-    lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
+    lr_scheduler_type: str = option("linear", "Learning rate schedule, after the warm-up.")
     eval_strategy: str = option("epoch", "When to evaluate on validation: no, steps or epoch.")
     save_strategy: str = option("epoch", "When to save a checkpoint: no, steps, epoch or best.")
     save_total_limit: int | None = option(2, "Checkpoints kept; the best one is always among them.")
