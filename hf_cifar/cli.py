@@ -18,6 +18,7 @@ from hf_cifar.models.names import BUNDLED, SCRATCH, check_model_name
 from hf_cifar.options import (
     CONFIG_FILE,
     LIGHT_CONFIGS,
+    CompareConfig,
     DataConfig,
     EvaluateConfig,
     FinetuneOptions,
@@ -92,13 +93,32 @@ def evaluate(argv: Sequence[str]) -> int:
     _require_model(config.model_name_or_path)
     check_images(data, [config.split])
 
-    from hf_cifar.evaluation.evaluation import render_metrics
+    from hf_cifar.evaluation.predictions import render_metrics
     from hf_cifar.evaluation.saved import evaluate_saved
 
     quieten(is_main_process())
     evaluation = evaluate_saved(config, data)
     if is_main_process():
         print(render_metrics({evaluation.split: evaluation.metrics}))
+    return 0
+
+
+def compare(argv: Sequence[str]) -> int:
+    """compare two runs' predictions of the same images"""
+    if not _wants_help(argv):
+        check_option_names(argv, field_names(CompareConfig))
+    config, folders = parse_dataclasses(
+        [CompareConfig], argv, "hf-cifar compare", usage="hf-cifar compare [options] RUN RUN"
+    )
+    if len(folders) != 2:
+        raise UserError(f"compare takes the folders of two runs, not {len(folders)}")
+    missing = [folder for folder in folders if not Path(folder).is_dir()]
+    if missing:
+        raise UserError(f"no folder {missing[0]}; pass the output folders of two runs")
+
+    from hf_cifar.evaluation.compare import compare_runs, render_comparison
+
+    print(render_comparison(compare_runs(folders, config.split), folders))
     return 0
 
 
@@ -150,6 +170,7 @@ def recipes(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "finetune": finetune,
     "evaluate": evaluate,
+    "compare": compare,
     "predict": predict,
     "recipes": recipes,
 }

@@ -39,13 +39,9 @@ from hf_cifar.data.store import (
 )
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.evaluation import (
-    Evaluation,
-    evaluate_classifier,
-    render_figures,
-    write_json,
-)
-from hf_cifar.evaluation.metrics import HEADLINE_FIGURES
+from hf_cifar.evaluation.evaluation import calibrate_classifier, evaluate_classifier
+from hf_cifar.evaluation.figures import HEADLINE_FIGURES
+from hf_cifar.evaluation.predictions import Predictions, render_figures, write_json
 from hf_cifar.features import (
     FeatureStore,
     accept_features,
@@ -61,6 +57,7 @@ from hf_cifar.models.names import SCRATCH
 from hf_cifar.optim import default_rates
 from hf_cifar.options import (
     CONFIG_FILE,
+    RUN_FILE,
     AugmentConfig,
     check_same_run,
     refuse_occupied,
@@ -70,7 +67,6 @@ from hf_cifar.setting import DTYPES, MEMORY_FORMATS, is_sharded, resolve_setting
 from hf_cifar.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
-RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -101,10 +97,7 @@ def finetune_classifier(config: RunConfig) -> RunResult:
     trainer = build_trainer(model, image_processor, splits, config)
     save_config(config)
     fit(trainer, config)
-    evaluations = [
-        evaluate_classifier(trainer, split, config.data.pixel_store)
-        for split in final_splits(splits, config)
-    ]
+    evaluations = evaluate_run(trainer, splits, config)
     return finish_run(trainer, splits, evaluations, config)
 
 
@@ -296,7 +289,7 @@ def augmentation(options: AugmentConfig) -> Augmentation:
 def finish_run(
     trainer: ImageClassificationTrainer,
     splits: Splits,
-    evaluations: list[Evaluation],
+    evaluations: list[Predictions],
     config: RunConfig,
 ) -> RunResult:
     """Save the model with its figures, facts and card, and push it if asked."""
@@ -306,7 +299,7 @@ def finish_run(
     if trainer.is_world_process_zero():
         for evaluation in evaluations:
             evaluation.save(folder)
-        facts = run_facts(trainer, splits)
+        facts = run_facts(trainer, splits, evaluations[0].temperature)
         if resume_point(config) and (folder / RUN_FILE).is_file():
             before = json.loads((folder / RUN_FILE).read_text())
             # A finished run that is resumed trains nothing: its time and speed are those of then.
@@ -420,9 +413,20 @@ def save_config(config: RunConfig) -> None:
         config.save(Path(config.train.output_dir) / CONFIG_FILE)
 
 
-def final_splits(splits: Splits, config: RunConfig) -> list[Split]:
-    """Validation, and with --do_predict the test split: read here for the first time, after training."""
-    return [splits.validation] + ([load_test_split(config.data)] if config.train.do_predict else [])
+def evaluate_run(
+    trainer: ImageClassificationTrainer, splits: Splits, config: RunConfig
+) -> list[Predictions]:
+    """Validation, by which the model is calibrated, and with --do_predict the test split: read here for the
+    first time, when nothing is left to be chosen."""
+    validation = evaluate_classifier(trainer, splits.validation, config.data.pixel_store)
+    if config.train.calibrate:
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        validation = calibrate_classifier(model, validation)
+    if not config.train.do_predict:
+        return [validation]
+    test = load_test_split(config.data)
+    kind, temperature = config.data.pixel_store, validation.temperature
+    return [validation, evaluate_classifier(trainer, test, kind, temperature)]
 
 
 def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
@@ -441,7 +445,9 @@ def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
         trainer.processing_class.save_pretrained(folder)
 
 
-def run_facts(trainer: ImageClassificationTrainer, splits: Splits) -> dict[str, Any]:
+def run_facts(
+    trainer: ImageClassificationTrainer, splits: Splits, temperature: float
+) -> dict[str, Any]:
     """What happened in a run, as plain values: data, work, time, machine and versions."""
     state, device = trainer.state, trainer.args.device
     seconds = next(
@@ -462,6 +468,7 @@ def run_facts(trainer: ImageClassificationTrainer, splits: Splits) -> dict[str, 
         "steps": state.global_step,
         "epochs": state.epoch,
         "best_checkpoint_step": state.best_global_step,
+        "temperature": temperature,
         "train_seconds": seconds,
         "train_images_per_second": round(len(splits.train) * (state.epoch or 0) / seconds, 1),
         "processes": trainer.args.world_size,

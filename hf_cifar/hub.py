@@ -16,7 +16,8 @@ from hf_cifar.config import RunConfig
 from hf_cifar.data.splits import Splits
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.metrics import HEADLINE_FIGURES, render_figure
+from hf_cifar.evaluation.figures import HEADLINE_FIGURES
+from hf_cifar.evaluation.predictions import render_cell
 from hf_cifar.network import looks_like_path, require_network
 
 PACKAGES = (
@@ -176,7 +177,8 @@ def render_model_card(
         results=_results_table(metrics),
         selection=(
             ("Validation chose the checkpoint; test" if config.train.load_best_model_at_end
-             else "Test") + " was not read before the end of the run."
+             else "Test") + " was not read before the end of the run. In brackets: 95% intervals."
+            + _calibration(metrics)
         ),
         data=(
             f"`{dataset}`: {len(splits.train):,} images to train on, "
@@ -204,10 +206,22 @@ def _is_path(value: Any) -> bool:
 
 def _results_table(metrics: dict[str, Any]) -> str:
     rows = [
-        (split, *(render_figure(figures.get(key)) for key in HEADLINE_FIGURES))
+        (split, *(render_cell(figures, key) for key in HEADLINE_FIGURES))
         for split, figures in metrics.items()
     ]
     return _table(("split", *HEADLINE_FIGURES), rows)
+
+
+def _calibration(metrics: dict[str, Any]) -> str:
+    """A sentence on the temperature, with what it did on the last split; nothing without one."""
+    split, figures = list(metrics.items())[-1]
+    if "temperature" not in figures:
+        return ""
+    return (
+        f" Calibrated on validation: the logits are divided by {figures['temperature']:.3f}, which took the "
+        f"expected calibration error on {split} from {figures['ece_uncalibrated']:.4f} to "
+        f"{figures['ece']:.4f}."
+    )
 
 
 def _hashed(splits: Splits) -> str:

@@ -21,6 +21,7 @@ import yaml
 from hf_cifar.errors import UserError
 
 CONFIG_FILE = "config.yaml"  # the resolved options in a run's folder
+RUN_FILE = "run.json"  # what happened in it
 
 
 def option(default: Any, text: str) -> Any:
@@ -92,7 +93,9 @@ class AugmentConfig:
     _argument_group_name = "augmentation"
 
     crop_padding: float = option(
-        0.0625, "Largest random shift, as a share of the image side (0.0625 of 32 px is 2 px)."
+        0.03125,
+        "Largest random shift, as a share of the image side (0.03125 of 32 px is 1 px, for a few epochs; "
+        "0.125 is usual in long runs).",
     )
     crop_scale: float = option(
         1.0, "Smallest share of the image area that a random resized crop keeps; 1 turns it off."
@@ -202,6 +205,11 @@ class FinetuneOptions:
     early_stopping_patience: int | None = option(
         None, "Stop after this many evaluations without a better validation accuracy."
     )
+    calibrate: bool = option(
+        True,
+        "At the end, fit a temperature on validation and fold it into the head: the same labels, with "
+        "probabilities that mean what they say.",
+    )
 
 
 @dataclass(frozen=True)
@@ -255,6 +263,17 @@ class PredictConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         _refuse_both_formats(self)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which predictions of two runs to compare."""
+
+    _argument_group_name = "comparison"
+
+    split: Literal["auto", "validation", "test"] = option(
+        "auto", "Which split's predictions; auto: test if both runs have it, else validation."
+    )
 
 
 def _refuse_both_formats(config: EvaluateConfig | PredictConfig) -> None:

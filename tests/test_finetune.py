@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_cifar import RunConfig, UserError, evaluate_saved, finetune_classifier, load_splits
-from hf_cifar.evaluation.metrics import accuracy
+from hf_cifar.evaluation.figures import accuracy
+from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.options import DataConfig, EvaluateConfig
 
 
@@ -88,6 +89,38 @@ def test_metrics_follow_from_the_saved_predictions(vit_run, stripes):
         assert metrics[split]["accuracy"] == accuracy(logits.argmax(1), table["label"][:])
         assert metrics[split]["num_images"] == len(table)
     assert metrics["validation"]["accuracy"] > 0.8
+
+
+def test_the_model_is_calibrated_on_validation_and_its_labels_stay(
+    vit_run, stripes, tiny_vit, tmp_path
+):
+    run(
+        tmp_path / "plain", stripes, tiny_vit, "--num_train_epochs", "15", "--learning_rate", "3e-3",
+        "--do_predict", "--calibrate", "false",
+    )  # fmt: skip
+    plain, calibrated = saved_metrics(tmp_path / "plain"), saved_metrics(vit_run)
+    temperature = json.loads((vit_run / "run.json").read_text())["temperature"]
+    assert json.loads((tmp_path / "plain" / "run.json").read_text())["temperature"] == 1
+    assert "temperature" not in plain["test"] and abs(temperature - 1) > 0.01
+    for split in ("validation", "test"):
+        before, after = (Predictions.load(f, split) for f in (tmp_path / "plain", vit_run))
+        np.testing.assert_array_equal(after.logits.argmax(axis=1), before.logits.argmax(axis=1))
+        np.testing.assert_allclose(after.logits * temperature, before.logits, atol=1e-4)
+        figures = calibrated[split]
+        assert figures["temperature"] == after.temperature == temperature
+        assert figures["ece_uncalibrated"] == pytest.approx(plain[split]["ece"], abs=1e-4)
+    assert calibrated["validation"]["cross_entropy"] < plain["validation"]["cross_entropy"]
+    before, after = weights(tmp_path / "plain"), weights(vit_run)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_evaluate_knows_the_temperature_of_a_run(vit_run, stripes):
+    config = EvaluateConfig(model_name_or_path=str(vit_run), use_cpu=True)
+    again = evaluate_saved(config, DataConfig(dataset_name=str(stripes)))
+    before = saved_metrics(vit_run)["validation"]
+    assert again.metrics["temperature"] == before["temperature"]
+    assert again.metrics["ece_uncalibrated"] == pytest.approx(before["ece_uncalibrated"], abs=1e-4)
 
 
 def test_the_model_loads_as_plain_transformers(vit_run, stripes):

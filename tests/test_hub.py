@@ -370,9 +370,9 @@ def local_run(tmp_path_factory):
 
 METRICS = {
     "validation": {"num_images": 10, "accuracy": 0.8, "f1_macro": 0.75, "roc_auc_macro": None,
-                   "cross_entropy": 0.61},
+                   "cross_entropy": 0.61, "ece": 0.05, "intervals": {"accuracy": [0.49, 0.943]}},
     "test": {"num_images": 1234, "accuracy": 0.7654321, "f1_macro": 0.5, "roc_auc_macro": 0.875,
-             "cross_entropy": 0.9},
+             "cross_entropy": 0.9, "ece": 0.02, "ece_uncalibrated": 0.07, "temperature": 1.2345},
 }  # fmt: skip
 FACTS = {
     "train_seconds": 12.4, "steps": 1500, "trainable": "330 of 9,876 parameters train",
@@ -393,8 +393,12 @@ def test_card_states_the_facts_of_the_run(local_run):
     assert (
         f"{len(splits.train)} images to train on, {len(splits.validation)} for validation" in text
     )
-    assert "| validation | 10 | 0.8000 | 0.7500 | - | 0.6100 |" in text
-    assert "| test | 1,234 | 0.7654 | 0.5000 | 0.8750 | 0.9000 |" in text
+    assert "| validation | 10 | 0.8000 [0.4900, 0.9430] | 0.7500 | - | 0.6100 | 0.0500 |" in text
+    assert "| test | 1,234 | 0.7654 | 0.5000 | 0.8750 | 0.9000 | 0.0200 |" in text
+    assert (
+        "divided by 1.234, which took the expected calibration error on test from 0.0700 to 0.0200"
+        in text
+    )
     assert (
         "330 of 9,876 parameters train. 1,500 steps in 12 s on CPU (3 cores), 2 processes" in text
     )

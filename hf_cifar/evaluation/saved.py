@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.data.store import default_num_workers, is_resident, stored_view
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.evaluation import Evaluation, evaluate_classifier
+from hf_cifar.evaluation.evaluation import evaluate_classifier
+from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import load_classifier
-from hf_cifar.options import DataConfig, EvaluateConfig
+from hf_cifar.options import RUN_FILE, DataConfig, EvaluateConfig
 from hf_cifar.trainer import ImageClassificationTrainer
 
 
-def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Evaluation:
+def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
     """Evaluate a saved model on one split, and update metrics.json and the predictions in its folder.
 
     Raises: UserError if the data's classes are not the model's.
@@ -60,12 +62,20 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Evaluation:
             processing_class=image_processor,
             preprocessing=preprocessing,
         )
-        evaluation = evaluate_classifier(trainer, split, data.pixel_store)
+        evaluation = evaluate_classifier(
+            trainer, split, data.pixel_store, temperature_of(config.model_name_or_path)
+        )
     folder = output_folder(config)
     if folder is not None and trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         evaluation.save(folder)
     return evaluation
+
+
+def temperature_of(model_name_or_path: str) -> float:
+    """What a run's calibration has divided its model's logits by; 1 for a model without a run."""
+    facts = Path(model_name_or_path) / RUN_FILE
+    return json.loads(facts.read_text()).get("temperature", 1.0) if facts.is_file() else 1.0
 
 
 def output_folder(config: EvaluateConfig) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import re
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
@@ -43,6 +44,28 @@ def linear_head(model: PreTrainedModel) -> nn.Linear | None:
     if len(linear) != 1 or len(names) != len(list(linear[0].parameters())):
         return None
     return linear[0]
+
+
+def output_layers(model: PreTrainedModel) -> list[nn.Linear]:
+    """The linear layers that give the logits: one, or two of a model that averages two heads; none if
+    the logits come from something else."""
+    names = head_parameter_names(model)
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and f"{name}.weight" in names
+        and module.out_features == model.config.num_labels
+    ]
+
+
+def divide_logits(model: PreTrainedModel, divisor: float) -> bool:
+    """Fold a division of the logits into the layers that give them; False if that cannot be done."""
+    layers = output_layers(model)
+    with torch.no_grad():
+        for parameter in (p for layer in layers for p in layer.parameters()):
+            parameter.div_(divisor)
+    return bool(layers)
 
 
 def backbone_blocks(model: PreTrainedModel) -> list[str]:

@@ -8,9 +8,11 @@ from hf_cifar.models.layers import (
     backbone_blocks,
     block_depths,
     describe_trainable,
+    divide_logits,
     eval_frozen_norms,
     freeze,
     head_parameter_names,
+    output_layers,
 )
 from hf_cifar.options import ModelConfig
 
@@ -164,3 +166,28 @@ def test_a_network_without_blocks(load):
     model.vit.layers = torch.nn.ModuleList([model.vit.layers[0]])
     with pytest.raises(UserError, match="use --freeze none or backbone, and no --layer_decay"):
         backbone_blocks(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("vit", 1), ("resnet", 1), ("timm/test_efficientnet", 1), ("scratch/article_cnn", 1),
+     ("scratch/article_mlp", 1), ("scratch/deit_tiny_distilled_patch16_224", 2)],
+)  # fmt: skip
+def test_logits_are_divided_in_the_layers_that_give_them(name, layers, load):
+    model = load(name).eval()
+    assert len(output_layers(model)) == layers
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        before = model(pixel_values=images).logits
+        assert divide_logits(model, 1.7)
+        after = model(pixel_values=images).logits
+    torch.testing.assert_close(after, before / 1.7)
+    assert torch.equal(after.argmax(1), before.argmax(1))
+
+
+def test_logits_that_no_linear_layer_gives_are_left_alone(load):
+    model = load("vit")
+    model.classifier = torch.nn.Sequential(torch.nn.Conv1d(32, 3, 1))
+    weights = model.classifier[0].weight.clone()
+    assert not divide_logits(model, 2.0)
+    assert torch.equal(model.classifier[0].weight, weights)

@@ -1,0 +1,114 @@
+"""Two models on the same images: is one of them better, or were they lucky?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_cifar.errors import UserError
+from hf_cifar.evaluation.intervals import LEVEL, mcnemar, paired_difference
+from hf_cifar.evaluation.predictions import (
+    Predictions,
+    render_cell,
+    render_table,
+    saved_splits,
+)
+
+SHOWN = ("num_images", "accuracy", "f1_macro", "cross_entropy", "brier", "ece")
+
+
+def compare_runs(folders: Sequence[str | Path], split: str = "auto") -> dict[str, Any]:
+    """Compare the predictions that two runs left.
+
+    split: "validation", "test", or "auto": test if both have it, else validation.
+
+    Raises: UserError if they share no split, or the images or classes are not the same.
+    """
+    first, second = folders
+    if split == "auto":
+        common = [s for s in ("test", "validation") if all(s in saved_splits(f) for f in folders)]
+        if not common:
+            raise UserError(
+                f"{first} has predictions of {_listed(saved_splits(first))}, {second} of "
+                f"{_listed(saved_splits(second))}; run hf-cifar evaluate for the split that is missing"
+            )
+        split = common[0]
+    return compare_predictions(Predictions.load(first, split), Predictions.load(second, split))
+
+
+def compare_predictions(first: Predictions, second: Predictions) -> dict[str, Any]:
+    """Figures of both, and of their difference in accuracy (second less first), as plain values.
+
+    Raises: UserError if they are not about the same rows, labels and classes.
+    """
+    _require_same_images(first, second)
+    order = [np.argsort(predictions.row_ids) for predictions in (first, second)]
+    hits = [
+        (p.logits.argmax(axis=1) == p.labels)[rows]
+        for p, rows in zip((first, second), order, strict=True)
+    ]
+    only_first, only_second = int((hits[0] & ~hits[1]).sum()), int((hits[1] & ~hits[0]).sum())
+    count = len(hits[0])
+    return {
+        "split": first.split,
+        "num_images": count,
+        "first": first.metrics,
+        "second": second.metrics,
+        "both_right": int((hits[0] & hits[1]).sum()),
+        "only_first_right": only_first,
+        "only_second_right": only_second,
+        "both_wrong": int((~hits[0] & ~hits[1]).sum()),
+        "accuracy_difference": (only_second - only_first) / count,
+        "accuracy_difference_interval": paired_difference(only_first, only_second, count).tolist(),
+        "mcnemar_p": mcnemar(only_first, only_second),
+    }
+
+
+def _require_same_images(first: Predictions, second: Predictions) -> None:
+    if first.id2label != second.id2label:
+        raise UserError(
+            f"the two runs tell different classes: {_listed(list(first.id2label.values())[:5])} and "
+            f"{_listed(list(second.id2label.values())[:5])}; compare runs on the same data"
+        )
+    a, b = (dict(zip(p.row_ids.tolist(), p.labels.tolist(), strict=True)) for p in (first, second))
+    if a.keys() != b.keys():
+        raise UserError(
+            f"the two runs predicted different {first.split} images: {len(a):,} and {len(b):,}, of which "
+            f"{len(a.keys() & b.keys()):,} are the same; evaluate both with one --split_seed and limit"
+        )
+    differing = sum(a[row] != b[row] for row in a)
+    if differing:
+        raise UserError(
+            f"{differing:,} of {len(a):,} {first.split} images have another label in the second run; "
+            "compare runs on the same data"
+        )
+
+
+def render_comparison(comparison: dict[str, Any], names: Sequence[str]) -> str:
+    """The comparison as people read it: both runs' figures, and a sentence on the difference."""
+    table = render_table(
+        [f"{comparison['split']}, {LEVEL:.0%} interval", *names],
+        [[key, *(render_cell(comparison[run], key) for run in ("first", "second"))] for key in SHOWN],
+    )  # fmt: skip
+    difference, (low, high) = (
+        comparison["accuracy_difference"], comparison["accuracy_difference_interval"],
+    )  # fmt: skip
+    p = comparison["mcnemar_p"]
+    if p >= 1 - LEVEL:
+        verdict = "the images do not tell which is better"
+    else:
+        verdict = f"{names[difference > 0]} is better than chance explains"
+    return (
+        f"{table}\n\nright in {names[0]} alone: {comparison['only_first_right']:,}; in {names[1]} alone: "
+        f"{comparison['only_second_right']:,}; in both: {comparison['both_right']:,}; in neither: "
+        f"{comparison['both_wrong']:,}\n"
+        f"accuracy of {names[1]} less {names[0]}: {difference:+.4f} [{low:+.4f}, {high:+.4f}], McNemar's "
+        f"exact p = {p:.2g}: {verdict}"
+    )
+
+
+def _listed(values: Sequence[str]) -> str:
+    return ", ".join(values) or "nothing"

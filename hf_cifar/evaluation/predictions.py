@@ -1,0 +1,164 @@
+"""One set of predictions, kept as a file, and every figure from it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from hf_cifar.errors import UserError
+from hf_cifar.evaluation.calibration import calibration_error
+from hf_cifar.evaluation.figures import compute_metrics, cross_entropy, render_figure, softmax
+from hf_cifar.evaluation.intervals import figure_intervals
+
+METRICS_FILE = "metrics.json"
+PREDICTIONS_FOLDER = "predictions"
+TEMPERATURE = "temperature"  # in the metadata of the file
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model said about the images of one split.
+
+    split: "validation" or "test". row_ids, labels [N]; logits [N, K]. Row ids count in
+    the data set's own split that a row comes from: train, for a validation split cut out of it.
+    temperature: what calibration has divided the logits by, 1 for none.
+    """
+
+    split: str
+    row_ids: np.ndarray
+    labels: np.ndarray
+    logits: np.ndarray
+    id2label: dict[int, str]
+    temperature: float = 1.0
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, Any]:
+        """Every figure, see `compute_metrics`, and under "intervals" the 95% interval of each; with a
+        temperature, also what two of them were without."""
+        figures = compute_metrics(self.logits, self.labels, self.id2label)
+        if self.temperature != 1:
+            before = softmax(self.logits * self.temperature)
+            figures |= {
+                "temperature": self.temperature,
+                "cross_entropy_uncalibrated": cross_entropy(before, self.labels),
+                "ece_uncalibrated": calibration_error(before, self.labels),
+            }
+        return figures | {"intervals": figure_intervals(self.logits, self.labels, self.id2label)}
+
+    def save(self, folder: str | Path) -> None:
+        """Write predictions/SPLIT.parquet, and this split's figures into metrics.json."""
+        path = _path(folder, self.split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        features = datasets.Features(
+            {
+                "row_id": datasets.Value("int64"),
+                "label": datasets.ClassLabel(names=list(self.id2label.values())),
+                "logits": datasets.Sequence(datasets.Value("float32")),
+            }
+        )
+        table = pyarrow.table(
+            {"row_id": self.row_ids, "label": self.labels, "logits": list(self.logits)},
+            schema=features.arrow_schema,
+        )
+        note = {TEMPERATURE: str(self.temperature)}
+        table = table.replace_schema_metadata({**table.schema.metadata, **note})
+        temporary = path.with_name(f".{path.name}.tmp")
+        pyarrow.parquet.write_table(table, temporary)
+        os.replace(temporary, path)
+        path = Path(folder) / METRICS_FILE
+        figures = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, {**figures, self.split: self.metrics})
+
+    @classmethod
+    def load(cls, folder: str | Path, split: str) -> Predictions:
+        """Read what `save` wrote. Raises: UserError if there is no such file, or it holds something else."""
+        path = _path(folder, split)
+        if not path.is_file():
+            raise UserError(
+                f"no predictions in {path}; run: hf-cifar evaluate --model_name_or_path {folder} "
+                f"--split {split}"
+            )
+        try:
+            table = pyarrow.parquet.read_table(path)
+            names = datasets.Features.from_arrow_schema(table.schema)["label"].names
+            return cls(
+                split=split,
+                row_ids=table["row_id"].to_numpy(),
+                labels=table["label"].to_numpy(),
+                logits=np.stack(table["logits"].to_numpy()),
+                id2label=dict(enumerate(names)),
+                temperature=float(table.schema.metadata.get(TEMPERATURE.encode(), 1)),
+            )
+        except (KeyError, AttributeError, ValueError, OSError) as error:
+            raise UserError(
+                f"{path} does not hold predictions ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}); run hf-cifar evaluate again"
+            ) from None
+
+
+def saved_splits(folder: str | Path) -> list[str]:
+    """The splits of which a folder holds predictions."""
+    return [split for split in ("validation", "test") if _path(folder, split).is_file()]
+
+
+def _path(folder: str | Path, split: str) -> Path:
+    return Path(folder) / PREDICTIONS_FOLDER / f"{split}.parquet"
+
+
+def render_cell(figures: dict[str, Any], key: str) -> str:
+    """One figure and, where it has one, its 95% interval."""
+    interval = figures.get("intervals", {}).get(key)
+    value = render_figure(figures.get(key))
+    return f"{value} [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else value
+
+
+def render_figures(metrics: dict[str, dict[str, Any]], keys: Sequence[str]) -> str:
+    """The named figures with their intervals as a table of text: a row each, a column for each split."""
+    rows = [[key, *(render_cell(figures, key) for figures in metrics.values())] for key in keys]
+    return render_table(["", *metrics], rows)
+
+
+def render_metrics(metrics: dict[str, dict[str, Any]]) -> str:
+    """All figures of one or more splits as a table of text, and the per-class figures of the last."""
+    names = list(metrics)
+    single = [k for k, v in metrics[names[0]].items() if not isinstance(v, (dict, list))]
+    per_class = metrics[names[-1]]["per_class"]
+    columns = list(next(iter(per_class.values())))
+    rows = [
+        [name, *(render_figure(values[column]) for column in columns)]
+        for name, values in per_class.items()
+    ]
+    return "\n\n".join(
+        [
+            render_figures(metrics, single) + "\n[low, high]: 95% interval",
+            render_table([f"{names[-1]}, per class", *columns], rows),
+        ]
+    )
+
+
+def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text: the first column flush left, the others flush right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        line[0].ljust(widths[0])
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in one step: a reader sees the old one or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
