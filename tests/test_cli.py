@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hf_cifar.cli import COMMANDS, main
+from hf_cifar.evaluation.predictions import Predictions
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,22 @@ def test_evaluate_on_other_data_does_not_replace_the_figures_of_the_run(finished
     other = json.loads((tmp_path / "other" / "metrics.json").read_text())
     assert other["validation"]["num_images"] == 4
     assert (finished / "metrics.json").read_text() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is no need to fall back")
+def test_evaluate_takes_bf16_without_a_gpu(finished, tmp_path, capsys):
+    argv = [
+        "evaluate",
+        "--model_name_or_path",
+        str(finished),
+        "--output_dir",
+        str(tmp_path),
+        "--bf16",
+    ]
+    assert main(argv) == 0
+    exact, rounded = (Predictions.load(f, "validation").logits for f in (finished, tmp_path))
+    np.testing.assert_allclose(rounded, exact, atol=0.1)
+    assert not np.array_equal(rounded, exact)
 
 
 def test_predict_prints_json_lines_and_goes_on_after_a_broken_image(

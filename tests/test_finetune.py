@@ -115,6 +115,21 @@ def test_the_model_is_calibrated_on_validation_and_its_labels_stay(
     assert changed == {"classifier.weight", "classifier.bias"}
 
 
+def test_final_figures_are_those_of_the_saved_model_in_fp32_whatever_trained_it(
+    stripes, tiny_vit, tmp_path
+):
+    run(tmp_path, stripes, tiny_vit, "--bf16", "--do_predict")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    images = [Image.open(path).convert("RGB") for path in stripe_images(stripes)]
+    with torch.no_grad():
+        logits = model(**processor(images, return_tensors="pt")).logits.numpy()
+    # Under bfloat16 they would differ by about 1%.
+    np.testing.assert_allclose(
+        Predictions.load(tmp_path, "test").logits, logits, rtol=2e-3, atol=2e-3
+    )
+
+
 def test_evaluate_knows_the_temperature_of_a_run(vit_run, stripes):
     config = EvaluateConfig(model_name_or_path=str(vit_run), use_cpu=True)
     again = evaluate_saved(config, DataConfig(dataset_name=str(stripes)))

@@ -54,7 +54,8 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
                 dataloader_pin_memory=num_workers > 0,
                 bf16=config.bf16,
                 fp16=config.fp16,
-                use_cpu=config.use_cpu,
+                # transformers takes --bf16 for a wish for a GPU; bfloat16 runs on a CPU as well.
+                use_cpu=config.use_cpu or (config.bf16 and not torch.cuda.is_available()),
                 remove_unused_columns=False,
                 label_names=["labels"],
                 report_to="none",
