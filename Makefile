@@ -13,7 +13,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/hf-cifar predict --model_name_or_path outputs/quickstart --top_k 3 outputs/quickstart/digit.png
 
 test: $(VENV)/installed quality
-	$(BIN)/pytest -n 2 -q
+	$(BIN)/pytest -n 3 --dist loadfile -q
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .

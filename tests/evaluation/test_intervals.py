@@ -52,7 +52,7 @@ def test_bootstrapped_figures_cover():
     ]  # fmt: skip
     covered = dict.fromkeys(keys, 0)
     for _ in range(1000):
-        found = figure_intervals(*draw(300, generator), NAMES, draws=199)
+        found = figure_intervals(*draw(300, generator), NAMES, draws=119)
         for key in keys:
             covered[key] += found[key][0] <= truth[key] <= found[key][1]
     assert all(930 <= count <= 970 for count in covered.values()), covered
