@@ -130,6 +130,14 @@ def test_final_figures_are_those_of_the_saved_model_in_fp32_whatever_trained_it(
     )
 
 
+def test_a_damaged_record_of_the_run_is_one_line(vit_run, stripes, tmp_path):
+    folder = shutil.copytree(vit_run, tmp_path / "run")
+    (folder / "run.json").write_text('{"temperature": ')
+    config = EvaluateConfig(model_name_or_path=str(folder), use_cpu=True)
+    with pytest.raises(UserError, match=r"run\.json is damaged .*; move it away"):
+        evaluate_saved(config, DataConfig(dataset_name=str(stripes)))
+
+
 def test_evaluate_knows_the_temperature_of_a_run(vit_run, stripes):
     config = EvaluateConfig(model_name_or_path=str(vit_run), use_cpu=True)
     again = evaluate_saved(config, DataConfig(dataset_name=str(stripes)))

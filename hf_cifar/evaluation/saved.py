@@ -29,6 +29,7 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
         raise UserError(
             "--fp16 needs a GPU and there is none; use --bf16 --use_cpu, or leave it out"
         )
+    temperature = temperature_of(config.model_name_or_path)
     split = load_test_split(data) if config.split == "test" else load_splits(data).validation
     model, image_processor = load_classifier(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
@@ -63,9 +64,7 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
             processing_class=image_processor,
             preprocessing=preprocessing,
         )
-        evaluation = evaluate_classifier(
-            trainer, split, data.pixel_store, temperature_of(config.model_name_or_path)
-        )
+        evaluation = evaluate_classifier(trainer, split, data.pixel_store, temperature)
     folder = output_folder(config)
     if folder is not None and trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,9 +73,19 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
 
 
 def temperature_of(model_name_or_path: str) -> float:
-    """What a run's calibration has divided its model's logits by; 1 for a model without a run."""
-    facts = Path(model_name_or_path) / RUN_FILE
-    return json.loads(facts.read_text()).get("temperature", 1.0) if facts.is_file() else 1.0
+    """What a run's calibration has divided its model's logits by; 1 for a model without a run.
+
+    Raises: UserError if the run's file is damaged.
+    """
+    path = Path(model_name_or_path) / RUN_FILE
+    if not path.is_file():
+        return 1.0
+    try:
+        return float(json.loads(path.read_text()).get("temperature", 1.0))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({' '.join(str(error).split())[:200]}); move it away to evaluate without it"
+        ) from None
 
 
 def output_folder(config: EvaluateConfig) -> Path | None:
