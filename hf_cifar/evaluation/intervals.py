@@ -28,9 +28,8 @@ from hf_cifar.evaluation.figures import (
 Array = np.ndarray
 LEVEL = 0.95
 DRAWS = 1000
-AREA_WORK = (
-    2e8  # images x classes x draws: above it, the areas are drawn less often, at least 1 time in 10
-)
+# Images x classes x draws: above it, areas and means are drawn less often, down to a tenth.
+AREA_WORK = 2e8
 CHUNK = 100  # draws at a time: small enough to stay in a cache, and in memory for 50,000 images
 
 

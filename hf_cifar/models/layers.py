@@ -35,13 +35,8 @@ def head_parameter_names(model: PreTrainedModel) -> set[str]:
 
 def linear_head(model: PreTrainedModel) -> nn.Linear | None:
     """The head, if it is one linear layer: all that trains behind a frozen backbone. Else None."""
-    names = head_parameter_names(model)
-    linear = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.weight" in names
-    ]
-    if len(linear) != 1 or len(names) != len(list(linear[0].parameters())):
+    linear = _linear_layers_of_head(model)
+    if len(linear) != 1 or len(head_parameter_names(model)) != len(list(linear[0].parameters())):
         return None
     return linear[0]
 
@@ -49,13 +44,16 @@ def linear_head(model: PreTrainedModel) -> nn.Linear | None:
 def output_layers(model: PreTrainedModel) -> list[nn.Linear]:
     """The linear layers that give the logits: one, or two of a model that averages two heads; none if
     the logits come from something else."""
+    layers = _linear_layers_of_head(model)
+    return [layer for layer in layers if layer.out_features == model.config.num_labels]
+
+
+def _linear_layers_of_head(model: PreTrainedModel) -> list[nn.Linear]:
     names = head_parameter_names(model)
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and f"{name}.weight" in names
-        and module.out_features == model.config.num_labels
+        if isinstance(module, nn.Linear) and f"{name}.weight" in names
     ]
 
 

@@ -23,18 +23,9 @@ from hf_cifar.evaluation.figures import (
     softmax,
     top_k_accuracy,
 )
-from hf_cifar.evaluation.metrics import (
-    F1,
-    Precision,
-    Recall,
-)
 
 CLOSE = {"rel": 0, "abs": 1e-9}
-SCORES = {
-    "precision": (Precision, sk.precision_score),
-    "recall": (Recall, sk.recall_score),
-    "f1": (F1, sk.f1_score),
-}
+SCORES = {"precision": sk.precision_score, "recall": sk.recall_score, "f1": sk.f1_score}
 
 
 def test_softmax_rows_sum_to_one_and_do_not_overflow():
@@ -91,7 +82,7 @@ def test_confusion_matrix_is_sklearns(drawn):
 @pytest.mark.parametrize("key", SCORES)
 def test_per_class_scores_are_sklearns(key, drawn):
     confusion = confusion_matrix(drawn.predictions, drawn.labels, 8)
-    expected = SCORES[key][1](
+    expected = SCORES[key](
         drawn.labels, drawn.predictions, labels=range(8), average=None, zero_division=0
     )
     np.testing.assert_allclose(precision_recall_f1(confusion)[key], expected, atol=1e-9, rtol=0)
@@ -102,28 +93,21 @@ def test_per_class_scores_are_sklearns(key, drawn):
 def test_averaged_scores_are_sklearns(key, how, drawn):
     confusion = confusion_matrix(drawn.predictions, drawn.labels, 8)
     values = precision_recall_f1(confusion)[key]
-    expected = SCORES[key][1](drawn.labels, drawn.predictions, average=how, zero_division=0)
+    expected = SCORES[key](drawn.labels, drawn.predictions, average=how, zero_division=0)
     assert average(values, confusion, how) == pytest.approx(expected, **CLOSE)
 
 
-def test_roc_auc_is_sklearns(drawn):
-    found = roc_auc(drawn.probabilities, drawn.labels)
+@pytest.mark.parametrize(
+    ("area", "expected"),
+    [(roc_auc, sk.roc_auc_score), (average_precision, sk.average_precision_score)],
+)
+def test_areas_are_sklearns(area, expected, drawn):
+    found = area(drawn.probabilities, drawn.labels)
     for label in range(8):
         is_label = drawn.labels == label
         if is_label.any():
-            expected = sk.roc_auc_score(is_label, drawn.probabilities[:, label])
-            assert found[label] == pytest.approx(expected, **CLOSE)
-        else:
-            assert np.isnan(found[label])
-
-
-def test_average_precision_is_sklearns(drawn):
-    found = average_precision(drawn.probabilities, drawn.labels)
-    for label in range(8):
-        is_label = drawn.labels == label
-        if is_label.any():
-            expected = sk.average_precision_score(is_label, drawn.probabilities[:, label])
-            assert found[label] == pytest.approx(expected, **CLOSE)
+            wanted = expected(is_label, drawn.probabilities[:, label])
+            assert found[label] == pytest.approx(wanted, **CLOSE)
         else:
             assert np.isnan(found[label])
 
@@ -176,7 +160,7 @@ def test_compute_metrics_is_sklearns(drawn):
     assert found["cross_entropy"] == pytest.approx(
         sk.log_loss(drawn.labels, drawn.probabilities, labels=range(8)), **CLOSE
     )
-    for key, (_, function) in SCORES.items():
+    for key, function in SCORES.items():
         for how in ("macro", "weighted"):
             expected = function(drawn.labels, drawn.predictions, average=how, zero_division=0)
             assert found[f"{key}_{how}"] == pytest.approx(expected, **CLOSE)
