@@ -16,6 +16,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# What a CPU needs for bfloat16 to pay: without the last two it is slower than float32.
+MATRIX_INSTRUCTIONS = ("avx512f", "avx512_bf16", "amx_bf16")
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "timm", "pillow")
 
 
@@ -26,15 +28,16 @@ def compare(
     rounds: int = 3,
     **facts: object,
 ) -> dict[str, list[float]]:
-    """Run all variants in turn, `rounds` times, and append one JSON line.
+    """Run all variants in turn, `rounds` times, each round from another one on, and append one JSON line.
 
     A variant returns its figure, a rate; or in seconds or MB, where less is better. The ratios are of the
     first variant to each other one, round by round, and above 1 where the first is better.
     """
     figures: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
-        for name, run in variants.items():
-            figures[name].append(run())
+        shift = number % len(variants)
+        for name in [*list(variants)[shift:], *list(variants)[:shift]]:
+            figures[name].append(variants[name]())
             print(
                 f"{benchmark}, round {number + 1}: {name} {figures[name][-1]:.4g} {unit}",
                 flush=True,
@@ -76,6 +79,9 @@ def device_name() -> str:
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+        flags = set(next((x for x in lines if x.startswith("flags")), "").split())
+        fast = [name for name in MATRIX_INSTRUCTIONS if name in flags]
+        model += f" ({', '.join(fast) or 'no matrix instructions beyond AVX2'})"
     return f"{model}, {os.cpu_count()} cores"
 
 

@@ -250,7 +250,8 @@ def _step(model: nn.Module, pixel_values: Tensor, labels: Tensor, setting: Setti
     layout = MEMORY_FORMATS[setting.memory_format]
     model.to(memory_format=layout)
     pixel_values = pixel_values.contiguous(memory_format=layout)
-    network = torch.compile(model) if setting.compiled else model
+    # As accelerate compiles what is trained: symbolic sizes would also take minutes on some networks.
+    network = torch.compile(model, dynamic=False) if setting.compiled else model
     device = pixel_values.device.type
     dtype = DTYPES[setting.precision]
     torch.manual_seed(0)  # the same dropout for all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ class ImageClassificationTrainer(Trainer):
         augmentation: Augmentation | None = None,
         **kwargs: Any,
     ) -> None:
+        # Compiled for the sizes that come: symbolic ones take minutes on some networks.
+        os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
         super().__init__(
             *args, data_collator=take_batch, compute_metrics=compute_training_metrics, **kwargs
         )
@@ -97,9 +100,10 @@ class ImageClassificationTrainer(Trainer):
                 self.preprocessing,
                 self.model.config.num_labels,
                 self._step_generator(),
+                self.memory_format,
             )
         else:
-            pixel_values = self.preprocessing(inputs["pixel_values"])
+            pixel_values = self.preprocessing(inputs["pixel_values"], self.memory_format)
         inputs["pixel_values"] = pixel_values.contiguous(memory_format=self.memory_format)
         return inputs
 

@@ -313,12 +313,13 @@ class Augmentation:
         preprocessing: Preprocessing,
         num_classes: int,
         generator: Generator,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> tuple[Tensor, Tensor]:
         """images [N, 3, H, W] uint8 and labels [N] -> pixel_values [N, 3, h, w] and targets.
 
         The targets are the labels, or with mixup or cutmix probabilities [N, num_classes].
         """
-        pixel_values = preprocessing.normalize(self.sample(images, preprocessing, generator))
+        pixel_values = self.sample(images, preprocessing, generator, memory_format)
         if self.erasing:
             pixel_values = erase(pixel_values, self.erasing, generator)
         if not (self.mixup_alpha or self.cutmix_alpha):
@@ -326,8 +327,14 @@ class Augmentation:
         targets = F.one_hot(labels, num_classes).to(torch.float32)
         return mix(pixel_values, targets, self.mixup_alpha, self.cutmix_alpha, generator)
 
-    def sample(self, images: Tensor, preprocessing: Preprocessing, generator: Generator) -> Tensor:
-        """A random view of each image, in new colours: float [N, 3, h, w], 0..255."""
+    def sample(
+        self,
+        images: Tensor,
+        preprocessing: Preprocessing,
+        generator: Generator,
+        memory_format: torch.memory_format,
+    ) -> Tensor:
+        """A random view of each image, in new colours: `pixel_values` [N, 3, h, w]."""
         num_images, _, height, width = images.shape
         boxes, linear = self.view.draw(num_images, height, width, preprocessing.size, generator)
         if self.policy is not None:
@@ -339,7 +346,11 @@ class Augmentation:
         if self.grayscale:
             grey = uniform(num_images, 0, 1, generator) < self.grayscale
             images = color.saturation(images.to(torch.float32), 1 - grey.float())
-        return sample(images, boxes, linear, preprocessing.size, preprocessing.interpolation)
+        size, interpolation = preprocessing.size, preprocessing.interpolation
+        levels = preprocessing.levels(images.device)
+        if linear is None:
+            return resample(images, boxes, size, interpolation, levels, memory_format)
+        return levels(sample(images, boxes, linear, size, interpolation))
 
 
 def move(

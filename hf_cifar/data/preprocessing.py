@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cifar.data.transforms import KERNELS, normalize, resample
+from hf_cifar.data.transforms import KERNELS, Levels, resample
 from hf_cifar.errors import UserError
 
 # Pillow's numbers for its filters, which transformers saves as `resample`.
@@ -162,10 +162,14 @@ class Preprocessing:
             [[top * rows, left * columns, (top + crop[0]) * rows, (left + crop[1]) * columns]]
         )
 
+    def _is_shown_whole(self, height: int, width: int) -> bool:
+        """Whether the model sees every pixel of such an image as it is."""
+        return (height, width) == self.size and self.resize in (None, self.size, min(self.size))
+
     def view(self, images: Tensor) -> Tensor:
         """Resize and crop [N, C, H, W] uint8 to float [N, C, *size], 0..255."""
         height, width = images.shape[-2:]
-        if (height, width) == self.size and self.resize in (None, self.size, min(self.size)):
+        if self._is_shown_whole(height, width):
             return images.to(torch.float32)
         return resample(images, self.box(height, width), self.size, self.interpolation)
 
@@ -180,12 +184,23 @@ class Preprocessing:
             views[rows] = self.view(batch.permute(0, 3, 1, 2))
         return views
 
+    def levels(self, device: torch.device) -> Levels:
+        """From pixel values 0..255 to the model's."""
+        mean = torch.tensor(self.mean, device=device)
+        std = torch.tensor(self.std, device=device)
+        return Levels.normalizing(mean, std, self.rescale_factor)
+
     def normalize(self, images: Tensor) -> Tensor:
         """Float pixels 0..255 to the model's `pixel_values`."""
-        mean = torch.tensor(self.mean, device=images.device)
-        std = torch.tensor(self.std, device=images.device)
-        return normalize(images, mean, std, self.rescale_factor)
+        return self.levels(images.device)(images)
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(
+        self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
         """`pixel_values` [N, C, *size] for evaluation, from uint8 [N, C, H, W]."""
-        return self.normalize(self.view(images))
+        height, width = images.shape[-2:]
+        levels = self.levels(images.device)
+        if self._is_shown_whole(height, width):
+            return levels(images).contiguous(memory_format=memory_format)
+        box = self.box(height, width)
+        return resample(images, box, self.size, self.interpolation, levels, memory_format)

@@ -9,6 +9,7 @@ Shapes: N images, C channels, H x W pixels in, h x w pixels out.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,61 +44,102 @@ KERNELS = {
 }
 
 
+class Levels(NamedTuple):
+    """What becomes of a pixel value 0..255 of each channel: value * scale + shift; both [C], scale > 0."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def normalizing(cls, mean: Tensor, std: Tensor, rescale_factor: float = 1 / 255) -> Levels:
+        """(value * rescale_factor - mean) / std; mean and std [C]."""
+        return cls(rescale_factor / std, -mean / std)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """images [N, C, H, W] -> float, the same shape."""
+        shape = (1, -1, 1, 1)
+        return (images.to(torch.float32) * self.scale.view(shape)).add_(self.shift.view(shape))
+
+
 def interpolation_matrix(
-    start: Tensor, stop: Tensor, in_size: int, out_size: int, interpolation: str = "bicubic"
+    start: Tensor,
+    stop: Tensor,
+    in_size: int,
+    out_size: int,
+    interpolation: str = "bicubic",
+    device: torch.device | None = None,
 ) -> Tensor:
     """Weights [N, out_size, in_size] that resample the interval [start, stop) of a line of pixels.
 
     `start` and `stop` [N] are in input pixels; `stop < start` mirrors. Rows sum to 1. When the interval
     shrinks, the kernel widens, so there is no aliasing. Inside the image the weights are Pillow's: taps
     outside it are dropped and the rest renormalised. A sample that lies outside is mirrored back in.
+    device: of the result, that of `start` if not given.
 
     Source: Pillow, src/libImaging/Resample.c (`precompute_coeffs`).
     """
     kernel, support = KERNELS[interpolation]
+    # Read before the move: a GPU need not be waited for where the boxes were drawn on the CPU.
+    widest = max(1.0, float((stop - start).abs().max()) / out_size)
+    num_taps = math.ceil(2 * support * widest) + 1
+    start, stop = start.to(device), stop.to(device)
     scale = (stop - start) / out_size
     steps = torch.arange(out_size, dtype=start.dtype, device=start.device) + 0.5
     centers = start[:, None] + steps * scale[:, None]
     period = 2.0 * in_size
     centers = centers.remainder(period)
-    centers = torch.where(centers > in_size, period - centers, centers)
+    centers = torch.where(centers > in_size, period - centers, centers)[:, :, None]
 
     stretch = scale.abs().clamp_min(1.0)[:, None, None]
-    pixels = torch.arange(in_size, dtype=start.dtype, device=start.device) + 0.5
-    distance = pixels - centers[:, :, None]
     # Pillow gives a weight to the pixels whose centre rounds into the support, and to no others.
     reach = support * stretch
-    first = (centers[:, :, None] - reach + 0.5).floor()
-    last = (centers[:, :, None] + reach + 0.5).floor()
-    index = pixels - 0.5
-    taps = (index >= first) & (index < last)
-    weights = torch.where(taps, kernel(distance / stretch), torch.zeros_like(distance))
-    return weights / weights.sum(dim=-1, keepdim=True)
+    first = (centers - reach + 0.5).floor()
+    last = (centers + reach + 0.5).floor()
+    index = first + torch.arange(num_taps, dtype=start.dtype, device=start.device)
+    taps = (index < last) & (index >= 0) & (index < in_size)
+    weights = torch.where(taps, kernel((index + 0.5 - centers) / stretch), 0.0)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    matrix = weights.new_zeros((*weights.shape[:2], in_size))
+    return matrix.scatter_add_(2, index.clamp_(0, in_size - 1).to(torch.int64), weights)
 
 
 def resample(
-    images: Tensor, boxes: Tensor, size: tuple[int, int], interpolation: str = "bicubic"
+    images: Tensor,
+    boxes: Tensor,
+    size: tuple[int, int],
+    interpolation: str = "bicubic",
+    levels: Levels | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """Cut a box out of every image and bring it to `size` in one pass.
 
     images [N, C, H, W] uint8 or float, values 0 to 255; boxes [N, 4] or [1, 4] as (top, left, bottom,
-    right) in pixels, right < left flips. Returns float [N, C, h, w], clamped to 0..255.
+    right) in pixels, right < left flips. Returns float [N, C, h, w], clamped to 0..255 and then brought to
+    `levels`, in the memory format that is asked for; neither costs a pass of its own.
     """
     num_images, channels, height, width = images.shape
     out_height, out_width = size
-    boxes = boxes.to(device=images.device, dtype=torch.float32)
-    top, left, bottom, right = boxes.unbind(dim=1)
-    rows = interpolation_matrix(top, bottom, height, out_height, interpolation)
-    columns = interpolation_matrix(left, right, width, out_width, interpolation)
-    pixels = images.to(torch.float32)
+    top, left, bottom, right = boxes.to(torch.float32).unbind(dim=1)
+    device = images.device
+    rows = interpolation_matrix(top, bottom, height, out_height, interpolation, device)
+    columns = interpolation_matrix(left, right, width, out_width, interpolation, device)
     # Width first and a clamp between the passes, as Pillow does: a cubic overshoot is cut off twice.
-    if boxes.shape[0] == 1:
-        pixels = torch.matmul(pixels, columns.transpose(1, 2)).clamp_(0, 255)
-    else:
-        pixels = pixels.reshape(num_images, channels * height, width)
-        pixels = torch.bmm(pixels, columns.transpose(1, 2)).clamp_(0, 255)
-        pixels = pixels.view(num_images, channels, height, out_width)
-    return torch.matmul(rows[:, None], pixels).clamp_(0, 255)
+    pixels = images.to(torch.float32).reshape(num_images, channels * height, width)
+    pixels = torch.matmul(pixels, columns.transpose(1, 2)).clamp_(0, 255)
+    pixels = pixels.view(num_images, channels, height, out_width)
+    low, high = 0.0, 255.0
+    if levels is not None:
+        # Rows of the matrix sum to 1, so that levels may as well change here, where there is less of them.
+        pixels = levels(pixels)
+        ends = torch.tensor([0.0, 255.0], device=device).view(2, 1, 1, 1).expand(2, channels, 1, 1)
+        low, high = levels(ends).expand(2, channels, 1, out_width).contiguous()
+    if memory_format == torch.channels_last:
+        pixels = pixels.permute(0, 2, 3, 1).reshape(num_images, height, out_width * channels)
+        if levels is not None:
+            low, high = (end.permute(1, 2, 0).reshape(1, -1) for end in (low, high))
+        out = torch.matmul(rows, pixels).clamp_(low, high)
+        return out.view(num_images, *size, channels).permute(0, 3, 1, 2)
+    return torch.matmul(rows[:, None], pixels).clamp_(low, high)
 
 
 def affine_sample(images: Tensor, boxes: Tensor, linear: Tensor, size: tuple[int, int]) -> Tensor:
@@ -146,11 +188,3 @@ def shear(y: Tensor, x: Tensor) -> Tensor:
 def whole_image(height: int, width: int) -> Tensor:
     """The box [1, 4] of a whole image."""
     return torch.tensor([[0.0, 0.0, height, width]])
-
-
-def normalize(images: Tensor, mean: Tensor, std: Tensor, rescale_factor: float = 1 / 255) -> Tensor:
-    """(images * rescale_factor - mean) / std, per channel; mean and std [C]. One multiply and one add."""
-    shape = (1, -1, 1, 1)
-    scale = (rescale_factor / std).view(shape)
-    shift = (-mean / std).view(shape)
-    return images.to(torch.float32) * scale + shift

@@ -8,9 +8,9 @@ from PIL import Image
 
 from hf_cifar.data.transforms import (
     KERNELS,
+    Levels,
     affine_sample,
     interpolation_matrix,
-    normalize,
     resample,
     rotation,
     shear,
@@ -163,13 +163,13 @@ def test_rotation_outside_the_image_is_mirrored():
     assert torch.allclose(found, torch.full_like(found, 200), atol=1e-2)
 
 
-def test_normalize_is_torchvisions():
+def test_normalizing_is_torchvisions():
     from torchvision.transforms.v2 import functional
 
     images = noise(3)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
     expected = functional.normalize(images / 255, mean.tolist(), std.tolist())
-    assert torch.allclose(normalize(images, mean, std), expected, atol=1e-5)
+    assert torch.allclose(Levels.normalizing(mean, std)(images), expected, atol=1e-5)
 
 
 def test_shear_moves_rows_and_columns():
@@ -186,3 +186,14 @@ def test_shear_moves_rows_and_columns():
         images.mT, whole_image(32, 32), shear(*torch.tensor([[0.5], [0.0]])), (32, 32)
     )
     assert torch.allclose(turned.mT, found, atol=1e-2)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_levels_and_memory_format_on_the_way_are_those_of_passes_of_their_own(memory_format):
+    images = torch.randint(0, 256, (4, 3, 20, 24), dtype=torch.uint8)
+    boxes = torch.tensor([[0.0, 0, 20, 24], [2, 20, 15, 3], [-3, -2, 18, 20], [5, 5, 9, 9]])
+    levels = Levels.normalizing(torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.25, 0.5]))
+    for chosen, size in ((boxes, (30, 40)), (boxes[:1], (11, 7))):
+        found = resample(images, chosen, size, "bicubic", levels, memory_format)
+        assert torch.allclose(found, levels(resample(images, chosen, size)), atol=1e-5)
+        assert found.is_contiguous(memory_format=memory_format)
