@@ -23,6 +23,7 @@ from hf_cifar.options import (
     EvaluateConfig,
     FinetuneOptions,
     PredictConfig,
+    ReportConfig,
     check_option_names,
     check_same_run,
     check_values,
@@ -32,9 +33,9 @@ from hf_cifar.options import (
     read_recipe,
     recipe_names,
     refuse_occupied,
+    run_data_tokens,
     run_to_resume,
     trainer_options,
-    yaml_tokens,
 )
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -122,6 +123,24 @@ def compare(argv: Sequence[str]) -> int:
     return 0
 
 
+def report(argv: Sequence[str]) -> int:
+    """write a run's report.html and report.json"""
+    if not _wants_help(argv):
+        check_option_names(argv, field_names(ReportConfig))
+    config, folders = parse_dataclasses(
+        [ReportConfig], argv, "hf-cifar report", usage="hf-cifar report [options] RUN"
+    )
+    if len(folders) != 1:
+        raise UserError(f"report takes the folder of one run, not {len(folders)}")
+    if not Path(folders[0]).is_dir():
+        raise UserError(f"no folder {folders[0]}; pass the output folder of a run")
+
+    from hf_cifar.evaluation.page import write_report
+
+    print(write_report(folders[0], config))
+    return 0
+
+
 def predict(argv: Sequence[str]) -> int:
     """classify image files with a saved model, as JSON lines"""
     if not _wants_help(argv):
@@ -171,6 +190,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "finetune": finetune,
     "evaluate": evaluate,
     "compare": compare,
+    "report": report,
     "predict": predict,
     "recipes": recipes,
 }
@@ -264,23 +284,7 @@ def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str
         )
     if "--dataset_name" in other:
         return []
-    tokens = yaml_tokens(path.read_text(), str(path))
-    return [
-        token
-        for name, *values in _grouped(tokens)
-        if name[2:] in names
-        for token in (name, *values)
-    ]
-
-
-def _grouped(tokens: Sequence[str]) -> list[list[str]]:
-    """Tokens as one list for each option: its flag and its values."""
-    groups: list[list[str]] = []
-    for token in tokens:
-        if token.startswith("--"):
-            groups.append([])
-        groups[-1].append(token)
-    return groups
+    return run_data_tokens(path.parent)
 
 
 def is_main_process() -> bool:

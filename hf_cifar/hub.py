@@ -18,7 +18,7 @@ from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.figures import HEADLINE_FIGURES
 from hf_cifar.evaluation.predictions import render_cell
-from hf_cifar.network import looks_like_path, require_network
+from hf_cifar.network import looks_like_path, public_name, require_network
 
 PACKAGES = (
     "hf-cifar",
@@ -112,11 +112,6 @@ def _commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() if inside.returncode == 0 and done.returncode == 0 else None
-
-
-def public_name(name: str) -> str:
-    """A data set or model name without the folders of the machine that it lay on."""
-    return Path(name).expanduser().resolve().name if looks_like_path(name) else name
 
 
 def render_model_card(

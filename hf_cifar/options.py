@@ -231,6 +231,11 @@ class EvaluateConfig:
     )
     bf16: bool = option(False, "Evaluate under bfloat16 autocast.")
     fp16: bool = option(False, "Evaluate under float16 autocast (GPU).")
+    corruptions: int = option(
+        0,
+        "Also measure the accuracy under five common corruptions at five severities, on this many images "
+        "(stratified); 0 for none.",
+    )
     use_cpu: bool = option(False, "Evaluate on the CPU even where there is a GPU.")
     trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
 
@@ -239,6 +244,8 @@ class EvaluateConfig:
             raise UserError(
                 f"--per_device_eval_batch_size is {self.per_device_eval_batch_size}; it must be at least 1"
             )
+        if self.corruptions < 0:
+            raise UserError(f"--corruptions is {self.corruptions}; it must be at least 0")
         _refuse_both_formats(self)
 
 
@@ -274,6 +281,22 @@ class CompareConfig:
     split: Literal["auto", "validation", "test"] = option(
         "auto", "Which split's predictions; auto: test if both runs have it, else validation."
     )
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What a report shows."""
+
+    _argument_group_name = "report"
+
+    gallery_size: int = option(24, "Pictures in each gallery; 0 for none.")
+    check_duplicates: bool = option(
+        True, "Look for evaluated images that are in train too, exactly or nearly."
+    )
+
+    def __post_init__(self) -> None:
+        if self.gallery_size < 0:
+            raise UserError(f"--gallery_size is {self.gallery_size}; it must be at least 0")
 
 
 def _refuse_both_formats(config: EvaluateConfig | PredictConfig) -> None:
@@ -411,6 +434,29 @@ def expand_tokens(argv: Sequence[str]) -> list[str]:
                 raise UserError(f"--config: no file {value}; see also: hf-cifar recipes")
             config += yaml_tokens(path.read_text(), value)
     return recipe + config + rest
+
+
+def run_data_tokens(folder: Path) -> list[str]:
+    """The data options of a run's config.yaml, as tokens; none without the file."""
+    path, names = folder / CONFIG_FILE, field_names(DataConfig)
+    if not path.is_file():
+        return []
+    tokens, kept = yaml_tokens(path.read_text(), str(path)), False
+    chosen = []
+    for token in tokens:  # an option, then its values
+        if token.startswith("--"):
+            kept = token[2:] in names
+        if kept:
+            chosen.append(token)
+    return chosen
+
+
+def run_data(folder: Path) -> DataConfig:
+    """The data of a run. Raises: UserError if the folder has no config.yaml."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{folder} has no {CONFIG_FILE} that names its data")
+    data, *_ = parse_dataclasses([DataConfig], run_data_tokens(folder), "hf-cifar", add_help=False)
+    return data
 
 
 def field_names(config_class: type) -> list[str]:

@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from hf_cifar.evaluation.calibration import confidences_and_hits
+from hf_cifar.evaluation.intervals import wilson
+from hf_cifar.extras import require
+
 Array = np.ndarray
 
 
@@ -31,4 +35,65 @@ def confused_pairs(
         }
         for truth, prediction in pairs
         if wrong[truth, prediction]
+    ]
+
+
+def worst_errors(probabilities: Array, labels: Array, limit: int = 24) -> Array:
+    """Positions of the wrong predictions, the most confident first."""
+    confidences, hits = confidences_and_hits(probabilities, labels)
+    wrong = np.flatnonzero(hits == 0)
+    return wrong[np.argsort(-confidences[wrong], kind="stable")][:limit]
+
+
+def most_doubtful_hits(probabilities: Array, labels: Array, limit: int = 24) -> Array:
+    """Positions of the right predictions, the least confident first."""
+    confidences, hits = confidences_and_hits(probabilities, labels)
+    right = np.flatnonzero(hits)
+    return right[np.argsort(confidences[right], kind="stable")][:limit]
+
+
+def suspected_label_errors(probabilities: Array, labels: Array) -> tuple[int, Array]:
+    """How many labels are probably wrong, and the positions of those that disagree with the prediction, the
+    least probable label first; by confident learning (Northcutt et al. 2021) as cleanlab does it.
+
+    probabilities [N, K] must be of a model that was not trained on these labels [N].
+    Raises: UserError if cleanlab is not installed.
+    """
+    count = require("cleanlab.count", extra="report")
+    filters = require("cleanlab.filter", extra="report")
+    # It wants classes numbered without gaps: one without an image cannot be a given label.
+    present, given = np.unique(np.asarray(labels), return_inverse=True)
+    if len(present) < 2:
+        return 0, np.array([], dtype=np.int64)
+    among = np.asarray(probabilities, dtype=np.float64)[:, present] + np.finfo(np.float64).tiny
+    among /= among.sum(axis=1, keepdims=True)
+    order = filters.find_label_issues(
+        given,
+        among,
+        filter_by="predicted_neq_given",
+        return_indices_ranked_by="self_confidence",
+        n_jobs=1,
+    )
+    return int(count.num_label_issues(given, among)), order
+
+
+def slices(values: Array, hits: Array, parts: int = 4) -> list[dict[str, Any]]:
+    """Accuracy where a property of the images is low, and where it is high.
+
+    values, hits [N]: the property, and whether the prediction is right. Parts of as many images, where no
+    values are equal, the lowest first: low, high (of the property), num_images, accuracy, interval.
+    """
+    values, hits = np.asarray(values, np.float64), np.asarray(hits, bool)
+    edges = np.quantile(values, np.arange(1, parts) / parts, method="inverted_cdf")
+    part_of = np.searchsorted(edges, values, side="left")
+    return [
+        {
+            "low": float(values[part].min()),
+            "high": float(values[part].max()),
+            "num_images": int(part.sum()),
+            "accuracy": float(hits[part].mean()),
+            "interval": wilson(hits[part].sum(), part.sum()).tolist(),
+        }
+        for part in (part_of == number for number in range(parts))
+        if part.any()
     ]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_cifar.data.splits import Split
+from hf_cifar.data.corruptions import CORRUPTIONS, SEVERITIES, CorruptedStore
+from hf_cifar.data.splits import Split, subsample
 from hf_cifar.data.store import CPU, build_store
 from hf_cifar.evaluation.calibration import fit_temperature
+from hf_cifar.evaluation.intervals import wilson
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.layers import divide_logits
 from hf_cifar.trainer import ImageClassificationTrainer
@@ -42,6 +47,32 @@ def evaluate_classifier(
         id2label=split.id2label,
         temperature=temperature,
     )
+
+
+def evaluate_corrupted(
+    trainer: ImageClassificationTrainer, split: Split, num_images: int, pixel_store: str = "auto"
+) -> dict[str, Any]:
+    """Accuracy under each corruption at severities 1 to 5, and without any, on up to `num_images` images of
+    the split, stratified. Images are corrupted at the size at which they are stored."""
+    part = subsample(split, max(num_images, len(np.unique(split.labels))), seed=0)
+    store = build_store(part, trainer.preprocessing, augmented=False, kind=pixel_store)
+
+    def hits(images: Dataset) -> int:
+        logits = np.asarray(trainer.predict(images).predictions)
+        return int((logits.argmax(axis=1) == part.labels).sum())
+
+    clean, count = hits(store), len(part)
+    work = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
+    accuracy: dict[str, list[float]] = {name: [] for name in CORRUPTIONS}
+    for name, severity in tqdm(work, desc="corruptions", disable=None, leave=False):
+        accuracy[name].append(hits(CorruptedStore(store, name, severity)) / count)
+    return {
+        "num_images": count,
+        "clean": clean / count,
+        "clean_interval": wilson(clean, count).tolist(),
+        "mean": float(np.mean(list(accuracy.values()))),
+        "accuracy": accuracy,
+    }
 
 
 def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Predictions:

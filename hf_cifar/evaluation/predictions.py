@@ -21,6 +21,7 @@ from hf_cifar.evaluation.figures import compute_metrics, cross_entropy, render_f
 from hf_cifar.evaluation.intervals import figure_intervals
 
 METRICS_FILE = "metrics.json"
+CORRUPTIONS_FILE = "corruptions.json"
 PREDICTIONS_FOLDER = "predictions"
 TEMPERATURE = "temperature"  # in the metadata of the file
 
@@ -76,8 +77,7 @@ class Predictions:
         pyarrow.parquet.write_table(table, temporary)
         os.replace(temporary, path)
         path = Path(folder) / METRICS_FILE
-        figures = json.loads(path.read_text()) if path.exists() else {}
-        write_json(path, {**figures, self.split: self.metrics})
+        write_json(path, {**read_json(path), self.split: self.metrics})
 
     @classmethod
     def load(cls, folder: str | Path, split: str) -> Predictions:
@@ -155,6 +155,19 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
         for line in lines
     )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file maps; nothing if there is no such file. Raises: UserError if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, and evaluate again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (not a mapping); remove it, and evaluate again")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -13,8 +13,8 @@ from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.data.store import default_num_workers, is_resident, stored_view
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.evaluation import evaluate_classifier
-from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.evaluation.evaluation import evaluate_classifier, evaluate_corrupted
+from hf_cifar.evaluation.predictions import CORRUPTIONS_FILE, Predictions, read_json, write_json
 from hf_cifar.models.build import load_classifier
 from hf_cifar.options import RUN_FILE, DataConfig, EvaluateConfig
 from hf_cifar.trainer import ImageClassificationTrainer
@@ -65,10 +65,16 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
             preprocessing=preprocessing,
         )
         evaluation = evaluate_classifier(trainer, split, data.pixel_store, temperature)
+        corrupted = None
+        if config.corruptions:
+            corrupted = evaluate_corrupted(trainer, split, config.corruptions, data.pixel_store)
     folder = output_folder(config)
     if folder is not None and trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         evaluation.save(folder)
+        if corrupted is not None:
+            path = folder / CORRUPTIONS_FILE
+            write_json(path, {**read_json(path), split.name: corrupted})
     return evaluation
 
 

@@ -1,8 +1,19 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
 
-from hf_cifar.evaluation.errors import confused_pairs
+from hf_cifar.evaluation.errors import (
+    confused_pairs,
+    most_doubtful_hits,
+    slices,
+    suspected_label_errors,
+    worst_errors,
+)
+from hf_cifar.evaluation.intervals import wilson
 
 NAMES = ["cat", "dog", "frog"]
 
@@ -28,3 +39,62 @@ def test_no_mistake_is_no_pair_and_equal_pairs_keep_the_order_of_the_classes():
     assert [(p["truth"], p["prediction"]) for p in pairs] == [
         ("cat", "dog"), ("cat", "frog"), ("frog", "cat"),
     ]  # fmt: skip
+
+
+def test_errors_and_hits_are_ordered_by_confidence():
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.55, 0.45], [0.3, 0.7]])
+    labels = np.array([1, 1, 0, 0, 1])
+    assert worst_errors(probabilities, labels).tolist() == [0, 2]
+    assert worst_errors(probabilities, labels, limit=1).tolist() == [0]
+    assert most_doubtful_hits(probabilities, labels).tolist() == [3, 1, 4]
+
+
+def test_planted_label_errors_are_found_on_real_images():
+    digits = load_digits()
+    generator = np.random.default_rng(0)
+    planted = generator.choice(len(digits.target), 50, replace=False)
+    labels = digits.target.copy()
+    labels[planted] = (labels[planted] + generator.integers(1, 10, 50)) % 10
+    # Each image is judged by a model that has not seen its label.
+    probabilities = cross_val_predict(
+        KNeighborsClassifier(10),
+        digits.data,
+        labels,
+        cv=StratifiedKFold(5, shuffle=True, random_state=0),
+        method="predict_proba",
+    )
+    count, order = suspected_label_errors(probabilities, labels)
+    assert len(np.intersect1d(order[:60], planted)) >= 45
+    assert 30 <= count <= 60  # it estimates with care
+
+
+def test_labels_in_doubt_keep_their_positions_when_a_class_has_no_image():
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 2, 3], 40)  # class 1 is missing
+    probabilities = np.full((120, 4), 0.01)
+    probabilities[np.arange(120), labels] += 0.9 + generator.uniform(0, 0.06, 120)
+    labels[7] = 3
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    count, order = suspected_label_errors(probabilities, labels)
+    assert (count, order.tolist()) == (1, [7])
+    assert suspected_label_errors(probabilities[:5], labels[:5])[0] == 0  # one class alone
+
+
+def test_slices_hold_as_many_images_each_and_give_their_accuracy():
+    values = np.arange(100.0)[::-1]
+    hits = values < 75  # right but for the highest quarter
+    parts = slices(values, hits)
+    assert [part["num_images"] for part in parts] == [25] * 4
+    assert [part["accuracy"] for part in parts] == [1, 1, 1, 0]
+    assert [(part["low"], part["high"]) for part in parts] == [
+        (0, 24),
+        (25, 49),
+        (50, 74),
+        (75, 99),
+    ]
+    assert parts[3]["interval"] == pytest.approx(wilson(0, 25).tolist())
+
+
+def test_slices_of_equal_values_are_one():
+    (part,) = slices(np.zeros(10), np.ones(10))
+    assert (part["num_images"], part["accuracy"]) == (10, 1)

@@ -1,0 +1,29 @@
+"""Properties of images by which an evaluation is sliced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Array = np.ndarray
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def image_properties(images: Array | Sequence[Array]) -> dict[str, Array]:
+    """Brightness, contrast and sharpness [N] of each image, uint8 [N, H, W, 3] or of any sizes.
+
+    brightness: mean, 0..1. contrast: standard deviation of brightness, 0..0.5. sharpness: mean size of the
+    Laplacian of brightness as a share of the contrast; 0 for an even image.
+    """
+    rows = [_properties(image @ LUMA / 255) for image in images]
+    return dict(zip(("brightness", "contrast", "sharpness"), np.array(rows).T, strict=True))
+
+
+def _properties(grey: Array) -> tuple[float, float, float]:
+    contrast = float(grey.std())
+    if min(grey.shape) < 3 or contrast < 1e-6:
+        return float(grey.mean()), contrast, 0.0
+    inner = grey[1:-1, 1:-1]
+    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * inner
+    return float(grey.mean()), contrast, float(np.abs(laplacian).mean()) / contrast

@@ -1,0 +1,235 @@
+"""Plots as SVG that takes its colours from the page around it, so that it is right in light, dark and print.
+
+Every plot is one <svg> of class "plot" with a title and a description for screen readers; sizes are in the
+units of its view box, which a phone shows one to one. CSS classes: axis, grid, tick, series-0 to series-3,
+bar, gap (sure or unsure), ideal, whisker.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+WIDTH, HEIGHT = 360, 240
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
+
+
+class Axes:
+    """Where values lie in a plot: x from the left, y from the bottom, both linear."""
+
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], height: int = HEIGHT):
+        self.x_range, self.y_range, self.height = x, y, height
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        return self.height - BOTTOM - (value - low) / (high - low) * (self.height - TOP - BOTTOM)
+
+    def draw(self, x_label: str, y_label: str, x_ticks: Sequence[float] | None = None) -> list[str]:
+        """Grid lines, tick labels and axis titles."""
+        parts = []
+        right, bottom = WIDTH - RIGHT, self.height - BOTTOM
+        for value in ticks(*self.y_range):
+            y = self.y(value)
+            parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
+            parts.append(_text(LEFT - 6, y + 4, _number(value), "end"))
+        for value in ticks(*self.x_range) if x_ticks is None else x_ticks:
+            parts.append(_text(self.x(value), bottom + 16, _number(value), "middle"))
+        parts.append(
+            f'<path class="axis" d="M{LEFT},{TOP}V{bottom}H{right}"/>'
+            + _text((LEFT + right) / 2, self.height - 4, x_label, "middle")
+            + f'<g transform="translate(11,{(TOP + bottom) / 2:.0f}) rotate(-90)">'
+            + _text(0, 0, y_label, "middle")
+            + "</g>"
+        )
+        return parts
+
+
+def line_chart(
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    *,
+    from_zero: bool = False,
+) -> str:
+    """Lines through points (x, y) by name, up to four, with a legend if there are several."""
+    points = [point for line in series.values() for point in line]
+    xs, ys = zip(*points, strict=True)
+    low, high = (0.0 if from_zero else min(ys)), max(ys)
+    axes = Axes(_spread(min(xs), max(xs)), _rounded(*_spread(low, high)))
+    parts = axes.draw(x_label, y_label)
+    for number, (name, line) in enumerate(series.items()):
+        path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in line)
+        parts.append(f'<polyline class="line series-{number}" points="{path}"/>')
+        if len(line) <= 40:
+            parts += [
+                f'<circle class="dot series-{number}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3">'
+                f"<title>{escape(name)}: {x:g}, {y:.4g}</title></circle>"
+                for x, y in line
+            ]
+    described = "; ".join(
+        f"{name} from {line[0][1]:.4g} to {line[-1][1]:.4g}" for name, line in series.items()
+    )
+    return _svg(title, described, parts) + (_legend(list(series)) if len(series) > 1 else "")
+
+
+def reliability_diagram(title: str, bins: Sequence[Mapping[str, float]]) -> str:
+    """Accuracy against confidence, a bar for each bin: low, high, num_images, accuracy, confidence, 0..1.
+
+    A calibrated classifier's bars end at the diagonal. The gap between accuracy and mean confidence has a
+    colour of its own, and the strip below shows how many images lie in each bin.
+    """
+    axes = Axes((0, 1), (0, 1), HEIGHT + 60)
+    parts = axes.draw("confidence", "accuracy", x_ticks=(0, 0.2, 0.4, 0.6, 0.8, 1))
+    most = max(part["num_images"] for part in bins)
+    for part in bins:
+        x, width = axes.x(part["low"]), axes.x(part["high"]) - axes.x(part["low"])
+        low, high = sorted((part["accuracy"], part["confidence"]))
+        kind = "sure" if part["confidence"] > part["accuracy"] else "unsure"
+        text = (
+            f"confidence {part['low']:.2f} to {part['high']:.2f}: {part['num_images']:,} images, "
+            f"accuracy {part['accuracy']:.3f}, mean confidence {part['confidence']:.3f}"
+        )
+        parts.append(
+            f"<g><title>{text}</title>"
+            + _column("bar", x, width, axes.y(low), axes.y(0))
+            + _column(f"gap {kind}", x, width, axes.y(high), axes.y(low))
+            + "</g>"
+        )
+    parts.append(
+        f'<line class="ideal" x1="{axes.x(0):.1f}" y1="{axes.y(0):.1f}" x2="{axes.x(1):.1f}" '
+        f'y2="{axes.y(1):.1f}"/>'
+    )
+    strip = Axes((0, 1), (0, most), 80)
+    counts = [
+        _text(LEFT - 6, TOP + 8, f"{most:,}", "end"),
+        _text(LEFT - 6, 80 - BOTTOM, "0", "end"),
+    ]
+    for part in bins:
+        x = strip.x(part["low"])
+        width = strip.x(part["high"]) - x
+        counts.append(_column("bar", x, width, strip.y(part["num_images"]), strip.y(0)))
+    counts.append(
+        _text((LEFT + WIDTH - RIGHT) / 2, 80 - BOTTOM + 18, "images at this confidence", "middle")
+    )
+    worst = max(bins, key=lambda part: abs(part["accuracy"] - part["confidence"]))
+    described = (
+        f"{len(bins)} bins; the largest gap is at confidence {worst['confidence']:.2f}, where the accuracy "
+        f"is {worst['accuracy']:.2f}"
+    )
+    return _svg(title, described, parts, axes.height) + _svg(
+        "How many images at which confidence", f"at most {most:,} in one bin", counts, 70
+    )
+
+
+def interval_bars(
+    title: str, rows: Mapping[str, tuple[float, Sequence[float] | None]], x_label: str
+) -> str:
+    """A horizontal bar 0..1 for each name, with its interval [low, high] as a whisker."""
+    line, label = 22, 92
+    height = TOP + line * len(rows) + BOTTOM
+    scale = WIDTH - label - RIGHT - 44
+    parts = []
+    for value in (0, 0.25, 0.5, 0.75, 1):
+        x = label + value * scale
+        bottom = height - BOTTOM
+        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}"/>')
+        parts.append(_text(x, bottom + 16, _number(value), "middle"))
+    for number, (name, (value, interval)) in enumerate(rows.items()):
+        y = TOP + number * line
+        middle = y + line / 2
+        shown = name if len(name) <= 14 else name[:13] + "…"
+        parts.append(f"<g><title>{escape(name)}: {value:.4f}</title>")
+        parts.append(_text(label - 6, middle + 4, shown, "end"))
+        parts.append(
+            f'<rect class="bar" x="{label}" y="{y + 4}" width="{value * scale:.1f}" height="{line - 8}"/>'
+        )
+        if interval:
+            low, high = (label + end * scale for end in interval)
+            parts.append(
+                f'<path class="whisker" d="M{low:.1f},{middle}H{high:.1f}M{low:.1f},{middle - 4}v8'
+                f'M{high:.1f},{middle - 4}v8"/>'
+            )
+        parts.append(_text(label + scale + 8, middle + 4, f"{value:.3f}", "start") + "</g>")
+    parts.append(_text(label + scale / 2, height - 4, x_label, "middle"))
+    lowest = min(rows, key=lambda name: rows[name][0])
+    highest = max(rows, key=lambda name: rows[name][0])
+    described = f"lowest {lowest} {rows[lowest][0]:.3f}, highest {highest} {rows[highest][0]:.3f}"
+    return _svg(title, described, parts, height)
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers between low and high, about so many."""
+    step = _step(low, high, about)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _step(low: float, high: float, about: int = 5) -> float:
+    rough = (high - low) / about
+    power = 10 ** math.floor(math.log10(rough))
+    return min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
+
+
+def _rounded(low: float, high: float) -> tuple[float, float]:
+    """The range, widened to whole steps."""
+    step = _step(low, high)
+    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+
+
+def _spread(low: float, high: float) -> tuple[float, float]:
+    """The range, never empty."""
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = 200) -> list[tuple[float, float]]:
+    """Points in order, averaged in groups until there are no more than `most`."""
+    size = math.ceil(len(points) / most)
+    if size <= 1:
+        return list(points)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [tuple(np.mean(group, axis=0).tolist()) for group in groups]
+
+
+def _number(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-") if 0 < abs(value) < 1e-3 else f"{value:g}"
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return (
+        f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    )
+
+
+def _column(kind: str, x: float, width: float, top: float, bottom: float) -> str:
+    return (
+        f'<rect class="{kind}" x="{x + 0.5:.1f}" y="{top:.1f}" width="{max(width - 1, 1):.1f}" '
+        f'height="{bottom - top:.1f}"/>'
+    )
+
+
+def _legend(names: Sequence[str]) -> str:
+    entries = "".join(
+        f'<li><span class="swatch series-{number}"></span>{escape(name)}</li>'
+        for number, name in enumerate(names)
+    )
+    return f'<ul class="legend" aria-hidden="true">{entries}</ul>'
+
+
+def _svg(title: str, described: str, parts: Sequence[str], height: float = HEIGHT) -> str:
+    name = re.sub(r"\W+", "-", title.lower())  # titles are unique in a page
+    return (
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {height:g}" role="img" '
+        f'aria-labelledby="{name}-title {name}-text">'
+        f'<title id="{name}-title">{escape(title)}</title>'
+        f'<desc id="{name}-text">{escape(described)}</desc>' + "".join(parts) + "</svg>"
+    )

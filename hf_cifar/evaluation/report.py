@@ -1,0 +1,246 @@
+"""What a run is worth, gathered from the files in its folder: report.json, and the pictures that go with it.
+
+No model is needed, and no torch. Pictures are read from the run's own data set, if it is still at hand.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from hf_cifar.data.duplicates import find_duplicates
+from hf_cifar.data.properties import image_properties
+from hf_cifar.data.splits import Split, load_splits, load_test_split
+from hf_cifar.errors import UserError
+from hf_cifar.evaluation.calibration import NUM_BINS, confidences_and_hits, reliability
+from hf_cifar.evaluation.errors import (
+    confused_pairs,
+    most_doubtful_hits,
+    slices,
+    suspected_label_errors,
+    worst_errors,
+)
+from hf_cifar.evaluation.figures import softmax
+from hf_cifar.evaluation.intervals import wilson
+from hf_cifar.evaluation.predictions import (
+    CORRUPTIONS_FILE,
+    Predictions,
+    read_json,
+    saved_splits,
+)
+from hf_cifar.network import public_name
+from hf_cifar.options import CONFIG_FILE, RUN_FILE, ReportConfig, run_data
+
+logger = logging.getLogger(__name__)
+# What names files and folders of this machine, or where the model goes.
+PRIVATE_OPTIONS = ("output_dir", "dataset_name", "model_name_or_path", "hub_model_id", "hub_token")
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """facts: what report.json holds, plain values. pictures: uint8 [H, W, 3] by the name that facts use."""
+
+    facts: dict[str, Any]
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def build_report(folder: str | Path, config: ReportConfig) -> Report:
+    """Everything that the files of a run tell.
+
+    Raises: UserError if the folder holds no predictions, or a damaged file.
+    """
+    folder = Path(folder)
+    found = saved_splits(folder)
+    if not found:
+        raise UserError(
+            f"no predictions in {folder}; run: hf-cifar evaluate --model_name_or_path {folder}"
+        )
+    predictions = {split: Predictions.load(folder, split) for split in found}
+    run = read_json(folder / RUN_FILE)
+    evaluated = predictions["test" if "test" in found else "validation"]
+    probabilities = softmax(evaluated.logits)
+    metrics = {split: each.metrics for split, each in predictions.items()}
+    names = list(evaluated.id2label.values())
+    facts = {
+        "title": public_name(str(folder.resolve())),
+        "split": evaluated.split,
+        "metrics": metrics,
+        "reliability": reliability_bins(probabilities, evaluated.labels),
+        "confused_pairs": confused_pairs(metrics[evaluated.split]["confusion_matrix"], names),
+        "corruptions": read_json(folder / CORRUPTIONS_FILE).get(evaluated.split),
+        **run_facts(folder, run),
+        **galleries(evaluated, probabilities, config.gallery_size),
+    }
+    try:
+        data = run_data(folder)
+        split = matching_split(data, evaluated)
+    except UserError as error:
+        # The reason may name a path, which has no place in a report.
+        logger.warning("a report without pictures, slices and duplicates: %s", error)
+        return Report({**facts, "slices": None, "duplicates": None, "pictures": False})
+    facts |= {
+        "slices": property_slices(split, probabilities, evaluated.labels),
+        "duplicates": None,
+        "pictures": True,
+    }
+    pictures = dict(named_pictures(split, facts))
+    if config.check_duplicates and split.images is not None:
+        train = load_splits(data).train
+        if isinstance(train, Split) and train.images is not None:
+            facts["duplicates"], of_pairs = duplicates_of(
+                evaluated, split, train, config.gallery_size
+            )
+            pictures |= of_pairs
+    return Report(facts, pictures)
+
+
+def run_facts(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Data, options, work and machine of the run, without a path of the machine; empty without a run."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return {"dataset": None, "model": None, "options": {}, "run": {}, "history": []}
+    options = yaml.safe_load(path.read_text())
+    run = dict(run)
+    history = run.pop("history", [])
+    return {
+        "dataset": public_name(options["dataset_name"]),
+        "model": public_name(options["model_name_or_path"]),
+        "options": {
+            name: value
+            for name, value in options.items()
+            if name not in PRIVATE_OPTIONS and value is not None and not _is_path(value)
+        },
+        "run": run,
+        "history": history,
+    }
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
+
+
+def reliability_bins(probabilities: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
+    """The bins of equal width that hold images: low, high, num_images, accuracy, confidence, interval."""
+    table = reliability(probabilities, labels)
+    return [
+        {
+            "low": number / NUM_BINS,
+            "high": (number + 1) / NUM_BINS,
+            "num_images": int(count),
+            "accuracy": float(hits / count),
+            "confidence": float(confidence / count),
+            "interval": wilson(hits, count).tolist(),
+        }
+        for number, (count, hits, confidence) in enumerate(
+            zip(table["num_images"], table["hits"], table["confidence"], strict=True)
+        )
+        if count
+    ]
+
+
+def galleries(evaluated: Predictions, probabilities: np.ndarray, size: int) -> dict[str, Any]:
+    """The images worth a look: worst errors, most doubtful right answers, labels that may be wrong."""
+    labels = evaluated.labels
+
+    def rows(positions: Sequence[int]) -> list[dict[str, Any]]:
+        return [_row(evaluated, probabilities, position) for position in positions]
+
+    suspects: dict[str, Any] | None = None
+    try:
+        count, positions = suspected_label_errors(probabilities, labels)
+        suspects = {"num_images": count, "images": rows(positions[: min(count, size)])}
+    except UserError as error:
+        logger.warning("labels are not checked: %s", error)
+    return {
+        "worst_errors": rows(worst_errors(probabilities, labels, size)),
+        "doubtful_hits": rows(most_doubtful_hits(probabilities, labels, size)),
+        "label_suspects": suspects,
+    }
+
+
+def _row(evaluated: Predictions, probabilities: np.ndarray, position: int) -> dict[str, Any]:
+    truth, prediction = int(evaluated.labels[position]), int(probabilities[position].argmax())
+    return {
+        "row_id": int(evaluated.row_ids[position]),
+        "picture": f"{evaluated.split}/{evaluated.row_ids[position]}",
+        "truth": evaluated.id2label[truth],
+        "prediction": evaluated.id2label[prediction],
+        "confidence": float(probabilities[position, prediction]),
+        "truth_probability": float(probabilities[position, truth]),
+    }
+
+
+def matching_split(data: Any, evaluated: Predictions) -> Split:
+    """The split that was predicted, read again.
+
+    Raises: UserError if it cannot be read, or is another one by now.
+    """
+    is_test = evaluated.split == "test"
+    split = load_test_split(data) if is_test else load_splits(data).validation
+    same = np.array_equal(split.row_ids, evaluated.row_ids)
+    if not same or not np.array_equal(split.labels, evaluated.labels):
+        raise UserError(
+            f"{data.dataset_name} no longer holds the {evaluated.split} images that were predicted"
+        )
+    return split
+
+
+def named_pictures(split: Split, facts: dict[str, Any]):
+    """The pictures (name, [H, W, 3] uint8) of all galleries."""
+    position_of = {row_id: position for position, row_id in enumerate(split.row_ids.tolist())}
+    suspects = (facts["label_suspects"] or {"images": []})["images"]
+    for row in [*facts["worst_errors"], *facts["doubtful_hits"], *suspects]:
+        yield row["picture"], split.decode(position_of[row["row_id"]])
+
+
+def property_slices(split: Split, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Accuracy by quarters of brightness, contrast and sharpness."""
+    images = split.images if split.images is not None else list(split.decode_all())
+    _, hits = confidences_and_hits(probabilities, labels)
+    return {name: slices(values, hits) for name, values in image_properties(images).items()}
+
+
+def duplicates_of(
+    evaluated: Predictions, split: Split, train: Split, limit: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Evaluated images that train holds as well, and the accuracy on all others."""
+    pairs = find_duplicates(split.images, train.images)
+    hits = evaluated.logits.argmax(axis=1) == evaluated.labels
+    clean = np.ones(len(hits), bool)
+    clean[[pair.first for pair in pairs]] = False
+    shown, pictures = [], {}
+    for pair in pairs[:limit]:
+        names = (
+            f"{split.name}/{split.row_ids[pair.first]}",
+            f"{train.name}/{train.row_ids[pair.second]}",
+        )
+        pictures |= {names[0]: split.images[pair.first], names[1]: train.images[pair.second]}
+        shown.append(
+            {
+                "pictures": names,
+                "row_ids": [int(split.row_ids[pair.first]), int(train.row_ids[pair.second])],
+                "exact": pair.exact,
+                "difference": pair.difference,
+                "labels": [
+                    evaluated.id2label[int(evaluated.labels[pair.first])],
+                    train.id2label[int(train.labels[pair.second])],
+                ],
+            }
+        )
+    return {
+        "num_train": len(train),
+        "num_pairs": len(pairs),
+        "num_exact": sum(pair.exact for pair in pairs),
+        "num_images": int((~clean).sum()),
+        "accuracy_without": float(hits[clean].mean()) if clean.any() else None,
+        "interval_without": wilson(hits[clean].sum(), clean.sum()).tolist()
+        if clean.any()
+        else None,
+        "pairs": shown,
+    }, pictures

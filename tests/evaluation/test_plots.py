@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from hf_cifar.evaluation.plots import (
+    Axes,
+    interval_bars,
+    line_chart,
+    reliability_diagram,
+    thinned,
+    ticks,
+)
+
+BINS = [
+    {"low": 0.4, "high": 0.6, "num_images": 10, "accuracy": 0.3, "confidence": 0.55},
+    {"low": 0.8, "high": 1.0, "num_images": 90, "accuracy": 0.9, "confidence": 0.95},
+]
+
+
+def elements(svg, name):
+    root = ElementTree.fromstring(f"<div>{svg}</div>")
+    return [element for element in root.iter() if element.tag == name]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 10, [0, 2, 4, 6, 8, 10]), (3, 4.1, [3, 3.2, 3.4, 3.6, 3.8, 4])],
+)  # fmt: skip
+def test_ticks_are_round_numbers_within_the_range(low, high, expected):
+    assert ticks(low, high) == expected
+
+
+def test_axes_map_the_range_to_the_plot():
+    axes = Axes((0, 4), (1, 3))
+    assert axes.x(0) < axes.x(4) and axes.y(1) > axes.y(3)
+    assert axes.x(2) == pytest.approx((axes.x(0) + axes.x(4)) / 2)
+
+
+def test_a_line_chart_draws_every_point_inside_and_names_its_lines():
+    svg = line_chart(
+        "Loss", {"train": [(1, 2.0), (2, 1.0)], "validation <a>": [(2, 1.5)]}, "epoch", "loss"
+    )
+    lines = elements(svg, "polyline")
+    assert [len(line.get("points").split()) for line in lines] == [2, 1]
+    for line in lines:
+        for point in line.get("points").split():
+            x, y = map(float, point.split(","))
+            assert 0 <= x <= 360 and 0 <= y <= 240
+    assert [item.find("span").tail for item in elements(svg, "li")] == ["train", "validation <a>"]
+    assert "train from 2 to 1" in elements(svg, "desc")[0].text
+
+
+def test_a_line_that_does_not_change_can_be_drawn():
+    (line,) = elements(line_chart("Rate", {"rate": [(1, 0.5), (2, 0.5)]}, "x", "y"), "polyline")
+    first, second = (point.split(",")[1] for point in line.get("points").split())
+    assert first == second
+
+
+def test_a_reliability_diagram_shows_accuracy_and_gap_of_each_bin():
+    svg = reliability_diagram("Reliability", BINS)
+    bars = {r.get("class"): [] for r in elements(svg, "rect")}
+    for bar in elements(svg, "rect"):
+        bars[bar.get("class")].append(float(bar.get("height")))
+    axes = Axes((0, 1), (0, 1), 300)
+    assert bars["gap sure"] == pytest.approx(
+        [axes.y(0.3) - axes.y(0.55), axes.y(0.9) - axes.y(0.95)], abs=0.1
+    )
+    assert bars["bar"][:2] == pytest.approx(
+        [axes.y(0) - axes.y(0.3), axes.y(0) - axes.y(0.9)], abs=0.1
+    )
+    unsure = reliability_diagram("Reliability", [{**BINS[0], "accuracy": 0.6}])
+    assert "gap unsure" in unsure and "gap sure" not in unsure
+    assert "accuracy is 0.30" in elements(svg, "desc")[0].text
+
+
+def test_bars_are_as_long_as_their_values_and_have_whiskers():
+    svg = interval_bars("Recall", {"cat": (0.5, [0.4, 0.6]), "dog": (1.0, None)}, "recall")
+    bars = [float(r.get("width")) for r in elements(svg, "rect")]
+    assert bars[0] == pytest.approx(bars[1] / 2, abs=0.1)
+    assert len([p for p in elements(svg, "path") if p.get("class") == "whisker"]) == 1
+    assert elements(svg, "desc")[0].text == "lowest cat 0.500, highest dog 1.000"
+
+
+def test_many_points_are_averaged_and_few_left_alone():
+    points = [(float(x), 2.0 * x) for x in range(1000)]
+    short = thinned(points, most=100)
+    assert len(short) == 100
+    assert short[0] == (4.5, 9.0)
+    assert thinned(points[:50], most=100) == points[:50]
+
+
+def test_ids_are_those_of_the_title_so_that_a_page_is_always_the_same():
+    chart = line_chart(
+        "Validation accuracy", {"accuracy": [(1, 0.5), (2, 0.6)]}, "epoch", "accuracy"
+    )
+    assert (
+        elements(chart, "svg")[0].get("aria-labelledby")
+        == "validation-accuracy-title validation-accuracy-text"
+    )
+    assert chart == line_chart(
+        "Validation accuracy", {"accuracy": [(1, 0.5), (2, 0.6)]}, "epoch", "accuracy"
+    )
