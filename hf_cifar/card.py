@@ -285,7 +285,9 @@ def _result(split: str, figures: dict[str, Any], options: dict[str, Any]) -> dic
     if split == "test":
         role = "Not read before the end of the training; nothing was chosen by it."
     else:
-        chosen = ["the checkpoint"] if options.get("load_best_model_at_end") else []
+        best = "the checkpoint" if options.get("load_best_model_at_end") else None
+        best = "the head's penalty" if options.get("head_solver") == "lbfgs" else best
+        chosen = [best] if best else []
         chosen += ["the temperature"] if "temperature" in figures else []
         role = "Held out of train."
         if chosen:
@@ -383,9 +385,10 @@ def _procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
     if "steps" not in run:
         return ""
     processes = f"{run['processes']} process{'es' if run['processes'] > 1 else ''}"
+    work = f"{run['steps']:,} steps" if run["steps"] else "Solved for"
     return (
-        f"{run['trainable']}. {run['steps']:,} steps in {run['train_seconds']:,.0f} s on {run['device']}, "
-        f"{processes}. Seed {options['seed']}. Options:"
+        f"{run['trainable']}. {work} in {run['train_seconds']:,.0f} s on {run['device']}, {processes}. "
+        f"Seed {options['seed']}. Options:"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 from collections.abc import Iterator
 
 
@@ -21,7 +22,8 @@ def measured_energy(wanted: bool = True) -> Iterator[dict[str, float | str]]:
         return
     from codecarbon import OfflineEmissionsTracker
 
-    # It speaks of countries and carbon, which are not asked for, at every level below.
+    # It speaks of countries and other instances at every level below, and before it looks at its own.
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
     tracker = OfflineEmissionsTracker(
         output_methods=[], allow_multiple_runs=True, log_level="critical"
     )

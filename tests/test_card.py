@@ -169,6 +169,14 @@ def test_data_and_procedure_are_the_runs():
     )
 
 
+def test_a_head_that_was_solved_for_took_no_steps_and_chose_a_penalty():
+    text = render_card(
+        dataclasses.replace(changed(steps=0), options=OPTIONS | {"head_solver": "lbfgs"})
+    )
+    assert "train. Solved for in 12 s on CPU" in text
+    assert "It chose the head's penalty, so that" in section(text, "Validation")
+
+
 def test_validation_may_be_the_data_sets_own_or_of_a_stream():
     own = {"train": "train", "validation": "validation"}
     text = section(render_card(changed(source_splits=own)), "Data")
