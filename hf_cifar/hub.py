@@ -42,7 +42,7 @@ WAITS_S = (1.0, 3.0)
 NEXT_STEPS = {
     401: "the token is not valid (any more): run hf auth login",
     402: "the account has to pay for this: see its settings on the Hub",
-    403: "the token may not write there: pass another --repo_id, or a token that may",
+    403: "the token may not write there: choose another repository, or a token that may",
     409: "somebody else changes the repository right now: try again",
     413: "the Hub finds a file too large",
     429: "the Hub asks for a pause: try again in some minutes",
@@ -140,7 +140,7 @@ def _check_namespace(repo_id: str, who: dict[str, Any]) -> None:
         )
     if namespace not in {who["name"], *roles} or roles.get(namespace) == "read":
         raise UserError(
-            f"cannot push to {repo_id}: {who['name']} may not write to {namespace}; pass a --repo_id in "
+            f"cannot push to {repo_id}: {who['name']} may not write to {namespace}; choose a name in "
             f"{' or '.join([who['name'], *(org for org, role in roles.items() if role != 'read')])}"
         )
 

@@ -63,7 +63,8 @@ for name, options in json.loads(sys.argv[2]):
     with torch.inference_mode():
         logits = model(**processor(image, return_tensors="pt")).logits[0].tolist()
     top = pipeline("image-classification", model=name, top_k=1, **options)(image)[0]
-    answers[name] = {"logits": logits, "top": top["label"], "labels": model.config.id2label}
+    answers[name] = {"logits": logits, "labels": model.config.id2label}
+    answers[name] |= {"top": top["label"], "score": top["score"]}
 for name, code in json.loads(sys.argv[3]).items():
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {})
@@ -355,7 +356,7 @@ def test_a_hub_model_that_is_not_there_is_found_out_first(published, name, words
 def test_from_pretrained_gives_the_same_logits(published, strangers_answers, name):
     folder = published.root / ("article" if name == "new" else name)
     pushed, local = strangers_answers[f"me/{name}"], strangers_answers[str(folder)]
-    assert pushed["logits"] == local["logits"]
+    assert pushed["logits"] == local["logits"] and pushed["score"] == local["score"]
     assert len(set(pushed["logits"])) == 10
     labels = list(pushed["labels"].values())
     assert labels == ([str(digit) for digit in range(10)] if name == "timm" else NAMES)
@@ -366,7 +367,7 @@ def test_from_pretrained_gives_the_same_logits(published, strangers_answers, nam
 def test_the_code_in_the_card_runs(strangers_answers, name):
     answer = strangers_answers[f"me/{name}"]
     first = ast.literal_eval(answer["card"])[0]
-    assert first["label"] == answer["top"] and 0 < first["score"] <= 1
+    assert (first["label"], first["score"]) == (answer["top"], answer["score"])
 
 
 def test_default_command_line_reads_data_and_model_from_the_hub(published):
@@ -428,9 +429,7 @@ def test_one_commit_a_push_to_a_private_repo(published):
 def test_refused_repo_fails_before_training(published):
     command = published.commands["foreign"]
     line = error_line(command, after_start=True)
-    assert (
-        "cannot push to them/vit: me may not write to them; pass a --repo_id in me or team" in line
-    )
+    assert "cannot push to them/vit: me may not write to them; choose a name in me or team" in line
     assert not (published.root / "foreign").exists()
 
 
@@ -551,7 +550,7 @@ def test_a_fault_that_passes_is_survived_in_one_commit(published, pushes, name, 
 
 
 REFUSALS = {
-    "foreign": "cannot push to them/model: me may not write to them; pass a --repo_id in me or team",
+    "foreign": "cannot push to them/model: me may not write to them; choose a name in me or team",
     "read in an organisation": "me may not write to audience",
     "known, but read": "cannot push to audience/known: the token may not write there",
     "token that reads": "the token of me may only read; make one that may write",
