@@ -23,6 +23,7 @@ from hf_cifar.options import (
     EvaluateConfig,
     FinetuneOptions,
     PredictConfig,
+    PushConfig,
     ReportConfig,
     check_option_names,
     check_same_run,
@@ -172,6 +173,30 @@ def predict(argv: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
+def push(argv: Sequence[str]) -> int:
+    """upload a finished run to the Hub, or see what that would do"""
+    if not _wants_help(argv):
+        check_option_names(argv, field_names(PushConfig))
+    config, folders = parse_dataclasses(
+        [PushConfig], argv, "hf-cifar push", usage="hf-cifar push RUN --repo_id NAME [options]"
+    )
+    if len(folders) != 1:
+        raise UserError(f"push takes the folder of one run, not {len(folders)}")
+    if not Path(folders[0]).is_dir():
+        raise UserError(f"no folder {folders[0]}; pass the --output_dir of a run")
+
+    from hf_cifar.hub import Target, plan_push, push_planned, render_plan
+
+    target = Target(config.repo_id, config.private, config.revision)
+    plan = plan_push(Path(folders[0]), target)
+    print(render_plan(plan), flush=True)
+    if config.dry_run:
+        print("nothing was uploaded: leave out --dry_run to push")
+    else:
+        print(f"pushed to {push_planned(plan)}")
+    return 0
+
+
 def recipes(argv: Sequence[str]) -> int:
     """list the packaged recipes, or show one"""
     if _wants_help(argv) or len(argv) > 1:
@@ -192,6 +217,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": compare,
     "report": report,
     "predict": predict,
+    "push": push,
     "recipes": recipes,
 }
 

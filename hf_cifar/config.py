@@ -74,6 +74,7 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
     dataloader_num_workers: int | None = option(
         None, "Loader processes; if not given, 0 for images held in memory, else one per core."
     )
+    hub_private_repo: bool = option(True, "With --push_to_hub: make a new repository private.")
 
     def __post_init__(self) -> None:
         self._check()

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedMo
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_cifar.card import CardFacts, render_card, save_card
 from hf_cifar.config import FinetuneConfig, RunConfig
 from hf_cifar.data.augmentation import Augmentation, Policy, RandomView
 from hf_cifar.data.preprocessing import Preprocessing
@@ -38,6 +39,8 @@ from hf_cifar.data.store import (
     stored_view,
 )
 from hf_cifar.data.streams import Stream
+from hf_cifar.energy import measured_energy
+from hf_cifar.environment import environment
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.figures import HEADLINE_FIGURES
@@ -50,7 +53,7 @@ from hf_cifar.features import (
     features_suffice,
     fit_head,
 )
-from hf_cifar.hub import check_push, environment, prepare_push, push_run, render_model_card
+from hf_cifar.hub import Target, check_push, prepare_push, push_run
 from hf_cifar.models.build import build_model
 from hf_cifar.models.layers import block_depths, describe_trainable
 from hf_cifar.models.names import SCRATCH
@@ -63,6 +66,7 @@ from hf_cifar.options import (
     refuse_occupied,
     run_to_resume,
 )
+from hf_cifar.provenance import find_origin
 from hf_cifar.setting import DTYPES, MEMORY_FORMATS, is_sharded, resolve_setting
 from hf_cifar.trainer import ImageClassificationTrainer
 
@@ -93,7 +97,7 @@ def finetune_classifier(config: RunConfig) -> RunResult:
         config, model, image_processor, splits.train, resumed=bool(resume_point(config))
     )
     config = resolve_workers(config, splits.train)
-    prepare_push(config)
+    prepare_push(config.train, draft_card(config, splits))
     trainer = build_trainer(model, image_processor, splits, config)
     save_config(config)
     fit(trainer, config)
@@ -120,6 +124,7 @@ def build_trainer(
         dataloader_num_workers=num_workers,
         dataloader_pin_memory=num_workers > 0,  # what lies on the device cannot be pinned
         push_to_hub=False,  # hub.py pushes, once, at the end
+        hub_token=None,  # no logger gets to see it
     )
     device = args.device if num_workers == 0 else CPU  # a worker process must not touch a GPU
     callbacks = []
@@ -225,13 +230,16 @@ def feature_stores(
 
 def fit(trainer: ImageClassificationTrainer, config: RunConfig) -> None:
     """Train in epochs, or solve for the head at once."""
-    if config.train.head_solver == "lbfgs":
-        start = time.perf_counter()
-        fit_head(trainer.model, trainer.train_dataset, trainer.eval_dataset)
-        trainer.state.epoch = 0.0
-        trainer.state.log_history.append({"train_runtime": time.perf_counter() - start})
-    else:
-        trainer.train(resume_from_checkpoint=resume_point(config))
+    with measured_energy(trainer.is_world_process_zero()) as energy:
+        if config.train.head_solver == "lbfgs":
+            start = time.perf_counter()
+            fit_head(trainer.model, trainer.train_dataset, trainer.eval_dataset)
+            trainer.state.epoch = 0.0
+            trainer.state.log_history.append({"train_runtime": time.perf_counter() - start})
+        else:
+            trainer.train(resume_from_checkpoint=resume_point(config))
+    if energy:
+        trainer.state.log_history.append({"energy": energy})
     accept_pixels_alone(trainer.accelerator.unwrap_model(trainer.model))
 
 
@@ -299,17 +307,15 @@ def finish_run(
     if trainer.is_world_process_zero():
         for evaluation in evaluations:
             evaluation.save(folder)
-        facts = run_facts(trainer, splits, evaluations[0].temperature)
+        facts = run_facts(trainer, splits, config, evaluations[0].temperature)
         if resume_point(config) and (folder / RUN_FILE).is_file():
             before = json.loads((folder / RUN_FILE).read_text())
             # A finished run that is resumed trains nothing: its time and speed are those of then.
-            facts = before if before["steps"] == facts["steps"] else facts
+            facts = facts | before if before["steps"] == facts["steps"] else facts
         write_json(folder / RUN_FILE, facts)
-        custom_code = any(folder.glob("*.py"))
-        card = render_model_card(config, splits, metrics, facts, custom_code=custom_code)
-        (folder / "README.md").write_text(card)
+        save_card(folder)
         if config.train.push_to_hub:
-            logger.info("pushed to %s", push_run(config))
+            logger.info("pushed to %s", push_run(config.train))
     trainer.accelerator.wait_for_everyone()
     return RunResult(folder, metrics, trainer.model, trainer.processing_class)
 
@@ -348,7 +354,7 @@ def check_run(config: RunConfig) -> None:
         )
     if train.do_predict:
         require_test_split(config.data)
-    check_push(config)
+    check_push(train)
 
 
 def resume_point(config: RunConfig) -> bool | str | None:
@@ -445,18 +451,47 @@ def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
         trainer.processing_class.save_pretrained(folder)
 
 
+def draft_card(config: RunConfig, splits: Splits) -> str:
+    """The model card as far as it is known before training, with no accuracy yet: what can be wrong with its
+    metadata is wrong now."""
+    names = ["validation", "test"] if config.train.do_predict else ["validation"]
+    run = known_facts(splits, config)
+    facts = CardFacts(
+        repo_id=run["repo_id"],
+        options=config.options(),
+        run=run,
+        metrics={name: {"num_images": 0, "accuracy": 0.0} for name in names},
+        class_names=list(splits.id2label.values()),
+    )
+    return render_card(facts)
+
+
+def known_facts(splits: Splits, config: RunConfig) -> dict[str, Any]:
+    """What is known of a run before it trains, as plain values: whose model and data, the split, versions."""
+    model, data = config.model, config.data
+    return {
+        "repo_id": Target.of_run(config.train).repo_id,  # the folder may get another name
+        "model": asdict(find_origin(model.model_name_or_path, "model", model.model_revision)),
+        "dataset": asdict(find_origin(data.dataset_name, "dataset")),
+        "split_hash": splits.hash,
+        "source_splits": {
+            "train": splits.train.source_split,
+            "validation": splits.validation.source_split,
+        },
+        "num_train": len(splits.train),
+        "num_validation": len(splits.validation),
+        "environment": environment(),
+    }
+
+
 def run_facts(
-    trainer: ImageClassificationTrainer, splits: Splits, temperature: float
+    trainer: ImageClassificationTrainer, splits: Splits, config: RunConfig, temperature: float
 ) -> dict[str, Any]:
     """What happened in a run, as plain values: data, work, time, machine and versions."""
     state, device = trainer.state, trainer.args.device
-    seconds = next(
-        log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log
-    )
-    return {
-        "split_hash": splits.hash,
-        "num_train": len(splits.train),
-        "num_validation": len(splits.validation),
+    logged = {name: value for log in state.log_history for name, value in log.items()}
+    seconds = logged["train_runtime"]
+    return known_facts(splits, config) | {
         "label_counts": {
             split.name: {
                 name: int((split.labels == label).sum()) for label, name in split.id2label.items()
@@ -475,7 +510,7 @@ def run_facts(
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"CPU ({os.cpu_count()} cores)",
-        "environment": environment(),
+        "energy": logged.get("energy"),  # None where nothing measured it
     }
 
 

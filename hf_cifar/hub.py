@@ -1,311 +1,331 @@
-"""The model card, and the push to the Hub."""
+"""The push of a finished run to the Hub: everything is checked first, then one commit."""
 
 from __future__ import annotations
 
-import platform
+import dataclasses
+import re
 import shlex
-import subprocess
-from importlib import metadata
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import huggingface_hub
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
+from huggingface_hub import CommitOperationAdd, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
-from hf_cifar.config import RunConfig
-from hf_cifar.data.splits import Splits
-from hf_cifar.data.streams import Stream
+from hf_cifar.card import CARD_FILE, EVAL_RESULTS_FOLDER, card_for, check_card
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.figures import HEADLINE_FIGURES
-from hf_cifar.evaluation.predictions import render_cell
-from hf_cifar.network import looks_like_path, public_name, require_network
+from hf_cifar.network import require_network
 
-PACKAGES = (
-    "hf-cifar",
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "evaluate",
-    "timm",
-    "huggingface_hub",
-)
+if TYPE_CHECKING:  # it takes torch
+    from hf_cifar.config import FinetuneConfig
+
 # What a stranger needs to use and judge the model; no checkpoint, pickle, or config with paths.
-PUSHED_FILES = [
+PUSHED_FILES = (
+    CARD_FILE,
     "config.json",
-    "*.safetensors*",
+    "*.safetensors",
+    "*.safetensors.index.json",
     "preprocessor_config.json",
-    "README.md",
-    "metrics.json",
     "*.py",
-]
-UNPUSHED_FILES = ["*/*"]  # a pattern's * matches slashes too: nothing from checkpoints
-BASE_MODELS = {"bundled/efficientnet_lite0": "timm/tf_efficientnet_lite0.in1k"}
-
-TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-{{ summary }}
-
-## Use
-
-```python
-from transformers import pipeline
-
-classify = pipeline("image-classification", model="{{ repo_id }}"{{ custom_code }})
-classify("image.png")
-```
-
-## Results
-
-{{ results }}
-
-{{ selection }}
-
-## Data
-
-{{ data }}
-
-## Procedure
-
-{{ procedure }}
-
-## Environment
-
-{{ environment }}
-"""
+    "metrics.json",
+    f"{EVAL_RESULTS_FOLDER}/*.yaml",
+    "report.html",
+    "report.json",
+)
+COMMIT_MESSAGE = "Fine-tuned with hf_cifar"
+# Seconds before a push is tried again that the Hub failed to answer; the client itself retries all but the
+# commit. What has arrived is not sent again.
+WAITS_S = (1.0, 3.0)
+NEXT_STEPS = {
+    401: "the token is not valid (any more): run hf auth login",
+    402: "the account has to pay for this: see its settings on the Hub",
+    403: "the token may not write there: choose another repository, or a token that may",
+    409: "somebody else changes the repository right now: try again",
+    413: "the Hub finds a file too large",
+    429: "the Hub asks for a pause: try again in some minutes",
+}
 
 
-def environment() -> dict[str, str]:
-    """Versions, platform and commit of what runs now."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    commit = _commit()
-    return versions | ({"commit": commit} if commit else {})
+@dataclass(frozen=True)
+class Target:
+    """Where a push goes. repo_id: with or without a namespace. token: the stored one if None."""
 
+    repo_id: str
+    private: bool = True
+    revision: str | None = None
+    token: str | None = dataclasses.field(default=None, repr=False)
 
-def _commit() -> str | None:
-    """Commit of the checkout that this package runs from, with -dirty; None outside a checkout."""
-    folder = Path(__file__).parent
-    command = [
-        "git",
-        "-C",
-        str(folder),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    try:
-        inside = subprocess.run(
-            ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True
+    @classmethod
+    def of_run(cls, train: FinetuneConfig) -> Target:
+        """What the options of a run with --push_to_hub say."""
+        return cls(
+            repo_id=train.hub_model_id or Path(train.output_dir).resolve().name,
+            private=train.hub_private_repo,
+            revision=train.hub_revision,
+            token=train.hub_token,
         )
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if inside.returncode == 0 and done.returncode == 0 else None
+
+    @property
+    def api(self) -> huggingface_hub.HfApi:
+        return huggingface_hub.HfApi(token=self.token)
 
 
-def render_model_card(
-    config: RunConfig,
-    splits: Splits,
-    metrics: dict[str, Any],
-    facts: dict[str, Any],
-    *,
-    custom_code: bool,
-) -> str:
-    """README.md of a run, from the facts of that run; holds no local path and no token."""
-    dataset, base = (
-        public_name(config.data.dataset_name),
-        public_name(config.model.model_name_or_path),
-    )
-    repo_id = config.train.hub_model_id or public_name(config.train.output_dir + "/.")
-    on_hub = not looks_like_path(config.model.model_name_or_path) and "scratch/" not in base
-    base_model = BASE_MODELS.get(base, base if on_hub else None)
-    dataset_on_hub = not (
-        looks_like_path(config.data.dataset_name) or dataset.startswith("bundled/")
-    )
-    card_data = ModelCardData(
-        model_name=repo_id.split("/")[-1],
-        pipeline_tag="image-classification",
-        library_name="transformers",
-        tags=["image-classification", "hf-cifar"],
-        base_model=base_model,
-        base_model_relation="finetune" if base_model else None,
-        datasets=[dataset] if dataset_on_hub else None,
-        metrics=["accuracy"],
-        eval_results=[
-            EvalResult(
-                task_type="image-classification", dataset_type=dataset, dataset_name=dataset,
-                dataset_split=split, metric_type="accuracy",
-                metric_value=round(figures["accuracy"], 6),
-            )
-            for split, figures in metrics.items()
-        ],
-    )  # fmt: skip
-    options = config.options()
-    hidden = {"output_dir", "dataset_name", "model_name_or_path", "hub_model_id"}
-    shown = {
-        name: value for name, value in options.items()
-        if name not in hidden and value is not None and not _is_path(value)
-    }  # fmt: skip
-    seconds = facts["train_seconds"]
-    start = "trained from random weights" if base.startswith("scratch/") else "fine-tuned"
-    card = ModelCard.from_template(
-        card_data,
-        template_str=TEMPLATE,
-        title=repo_id.split("/")[-1],
-        repo_id=repo_id,
-        custom_code=", trust_remote_code=True" if custom_code else "",
-        summary=(
-            f"`{base}`, {start} to tell {len(splits.id2label)} classes of `{dataset}`: "
-            + ", ".join(splits.id2label.values()) + "."
-        ),
-        results=_results_table(metrics),
-        selection=(
-            ("Validation chose the checkpoint; test" if config.train.load_best_model_at_end
-             else "Test") + " was not read before the end of the run. In brackets: 95% intervals."
-            + _calibration(metrics)
-        ),
-        data=(
-            f"`{dataset}`: {len(splits.train):,} images to train on, "
-            f"{len(splits.validation):,} for validation, "
-            + _validation_source(splits, config.data.split_seed)
-            + f"Split hash ({_hashed(splits)}): `{splits.hash}`."
-        ),
-        procedure=(
-            f"{facts['trainable']}. {facts['steps']:,} steps in {seconds:,.0f} s on "
-            f"{facts['device']}, {facts['processes']} "
-            f"process{'es' if facts['processes'] > 1 else ''}. "
-            f"Seed {config.train.seed}. Options:\n\n"
-            + _table(("option", "value"), [(f"`{k}`", f"`{v}`") for k, v in shown.items()])
-        ),
-        environment=_table(("package", "version"), list(facts["environment"].items())),
-    )  # fmt: skip
-    return card.content
+class Access(NamedTuple):
+    """What the Hub says of a target. repo_id: with its namespace. visibility: private or public."""
+
+    repo_id: str
+    user: str
+    is_new: bool
+    visibility: str
 
 
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and (
-        value.startswith(("/", "~", "./", "../")) or Path(value).is_absolute()
-    )
+class PushPlan(NamedTuple):
+    """A push that has passed its checks. folder: of the run. files: by path in the repository."""
+
+    folder: Path
+    target: Target
+    access: Access
+    files: dict[str, Path | bytes]
 
 
-def _results_table(metrics: dict[str, Any]) -> str:
-    rows = [
-        (split, *(render_cell(figures, key) for key in HEADLINE_FIGURES))
-        for split, figures in metrics.items()
-    ]
-    return _table(("split", *HEADLINE_FIGURES), rows)
-
-
-def _calibration(metrics: dict[str, Any]) -> str:
-    """A sentence on the temperature, with what it did on the last split; nothing without one."""
-    split, figures = list(metrics.items())[-1]
-    if "temperature" not in figures:
-        return ""
-    return (
-        f" Calibrated on validation: the logits are divided by {figures['temperature']:.3f}, which took the "
-        f"expected calibration error on {split} from {figures['ece_uncalibrated']:.4f} to "
-        f"{figures['ece']:.4f}."
-    )
-
-
-def _hashed(splits: Splits) -> str:
-    if isinstance(splits.train, Stream):
-        return "SHA-256 over validation's row ids and labels, and over how train is drawn"
-    return "SHA-256 over row ids and labels"
-
-
-def _validation_source(splits: Splits, seed: int) -> str:
-    if splits.validation.source_split != splits.train.source_split:
-        return "the data set's own validation split. "
-    if isinstance(splits.train, Stream):
-        return f"the first of those that a hash of their bytes holds out, split seed {seed}. "
-    return f"stratified, split seed {seed}. "
-
-
-def _table(header: tuple[str, ...], rows: list[tuple]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def check_push(config: RunConfig) -> None:
-    """Raises: UserError if --push_to_hub has no network or no token."""
-    if not config.train.push_to_hub or config.train.process_index != 0:
-        return
+def check_online(what: str, token: str | None) -> None:
+    """Raises: UserError if `what` has no network or no token."""
     if constants.HF_HUB_OFFLINE:
         raise UserError(
-            "--push_to_hub needs the network, but HF_HUB_OFFLINE=1 forbids it; unset one of them"
+            f"{what} needs the network, but HF_HUB_OFFLINE=1 forbids it; unset one of them"
         )
-    require_network("--push_to_hub")
-    if not (config.train.hub_token or huggingface_hub.get_token()):
-        raise UserError("--push_to_hub needs a token; run: hf auth login, or set HF_TOKEN")
+    require_network(what)
+    if not (token or huggingface_hub.get_token()):
+        raise UserError(f"{what} needs a token; run: hf auth login, or set HF_TOKEN")
 
 
-def prepare_push(config: RunConfig) -> None:
-    """Create the repo, or see that it is there: fail before training if the push could not work.
+def check_access(target: Target) -> Access:
+    """Ask the Hub who the token's owner is, and whether they may write to the repository.
+
+    Raises: UserError for a name that cannot be, a token that is not valid, or no permission.
+    """
+    try:
+        who = target.api.whoami()
+        repo_id = target.repo_id if "/" in target.repo_id else f"{who['name']}/{target.repo_id}"
+        validate_repo_id(repo_id)
+        try:
+            info = target.api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            _check_namespace(repo_id, who)
+            return Access(repo_id, who["name"], True, "private" if target.private else "public")
+        target.api.auth_check(repo_id, write=True)
+        return Access(repo_id, who["name"], False, "private" if info.private else "public")
+    except UserError:
+        raise
+    except HFValidationError as error:
+        raise UserError(
+            f"{target.repo_id!r} is no name for a repository ({_one_line(error)}); pass another"
+        ) from None
+    except Exception as error:  # the client raises its own, httpx's and OS errors
+        raise UserError(f"cannot push to {target.repo_id}: {_reason(error, target)}") from None
+
+
+def _check_namespace(repo_id: str, who: dict[str, Any]) -> None:
+    """Raises: UserError if the token cannot make a new repository there, as far as its owner's page says."""
+    namespace = repo_id.split("/")[0]
+    token = who.get("auth", {}).get("accessToken", {})
+    roles = {org["name"]: org.get("roleInOrg") for org in who.get("orgs", [])}
+    if token.get("role") == "read":
+        raise UserError(
+            f"cannot push to {repo_id}: the token of {who['name']} may only read; make one that may write, "
+            "at https://huggingface.co/settings/tokens"
+        )
+    if namespace not in {who["name"], *roles} or roles.get(namespace) == "read":
+        raise UserError(
+            f"cannot push to {repo_id}: {who['name']} may not write to {namespace}; choose a name in "
+            f"{' or '.join([who['name'], *(org for org, role in roles.items() if role != 'read')])}"
+        )
+
+
+def check_card_on_hub(text: str, target: Target) -> None:
+    """Let the Hub check a card's metadata, as it does before it takes a commit.
+
+    Raises: UserError if it refuses them.
+    """
+    check_card(text)
+    try:
+        ModelCard(text).validate()
+    except ValueError as error:
+        raise UserError(
+            f"the Hub refuses the model card's metadata ({_one_line(error)}); mend the head of {CARD_FILE}"
+        ) from None
+    except Exception as error:  # as above
+        raise UserError(f"cannot push to {target.repo_id}: {_reason(error, target)}") from None
+
+
+def files_to_push(folder: Path) -> dict[str, Path]:
+    """A run's files by their path in the repository. Raises: UserError if there is no model."""
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for pattern in PUSHED_FILES
+        for path in sorted(folder.glob(pattern))
+    }
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        raise UserError(f"no finished model in {folder}; pass the --output_dir of a run")
+    return files
+
+
+def plan_push(folder: Path, target: Target) -> PushPlan:
+    """Everything that can be known of a push beforehand.
+
+    Raises: UserError for what would make it fail, or would upload what must stay here.
+    """
+    files: dict[str, Path | bytes] = dict(files_to_push(folder))
+    check_online("a push", target.token)
+    access = check_access(target)
+    card = card_for(folder, access.repo_id)
+    files[CARD_FILE] = card.encode()
+    _refuse_secrets(files, folder, target.token or huggingface_hub.get_token())
+    check_card_on_hub(card, target)
+    return PushPlan(folder, target, access, files)
+
+
+def _refuse_secrets(files: dict[str, Path | bytes], folder: Path, token: str) -> None:
+    """Raises: UserError if a text names the token or the folder that the run lies in."""
+    for name, file in files.items():
+        if name.endswith(".safetensors"):
+            continue
+        content = file if isinstance(file, bytes) else file.read_bytes()
+        for what, secret in (("the token", token), ("a local path", str(folder.resolve()))):
+            if secret.encode() in content:
+                raise UserError(f"{folder / name} holds {what}; remove it there before you push")
+
+
+def render_plan(plan: PushPlan) -> str:
+    """What a push would do, for people."""
+    access, revision = plan.access, plan.target.revision
+    sizes = {
+        name: len(file) if isinstance(file, bytes) else file.stat().st_size
+        for name, file in plan.files.items()
+    }
+    lines = [
+        f"repository  {access.repo_id}, {'new' if access.is_new else 'there already'}, {access.visibility}"
+        + (f", branch {revision}" if revision else ""),
+        f"token       of {access.user}, not shown",
+        "permission  to create it" if access.is_new else "permission  to write",
+        "card        valid",
+        f"files       {len(sizes)}, {_megabytes(sum(sizes.values()))}, in one commit",
+    ]
+    return "\n".join(
+        [*lines, *(f"  {_megabytes(size):>12}  {name}" for name, size in sizes.items())]
+    )
+
+
+def push_planned(plan: PushPlan) -> str:
+    """Upload in one commit; what the Hub has already is not sent again. Returns the repository's URL.
+
+    Raises: UserError that says how to retry.
+    """
+    target, repo_id = plan.target, plan.access.repo_id
+    api = target.api
+    try:
+        url = api.create_repo(repo_id, private=target.private, exist_ok=True)
+        if target.revision and not target.revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=target.revision, exist_ok=True)
+        for wait_s in WAITS_S:
+            try:
+                _commit(plan)
+                break
+            except Exception as error:
+                if not _may_pass(error):
+                    raise
+                time.sleep(wait_s)
+        else:
+            _commit(plan)
+    except Exception as error:  # as above
+        raise UserError(
+            f"push to {repo_id} failed: {_reason(error, target)}{_retry(plan.folder, target)}"
+        ) from None
+    return str(url)
+
+
+def _commit(plan: PushPlan) -> None:
+    """One commit of what the Hub lacks. Its operations are new each time: they remember what it lacked."""
+    plan.target.api.create_commit(
+        plan.access.repo_id,
+        [CommitOperationAdd(name, file) for name, file in plan.files.items()],
+        commit_message=COMMIT_MESSAGE,
+        revision=plan.target.revision,
+    )
+
+
+def check_push(train: FinetuneConfig) -> None:
+    """Raises: UserError if --push_to_hub has no network or no token."""
+    if train.push_to_hub and train.process_index == 0:
+        check_online("--push_to_hub", train.hub_token)
+
+
+def prepare_push(train: FinetuneConfig, card: str) -> None:
+    """Fail before training if the push could not work: ask for permission, have the card as it is by then
+    checked, and make the repository.
 
     Raises: UserError for a refusal by the Hub.
     """
-    if not config.train.push_to_hub or config.train.process_index != 0:
+    if not train.push_to_hub or train.process_index != 0:
         return
+    target = Target.of_run(train)
+    access = check_access(target)
+    check_card_on_hub(card, target)
     try:
-        _create_repo(config)
-    except Exception as error:  # the client raises its own, httpx's and OS errors
+        target.api.create_repo(access.repo_id, private=target.private, exist_ok=True)
+    except Exception as error:  # as above
         raise UserError(
-            f"--push_to_hub: cannot create {_repo_name(config)}: {_reason(error)}"
+            f"--push_to_hub: cannot create {access.repo_id}: {_reason(error, target)}"
         ) from None
 
 
-def _repo_name(config: RunConfig) -> str:
-    return config.train.hub_model_id or Path(config.train.output_dir).resolve().name
-
-
-def _create_repo(config: RunConfig) -> huggingface_hub.RepoUrl:
-    api = huggingface_hub.HfApi(token=config.train.hub_token)
-    return api.create_repo(_repo_name(config), private=config.train.hub_private_repo, exist_ok=True)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def push_run(config: RunConfig) -> str:
-    """Upload a finished run's model, card and figures in one commit; returns the repo's URL.
+def push_run(train: FinetuneConfig) -> str:
+    """Push a finished run; returns the repository's URL.
 
     Raises: UserError that says how to retry; the model stays saved in the run's folder.
     """
-    folder = config.train.output_dir
+    folder, target = Path(train.output_dir), Target.of_run(train)
     try:
-        repo = _create_repo(config)
-        # Only now is the user's own namespace known, where --hub_model_id leaves it out.
-        card = Path(folder) / "README.md"
-        card.write_text(card.read_text().replace(f'"{_repo_name(config)}"', f'"{repo.repo_id}"'))
-        huggingface_hub.HfApi(token=config.train.hub_token).upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=folder,
-            allow_patterns=PUSHED_FILES,
-            ignore_patterns=list(UNPUSHED_FILES),
-            revision=config.train.hub_revision,
-            commit_message="Fine-tuned with hf_cifar",
-        )
-    except Exception as error:  # as above
-        name = _repo_name(config)
-        retry = ["hf", "upload", name, str(folder), "."]
-        retry += [part for pattern in PUSHED_FILES for part in ("--include", pattern)]
-        retry += [part for pattern in UNPUSHED_FILES for part in ("--exclude", pattern)]
-        retry += ["--revision", config.train.hub_revision] if config.train.hub_revision else []
-        raise UserError(
-            f"push to {name} failed ({_reason(error)}); the model is saved in {folder}; "
-            f"retry with: {shlex.join(retry)}"
-        ) from None
-    return str(repo)
+        plan = plan_push(folder, target)
+    except UserError as error:
+        raise UserError(f"{error}{_retry(folder, target)}") from None
+    return push_planned(plan)
+
+
+def _retry(folder: Path, target: Target) -> str:
+    """The end of an error message: the command line that goes on where a push failed, without the token."""
+    parts = ["hf-cifar", "push", str(folder), "--repo_id", target.repo_id]
+    parts += ["--revision", target.revision] if target.revision else []
+    parts += [] if target.private else ["--private", "false"]
+    token = "set HF_TOKEN and " if target.token else ""
+    return f"; the model is saved in {folder}; {token}retry with: {shlex.join(parts)}"
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether trying again may help: after a busy or failing Hub or a broken connection, not a refusal."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code == 429 or error.response.status_code >= 500
+    return not isinstance(error, ValueError)
+
+
+def _reason(error: Exception, target: Target) -> str:
+    """An error in one line, with what to do next; never with the token."""
+    text = f"{type(error).__name__}: {_one_line(error)}"
+    for token in (target.token, huggingface_hub.get_token()):
+        text = text.replace(token, "...") if token else text
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        step = "the Hub failed: try again" if status >= 500 else NEXT_STEPS.get(status)
+        return f"{step} ({text})" if step else text
+    return text
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:200]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.3f} MB"

@@ -19,11 +19,6 @@ def looks_like_path(name: str) -> bool:
     )
 
 
-def public_name(name: str) -> str:
-    """A data set or model name without the folders of the machine that it lay on."""
-    return Path(name).expanduser().resolve().name if looks_like_path(name) else name
-
-
 def require_network(what: str, timeout_s: float = 3.0) -> None:
     """Fail at once where the Hub cannot be reached, instead of after the client's minutes of retries.
 

@@ -299,6 +299,30 @@ class ReportConfig:
             raise UserError(f"--gallery_size is {self.gallery_size}; it must be at least 0")
 
 
+@dataclass(frozen=True)
+class PushConfig:
+    """Where on the Hub a finished run goes."""
+
+    _argument_group_name = "push"
+
+    repo_id: str = option(
+        "", "Repository, NAME or NAMESPACE/NAME; made if it is not there. Required."
+    )
+    dry_run: bool = option(
+        False, "Check everything and list what would be uploaded; upload nothing."
+    )
+    private: bool = option(True, "Make a new repository private; one that is there stays as it is.")
+    revision: str | None = option(
+        None, "Branch to push to, made from main if it is not there; main if not given."
+    )
+
+    def __post_init__(self) -> None:
+        if not self.repo_id:
+            raise UserError(
+                "--repo_id is missing; pass the name of a repository, NAME or NAMESPACE/NAME"
+            )
+
+
 def _refuse_both_formats(config: EvaluateConfig | PredictConfig) -> None:
     if config.bf16 and config.fp16:
         raise UserError("--bf16 and --fp16 exclude each other; pass one")

@@ -1,6 +1,7 @@
 """A Hub on the loopback: enough of its protocol for the unmodified huggingface_hub client.
 
-Create, validate, preupload (regular and LFS), commit; resolve, info, revision, tree, paths-info.
+Create, validate, preupload (regular and LFS), commit, branch; resolve, info, revision, tree, paths-info,
+auth-check. It refuses, fails and drops connections as it is told to.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +20,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 TOKEN = "hf_loopbackTokenForTests0123456789"
+READ_TOKEN = "hf_loopbackTokenThatReads012345678"
+ROLES = {TOKEN: "write", READ_TOKEN: "read"}
 USER = "me"
+ORGANISATIONS = {"team": "write", "audience": "read"}
+DROP = "drop"  # a fault: the connection breaks
 LFS_SUFFIXES = (".safetensors", ".parquet")
 LFS_BYTES = 1 << 20
 REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -26,11 +32,13 @@ REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass
 class Repo:
-    """Files by path, as of the last commit."""
+    """Files by path, as of the last commit on main; the same for other branches."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     lfs: set[str] = field(default_factory=set)
     num_commits: int = 0
+    private: bool = False
+    branches: dict[str, Repo] = field(default_factory=dict)
 
     @property
     def sha(self) -> str:
@@ -56,13 +64,18 @@ class Repo:
 class Hub:
     """The server, its repos by ("models" or "datasets", id), and what it is told to refuse.
 
-    refused: ("create" or "commit", repo id) -> HTTP status. requests: what was asked for.
+    refused: (action, repo id) -> HTTP status. faults: (action, repo id) -> statuses or DROP, one for each
+    request until none is left. Actions: whoami and validate, which name no repo (""), write, create, branch,
+    preupload, lfs, upload, commit, and answer, which fails after the commit. refused_cards: model names
+    that validate takes offence at. requests: what was asked for.
     """
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.refused: dict[tuple[str, str], int] = {}
+        self.faults: dict[tuple[str, str], list[int | str]] = {}
+        self.refused_cards: set[str] = set()
         self.requests: list[str] = []
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -98,17 +111,22 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path = unquote(url.path)
         if path == "/api/whoami-v2":
-            if self.authorised():
-                self.answer({"type": "user", "name": USER, "orgs": [], "auth": {}})
+            if self.authorised() and not self.fails("whoami", ""):
+                orgs = [{"name": org, "roleInOrg": role} for org, role in ORGANISATIONS.items()]
+                auth = {"accessToken": {"role": ROLES[self.token]}}
+                self.answer({"type": "user", "name": USER, "orgs": orgs, "auth": auth})
+        elif found := re.fullmatch(r"/api/(models|datasets)/(.+)/auth-check(/write)?", path):
+            if self.repo(found[1], found[2]) and not (found[3] and self.refuses("write", found[2])):
+                self.answer({})
         elif found := re.fullmatch(r"/api/(models|datasets)/(.+?)(/revision/([^/]+))?", path):
             if "/tree/" in path:
                 self.answer_tree(
                     *re.fullmatch(r"/api/(\w+)/(.+)/tree/([^/]+)/?(.*)", path).groups()
                 )
-            elif (repo := self.repo(found[1], found[2])) and self.has_revision(repo, found[4]):
+            elif repo := self.at(found[1], found[2], found[4]):
                 siblings = [{"rfilename": name} for name in repo.files]
                 names = {"id": found[2], "sha": repo.sha, "siblings": siblings, "tags": []}
-                self.answer(names | {"private": False, "downloads": 0, "likes": 0})
+                self.answer(names | {"private": repo.private, "downloads": 0, "likes": 0})
         elif found := re.fullmatch(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)", path):
             self.answer_file("datasets" if found[1] else "models", *found.groups()[1:])
         else:
@@ -120,10 +138,15 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = unquote(urlsplit(self.path).path)
         if path == "/api/validate-yaml":
-            errors = card_errors(json.loads(body)["content"])
-            self.answer(
-                {"errors": [{"message": e} for e in errors], "warnings": []}, 400 if errors else 200
-            )
+            content = json.loads(body)["content"]
+            errors = card_errors(content)
+            names = re.findall(r"^- name: (.*)$", content, re.MULTILINE)
+            errors += [f"not this one: {name}" for name in names if name in self.hub.refused_cards]
+            if not self.fails("validate", ""):
+                self.answer(
+                    {"errors": [{"message": e} for e in errors], "warnings": []},
+                    400 if errors else 200,
+                )
         elif found := re.fullmatch(r"/api/(\w+)/(.+)/paths-info/([^/]+)", path):
             form = parse_qs(body.decode())
             if repo := self.repo(found[1], found[2]):
@@ -133,22 +156,38 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             self.create(json.loads(body))
         elif found := re.fullmatch(r"/api/(\w+)/(.+)/preupload/([^/]+)", path):
-            if self.repo(found[1], found[2]):
+            repo = self.at(found[1], found[2], found[3])
+            if repo and not self.refuses("preupload", found[2]):
                 files = [
                     {"path": f["path"], "uploadMode": upload_mode(f), "shouldIgnore": False}
+                    | ({"oid": repo.oid(f["path"])} if f["path"] in repo.files else {})
                     for f in json.loads(body)["files"]
                 ]
                 self.answer({"files": files})
-        elif path.endswith(".git/info/lfs/objects/batch"):
-            self.answer_lfs_batch(json.loads(body)["objects"])
+        elif found := re.fullmatch(r"/(datasets/)?(.+)\.git/info/lfs/objects/batch", path):
+            if not self.refuses("lfs", found[2]):
+                self.answer_lfs_batch(found[2], json.loads(body)["objects"])
         elif found := re.fullmatch(r"/api/(\w+)/(.+)/commit/([^/]+)", path):
-            self.commit(found[1], found[2], [json.loads(line) for line in body.splitlines()])
+            lines = [json.loads(line) for line in body.splitlines()]
+            self.commit(*found.groups(), lines)
+        elif found := re.fullmatch(r"/api/(\w+)/(.+)/branch/([^/]+)", path):
+            repo = self.repo(found[1], found[2])
+            if repo and not self.refuses("branch", found[2]):
+                known = found[3] in repo.branches
+                start = Repo(dict(repo.files), set(repo.lfs), private=repo.private)
+                repo.branches.setdefault(found[3], start)
+                self.answer({}, 409 if known else 201)
         else:
             self.answer({"error": "no such page"}, 404)
 
     def do_PUT(self) -> None:
-        content = self.rfile.read(int(self.headers["Content-Length"]))
-        oid = self.path.rpartition("/")[2]
+        folder, _, oid = self.path.rpartition("/")
+        length = int(self.headers["Content-Length"])
+        fault = self.next_fault("upload", folder.removeprefix("/lfs/"))
+        content = self.rfile.read(length // 2 if fault == DROP else length)
+        if fault is not None:
+            self.fail("upload", fault)
+            return
         good = hashlib.sha256(content).hexdigest() == oid
         if good:
             self.hub.objects[oid] = content
@@ -162,12 +201,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.refuses("create", repo_id):
             return
         known = (kind, repo_id) in self.hub.repos
-        self.hub.repos.setdefault((kind, repo_id), Repo())
+        private = asked.get("visibility") == "private" or asked.get("private", False)
+        self.hub.repos.setdefault((kind, repo_id), Repo(private=private))
         prefix = "" if kind == "models" else f"{kind}/"
         self.answer({"url": f"{self.hub.endpoint}/{prefix}{repo_id}"}, 409 if known else 200)
 
-    def commit(self, kind: str, repo_id: str, lines: list[dict]) -> None:
-        repo = self.repo(kind, repo_id)
+    def commit(self, kind: str, repo_id: str, revision: str, lines: list[dict]) -> None:
+        repo = self.at(kind, repo_id, revision)
         if repo is None or self.refuses("commit", repo_id):
             return
         for line in lines:
@@ -180,18 +220,22 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 repo.files.pop(value["path"], None)
         repo.num_commits += 1
+        # The commit is there, and nobody hears of it.
+        if self.fails("answer", repo_id):
+            return
         url = f"{self.hub.endpoint}/{repo_id}/commit/{repo.sha}"
         self.answer({"commitUrl": url, "commitOid": repo.sha, "success": True})
 
-    def answer_lfs_batch(self, objects: list[dict]) -> None:
+    def answer_lfs_batch(self, repo_id: str, objects: list[dict]) -> None:
         for item in objects:
             if item["oid"] not in self.hub.objects:
-                item["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{item['oid']}"}}
+                href = f"{self.hub.endpoint}/lfs/{repo_id}/{item['oid']}"
+                item["actions"] = {"upload": {"href": href}}
         self.answer({"transfer": "basic", "objects": objects})
 
     def answer_tree(self, kind: str, repo_id: str, revision: str, folder: str) -> None:
-        repo = self.repo(kind, repo_id)
-        if repo is None or not self.has_revision(repo, revision):
+        repo = self.at(kind, repo_id, revision)
+        if repo is None:
             return
         prefix = f"{folder}/" if folder else ""
         entries = [repo.entry(path) for path in sorted(repo.files) if path.startswith(prefix)]
@@ -212,8 +256,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(entries)
 
     def answer_file(self, kind: str, repo_id: str, revision: str, path: str) -> None:
-        repo = self.repo(kind, repo_id)
-        if repo is None or not self.has_revision(repo, revision):
+        repo = self.at(kind, repo_id, revision)
+        if repo is None:
             return
         if path not in repo.files:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repo.sha}
@@ -233,29 +277,60 @@ class Handler(BaseHTTPRequestHandler):
 
     def repo(self, kind: str, repo_id: str) -> Repo | None:
         repo = self.hub.repos.get((kind, repo_id))
-        if repo is None:
-            self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-        return repo
+        if repo is not None and not (repo.private and self.token not in ROLES):
+            return repo
+        status = 404 if self.token in ROLES else 401
+        self.answer({"error": "Repository not found"}, status, {"X-Error-Code": "RepoNotFound"})
+        return None
 
-    def has_revision(self, repo: Repo, revision: str | None) -> bool:
-        if revision in (None, "main", repo.sha):
-            return True
+    def at(self, kind: str, repo_id: str, revision: str | None) -> Repo | None:
+        """A repo as of a branch or a commit."""
+        repo = self.repo(kind, repo_id)
+        if repo is None or revision in (None, "main", repo.sha):
+            return repo
+        for name, branch in repo.branches.items():
+            if revision in (name, branch.sha):
+                return branch
         self.answer({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
-        return False
+        return None
+
+    @property
+    def token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def authorised(self) -> bool:
-        if self.headers.get("Authorization") == f"Bearer {TOKEN}":
+        if self.token in ROLES:
             return True
         self.answer({"error": "Invalid username or password."}, 401)
         return False
 
-    def refuses(self, kind: str, repo_id: str) -> bool:
-        status = (
-            403 if not repo_id.startswith(f"{USER}/") else self.hub.refused.get((kind, repo_id))
-        )
-        if status:
-            self.answer({"error": f"{kind} refused"}, status)
-        return status is not None
+    def refuses(self, action: str, repo_id: str) -> bool:
+        """Whether a write was refused: for want of permission, or as the tests wish."""
+        namespace = repo_id.split("/")[0]
+        may_write = namespace == USER or ORGANISATIONS.get(namespace) == "write"
+        if ROLES.get(self.token) != "write" or not may_write:
+            self.answer({"error": f"{action}: no permission"}, 403)
+            return True
+        return self.fails(action, repo_id)
+
+    def fails(self, action: str, repo_id: str) -> bool:
+        fault = self.next_fault(action, repo_id)
+        if fault is not None:
+            self.fail(action, fault)
+        return fault is not None
+
+    def next_fault(self, action: str, repo_id: str) -> int | str | None:
+        """An HTTP status, DROP, or None."""
+        queue = self.hub.faults.get((action, repo_id))
+        return queue.pop(0) if queue else self.hub.refused.get((action, repo_id))
+
+    def fail(self, action: str, fault: int | str) -> None:
+        if fault == DROP:
+            self.hub.requests.append(f"{self.command} {self.path} dropped")
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        else:
+            self.answer({"error": f"{action} refused"}, fault, {"Retry-After": "0"})
 
     def answer(self, content: object, status: int = 200, headers: dict | None = None) -> None:
         self.hub.requests.append(f"{self.command} {self.path} {status}")
@@ -286,6 +361,8 @@ def card_errors(content: str) -> list[str]:
     ids = [metadata.get("base_model") or [], metadata.get("datasets") or []]
     flat = [name for value in ids for name in (value if isinstance(value, list) else [value])]
     errors = [f"{name!r} is not a valid id" for name in flat if not REPO_ID.fullmatch(name)]
+    if metadata.get("pipeline_tag") != "image-classification":
+        errors.append("pipeline_tag is not one of this server's")
     for model in metadata.get("model-index", []):
         for result in model["results"]:
             for key, wanted in (("task", "type"), ("dataset", "type"), ("dataset", "name")):

@@ -12,6 +12,7 @@ from hf_cifar.options import (
     LIGHT_CONFIGS,
     EvaluateConfig,
     PredictConfig,
+    PushConfig,
     field_names,
     recipe_names,
     trainer_options,
@@ -28,7 +29,7 @@ def test_option_names_are_unique_across_groups():
 
 
 def test_every_option_has_a_help_text():
-    for config_class in (*LIGHT_CONFIGS, FinetuneConfig, EvaluateConfig, PredictConfig):
+    for config_class in (*LIGHT_CONFIGS, FinetuneConfig, EvaluateConfig, PredictConfig, PushConfig):
         for field in dataclasses.fields(config_class):
             if field.init and field.name in config_class.__annotations__:
                 assert field.metadata.get("help", "").endswith("."), field.name

@@ -63,9 +63,15 @@ def test_every_recipe_has_its_row():
 
 def test_every_option_in_a_command_exists():
     from hf_cifar.config import FinetuneConfig
-    from hf_cifar.options import LIGHT_CONFIGS, EvaluateConfig, PredictConfig, field_names
+    from hf_cifar.options import (
+        LIGHT_CONFIGS,
+        EvaluateConfig,
+        PredictConfig,
+        PushConfig,
+        field_names,
+    )
 
-    classes = (*LIGHT_CONFIGS, FinetuneConfig, EvaluateConfig, PredictConfig)
+    classes = (*LIGHT_CONFIGS, FinetuneConfig, EvaluateConfig, PredictConfig, PushConfig)
     known = {name for config_class in classes for name in field_names(config_class)}
     for page in PAGES:
         for line in re.findall(

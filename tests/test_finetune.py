@@ -7,12 +7,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_cifar import RunConfig, UserError, evaluate_saved, finetune_classifier, load_splits
 from hf_cifar.evaluation.figures import accuracy
 from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.finetune import draft_card
 from hf_cifar.options import DataConfig, EvaluateConfig
 
 
@@ -437,3 +439,12 @@ def test_a_stream_has_no_features_to_keep(tmp_path, shards, tiny_vit):
     flags = (*STREAMED, "--freeze", "backbone", "--head_solver", "lbfgs")
     with pytest.raises(UserError, match="no mixup, cutmix or --streaming"):
         run(tmp_path / "run", shards, tiny_vit, *flags)
+
+
+def test_the_card_before_training_is_that_of_the_end_but_for_the_figures(vit_run):
+    config = RunConfig.load(vit_run / "config.yaml")
+    draft = ModelCard(draft_card(config, load_splits(config.data))).data.to_dict()
+    final = ModelCard((vit_run / "README.md").read_text()).data.to_dict()
+    results = [metadata.pop("model-index")[0]["results"] for metadata in (draft, final)]
+    assert draft == final
+    assert [r["dataset"] for r in results[0]] == [r["dataset"] for r in results[1]]

@@ -1,11 +1,12 @@
-"""The model card, and the push: the unmodified client against a Hub on the loopback."""
+"""The push: the unmodified client against a Hub on the loopback."""
 
+import ast
 import dataclasses
-import importlib.metadata
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,22 +16,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hub_server import TOKEN, Hub, card_errors
-from huggingface_hub import ModelCard, constants
+from hub_server import DROP, READ_TOKEN, TOKEN, Hub, Repo, card_errors
+from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from hf_cifar.config import FinetuneConfig, RunConfig
-from hf_cifar.data.splits import load_splits
+from hf_cifar.config import FinetuneConfig
 from hf_cifar.errors import UserError
-from hf_cifar.hub import check_push, environment, prepare_push, public_name, render_model_card
-from hf_cifar.options import DataConfig, ModelConfig
+from hf_cifar.hub import Target, check_push, files_to_push, prepare_push
 
 NAMES = [
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 ]  # fmt: skip
 MODEL_FILES = {"config.json", "model.safetensors", "README.md", "metrics.json"}
 PROCESSOR = "preprocessor_config.json"
+EVAL_RESULTS = ".eval_results/cifar10.yaml"
+ARTICLE_FILES = MODEL_FILES | {PROCESSOR, "article.py"}
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
 
 # Command lines, one after the other in one process; the end of each is marked in both streams.
@@ -42,14 +44,17 @@ for token, argv in json.loads(sys.argv[1]):
     os.environ.update({"HF_TOKEN": token} if token else {})
     start = time.perf_counter()
     status = main(argv)
-    print(f"<<{json.dumps([status, time.perf_counter() - start])}>>", flush=True)
+    report = [status, time.perf_counter() - start, "torch" in sys.modules]
+    print(f"<<{json.dumps(report)}>>", flush=True)
     print("<<>>", file=sys.stderr, flush=True)
 """
-# What a stranger does with a model: transformers alone, no import of hf_cifar.
+# What a stranger does with a model: transformers alone, no import of hf_cifar; and the code of the cards,
+# which opens image.png.
 STRANGER = """
-import json, sys
+import contextlib, io, json, sys
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 image, answers = Image.open(sys.argv[1]), {}
 for name, options in json.loads(sys.argv[2]):
@@ -58,7 +63,12 @@ for name, options in json.loads(sys.argv[2]):
     with torch.inference_mode():
         logits = model(**processor(image, return_tensors="pt")).logits[0].tolist()
     top = pipeline("image-classification", model=name, top_k=1, **options)(image)[0]
-    answers[name] = {"logits": logits, "top": top["label"], "labels": model.config.id2label}
+    answers[name] = {"logits": logits, "labels": model.config.id2label}
+    answers[name] |= {"top": top["label"], "score": top["score"]}
+for name, code in json.loads(sys.argv[3]).items():
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    answers[name]["card"] = printed.getvalue()
 print(json.dumps([answers, "hf_cifar" in sys.modules]))
 """
 
@@ -69,6 +79,7 @@ class Command:
 
     status: int
     seconds: float
+    loaded_torch: bool
     stdout: str
     stderr: str
 
@@ -111,7 +122,8 @@ def cifar_layout(folder):
         rows.to_parquet(folder / f"plain_text/{split}-00000-of-00001.parquet")
     files = [{"split": s, "path": f"plain_text/{s}-*"} for s in ("train", "test")]
     config = {"config_name": "plain_text", "default": True, "data_files": files}
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': [config]})}---\n")
+    metadata = yaml.safe_dump({"configs": [config], "license": "unknown"})
+    (folder / "README.md").write_text(f"---\n{metadata}---\n")
 
 
 def pretrained_vit(folder):
@@ -120,6 +132,9 @@ def pretrained_vit(folder):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     ViTModel(ViTConfig(**sizes, intermediate_size=64)).save_pretrained(folder)
     ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    (folder / "README.md").write_text(
+        "---\nlicense: apache-2.0\n---\n# ViT\n```bibtex\n@misc{vit, title={ViT}}\n```\n"
+    )
 
 
 @dataclasses.dataclass
@@ -156,31 +171,125 @@ def published(tmp_path_factory):
         "anonymous": (None, article),
         "no such model": (TOKEN, [*digits, "--model_name_or_path", "google/vit-bas"]),
         "no such revision": (TOKEN, [*digits, "--model_revision", "v7"]),
+        "no such name": (TOKEN, [*article, "--hub_model_id", "me/a b"]),
+        "refused card": (TOKEN, [*article, "--hub_model_id", "me/refused"]),
     }  # fmt: skip
     commands = [
         (token, ["finetune", *argv, "--output_dir", str(root / name)])
         for name, (token, argv) in runs.items()
     ]
+    # Tested later than the run that could not be pushed: its card tells of it all the same.
+    folder = str(root / "full disk")
+    commands.append((TOKEN, ["evaluate", "--model_name_or_path", folder, "--split", "test"]))
     with Hub() as hub:
         hub.fill("datasets", "uoft-cs/cifar10", root / "cifar10")
         hub.fill("models", "google/vit-base-patch16-224-in21k", root / "pretrained")
         hub.refused["commit", "me/full"] = 500
+        hub.refused_cards.add("refused")
         done = run_commands(commands, hub_environment(root / "home", hub.endpoint))
-        yield Published(hub, root, dict(zip(runs, done, strict=True)))
+        yield Published(hub, root, dict(zip([*runs, "evaluate"], done, strict=True)))
+
+
+# Pushes of the article run's folder by hand: token, and what follows `hf-cifar push FOLDER --repo_id`.
+PUSHES = {
+    "dry run": (TOKEN, ["dry", "--dry_run"]),
+    "new": (TOKEN, ["me/new"]),
+    "same again": (TOKEN, ["me/new"]),
+    "dry run of a known one": (TOKEN, ["me/new", "--dry_run"]),
+    "branch": (TOKEN, ["me/new", "--revision", "v2"]),
+    "public": (TOKEN, ["me/public", "--private", "false"]),
+    "organisation": (TOKEN, ["team/model"]),
+    "rate limit": (TOKEN, ["me/busy"]),
+    "passing failure": (TOKEN, ["me/failing"]),
+    "dropped connection": (TOKEN, ["me/dropped"]),
+    "unheard commit": (TOKEN, ["me/unheard"]),
+    "foreign": (TOKEN, ["them/model"]),
+    "read in an organisation": (TOKEN, ["audience/model"]),
+    "known, but read": (TOKEN, ["audience/known"]),
+    "token that reads": (READ_TOKEN, ["me/read"]),
+    "wrong token": ("hf_wrongWrongWrongWrong", ["me/wrong"]),
+    "no token": (None, ["me/none"]),
+    "no such name": (TOKEN, ["me/a b"]),
+    "forbidden": (TOKEN, ["me/forbidden"]),
+    "conflict": (TOKEN, ["me/conflict"]),
+    "edited": (TOKEN, ["me/edited"]),
+    "broken card": (TOKEN, ["me/brokencard"]),
+    "secret": (TOKEN, ["me/secret"]),
+    "empty": (TOKEN, ["me/empty"]),
+}
+FAULTS = {
+    ("preupload", "me/busy"): [429], ("commit", "me/busy"): [429],
+    ("lfs", "me/failing"): [500], ("commit", "me/failing"): [500],
+    ("upload", "me/dropped"): [DROP], ("commit", "me/dropped"): [DROP],
+    ("answer", "me/unheard"): [DROP],
+    ("create", "me/forbidden"): [403], ("commit", "me/conflict"): [409],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def strangers_answers(published):
-    """What transformers makes of one image, for each pushed repo and its folder."""
-    names = []
-    for name in ("vit", "timm", "article"):
-        options = {"trust_remote_code": True} if name == "article" else {}
-        names += [(f"me/{name}", options), (str(published.root / name), options)]
+def pushes(published):
+    """What `hf-cifar push` did, by the names of PUSHES, and what was asked of the Hub meanwhile."""
+    root, hub = published.root, published.hub
+    folders = dict.fromkeys(PUSHES, root / "article")
+    for name in (
+        "edited",
+        "broken card",
+        "secret",
+        "empty",
+        "passing failure",
+        "dropped connection",
+    ):
+        folders[name] = root / name
+        shutil.copytree(
+            root / "article", root / name, ignore=shutil.ignore_patterns("checkpoint-*")
+        )
+    # Weights that the Hub does not have yet: it keeps them by their content.
+    for name in ("passing failure", "dropped connection"):
+        weights = load_file(root / name / "model.safetensors")
+        weights["head.bias"] += len(name)
+        save_file(weights, root / name / "model.safetensors", metadata={"format": "pt"})
+    card = root / "edited/README.md"
+    card.write_text(card.read_text() + "\nThanks to Ann.\n")
+    card = root / "broken card/README.md"
+    card.write_text(
+        card.read_text().replace("pipeline_tag: image-classification", "pipeline_tag: refused")
+    )
+    (root / "secret/report.json").write_text(json.dumps({"path": str(root / "secret")}))
+    (root / "empty/model.safetensors").unlink()
+    (root / "article/report.html").write_text("<p>report")
+    hub.faults |= {key: list(faults) for key, faults in FAULTS.items()}
+    hub.repos["models", "audience/known"] = Repo()
+    commands = [
+        (token, ["push", str(folders[name]), "--repo_id", *argv])
+        for name, (token, argv) in PUSHES.items()
+    ]
+    # What the run that could not be pushed said to do.
+    del hub.refused["commit", "me/full"]
+    program, *retry = shlex.split(
+        published.commands["full disk"].stderr.partition("retry with: ")[2]
+    )
+    assert program == "hf-cifar"
+    commands.append((TOKEN, retry))
+    asked = len(hub.requests)
+    done = run_commands(commands, hub_environment(root / "home", hub.endpoint))
+    return dict(zip([*PUSHES, "retry"], done, strict=True)), hub.requests[asked:]
+
+
+@pytest.fixture(scope="module")
+def strangers_answers(published, pushes):
+    """What transformers makes of one image, for each pushed repo and its folder, and the code in its card."""
+    names, code = [], {}
+    for name in ("vit", "timm", "article", "new"):
+        options = {"trust_remote_code": True} if name in ("article", "new") else {}
+        folder = "article" if name == "new" else name
+        names += [(f"me/{name}", options), (str(published.root / folder), options)]
+        card = published.files(f"me/{name}")["README.md"].decode()
+        code[f"me/{name}"] = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     image = published.root / "image.png"
     pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(image)
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(image), json.dumps(names)],
+        [sys.executable, "-c", STRANGER, str(image), json.dumps(names), json.dumps(code)],
         env=hub_environment(published.root / "another_home", published.hub.endpoint),
         cwd=published.root, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -204,7 +313,7 @@ def error_line(command, after_start=False):
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("vit", {PROCESSOR}), ("timm", set()), ("article", {PROCESSOR, "article.py"})],
+    [("vit", {PROCESSOR, EVAL_RESULTS}), ("timm", set()), ("article", {PROCESSOR, "article.py"})],
 )
 def test_pushes_what_a_stranger_needs_and_nothing_else(published, name, more):
     assert published.commands[name].status == 0, published.commands[name].stderr
@@ -218,15 +327,15 @@ def test_pushes_what_a_stranger_needs_and_nothing_else(published, name, more):
     assert list(local.glob("checkpoint-*"))
 
 
-def test_no_local_path_and_no_token_in_what_is_pushed_or_printed(published):
+def test_no_local_path_and_no_token_in_what_is_pushed_or_printed(published, pushes):
     secrets = [TOKEN, str(published.root), published.root.name]
     for (kind, repo_id), repo in published.hub.repos.items():
         for path, content in repo.files.items():
             for secret in secrets:
                 assert secret.encode() not in content, (kind, repo_id, path)
-    for name, command in published.commands.items():
-        assert TOKEN not in command.stdout + command.stderr, name
-    for path in published.root.glob("*/*"):
+    for name, command in [*published.commands.items(), *pushes[0].items()]:
+        assert not re.search(r"hf_[lw]\w+", command.stdout + command.stderr), name
+    for path in published.root.rglob("*"):
         if path.is_file():
             assert TOKEN.encode() not in path.read_bytes(), path
 
@@ -243,14 +352,22 @@ def test_a_hub_model_that_is_not_there_is_found_out_first(published, name, words
     assert not (published.root / name).exists()
 
 
-@pytest.mark.parametrize("name", ["vit", "timm", "article"])
+@pytest.mark.parametrize("name", ["vit", "timm", "article", "new"])
 def test_from_pretrained_gives_the_same_logits(published, strangers_answers, name):
-    pushed, local = strangers_answers[f"me/{name}"], strangers_answers[str(published.root / name)]
-    assert pushed["logits"] == local["logits"]
+    folder = published.root / ("article" if name == "new" else name)
+    pushed, local = strangers_answers[f"me/{name}"], strangers_answers[str(folder)]
+    assert pushed["logits"] == local["logits"] and pushed["score"] == local["score"]
     assert len(set(pushed["logits"])) == 10
     labels = list(pushed["labels"].values())
     assert labels == ([str(digit) for digit in range(10)] if name == "timm" else NAMES)
     assert pushed["top"] == local["top"] == labels[int(np.argmax(pushed["logits"]))]
+
+
+@pytest.mark.parametrize("name", ["vit", "timm", "article", "new"])
+def test_the_code_in_the_card_runs(strangers_answers, name):
+    answer = strangers_answers[f"me/{name}"]
+    first = ast.literal_eval(answer["card"])[0]
+    assert (first["label"], first["score"]) == (answer["top"], answer["score"])
 
 
 def test_default_command_line_reads_data_and_model_from_the_hub(published):
@@ -288,16 +405,41 @@ def test_card_links_data_set_and_base_model_only_where_they_are_on_the_hub(publi
         assert cards[name].base_model is None and cards[name].datasets is None
 
 
-def test_one_commit_a_push(published):
+def test_licence_and_citations_are_those_of_the_base_models_card(published):
+    texts = {n: published.files(f"me/{n}")["README.md"].decode() for n in ("vit", "timm")}
+    assert ModelCard(texts["vit"]).data.license == "apache-2.0"
+    assert "@misc{vit, title={ViT}}" in texts["vit"] and "Krizhevsky" in texts["vit"]
+    assert ModelCard(texts["timm"]).data.license is None
+
+
+def test_figures_on_test_are_eval_results_of_the_hubs_data_set(published):
+    content = yaml.safe_load(published.files("me/vit")[EVAL_RESULTS])
+    (entry,) = parse_eval_result_entries(content)
+    metrics = json.loads(published.files("me/vit")["metrics.json"])
+    assert entry.dataset_id == "uoft-cs/cifar10"
+    assert entry.value == pytest.approx(metrics["test"]["accuracy"], abs=1e-6)
+
+
+def test_one_commit_a_push_to_a_private_repo(published):
     for name in ("vit", "timm", "article"):
-        assert published.hub.repos["models", f"me/{name}"].num_commits == 1
+        repo = published.hub.repos["models", f"me/{name}"]
+        assert repo.num_commits == 1 and repo.private
 
 
 def test_refused_repo_fails_before_training(published):
     command = published.commands["foreign"]
     line = error_line(command, after_start=True)
-    assert "them/vit" in line and "403" in line
+    assert "cannot push to them/vit: me may not write to them; choose a name in me or team" in line
     assert not (published.root / "foreign").exists()
+
+
+def test_refused_name_and_card_fail_before_training(published):
+    line = error_line(published.commands["no such name"], after_start=True)
+    assert "'me/a b' is no name for a repository" in line
+    line = error_line(published.commands["refused card"], after_start=True)
+    assert "the Hub refuses the model card's metadata" in line and "not this one" in line
+    for name in ("no such name", "refused card"):
+        assert not (published.root / name).exists()
 
 
 def test_missing_token_fails_before_training(published):
@@ -306,22 +448,139 @@ def test_missing_token_fails_before_training(published):
     assert not (published.root / "anonymous").exists()
 
 
-def test_failed_push_keeps_the_model_and_its_retry_line_works(published):
+def test_failed_push_keeps_the_model(published):
     folder = published.root / "full disk"
     line = error_line(published.commands["full disk"], after_start=True)
-    assert "me/full" in line and "500" in line and f"the model is saved in {folder}" in line
+    assert "push to me/full failed: the Hub failed: try again" in line and "500" in line
+    assert f"the model is saved in {folder}" in line
     assert (folder / "model.safetensors").exists() and (folder / "metrics.json").exists()
-    assert published.files("me/full") == {}
-    del published.hub.refused["commit", "me/full"]
-    program, *retry = shlex.split(line.partition("retry with: ")[2])
-    assert program == "hf"
-    done = subprocess.run(
-        [sys.executable, "-m", "huggingface_hub.cli.hf", *retry],
-        env=hub_environment(published.root / "home", published.hub.endpoint),
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+
+
+def test_the_line_that_retries_a_failed_push_works(published, pushes):
+    assert pushes[0]["retry"].status == 0, pushes[0]["retry"].stderr
     assert set(published.files("me/full")) == MODEL_FILES | {PROCESSOR}
+    assert published.hub.repos["models", "me/full"].num_commits == 1
+    # The weights had arrived before the commit failed.
+    assert not [request for request in pushes[1] if request.startswith("PUT /lfs/me/full/")]
+
+
+def test_a_later_evaluation_renews_the_card(published):
+    assert published.commands["evaluate"].status == 0, published.commands["evaluate"].stderr
+    text = (published.root / "full disk/README.md").read_text()
+    metrics = json.loads((published.root / "full disk/metrics.json").read_text())
+    assert f"**Accuracy on test: {metrics['test']['accuracy']:.4f}" in text
+    assert {r.dataset_split for r in ModelCard(text).data.eval_results} == {"validation", "test"}
+
+
+# hf-cifar push
+
+
+def test_a_dry_run_tells_all_and_uploads_nothing(published, pushes):
+    command = pushes[0]["dry run"]
+    assert command.status == 0 and not command.loaded_torch
+    lines = command.stdout.splitlines()
+    assert lines[:4] == [
+        "repository  me/dry, new, private",
+        "token       of me, not shown",
+        "permission  to create it",
+        "card        valid",
+    ]
+    assert re.fullmatch(r"files       7, \d+\.\d{3} MB, in one commit", lines[4])
+    listed = {line.split()[-1]: float(line.split()[0]) for line in lines[5:-1]}
+    assert set(listed) == ARTICLE_FILES | {"report.html"}
+    size = (published.root / "article/model.safetensors").stat().st_size
+    assert listed["model.safetensors"] == pytest.approx(size / 1e6, abs=1e-3)
+    assert "nothing was uploaded" in lines[-1]
+    assert ("models", "me/dry") not in published.hub.repos
+
+
+def test_a_push_by_hand_is_one_private_commit_with_the_same_checks(published, pushes):
+    command = pushes[0]["new"]
+    assert command.status == 0, command.stderr
+    assert command.stdout.startswith("repository  me/new, new, private\n")
+    assert command.stdout.splitlines()[-1] == f"pushed to {published.hub.endpoint}/me/new"
+    repo = published.hub.repos["models", "me/new"]
+    assert repo.private and set(repo.files) == ARTICLE_FILES | {"report.html"}
+    card = repo.files["README.md"].decode()
+    assert 'model="me/new", trust_remote_code=True)' in card and card_errors(card) == []
+
+
+def test_what_the_hub_has_is_not_sent_again(published, pushes):
+    again, requests = pushes[0]["same again"], pushes[1]
+    assert again.status == 0, again.stderr
+    assert published.hub.repos["models", "me/new"].num_commits == 1
+    assert (
+        "repository  me/new, there already, private" in pushes[0]["dry run of a known one"].stdout
+    )
+    # The run itself had sent the weights; another repo needs them no second time.
+    assert not [request for request in requests if request.startswith("PUT /lfs/me/new")]
+
+
+def test_a_branch_is_made_where_it_is_missing(published, pushes):
+    assert pushes[0]["branch"].status == 0, pushes[0]["branch"].stderr
+    repo = published.hub.repos["models", "me/new"]
+    assert set(repo.branches) == {"v2"} and set(repo.branches["v2"].files) == set(repo.files)
+
+
+def test_public_and_an_organisations_repo_are_for_the_asking(published, pushes):
+    for name, repo_id in (("public", "me/public"), ("organisation", "team/model")):
+        assert pushes[0][name].status == 0, pushes[0][name].stderr
+        assert set(published.files(repo_id)) == ARTICLE_FILES | {"report.html"}
+    assert not published.hub.repos["models", "me/public"].private
+    assert published.hub.repos["models", "team/model"].private
+
+
+@pytest.mark.parametrize(
+    ("name", "repo_id"),
+    [
+        ("rate limit", "me/busy"),
+        ("passing failure", "me/failing"),
+        ("dropped connection", "me/dropped"),
+        ("unheard commit", "me/unheard"),
+    ],
+)
+def test_a_fault_that_passes_is_survived_in_one_commit(published, pushes, name, repo_id):
+    assert pushes[0][name].status == 0, pushes[0][name].stderr
+    repo = published.hub.repos["models", repo_id]
+    assert repo.num_commits == 1 and "model.safetensors" in repo.files
+    left = [faults for (_, owner), faults in published.hub.faults.items() if owner == repo_id]
+    assert left and not any(left)
+    sent = [r for r in pushes[1] if r.startswith(f"PUT /lfs/{repo_id}/") and r.endswith(" 200")]
+    assert len(sent) == (1 if name in ("passing failure", "dropped connection") else 0)
+
+
+REFUSALS = {
+    "foreign": "cannot push to them/model: me may not write to them; choose a name in me or team",
+    "read in an organisation": "me may not write to audience",
+    "known, but read": "cannot push to audience/known: the token may not write there",
+    "token that reads": "the token of me may only read; make one that may write",
+    "wrong token": "cannot push to me/wrong: the token is not valid (any more): run hf auth login",
+    "no token": "a push needs a token; run: hf auth login, or set HF_TOKEN",
+    "no such name": "'me/a b' is no name for a repository",
+    "forbidden": "push to me/forbidden failed: the token may not write there",
+    "conflict": "push to me/conflict failed: somebody else changes the repository right now: try again",
+    "broken card": "the Hub refuses the model card's metadata",
+    "secret": "secret/report.json holds a local path; remove it there before you push",
+    "empty": "no finished model in",
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_push_that_cannot_work_is_one_line(published, pushes, name):
+    line = error_line(pushes[0][name], after_start=True)
+    assert REFUSALS[name] in line
+    repo_id = PUSHES[name][1][0]
+    assert not published.hub.repos.get(("models", repo_id), Repo()).files
+    if name in ("forbidden", "conflict"):
+        assert line.endswith(
+            f"retry with: hf-cifar push {published.root / 'article'} --repo_id {repo_id}"
+        )
+
+
+def test_what_somebody_wrote_into_the_card_is_pushed(published, pushes):
+    assert pushes[0]["edited"].status == 0, pushes[0]["edited"].stderr
+    card = published.files("me/edited")["README.md"].decode()
+    assert card.endswith("Thanks to Ann.\n") and 'model="me/edited"' in card
 
 
 def test_no_network_ends_quickly_and_says_how_to_go_offline(tmp_path):
@@ -351,141 +610,38 @@ def test_no_network_ends_quickly_and_says_how_to_go_offline(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# The card, from its parts.
-
-
-@pytest.fixture(scope="module")
-def local_run(tmp_path_factory):
-    """A finished run's facts, data and model in local folders: (folder, config, splits)."""
-    root = tmp_path_factory.mktemp("somewhere")
-    cifar_layout(root / "my_birds")
-    data = DataConfig(dataset_name=str(root / "my_birds"), split_seed=7)
-    model = ModelConfig(model_name_or_path=str(root / "my_model"), freeze="backbone")
-    train = FinetuneConfig(
-        output_dir=str(root / "out"), seed=11, learning_rate=0.00123, use_cpu=True
-    )
-    config = RunConfig(data=data, model=model, train=train)
-    return root, config, load_splits(data)
-
-
-METRICS = {
-    "validation": {"num_images": 10, "accuracy": 0.8, "f1_macro": 0.75, "roc_auc_macro": None,
-                   "cross_entropy": 0.61, "ece": 0.05, "intervals": {"accuracy": [0.49, 0.943]}},
-    "test": {"num_images": 1234, "accuracy": 0.7654321, "f1_macro": 0.5, "roc_auc_macro": 0.875,
-             "cross_entropy": 0.9, "ece": 0.02, "ece_uncalibrated": 0.07, "temperature": 1.2345},
-}  # fmt: skip
-FACTS = {
-    "train_seconds": 12.4, "steps": 1500, "trainable": "330 of 9,876 parameters train",
-    "device": "CPU (3 cores)", "processes": 2,
-    "environment": {"torch": "9.9.9", "commit": "abc123"},
-}  # fmt: skip
-
-
-def card_of(config, splits, custom_code=False):
-    return render_model_card(config, splits, METRICS, FACTS, custom_code=custom_code)
-
-
-def test_card_states_the_facts_of_the_run(local_run):
-    _, config, splits = local_run
-    text = card_of(config, splits)
-    assert card_errors(text) == []
-    assert splits.hash in text and "split seed 7" in text and "Seed 11" in text
-    assert (
-        f"{len(splits.train)} images to train on, {len(splits.validation)} for validation" in text
-    )
-    assert "| validation | 10 | 0.8000 [0.4900, 0.9430] | 0.7500 | - | 0.6100 | 0.0500 |" in text
-    assert "| test | 1,234 | 0.7654 | 0.5000 | 0.8750 | 0.9000 | 0.0200 |" in text
-    assert (
-        "divided by 1.234, which took the expected calibration error on test from 0.0700 to 0.0200"
-        in text
-    )
-    assert (
-        "330 of 9,876 parameters train. 1,500 steps in 12 s on CPU (3 cores), 2 processes" in text
-    )
-    assert "| torch | 9.9.9 |" in text and "| commit | abc123 |" in text
-    for name in ("learning_rate", "freeze", "flip", "weight_decay", "label_smoothing_factor"):
-        assert f"| `{name}` | `{config.options()[name]}` |" in text
-    assert all(name in text for name in NAMES)
-
-
-def test_card_of_local_data_and_model_holds_no_path(local_run):
-    root, config, splits = local_run
-    text = card_of(config, splits)
-    assert str(root) not in text and root.name not in text
-    assert "`my_model`, fine-tuned to tell 10 classes of `my_birds`" in text
-    data = ModelCard(text).data
-    assert data.base_model is None and data.datasets is None
-
-
-def test_card_holds_no_token(local_run):
-    _, config, splits = local_run
-    train = dataclasses.replace(config.train, hub_token=TOKEN)
-    assert TOKEN not in card_of(dataclasses.replace(config, train=train), splits)
-
-
-def test_card_says_what_scratch_training_own_validation_and_no_selection_are(local_run):
-    _, config, splits = local_run
-    own = dataclasses.replace(splits.validation, source_split="validation")
-    text = card_of(
-        dataclasses.replace(
-            config,
-            model=ModelConfig(model_name_or_path="scratch/article_cnn"),
-            train=dataclasses.replace(config.train, load_best_model_at_end=False),
-        ),
-        dataclasses.replace(splits, validation=own),
-        custom_code=True,
-    )
-    assert "`scratch/article_cnn`, trained from random weights" in text
-    assert "the data set's own validation split" in text and "split seed" not in text
-    assert "chose the checkpoint" not in text
-    assert "trust_remote_code=True" in text
-
-
-def test_bundled_model_is_linked_to_the_checkpoint_that_it_came_from(local_run):
-    _, config, splits = local_run
-    model = ModelConfig(model_name_or_path="bundled/efficientnet_lite0")
-    text = card_of(dataclasses.replace(config, model=model), splits)
-    assert ModelCard(text).data.base_model == "timm/tf_efficientnet_lite0.in1k"
-
-
-def test_environment_is_what_runs_here():
-    versions = environment()
-    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert versions["torch"] == torch.__version__.split("+")[0]
-    assert versions["datasets"] == datasets.__version__
-    assert versions["hf-cifar"] == importlib.metadata.version("hf-cifar")
-    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", versions.get("commit", "0" * 40))
-
-
-def test_public_name_keeps_ids_and_strips_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in (
-        "uoft-cs/cifar10",
-        "bundled/digits",
-        "scratch/article_cnn",
-        "timm/resnet50.a1_in1k",
-    ):
-        assert public_name(name) == name
-    (tmp_path / "a/birds").mkdir(parents=True)
-    for path in (
-        f"{tmp_path}/a/birds",
-        f"{tmp_path}/a/birds/",
-        "./a/birds",
-        "a/birds",
-        "~/x/birds",
-    ):
-        assert public_name(path) == "birds"
-    assert public_name(".") == tmp_path.name
-
-
 def test_push_under_offline_mode_names_both_ways_out(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    config = RunConfig(train=FinetuneConfig(push_to_hub=True, use_cpu=True))
     with pytest.raises(UserError, match=r"--push_to_hub needs the network, but HF_HUB_OFFLINE=1"):
-        check_push(config)
+        check_push(FinetuneConfig(push_to_hub=True, use_cpu=True))
 
 
 def test_no_push_asks_nothing_of_the_network(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    config = RunConfig(train=FinetuneConfig(use_cpu=True))
-    assert check_push(config) is None and prepare_push(config) is None
+    train = FinetuneConfig(use_cpu=True)
+    assert check_push(train) is None and prepare_push(train, "no card") is None
+
+
+def test_a_target_shows_no_token():
+    train = FinetuneConfig(use_cpu=True, hub_token=TOKEN, hub_model_id="me/x", hub_revision="v2")
+    target = Target.of_run(train)
+    assert target == Target("me/x", private=True, revision="v2", token=TOKEN)
+    assert TOKEN not in repr(target)
+
+
+def test_files_are_those_that_a_stranger_needs(tmp_path):
+    kept = [
+        "README.md", "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+        "report.html", "report.json", ".eval_results/x.yaml",
+    ]  # fmt: skip
+    left = [
+        "config.yaml",
+        "run.json",
+        "checkpoint-7/model.safetensors",
+        "predictions/test.parquet",
+        "a.bin",
+    ]
+    for name in kept + left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert sorted(files_to_push(tmp_path)) == sorted(kept)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from hf_cifar.card import public_options
 from hf_cifar.data.duplicates import find_duplicates
 from hf_cifar.data.properties import image_properties
 from hf_cifar.data.splits import Split, load_splits, load_test_split
@@ -34,12 +35,10 @@ from hf_cifar.evaluation.predictions import (
     read_json,
     saved_splits,
 )
-from hf_cifar.network import public_name
 from hf_cifar.options import CONFIG_FILE, RUN_FILE, ReportConfig, run_data
+from hf_cifar.provenance import public_name
 
 logger = logging.getLogger(__name__)
-# What names files and folders of this machine, or where the model goes.
-PRIVATE_OPTIONS = ("output_dir", "dataset_name", "model_name_or_path", "hub_model_id", "hub_token")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,18 +110,10 @@ def run_facts(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     return {
         "dataset": public_name(options["dataset_name"]),
         "model": public_name(options["model_name_or_path"]),
-        "options": {
-            name: value
-            for name, value in options.items()
-            if name not in PRIVATE_OPTIONS and value is not None and not _is_path(value)
-        },
+        "options": public_options(options),
         "run": run,
         "history": history,
     }
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
 
 
 def reliability_bins(probabilities: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from hf_cifar.card import is_untouched, save_card
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.data.store import default_num_workers, is_resident, stored_view
@@ -21,7 +22,7 @@ from hf_cifar.trainer import ImageClassificationTrainer
 
 
 def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
-    """Evaluate a saved model on one split, and update metrics.json and the predictions in its folder.
+    """Evaluate a saved model on one split, and update figures, predictions and card in its folder.
 
     Raises: UserError if the data's classes are not the model's.
     """
@@ -71,10 +72,13 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
     folder = output_folder(config)
     if folder is not None and trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
+        untouched = is_untouched(folder)
         evaluation.save(folder)
         if corrupted is not None:
             path = folder / CORRUPTIONS_FILE
             write_json(path, {**read_json(path), split.name: corrupted})
+        if untouched:  # what somebody wrote into the card stays
+            save_card(folder)
     return evaluation
 
 

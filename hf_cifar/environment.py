@@ -1,0 +1,54 @@
+"""What runs here: versions, platform and commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = (
+    "hf-cifar",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "evaluate",
+    "timm",
+    "huggingface_hub",
+)
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python and of the packages, and this package's commit where it is a checkout."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = _commit()
+    return versions | ({"commit": commit} if commit else {})
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package runs from, with -dirty; None outside a checkout."""
+    folder = Path(__file__).parent
+    command = [
+        "git",
+        "-C",
+        str(folder),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        inside = subprocess.run(
+            ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True
+        )
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if inside.returncode == 0 and done.returncode == 0 else None

@@ -1,0 +1,157 @@
+"""Where a model and its data come from: a name without folders, a licence, citations."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import hf_hub_download, metadata_load
+
+from hf_cifar.models.names import SCRATCH
+from hf_cifar.network import looks_like_path
+
+HUB = "https://huggingface.co"
+# Licences that the Hub knows by these names; any other is called `other` there, with a name of its own.
+LICENSES = {
+    "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0",
+    "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc", "cc-by-2.0",
+    "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
+    "cc0-1.0", "creativeml-openrail-m", "epl-2.0", "eupl-1.2", "gemma", "gpl", "gpl-2.0",
+    "gpl-3.0", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "mit", "mpl-2.0", "odbl", "odc-by",
+    "openrail", "openrail++", "other", "pddl", "unlicense", "wtfpl", "zlib",
+}  # fmt: skip
+MAX_CITATIONS = 3
+BIBTEX = re.compile(r"^```\w*[ \t]*\n\s*(@\w+\s*\{.*?)\s*^```", re.DOTALL | re.MULTILINE)
+
+CIFAR = """@techreport{krizhevsky2009learning,
+  author = {Krizhevsky, Alex},
+  title = {Learning Multiple Layers of Features from Tiny Images},
+  institution = {University of Toronto},
+  year = {2009}
+}"""
+DIGITS = """@misc{alpaydin1998optical,
+  author = {Alpaydin, Ethem and Kaynak, Cenk},
+  title = {Optical Recognition of Handwritten Digits},
+  howpublished = {UCI Machine Learning Repository},
+  year = {1998},
+  doi = {10.24432/C50P49}
+}"""
+EFFICIENTNET = """@inproceedings{tan2019efficientnet,
+  author = {Tan, Mingxing and Le, Quoc V.},
+  title = {EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks},
+  booktitle = {International Conference on Machine Learning},
+  year = {2019}
+}"""
+# For data sets whose own card is not at hand.
+CITATIONS = {"uoft-cs/cifar10": (CIFAR,), "uoft-cs/cifar100": (CIFAR,)}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who made a model or a data set.
+
+    name: for people, without the folders of the machine that it lay on. hub_id: None if it is not on the Hub.
+    license: as the Hub names it, None if unknown; "other" has a license_name. citations: BibTeX entries.
+    """
+
+    name: str
+    hub_id: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    citations: tuple[str, ...] = ()
+
+
+BUNDLED_ORIGINS = {
+    "bundled/digits": Origin("bundled/digits", license="cc-by-4.0", citations=(DIGITS,)),
+    "bundled/efficientnet_lite0": Origin(
+        "bundled/efficientnet_lite0",
+        hub_id="timm/tf_efficientnet_lite0.in1k",
+        license="apache-2.0",
+        citations=(EFFICIENTNET,),
+    ),
+}
+
+
+def public_name(name: str) -> str:
+    """A data set or model name without the folders of the machine that it lay on."""
+    return Path(name).expanduser().resolve().name if looks_like_path(name) else name
+
+
+@functools.lru_cache
+def find_origin(name: str, kind: str, revision: str | None = None) -> Origin:
+    """Who made what `--model_name_or_path` or `--dataset_name` names, by its own card.
+
+    kind: "model" or "dataset". Cached: what was asked of the Hub before a run is known at its end.
+    """
+    if name in BUNDLED_ORIGINS:
+        return BUNDLED_ORIGINS[name]
+    if name.startswith(SCRATCH):
+        return Origin(name)
+    hub_id = None if looks_like_path(name) else name
+    card = _find_file(name, "README.md", kind, revision)
+    metadata = _metadata(card) if card else {}
+    found = metadata.get("license")
+    if found is None and kind == "model":
+        found = _timm_license(_find_file(name, "config.json", kind, revision))
+    text = card.read_text(errors="replace") if card else ""
+    citations = tuple(dict.fromkeys(BIBTEX.findall(text)))[:MAX_CITATIONS]
+    return Origin(
+        name=public_name(name),
+        hub_id=hub_id,
+        citations=citations or CITATIONS.get(name, ()),
+        **_license(found, metadata, hub_id),
+    )
+
+
+def _find_file(name: str, file: str, kind: str, revision: str | None) -> Path | None:
+    """One file of a local folder or a Hub repo; None where there is none, or the Hub does not answer."""
+    if looks_like_path(name):
+        path = Path(name).expanduser() / file
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(name, file, repo_type=kind, revision=revision))
+    except (OSError, ValueError):  # the client's own errors are either
+        return None
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    try:
+        return metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError):  # somebody's README, which need not be a card
+        return {}
+
+
+def _timm_license(config: Path | None) -> str | None:
+    """What a timm checkpoint says of itself."""
+    try:
+        return (
+            json.loads(config.read_text()).get("pretrained_cfg", {}).get("license")
+            if config
+            else None
+        )
+    except ValueError:
+        return None
+
+
+def _license(found: Any, metadata: dict[str, Any], hub_id: str | None) -> dict[str, str]:
+    """A licence in the Hub's terms: `license`, and for another than it knows `license_name` and `_link`."""
+    names = [str(name).lower() for name in (found if isinstance(found, list) else [found])]
+    if found in (None, []) or names == ["unknown"]:
+        return {}
+    if len(names) == 1 and names[0] in LICENSES - {"other"}:
+        return {"license": names[0]}
+    named = metadata.get("license_name") or "-".join(names)
+    license_ = {"license": "other"}
+    if named != "other":
+        license_["license_name"] = re.sub(r"[^\w.-]+", "-", str(named).lower())
+    link = metadata.get("license_link")
+    if link and "://" not in str(link):
+        link = f"{HUB}/{hub_id}/blob/main/{link}" if hub_id else None
+    return license_ | ({"license_link": str(link)} if link else {})
