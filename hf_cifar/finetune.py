@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -42,6 +43,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.figures import HEADLINE_FIGURES
 from hf_cifar.evaluation.predictions import Predictions, render_figures, write_json
+from hf_cifar.extras import require
 from hf_cifar.features import (
     FeatureStore,
     accept_features,
@@ -67,6 +69,8 @@ from hf_cifar.setting import DTYPES, MEMORY_FORMATS, is_sharded, resolve_setting
 from hf_cifar.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
+
+TRACKERS = {"tensorboard", "trackio"}  # those that the extra `track` brings
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ def build_trainer(
         dataloader_num_workers=num_workers,
         dataloader_pin_memory=num_workers > 0,  # what lies on the device cannot be pinned
         push_to_hub=False,  # hub.py pushes, once, at the end
+        run_name=args.run_name or args.output_dir,  # else trackers make a name up
     )
     device = args.device if num_workers == 0 else CPU  # a worker process must not touch a GPU
     callbacks = []
@@ -232,11 +237,16 @@ def fit(trainer: ImageClassificationTrainer, config: RunConfig) -> None:
         trainer.state.log_history.append({"train_runtime": time.perf_counter() - start})
     else:
         trainer.train(resume_from_checkpoint=resume_point(config))
+    # Curves end here: some trackers would file the final predictions of validation under test.
+    for reporter in get_reporting_integration_callbacks(config.train.report_to):
+        trainer.remove_callback(reporter)
     accept_pixels_alone(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def check_libraries(args: FinetuneConfig, model: PreTrainedModel) -> None:
     """Raises: UserError for an option whose package is missing, or which the model does not support."""
+    for tracker in TRACKERS.intersection(args.report_to):
+        require(tracker, extra="track")
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()
@@ -476,7 +486,17 @@ def run_facts(
         if device.type == "cuda"
         else f"CPU ({os.cpu_count()} cores)",
         "environment": environment(),
+        "history": plain_history(state.log_history),
     }
+
+
+def plain_history(log_history: list[dict[str, float]]) -> list[dict[str, float | None]]:
+    """The Trainer's log records as JSON can hold them: None for what is no finite number, as the gradient
+    norm of a step that overflows in fp16."""
+    return [
+        {name: value if math.isfinite(value) else None for name, value in record.items()}
+        for record in log_history
+    ]
 
 
 def render_summary(result: RunResult) -> str:
