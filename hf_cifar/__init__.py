@@ -36,6 +36,7 @@ _PUBLIC = {
     "evaluate_saved": "hf_cifar.evaluation.saved",
     "figure_intervals": "hf_cifar.evaluation.intervals",
     "finetune_classifier": "hf_cifar.finetune",
+    "finetune_seeds": "hf_cifar.seeds",
     "load_classifier": "hf_cifar.models.build",
     "load_splits": "hf_cifar.data.splits",
     "load_test_split": "hf_cifar.data.splits",

@@ -36,6 +36,7 @@ from hf_cifar.options import (
     trainer_options,
     yaml_tokens,
 )
+from hf_cifar.runs import list_runs, render_runs
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -75,9 +76,14 @@ def finetune(argv: Sequence[str]) -> int:
 
     config = RunConfig.parse(argv)
     quieten(config.train.process_index == 0)
-    result = finetune_classifier(config)
+    if config.train.seeds > 1:
+        from hf_cifar.seeds import finetune_seeds, render_seeds
+
+        summary = render_seeds(finetune_seeds(config))
+    else:
+        summary = render_summary(finetune_classifier(config))
     if config.train.process_index == 0:
-        print(render_summary(result))
+        print(summary)
     return 0
 
 
@@ -119,6 +125,31 @@ def compare(argv: Sequence[str]) -> int:
     from hf_cifar.evaluation.compare import compare_runs, render_comparison
 
     print(render_comparison(compare_runs(folders, config.split), folders))
+    return 0
+
+
+def runs(argv: Sequence[str]) -> int:
+    """list the runs in folders"""
+    if _wants_help(argv):
+        print(
+            "usage: hf-cifar runs [--json] FOLDER ...\n\nList the runs in and below the folders: by "
+            "data, the best on validation first.\nAccuracies come with their 95% interval; dates are UTC.\n\n"
+            "  --json  one JSON record a line instead of a table"
+        )
+        return 0
+    check_option_names(argv, ["json"])
+    folders = [token for token in argv if not token.startswith("--")]
+    if not folders:
+        raise UserError("runs takes folders with runs in them, for example: hf-cifar runs outputs")
+
+    records = list_runs(folders)
+    if "--json" in argv:
+        for record in records:
+            print(json.dumps(record, ensure_ascii=False))
+    elif records:
+        print(render_runs(records))
+    else:
+        print(f"no runs in {', '.join(folders)}", file=sys.stderr)
     return 0
 
 
@@ -171,6 +202,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "finetune": finetune,
     "evaluate": evaluate,
     "compare": compare,
+    "runs": runs,
     "predict": predict,
     "recipes": recipes,
 }
@@ -200,7 +232,7 @@ def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: hf-cifar COMMAND [options]\n")
         for name, function in COMMANDS.items():
-            print(f"  {name:<10}{function.__doc__}")
+            print(f"  {name:<11}{function.__doc__}")
         print("\nhf-cifar COMMAND --help lists the options of a command.")
         return 0 if argv else USER_ERROR
     if argv[0] == "--version":

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,10 @@ def check_run(config: RunConfig) -> None:
     device cannot compute as asked, there is no test split to predict, or a push could not work.
     """
     train = config.train
+    if train.seeds > 1:
+        raise UserError(
+            f"--seeds {train.seeds} is for finetune_seeds; finetune_classifier is one run"
+        )
     folder = Path(train.output_dir)
     resume = resume_point(config)
     if resume:
@@ -481,6 +486,7 @@ def run_facts(
         "temperature": temperature,
         "train_seconds": seconds,
         "train_images_per_second": round(len(splits.train) * (state.epoch or 0) / seconds, 1),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processes": trainer.args.world_size,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
