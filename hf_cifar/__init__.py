@@ -41,6 +41,7 @@ _PUBLIC = {
     "load_splits": "hf_cifar.data.splits",
     "load_test_split": "hf_cifar.data.splits",
     "predict_files": "hf_cifar.predict",
+    "reproduce_run": "hf_cifar.reproduce",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -23,6 +23,7 @@ from hf_cifar.options import (
     EvaluateConfig,
     FinetuneOptions,
     PredictConfig,
+    ReproduceConfig,
     check_option_names,
     check_same_run,
     check_values,
@@ -36,7 +37,7 @@ from hf_cifar.options import (
     trainer_options,
     yaml_tokens,
 )
-from hf_cifar.runs import list_runs, render_runs
+from hf_cifar.runs import list_runs, render_runs, require_finished
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -107,6 +108,36 @@ def evaluate(argv: Sequence[str]) -> int:
     if is_main_process():
         print(render_metrics({evaluation.split: evaluation.metrics}))
     return 0
+
+
+def reproduce(argv: Sequence[str]) -> int:
+    """make a run again from what it left, and say what differs"""
+    if not _wants_help(argv):
+        check_option_names(argv, field_names(ReproduceConfig))
+    config, folders = parse_dataclasses(
+        [ReproduceConfig],
+        argv,
+        "hf-cifar reproduce",
+        usage="hf-cifar reproduce [options] RUN",
+        description="The exit status is 0 if the weights are bit-identical, and 1 if they differ.",
+    )
+    if len(folders) != 1:
+        raise UserError(f"reproduce takes the folder of one run, not {len(folders)}")
+    folder = Path(folders[0])
+    require_finished(folder)
+    output_dir = Path(
+        config.output_dir or f"{folder if folder.name else folder.resolve()}-reproduced"
+    )
+    if is_main_process():
+        refuse_occupied(output_dir)
+
+    from hf_cifar.reproduce import render_reproduction, reproduce_run
+
+    quieten(is_main_process())
+    comparison = reproduce_run(folder, output_dir, other_data=config.other_data)
+    if is_main_process():
+        print(render_reproduction(comparison))
+    return 0 if comparison["weights"]["identical"] else 1
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -201,6 +232,7 @@ def recipes(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "finetune": finetune,
     "evaluate": evaluate,
+    "reproduce": reproduce,
     "compare": compare,
     "runs": runs,
     "predict": predict,

@@ -310,7 +310,7 @@ def finish_run(
     if trainer.is_world_process_zero():
         for evaluation in evaluations:
             evaluation.save(folder)
-        facts = run_facts(trainer, splits, evaluations[0].temperature)
+        facts = run_facts(trainer, splits, evaluations[0].temperature, config)
         if resume_point(config) and (folder / RUN_FILE).is_file():
             before = json.loads((folder / RUN_FILE).read_text())
             # A finished run that is resumed trains nothing: its time and speed are those of then.
@@ -461,7 +461,7 @@ def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
 
 
 def run_facts(
-    trainer: ImageClassificationTrainer, splits: Splits, temperature: float
+    trainer: ImageClassificationTrainer, splits: Splits, temperature: float, config: RunConfig
 ) -> dict[str, Any]:
     """What happened in a run, as plain values: data, work, time, machine and versions."""
     state, device = trainer.state, trainer.args.device
@@ -479,6 +479,7 @@ def run_facts(
             for split in (splits.train, splits.validation)
             if isinstance(split, Split)  # nobody has counted a stream's
         },
+        "pixel_hashes": pixel_hashes(splits, config),
         "trainable": describe_trainable(trainer.model),
         "steps": state.global_step,
         "epochs": state.epoch,
@@ -488,12 +489,21 @@ def run_facts(
         "train_images_per_second": round(len(splits.train) * (state.epoch or 0) / seconds, 1),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processes": trainer.args.world_size,
+        "num_threads": torch.get_num_threads(),  # sums on a CPU depend on it
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"CPU ({os.cpu_count()} cores)",
+        else f"CPU ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})",
         "environment": environment(),
         "history": plain_history(state.log_history),
     }
+
+
+def pixel_hashes(splits: Splits, config: RunConfig) -> dict[str, str]:
+    """SHA-256 of the images of both splits, where they are decoded into memory."""
+    if config.data.pixel_store == "streamed":
+        return {}
+    parts = [s for s in (splits.train, splits.validation) if isinstance(s, Split)]
+    return {split.name: split.pixel_hash for split in parts if split.pixel_hash is not None}
 
 
 def plain_history(log_history: list[dict[str, float]]) -> list[dict[str, float | None]]:

@@ -29,6 +29,9 @@ PACKAGES = (
     "evaluate",
     "timm",
     "huggingface_hub",
+    "numpy",
+    "pillow",
+    "scipy",
 )
 # What a stranger needs to use and judge the model; no checkpoint, pickle, or config with paths.
 PUSHED_FILES = [

@@ -282,6 +282,20 @@ class CompareConfig:
     )
 
 
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Where a run is made again, and whether on other data."""
+
+    _argument_group_name = "reproduction"
+
+    output_dir: str | None = option(
+        None, "Folder of the new run; that of the old one with -reproduced behind it if not given."
+    )
+    other_data: bool = option(
+        False, "Go on although rows, labels or pixels are not what they were."
+    )
+
+
 def _refuse_both_formats(config: EvaluateConfig | PredictConfig) -> None:
     if config.bf16 and config.fp16:
         raise UserError("--bf16 and --fp16 exclude each other; pass one")

@@ -17,6 +17,7 @@ from hf_cifar.options import CONFIG_FILE, METRICS_FILE, RUN_FILE
 from hf_cifar.tables import render_table
 
 COLUMNS = ("run", "model", "data", "epochs", "seed", "validation", "test", "state", "date")
+WEIGHTS_FILE = "model.safetensors"
 SPLITS = ("validation", "test")
 
 
@@ -84,6 +85,20 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a run's")
     return content
+
+
+def require_finished(folder: Path) -> None:
+    """Raises: UserError if there is no run in the folder that has ended."""
+    missing = [
+        name
+        for name in (CONFIG_FILE, RUN_FILE, METRICS_FILE, WEIGHTS_FILE)
+        if not (folder / name).is_file()
+    ]
+    if missing:
+        raise UserError(
+            f"{folder} holds no finished run: no {missing[0]}; pass the output folder of one, see hf-cifar "
+            "runs"
+        )
 
 
 def render_runs(records: Sequence[dict[str, Any]]) -> str:

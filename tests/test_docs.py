@@ -63,9 +63,15 @@ def test_every_recipe_has_its_row():
 
 def test_every_option_in_a_command_exists():
     from hf_cifar.config import FinetuneConfig
-    from hf_cifar.options import LIGHT_CONFIGS, EvaluateConfig, PredictConfig, field_names
+    from hf_cifar.options import (
+        LIGHT_CONFIGS,
+        EvaluateConfig,
+        PredictConfig,
+        ReproduceConfig,
+        field_names,
+    )
 
-    classes = (*LIGHT_CONFIGS, FinetuneConfig, EvaluateConfig, PredictConfig)
+    classes = (*LIGHT_CONFIGS, FinetuneConfig, EvaluateConfig, PredictConfig, ReproduceConfig)
     known = {name for config_class in classes for name in field_names(config_class)}
     for page in PAGES:
         for line in re.findall(
@@ -73,7 +79,7 @@ def test_every_option_in_a_command_exists():
         ):
             after = re.split(r"hf-cifar|scripts/finetune.py", line)[-1]
             for name in re.findall(r"--(\w+)", after):
-                assert name in known | {"recipe", "config", "help"}, line
+                assert name in known | {"recipe", "config", "help", "json"}, line
 
 
 def test_scripts_are_thin():
