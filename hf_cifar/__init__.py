@@ -36,10 +36,12 @@ _PUBLIC = {
     "evaluate_saved": "hf_cifar.evaluation.saved",
     "figure_intervals": "hf_cifar.evaluation.intervals",
     "finetune_classifier": "hf_cifar.finetune",
+    "finetune_seeds": "hf_cifar.seeds",
     "load_classifier": "hf_cifar.models.build",
     "load_splits": "hf_cifar.data.splits",
     "load_test_split": "hf_cifar.data.splits",
     "predict_files": "hf_cifar.predict",
+    "reproduce_run": "hf_cifar.reproduce",
 }
 
 __all__ = sorted(_PUBLIC)

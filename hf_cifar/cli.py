@@ -25,6 +25,7 @@ from hf_cifar.options import (
     PredictConfig,
     PushConfig,
     ReportConfig,
+    ReproduceConfig,
     check_option_names,
     check_same_run,
     check_values,
@@ -38,6 +39,7 @@ from hf_cifar.options import (
     run_to_resume,
     trainer_options,
 )
+from hf_cifar.runs import list_runs, render_runs, require_finished
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -77,9 +79,14 @@ def finetune(argv: Sequence[str]) -> int:
 
     config = RunConfig.parse(argv)
     quieten(config.train.process_index == 0)
-    result = finetune_classifier(config)
+    if config.train.seeds > 1:
+        from hf_cifar.seeds import finetune_seeds, render_seeds
+
+        summary = render_seeds(finetune_seeds(config))
+    else:
+        summary = render_summary(finetune_classifier(config))
     if config.train.process_index == 0:
-        print(render_summary(result))
+        print(summary)
     return 0
 
 
@@ -103,6 +110,36 @@ def evaluate(argv: Sequence[str]) -> int:
     if is_main_process():
         print(render_metrics({evaluation.split: evaluation.metrics}))
     return 0
+
+
+def reproduce(argv: Sequence[str]) -> int:
+    """make a run again from what it left, and say what differs"""
+    if not _wants_help(argv):
+        check_option_names(argv, field_names(ReproduceConfig))
+    config, folders = parse_dataclasses(
+        [ReproduceConfig],
+        argv,
+        "hf-cifar reproduce",
+        usage="hf-cifar reproduce [options] RUN",
+        description="The exit status is 0 if the weights are bit-identical, and 1 if they differ.",
+    )
+    if len(folders) != 1:
+        raise UserError(f"reproduce takes the folder of one run, not {len(folders)}")
+    folder = Path(folders[0])
+    require_finished(folder)
+    output_dir = Path(
+        config.output_dir or f"{folder if folder.name else folder.resolve()}-reproduced"
+    )
+    if is_main_process():
+        refuse_occupied(output_dir)
+
+    from hf_cifar.reproduce import render_reproduction, reproduce_run
+
+    quieten(is_main_process())
+    comparison = reproduce_run(folder, output_dir, other_data=config.other_data)
+    if is_main_process():
+        print(render_reproduction(comparison))
+    return 0 if comparison["weights"]["identical"] else 1
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -139,6 +176,31 @@ def report(argv: Sequence[str]) -> int:
     from hf_cifar.evaluation.page import write_report
 
     print(write_report(folders[0], config))
+    return 0
+
+
+def runs(argv: Sequence[str]) -> int:
+    """list the runs in folders"""
+    if _wants_help(argv):
+        print(
+            "usage: hf-cifar runs [--json] FOLDER ...\n\nList the runs in and below the folders: by "
+            "data, the best on validation first.\nAccuracies come with their 95% interval; dates are UTC.\n\n"
+            "  --json  one JSON record a line instead of a table"
+        )
+        return 0
+    check_option_names(argv, ["json"])
+    folders = [token for token in argv if not token.startswith("--")]
+    if not folders:
+        raise UserError("runs takes folders with runs in them, for example: hf-cifar runs outputs")
+
+    records = list_runs(folders)
+    if "--json" in argv:
+        for record in records:
+            print(json.dumps(record, ensure_ascii=False))
+    elif records:
+        print(render_runs(records))
+    else:
+        print(f"no runs in {', '.join(folders)}", file=sys.stderr)
     return 0
 
 
@@ -214,8 +276,10 @@ def recipes(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "finetune": finetune,
     "evaluate": evaluate,
+    "reproduce": reproduce,
     "compare": compare,
     "report": report,
+    "runs": runs,
     "predict": predict,
     "push": push,
     "recipes": recipes,
@@ -246,7 +310,7 @@ def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: hf-cifar COMMAND [options]\n")
         for name, function in COMMANDS.items():
-            print(f"  {name:<10}{function.__doc__}")
+            print(f"  {name:<11}{function.__doc__}")
         print("\nhf-cifar COMMAND --help lists the options of a command.")
         return 0 if argv else USER_ERROR
     if argv[0] == "--version":

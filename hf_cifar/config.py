@@ -35,7 +35,7 @@ from hf_cifar.options import (
 # A token must never reach a file; the others say where a run runs, not what it computes.
 UNSAVED = {
     "hub_token", "resume_from_checkpoint", "local_rank", "disable_tqdm", "label_names", "do_eval",
-    "dataloader_pin_memory", "remove_unused_columns",
+    "dataloader_pin_memory", "remove_unused_columns", "seeds",
 }  # fmt: skip
 
 

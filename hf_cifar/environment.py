@@ -16,6 +16,9 @@ PACKAGES = (
     "evaluate",
     "timm",
     "huggingface_hub",
+    "numpy",
+    "pillow",
+    "scipy",
 )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.figures import HEADLINE_FIGURES
 from hf_cifar.evaluation.predictions import Predictions, render_figures, write_json
+from hf_cifar.extras import require
 from hf_cifar.features import (
     FeatureStore,
     accept_features,
@@ -71,6 +74,8 @@ from hf_cifar.setting import DTYPES, MEMORY_FORMATS, is_sharded, resolve_setting
 from hf_cifar.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
+
+TRACKERS = {"tensorboard", "trackio"}  # those that the extra `track` brings
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def build_trainer(
         dataloader_pin_memory=num_workers > 0,  # what lies on the device cannot be pinned
         push_to_hub=False,  # hub.py pushes, once, at the end
         hub_token=None,  # no logger gets to see it
+        run_name=args.run_name or args.output_dir,  # else trackers make a name up
     )
     device = args.device if num_workers == 0 else CPU  # a worker process must not touch a GPU
     callbacks = []
@@ -240,11 +246,16 @@ def fit(trainer: ImageClassificationTrainer, config: RunConfig) -> None:
             trainer.train(resume_from_checkpoint=resume_point(config))
     if energy:
         trainer.state.log_history.append({"energy": energy})
+    # Curves end here: some trackers would file the final predictions of validation under test.
+    for reporter in get_reporting_integration_callbacks(config.train.report_to):
+        trainer.remove_callback(reporter)
     accept_pixels_alone(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def check_libraries(args: FinetuneConfig, model: PreTrainedModel) -> None:
     """Raises: UserError for an option whose package is missing, or which the model does not support."""
+    for tracker in TRACKERS.intersection(args.report_to):
+        require(tracker, extra="track")
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()
@@ -307,7 +318,7 @@ def finish_run(
     if trainer.is_world_process_zero():
         for evaluation in evaluations:
             evaluation.save(folder)
-        facts = run_facts(trainer, splits, config, evaluations[0].temperature)
+        facts = run_facts(trainer, splits, evaluations[0].temperature, config)
         if resume_point(config) and (folder / RUN_FILE).is_file():
             before = json.loads((folder / RUN_FILE).read_text())
             # A finished run that is resumed trains nothing: its time and speed are those of then.
@@ -327,6 +338,10 @@ def check_run(config: RunConfig) -> None:
     device cannot compute as asked, there is no test split to predict, or a push could not work.
     """
     train = config.train
+    if train.seeds > 1:
+        raise UserError(
+            f"--seeds {train.seeds} is for finetune_seeds; finetune_classifier is one run"
+        )
     folder = Path(train.output_dir)
     resume = resume_point(config)
     if resume:
@@ -485,7 +500,7 @@ def known_facts(splits: Splits, config: RunConfig) -> dict[str, Any]:
 
 
 def run_facts(
-    trainer: ImageClassificationTrainer, splits: Splits, config: RunConfig, temperature: float
+    trainer: ImageClassificationTrainer, splits: Splits, temperature: float, config: RunConfig
 ) -> dict[str, Any]:
     """What happened in a run, as plain values: data, work, time, machine and versions."""
     state, device = trainer.state, trainer.args.device
@@ -499,6 +514,7 @@ def run_facts(
             for split in (splits.train, splits.validation)
             if isinstance(split, Split)  # nobody has counted a stream's
         },
+        "pixel_hashes": pixel_hashes(splits, config),
         "trainable": describe_trainable(trainer.model),
         "steps": state.global_step,
         "epochs": state.epoch,
@@ -506,12 +522,33 @@ def run_facts(
         "temperature": temperature,
         "train_seconds": seconds,
         "train_images_per_second": round(len(splits.train) * (state.epoch or 0) / seconds, 1),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processes": trainer.args.world_size,
+        "num_threads": torch.get_num_threads(),  # sums on a CPU depend on it
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"CPU ({os.cpu_count()} cores)",
+        else f"CPU ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})",
         "energy": logged.get("energy"),  # None where nothing measured it
+        "history": plain_history(state.log_history),
     }
+
+
+def pixel_hashes(splits: Splits, config: RunConfig) -> dict[str, str]:
+    """SHA-256 of the images of both splits, where they are decoded into memory."""
+    if config.data.pixel_store == "streamed":
+        return {}
+    parts = [s for s in (splits.train, splits.validation) if isinstance(s, Split)]
+    return {split.name: split.pixel_hash for split in parts if split.pixel_hash is not None}
+
+
+def plain_history(log_history: list[dict[str, float]]) -> list[dict[str, float | None]]:
+    """The Trainer's log records as JSON can hold them: None for what is no finite number, as the gradient
+    norm of a step that overflows in fp16."""
+    return [
+        {name: value if math.isfinite(value) else None for name, value in record.items()}
+        for record in log_history
+        if "energy" not in record
+    ]
 
 
 def render_summary(result: RunResult) -> str:

@@ -22,6 +22,7 @@ from hf_cifar.errors import UserError
 
 CONFIG_FILE = "config.yaml"  # the resolved options in a run's folder
 RUN_FILE = "run.json"  # what happened in it
+METRICS_FILE = "metrics.json"  # the figures of its splits
 
 
 def option(default: Any, text: str) -> Any:
@@ -181,6 +182,11 @@ class FinetuneOptions:
     resume_from_checkpoint: str | None = option(
         None, "Go on from a checkpoint: last, or a checkpoint's folder."
     )
+    seeds: int = option(
+        1,
+        "Runs with seeds seed, seed + 1, ..., in OUTPUT_DIR/seed-SEED; their figures' mean and spread in "
+        "OUTPUT_DIR/seeds.json.",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto",
         "Number format of training: auto times a few steps of each, and of the memory formats, and keeps the "
@@ -284,6 +290,20 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
+class ReproduceConfig:
+    """Where a run is made again, and whether on other data."""
+
+    _argument_group_name = "reproduction"
+
+    output_dir: str | None = option(
+        None, "Folder of the new run; that of the old one with -reproduced behind it if not given."
+    )
+    other_data: bool = option(
+        False, "Go on although rows, labels or pixels are not what they were."
+    )
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """What a report shows."""
 
@@ -341,6 +361,11 @@ def refuse_occupied(folder: Path) -> None:
         raise UserError(
             f"{folder} holds another run, which saved no checkpoint; pass another --output_dir, or remove it"
         )
+    if any(folder.glob(f"seed-*/{CONFIG_FILE}")):
+        raise UserError(
+            f"{folder} holds runs with --seeds; pass another --output_dir, or go on with the same --seeds "
+            "and --resume_from_checkpoint last"
+        )
 
 
 BOUNDS = {
@@ -349,6 +374,7 @@ BOUNDS = {
     "learning_rate": (1e-12, 1e3), "weight_decay": (0, 1e3), "label_smoothing_factor": (0, 0.999),
     "dataloader_num_workers": (0, 1024), "early_stopping_patience": (1, 10**6),
     "layer_decay": (0.01, 1), "max_grad_norm": (0, 1e6), "seed": (0, 2**32 - 1), "feature_views": (0, 1000),
+    "seeds": (1, 1000),
 }  # fmt: skip
 BEST_METRICS = ("accuracy", "cross_entropy", "loss")
 # The Trainer's, but not ours: the model always trains, hub.py pushes once, and batches are made to measure.

@@ -178,16 +178,9 @@ def resolve_setting(
 ) -> RunConfig:
     """Settle how the model computes: as the options or the launcher ask, as the run that is resumed, or as is
     fastest here. The result names it, so that a rerun of its config computes the same way."""
+    if resumed:
+        config = compute_as(Path(config.train.output_dir), config)
     train = config.train
-    before = Path(train.output_dir) / CONFIG_FILE
-    if train.precision == "auto" and resumed and before.is_file():
-        saved = RunConfig.load(before).train
-        train = dataclasses.replace(
-            train,
-            precision=saved.precision,
-            memory_format=saved.memory_format,
-            torch_compile=saved.torch_compile,
-        )
     if train.precision == "auto":
         setting = _measured(config, model, image_processor, train_split)
         train = dataclasses.replace(
@@ -196,6 +189,21 @@ def resolve_setting(
             memory_format=setting.memory_format,
             torch_compile=setting.compiled or train.torch_compile,
         )
+    return dataclasses.replace(config, train=train)
+
+
+def compute_as(folder: Path, config: RunConfig) -> RunConfig:
+    """The options, with the setting of the run in `folder` where they leave it open."""
+    before = folder / CONFIG_FILE
+    if config.train.precision != "auto" or not before.is_file():
+        return config
+    saved = RunConfig.load(before).train
+    train = dataclasses.replace(
+        config.train,
+        precision=saved.precision,
+        memory_format=saved.memory_format,
+        torch_compile=saved.torch_compile,
+    )
     return dataclasses.replace(config, train=train)
 
 

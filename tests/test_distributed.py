@@ -87,6 +87,19 @@ def test_two_processes_stream_shards_of_their_own(tmp_path, shards, tiny_vit):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["num_images"] == 8
 
 
+def test_a_series_of_two_processes_holds_the_run_that_is_made_alone(
+    runs, tmp_path, stripes, tiny_vit
+):
+    """The second run of the series, in processes that have made another before, is that of fresh ones."""
+    done = launch(tmp_path, stripes, tiny_vit, 2, "--seed", "41", "--seeds", "2")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "seeds.json").read_text())
+    assert summary["seeds"] == [41, 42]
+    assert done.stdout.count("seeds: 41, 42") == 1
+    weights = [f / "model.safetensors" for f in (tmp_path / "seed-42", runs / "2")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_launch_configuration_parses(path):
     from accelerate.commands.config.config_args import load_config_from_file

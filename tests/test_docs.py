@@ -68,10 +68,15 @@ def test_every_option_in_a_command_exists():
         EvaluateConfig,
         PredictConfig,
         PushConfig,
+        ReportConfig,
+        ReproduceConfig,
         field_names,
     )
 
-    classes = (*LIGHT_CONFIGS, FinetuneConfig, EvaluateConfig, PredictConfig, PushConfig)
+    classes = (
+        *LIGHT_CONFIGS, FinetuneConfig, EvaluateConfig, PredictConfig, PushConfig, ReportConfig,
+        ReproduceConfig,
+    )  # fmt: skip
     known = {name for config_class in classes for name in field_names(config_class)}
     for page in PAGES:
         for line in re.findall(
@@ -79,7 +84,7 @@ def test_every_option_in_a_command_exists():
         ):
             after = re.split(r"hf-cifar|scripts/finetune.py", line)[-1]
             for name in re.findall(r"--(\w+)", after):
-                assert name in known | {"recipe", "config", "help"}, line
+                assert name in known | {"recipe", "config", "help", "json"}, line
 
 
 def test_scripts_are_thin():

@@ -97,6 +97,17 @@ class Split:
                     save_array(key, images)
         return images
 
+    @functools.cached_property
+    def pixel_hash(self) -> str | None:
+        """SHA-256 of all decoded images and their shapes, in order; None if they do not fit into memory."""
+        if self.images is None:
+            return None
+        digest = hashlib.sha256()
+        for image in self.images:
+            digest.update(f"{image.shape} ".encode())
+            digest.update(np.ascontiguousarray(image))
+        return digest.hexdigest()
+
     def _collect(self, budget: int) -> np.ndarray | list[np.ndarray] | None:
         """Decode every image into one array, or into a list from the first that has another size."""
         images: np.ndarray | list[np.ndarray] | None = None

@@ -10,12 +10,8 @@ import numpy as np
 
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.intervals import LEVEL, mcnemar, paired_difference
-from hf_cifar.evaluation.predictions import (
-    Predictions,
-    render_cell,
-    render_table,
-    saved_splits,
-)
+from hf_cifar.evaluation.predictions import Predictions, render_cell, saved_splits
+from hf_cifar.tables import render_table
 
 SHOWN = ("num_images", "accuracy", "f1_macro", "cross_entropy", "brier", "ece")
 

@@ -102,6 +102,14 @@ def paired_difference(only_first: int, only_second: int, count: int, level: floa
     return np.clip([difference - spread, difference + spread], -1, 1)
 
 
+def mean_interval(values: Array, level: float = LEVEL) -> Array:
+    """Interval [2] of the mean of a figure over trainings, from its `values` [n] in n of them, 2 or more
+    (Student's t)."""
+    values = np.asarray(values, np.float64)
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
+    return values.mean() + np.array([-half, half])
+
+
 def _middle(values: Array, level: float = LEVEL) -> Array:
     """Interval [..., 2] of drawn values [draws, ...] between equal tails; NaN where none is.
 

@@ -19,8 +19,9 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluation.calibration import calibration_error
 from hf_cifar.evaluation.figures import compute_metrics, cross_entropy, render_figure, softmax
 from hf_cifar.evaluation.intervals import figure_intervals
+from hf_cifar.options import METRICS_FILE
+from hf_cifar.tables import render_table
 
-METRICS_FILE = "metrics.json"
 CORRUPTIONS_FILE = "corruptions.json"
 PREDICTIONS_FOLDER = "predictions"
 TEMPERATURE = "temperature"  # in the metadata of the file
@@ -143,17 +144,6 @@ def render_metrics(metrics: dict[str, dict[str, Any]]) -> str:
             render_figures(metrics, single) + "\n[low, high]: 95% interval",
             render_table([f"{names[-1]}, per class", *columns], rows),
         ]
-    )
-
-
-def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text: the first column flush left, the others flush right."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        line[0].ljust(widths[0])
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
-        for line in lines
     )
 
 

@@ -11,6 +11,7 @@ from hf_cifar.evaluation.intervals import (
     calibration_interval,
     figure_intervals,
     mcnemar,
+    mean_interval,
     paired_difference,
     wilson,
 )
@@ -142,3 +143,10 @@ def test_paired_difference_covers():
         low, high = paired_difference(only_first, only_second, 500)
         covered += low <= -0.03 <= high
     assert 930 <= covered <= 970
+
+
+def test_the_interval_of_a_mean_is_scipys():
+    values = [0.91, 0.93, 0.90, 0.94, 0.915]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    np.testing.assert_allclose(mean_interval(values), expected, rtol=1e-12)
+    assert mean_interval([0.5, 0.5]).tolist() == [0.5, 0.5]

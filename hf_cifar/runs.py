@@ -1,0 +1,145 @@
+"""The runs in a folder, as a table: read from what each left, with neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_cifar.errors import UserError
+from hf_cifar.network import looks_like_path
+from hf_cifar.options import CONFIG_FILE, METRICS_FILE, RUN_FILE
+from hf_cifar.tables import render_table
+
+COLUMNS = ("run", "model", "data", "epochs", "seed", "validation", "test", "state", "date")
+WEIGHTS_FILE = "model.safetensors"
+SPLITS = ("validation", "test")
+
+
+def list_runs(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """One record for each run in or below the folders: by data, the best on validation first.
+
+    Keys: `run` (its folder), `model`, `data`, `epochs`, `seed`, `validation` and `test` (None, or accuracy
+    and its 95% interval), `state` and `date` (ISO 8601, UTC). A damaged run has None for what cannot be read,
+    and a state that says so.
+
+    Raises: UserError if a folder is missing.
+    """
+    missing = [folder for folder in folders if not Path(folder).is_dir()]
+    if missing:
+        raise UserError(f"no folder {missing[0]}; pass folders with runs in them")
+    found = {path: None for folder in folders for path in find_runs(folder)}
+    return sorted((read_run(path) for path in found), key=_order)
+
+
+def find_runs(folder: str | Path) -> Iterator[Path]:
+    """The folders of runs, in or below a folder."""
+    for path, below, files in os.walk(folder):
+        below[:] = [name for name in below if not name.startswith((".", "checkpoint-"))]
+        if CONFIG_FILE in files:
+            yield Path(path)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The record of one run, see `list_runs`."""
+    record: dict[str, Any] = {"run": str(folder)} | dict.fromkeys(COLUMNS[1:])
+    dated = next(path for path in (folder / RUN_FILE, folder / CONFIG_FILE) if path.exists())
+    date = datetime.fromtimestamp(dated.stat().st_mtime, timezone.utc)
+    record["date"] = date.isoformat(timespec="seconds")
+    record["state"] = "finished"
+    try:
+        options = read_record(folder / CONFIG_FILE)
+        record |= {
+            "model": str(options["model_name_or_path"]),
+            "data": str(options["dataset_name"]),
+            "epochs": float(options["num_train_epochs"]),
+            "seed": options["seed"],
+        }
+        if not (folder / RUN_FILE).is_file():
+            return record | {"state": _unfinished(folder)}
+        facts, metrics = read_record(folder / RUN_FILE), read_record(folder / METRICS_FILE)
+        record["epochs"] = float(facts["epochs"])
+        record["date"] = str(facts.get("finished", record["date"]))
+        record |= {split: _score(metrics[split]) for split in SPLITS if split in metrics}
+    except UserError as error:
+        record["state"] = f"damaged: {str(error).removeprefix(f'{folder}/')}"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        record["state"] = f"damaged: {type(error).__name__} {error}"
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What one of a run's YAML or JSON files holds. Raises: UserError if it is missing or damaged."""
+    try:
+        text = path.read_text()
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError, yaml.YAMLError):
+        raise UserError(f"{path} cannot be read") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a run's")
+    return content
+
+
+def require_finished(folder: Path) -> None:
+    """Raises: UserError if there is no run in the folder that has ended."""
+    missing = [
+        name
+        for name in (CONFIG_FILE, RUN_FILE, METRICS_FILE, WEIGHTS_FILE)
+        if not (folder / name).is_file()
+    ]
+    if missing:
+        raise UserError(
+            f"{folder} holds no finished run: no {missing[0]}; pass the output folder of one, see hf-cifar "
+            "runs"
+        )
+
+
+def render_runs(records: Sequence[dict[str, Any]]) -> str:
+    """The records of `list_runs` as a table of text."""
+    return render_table(COLUMNS, [_cells(record) for record in records], left=3)
+
+
+def _cells(record: dict[str, Any]) -> list[str]:
+    cells = {name: "-" if value is None else str(value) for name, value in record.items()}
+    for name in ("model", "data"):
+        if record[name] is not None and looks_like_path(record[name]):
+            cells[name] = Path(record[name]).name
+    for split in SPLITS:
+        if record[split] is not None:
+            interval = record[split]["interval"]
+            cells[split] = f"{record[split]['accuracy']:.4f}"
+            cells[split] += f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+    if record["epochs"] is not None:
+        cells["epochs"] = f"{record['epochs']:g}"
+    cells["date"] = record["date"][:16].replace("T", " ")
+    return [cells[name] for name in COLUMNS]
+
+
+def _order(record: dict[str, Any]) -> tuple:
+    accuracy = record["validation"]["accuracy"] if record["validation"] else -1.0
+    return record["data"] is None, record["data"] or "", -accuracy, record["run"]
+
+
+def _score(figures: dict[str, Any]) -> dict[str, Any]:
+    interval = figures.get("intervals", {}).get("accuracy")
+    return {
+        "accuracy": float(figures["accuracy"]),
+        "interval": interval and [float(end) for end in interval],
+    }
+
+
+def _unfinished(folder: Path) -> str:
+    """How far a run came that has not ended; it may be going on."""
+    steps = [
+        int(path.name.partition("-")[2])
+        for path in folder.glob("checkpoint-*")
+        if path.name.partition("-")[2].isdigit()
+    ]
+    return f"unfinished at step {max(steps)}" if steps else "unfinished, no checkpoint"

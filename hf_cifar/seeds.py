@@ -1,0 +1,192 @@
+"""One recipe with several seeds: complete runs, and the mean and spread of their figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import release_memory
+
+from hf_cifar.config import RunConfig
+from hf_cifar.errors import UserError
+from hf_cifar.evaluation.figures import HEADLINE_FIGURES, render_figure
+from hf_cifar.evaluation.intervals import mean_interval
+from hf_cifar.evaluation.predictions import write_json
+from hf_cifar.finetune import finetune_classifier, resume_point
+from hf_cifar.options import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    check_same_run,
+    refuse_occupied,
+)
+from hf_cifar.runs import read_record
+from hf_cifar.setting import compute_as
+from hf_cifar.tables import render_table
+
+logger = logging.getLogger(__name__)
+
+SEEDS_FILE = "seeds.json"
+# What a run that is resumed may change, and one that is finished and kept must not.
+LENGTHS = ("num_train_epochs", "max_steps")
+
+
+def finetune_seeds(config: RunConfig) -> dict[str, Any]:
+    """`config.train.seeds` runs with seeds seed, seed + 1, ..., each complete, in output_dir/seed-SEED.
+
+    The data's split stays the same: the spread is that of training. The setting that `--precision auto`
+    picks for the first run holds for all. With resume_from_checkpoint "last", finished runs are
+    kept, and the others go on or begin. Returns what seeds.json holds, see `summarise_seeds`.
+
+    Raises: UserError before the first run for options or folders that hold other runs.
+    """
+    configs = [config_of(config, seed) for seed in seeds_of(config)]
+    check_series(config)
+    kept = [is_kept(each) for each in configs]
+    for each, keep in zip(configs, kept, strict=True):
+        check_same(each, keep)
+    config.train.distributed_state.wait_for_everyone()  # none may write before all have looked
+    for number, (each, keep) in enumerate(zip(configs, kept, strict=True), 1):
+        folder, place = each.train.output_dir, f"run {number} of {len(configs)}"
+        if keep:
+            logger.info("%s, seed %d: finished before, in %s", place, each.train.seed, folder)
+            continue
+        logger.info("%s, seed %d: %s", place, each.train.seed, folder)
+        each = start_or_go_on(each)
+        if number > 1:
+            each = compute_as(Path(configs[0].train.output_dir), each)
+        finetune_classifier(each)
+        release_memory()  # a Trainer and its model refer to each other
+    summary = summarise_seeds(configs)
+    if config.train.process_index == 0:
+        write_json(Path(config.train.output_dir) / SEEDS_FILE, summary)
+    return summary
+
+
+def check_series(config: RunConfig) -> None:
+    """Raises: UserError for options that are about one run, or a folder that holds one."""
+    train = config.train
+    if train.push_to_hub:
+        raise UserError(
+            "--push_to_hub pushes one model; leave it out, or leave out --seeds to make that one"
+        )
+    resume = resume_point(config)
+    if isinstance(resume, str):
+        raise UserError(
+            f"--seeds goes on with --resume_from_checkpoint last, not with the one checkpoint {resume}"
+        )
+    if not resume and train.process_index == 0:
+        refuse_occupied(Path(train.output_dir))
+    if (Path(train.output_dir) / CONFIG_FILE).exists():
+        raise UserError(f"{train.output_dir} holds a single run; pass another --output_dir")
+
+
+def seeds_of(config: RunConfig) -> range:
+    """The seeds of a series."""
+    return range(config.train.seed, config.train.seed + config.train.seeds)
+
+
+def config_of(config: RunConfig, seed: int) -> RunConfig:
+    """The options of one run of a series: those of the single run with its seed."""
+    train = config.train
+    changed: dict[str, Any] = {
+        "seeds": 1,
+        "seed": seed,
+        "output_dir": str(Path(train.output_dir) / f"seed-{seed}"),
+    }
+    if train.run_name is not None:
+        changed["run_name"] = f"{train.run_name}/seed-{seed}"
+    return dataclasses.replace(config, train=dataclasses.replace(train, **changed))
+
+
+def is_kept(config: RunConfig) -> bool:
+    """Whether a series that goes on has this run already, with every figure that is asked for."""
+    folder = Path(config.train.output_dir)
+    if not resume_point(config) or not (folder / RUN_FILE).is_file():
+        return False
+    wanted = {"validation", "test"} if config.train.do_predict else {"validation"}
+    return wanted <= read_record(folder / METRICS_FILE).keys()
+
+
+def check_same(config: RunConfig, keep: bool) -> None:
+    """Raises: UserError if a run that is there already is not this one, or is kept but was to be longer."""
+    folder = Path(config.train.output_dir)
+    check_same_run(folder, config.options())
+    if not keep:
+        return
+    before = RunConfig.load(folder / CONFIG_FILE).train
+    for name in LENGTHS:
+        then, now = getattr(before, name), getattr(config.train, name)
+        if then != now:
+            raise UserError(
+                f"--{name} is {now:g}, but the finished run in {folder} had {then:g}; start a series of "
+                "that length in another --output_dir"
+            )
+
+
+def start_or_go_on(config: RunConfig) -> RunConfig:
+    """Go on where there is a checkpoint; else begin, also where a run ended before it had saved one."""
+    folder = Path(config.train.output_dir)
+    if not resume_point(config) or any(folder.glob("checkpoint-*")):
+        return config
+    if config.train.process_index == 0:
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+    train = dataclasses.replace(config.train, resume_from_checkpoint=None)
+    return dataclasses.replace(config, train=train)
+
+
+def summarise_seeds(configs: list[RunConfig]) -> dict[str, Any]:
+    """Mean, spread and interval of the headline figures of several finished runs, as plain values.
+
+    `figures` holds, by split and figure, `values` in the order of `seeds`, their `mean`, their standard
+    deviation `std` (of a sample: n - 1), the 95% `interval` of the mean by Student's t, and `num_runs`.
+    """
+    metrics = [read_record(Path(config.train.output_dir) / METRICS_FILE) for config in configs]
+    splits = ["validation", "test"] if configs[0].train.do_predict else ["validation"]
+    return {
+        "seeds": [config.train.seed for config in configs],
+        "runs": [Path(config.train.output_dir).name for config in configs],
+        "num_images": {split: metrics[0][split]["num_images"] for split in splits},
+        "figures": {
+            split: {
+                name: _summary([figures[split][name] for figures in metrics])
+                for name in HEADLINE_FIGURES
+                if name != "num_images"
+                and all(figures[split].get(name) is not None for figures in metrics)
+            }
+            for split in splits
+        },
+    }
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    return {
+        "num_runs": len(values),
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)),
+        "interval": mean_interval(values).tolist(),
+        "values": values,
+    }
+
+
+def render_seeds(summary: dict[str, Any]) -> str:
+    """A table of text for each split: every headline figure's mean, spread and interval."""
+    tables = []
+    for split, figures in summary["figures"].items():
+        rows = [
+            [
+                name,
+                render_figure(figure["mean"]),
+                render_figure(figure["std"]),
+                "[{:.4f}, {:.4f}]".format(*figure["interval"]),
+                str(figure["num_runs"]),
+            ]
+            for name, figure in figures.items()
+        ]
+        title = f"{split}, {summary['num_images'][split]:,} images"
+        header = [title, "mean", "standard deviation", "95% interval of the mean", "runs"]
+        tables.append(render_table(header, rows))
+    return "\n\n".join([*tables, f"seeds: {', '.join(map(str, summary['seeds']))}"])
