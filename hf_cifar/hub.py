@@ -16,7 +16,7 @@ from hf_cifar.config import RunConfig
 from hf_cifar.data.splits import Splits
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.figures import HEADLINE_FIGURES
+from hf_cifar.evaluation.multilabel import headline
 from hf_cifar.evaluation.predictions import render_cell
 from hf_cifar.network import looks_like_path, require_network
 
@@ -205,11 +205,11 @@ def _is_path(value: Any) -> bool:
 
 
 def _results_table(metrics: dict[str, Any]) -> str:
+    shown = headline(next(iter(metrics.values())))
     rows = [
-        (split, *(render_cell(figures, key) for key in HEADLINE_FIGURES))
-        for split, figures in metrics.items()
+        (split, *(render_cell(figures, key) for key in shown)) for split, figures in metrics.items()
     ]
-    return _table(("split", *HEADLINE_FIGURES), rows)
+    return _table(("split", *shown), rows)
 
 
 def _calibration(metrics: dict[str, Any]) -> str:

@@ -46,7 +46,8 @@ class DataConfig:
     image_column_name: str | None = option(None, "Image column; found by its type if not given.")
     label_column_name: str | None = option(
         None,
-        "Label column; found by its type if not given. May hold class labels, strings or integers.",
+        "Label column; found by its type if not given. May hold class labels, strings or integers, or lists "
+        "of them where an image has several labels.",
     )
     train_val_split: float = option(
         0.1,
@@ -208,7 +209,7 @@ class FinetuneOptions:
     calibrate: bool = option(
         True,
         "At the end, fit a temperature on validation and fold it into the head: the same labels, with "
-        "probabilities that mean what they say.",
+        "probabilities that mean what they say. Of multi-label data, a threshold for each class instead.",
     )
 
 
@@ -303,7 +304,8 @@ BOUNDS = {
     "dataloader_num_workers": (0, 1024), "early_stopping_patience": (1, 10**6),
     "layer_decay": (0.01, 1), "max_grad_norm": (0, 1e6), "seed": (0, 2**32 - 1), "feature_views": (0, 1000),
 }  # fmt: skip
-BEST_METRICS = ("accuracy", "cross_entropy", "loss")
+MULTI_LABEL_METRICS = ("average_precision_macro", "f1_macro")
+BEST_METRICS = ("accuracy", "cross_entropy", "loss", *MULTI_LABEL_METRICS)
 # The Trainer's, but not ours: the model always trains, hub.py pushes once, and batches are made to measure.
 WITHOUT_EFFECT = ("do_train", "hub_strategy", "hub_always_push", "remove_unused_columns")
 

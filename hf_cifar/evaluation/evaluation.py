@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 from hf_cifar.data.splits import Split
 from hf_cifar.data.store import CPU, build_store
 from hf_cifar.evaluation.calibration import fit_temperature
+from hf_cifar.evaluation.multilabel import fit_thresholds, sigmoid
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.layers import divide_logits
+from hf_cifar.models.problem import thresholds_of
 from hf_cifar.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ def evaluate_classifier(
         logits=np.asarray(output.predictions, dtype=np.float32),
         id2label=split.id2label,
         temperature=temperature,
+        thresholds=thresholds_of(trainer.model),
     )
 
 
@@ -48,8 +51,10 @@ def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Pre
     """Fold the temperature that suits the predictions into the model; what it then predicts.
 
     The model stays an ordinary one, and its labels the same. Left as it is where no linear layer gives
-    the logits.
+    the logits. A multi-label model has thresholds fitted instead.
     """
+    if validation.multi_label:
+        return set_thresholds(model, validation)
     temperature = fit_temperature(validation.logits, validation.labels)
     if not divide_logits(model, temperature):
         logger.info(
@@ -67,3 +72,16 @@ def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Pre
         temperature, figures["ece"], figures["ece_uncalibrated"],
     )  # fmt: skip
     return calibrated
+
+
+def set_thresholds(model: PreTrainedModel, validation: Predictions) -> Predictions:
+    """Fit a threshold for each class to the predictions, and keep it in the model's config; what it then
+    predicts."""
+    thresholds = fit_thresholds(sigmoid(validation.logits), validation.labels)
+    model.config.thresholds = thresholds.tolist()
+    fitted = dataclasses.replace(validation, thresholds=thresholds)
+    logger.info(
+        "a threshold fitted for each class, and no temperature: macro F1 on validation %.4f, before %.4f",
+        fitted.metrics["f1_macro"], validation.metrics["f1_macro"],
+    )  # fmt: skip
+    return fitted
