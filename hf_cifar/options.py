@@ -47,7 +47,7 @@ class DataConfig:
     label_column_name: str | None = option(
         None,
         "Label column; found by its type if not given. May hold class labels, strings or integers, or lists "
-        "of them where an image has several labels.",
+        "of class labels or strings where an image has several.",
     )
     train_val_split: float = option(
         0.1,

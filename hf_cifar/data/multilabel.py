@@ -55,20 +55,21 @@ def entries(rows: Dataset) -> list:
 
 
 def list_class_names(rows: Dataset, split: str) -> list[str]:
-    """Names of the classes: declared by the data set, else the entries that occur in train, sorted.
+    """Names of the classes: declared by the data set, else the strings that occur in train, sorted.
 
-    Raises: UserError for lists of anything but class labels, strings or integers.
+    Raises: UserError for lists of anything but class labels or strings. Integers could as well be 0 and 1,
+    one for each class.
     """
-    entry = rows.features["label"].feature
-    if isinstance(entry, ClassLabel):
-        return entry.names
-    kinds = (pyarrow.types.is_integer, pyarrow.types.is_string, pyarrow.types.is_large_string)
-    if not isinstance(entry, Value) or not any(fits(entry.pa_type) for fits in kinds):
+    feature = rows.features["label"]
+    if isinstance(feature.feature, ClassLabel):
+        return feature.feature.names
+    if feature.feature not in (Value("string"), Value("large_string")):
         raise UserError(
-            f"the label column holds lists of {entry}; they must hold class labels, strings or integers"
+            f"the label column holds {feature}; it must hold class labels, strings or integers, or lists of "
+            "class labels or strings: cast it to List(ClassLabel(names=[...]))"
         )
     _, values = _present(rows, split)
-    return [str(value) for value in sorted(values.unique().to_pylist())]
+    return sorted(values.unique().to_pylist())
 
 
 def with_label_lists(rows: Dataset, names: list[str], split: str) -> Dataset:
@@ -88,7 +89,7 @@ def with_label_lists(rows: Dataset, names: list[str], split: str) -> Dataset:
         ids = values.to_numpy()
     else:
         index = {name: i for i, name in enumerate(names)}
-        ids = np.array([index.get(str(value), -1) for value in values.to_pylist()], np.int64)
+        ids = np.array([index.get(value, -1) for value in values.to_pylist()], np.int64)
     wrong = np.flatnonzero((ids < 0) | (ids >= len(names)))
     if len(wrong):
         raise UserError(
