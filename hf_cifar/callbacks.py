@@ -8,11 +8,21 @@ from transformers import ProgressCallback, TrainerCallback
 
 from hf_cifar.errors import UserError
 
+# Figures of an evaluation, of which there are those that suit the data.
+SHOWN = {
+    "average_precision_macro": "mAP",
+    "f1_macro": "macro F1",
+    "accuracy": "accuracy",
+    "cross_entropy": "cross-entropy",
+}
+
 
 def evaluation_line(epoch: float | None, logs: dict[str, float]) -> str:
     """One line for an evaluation, from the Trainer's log record."""
-    accuracy, loss = logs["eval_accuracy"], logs["eval_cross_entropy"]
-    return f"epoch {epoch or 0:.2f}: validation accuracy {accuracy:.4f}, cross-entropy {loss:.4f}"
+    figures = [
+        f"{name} {logs[f'eval_{key}']:.4f}" for key, name in SHOWN.items() if f"eval_{key}" in logs
+    ]
+    return f"epoch {epoch or 0:.2f}: validation {', '.join(figures)}"
 
 
 def nothing_left(step: int) -> str:

@@ -23,7 +23,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.errors import confused_pairs
-from hf_cifar.evaluation.figures import HEADLINE_FIGURES, render_figure
+from hf_cifar.evaluation.figures import render_figure
+from hf_cifar.evaluation.multilabel import headline
 from hf_cifar.evaluation.predictions import METRICS_FILE, render_cell
 from hf_cifar.models.names import SCRATCH
 from hf_cifar.options import CONFIG_FILE, RUN_FILE
@@ -277,7 +278,7 @@ def _headline(metrics: dict[str, dict[str, Any]]) -> str:
 
 def _result(split: str, figures: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     rows = []
-    for key in HEADLINE_FIGURES:
+    for key in headline(figures):
         if key in figures and key != "num_images":
             interval = figures.get("intervals", {}).get(key)
             between = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-"
@@ -289,6 +290,7 @@ def _result(split: str, figures: dict[str, Any], options: dict[str, Any]) -> dic
         best = "the head's penalty" if options.get("head_solver") == "lbfgs" else best
         chosen = [best] if best else []
         chosen += ["the temperature"] if "temperature" in figures else []
+        chosen += ["each label's threshold"] if "f1_micro" in figures else []
         role = "Held out of train."
         if chosen:
             role += f" It chose {' and '.join(chosen)}, so that its figures flatter the model."

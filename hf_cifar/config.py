@@ -64,7 +64,9 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
         True, "End with the checkpoint that did best on validation."
     )
     metric_for_best_model: str | None = option(
-        "accuracy", "Validation metric that says which is best."
+        None,
+        "Validation metric that says which is best; if not given, accuracy, or average_precision_macro (mAP) "
+        "of multi-label data.",
     )
     logging_steps: float = option(50, "Log the training loss every this many steps.")
     logging_nan_inf_filter: bool = option(False, "Hide NaN and infinite losses from the log.")
@@ -89,10 +91,12 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
                 # The parent would ask for a GPU, or --use_cpu; bfloat16 runs on a CPU as well.
                 self.precision = name
                 setattr(self, name, False)
-        # The parent compares the number of workers; None, to be resolved with the data, must not reach it.
+        # What is to be resolved with the data must not reach the parent as None: it compares the number of
+        # workers, and puts a metric of its own in place of none.
         num_workers, self.dataloader_num_workers = self.dataloader_num_workers, 0
+        metric, self.metric_for_best_model = self.metric_for_best_model, "unresolved"
         super().__post_init__()
-        self.dataloader_num_workers = num_workers
+        self.dataloader_num_workers, self.metric_for_best_model = num_workers, metric
         # --bf16, --fp16 and the launcher name a precision too; --precision itself goes before the launcher.
         if self.precision == "auto" and self.mixed_precision != "no":
             self.precision = self.mixed_precision
@@ -112,7 +116,7 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
                 f"--metric_for_best_model is {metric}; it takes {', '.join(BEST_METRICS)}"
             )
         if self.greater_is_better is None:
-            self.greater_is_better = metric == "accuracy"
+            self.greater_is_better = metric not in ("cross_entropy", "loss")
         for name in ("bf16", "fp16"):
             if getattr(self, name) and self.precision not in ("auto", name):
                 raise UserError(

@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_cifar.card import CardFacts, render_card, save_card
 from hf_cifar.config import FinetuneConfig, RunConfig
 from hf_cifar.data.augmentation import Augmentation, Policy, RandomView
+from hf_cifar.data.multilabel import class_counts
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import (
     Split,
@@ -45,7 +46,7 @@ from hf_cifar.energy import measured_energy
 from hf_cifar.environment import environment
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import calibrate_classifier, evaluate_classifier
-from hf_cifar.evaluation.figures import HEADLINE_FIGURES
+from hf_cifar.evaluation.multilabel import headline
 from hf_cifar.evaluation.predictions import Predictions, render_figures, write_json
 from hf_cifar.extras import require
 from hf_cifar.features import (
@@ -60,9 +61,11 @@ from hf_cifar.hub import Target, check_push, prepare_push, push_run
 from hf_cifar.models.build import build_model
 from hf_cifar.models.layers import block_depths, describe_trainable
 from hf_cifar.models.names import SCRATCH
+from hf_cifar.models.problem import is_multi_label
 from hf_cifar.optim import default_rates
 from hf_cifar.options import (
     CONFIG_FILE,
+    MULTI_LABEL_METRICS,
     RUN_FILE,
     AugmentConfig,
     check_same_run,
@@ -96,7 +99,9 @@ def finetune_classifier(config: RunConfig) -> RunResult:
     check_run(config)
     set_seed(config.train.seed)
     splits = load_splits(config.data)  # train and validation; test stays sealed
-    model, image_processor = build_model(config.model, splits.id2label)
+    model, image_processor = build_model(
+        config.model, splits.id2label, multi_label=splits.multi_label
+    )
     config = resolve_defaults(config, model)
     config = resolve_setting(
         config, model, image_processor, splits.train, resumed=bool(resume_point(config))
@@ -191,6 +196,10 @@ def trains_on_features(
 
     Raises: UserError if only that would do, but it is not so.
     """
+    if config.train.head_solver == "lbfgs" and is_multi_label(model):
+        raise UserError(
+            "--head_solver lbfgs solves for one label an image, and the data have several; leave it out"
+        )
     wanted = config.model.freeze == "backbone" and config.train.feature_views > 0
     wanted = wanted and not config.data.streaming
     mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
@@ -381,14 +390,16 @@ def resume_point(config: RunConfig) -> bool | str | None:
 
 
 def resolve_defaults(config: RunConfig, model: PreTrainedModel) -> RunConfig:
-    """Fill in what depends on the model: learning rate and clipping.
+    """Fill in what depends on the model: learning rate, clipping, and what the best checkpoint is best at.
 
-    Raises: UserError for a layer decay without layers, or a disk without room for the checkpoints.
+    Raises: UserError for a metric that the data do not have, a layer decay without layers, or a disk without
+    room for the checkpoints.
     """
     train = config.train
     batch_size = train.train_batch_size * train.gradient_accumulation_steps * train.world_size
     scratch = config.model.model_name_or_path.startswith(SCRATCH)
     defaults = default_rates(model, batch_size, scratch=scratch)._asdict()
+    defaults["metric_for_best_model"] = best_metric(train.metric_for_best_model, model)
     missing = {name: value for name, value in defaults.items() if getattr(train, name) is None}
     train = dataclasses.replace(train, **missing)
     if train.layer_decay != 1:
@@ -398,6 +409,19 @@ def resolve_defaults(config: RunConfig, model: PreTrainedModel) -> RunConfig:
     checkpoints = 0 if train.save_strategy == "no" else (train.save_total_limit or 1) + 1
     require_space(Path(train.output_dir), weights + checkpoints * (weights + moments))
     return dataclasses.replace(config, train=train)
+
+
+def best_metric(asked: str | None, model: PreTrainedModel) -> str:
+    """The metric that says which checkpoint is best. Raises: UserError for one that the data do not have."""
+    if is_multi_label(model):
+        return (
+            asked or "average_precision_macro"
+        )  # which needs no thresholds: they are fitted at the end
+    if asked is not None and asked.removeprefix("eval_") in MULTI_LABEL_METRICS:
+        raise UserError(
+            f"--metric_for_best_model {asked} is for multi-label data; pass accuracy or cross_entropy"
+        )
+    return asked or "accuracy"
 
 
 def resolve_workers(config: RunConfig, train: Split | Stream) -> RunConfig:
@@ -509,7 +533,12 @@ def run_facts(
     return known_facts(splits, config) | {
         "label_counts": {
             split.name: {
-                name: int((split.labels == label).sum()) for label, name in split.id2label.items()
+                name: int(count)
+                for name, count in zip(
+                    split.id2label.values(),
+                    class_counts(split.labels, len(split.id2label)),
+                    strict=True,
+                )
             }
             for split in (splits.train, splits.validation)
             if isinstance(split, Split)  # nobody has counted a stream's
@@ -553,7 +582,7 @@ def plain_history(log_history: list[dict[str, float]]) -> list[dict[str, float |
 
 def render_summary(result: RunResult) -> str:
     """The table at the end of a run: figures, where the model lies, and the lines that load it."""
-    return f"""{render_figures(result.metrics, HEADLINE_FIGURES)}
+    return f"""{render_figures(result.metrics, headline(result.metrics["validation"]))}
 
 model: {result.output_dir}
 

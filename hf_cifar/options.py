@@ -47,7 +47,8 @@ class DataConfig:
     image_column_name: str | None = option(None, "Image column; found by its type if not given.")
     label_column_name: str | None = option(
         None,
-        "Label column; found by its type if not given. May hold class labels, strings or integers.",
+        "Label column; found by its type if not given. May hold class labels, strings or integers, or lists "
+        "of class labels or strings where an image has several.",
     )
     train_val_split: float = option(
         0.1,
@@ -214,7 +215,7 @@ class FinetuneOptions:
     calibrate: bool = option(
         True,
         "At the end, fit a temperature on validation and fold it into the head: the same labels, with "
-        "probabilities that mean what they say.",
+        "probabilities that mean what they say. Of multi-label data, a threshold for each class instead.",
     )
 
 
@@ -376,7 +377,8 @@ BOUNDS = {
     "layer_decay": (0.01, 1), "max_grad_norm": (0, 1e6), "seed": (0, 2**32 - 1), "feature_views": (0, 1000),
     "seeds": (1, 1000),
 }  # fmt: skip
-BEST_METRICS = ("accuracy", "cross_entropy", "loss")
+MULTI_LABEL_METRICS = ("average_precision_macro", "f1_macro")
+BEST_METRICS = ("accuracy", "cross_entropy", "loss", *MULTI_LABEL_METRICS)
 # The Trainer's, but not ours: the model always trains, hub.py pushes once, and batches are made to measure.
 WITHOUT_EFFECT = ("do_train", "hub_strategy", "hub_always_push", "remove_unused_columns")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from hf_cifar.data.images import decode_image, list_images
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
+from hf_cifar.models.problem import thresholds_of
 from hf_cifar.options import PredictConfig
 
 
@@ -23,7 +24,8 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     """One record for each image file, folders searched, in the given order.
 
     Yields {"path", "label", "score", "top_k": [{"label", "score"}, ...]}, scores 0..1, or {"path", "error"}
-    for a file that cannot be read.
+    for a file that cannot be read. A multi-label model gives "labels": [{"label", "score"}, ...] in place of
+    the one, those that reach their thresholds.
     Raises: UserError for an unknown model, or a folder without images.
     """
     files = expand_paths(paths)
@@ -91,21 +93,34 @@ def _predict_batch(
 ) -> Iterator[dict[str, Any]]:
     device = next(model.parameters()).device
     readable = [image for image in images if not isinstance(image, UserError)]
-    rows = iter(())
+    rows, thresholds = iter(()), thresholds_of(model)
     if readable:
         with torch.inference_mode():
             pixel_values = preprocessing.normalize(preprocessing.view_each(readable, device))
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
                 logits = model(pixel_values=pixel_values).logits
-        rows = iter(logits.float().softmax(dim=1).cpu())
+        probabilities = (
+            logits.float().softmax(dim=1) if thresholds is None else logits.double().sigmoid()
+        )
+        rows = iter(probabilities.cpu())
     for file, image in zip(files, images, strict=True):
         if isinstance(image, UserError):
             yield {"path": str(file), "error": str(image)}
             continue
-        scores, labels = next(rows).topk(min(top_k, len(model.config.id2label)))
-        ranked = [
-            {"label": model.config.id2label[label], "score": round(score, 6)}
-            for score, label in zip(scores.tolist(), labels.tolist(), strict=True)
-        ]
-        yield {"path": str(file), **ranked[0], "top_k": ranked}
+        scores = next(rows)
+        ranked = _listed(
+            scores, scores.topk(min(top_k, len(scores))).indices, model.config.id2label
+        )
+        if thresholds is None:
+            yield {"path": str(file), **ranked[0], "top_k": ranked}
+            continue
+        given = [i for i in scores.argsort(descending=True) if scores[i] >= thresholds[i]]
+        labels = _listed(scores, given, model.config.id2label)
+        yield {"path": str(file), "labels": labels, "top_k": ranked}
+
+
+def _listed(
+    scores: torch.Tensor, chosen: Iterable[torch.Tensor], id2label: dict[int, str]
+) -> list[dict[str, Any]]:
+    return [{"label": id2label[int(i)], "score": round(scores[i].item(), 6)} for i in chosen]

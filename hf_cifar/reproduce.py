@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from hf_cifar.config import RunConfig
 from hf_cifar.data.splits import load_splits
+from hf_cifar.environment import environment
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.figures import HEADLINE_FIGURES, render_figure
+from hf_cifar.evaluation.figures import render_figure
+from hf_cifar.evaluation.multilabel import headline
 from hf_cifar.evaluation.predictions import Predictions, saved_splits, write_json
 from hf_cifar.finetune import finetune_classifier, pixel_hashes
-from hf_cifar.environment import environment
 from hf_cifar.options import CONFIG_FILE, METRICS_FILE, RUN_FILE
 from hf_cifar.runs import WEIGHTS_FILE, read_record, require_finished
 from hf_cifar.tables import render_table
@@ -132,7 +133,8 @@ def compare_reproduction(folder: Path, again: Path) -> dict[str, Any]:
         },
         "figures": {
             split: {
-                name: [figures[split].get(name) for figures in metrics] for name in HEADLINE_FIGURES
+                name: [figures[split].get(name) for figures in metrics]
+                for name in headline(metrics[0][split])
             }
             for split in splits
         },
@@ -187,7 +189,7 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 def compare_logits(then: Predictions, now: Predictions) -> dict[str, Any]:
     """Whether two files of predictions hold the same bits, else how far the logits are apart, and how many
-    images have another most likely class."""
+    images were told otherwise."""
     same_images = (
         np.array_equal(then.row_ids, now.row_ids)
         and np.array_equal(then.labels, now.labels)
@@ -195,7 +197,7 @@ def compare_logits(then: Predictions, now: Predictions) -> dict[str, Any]:
     )
     if not same_images:
         return {"identical": False, "same_images": False}
-    told = then.logits.argmax(axis=1) != now.logits.argmax(axis=1)
+    told = (then.answers != now.answers).reshape(len(then.row_ids), -1).any(axis=1)
     return {
         "identical": bool(np.array_equal(then.logits, now.logits)),
         "same_images": True,
@@ -222,7 +224,7 @@ def render_reproduction(comparison: dict[str, Any]) -> str:
         columns.append(figures)
     rows = [
         [name, *(render_figure(value) for figures in columns for value in figures[name])]
-        for name in HEADLINE_FIGURES
+        for name in columns[0]
     ]
     parts.append(render_table(header, rows))
     lines = [

@@ -12,8 +12,9 @@ from accelerate.utils import release_memory
 
 from hf_cifar.config import RunConfig
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.figures import HEADLINE_FIGURES, render_figure
+from hf_cifar.evaluation.figures import render_figure
 from hf_cifar.evaluation.intervals import mean_interval
+from hf_cifar.evaluation.multilabel import headline
 from hf_cifar.evaluation.predictions import write_json
 from hf_cifar.finetune import finetune_classifier, resume_point
 from hf_cifar.options import (
@@ -153,7 +154,7 @@ def summarise_seeds(configs: list[RunConfig]) -> dict[str, Any]:
         "figures": {
             split: {
                 name: _summary([figures[split][name] for figures in metrics])
-                for name in HEADLINE_FIGURES
+                for name in headline(metrics[0][split])
                 if name != "num_images"
                 and all(figures[split].get(name) is not None for figures in metrics)
             }

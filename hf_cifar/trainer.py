@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,17 @@ from hf_cifar.models.layers import block_depths, eval_frozen_norms
 from hf_cifar.optim import decay_learning_rates, decay_parameter_names
 
 
+def binary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Binary cross-entropy, mean over images and classes. logits, targets [N, K].
+
+    label_smoothing: share of an image's labels that is spread evenly over all classes, as `F.cross_entropy`
+    does with its one: their number stays, and an image without any stays so.
+    """
+    targets = targets.to(logits.dtype)
+    targets = targets.lerp(targets.mean(dim=1, keepdim=True), label_smoothing)
+    return F.binary_cross_entropy_with_logits(logits, targets)
+
+
 class ImageClassificationTrainer(Trainer):
     """Trains on uint8 batches: each is transformed on the device, inside the step.
 
@@ -43,9 +55,12 @@ class ImageClassificationTrainer(Trainer):
     ) -> None:
         # Compiled for the sizes that come: symbolic ones take minutes on some networks.
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
-        super().__init__(
-            *args, data_collator=take_batch, compute_metrics=compute_training_metrics, **kwargs
-        )
+        with warnings.catch_warnings():
+            # The parent would smooth no multi-label data, and says so; `compute_loss` does.
+            warnings.filterwarnings("ignore", "Label smoothing is not compatible")
+            super().__init__(
+                *args, data_collator=take_batch, compute_metrics=compute_training_metrics, **kwargs
+            )
         # A model whose forward takes **kwargs but ignores num_items_in_batch inflates its gradients under
         # accumulation and several processes (huggingface/transformers#48207); a mean loss never does.
         self.model_accepts_loss_kwargs = False
@@ -127,7 +142,8 @@ class ImageClassificationTrainer(Trainer):
         logits = model(pixel_values=inputs["pixel_values"]).logits
         targets = inputs.get("targets", inputs["labels"])
         smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        cross_entropy = binary_cross_entropy if inputs["labels"].ndim == 2 else F.cross_entropy
+        loss = cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -80,6 +80,27 @@ def colours(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def lights(tmp_path_factory):
+    """A multi-label data set that can be learned in seconds, saved to disk: 16 x 16 px, in which red, green
+    and blue light is on or off, each by itself."""
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, List
+    from datasets import Image as ImageFeature
+
+    generator = np.random.default_rng(0)
+    features = Features({"photo": ImageFeature(), "lights": List(ClassLabel(names=list("rgb")))})
+    splits = {}
+    for split, count in (("train", 80), ("test", 24)):
+        on = generator.random((count, 3)) < (0.6, 0.4, 0.3)
+        pixels = generator.integers(0, 60, (count, 16, 16, 3)) + 180 * on[:, None, None, :]
+        photos = [Image.fromarray(image.astype(np.uint8)) for image in pixels]
+        lists = [np.flatnonzero(row).tolist() for row in on]
+        splits[split] = Dataset.from_dict({"photo": photos, "lights": lists}, features=features)
+    folder = tmp_path_factory.mktemp("lights")
+    DatasetDict(splits).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory):
     """A ViT of two layers for 16 x 16 px images, saved as transformers saves it, with three classes."""
     import torch

@@ -261,7 +261,7 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Mixup and cutmix: each image is blended with, or has a box of, another of the batch.
 
-    pixel_values [N, C, H, W]; targets [N, K], rows sum to 1, are mixed by the share of pixels. The shares
+    pixel_values [N, C, H, W]; targets [N, K], 0..1, are mixed by the share of pixels. The shares
     are Beta(alpha, alpha), one for each image; alpha 0 turns a kind off; with both on, each image draws one.
 
     Source: Zhang et al., mixup, 2017; Yun et al., CutMix, 2019.
@@ -317,14 +317,16 @@ class Augmentation:
     ) -> tuple[Tensor, Tensor]:
         """images [N, 3, H, W] uint8 and labels [N] -> pixel_values [N, 3, h, w] and targets.
 
-        The targets are the labels, or with mixup or cutmix probabilities [N, num_classes].
+        The targets are the labels, or with mixup or cutmix probabilities [N, num_classes]. Labels may also be
+        [N, num_classes], 0 or 1.
         """
         pixel_values = self.sample(images, preprocessing, generator, memory_format)
         if self.erasing:
             pixel_values = erase(pixel_values, self.erasing, generator)
         if not (self.mixup_alpha or self.cutmix_alpha):
             return pixel_values, labels
-        targets = F.one_hot(labels, num_classes).to(torch.float32)
+        targets = labels if labels.ndim == 2 else F.one_hot(labels, num_classes)
+        targets = targets.to(torch.float32)
         return mix(pixel_values, targets, self.mixup_alpha, self.cutmix_alpha, generator)
 
     def sample(

@@ -1,4 +1,5 @@
-"""Where data comes from: every source ends as splits with an undecoded `image` and a ClassLabel `label`."""
+"""Where data comes from: every source ends as splits with an undecoded `image` and a ClassLabel `label`,
+or lists of them where an image has several."""
 
 from __future__ import annotations
 
@@ -23,6 +24,13 @@ from datasets import (
 
 from hf_cifar.data.cifar_archives import cifar_version, read_cifar
 from hf_cifar.data.images import list_images, pnm_bytes
+from hf_cifar.data.multilabel import (
+    class_label,
+    entries,
+    holds_lists,
+    list_class_names,
+    with_label_lists,
+)
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.network import looks_like_path, require_network
@@ -34,7 +42,8 @@ Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 @functools.lru_cache(maxsize=1)
 def load_source(config: DataConfig) -> DatasetDict:
-    """All splits of a data set, with columns `image` (encoded, not decoded) and `label` (ClassLabel).
+    """All splits of a data set, with columns `image` (encoded, not decoded) and `label` (ClassLabel, or lists
+    of them).
 
     Raises: UserError for an unknown data set, no network, or columns that cannot be told apart.
     """
@@ -218,19 +227,29 @@ def _first_line(error: Exception) -> str:
 
 def _standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
     """Find the image and label columns by type, rename them, and make the labels class labels."""
-    image, label = image_and_label(next(iter(splits.values())).features, config)
+    features = next(iter(splits.values())).features
+    image, label = image_and_label(features, config)
+    class_names, with_class_labels = _class_names, _with_class_labels
+    if holds_lists(features[label]):
+        class_names, with_class_labels = list_class_names, with_label_lists
     standard = {}
     names = None
     for split, rows in splits.items():
         rows = with_standard_names(rows, split, image, label)
         with quiet_datasets():
             rows = rows.cast_column("image", Image(decode=False))
-        if split not in ("train", "validation") and set(rows.unique("label")) <= {-1, None}:
-            continue  # hidden labels: such a split can be neither trained on nor evaluated
+        if split not in ("train", "validation") and _is_hidden(rows):
+            continue  # such a split can be neither trained on nor evaluated
         if names is None:
-            names = _class_names(rows, split)
-        standard[split] = _with_class_labels(rows, names, split)
+            names = class_names(rows, split)
+        standard[split] = with_class_labels(rows, names, split)
     return DatasetDict(standard)
+
+
+def _is_hidden(rows: Dataset) -> bool:
+    """Whether no row of a split says its label."""
+    values = entries(rows) if holds_lists(rows.features["label"]) else rows.unique("label")
+    return set(values) <= {-1, None}
 
 
 def image_and_label(features: Features, config: DataConfig) -> tuple[str, str]:
@@ -269,6 +288,10 @@ def _find_column(features: Features, kind: type, asked: str | None, role: str) -
             )
         return asked
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if not found and role == "label":  # lists of them, where no column holds one alone
+        found = [
+            name for name, feature in features.items() if isinstance(class_label(feature), kind)
+        ]
     if len(found) > 1:
         raise UserError(f"several {role} columns: {found}; choose one with {flag}")
     if not found:

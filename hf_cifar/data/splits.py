@@ -21,6 +21,13 @@ from hf_cifar.data.disk_cache import (
     save_array,
 )
 from hf_cifar.data.images import decode_cell, decode_cells
+from hf_cifar.data.multilabel import (
+    class_counts,
+    class_label,
+    fewest_images,
+    label_array,
+    stratified_choice,
+)
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.streams import (
     Stream,
@@ -57,12 +64,12 @@ class Split:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """[N] int64 class ids."""
-        return np.asarray(self.rows["label"][:], dtype=np.int64)
+        """[N] int64 class ids; of multi-label data [N, K] uint8, 1 for each class of an image."""
+        return label_array(self.rows)
 
     @property
     def id2label(self) -> dict[int, str]:
-        return dict(enumerate(self.rows.features["label"].names))
+        return dict(enumerate(class_label(self.rows.features["label"]).names))
 
     def describe_row(self, position: int) -> str:
         """How error messages name a row: by the data set's own split and row number, and its file."""
@@ -150,6 +157,11 @@ class Splits:
     def id2label(self) -> dict[int, str]:
         return self.train.id2label
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.validation.labels.ndim == 2
+
     @functools.cached_property
     def hash(self) -> str:
         """Identifies the split: SHA-256 over the row ids, labels and label counts of both parts; of a stream,
@@ -160,7 +172,7 @@ class Splits:
                 header = [split.source_split, len(split), split.held_out, split.end, split.seed]
                 digest.update(json.dumps([*header, list(self.id2label.values())]).encode())
                 continue
-            counts = np.bincount(split.labels, minlength=len(self.id2label)).tolist()
+            counts = class_counts(split.labels, len(self.id2label)).tolist()
             header = [split.name, split.source_split, counts, list(self.id2label.values())]
             digest.update(json.dumps(header).encode())
             digest.update(split.row_ids.astype("<i8").tobytes())
@@ -180,10 +192,11 @@ def load_splits(config: DataConfig) -> Splits:
     source = load_source(config)
     train_name = _train_name(source)
     train = source[train_name]
-    labels = np.asarray(train["label"][:], dtype=np.int64)
-    names = train.features["label"].names
+    labels = label_array(train)
+    names = class_label(train.features["label"]).names
     _require_classes(names, config)
-    missing = [name for i, name in enumerate(names) if not (labels == i).any()]
+    counts = class_counts(labels, len(names))
+    missing = [name for name, count in zip(names, counts, strict=True) if not count]
     if missing:
         raise UserError(
             f"class {missing[0]!r} has no image in {train_name} ({len(missing)} of {len(names)} classes are "
@@ -283,7 +296,7 @@ def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -
     """At most `limit` rows, stratified, in their original order."""
     if limit is None or limit >= len(split):
         return split
-    present = len(np.unique(split.labels))
+    present = np.count_nonzero(class_counts(split.labels, len(split.id2label)))
     if limit < present:
         raise UserError(
             f"{flag} {limit} is less than the {present} classes of {split.name}; use more"
@@ -314,13 +327,15 @@ def _stratified(
     labels: np.ndarray, share: float, names: list[str], seed: int, split: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of the two parts, sorted; each class gives its share to the second."""
-    counts = np.bincount(labels, minlength=len(names))
-    if counts.min() < 2:
+    counts = class_counts(labels, len(names))
+    # Of labels that share their images, a rare one may stay in train.
+    if len(labels) < 2 or (labels.ndim == 1 and counts.min() < 2):
         raise UserError(
             f"class {names[counts.argmin()]!r} has one image in {split}; train and validation need one each"
         )
     # At least one validation image a class, and one left for training.
-    size = min(max(round(len(labels) * share), len(names)), len(labels) - len(names))
+    fewest = len(names) if labels.ndim == 1 else min(fewest_images(labels), len(labels) // 2)
+    size = min(max(round(len(labels) * share), fewest), len(labels) - fewest)
     second = _stratified_choice(labels, size, seed, spare=1)
     return np.setdiff1d(np.arange(len(labels)), second), second
 
@@ -330,6 +345,8 @@ def _stratified_choice(labels: np.ndarray, size: int, seed: int, spare: int = 0)
 
     spare: how many rows of each class are left over, at least.
     """
+    if labels.ndim == 2:
+        return stratified_choice(labels, size, seed, spare)
     generator = np.random.default_rng(seed)
     classes, counts = np.unique(labels, return_counts=True)
     exact = counts * size / len(labels)

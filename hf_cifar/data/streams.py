@@ -14,6 +14,7 @@ from datasets.distributed import split_dataset_by_node
 from datasets.utils.file_utils import xopen
 
 from hf_cifar.data.images import decode_image
+from hf_cifar.data.multilabel import holds_lists
 from hf_cifar.data.sources import (
     image_and_label,
     open_data_set,
@@ -49,6 +50,11 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
         image, label = image_and_label(rows.features, config)
         # Before all else: a stream that still decodes would hand on re-encoded images.
         rows = with_standard_names(rows.decode(False), split, image, label)
+        if holds_lists(rows.features["label"]):
+            raise UserError(
+                f"column {label!r} holds several labels an image, and such data is not streamed; leave out "
+                "--streaming"
+            )
         if not isinstance(rows.features["label"], ClassLabel):
             raise UserError(
                 f"column {label!r} does not declare its classes, and a stream is not read to find them; "

@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.intervals import LEVEL, mcnemar, paired_difference
+from hf_cifar.evaluation.multilabel import MULTI_LABEL_HEADLINE
 from hf_cifar.evaluation.predictions import Predictions, render_cell, saved_splits
 from hf_cifar.tables import render_table
 
@@ -42,10 +43,7 @@ def compare_predictions(first: Predictions, second: Predictions) -> dict[str, An
     """
     _require_same_images(first, second)
     order = [np.argsort(predictions.row_ids) for predictions in (first, second)]
-    hits = [
-        (p.logits.argmax(axis=1) == p.labels)[rows]
-        for p, rows in zip((first, second), order, strict=True)
-    ]
+    hits = [p.right[rows] for p, rows in zip((first, second), order, strict=True)]
     only_first, only_second = int((hits[0] & ~hits[1]).sum()), int((hits[1] & ~hits[0]).sum())
     count = len(hits[0])
     return {
@@ -85,9 +83,10 @@ def _require_same_images(first: Predictions, second: Predictions) -> None:
 
 def render_comparison(comparison: dict[str, Any], names: Sequence[str]) -> str:
     """The comparison as people read it: both runs' figures, and a sentence on the difference."""
+    shown = MULTI_LABEL_HEADLINE if "f1_micro" in comparison["first"] else SHOWN
     table = render_table(
         [f"{comparison['split']}, {LEVEL:.0%} interval", *names],
-        [[key, *(render_cell(comparison[run], key) for run in ("first", "second"))] for key in SHOWN],
+        [[key, *(render_cell(comparison[run], key) for run in ("first", "second"))] for key in shown],
     )  # fmt: skip
     difference, (low, high) = (
         comparison["accuracy_difference"], comparison["accuracy_difference_interval"],

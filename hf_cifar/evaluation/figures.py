@@ -57,7 +57,7 @@ def confusion_matrix(predictions: Array, references: Array, num_labels: int) -> 
     return np.bincount(flat, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
-def _ratio(a: Array, b: Array) -> Array:
+def ratio(a: Array, b: Array) -> Array:
     """a / b, and 0 where b is 0."""
     return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=np.asarray(b) > 0)
 
@@ -65,11 +65,15 @@ def _ratio(a: Array, b: Array) -> Array:
 def precision_recall_f1(confusion: Array) -> dict[str, Array]:
     """Per class [..., K] precision, recall and F1, 0..1, of matrices [..., K, K]; 0 where undefined."""
     hits = np.diagonal(confusion, axis1=-2, axis2=-1)
-    predicted, actual = confusion.sum(axis=-2), confusion.sum(axis=-1)
+    return shares_of_hits(hits, confusion.sum(axis=-2), confusion.sum(axis=-1))
+
+
+def shares_of_hits(hits: Array, predicted: Array, actual: Array) -> dict[str, Array]:
+    """Precision, recall and F1, 0..1, of counts of any one shape; 0 where undefined."""
     return {
-        "precision": _ratio(hits, predicted),
-        "recall": _ratio(hits, actual),
-        "f1": _ratio(2 * hits, predicted + actual),
+        "precision": ratio(hits, predicted),
+        "recall": ratio(hits, actual),
+        "f1": ratio(2 * hits, predicted + actual),
     }
 
 
@@ -99,7 +103,7 @@ def matthews(confusion: Array) -> Array:
     predicted, actual = confusion.sum(axis=-2), confusion.sum(axis=-1)
     covariance = hits * count - (predicted * actual).sum(axis=-1)
     variances = (count**2 - (predicted**2).sum(axis=-1)) * (count**2 - (actual**2).sum(axis=-1))
-    return _ratio(covariance, np.sqrt(variances))
+    return ratio(covariance, np.sqrt(variances))
 
 
 def figures_of_confusion(confusion: Array) -> dict[str, Array]:
@@ -125,25 +129,66 @@ def brier(probabilities: Array, references: Array) -> Array:
     return (probabilities**2).sum(axis=1) - 2 * true + 1
 
 
+def membership(references: Array, num_labels: int) -> Array:
+    """Whether each image is of each class, bool [N, K]. references: class ids [N], or 0 and 1 [N, K]."""
+    references = np.asarray(references)
+    if references.ndim == 2:
+        return references.astype(bool)
+    return references[:, None] == np.arange(num_labels)
+
+
 def roc_auc(probabilities: Array, references: Array) -> Array:
     """Area under the ROC curve of each class against the rest [K], 0..1; NaN for a class without images
-    (or with nothing else)."""
-    probabilities, references = np.asarray(probabilities), np.asarray(references)
+    (or with nothing else). references: as `membership` takes them."""
+    probabilities = np.asarray(probabilities)
     areas = np.full(probabilities.shape[1], np.nan)
-    for label in range(probabilities.shape[1]):
-        is_label = references == label
+    for label, is_label in enumerate(membership(references, len(areas)).T):
         if is_label.any() and not is_label.all():
             areas[label] = sk.roc_auc_score(is_label, probabilities[:, label])
     return areas
 
 
 def average_precision(probabilities: Array, references: Array) -> Array:
-    """Average precision of each class against the rest [K], 0..1; NaN for a class without images."""
-    probabilities, references = np.asarray(probabilities), np.asarray(references)
+    """Average precision of each class against the rest [K], 0..1; NaN for a class without images.
+    references: as `membership` takes them."""
+    probabilities = np.asarray(probabilities)
     areas = np.full(probabilities.shape[1], np.nan)
-    for label in np.unique(references):
-        areas[label] = sk.average_precision_score(references == label, probabilities[:, label])
+    for label, is_label in enumerate(membership(references, len(areas)).T):
+        if is_label.any():
+            areas[label] = sk.average_precision_score(is_label, probabilities[:, label])
     return areas
+
+
+def areas_of_classes(probabilities: Array, references: Array) -> dict[str, Array]:
+    """Both areas of each class [K], by name; references: as `membership` takes them."""
+    return {
+        "roc_auc": roc_auc(probabilities, references),
+        "average_precision": average_precision(probabilities, references),
+    }
+
+
+def macro_areas(areas: dict[str, Array]) -> dict[str, float | None]:
+    """Mean of each area over the classes where it is defined, as plain values; None if it is nowhere."""
+    return {
+        f"{name}_macro": None if np.isnan(values).all() else float(values[~np.isnan(values)].mean())
+        for name, values in areas.items()
+    }
+
+
+def by_class(
+    num_images: Array, figures: dict[str, Array], id2label: dict[int, str]
+) -> dict[str, dict[str, float | int | None]]:
+    """The images and the figures [K] of each class by its name, as plain values; None for NaN."""
+    return {
+        name: {
+            "num_images": int(num_images[label]),
+            **{
+                key: None if np.isnan(values[label]) else float(values[label])
+                for key, values in figures.items()
+            },
+        }
+        for label, name in id2label.items()
+    }
 
 
 # What a summary or a model card shows of `compute_metrics`.
@@ -176,28 +221,14 @@ def compute_metrics(logits: Array, labels: Array, id2label: dict[int, str]) -> d
         figures["top_5_accuracy"] = top_k_accuracy(probabilities, labels, k=5)
     figures |= {name: float(value) for name, value in figures_of_confusion(matrix).items()}
     per_class = precision_recall_f1(matrix)
-    areas = {
-        "roc_auc": roc_auc(probabilities, labels),
-        "average_precision": average_precision(probabilities, labels),
-    }
-    for name, values in areas.items():
-        defined = values[~np.isnan(values)]
-        figures[f"{name}_macro"] = float(defined.mean()) if len(defined) else None
+    areas = areas_of_classes(probabilities, labels)
+    figures |= macro_areas(areas)
     figures |= {
         "cross_entropy": cross_entropy(probabilities, labels),
         "brier": float(brier(probabilities, labels).mean()),
         "ece": calibration_error(probabilities, labels),
         "ece_equal_mass": calibration_error(probabilities, labels, "equal_mass"),
     }
-    figures["per_class"] = {
-        name: {
-            "num_images": int(matrix[label].sum()),
-            **{
-                key: None if np.isnan(values[label]) else float(values[label])
-                for key, values in {**per_class, **areas}.items()
-            },
-        }
-        for label, name in id2label.items()
-    }
+    figures["per_class"] = by_class(matrix.sum(axis=1), {**per_class, **areas}, id2label)
     figures["confusion_matrix"] = matrix.tolist()
     return figures

@@ -20,9 +20,17 @@ from hf_cifar.evaluation.figures import (
     confusion_matrix,
     figures_of_confusion,
     log_losses,
+    membership,
     precision_recall_f1,
+    shares_of_hits,
     softmax,
     top_k_hits,
+)
+from hf_cifar.evaluation.multilabel import (
+    binary_log_losses,
+    decide,
+    figures_of_hits,
+    sigmoid,
 )
 
 Array = np.ndarray
@@ -70,11 +78,51 @@ def figure_intervals(
     per_class["f1"] = _middle(drawn_f1)
     for name, how in (("ece", "equal_width"), ("ece_equal_mass", "equal_mass")):
         single[name] = calibration_interval(probabilities, labels, how, draws, generator)
-    means, areas = _image_figures(probabilities, labels, draws, generator)
+    losses = {"cross_entropy": log_losses, "brier": brier}
+    per_image = np.stack([loss(probabilities, labels) for loss in losses.values()], axis=1)
+    positive = membership(labels, num_labels)
+    means, areas = _image_figures(probabilities, positive, per_image, draws, generator)
     macro = {f"{name}_macro": _nanmean(values) for name, values in areas.items()}
-    single |= _middles({**means, **macro})
+    single |= _middles({**dict(zip(losses, means.T, strict=True)), **macro})
     per_class |= {name: _middle(values) for name, values in areas.items()}
-    plain = {name: _plain(interval) for name, interval in single.items()}
+    return _by_name(single, per_class, id2label)
+
+
+def multi_label_intervals(
+    logits: Array,
+    labels: Array,
+    id2label: dict[int, str],
+    thresholds: Array,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Interval of every figure that `multi_label_metrics` gives, as `figure_intervals` does.
+
+    logits, labels [N, K]; thresholds [K], which are taken as given.
+    """
+    scores, positive = sigmoid(logits), membership(labels, len(id2label))
+    given = decide(scores, thresholds)
+    hits = given & positive
+    single = {"accuracy": wilson((given == positive).all(axis=1).sum(), len(labels))}
+    per_class = {
+        "precision": wilson(hits.sum(axis=0), given.sum(axis=0)),
+        "recall": wilson(hits.sum(axis=0), positive.sum(axis=0)),
+    }
+    per_image = np.column_stack([binary_log_losses(logits, labels), hits, given, positive])
+    means, areas = _image_figures(scores, positive, per_image, draws, np.random.default_rng(seed))
+    loss, counts = means[:, 0], np.split(means[:, 1:], 3, axis=1)
+    macro = {f"{name}_macro": _nanmean(values) for name, values in areas.items()}
+    single |= _middles({**figures_of_hits(*counts), **macro, "cross_entropy": loss})
+    per_class["f1"] = _middle(shares_of_hits(*counts)["f1"])
+    per_class |= {name: _middle(values) for name, values in areas.items()}
+    return _by_name(single, per_class, id2label)
+
+
+def _by_name(
+    single: dict[str, Array], per_class: dict[str, Array], id2label: dict[int, str]
+) -> dict[str, Any]:
+    """Intervals [2], and under "per_class" those of each class [K, 2], as plain values."""
+    plain: dict[str, Any] = {name: _plain(interval) for name, interval in single.items()}
     plain["per_class"] = {
         name: {key: _plain(values[label]) for key, values in per_class.items()}
         for label, name in id2label.items()
@@ -164,22 +212,24 @@ def _confusion_figures(
 
 
 def _image_figures(
-    probabilities: Array, labels: Array, draws: int, generator: np.random.Generator
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Drawn values of the figures that need each image: means [draws], and areas [draws, K] of each class."""
-    losses = {"cross_entropy": log_losses, "brier": brier}
-    per_image = np.stack([loss(probabilities, labels) for loss in losses.values()], axis=1)
-    rankings = [_Ranking(probabilities[:, k], labels == k) for k in range(probabilities.shape[1])]
+    probabilities: Array,
+    positive: Array,
+    per_image: Array,
+    draws: int,
+    generator: np.random.Generator,
+) -> tuple[Array, dict[str, Array]]:
+    """Drawn values of the figures that need each image: means [draws, M], and areas [draws, K] of each class.
+
+    positive [N, K]: whether an image is of a class. per_image [N, M]: what the means are of.
+    """
+    rankings = [_Ranking(*column) for column in zip(probabilities.T, positive.T, strict=True)]
     draws = int(np.clip(AREA_WORK / probabilities.size, draws / 10, draws))
     means, areas = [], []
-    for counts in _resamples(len(labels), draws, generator):
-        means.append(counts.T @ per_image / len(labels))
+    for counts in _resamples(len(positive), draws, generator):
+        means.append(counts.T @ per_image / len(positive))
         areas.append(np.stack([ranking.areas(counts) for ranking in rankings], axis=-1))
-    mean, (roc_auc, average_precision) = np.concatenate(means), np.concatenate(areas, axis=1)
-    return (
-        dict(zip(losses, mean.T, strict=True)),
-        {"roc_auc": roc_auc, "average_precision": average_precision},
-    )
+    roc_auc, average_precision = np.concatenate(areas, axis=1)
+    return np.concatenate(means), {"roc_auc": roc_auc, "average_precision": average_precision}
 
 
 def calibration_interval(

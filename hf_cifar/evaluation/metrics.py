@@ -9,6 +9,7 @@ import evaluate
 import numpy as np
 
 from hf_cifar.evaluation import figures
+from hf_cifar.evaluation.multilabel import multi_label_training_metrics
 
 _LABELS = datasets.Features(
     {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
@@ -111,9 +112,11 @@ class RocAuc(ClassificationMetric):
 
 
 def compute_training_metrics(prediction: Any) -> dict[str, float]:
-    """The two figures of every evaluation during training, exact under any number of processes."""
-    probabilities = figures.softmax(prediction.predictions)
+    """The figures of every evaluation during training, exact under any number of processes."""
     labels = prediction.label_ids
+    if labels.ndim == 2:
+        return multi_label_training_metrics(prediction.predictions, labels)
+    probabilities = figures.softmax(prediction.predictions)
     return {
         **Accuracy().compute(predictions=probabilities.argmax(axis=1), references=labels),
         "cross_entropy": figures.cross_entropy(probabilities, labels),

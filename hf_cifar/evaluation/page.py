@@ -143,11 +143,12 @@ def picture(image: np.ndarray) -> dict[str, Any]:
     return {"source": f"data:image/{kind};base64,{encoded}", "small": small}
 
 
-def training_curves(history: list[dict[str, float]]) -> list[Markup]:
+def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
     """Loss, validation accuracy and learning rate over the epochs, as far as the run kept them."""
 
     def points(key: str) -> list[tuple[float, float]]:
-        return [(log["epoch"], log[key]) for log in history if key in log and "epoch" in log]
+        logs = (log for log in history if log.get(key) is not None and "epoch" in log)
+        return [(log["epoch"], log[key]) for log in logs]
 
     loss = {"train": points("loss"), "validation": points("eval_cross_entropy")}
     charts = [

@@ -15,16 +15,18 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from hf_cifar.data.multilabel import class_label, holds_lists, indicators
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.calibration import calibration_error
 from hf_cifar.evaluation.figures import compute_metrics, cross_entropy, render_figure, softmax
-from hf_cifar.evaluation.intervals import figure_intervals
+from hf_cifar.evaluation.intervals import figure_intervals, multi_label_intervals
+from hf_cifar.evaluation.multilabel import THRESHOLD, decide, multi_label_metrics, sigmoid
 from hf_cifar.options import METRICS_FILE
 from hf_cifar.tables import render_table
 
 CORRUPTIONS_FILE = "corruptions.json"
 PREDICTIONS_FOLDER = "predictions"
-TEMPERATURE = "temperature"  # in the metadata of the file
+TEMPERATURE, THRESHOLDS = "temperature", "thresholds"  # in the metadata of the file
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,8 @@ class Predictions:
     split: "validation" or "test". row_ids, labels [N]; logits [N, K]. Row ids count in
     the data set's own split that a row comes from: train, for a validation split cut out of it.
     temperature: what calibration has divided the logits by, 1 for none.
+    Of multi-label data, labels are [N, K], 0 or 1, and a class is given from its score in thresholds [K] on;
+    without thresholds, from 0.5.
     """
 
     split: str
@@ -42,11 +46,39 @@ class Predictions:
     logits: np.ndarray
     id2label: dict[int, str]
     temperature: float = 1.0
+    thresholds: np.ndarray | None = None
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.labels.ndim == 2
+
+    @property
+    def answers(self) -> np.ndarray:
+        """The most likely class [N] of each image, or whether it was given each class [N, K]."""
+        if self.multi_label:
+            return decide(sigmoid(self.logits), self._thresholds)
+        return self.logits.argmax(axis=1)
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether each image [N] was given its label, or all of its labels and no other."""
+        same = self.answers == self.labels
+        return same.all(axis=1) if self.multi_label else same
+
+    @property
+    def _thresholds(self) -> np.ndarray:
+        if self.thresholds is None:
+            return np.full(len(self.id2label), THRESHOLD)
+        return self.thresholds
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
-        """Every figure, see `compute_metrics`, and under "intervals" the 95% interval of each; with a
-        temperature, also what two of them were without."""
+        """Every figure, see `compute_metrics` or `multi_label_metrics`; under "intervals" the 95% interval
+        of each; with a temperature, also what two were without."""
+        if self.multi_label:
+            seen = (self.logits, self.labels, self.id2label, self._thresholds)
+            return multi_label_metrics(*seen) | {"intervals": multi_label_intervals(*seen)}
         figures = compute_metrics(self.logits, self.labels, self.id2label)
         if self.temperature != 1:
             before = softmax(self.logits * self.temperature)
@@ -61,18 +93,22 @@ class Predictions:
         """Write predictions/SPLIT.parquet, and this split's figures into metrics.json."""
         path = _path(folder, self.split)
         path.parent.mkdir(parents=True, exist_ok=True)
+        label, labels = datasets.ClassLabel(names=list(self.id2label.values())), self.labels
+        note = {TEMPERATURE: str(self.temperature)}
+        if self.multi_label:
+            label, labels = datasets.List(label), [np.flatnonzero(row) for row in labels]
+            note[THRESHOLDS] = json.dumps(self._thresholds.tolist())
         features = datasets.Features(
             {
                 "row_id": datasets.Value("int64"),
-                "label": datasets.ClassLabel(names=list(self.id2label.values())),
+                "label": label,
                 "logits": datasets.Sequence(datasets.Value("float32")),
             }
         )
         table = pyarrow.table(
-            {"row_id": self.row_ids, "label": self.labels, "logits": list(self.logits)},
+            {"row_id": self.row_ids, "label": labels, "logits": list(self.logits)},
             schema=features.arrow_schema,
         )
-        note = {TEMPERATURE: str(self.temperature)}
         table = table.replace_schema_metadata({**table.schema.metadata, **note})
         temporary = path.with_name(f".{path.name}.tmp")
         pyarrow.parquet.write_table(table, temporary)
@@ -91,14 +127,17 @@ class Predictions:
             )
         try:
             table = pyarrow.parquet.read_table(path)
-            names = datasets.Features.from_arrow_schema(table.schema)["label"].names
+            label = datasets.Features.from_arrow_schema(table.schema)["label"]
+            names, several = class_label(label).names, holds_lists(label)
+            note, labels = table.schema.metadata, table["label"]
             return cls(
                 split=split,
                 row_ids=table["row_id"].to_numpy(),
-                labels=table["label"].to_numpy(),
+                labels=indicators(labels, len(names)) if several else labels.to_numpy(),
                 logits=np.stack(table["logits"].to_numpy()),
                 id2label=dict(enumerate(names)),
-                temperature=float(table.schema.metadata.get(TEMPERATURE.encode(), 1)),
+                temperature=float(note.get(TEMPERATURE.encode(), 1)),
+                thresholds=np.array(json.loads(note[THRESHOLDS.encode()])) if several else None,
             )
         except (KeyError, AttributeError, ValueError, OSError) as error:
             raise UserError(

@@ -63,6 +63,10 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
     predictions = {split: Predictions.load(folder, split) for split in found}
     run = read_json(folder / RUN_FILE)
     evaluated = predictions["test" if "test" in found else "validation"]
+    if evaluated.labels.ndim > 1:
+        raise UserError(
+            f"{folder} is a multi-label run, of which there is no report yet; its figures are in metrics.json"
+        )
     probabilities = softmax(evaluated.logits)
     metrics = {split: each.metrics for split, each in predictions.items()}
     names = list(evaluated.id2label.values())

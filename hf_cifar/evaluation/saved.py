@@ -17,6 +17,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import evaluate_classifier, evaluate_corrupted
 from hf_cifar.evaluation.predictions import CORRUPTIONS_FILE, Predictions, read_json, write_json
 from hf_cifar.models.build import load_classifier
+from hf_cifar.models.problem import is_multi_label
 from hf_cifar.options import RUN_FILE, DataConfig, EvaluateConfig
 from hf_cifar.trainer import ImageClassificationTrainer
 
@@ -24,7 +25,7 @@ from hf_cifar.trainer import ImageClassificationTrainer
 def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
     """Evaluate a saved model on one split, and update figures, predictions and card in its folder.
 
-    Raises: UserError if the data's classes are not the model's.
+    Raises: UserError if the data's classes are not the model's, or an image has several for one.
     """
     if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
         raise UserError(
@@ -40,6 +41,12 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
         raise UserError(
             f"the model tells {list(known.values())[:5]}..., but the data has "
             f"{list(split.id2label.values())[:5]}...; pass the --dataset_name that it was trained on"
+        )
+    if is_multi_label(model) != (split.labels.ndim == 2):
+        kinds = ("one label", "several labels")
+        raise UserError(
+            f"the model gives an image {kinds[is_multi_label(model)]}, but the data "
+            f"{kinds[split.labels.ndim == 2]}; pass the --label_column_name that it was trained on"
         )
     preprocessing = Preprocessing.from_image_processor(image_processor)
     num_workers = config.dataloader_num_workers

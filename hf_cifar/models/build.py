@@ -31,6 +31,7 @@ from hf_cifar.models.article import (
 )
 from hf_cifar.models.layers import describe_trainable, freeze, head_parameter_names
 from hf_cifar.models.names import BUNDLED, SCRATCH, check_model_name
+from hf_cifar.models.problem import set_problem
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
 from hf_cifar.options import ModelConfig
 
@@ -55,10 +56,13 @@ class Classifier(NamedTuple):
     image_processor: BaseImageProcessor
 
 
-def build_model(config: ModelConfig, id2label: dict[int, str]) -> Classifier:
+def build_model(
+    config: ModelConfig, id2label: dict[int, str], *, multi_label: bool = False
+) -> Classifier:
     """Load or create the model, relabel its head to `id2label`, set its input size, and freeze layers.
 
-    The head is new unless the checkpoint already has these very labels.
+    The head is new unless the checkpoint already has these very labels. multi_label: an image may have
+    several of them, or none.
     Raises: UserError for an unknown model, no network, or a size that the model cannot take.
     """
     name = config.model_name_or_path
@@ -76,6 +80,7 @@ def build_model(config: ModelConfig, id2label: dict[int, str]) -> Classifier:
         raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
     model = classifier.model
     _check_forward(model, classifier.image_processor, config)
+    set_problem(model, multi_label)
     freeze(model, config.freeze)
     _log_summary(name, model, new)
     return classifier

@@ -1,0 +1,197 @@
+"""hf_cifar.data.multilabel: label columns of lists, from any source to a fair division."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, LargeList, List, Value
+from PIL import Image
+
+from hf_cifar.data.multilabel import stratified_choice
+from hf_cifar.data.sources import load_source
+from hf_cifar.data.splits import load_splits, load_test_split
+from hf_cifar.errors import UserError
+from hf_cifar.options import DataConfig
+
+TAGS = ClassLabel(names=["cat", "dog", "owl"])
+LISTS = [[0], [1, 2], [], [0, 1], [2, 2], [1], [0, 2], []]
+
+
+def config(folder, **options):
+    return DataConfig(dataset_name=str(folder), **options)
+
+
+def drawn_labels(seed, num_rows=400, num_labels=12):
+    """Labels [N, K] of all frequencies, from one in a hundred images to one in two; some images have none."""
+    shares = np.geomspace(0.01, 0.5, num_labels)
+    return (np.random.default_rng(seed).random((num_rows, num_labels)) < shares).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", [List, LargeList, lambda f: List(f, length=2)])
+def test_a_column_of_lists_is_found_by_its_type(save, make_rows, kind):
+    lists = [[0, 1], [1, 2], [0, 2], [2, 2]] * 2
+    rows = make_rows(lists, kind(TAGS), label="tags")
+    splits = load_splits(config(save(train=rows, validation=rows)))
+    assert splits.multi_label and splits.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    assert splits.train.labels.dtype == np.uint8
+    wanted = [[1, 1, 0], [0, 1, 1], [1, 0, 1], [0, 0, 1]] * 2
+    np.testing.assert_array_equal(splits.validation.labels, wanted)
+
+
+def test_a_column_of_lone_class_labels_goes_before_one_of_lists(save, make_rows):
+    rows = make_rows([0, 1] * 4, label="kind")
+    rows = rows.add_column("tags", LISTS, feature=List(TAGS))
+    folder = save(train=rows, validation=rows)
+    assert not load_splits(config(folder)).multi_label
+    assert load_splits(config(folder, label_column_name="tags")).multi_label
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_lists_of_strings_are_taken_by_flag(save, make_rows, kind):
+    words = [[TAGS.names[i] for i in row] for row in LISTS]
+    train = make_rows(words, List(Value(kind)), label="tags")
+    folder = save(train=train, test=train.select([1, 0]))
+    with pytest.raises(UserError, match=r"name it with --label_column_name"):
+        load_source(config(folder))
+    source = load_source(config(folder, label_column_name="tags"))
+    assert source["train"].features["label"] == List(TAGS)
+    assert source["train"]["label"][:] == LISTS
+    assert source["test"]["label"][:] == [LISTS[1], LISTS[0]]
+
+
+def test_tags_of_an_image_folder(tmp_path):
+    lines = []
+    for i, row in enumerate(LISTS):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "tags": [TAGS.names[k] for k in row]}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    source = load_source(config(tmp_path, label_column_name="tags"))
+    assert source["train"].features["label"] == List(TAGS)
+    assert sorted(source["train"]["label"][:]) == sorted(LISTS)
+
+
+@pytest.mark.parametrize(
+    ("lists", "feature", "message"),
+    [
+        ([[0], [1], None, [2]], List(TAGS), "train row 2: the labels are missing; .* an empty list"),
+        ([[0], [1], [2, None]], List(TAGS), "train row 2: a label is missing"),
+        ([[0, 1, 1], [1, 0, 0]], List(Value("int64")), r"holds List\(Value.*: cast it to List"),
+        ([[0.5], [1.0]], List(Value("float32")), r"holds List\(Value.*lists of class labels"),
+        ([[[0]], [[1]]], List(List(TAGS)), r"holds List\(List.*lists of class labels"),
+    ],
+)  # fmt: skip
+def test_what_is_no_list_of_labels_is_refused(save, make_rows, lists, feature, message):
+    folder = save(train=make_rows(lists, feature, label="tags"))
+    with pytest.raises(UserError, match=message):
+        load_source(config(folder, label_column_name="tags"))
+
+
+@pytest.mark.parametrize("wrong", [7, -1])
+def test_a_label_out_of_range_is_named_with_its_row(tmp_path, make_rows, wrong):
+    rows = make_rows([[0, 1], [2], [], [1, wrong]], List(Value("int64")), label="tags")
+    rows.info.features = rows._info.features = datasets.Features(
+        {"img": datasets.Image(), "tags": List(TAGS)}
+    )
+    rows.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match=f"train row 3: label {wrong} is not one of the 3 classes"):
+        load_source(config(tmp_path / "saved"))
+
+
+def test_a_tag_that_train_does_not_have(save, make_rows):
+    folder = save(
+        train=make_rows([["cat"], ["dog", "cat"]], List(Value("string"))),
+        test=make_rows([["dog"], ["cat", "owl"]], List(Value("string"))),
+    )
+    with pytest.raises(UserError, match=r"test row 1: label 'owl' is not one of the 2 classes"):
+        load_source(config(folder, label_column_name="label"))
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels"), [(List(ClassLabel(names=["a", "b"])), [[0], [1]]), (TAGS, [0, 1])]
+)
+def test_splits_that_disagree(save, make_rows, feature, labels):
+    folder = save(train=make_rows(LISTS, List(TAGS)), test=make_rows(labels, feature))
+    with pytest.raises(UserError, match=r"split test (names its classes|labels its images by)"):
+        load_source(config(folder))
+
+
+@pytest.mark.parametrize("hidden", [[[], []], [[-1], [-1]], [None, None]])
+def test_hidden_test_labels_are_left_out(save, make_rows, hidden):
+    folder = save(train=make_rows(LISTS, List(TAGS)), test=make_rows(hidden, List(TAGS)))
+    assert list(load_source(config(folder))) == ["train"]
+    with pytest.raises(UserError, match="no labelled test split"):
+        load_test_split(config(folder))
+
+
+def test_a_stream_of_lists_is_refused(tmp_path, make_rows):
+    make_rows(LISTS, List(TAGS)).to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(UserError, match=r"column 'label' holds several .*leave out --streaming"):
+        load_splits(config(tmp_path, streaming=True, max_eval_samples=4))
+
+
+def test_the_division_has_its_size_its_seed_and_the_shares_of_its_classes():
+    labels = drawn_labels(0)
+    chosen = stratified_choice(labels, 100, seed=1, spare=1)
+    assert len(chosen) == 100 == len(np.unique(chosen)) and (np.diff(chosen) > 0).all()
+    np.testing.assert_array_equal(chosen, stratified_choice(labels, 100, seed=1, spare=1))
+    assert not np.array_equal(chosen, stratified_choice(labels, 100, seed=2, spare=1))
+    # A plain draw is off by a standard deviation of 4.3 for 100 images of a class.
+    assert np.abs(labels[chosen].sum(axis=0) - labels.sum(axis=0) / 4).max() <= 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_class_that_has_two_images_is_in_both_parts(seed):
+    labels = drawn_labels(seed)
+    chosen = stratified_choice(labels, 40, seed=seed, spare=1)
+    inside, counts = labels[chosen].sum(axis=0), labels.sum(axis=0)
+    assert (inside[counts > 1] > 0).all()
+    assert (counts - inside)[counts > 0].all()
+
+
+def test_validation_is_cut_out_of_train(save, make_rows):
+    lists = [
+        np.flatnonzero(row).tolist() for row in drawn_labels(0, 200, 3) | drawn_labels(1, 200, 3)
+    ]
+    folder = save(train=make_rows(lists, List(TAGS)))
+    splits = load_splits(config(folder))
+    assert (len(splits.train), len(splits.validation)) == (180, 20)
+    assert not np.intersect1d(splits.train.row_ids, splits.validation.row_ids).size
+    assert splits.validation.labels.any(axis=0).all()
+    assert splits.hash == load_splits(config(folder)).hash
+    assert splits.hash != load_splits(config(folder, split_seed=1)).hash
+    few = load_splits(config(folder, max_train_samples=30, max_eval_samples=5))
+    assert (len(few.train), len(few.validation)) == (30, 5)
+    assert few.train.labels.any(axis=0).all()
+    assert np.isin(few.train.row_ids, splits.train.row_ids).all()
+
+
+def test_the_hash_knows_the_labels(save, make_rows):
+    other = [*LISTS[:-1], [1]]
+    one, two = (save(train=make_rows(lists, List(TAGS))) for lists in (LISTS, other))
+    assert load_splits(config(one)).hash != load_splits(config(two)).hash
+
+
+def test_a_class_with_one_image_stays_in_train(save, make_rows):
+    folder = save(train=make_rows([[0], [1], [0, 2], [0], [1], [0, 1]], List(TAGS)))
+    splits = load_splits(config(folder))
+    assert splits.train.labels[:, 2].sum() == 1 and splits.validation.labels[:, 2].sum() == 0
+
+
+def test_a_class_without_an_image_is_refused(save, make_rows):
+    folder = save(train=make_rows([[0], [1], [0, 1], []], List(TAGS)))
+    with pytest.raises(UserError, match=r"class 'owl' has no image in train"):
+        load_splits(config(folder))
+
+
+def test_data_sets_of_one_image_are_refused(save, make_rows):
+    folder = save(train=make_rows([[0, 1, 2]], List(TAGS)))
+    with pytest.raises(UserError, match="has one image in train"):
+        load_splits(config(folder))
+
+
+def test_rows_of_a_selection_keep_their_labels(make_rows):
+    from hf_cifar.data.multilabel import label_array
+
+    rows: Dataset = make_rows(LISTS, List(TAGS)).select([3, 1])
+    np.testing.assert_array_equal(label_array(rows), [[1, 1, 0], [0, 1, 1]])

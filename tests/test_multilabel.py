@@ -1,0 +1,268 @@
+"""Multi-label data from one end to the other: what the single-label path does not have."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import load_from_disk
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+
+from hf_cifar import (
+    DataConfig,
+    EvaluateConfig,
+    PredictConfig,
+    RunConfig,
+    UserError,
+    evaluate_saved,
+    finetune_classifier,
+    load_splits,
+    predict_files,
+)
+from hf_cifar.cli import main
+from hf_cifar.config import FinetuneConfig
+from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.finetune import build_trainer, render_summary, resolve_defaults
+from hf_cifar.models.build import build_model
+from hf_cifar.trainer import binary_cross_entropy
+
+
+def config_of(folder, data, model, *flags):
+    return RunConfig.parse(
+        [
+            "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
+            "--output_dir", str(folder), "--per_device_train_batch_size", "8",
+            "--learning_rate", "3e-3", "--disable_tqdm", "true", "--num_train_epochs", "2", *flags,
+        ]
+    )  # fmt: skip
+
+
+def make_trainer(folder, data, model, *flags):
+    config = config_of(folder, data, model, *flags)
+    splits = load_splits(config.data)
+    torch.manual_seed(0)
+    model, processor = build_model(config.model, splits.id2label, multi_label=splits.multi_label)
+    return build_trainer(model, processor, splits, resolve_defaults(config, model))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, lights, tiny_vit):
+    folder = tmp_path_factory.mktemp("runs") / "lights"
+    flags = ("--num_train_epochs", "8", "--do_predict", "--train_val_split", "0.2")
+    return finetune_classifier(config_of(folder, lights, tiny_vit, *flags))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, lights):
+    """The test images as files, with their labels."""
+    folder = tmp_path_factory.mktemp("photos")
+    rows = load_from_disk(str(lights))["test"]
+    for i, photo in enumerate(rows["photo"]):
+        photo.save(folder / f"{i:02}.png")
+    return sorted(folder.iterdir()), rows["lights"][:]
+
+
+def test_the_run_learns_and_leaves_a_multi_label_model(finished):
+    found = finished.metrics["test"]
+    assert found["accuracy"] > 0.9 and found["average_precision_macro"] > 0.98
+    config = json.loads((finished.output_dir / "config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification"
+    assert config["id2label"] == {"0": "r", "1": "g", "2": "b"}
+    thresholds = [one["threshold"] for one in found["per_class"].values()]
+    assert config["thresholds"] == thresholds and set(thresholds) != {0.5}
+    saved = json.loads((finished.output_dir / "metrics.json").read_text())
+    assert saved == finished.metrics
+    run = json.loads((finished.output_dir / "run.json").read_text())
+    assert run["temperature"] == 1 and set(run["label_counts"]["train"]) == {"r", "g", "b"}
+
+
+def test_thresholds_are_fitted_on_validation_alone(finished):
+    from hf_cifar.evaluation.multilabel import fit_thresholds, sigmoid
+
+    validation, test = (Predictions.load(finished.output_dir, s) for s in ("validation", "test"))
+    fitted = fit_thresholds(sigmoid(validation.logits), validation.labels)
+    np.testing.assert_array_equal(validation.thresholds, fitted)
+    np.testing.assert_array_equal(test.thresholds, fitted)
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_map(finished):
+    last = max(finished.output_dir.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    state = json.loads((last / "trainer_state.json").read_text())
+    areas = [log.get("eval_average_precision_macro", 0) for log in state["log_history"]]
+    assert state["best_metric"] == max(areas)
+    options = RunConfig.load(finished.output_dir / "config.yaml").train
+    assert options.metric_for_best_model == "average_precision_macro" and options.greater_is_better
+
+
+def test_summary_and_card_show_multi_label_figures(finished):
+    card = (finished.output_dir / "README.md").read_text()
+    for text in (render_summary(finished), card):
+        assert "f1_micro" in text and "average_precision_macro" in text and "ece" not in text
+
+
+def test_evaluate_gives_the_figures_of_the_run_again(finished, capsys):
+    assert main(["evaluate", "--model_name_or_path", str(finished.output_dir), "--use_cpu"]) == 0
+    assert "average_precision_macro" in capsys.readouterr().out
+    again = json.loads((finished.output_dir / "metrics.json").read_text())["validation"]
+    assert again["f1_macro"] == finished.metrics["validation"]["f1_macro"]
+
+
+def test_evaluate_refuses_data_of_the_other_kind(finished, lights, tmp_path):
+    rows = load_from_disk(str(lights))
+    feature = rows["train"].features["lights"].feature
+    for split in rows:
+        rows[split] = (
+            rows[split]
+            .remove_columns("lights")
+            .add_column("light", [i % 3 for i in range(len(rows[split]))], feature=feature)
+        )
+    rows.save_to_disk(str(tmp_path / "one"))
+    config = EvaluateConfig(model_name_or_path=str(finished.output_dir), use_cpu=True)
+    with pytest.raises(UserError, match="gives an image several labels, but the data one label"):
+        evaluate_saved(config, DataConfig(dataset_name=str(tmp_path / "one")))
+
+
+def test_predict_gives_the_labels_that_reach_their_thresholds(finished, photos):
+    paths, _ = photos
+    test = Predictions.load(finished.output_dir, "test")
+    config = PredictConfig(model_name_or_path=str(finished.output_dir), use_cpu=True, top_k=2)
+    for row, record in enumerate(predict_files(config, list(map(str, paths)))):
+        scores = 1 / (1 + np.exp(-test.logits[row].astype(np.float64)))
+        given = {test.id2label[k] for k in np.flatnonzero(scores >= test.thresholds)}
+        assert {one["label"] for one in record["labels"]} == given
+        assert len(record["top_k"]) == 2 and "label" not in record
+        ranked = [one["score"] for one in record["labels"]]
+        assert ranked == sorted(ranked, reverse=True)
+        for one in [*record["labels"], *record["top_k"]]:
+            assert one["score"] == pytest.approx(scores["rgb".index(one["label"])], abs=2e-3)
+
+
+def test_an_image_may_get_no_label(finished, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "dark.png")
+    config = PredictConfig(model_name_or_path=str(finished.output_dir), use_cpu=True)
+    (record,) = predict_files(config, [str(tmp_path / "dark.png")])
+    assert record["labels"] == [] and len(record["top_k"]) == 3
+
+
+def test_pipeline_takes_the_sigmoid(finished, photos):
+    paths, _ = photos
+    classify = pipeline("image-classification", model=str(finished.output_dir), device="cpu")
+    found = {one["label"]: one["score"] for one in classify(str(paths[0]))}
+    test = Predictions.load(finished.output_dir, "test")
+    wanted = 1 / (1 + np.exp(-test.logits[0]))
+    np.testing.assert_allclose([found[name] for name in "rgb"], wanted, atol=2e-3)
+
+
+def test_thresholds_of_another_number_of_labels_are_refused(finished, tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(finished.output_dir)
+    model.config.thresholds = [0.5]
+    model.save_pretrained(tmp_path)
+    from hf_cifar.models.problem import thresholds_of
+
+    with pytest.raises(UserError, match="holds 1 thresholds for 3 labels"):
+        thresholds_of(AutoModelForImageClassification.from_pretrained(tmp_path))
+
+
+def test_a_run_from_a_multi_label_model_starts_without_its_thresholds(finished, lights, stripes):
+    config = config_of("unused", lights, finished.output_dir)
+    several = build_model(config.model, dict(enumerate("rgb")), multi_label=True).model
+    assert several.config.thresholds is None
+    one = build_model(config.model, {0: "across", 1: "down"}).model
+    assert one.config.problem_type is None and one.config.thresholds is None
+
+
+@pytest.mark.parametrize("model", ["scratch/test_efficientnet", "scratch/article_cnn"])
+def test_timm_and_article_models_train_on_several_labels(tmp_path, lights, model):
+    size = () if "article" in model else ("--image_size", "32")
+    result = finetune_classifier(
+        config_of(tmp_path, lights, model, "--num_train_epochs", "1", *size)
+    )
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.problem_type == "multi_label_classification"
+    assert len(loaded.config.thresholds) == 3 and result.metrics["validation"]["f1_macro"] >= 0
+
+
+def test_without_calibration_every_threshold_is_one_half(tmp_path, lights, tiny_vit):
+    flags = ("--num_train_epochs", "1", "--calibrate", "false", "--freeze", "backbone")
+    result = finetune_classifier(config_of(tmp_path, lights, tiny_vit, *flags))
+    figures = result.metrics["validation"]["per_class"].values()
+    assert [one["threshold"] for one in figures] == [0.5] * 3
+
+
+def test_loss_is_binary_cross_entropy_smoothed_in_training_alone(tmp_path, lights, tiny_vit):
+    trainer = make_trainer(tmp_path, lights, tiny_vit, "--label_smoothing_factor", "0.2")
+    batch = next(iter(trainer.get_train_dataloader()))
+    labels = batch["labels"].float()
+    for mode, targets in (
+        (False, labels),
+        (True, 0.8 * labels + 0.2 * labels.sum(dim=1, keepdim=True) / 3),
+    ):
+        trainer.model.train(mode)
+        inputs = trainer._prepare_inputs(batch)
+        loss, outputs = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+        wanted = F.binary_cross_entropy_with_logits(outputs["logits"], targets)
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_smoothing_of_one_label_is_that_of_plain_cross_entropy():
+    labels = F.one_hot(torch.tensor([1, 3]), 4)
+    smoothed = labels * 0.9 + 0.1 / 4
+    logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    wanted = F.binary_cross_entropy_with_logits(logits, smoothed)
+    assert binary_cross_entropy(logits, labels, 0.1) == pytest.approx(wanted.item())
+
+
+@pytest.mark.parametrize("flag", ["--mixup_alpha", "--cutmix_alpha"])
+def test_a_mixed_batch_trains_on_mixed_labels(tmp_path, lights, tiny_vit, flag):
+    trainer = make_trainer(
+        tmp_path, lights, tiny_vit, flag, "1", "--crop_padding", "0", "--flip", "0"
+    )
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    inputs = trainer._prepare_inputs(batch)
+    targets, labels = inputs["targets"], batch["labels"].float()
+    assert targets.shape == labels.shape and not torch.equal(targets, labels)
+    # A light that is on in a share of an image brightens that share: the mean colour tells the target.
+    colours = inputs["pixel_values"].mean(dim=(2, 3))
+    plain = trainer.preprocessing(batch["pixel_values"]).mean(dim=(2, 3))
+    dark, bright = plain[labels == 0].mean(), plain[labels == 1].mean()
+    assert ((colours - dark) / (bright - dark) - targets).abs().max() < 0.05
+
+
+def test_gradients_are_the_same_with_and_without_accumulation(tmp_path, lights, tiny_vit):
+    gradients = []
+    for size, steps in (("16", "1"), ("4", "4")):
+        trainer = make_trainer(
+            tmp_path / size, lights, tiny_vit, "--per_device_train_batch_size", size,
+            "--gradient_accumulation_steps", steps, "--crop_padding", "0", "--flip", "0",
+            "--max_steps", "1", "--optim", "sgd", "--warmup_steps", "0", "--max_grad_norm", "0",
+            "--weight_decay", "0", "--eval_strategy", "no", "--save_strategy", "no",
+            "--lr_scheduler_type", "constant", "--precision", "fp32",
+        )  # fmt: skip
+        before = trainer.model.classifier.weight.detach().clone()
+        trainer.train()
+        gradients.append(before - trainer.model.classifier.weight.detach())
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
+
+
+def test_the_exact_solver_is_refused(tmp_path, lights, tiny_vit):
+    flags = ("--head_solver", "lbfgs", "--freeze", "backbone")
+    with pytest.raises(UserError, match="lbfgs solves for one label an image"):
+        make_trainer(tmp_path, lights, tiny_vit, *flags)
+
+
+def test_metrics_of_multi_label_data_are_refused_elsewhere(tmp_path, stripes, tiny_vit, lights):
+    flags = ("--metric_for_best_model", "f1_macro")
+    with pytest.raises(UserError, match="f1_macro is for multi-label data"):
+        make_trainer(tmp_path, stripes, tiny_vit, *flags)
+    assert make_trainer(tmp_path, lights, tiny_vit, *flags).args.metric_for_best_model == "f1_macro"
+
+
+def test_of_one_label_an_image_the_best_checkpoint_stays_that_of_the_accuracy(
+    tmp_path, stripes, tiny_vit
+):
+    args = make_trainer(tmp_path, stripes, tiny_vit).args
+    assert args.metric_for_best_model == "accuracy" and args.greater_is_better
+    assert FinetuneConfig(output_dir="unused").metric_for_best_model is None
