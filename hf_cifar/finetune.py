@@ -585,6 +585,7 @@ def render_summary(result: RunResult) -> str:
     return f"""{render_figures(result.metrics, headline(result.metrics["validation"]))}
 
 model: {result.output_dir}
+report: hf-cifar report {result.output_dir}
 
 from transformers import pipeline
 classify = pipeline("image-classification", model="{result.output_dir}"{_custom_code(result)})
