@@ -36,7 +36,7 @@ EVAL_RESULTS_FOLDER = ".eval_results"
 HIDDEN_OPTIONS = {
     "output_dir", "dataset_name", "model_name_or_path", "run_name", "push_to_hub", "logging_dir",
 }  # fmt: skip
-TOKEN = re.compile(r"hf_\w{6,}")
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # a folder may be called hf_flowers
 PLAIN = re.compile(r"[\w .,:;=+%(){}\[\]'\"-]*")
 MAX_CLASSES = 50  # in a table
 MAX_NAMES = 20  # in a sentence
@@ -283,18 +283,21 @@ def _result(split: str, figures: dict[str, Any], options: dict[str, Any]) -> dic
             interval = figures.get("intervals", {}).get(key)
             between = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-"
             rows.append((key, render_figure(figures[key]), between))
-    if split == "test":
-        role = "Not read before the end of the training; nothing was chosen by it."
-    else:
-        best = "the checkpoint" if options.get("load_best_model_at_end") else None
-        best = "the head's penalty" if options.get("head_solver") == "lbfgs" else best
-        chosen = [best] if best else []
-        chosen += ["the temperature"] if "temperature" in figures else []
-        chosen += ["each label's threshold"] if "f1_micro" in figures else []
-        role = "Held out of train."
-        if chosen:
-            role += f" It chose {' and '.join(chosen)}, so that its figures flatter the model."
+    role = role_of(split, figures, options)
     return {"name": split, "num_images": f"{figures['num_images']:,}", "role": role, "rows": rows}
+
+
+def role_of(split: str, figures: dict[str, Any], options: dict[str, Any]) -> str:
+    """What a split was for in a run, so that a reader knows how far to trust its figures."""
+    if split == "test":
+        return "Not read before the end of the training; nothing was chosen by it."
+    chosen = ["the checkpoint"] if options.get("load_best_model_at_end") else []
+    chosen = ["the head's penalty"] if options.get("head_solver") == "lbfgs" else chosen
+    chosen += ["the temperature"] if "temperature" in figures else []
+    if "f1_micro" in figures and options.get("calibrate"):
+        chosen += ["each label's threshold"]
+    flattered = f" It chose {' and '.join(chosen)}, so that its figures flatter the model."
+    return "Held out of train." + (flattered if chosen else "")
 
 
 def _temperature(metrics: dict[str, dict[str, Any]]) -> str:
@@ -352,9 +355,9 @@ def _weakest(figures: dict[str, Any]) -> str:
     )
 
 
-def _confused(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    if "confusion_matrix" not in figures:
-        return []
+def _confused(figures: dict[str, Any]) -> list[tuple[str, ...]] | None:
+    if "confusion_matrix" not in figures:  # of several labels an image
+        return None
     pairs = confused_pairs(figures["confusion_matrix"], list(figures["per_class"]), NUM_PAIRS)
     return [
         (pair["truth"], pair["prediction"], f"{pair['num_images']:,}", f"{pair['share']:.1%}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -47,7 +46,13 @@ from hf_cifar.environment import environment
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.multilabel import headline
-from hf_cifar.evaluation.predictions import Predictions, render_figures, write_json
+from hf_cifar.evaluation.predictions import (
+    Predictions,
+    read_json,
+    remove_figures,
+    render_figures,
+    write_json,
+)
 from hf_cifar.extras import require
 from hf_cifar.features import (
     FeatureStore,
@@ -325,13 +330,16 @@ def finish_run(
     metrics = {evaluation.split: evaluation.metrics for evaluation in evaluations}
     save_classifier(trainer, folder)
     if trainer.is_world_process_zero():
+        facts, before = run_facts(trainer, splits, evaluations[0].temperature, config), {}
+        if resume_point(config):
+            before = read_json(folder / RUN_FILE)
+        if before.get("steps") == facts["steps"]:
+            # A finished run that is resumed trains nothing: its time and speed are those of then.
+            facts |= before
+        else:
+            remove_figures(folder)
         for evaluation in evaluations:
             evaluation.save(folder)
-        facts = run_facts(trainer, splits, evaluations[0].temperature, config)
-        if resume_point(config) and (folder / RUN_FILE).is_file():
-            before = json.loads((folder / RUN_FILE).read_text())
-            # A finished run that is resumed trains nothing: its time and speed are those of then.
-            facts = facts | before if before["steps"] == facts["steps"] else facts
         write_json(folder / RUN_FILE, facts)
         save_card(folder)
         if config.train.push_to_hub:

@@ -281,6 +281,11 @@ def test_no_option_brings_a_path_or_a_token_into_the_card():
     assert all(line.count(" | ") == 1 for line in options.splitlines() if line.startswith("| `"))
 
 
+def test_a_name_that_begins_as_a_token_does_stays():
+    text = render_card(changed(repo_id="me/hf_flowers102_vit"))
+    assert 'model="me/hf_flowers102_vit"' in text and "hf_..." not in text
+
+
 def test_no_class_name_breaks_table_or_metadata():
     names = ["cat | dog", "a\nb", f"x {TOKEN}"]
     per_class = dict(zip(names, PER_CLASS.values(), strict=True))

@@ -333,6 +333,16 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, stripes, tiny_vit, ca
     assert "steps are done; raise --num_train_epochs" in capsys.readouterr().out
 
 
+def test_a_run_that_trains_on_says_nothing_of_the_model_that_it_was(tmp_path, stripes, tiny_vit):
+    folder = tmp_path / "run"
+    run(folder, stripes, tiny_vit, "--max_steps", "2", "--do_predict")
+    (folder / "report.html").write_text("of the first model")
+    run(folder, stripes, tiny_vit, "--max_steps", "4", "--resume_from_checkpoint", "last")
+    assert list(json.loads((folder / "metrics.json").read_text())) == ["validation"]
+    assert [path.name for path in (folder / "predictions").iterdir()] == ["validation.parquet"]
+    assert not (folder / "report.html").exists()
+
+
 @pytest.mark.parametrize(
     "change", [["--freeze", "backbone"], ["--flip", "0.25"], ["--max_train_samples", "20"]]
 )

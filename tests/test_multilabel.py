@@ -100,6 +100,7 @@ def test_summary_and_card_show_multi_label_figures(finished):
     card = (finished.output_dir / "README.md").read_text()
     for text in (render_summary(finished), card):
         assert "f1_micro" in text and "average_precision_macro" in text and "ece" not in text
+    assert "No image was mistaken" not in card
 
 
 def test_evaluate_gives_the_figures_of_the_run_again(finished, capsys):

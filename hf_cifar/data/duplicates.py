@@ -85,7 +85,7 @@ def thumbnails_of(images: Array | Sequence[Array]) -> Array:
 def perceptual_hashes(thumbnails: Array) -> Array:
     """Signs [N, 63], -1 or 1, of the lowest frequencies of thumbnails [N, 32, 32] about their median."""
     basis = dct(np.eye(SIDE, dtype=np.float32), axis=0, norm="ortho")[:HASH_SIDE]
-    low = (basis @ thumbnails @ basis.T).reshape(len(thumbnails), -1)[:, 1:]
+    low = (basis @ thumbnails @ basis.T).reshape(-1, HASH_SIDE**2)[:, 1:]
     return np.where(low > np.median(low, axis=1, keepdims=True), 1, -1).astype(np.float32)
 
 
@@ -112,27 +112,32 @@ def _equal_pairs(
 
 def _alike_pairs(first: Array, second: Array, *, within: bool) -> dict[tuple[int, int], float]:
     """Pairs whose hashes and whose thumbnails agree, with the difference of the thumbnails."""
+    # An even thumbnail is like any other.
+    told = [np.flatnonzero(_contrast(each) >= MIN_CONTRAST) for each in (first, second)]
+    first, second = first[told[0]], second[told[1]]
     hashes = perceptual_hashes(first), perceptual_hashes(second)
-    standard, contrast = zip(_standardised(first), _standardised(second), strict=True)
+    standard = _standardised(first), _standardised(second)
     near = {}
     for start in range(0, len(first), CHUNK):
         # The product of two hashes is 63 less twice the number of bits that differ.
         agreement = hashes[0][start : start + CHUNK] @ hashes[1].T
         rows, columns = np.nonzero(agreement >= NUM_BITS - 2 * MAX_BITS)
-        rows += start
-        keep = (contrast[0][rows] >= MIN_CONTRAST) & (contrast[1][columns] >= MIN_CONTRAST)
-        if within:
-            keep &= rows < columns
-        for a, b in zip(rows[keep].tolist(), columns[keep].tolist(), strict=True):
+        for a, b in zip((rows + start).tolist(), columns.tolist(), strict=True):
+            pair = int(told[0][a]), int(told[1][b])
+            if within and pair[0] >= pair[1]:
+                continue
             difference = float(np.sqrt(np.mean((standard[0][a] - standard[1][b]) ** 2)))
             if difference <= MAX_DIFFERENCE:
-                near[a, b] = difference
+                near[pair] = difference
     return near
 
 
-def _standardised(thumbnails: Array) -> tuple[Array, Array]:
-    """Thumbnails [N, 1024] of mean 0 and standard deviation 1, and what it was [N]."""
-    flat = thumbnails.reshape(len(thumbnails), -1)
-    contrast = flat.std(axis=1)
-    centred = flat - flat.mean(axis=1, keepdims=True)
-    return centred / np.maximum(contrast, 1e-6)[:, None], contrast
+def _contrast(thumbnails: Array) -> Array:
+    """Standard deviation [N] of each thumbnail."""
+    return thumbnails.std(axis=(1, 2))
+
+
+def _standardised(thumbnails: Array) -> Array:
+    """Thumbnails [N, 1024] of mean 0 and standard deviation 1."""
+    flat = thumbnails.reshape(-1, SIDE**2)
+    return (flat - flat.mean(axis=1, keepdims=True)) / _contrast(thumbnails)[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -10,7 +10,7 @@ Array = np.ndarray
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-def image_properties(images: Array | Sequence[Array]) -> dict[str, Array]:
+def image_properties(images: Array | Iterable[Array]) -> dict[str, Array]:
     """Brightness, contrast and sharpness [N] of each image, uint8 [N, H, W, 3] or of any sizes.
 
     brightness: mean, 0..1. contrast: standard deviation of brightness, 0..0.5. sharpness: mean size of the

@@ -77,23 +77,26 @@ def suspected_label_errors(probabilities: Array, labels: Array) -> tuple[int, Ar
     return int(count.num_label_issues(given, among)), order
 
 
-def slices(values: Array, hits: Array, parts: int = 4) -> list[dict[str, Any]]:
+def slices(values: Array, hits: Array, parts: int = 4) -> list[dict[str, Any] | None]:
     """Accuracy where a property of the images is low, and where it is high.
 
     values, hits [N]: the property, and whether the prediction is right. Parts of as many images, where no
-    values are equal, the lowest first: low, high (of the property), num_images, accuracy, interval.
+    values are equal, the lowest first: low, high (of the property), num_images, accuracy, interval; None for
+    a part that equal values leave empty.
     """
     values, hits = np.asarray(values, np.float64), np.asarray(hits, bool)
     edges = np.quantile(values, np.arange(1, parts) / parts, method="inverted_cdf")
     part_of = np.searchsorted(edges, values, side="left")
-    return [
-        {
-            "low": float(values[part].min()),
-            "high": float(values[part].max()),
-            "num_images": int(part.sum()),
-            "accuracy": float(hits[part].mean()),
-            "interval": wilson(hits[part].sum(), part.sum()).tolist(),
-        }
-        for part in (part_of == number for number in range(parts))
-        if part.any()
-    ]
+    return [_slice(values[part_of == part], hits[part_of == part]) for part in range(parts)]
+
+
+def _slice(values: Array, hits: Array) -> dict[str, Any] | None:
+    if len(values) == 0:
+        return None
+    return {
+        "low": float(values.min()),
+        "high": float(values.max()),
+        "num_images": len(values),
+        "accuracy": float(hits.mean()),
+        "interval": wilson(hits.sum(), len(hits)).tolist(),
+    }

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_cifar.data.corruptions import CORRUPTIONS, SEVERITIES, CorruptedStore
 from hf_cifar.data.splits import Split, subsample
-from hf_cifar.data.store import CPU, build_store
+from hf_cifar.data.store import CPU, ResidentStore, StreamedStore, build_store
 from hf_cifar.evaluation.calibration import fit_temperature
 from hf_cifar.evaluation.intervals import wilson
 from hf_cifar.evaluation.multilabel import (
@@ -40,11 +40,17 @@ def evaluate_classifier(
     pixel_store: auto, resident or streamed. temperature: what the model's logits are already divided by,
     for the record.
     """
+    store = _store_of(trainer, split, pixel_store)
+    return predict_images(trainer, split, store, temperature)
+
+
+def _store_of(
+    trainer: ImageClassificationTrainer, split: Split, pixel_store: str
+) -> ResidentStore | StreamedStore:
     device = trainer.args.device if trainer.args.dataloader_num_workers == 0 else CPU
-    store = build_store(
+    return build_store(
         split, trainer.preprocessing, augmented=False, kind=pixel_store, device=device
     )
-    return predict_images(trainer, split, store, temperature)
 
 
 def predict_images(
@@ -69,7 +75,7 @@ def evaluate_corrupted(
     """Accuracy under each corruption at severities 1 to 5, and without any, on up to `num_images` images of
     the split, stratified. Images are corrupted at the size at which they are stored."""
     part = subsample(split, max(num_images, len(split.id2label)), seed=0)
-    store = build_store(part, trainer.preprocessing, augmented=False, kind=pixel_store)
+    store = _store_of(trainer, part, pixel_store)
 
     def hits(images: Dataset) -> int:
         return int(predict_images(trainer, part, images).right.sum())

@@ -21,7 +21,7 @@ from hf_cifar.options import ReportConfig
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
 MAX_SIDE = 128  # px, of a picture in the page
-MATRIX_CLASSES = 40  # of a larger confusion matrix the page shows the most confused pairs alone
+MATRIX_CLASSES = 40  # of more the page shows no confusion matrix, and the lowest recalls alone
 # A figure's name in words, where it is not the name itself.
 WORDS = {
     "num_images": "images",
@@ -68,11 +68,7 @@ def render_page(report: Report) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {
-        "words": words,
-        "key": pointer_key,
-        "thousands": lambda value: f"{value:,}",
-    }
+    environment.filters |= {"words": words, "key": pointer_key}
     return environment.get_template("report.html").render(
         report=facts,
         figure=lambda place, form="plain": figure(facts, place, form),
@@ -152,7 +148,7 @@ def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
 
     loss = {"train": points("loss"), "validation": points("eval_cross_entropy")}
     charts = [
-        ("Loss", {name: line for name, line in loss.items() if line}, "cross-entropy"),
+        ("Loss", {name: line for name, line in loss.items() if line}, "loss"),
         ("Validation accuracy", {"accuracy": points("eval_accuracy")}, "accuracy"),
         ("Learning rate", {"learning rate": points("learning_rate")}, "learning rate"),
     ]
@@ -179,4 +175,9 @@ def recall_bars(metrics: dict[str, Any]) -> Markup:
         for name, values in metrics["per_class"].items()
         if values["num_images"]
     }
-    return Markup(plots.interval_bars("Recall by class", rows, "recall, with 95% interval"))
+    title = "Recall by class"
+    if len(rows) > MATRIX_CLASSES:
+        lowest = sorted(rows, key=lambda name: rows[name][0])[:MATRIX_CLASSES]
+        rows = {name: rows[name] for name in lowest}
+        title = f"The {MATRIX_CLASSES} classes of lowest recall"
+    return Markup(plots.interval_bars(title, rows, "recall, with 95% interval"))

@@ -26,6 +26,11 @@ from hf_cifar.tables import render_table
 
 CORRUPTIONS_FILE = "corruptions.json"
 PREDICTIONS_FOLDER = "predictions"
+# All that is said of the model in a folder, and of no other.
+FIGURE_FILES = (
+    METRICS_FILE, CORRUPTIONS_FILE, f"{PREDICTIONS_FOLDER}/*.parquet", ".eval_results/*.yaml",
+    "report.html", "report.json",
+)  # fmt: skip
 TEMPERATURE, THRESHOLDS = "temperature", "thresholds"  # in the metadata of the file
 
 
@@ -144,6 +149,13 @@ class Predictions:
                 f"{path} does not hold predictions ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:200]}); run hf-cifar evaluate again"
             ) from None
+
+
+def remove_figures(folder: str | Path) -> None:
+    """Remove what was said of a model that another has replaced."""
+    for pattern in FIGURE_FILES:
+        for path in Path(folder).glob(pattern):
+            path.unlink()
 
 
 def saved_splits(folder: str | Path) -> list[str]:

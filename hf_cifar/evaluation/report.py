@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from hf_cifar.card import public_options
+from hf_cifar.card import public_options, role_of
 from hf_cifar.data.duplicates import find_duplicates
 from hf_cifar.data.properties import image_properties
 from hf_cifar.data.splits import Split, load_splits, load_test_split
@@ -37,6 +36,7 @@ from hf_cifar.evaluation.predictions import (
 )
 from hf_cifar.options import CONFIG_FILE, RUN_FILE, ReportConfig, run_data
 from hf_cifar.provenance import public_name
+from hf_cifar.runs import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
     predictions = {split: Predictions.load(folder, split) for split in found}
     run = read_json(folder / RUN_FILE)
     evaluated = predictions["test" if "test" in found else "validation"]
-    if evaluated.labels.ndim > 1:
+    if evaluated.multi_label:
         raise UserError(
             f"{folder} is a multi-label run, of which there is no report yet; its figures are in metrics.json"
         )
@@ -80,6 +80,9 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
         **run_facts(folder, run),
         **galleries(evaluated, probabilities, config.gallery_size),
     }
+    facts["role"] = (
+        role_of(evaluated.split, metrics[evaluated.split], facts["options"]) if run else ""
+    )
     try:
         data = run_data(folder)
         split = matching_split(data, evaluated)
@@ -108,7 +111,7 @@ def run_facts(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         return {"dataset": None, "model": None, "options": {}, "run": {}, "history": []}
-    options = yaml.safe_load(path.read_text())
+    options = read_record(path)
     run = dict(run)
     history = run.pop("history", [])
     return {
@@ -196,7 +199,7 @@ def named_pictures(split: Split, facts: dict[str, Any]):
 
 def property_slices(split: Split, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Accuracy by quarters of brightness, contrast and sharpness."""
-    images = split.images if split.images is not None else list(split.decode_all())
+    images = split.images if split.images is not None else split.decode_all()
     _, hits = confidences_and_hits(probabilities, labels)
     return {name: slices(values, hits) for name, values in image_properties(images).items()}
 
@@ -206,7 +209,7 @@ def duplicates_of(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Evaluated images that train holds as well, and the accuracy on all others."""
     pairs = find_duplicates(split.images, train.images)
-    hits = evaluated.logits.argmax(axis=1) == evaluated.labels
+    hits = evaluated.right
     clean = np.ones(len(hits), bool)
     clean[[pair.first for pair in pairs]] = False
     shown, pictures = [], {}
