@@ -123,9 +123,7 @@ def reproduce(argv: Sequence[str]) -> int:
         usage="hf-cifar reproduce [options] RUN",
         description="The exit status is 0 if the weights are bit-identical, and 1 if they differ.",
     )
-    if len(folders) != 1:
-        raise UserError(f"reproduce takes the folder of one run, not {len(folders)}")
-    folder = Path(folders[0])
+    folder = _one_run("reproduce", folders)
     require_finished(folder)
     output_dir = Path(
         config.output_dir or f"{folder if folder.name else folder.resolve()}-reproduced"
@@ -168,14 +166,13 @@ def report(argv: Sequence[str]) -> int:
     config, folders = parse_dataclasses(
         [ReportConfig], argv, "hf-cifar report", usage="hf-cifar report [options] RUN"
     )
-    if len(folders) != 1:
-        raise UserError(f"report takes the folder of one run, not {len(folders)}")
-    if not Path(folders[0]).is_dir():
-        raise UserError(f"no folder {folders[0]}; pass the output folder of a run")
+    folder = _one_run("report", folders)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; pass the output folder of a run")
 
     from hf_cifar.evaluation.page import write_report
 
-    print(write_report(folders[0], config))
+    print(write_report(folder, config))
     return 0
 
 
@@ -242,15 +239,14 @@ def push(argv: Sequence[str]) -> int:
     config, folders = parse_dataclasses(
         [PushConfig], argv, "hf-cifar push", usage="hf-cifar push RUN --repo_id NAME [options]"
     )
-    if len(folders) != 1:
-        raise UserError(f"push takes the folder of one run, not {len(folders)}")
-    if not Path(folders[0]).is_dir():
-        raise UserError(f"no folder {folders[0]}; pass the --output_dir of a run")
+    folder = _one_run("push", folders)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; pass the --output_dir of a run")
 
     from hf_cifar.hub import Target, plan_push, push_planned, render_plan
 
     target = Target(config.repo_id, config.private, config.revision)
-    plan = plan_push(Path(folders[0]), target)
+    plan = plan_push(folder, target)
     print(render_plan(plan), flush=True)
     if config.dry_run:
         print("nothing was uploaded: leave out --dry_run to push")
@@ -331,6 +327,12 @@ def _complain(error: Exception | str) -> int:
 
 def _wants_help(argv: Sequence[str]) -> bool:
     return "-h" in argv or "--help" in argv
+
+
+def _one_run(command: str, folders: Sequence[str]) -> Path:
+    if len(folders) != 1:
+        raise UserError(f"{command} takes the folder of one run, not {len(folders)}")
+    return Path(folders[0])
 
 
 def _refuse(unused: Sequence[str]) -> None:

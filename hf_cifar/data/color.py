@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ITU-R 601-2, as Pillow's conversion to "L" has it.
-LUMA = (0.299, 0.587, 0.114)
+from hf_cifar.data.images import LUMA
 
 
 def _per_image(strength: Tensor, images: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dct
 
+from hf_cifar.data.images import LUMA
+
 Array = np.ndarray
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601-2
 SIDE = 32  # px, of the thumbnails that are hashed and compared
 HASH_SIDE = 8  # lowest frequencies kept in each direction
 NUM_BITS = HASH_SIDE**2 - 1  # all but the constant one
@@ -74,7 +75,7 @@ def thumbnails_of(images: Array | Sequence[Array]) -> Array:
     thumbnails = np.zeros((len(images), SIDE, SIDE), np.float32)
     for position, image in enumerate(images):
         if image.shape[:2] == (SIDE, SIDE):
-            thumbnails[position] = image @ LUMA
+            thumbnails[position] = image @ np.array(LUMA, np.float32)
         elif min(image.shape[:2]) >= MIN_SIDE:
             grey = Image.fromarray(image).convert("L")
             small = grey.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0)

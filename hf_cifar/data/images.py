@@ -13,6 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hf_cifar.errors import UserError
 
+# What red, green and blue add to brightness: ITU-R 601-2, as Pillow's conversion to "L" has it.
+LUMA = (0.299, 0.587, 0.114)
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 

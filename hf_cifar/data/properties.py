@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from hf_cifar.data.images import LUMA
+
 Array = np.ndarray
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def image_properties(images: Array | Iterable[Array]) -> dict[str, Array]:
@@ -16,7 +17,7 @@ def image_properties(images: Array | Iterable[Array]) -> dict[str, Array]:
     brightness: mean, 0..1. contrast: standard deviation of brightness, 0..0.5. sharpness: mean size of the
     Laplacian of brightness as a share of the contrast; 0 for an even image.
     """
-    rows = [_properties(image @ LUMA / 255) for image in images]
+    rows = [_properties(image @ np.array(LUMA, np.float32) / 255) for image in images]
     return dict(zip(("brightness", "contrast", "sharpness"), np.array(rows).T, strict=True))
 
 

@@ -6,7 +6,7 @@ No model is needed, and no torch. Pictures are read from the run's own data set,
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hf_cifar.data.duplicates import find_duplicates
 from hf_cifar.data.properties import image_properties
 from hf_cifar.data.splits import Split, load_splits, load_test_split
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.calibration import NUM_BINS, confidences_and_hits, reliability
+from hf_cifar.evaluation.calibration import NUM_BINS, reliability
 from hf_cifar.evaluation.errors import (
     confused_pairs,
     most_doubtful_hits,
@@ -91,7 +91,7 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
         logger.warning("a report without pictures, slices and duplicates: %s", error)
         return Report({**facts, "slices": None, "duplicates": None, "pictures": False})
     facts |= {
-        "slices": property_slices(split, probabilities, evaluated.labels),
+        "slices": property_slices(split, evaluated.right),
         "duplicates": None,
         "pictures": True,
     }
@@ -189,7 +189,7 @@ def matching_split(data: Any, evaluated: Predictions) -> Split:
     return split
 
 
-def named_pictures(split: Split, facts: dict[str, Any]):
+def named_pictures(split: Split, facts: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """The pictures (name, [H, W, 3] uint8) of all galleries."""
     position_of = {row_id: position for position, row_id in enumerate(split.row_ids.tolist())}
     suspects = (facts["label_suspects"] or {"images": []})["images"]
@@ -197,10 +197,9 @@ def named_pictures(split: Split, facts: dict[str, Any]):
         yield row["picture"], split.decode(position_of[row["row_id"]])
 
 
-def property_slices(split: Split, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Accuracy by quarters of brightness, contrast and sharpness."""
+def property_slices(split: Split, hits: np.ndarray) -> dict[str, Any]:
+    """Accuracy by quarters of brightness, contrast and sharpness. hits [N]: whether each image is right."""
     images = split.images if split.images is not None else split.decode_all()
-    _, hits = confidences_and_hits(probabilities, labels)
     return {name: slices(values, hits) for name, values in image_properties(images).items()}
 
 
