@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test quality style docs bench clean
+.PHONY: quickstart test test-faults quality style docs bench clean
 
 quickstart: $(VENV)/installed
 	rm -rf outputs/quickstart
@@ -14,6 +14,9 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed quality
 	$(BIN)/pytest -n 3 --dist loadfile -q
+
+test-faults: $(VENV)/installed
+	$(BIN)/pytest -n 2 -q -m faults tests/faults --write-figures docs/reliability.md
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .
