@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-HEADER = "| fault | what has to hold | figure |\n| --- | --- | --- |\n"
+HEADER = "| # | fault | what has to hold | figure |\n| --- | --- | --- | --- |\n"
 PAGE_MARKS = ("<!-- figures -->\n", "<!-- end of figures -->")
 
 
@@ -21,10 +21,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def figure(record_property):
-    """figure(fault, what has to hold, good, of): a row of the table; a shortfall fails the test."""
+    """figure(number, fault, what has to hold, good, of): a row of the table; a shortfall fails the test."""
 
-    def record(fault, promise, good, of):
-        record_property("figure", (fault, promise, f"{good}/{of}"))
+    def record(number, fault, promise, good, of):
+        record_property("figure", (number, fault, promise, f"{good}/{of}"))
         assert good == of, f"{fault}: {good} of {of}"
 
     return record
@@ -37,9 +37,9 @@ def pytest_terminal_summary(terminalreporter, config):
     )
     if not rows:
         return
-    table = HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    table = HEADER + "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
     terminalreporter.write_line("\n" + table)
-    page = config.getoption("--write-figures")
+    page = config.getoption("--write-figures", None)
     if page:
         text = Path(page).read_text()
         start, rest = text.split(PAGE_MARKS[0])
