@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from transformers import ProgressCallback, TrainerCallback
 
@@ -31,16 +32,25 @@ def nothing_left(step: int) -> str:
 
 
 class StopAtNaN(TrainerCallback):
-    """Ends a run whose loss is no longer a number: no later step can mend it."""
+    """Ends a run whose loss on validation is no longer a number: no later step can mend it."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "eval_cross_entropy"):
-            value = (logs or {}).get(name, 0.0)
-            if not math.isfinite(value):
-                raise UserError(
-                    f"training diverged: {name} is {value} at step {state.global_step}; start again with "
-                    f"a lower --learning_rate than {args.learning_rate:g}"
-                )
+        value = (logs or {}).get("eval_cross_entropy", 0.0)
+        if not math.isfinite(value):
+            raise UserError(
+                f"training diverged: eval_cross_entropy is {value} at step {state.global_step}; start again "
+                f"with a lower --learning_rate than {args.learning_rate:g}"
+            )
+
+
+class AfterStep(TrainerCallback):
+    """Calls a function after each optimiser step."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.function()
 
 
 class TrainingProgress(ProgressCallback):

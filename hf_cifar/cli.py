@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -39,9 +41,10 @@ from hf_cifar.options import (
     run_to_resume,
     trainer_options,
 )
+from hf_cifar.process import Stopped, refuse_in_use, stop_at_once
 from hf_cifar.runs import list_runs, render_runs, require_finished
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR = 2
 
 
 def finetune(argv: Sequence[str]) -> int:
@@ -69,8 +72,10 @@ def finetune(argv: Sequence[str]) -> int:
     resumed = run_to_resume(options.output_dir, options.resume_from_checkpoint)
     if resumed is not None:
         check_same_run(resumed, {**asdict(data), **asdict(augment), **asdict(model)})
-    elif is_main_process():
-        refuse_occupied(Path(options.output_dir))
+    if is_main_process():
+        refuse_in_use(Path(options.output_dir))
+        if resumed is None:
+            refuse_occupied(Path(options.output_dir))
     check_model_name(model.model_name_or_path, model.model_revision)
     check_images(data, ["train", "validation"])
 
@@ -286,20 +291,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; a user's mistake is one line on stderr and exit status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, stop_at_once)
     try:
         return _dispatch(argv)
     except UserError as error:
         return _complain(error)
     except Exception as error:
+        if "DataLoader worker" in str(error):
+            return _complain(
+                "a loader process was killed, which the system does if memory runs out; pass fewer "
+                "--dataloader_num_workers, and --resume_from_checkpoint last to go on"
+            )
         # safetensors and torch wrap the system's error in their own.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             return _complain(
                 "no space left on the disk; free some, and start again or resume from the last checkpoint"
             )
         raise
-    except KeyboardInterrupt:
-        print("hf-cifar: stopped", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        if is_main_process():
+            print(f"hf-cifar: stopped by {signal.Signals(number).name}", file=sys.stderr)
+        return 128 + number
 
 
 def _dispatch(argv: list[str]) -> int:

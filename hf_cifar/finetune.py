@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import logging
 import math
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,9 +20,13 @@ from typing import Any
 import torch
 from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_cifar.card import CardFacts, render_card, save_card
+from hf_cifar.checkpoints import (
+    find_damage,
+    list_checkpoints,
+    newest_checkpoint,
+)
 from hf_cifar.config import FinetuneConfig, RunConfig
 from hf_cifar.data.augmentation import Augmentation, Policy, RandomView
 from hf_cifar.data.multilabel import class_counts
@@ -77,6 +85,7 @@ from hf_cifar.options import (
     refuse_occupied,
     run_to_resume,
 )
+from hf_cifar.process import noted_signals, refuse_in_use, sole_run
 from hf_cifar.provenance import find_origin
 from hf_cifar.setting import DTYPES, MEMORY_FORMATS, is_sharded, resolve_setting
 from hf_cifar.trainer import ImageClassificationTrainer
@@ -102,6 +111,8 @@ def finetune_classifier(config: RunConfig) -> RunResult:
     Raises: UserError before anything is written, for options or data that cannot work.
     """
     check_run(config)
+    is_new = resume_point(config) is None
+    config = resolve_checkpoint(config)
     set_seed(config.train.seed)
     splits = load_splits(config.data)  # train and validation; test stays sealed
     model, image_processor = build_model(
@@ -114,10 +125,11 @@ def finetune_classifier(config: RunConfig) -> RunResult:
     config = resolve_workers(config, splits.train)
     prepare_push(config.train, draft_card(config, splits))
     trainer = build_trainer(model, image_processor, splits, config)
-    save_config(config)
-    fit(trainer, config)
-    evaluations = evaluate_run(trainer, splits, config)
-    return finish_run(trainer, splits, evaluations, config)
+    with claimed_folder(config, is_new=is_new):
+        save_config(config)
+        fit(trainer, config)
+        evaluations = evaluate_run(trainer, splits, config)
+        return finish_run(trainer, splits, evaluations, config)
 
 
 def build_trainer(
@@ -138,6 +150,7 @@ def build_trainer(
         args,
         dataloader_num_workers=num_workers,
         dataloader_pin_memory=num_workers > 0,  # what lies on the device cannot be pinned
+        auto_find_batch_size=False,  # the parent's changes the batch, and mistakes an evaluation for a step
         push_to_hub=False,  # hub.py pushes, once, at the end
         hub_token=None,  # no logger gets to see it
         run_name=args.run_name or args.output_dir,  # else trackers make a name up
@@ -167,6 +180,9 @@ def build_trainer(
         preprocessing=preprocessing,
         memory_format=memory_format,
         augmentation=augmentation(config.augment),
+        ema_decay=config.train.ema_decay,
+        shrink_batch=config.train.auto_find_batch_size,
+        identity=identity(splits, config),
         callbacks=callbacks,
     )
 
@@ -258,6 +274,8 @@ def fit(trainer: ImageClassificationTrainer, config: RunConfig) -> None:
             trainer.state.log_history.append({"train_runtime": time.perf_counter() - start})
         else:
             trainer.train(resume_from_checkpoint=resume_point(config))
+    if trainer.args.gradient_accumulation_steps != config.train.gradient_accumulation_steps:
+        save_config(with_batch_of(trainer.args, config))
     if energy:
         trainer.state.log_history.append({"energy": energy})
     # Curves end here: some trackers would file the final predictions of validation under test.
@@ -328,22 +346,24 @@ def finish_run(
     """Save the model with its figures, facts and card, and push it if asked."""
     folder = Path(config.train.output_dir)
     metrics = {evaluation.split: evaluation.metrics for evaluation in evaluations}
-    save_classifier(trainer, folder)
-    if trainer.is_world_process_zero():
-        facts, before = run_facts(trainer, splits, evaluations[0].temperature, config), {}
-        if resume_point(config):
-            before = read_json(folder / RUN_FILE)
-        if before.get("steps") == facts["steps"]:
-            # A finished run that is resumed trains nothing: its time and speed are those of then.
-            facts |= before
-        else:
-            remove_figures(folder)
-        for evaluation in evaluations:
-            evaluation.save(folder)
-        write_json(folder / RUN_FILE, facts)
-        save_card(folder)
-        if config.train.push_to_hub:
-            logger.info("pushed to %s", push_run(config.train))
+    with noted_signals() as stop_request:
+        save_classifier(trainer, folder)
+        if trainer.is_world_process_zero():
+            facts, before = run_facts(trainer, splits, evaluations[0].temperature, config), {}
+            if resume_point(config):
+                before = read_json(folder / RUN_FILE)
+            if before.get("steps") == facts["steps"]:
+                # A finished run that is resumed trains nothing: its time and speed are those of then.
+                facts |= before
+            else:
+                remove_figures(folder)
+            for evaluation in evaluations:
+                evaluation.save(folder)
+            write_json(folder / RUN_FILE, facts)
+            save_card(folder)
+        stop_request.obey()
+    if config.train.push_to_hub and trainer.is_world_process_zero():
+        logger.info("pushed to %s", push_run(config.train))
     trainer.accelerator.wait_for_everyone()
     return RunResult(folder, metrics, trainer.model, trainer.processing_class)
 
@@ -360,19 +380,13 @@ def check_run(config: RunConfig) -> None:
             f"--seeds {train.seeds} is for finetune_seeds; finetune_classifier is one run"
         )
     folder = Path(train.output_dir)
-    resume = resume_point(config)
-    if resume:
+    if train.process_index == 0:
+        refuse_in_use(folder)
+    if resume_point(config):
         run = run_to_resume(train.output_dir, train.resume_from_checkpoint)
-        check_same_run(run, config.options())
-    if resume is True and (not folder.is_dir() or get_last_checkpoint(folder) is None):
-        raise UserError(
-            f"--resume_from_checkpoint: no checkpoint in {folder}; leave it out to start anew"
-        )
-    if isinstance(resume, str) and not (Path(resume) / "trainer_state.json").is_file():
-        raise UserError(
-            f"--resume_from_checkpoint: no checkpoint in {resume}; pass its folder, or last"
-        )
-    if not resume and train.process_index == 0:
+        for change in check_same_run(run, config.options()):
+            logger.info("going on with %s", change)
+    elif train.process_index == 0:
         refuse_occupied(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; pass a folder")
@@ -395,6 +409,72 @@ def resume_point(config: RunConfig) -> bool | str | None:
     if run_to_resume(config.train.output_dir, value) is None:
         return None
     return True if value.lower() in ("true", "last", "latest") else value
+
+
+def resolve_checkpoint(config: RunConfig) -> RunConfig:
+    """Settle which checkpoint a run goes on from: the one that was named, or the newest that is whole. A run
+    that was stopped before its first begins again.
+
+    Raises: UserError if there is none, or none that is whole.
+    """
+    train, resume = config.train, resume_point(config)
+    if resume is None:
+        return config
+    found, folder = resume, Path(train.output_dir)
+    if resume is True:
+        checkpoint = newest_checkpoint(folder)
+        found = None if checkpoint is None else str(checkpoint)
+        if found is None and (list_checkpoints(folder) or not (folder / CONFIG_FILE).is_file()):
+            what = "whole checkpoint" if list_checkpoints(folder) else "checkpoint"
+            raise UserError(
+                f"--resume_from_checkpoint: no {what} in {folder}; leave it out to start anew, elsewhere if "
+                "there are files"
+            )
+        logger.info("going on from %s", found or f"the beginning: {folder} has no checkpoint yet")
+    elif not Path(resume).is_dir():
+        raise UserError(
+            f"--resume_from_checkpoint: no checkpoint in {resume}; pass its folder, or last"
+        )
+    elif damage := find_damage(Path(resume)):
+        raise UserError(
+            f"--resume_from_checkpoint: {resume} is damaged: {damage}; pass last for the newest that is whole"
+        )
+    return dataclasses.replace(
+        config, train=dataclasses.replace(train, resume_from_checkpoint=found)
+    )
+
+
+@contextlib.contextmanager
+def claimed_folder(config: RunConfig, *, is_new: bool) -> Iterator[None]:
+    """Hold the output folder. Raises: UserError if another run does, or did since this one began."""
+    if config.train.process_index != 0:
+        yield
+        return
+    folder = Path(config.train.output_dir)
+    with sole_run(folder):
+        if is_new:
+            refuse_occupied(folder)
+        yield
+
+
+def identity(splits: Splits, config: RunConfig) -> dict[str, Any]:
+    """What must not change while a run goes on, as plain values."""
+    facts: dict[str, Any] = {
+        "split": splits.hash,
+        "classes": list(splits.id2label.values()),
+        "processes": config.train.world_size,
+    }
+    for split in (splits.train, splits.validation):
+        if isinstance(split, Split):
+            facts[f"labels of {split.name}"] = hashlib.sha256(split.labels.tobytes()).hexdigest()
+    return facts | {f"pixels of {name}": sha for name, sha in pixel_hashes(splits, config).items()}
+
+
+def with_batch_of(args: FinetuneConfig, config: RunConfig) -> RunConfig:
+    """The config with the batch that fitted into memory."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    batch = {name: getattr(args, name) for name in names}
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **batch))
 
 
 def resolve_defaults(config: RunConfig, model: PreTrainedModel) -> RunConfig:
@@ -494,8 +574,12 @@ def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if model.config.model_type == "timm_wrapper":
             weights = {name.removeprefix("timm_model."): value for name, value in weights.items()}
-        model.save_pretrained(folder, state_dict=weights)
-        trainer.processing_class.save_pretrained(folder)
+        # Aside, so that nobody ever sees half a model.
+        with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as aside:
+            model.save_pretrained(aside, state_dict=weights)
+            trainer.processing_class.save_pretrained(aside)
+            for path in Path(aside).iterdir():
+                os.replace(path, folder / path.name)
 
 
 def draft_card(config: RunConfig, splits: Splits) -> str:

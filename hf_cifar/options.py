@@ -209,6 +209,11 @@ class FinetuneOptions:
     layer_decay: float = option(
         1.0, "Share of the learning rate that each block has of the block behind it."
     )
+    ema_decay: float = option(
+        0.0,
+        "Evaluate and save an average of the weights that keeps this share of itself in each step (less in "
+        "the first ones), as 0.999; 0 for none.",
+    )
     early_stopping_patience: int | None = option(
         None, "Stop after this many evaluations without a better validation accuracy."
     )
@@ -375,7 +380,7 @@ BOUNDS = {
     "learning_rate": (1e-12, 1e3), "weight_decay": (0, 1e3), "label_smoothing_factor": (0, 0.999),
     "dataloader_num_workers": (0, 1024), "early_stopping_patience": (1, 10**6),
     "layer_decay": (0.01, 1), "max_grad_norm": (0, 1e6), "seed": (0, 2**32 - 1), "feature_views": (0, 1000),
-    "seeds": (1, 1000),
+    "seeds": (1, 1000), "ema_decay": (0, 0.999999),
 }  # fmt: skip
 MULTI_LABEL_METRICS = ("average_precision_macro", "f1_macro")
 BEST_METRICS = ("accuracy", "cross_entropy", "loss", *MULTI_LABEL_METRICS)
@@ -398,24 +403,30 @@ MAY_CHANGE = re.compile(
 )
 
 
-def check_same_run(folder: Path, options: dict[str, Any]) -> None:
+def check_same_run(folder: Path, options: dict[str, Any]) -> list[str]:
     """Before a run goes on: the options that make it what it is must be those of its config.yaml.
 
-    options: by name; None stands for a default. Raises: UserError for the first that differs.
+    options: by name; None stands for a default. Returns what else differs, as `--NAME NEW, which was OLD`.
+    Raises: UserError for the first that may not differ.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
-        return
+        return []
+    changes = []
     saved = yaml.safe_load(path.read_text()) or {}
     for name, value in options.items():
         before = saved.get(name, value)
         # The order of a stream depends on how many workers share its shards.
         fixed = name == "dataloader_num_workers" and options.get("streaming")
-        if value not in (None, before) and (fixed or not MAY_CHANGE.fullmatch(name)):
+        if value in (None, before):
+            continue
+        if fixed or not MAY_CHANGE.fullmatch(name):
             raise UserError(
                 f"--resume_from_checkpoint: --{name} is {value}, but the run in {folder} began with "
                 f"{before}; go on with --config {path}, or start anew in another --output_dir"
             )
+        changes.append(f"--{name} {value}, which was {before}")
+    return changes
 
 
 def run_to_resume(output_dir: str, resume_from_checkpoint: str | None) -> Path | None:

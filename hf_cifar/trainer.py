@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
 import os
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils.memory import should_reduce_batch_size
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
-from hf_cifar.callbacks import StopAtNaN, TrainingLines, TrainingProgress
+from hf_cifar.callbacks import AfterStep, StopAtNaN, TrainingLines, TrainingProgress
+from hf_cifar.checkpoints import ResumableTrainer, load_state, save_state
 from hf_cifar.data.augmentation import Augmentation
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.store import ShardStore, take_batch
@@ -23,6 +32,26 @@ from hf_cifar.evaluation.metrics import compute_training_metrics
 from hf_cifar.features import draw_view
 from hf_cifar.models.layers import block_depths, eval_frozen_norms
 from hf_cifar.optim import decay_learning_rates, decay_parameter_names
+from hf_cifar.process import Stopped, StopRequest, noted_signals
+
+logger = logging.getLogger(__name__)
+
+# The weights that train, where a checkpoint's own are their average.
+TRAINED_FILE = "trained_weights.safetensors"
+# An average forgets its beginning as it grows (timm.utils.ModelEmaV3, for runs of few steps).
+AVERAGE_WARMUP = 0.75
+
+
+class BatchTooLarge(Exception):
+    """A training step ran out of memory."""
+
+
+class WatchedLoss(NamedTuple):
+    """The loss of a micro-batch and what tells its rows: logits [B, K], row ids [B] or None."""
+
+    loss: Tensor
+    logits: Tensor
+    row_ids: Tensor | None
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -36,13 +65,15 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float
     return F.binary_cross_entropy_with_logits(logits, targets)
 
 
-class ImageClassificationTrainer(Trainer):
+class ImageClassificationTrainer(ResumableTrainer):
     """Trains on uint8 batches: each is transformed on the device, inside the step.
 
-    preprocessing: what the saved image processor does; evaluation applies just that. memory_format:
-    of the batches. augmentation:
-    what happens to a training batch instead; it draws from a generator seeded by (seed, step, micro-batch,
-    rank), so that a resumed run sees the images that an undisturbed one would.
+    preprocessing: what the saved image processor does; evaluation applies just that. memory_format: of the
+    batches. augmentation: what happens to a training batch instead; it draws from a generator seeded by
+    (seed, step, micro-batch, rank), so that a resumed run sees the images that an undisturbed one would.
+    ema_decay: of the average of the weights that is evaluated and saved in their place; 0 for none.
+    shrink_batch: whether a step that runs out of memory begins the training again with smaller steps,
+    accumulated to the same batch.
     """
 
     def __init__(
@@ -51,6 +82,8 @@ class ImageClassificationTrainer(Trainer):
         preprocessing: Preprocessing,
         memory_format: torch.memory_format = torch.channels_last,
         augmentation: Augmentation | None = None,
+        ema_decay: float = 0.0,
+        shrink_batch: bool = False,
         **kwargs: Any,
     ) -> None:
         # Compiled for the sizes that come: symbolic ones take minutes on some networks.
@@ -67,11 +100,68 @@ class ImageClassificationTrainer(Trainer):
         self.preprocessing = preprocessing
         self.memory_format = memory_format
         self.augmentation = augmentation
+        self.ema_decay = ema_decay
+        self.ema: ModelEmaV3 | None = None
+        self.shrink_batch = shrink_batch
+        self.stop_request = StopRequest()
         self._micro_batch = (-1, -1)
+        self._row_ids: Tensor | None = None
+        self._watched: WatchedLoss | None = None
         shown = TrainingLines if self.args.disable_tqdm else TrainingProgress
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(shown)
         self.add_callback(StopAtNaN)
+        self.add_callback(AfterStep(self._after_step))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The parent's. A signal ends it after the step at hand, with a checkpoint of that step.
+
+        Raises: Stopped. UserError if the loss is no number, or one image a step is too much for memory.
+        """
+        with noted_signals() as self.stop_request:
+            try:
+                output = self._train_in_memory(*args, **kwargs)
+            except Stopped:
+                if self.state.global_step not in (0, self.saved_step):
+                    self._save_checkpoint(self.model, trial=None)
+                raise
+            self.stop_request.obey()  # one that came after the last step, which has its checkpoint
+        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
+        if self.ema is not None and not best:
+            self._classifier.load_state_dict(self.ema.module.state_dict())
+        return output
+
+    def _train_in_memory(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train in steps that fit into memory, the batch being the same."""
+        if not self.shrink_batch:
+            return super().train(*args, **kwargs)
+        begin = {name: value.cpu().clone() for name, value in self.model.state_dict().items()}
+        random_state = torch.get_rng_state()
+        while True:
+            try:
+                return super().train(*args, **kwargs)
+            except BatchTooLarge as error:
+                size = self.args.per_device_train_batch_size
+                if size == 1:
+                    raise UserError(f"out of memory with one image a step: {error}") from None
+            parts = next(n for n in range(2, size + 1) if size % n == 0)
+            self.args.per_device_train_batch_size = self._train_batch_size = size // parts
+            self.args.gradient_accumulation_steps *= parts
+            logger.warning(
+                "out of memory with %d images at a time: again from the start with %d, %d times a step",
+                size, size // parts, self.args.gradient_accumulation_steps,
+            )  # fmt: skip
+            self.model = self.model_wrapped = self._classifier
+            self.model.zero_grad()
+            self.model.load_state_dict(begin)
+            torch.set_rng_state(random_state)
+            self.optimizer = self._watched = None
+            self._micro_batch = (-1, -1)
+
+    @property
+    def _classifier(self) -> nn.Module:
+        """The model itself, without what distributes or compiles it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def get_train_dataloader(self) -> DataLoader:
         """The parent's; of a stream, the part that the store has for this process, not shared out again."""
@@ -100,8 +190,84 @@ class ImageClassificationTrainer(Trainer):
             return len(dataloader.dataset.stream)
         return super().num_examples(dataloader)
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        if self.ema_decay:
+            # A checkpoint's model, which is loaded by now, is the average.
+            self.ema = ModelEmaV3(
+                self._classifier,
+                decay=self.ema_decay,
+                use_warmup=True,
+                warmup_power=AVERAGE_WARMUP,
+            )
+            if resume_from_checkpoint is not None:
+                trained = load_state(Path(resume_from_checkpoint) / TRAINED_FILE)
+                self._classifier.load_state_dict(trained)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _after_step(self) -> None:
+        if self.ema is not None:
+            self.ema.update(self._classifier, step=self.state.global_step)
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """Raises: Stopped, in all processes after the same step, if a signal came to one of them."""
+        if self.args.world_size > 1:
+            number = torch.tensor(self.stop_request.number)
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self._cpu_group)
+            self.stop_request.number = int(number)
+        self.stop_request.obey()
+
+    @functools.cached_property
+    def _cpu_group(self) -> dist.ProcessGroup:
+        """All processes, talking past the GPUs, which need not wait for it."""
+        return dist.new_group(backend="gloo")
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            loss = super().training_step(*args, **kwargs)
+        except Exception as error:
+            if self.shrink_batch and should_reduce_batch_size(error):
+                raise BatchTooLarge(" ".join(str(error).split())) from None
+            raise
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        if self.is_in_train:
+            self._stop_if_asked()
+        return super().prediction_step(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.ema is None or not self.is_in_train:
+            return super().evaluate(*args, **kwargs)
+        trained = {name: value.clone() for name, value in self._classifier.state_dict().items()}
+        self._classifier.load_state_dict(self.ema.module.state_dict())
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._classifier.load_state_dict(trained)
+
+    def _watch(self, watched: WatchedLoss) -> None:
+        """Raises: UserError that names the rows, as soon as a loss is no number: at once on a CPU; a GPU is
+        asked for the loss before, so that it need not wait."""
+        before, self._watched = self._watched, watched
+        checked = watched if watched.loss.device.type == "cpu" else before
+        if checked is None or math.isfinite(checked.loss):
+            return
+        rows = ""
+        if checked.row_ids is not None:
+            bad = ~torch.isfinite(checked.logits).all(dim=1)
+            rows = f" in {_named(checked.row_ids[bad.to(checked.row_ids.device) if bad.any() else ...])}"
+        raise UserError(
+            f"training diverged: the loss is {checked.loss.item()} at step {self.state.global_step + 1}"
+            f"{rows}; look at them, or start again with a lower --learning_rate than "
+            f"{self.args.learning_rate:g}"
+        )
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(super()._prepare_inputs(inputs))
+        self._row_ids = inputs.pop("row_ids", None)
         if self.model.training:
             eval_frozen_norms(self.model)
         if inputs["pixel_values"].ndim == 3:  # features, see features.py
@@ -144,6 +310,8 @@ class ImageClassificationTrainer(Trainer):
         smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
         cross_entropy = binary_cross_entropy if inputs["labels"].ndim == 2 else F.cross_entropy
         loss = cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        if self.model.training:
+            self._watch(WatchedLoss(loss.detach(), logits.detach(), self._row_ids))
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -171,18 +339,22 @@ class ImageClassificationTrainer(Trainer):
         a resumed run, or the best checkpoint at the end, would silently lack them (transformers 5.23).
         """
         if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            model.save_pretrained(
+            if self.ema is not None:
+                save_state(
+                    Path(output_dir or self.args.output_dir) / TRAINED_FILE,
+                    self._classifier.state_dict(),
+                )
+                state_dict = self.ema.module.state_dict()
+            self._classifier.save_pretrained(
                 output_dir or self.args.output_dir,
                 state_dict=state_dict,
                 save_original_format=False,
             )
             self.processing_class.save_pretrained(output_dir or self.args.output_dir)
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A checkpoint that lacks weights of the model, or has others, is no checkpoint of this run."""
-        wrong = [*load_result.missing_keys, *load_result.unexpected_keys]
-        if wrong:
-            raise UserError(
-                f"the checkpoint is of another model: {len(wrong)} weights differ, first {wrong[0]}"
-            )
+
+def _named(row_ids: Tensor) -> str:
+    """Row ids, the first ten of them, as part of a sentence."""
+    shown = ", ".join(map(str, row_ids[:10].tolist()))
+    more = f" and {len(row_ids) - 10} more" if len(row_ids) > 10 else ""
+    return f"rows {shown}{more} of train"

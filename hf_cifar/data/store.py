@@ -34,15 +34,16 @@ CPU = torch.device("cpu")
 class ResidentStore(Dataset):
     """Every image of a split in one tensor, where the model runs: the loader moves row numbers alone.
 
-    pixels: uint8 [N, H, W, 3]; labels: int64 [N].
-    A batch is {"pixel_values": uint8 [B, 3, H, W], "labels": int64 [B]}.
+    pixels: uint8 [N, H, W, 3]; labels: int64 [N]; row_ids: int64 [N], on the CPU, positions if not given.
+    A batch is {"pixel_values": uint8 [B, 3, H, W], "labels": int64 [B], "row_ids": int64 [B]}.
     """
 
     resident = True
 
-    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+    def __init__(self, pixels: Tensor, labels: Tensor, row_ids: Tensor | None = None) -> None:
         self.pixels = pixels
         self.labels = labels
+        self.row_ids = torch.arange(len(labels)) if row_ids is None else row_ids
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,14 +57,15 @@ class ResidentStore(Dataset):
             # Three times as fast as indexing on a CPU: it copies row by row.
             "pixel_values": torch.index_select(self.pixels, 0, rows).permute(0, 3, 1, 2),
             "labels": self.labels[rows],
+            "row_ids": self.row_ids[torch.as_tensor(positions)],
         }
 
 
 class StreamedStore(Dataset):
     """Images that are decoded, and brought to one size, by the loader's workers.
 
-    A batch is {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B]}, with h x w the size that
-    `preprocessing` gives.
+    A batch is {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B], "row_ids": int64 [B]}, with h x w the
+    size that `preprocessing` gives.
     """
 
     resident = False
@@ -72,6 +74,7 @@ class StreamedStore(Dataset):
         self.split = split
         self.preprocessing = preprocessing
         self.labels = torch.from_numpy(split.labels)
+        self.row_ids = torch.from_numpy(split.row_ids)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,6 +87,7 @@ class StreamedStore(Dataset):
         return {
             "pixel_values": torch.cat(images),
             "labels": self.labels[torch.as_tensor(positions)],
+            "row_ids": self.row_ids[torch.as_tensor(positions)],
         }
 
 
@@ -185,7 +189,8 @@ def build_store(
     logger.info(
         "%s: %s of %d x %d px %s", split.name, count, pixels.shape[2], pixels.shape[1], where
     )
-    return ResidentStore(pixels.to(device), torch.from_numpy(split.labels).to(device))
+    labels = torch.from_numpy(split.labels).to(device)
+    return ResidentStore(pixels.to(device), labels, torch.from_numpy(split.row_ids))
 
 
 def stored_view(preprocessing: Preprocessing, augmented: bool) -> Preprocessing:
