@@ -1,0 +1,109 @@
+"""Runs in processes that may die: forked, so that torch is imported once."""
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from hf_cifar.checkpoints import newest_checkpoint
+from hf_cifar.config import RunConfig
+from hf_cifar.data.splits import load_splits
+from hf_cifar.finetune import build_trainer, resolve_defaults
+from hf_cifar.models.build import build_model
+
+# Everything that draws at random: augmentation, mixing, dropout; and an average of the weights.
+RANDOM = [
+    "--crop_scale", "0.6", "--rotation", "10", "--mixup_alpha", "0.4", "--random_erasing", "0.5",
+    "--ema_decay", "0.9",
+]  # fmt: skip
+
+
+def make_trainer(folder, data, model, *flags):
+    """A trainer of 16 steps at most that saves every second one."""
+    config = RunConfig.parse(
+        [
+            "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
+            "--output_dir", str(folder), "--per_device_train_batch_size", "8", "--learning_rate", "1e-3",
+            "--disable_tqdm", "true", "--eval_strategy", "no", "--save_strategy", "steps",
+            "--save_steps", "2", "--save_total_limit", "2", "--max_steps", "6", "--logging_steps", "1000",
+            *RANDOM, *flags,
+        ]
+    )  # fmt: skip
+    torch.manual_seed(0)
+    splits = load_splits(config.data)
+    network, processor = build_model(config.model, splits.id2label)
+    return build_trainer(network, processor, splits, resolve_defaults(config, network))
+
+
+def train_on(folder, data, model, *flags):
+    """What a user's `--resume_from_checkpoint last` does: from the newest whole checkpoint, or the beginning."""
+    trainer = make_trainer(folder, data, model, *flags)
+    checkpoint = newest_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+def digest(weights):
+    """SHA-256 over the bytes of all tensors of a model, a state dict, or a safetensors file."""
+    if isinstance(weights, Path):
+        with safe_open(weights, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    elif not isinstance(weights, dict):
+        weights = weights.state_dict()
+    sha = hashlib.sha256()
+    for name in sorted(weights):
+        sha.update(name.encode() + weights[name].detach().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def in_child(function, log=None, kill_after=None):
+    """Run a function in a forked process. Returns its exit status, or minus the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        with contextlib.suppress(BaseException):
+            target = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(target, 1), os.dup2(target, 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            try:
+                status = function() or 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    return ended(pid, kill_after)
+
+
+def ended(pid, kill_after=None):
+    """Wait for a process, or kill it after some seconds."""
+    if kill_after is not None:
+        import time
+
+        time.sleep(kill_after)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def kill_at_file_operation(folder, number):
+    """Let this process die at its n-th operation on files below a folder (n from 0): opened, made, renamed or
+    removed."""
+    count = 0
+    operations = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.scandir", "os.listdir"}
+
+    def hook(event, args):
+        nonlocal count
+        if event in operations and args and str(args[0]).startswith(str(folder)):
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
+    sys.addaudithook(hook)
+    return lambda: count
