@@ -298,17 +298,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(error)
     except Exception as error:
-        if "DataLoader worker" in str(error):
-            return _complain(
-                "a loader process was killed, which the system does if memory runs out; pass fewer "
-                "--dataloader_num_workers, and --resume_from_checkpoint last to go on"
-            )
-        # safetensors and torch wrap the system's error in their own.
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            return _complain(
-                "no space left on the disk; free some, and start again or resume from the last checkpoint"
-            )
-        raise
+        reason = _failed_resource(error)
+        if reason is None:
+            raise
+        return _complain(reason)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         if is_main_process():
@@ -337,6 +330,24 @@ def _complain(error: Exception | str) -> int:
     if is_main_process():
         print(f"hf-cifar: error: {' '.join(str(error).split())}", file=sys.stderr)
     return USER_ERROR
+
+
+def _failed_resource(error: Exception) -> str | None:
+    """What to say where the machine gave out: disk, memory, a process that it killed; else None."""
+    # safetensors and torch wrap the system's error in their own.
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return "no space left on the disk; free some, and start again or resume from the last checkpoint"
+    if "DataLoader worker" in str(error):
+        return (
+            "a loader process was killed, which the system does when memory runs out; pass fewer "
+            "--dataloader_num_workers, and --resume_from_checkpoint last to go on"
+        )
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"{str(error).splitlines()[0]} Pass a smaller --per_device_train_batch_size (or "
+            "--auto_find_batch_size true) or --per_device_eval_batch_size"
+        )
+    return None
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

@@ -394,6 +394,13 @@ def check_run(config: RunConfig) -> None:
         raise UserError(
             "fp16 needs a GPU and there is none; leave out --fp16, or launch with configs/cpu.yaml"
         )
+    if train.auto_find_batch_size and train.world_size > 1:
+        raise UserError(
+            f"--auto_find_batch_size is for one process, and there are {train.world_size}; pass a smaller "
+            "--per_device_train_batch_size"
+        )
+    if train.ema_decay and is_sharded():
+        raise UserError("--ema_decay does not go with FSDP or DeepSpeed; leave it out")
     if train.device.type == "cpu" and is_sharded():
         raise UserError(
             "FSDP and DeepSpeed need GPUs and there are none; launch with configs/cpu.yaml"

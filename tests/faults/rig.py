@@ -5,10 +5,12 @@ import hashlib
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from safetensors import safe_open
 
 from hf_cifar.checkpoints import newest_checkpoint
@@ -41,12 +43,17 @@ def make_trainer(folder, data, model, *flags):
     return build_trainer(network, processor, splits, resolve_defaults(config, network))
 
 
-def train_on(folder, data, model, *flags):
-    """What a user's `--resume_from_checkpoint last` does: from the newest whole checkpoint, or the beginning."""
-    trainer = make_trainer(folder, data, model, *flags)
-    checkpoint = newest_checkpoint(folder)
+def go_on(trainer):
+    """What `--resume_from_checkpoint last` does: from the newest whole checkpoint, or the beginning. Returns
+    the digest of what the training ends with."""
+    checkpoint = newest_checkpoint(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer
+    return digest(trainer.model)
+
+
+def ends_with(expected, trainer):
+    """Whether a run that goes on in a process of its own ends with these bits."""
+    return in_child(lambda: go_on(trainer) != expected) == 0
 
 
 def digest(weights):
@@ -62,8 +69,13 @@ def digest(weights):
     return sha.hexdigest()
 
 
-def in_child(function, log=None, kill_after=None):
+def in_child(function, log=None):
     """Run a function in a forked process. Returns its exit status, or minus the signal that ended it."""
+    return ended(start(function, log))
+
+
+def start(function, log=None):
+    """Begin to run a function in a forked process, its output in `log`. Returns the process id."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -77,26 +89,51 @@ def in_child(function, log=None, kill_after=None):
                 traceback.print_exc()
             sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
-    return ended(pid, kill_after)
+    return pid
 
 
-def ended(pid, kill_after=None):
-    """Wait for a process, or kill it after some seconds."""
-    if kill_after is not None:
-        import time
+def ended(pid):
+    """Wait for a process. Returns its exit status, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-        time.sleep(kill_after)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
+
+def start_pair(function, port):
+    """Begin to run a function in two forked processes that train together over gloo. Returns their ids."""
+
+    def as_rank(rank):
+        PartialState._reset_state()
+        AcceleratorState._reset_state()
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+        }  # fmt: skip
+        return function(rank)
+
+    return [start(lambda rank=rank: as_rank(rank)) for rank in (0, 1)]
+
+
+def wait_for(text, log, pid):
+    """Wait until a process has written some text. Returns whether it did before it ended."""
+    while text not in (log.read_text() if log.exists() else ""):
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def kill_at_file_operation(folder, number):
     """Let this process die at its n-th operation on files below a folder (n from 0): opened, made, renamed or
     removed."""
     count = 0
-    operations = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.scandir", "os.listdir"}
+    operations = {
+        "open",
+        "os.rename",
+        "os.remove",
+        "os.rmdir",
+        "os.mkdir",
+        "os.scandir",
+        "os.listdir",
+    }
 
     def hook(event, args):
         nonlocal count

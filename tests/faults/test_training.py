@@ -1,0 +1,267 @@
+"""A run that is disturbed: by numbers that are none, memory, disk, signals, dying workers, a second run."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+from faults.rig import digest, ended, in_child, make_trainer, start, wait_for
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_cifar.checkpoints import find_damage, list_checkpoints, newest_checkpoint
+from hf_cifar.cli import main
+from hf_cifar.errors import UserError
+from hf_cifar.process import LOCK_FILE, refuse_in_use
+
+
+class AtStep(TrainerCallback):
+    """Does something when a step begins."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def command(folder, data, model, *flags):
+    """A command line of a run with evaluations and checkpoints every third step."""
+    return [
+        "finetune", "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
+        "--output_dir", str(folder), "--per_device_train_batch_size", "8", "--learning_rate", "1e-3",
+        "--eval_strategy", "steps", "--eval_steps", "3", "--save_strategy", "steps", "--save_steps", "3",
+        "--logging_steps", "1", "--disable_tqdm", "true", "--precision", "fp32", *flags,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["NaN image", "infinite loss"])
+def test_numbers_that_are_none(tmp_path, stripes, tiny_vit, kind, figure):
+    folder, told = tmp_path / "run", tmp_path / "row"
+    trainer = make_trainer(folder, stripes, tiny_vit, "--max_steps", "12", "--mixup_alpha", "0")
+    draw = random.Random(0)
+
+    def poisoned(step, place):
+        def poison(module, inputs, output=None):
+            if trainer.state.global_step != step or not module.training:
+                return None
+            told.write_text(str(int(trainer._row_ids[place])))
+            if output is None:
+                pixel_values = inputs["pixel_values"].clone()
+                pixel_values[place] = torch.nan
+                return (), {"pixel_values": pixel_values}
+            output.logits[place] = torch.inf
+            return output
+
+        if kind == "NaN image":
+            trainer.model.register_forward_pre_hook(
+                lambda module, args, kwargs: poison(module, kwargs), with_kwargs=True
+            )
+        else:
+            trainer.model.register_forward_hook(poison)
+        try:
+            trainer.train()
+        except UserError as error:
+            row = f"rows {told.read_text()} of train"
+            return 0 if row in str(error) and f"step {step + 1} " in str(error) else 3
+        return 4
+
+    good = 0
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        step, place = draw.randrange(12), draw.randrange(8)
+        named = in_child(lambda step=step, place=place: poisoned(step, place)) == 0
+        finite = all(
+            torch.isfinite(value).all()
+            for path in folder.rglob("*.safetensors")
+            if "rng" not in path.name
+            for value in load_file(path).values()
+        )
+        good += named and finite and len(list_checkpoints(folder)) == min(2, step // 2)
+    figure(1, f"{kind} at a random step", "stops in that step, names the row, no such checkpoint",
+           good, 10)  # fmt: skip
+
+
+def test_out_of_memory(tmp_path, stripes, tiny_vit, figure):
+    def too_large(limit):
+        def refuse(module, args, kwargs):
+            if len(kwargs["pixel_values"]) > limit and module.training:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        return refuse
+
+    trainer = make_trainer(tmp_path / "a", stripes, tiny_vit, "--auto_find_batch_size")
+    trainer.model.register_forward_pre_hook(too_large(2), with_kwargs=True)  # refuses 8, then 4
+    trainer.train()
+    fresh = make_trainer(
+        tmp_path / "b", stripes, tiny_vit, "--per_device_train_batch_size", "2",
+        "--gradient_accumulation_steps", "4",
+    )  # fmt: skip
+    fresh.train()
+    batch = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+    good = batch == (2, 4) and digest(trainer.model) == digest(fresh.model)
+    figure(2, "out of memory in the first steps, twice (faked), with --auto_find_batch_size",
+           "the same batch by accumulation, the bits of a fresh run with smaller steps", int(good), 1)  # fmt: skip
+
+
+def test_out_of_memory_in_an_evaluation(tmp_path, stripes, tiny_vit, figure):
+    def refuse(module, args, kwargs):
+        if not module.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    trainer = make_trainer(
+        tmp_path, stripes, tiny_vit, "--auto_find_batch_size", "--eval_strategy", "steps",
+        "--eval_steps", "2",
+    )  # fmt: skip
+    trainer.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    good = trainer.args.per_device_train_batch_size == 8
+    figure(2, "out of memory in an evaluation", "the training batch stays", int(good), 1)
+
+
+def test_disk_full_in_a_save(tmp_path, stripes, tiny_vit, figure):
+    folder = tmp_path / "run"
+    trainer = make_trainer(folder, stripes, tiny_vit)
+
+    def without_room(size):
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
+        trainer.add_callback(AtStep(3, limit))
+        try:
+            trainer.train()
+        except UserError as error:
+            whole = "cannot save a checkpoint at step 4" in str(error)
+            return 0 if whole and "--resume_from_checkpoint last" in str(error) else 3
+        return 4
+
+    assert in_child(lambda: without_room(10**9)) == 4
+    largest = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    good = 0
+    for number in range(20):
+        shutil.rmtree(folder)
+        size = largest * number // 20
+        clear = in_child(lambda size=size: without_room(size)) == 0
+        left = [path.name for path in folder.iterdir()]
+        good += clear and left == ["checkpoint-2"] and find_damage(folder / "checkpoint-2") is None
+    figure(3, "no room for a file in mid-save, at 20 sizes",
+           "one clear line; the checkpoint before is whole, nothing else is left", good, 20)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals(tmp_path, stripes, tiny_vit, number, figure):
+    draw = random.Random(int(number))
+    good = 0
+    for run in range(25):
+        folder, log = tmp_path / str(run), tmp_path / f"{run}.log"
+        pid = start(
+            lambda folder=folder: main(command(folder, stripes, tiny_vit, "--max_steps", "400")),
+            log,
+        )
+        assert wait_for(f"step {draw.randrange(1, 12)}/400", log, pid), log.read_text()
+        time.sleep(draw.uniform(0, 0.1))
+        done = log.read_text().count("loss")
+        os.kill(pid, number)
+        status = ended(pid)
+        checkpoint = newest_checkpoint(folder)
+        saved = checkpoint is not None and int(checkpoint.name.split("-")[1]) >= done
+        clean = not (folder / "model.safetensors").exists() and not (folder / LOCK_FILE).exists()
+        good += status == 128 + number and saved and clean
+    figure(4, f"{number.name} at a random time of training, evaluations included",
+           f"exit {128 + number}, a whole checkpoint with every finished step, no model", good, 25)  # fmt: skip
+
+
+def test_stopped_in_an_evaluation_it_is_made_again(tmp_path, stripes, tiny_vit):
+    """A signal in mid-evaluation, then on: the same history and best checkpoint as without it."""
+    flags = ["--eval_strategy", "steps", "--eval_steps", "2", "--per_device_eval_batch_size", "2"]
+
+    def stop_in_evaluation(trainer):
+        def stop(module, args, kwargs):
+            if not module.training and trainer.state.global_step == 4:
+                trainer.stop_request.note(signal.SIGTERM)
+                trainer.stop_request.note = lambda number: None
+
+        trainer.model.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            trainer.train()
+        except KeyboardInterrupt:
+            return 143
+        return 0
+
+    def history(folder):
+        import json
+
+        state = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())
+        evaluations = [
+            (record["step"], record["eval_loss"])
+            for record in state["log_history"]
+            if "eval_loss" in record
+        ]
+        return evaluations, state["best_global_step"], state["best_metric"]
+
+    whole = make_trainer(tmp_path / "whole", stripes, tiny_vit, *flags)
+    whole.train()
+    cut = make_trainer(tmp_path / "cut", stripes, tiny_vit, *flags)
+    assert in_child(lambda: stop_in_evaluation(cut)) == 143
+    assert newest_checkpoint(tmp_path / "cut").name == "checkpoint-4"
+    cut.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-4"))
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+    assert digest(cut.model) == digest(whole.model)
+
+
+def test_a_loader_worker_that_dies(tmp_path, stripes, tiny_vit, figure):
+    flags = ["--pixel_store", "streamed", "--dataloader_num_workers", "2", "--max_steps", "4000"]
+    flags += ["--eval_strategy", "no", "--save_steps", "20"]
+    good = 0
+    for run in range(10):
+        folder, log = tmp_path / str(run), tmp_path / f"{run}.log"
+        pid = start(lambda folder=folder: main(command(folder, stripes, tiny_vit, *flags)), log)
+        assert wait_for(f"step {run + 2}/", log, pid), log.read_text()
+        workers = psutil.Process(pid).children()
+        workers[run % len(workers)].kill()
+        began = time.monotonic()
+        status = ended(pid)
+        in_time = time.monotonic() - began < 10
+        last = log.read_text().splitlines()[-1]
+        good += status == 2 and in_time and "a loader process was killed" in last
+    figure(5, "kill -9 of a loader process", "one line within 10 s, no hang", good, 10)
+
+
+def test_a_second_run_in_the_same_folder(tmp_path, stripes, tiny_vit, figure):
+    folder, log = tmp_path / "run", tmp_path / "first.log"
+    flags = ["--max_steps", "1000000", "--eval_strategy", "no", "--save_strategy", "no"]
+    first = start(lambda: main(command(folder, stripes, tiny_vit, *flags)), log)
+    assert wait_for("step 2/", log, first), log.read_text()
+
+    def snapshot():
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+    before, good = snapshot(), 0
+    for number in range(20):
+        again = ["--resume_from_checkpoint", "last"] if number % 2 else []
+        told = tmp_path / f"{number}.log"
+        arguments = command(folder, stripes, tiny_vit, *flags, *again)
+        status = in_child(lambda arguments=arguments: main(arguments), told)
+        good += (
+            status == 2
+            and f"in use by process {first} " in told.read_text()
+            and snapshot() == before
+        )
+    os.kill(first, signal.SIGKILL)
+    ended(first)
+    refuse_in_use(folder)  # the lock of a process that is dead is none
+    assert (folder / LOCK_FILE).exists()
+    last = command(
+        folder, stripes, tiny_vit, *flags, "--resume_from_checkpoint", "last", "--max_steps", "2"
+    )
+    assert in_child(lambda: main(last), tmp_path / "last.log") == 0, (
+        tmp_path / "last.log"
+    ).read_text()
+    assert not (folder / LOCK_FILE).exists()
+    figure(6, "a second run in the folder of one that runs", "refused, names the first, no file changed",
+           good, 20)  # fmt: skip

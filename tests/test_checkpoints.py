@@ -1,0 +1,148 @@
+"""hf_cifar.checkpoints: whole or not there; the faults themselves are in tests/faults."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from hf_cifar.checkpoints import (
+    IDENTITY_FILE,
+    SUMS_FILE,
+    check_identity,
+    find_damage,
+    list_checkpoints,
+    load_state,
+    new_checkpoint,
+    newest_checkpoint,
+    remove_old_checkpoints,
+    save_state,
+)
+from hf_cifar.errors import UserError
+
+
+def write(folder, step, text="weights"):
+    with new_checkpoint(folder, step, is_main=True, wait=lambda: None) as staging:
+        (staging / "sub").mkdir()
+        (staging / "a").write_text(text)
+        (staging / "sub" / "b").write_text(text)
+    return folder / f"checkpoint-{step}"
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    state = {
+        "step": torch.tensor(3.0),
+        0: {"moments": torch.rand(2, 3), "betas": (0.9, 0.999), "empty": None},
+        "groups": [{"lr": 1e-3, "fused": True, "name": "weights", "none": []}],
+        "large": 2**63 + 1,
+        "infinite": float("inf"),
+    }
+    save_state(tmp_path / "state", state)
+    found = load_state(tmp_path / "state")
+    assert torch.equal(found.pop("step"), state.pop("step"))
+    assert torch.equal(found[0].pop("moments"), state[0].pop("moments"))
+    assert found == state
+    assert isinstance(found[0]["betas"], tuple)
+
+
+def test_tensors_keep_their_layout(tmp_path):
+    tensors = [
+        torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        torch.rand(3, 4).T,
+        torch.rand(2, 3, 4).permute(1, 2, 0),
+        torch.rand(()),
+    ]
+    save_state(tmp_path / "state", tensors)
+    for before, after in zip(tensors, load_state(tmp_path / "state"), strict=True):
+        assert torch.equal(before, after)
+        assert before.stride() == after.stride()
+
+
+def test_two_names_of_one_tensor_are_kept(tmp_path):
+    shared = torch.rand(3)
+    save_state(tmp_path / "state", [shared, shared[:2]])
+    assert torch.equal(load_state(tmp_path / "state")[1], shared[:2])
+
+
+def test_a_state_that_is_no_plain_value_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot hold a ndarray"):
+        save_state(tmp_path / "state", {"rows": np.zeros(3)})
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"\x08" + bytes(7) + b"{}      "])
+def test_a_file_that_is_no_state_is_named(tmp_path, content):
+    (tmp_path / "state").write_bytes(content)
+    with pytest.raises(UserError, match="state is no saved state"):
+        load_state(tmp_path / "state")
+
+
+def test_a_checkpoint_is_checked_by_hand_too(tmp_path):
+    checkpoint = write(tmp_path, 3)
+    done = subprocess.run(
+        ["sha256sum", "--check", "--quiet", SUMS_FILE], cwd=checkpoint, capture_output=True
+    )
+    assert done.returncode == 0
+    assert find_damage(checkpoint) is None
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    checkpoint = write(tmp_path, 3)
+    (checkpoint / "sub" / "b").write_text("weightz")
+    assert find_damage(checkpoint) == "sub/b is not what was written"
+    (checkpoint / "sub" / "b").unlink()
+    assert find_damage(checkpoint) == "sub/b is missing"
+    (checkpoint / "sub" / "b").write_text("weights")
+    (checkpoint / "new").touch()
+    assert find_damage(checkpoint) == "new does not belong to it"
+    (checkpoint / SUMS_FILE).write_bytes(b"\xff")
+    assert "cannot be read" in find_damage(checkpoint)
+    (checkpoint / SUMS_FILE).unlink()
+    assert find_damage(checkpoint) == f"it has no {SUMS_FILE}"
+
+
+def test_the_newest_whole_checkpoint_is_found_by_its_step(tmp_path, caplog):
+    for step in (2, 10, 9):
+        write(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-10" / "a").write_text("other")
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "checkpoint-10", "checkpoint-9", "checkpoint-2",
+    ]  # fmt: skip
+    assert newest_checkpoint(tmp_path).name == "checkpoint-9"
+    assert "checkpoint-10 is damaged: a is not what was written" in caplog.text
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_save_that_fails_leaves_the_one_before(tmp_path):
+    checkpoint = write(tmp_path, 3, "first")
+    with (
+        pytest.raises(RuntimeError, match="in mid-save"),
+        new_checkpoint(tmp_path, 3, is_main=True, wait=lambda: None) as staging,
+    ):
+        (staging / "a").write_text("second")
+        raise RuntimeError("in mid-save")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert (checkpoint / "a").read_text() == "first"
+    assert write(tmp_path, 3, "third") == checkpoint
+    assert (checkpoint / "a").read_text() == "third"
+    assert find_damage(checkpoint) is None
+
+
+def test_old_checkpoints_go_but_for_those_to_keep(tmp_path):
+    for step in range(1, 6):
+        write(tmp_path, step)
+    kept = {tmp_path / "checkpoint-5", tmp_path / "checkpoint-2"}
+    remove_old_checkpoints(tmp_path, keep=kept, limit=3)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["5", "4", "2"]
+    remove_old_checkpoints(tmp_path, keep=kept, limit=1)
+    assert set(list_checkpoints(tmp_path)) == kept
+    remove_old_checkpoints(tmp_path, keep=kept, limit=None)
+    assert set(list_checkpoints(tmp_path)) == kept
+
+
+def test_what_changed_since_a_checkpoint_is_named(tmp_path):
+    (tmp_path / IDENTITY_FILE).write_text(json.dumps({"classes": ["a", "b"], "gone": 1}))
+    check_identity(tmp_path, {"classes": ["a", "b"], "new": 2})
+    with pytest.raises(UserError, match=r"other classes \(\['a', 'b'\] then, \['b', 'a'\] now\)"):
+        check_identity(tmp_path, {"classes": ["b", "a"]})
