@@ -149,6 +149,13 @@ class ResumableTrainer(Trainer):
                 self.state.best_model_checkpoint = resume_from_checkpoint
         return prepared
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's, which trains a step too many of a run that ended in mid-epoch (transformers 5.23)."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # which have formats of their own
             super()._save_optimizer_and_scheduler(output_dir)

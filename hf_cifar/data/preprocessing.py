@@ -167,11 +167,12 @@ class Preprocessing:
         return (height, width) == self.size and self.resize in (None, self.size, min(self.size))
 
     def view(self, images: Tensor) -> Tensor:
-        """Resize and crop [N, C, H, W] uint8 to float [N, C, *size], 0..255."""
+        """Resize and crop [N, C, H, W] uint8 to float [N, C, *size], whole numbers 0..255."""
         height, width = images.shape[-2:]
         if self._is_shown_whole(height, width):
             return images.to(torch.float32)
-        return resample(images, self.box(height, width), self.size, self.interpolation)
+        box = self.box(height, width)
+        return resample(images, box, self.size, self.interpolation, whole=True)
 
     def view_each(self, images: Sequence[np.ndarray], device: torch.device) -> Tensor:
         """`view` of images [H, W, 3] uint8 of any sizes, those of one size at once: [N, 3, *size]."""
@@ -203,4 +204,6 @@ class Preprocessing:
         if self._is_shown_whole(height, width):
             return levels(images).contiguous(memory_format=memory_format)
         box = self.box(height, width)
-        return resample(images, box, self.size, self.interpolation, levels, memory_format)
+        return resample(
+            images, box, self.size, self.interpolation, levels, memory_format, whole=True
+        )

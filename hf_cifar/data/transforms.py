@@ -110,12 +110,15 @@ def resample(
     interpolation: str = "bicubic",
     levels: Levels | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
+    *,
+    whole: bool = False,
 ) -> Tensor:
     """Cut a box out of every image and bring it to `size` in one pass.
 
     images [N, C, H, W] uint8 or float, values 0 to 255; boxes [N, 4] or [1, 4] as (top, left, bottom,
     right) in pixels, right < left flips. Returns float [N, C, h, w], clamped to 0..255 and then brought to
-    `levels`, in the memory format that is asked for; neither costs a pass of its own.
+    `levels`, in the memory format that is asked for; neither costs a pass of its own. whole: keep to whole
+    numbers, after each direction, as Pillow does with uint8.
     """
     num_images, channels, height, width = images.shape
     out_height, out_width = size
@@ -127,6 +130,11 @@ def resample(
     pixels = images.to(torch.float32).reshape(num_images, channels * height, width)
     pixels = torch.matmul(pixels, columns.transpose(1, 2)).clamp_(0, 255)
     pixels = pixels.view(num_images, channels, height, out_width)
+    if whole:
+        pixels = _nearest_whole(torch.matmul(rows[:, None], _nearest_whole(pixels)).clamp_(0, 255))
+        return (pixels if levels is None else levels(pixels)).contiguous(
+            memory_format=memory_format
+        )
     low, high = 0.0, 255.0
     if levels is not None:
         # Rows of the matrix sum to 1, so that levels may as well change here, where there is less of them.
@@ -140,6 +148,11 @@ def resample(
         out = torch.matmul(rows, pixels).clamp_(low, high)
         return out.view(num_images, *size, channels).permute(0, 3, 1, 2)
     return torch.matmul(rows[:, None], pixels).clamp_(low, high)
+
+
+def _nearest_whole(values: Tensor) -> Tensor:
+    """In place; a half goes up, as Pillow has it, where torch.round goes to even."""
+    return values.add_(0.5).floor_()
 
 
 def affine_sample(images: Tensor, boxes: Tensor, linear: Tensor, size: tuple[int, int]) -> Tensor:

@@ -69,8 +69,9 @@ def test_agrees_with_the_image_processor(photo, name, size):
     found = preprocessing(tensor(image))
     assert found.shape == expected.shape
     assert found.shape[-2:] == preprocessing.size
-    assert ((found - expected) / levels(preprocessing)).abs().max() <= 1.5
-    assert ((found - expected) / levels(preprocessing)).abs().mean() <= 0.5
+    difference = ((found - expected) / levels(preprocessing)).abs()
+    assert difference.max() <= 2.001  # halves are rounded otherwise here and there, in both passes
+    assert difference.mean() <= 0.1
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -81,7 +82,7 @@ def test_agrees_on_noise_but_for_roundings(name):
     picture = Image.fromarray(image[0].permute(1, 2, 0).numpy())
     expected = PROCESSORS[name](picture, return_tensors="pt")
     difference = (preprocessing(image) - expected["pixel_values"]) / levels(preprocessing)
-    assert difference.abs().mean() <= 0.5
+    assert difference.abs().mean() <= 0.1
 
 
 def test_batches_are_processed_image_by_image(photo):
@@ -100,7 +101,7 @@ def test_uncropped_loses_nothing(photo, name, size):
     preprocessing = Preprocessing.from_image_processor(PROCESSORS[name])
     early = preprocessing.uncropped().view(image).round().to(torch.uint8)
     # Two odd margins, each rounded to whole pixels, may come to another pixel than their sum.
-    tolerance = 10 if name in ("convnext crop", "clip crop") else 1
+    tolerance = 10 if name in ("convnext crop", "clip crop") else 2
     assert (preprocessing.view(early) - preprocessing.view(image)).abs().max() <= tolerance
 
 

@@ -1,6 +1,7 @@
 """Runs in processes that may die: forked, so that torch is imported once."""
 
 import contextlib
+import gc
 import hashlib
 import os
 import signal
@@ -76,19 +77,21 @@ def in_child(function, log=None):
 
 def start(function, log=None):
     """Begin to run a function in a forked process, its output in `log`. Returns the process id."""
+    gc.freeze()  # else the child's collections would copy every page
     pid = os.fork()
     if pid == 0:
         status = 1
         with contextlib.suppress(BaseException):
             target = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(target, 1), os.dup2(target, 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
             try:
                 status = function() or 0
             except BaseException:
                 traceback.print_exc()
             sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
+    gc.unfreeze()
     return pid
 
 

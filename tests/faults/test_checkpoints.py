@@ -18,6 +18,7 @@ from faults.rig import (
     make_trainer,
     start_pair,
 )
+from transformers.trainer_utils import SaveStrategy
 
 from hf_cifar.checkpoints import SUMS_FILE, find_damage, list_checkpoints, newest_checkpoint
 from hf_cifar.errors import UserError
@@ -70,7 +71,10 @@ def test_killed_at_every_file_operation_of_a_save(
             kill_at_file_operation(folder, point)
             trainer.train()
 
-        good += in_child(killed) == -signal.SIGKILL and ends_with(expected, trainer)
+        ends = in_child(killed), ends_with(expected, trainer)
+        good += ends == (-signal.SIGKILL, True)
+        if ends != (-signal.SIGKILL, True):
+            print(f"file operation {point}: {ends}")
     figure(7, "kill -9 at every file operation of the saves of a run",
            "goes on unaided, ends with the same bits", good, points)  # fmt: skip
 
@@ -89,7 +93,7 @@ def test_resume_from_every_step(tmp_path, stripes, dropout_vit, workers, accumul
         (tmp_path / "digest").write_text(go_on(trainer))
 
     def resumed(step):
-        trainer.args.output_dir = str(tmp_path / "again")
+        trainer.args.save_strategy = SaveStrategy.NO
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
         return digest(trainer.model) != (tmp_path / "digest").read_text()
 
@@ -97,7 +101,6 @@ def test_resume_from_every_step(tmp_path, stripes, dropout_vit, workers, accumul
     good = 0
     for step in range(1, 17):
         good += in_child(lambda step=step: resumed(step)) == 0
-        shutil.rmtree(tmp_path / "again")
     figure(8, f"resumed from each of steps 1 to 16: augmentation, mixup, dropout, EMA; {workers} workers, "
            f"accumulation {accumulation}", "the same SHA-256 at the end", good, 16)  # fmt: skip
 
@@ -115,7 +118,7 @@ def undisturbed_pair(tmp_path_factory, stripes, dropout_vit):
 
 
 def pair_run(folder, data, model, *flags, checkpoint=None, expected=None):
-    """What each of two processes does: train, and compare the end where there is something to compare with."""
+    """What each of two processes does: train, and compare the end with what was expected."""
 
     def run(rank):
         trainer = make_trainer(folder, data, model, "--per_device_train_batch_size", "4", *flags)
@@ -140,7 +143,7 @@ def test_two_processes_killed_at_any_time(tmp_path, stripes, dropout_vit, undist
     expected = (source / "digest").read_text()
     draw = random.Random(0)
     good = 0
-    for number in range(12):
+    for number in range(8):
         folder = tmp_path / str(number)
         pair = start_pair(pair_run(folder, stripes, dropout_vit), free_port())
         time.sleep(draw.uniform(0.4, 1) * seconds)
@@ -150,7 +153,7 @@ def test_two_processes_killed_at_any_time(tmp_path, stripes, dropout_vit, undist
         again = pair_run(folder, stripes, dropout_vit, expected=expected)
         good += [ended(pid) for pid in start_pair(again, free_port())] == [0, 0]
     figure(7, "kill -9 of two processes on gloo, at random times",
-           "goes on unaided, ends with the same bits", good, 12)  # fmt: skip
+           "goes on unaided, ends with the same bits", good, 8)  # fmt: skip
 
 
 def test_two_processes_resume_from_every_checkpoint(
