@@ -286,6 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; a user's mistake is one line on stderr and exit status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    warnings.filterwarnings(
+        "ignore", module=r"PIL\."
+    )  # what matters of an image file, images.py says
     try:
         return _dispatch(argv)
     except UserError as error:
@@ -350,12 +353,13 @@ def _require_model(name: str) -> None:
 
 def check_images(data: DataConfig, splits: Sequence[str]) -> None:
     """Load and decode now what the command will ask for; it gets the same splits back, at no cost."""
-    from hf_cifar.data.splits import Split, load_splits, load_test_split
+    from hf_cifar.data.splits import load_splits, load_test_split, require_readable
 
-    for name in splits:
-        split = load_test_split(data) if name == "test" else getattr(load_splits(data), name)
-        if isinstance(split, Split) and data.pixel_store != "streamed":
-            split.images  # noqa: B018  decodes, or names the row that cannot be read
+    parts = [
+        load_test_split(data) if name == "test" else getattr(load_splits(data), name)
+        for name in splits
+    ]
+    require_readable(*parts, pixel_store=data.pixel_store)
 
 
 def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str]:
