@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 logger = logging.getLogger(__name__)
 # Belongs into the key: raise it when `data.images` decodes differently.
-DECODER = 1
+DECODER = 2
 # Bytes of all files together; the ones not used for longest go first.
 SIZE_LIMIT = 20 * 1024**3
 
