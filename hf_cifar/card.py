@@ -29,6 +29,7 @@ from hf_cifar.evaluation.predictions import METRICS_FILE, render_cell
 from hf_cifar.models.names import SCRATCH
 from hf_cifar.options import CONFIG_FILE, RUN_FILE
 from hf_cifar.provenance import HUB
+from hf_cifar.tables import render_numbers
 
 CARD_FILE = "README.md"
 EVAL_RESULTS_FOLDER = ".eval_results"
@@ -132,6 +133,8 @@ def render_card(facts: CardFacts) -> str:
         num_validation=f"{run['num_validation']:,}",
         validation_source=_validation_source(run, options),
         hashed=_hashed(options),
+        skipped=render_skipped(run, metrics),
+        leakage=_leakage(run),
         split_hash=run["split_hash"],
         procedure=_procedure(run, options),
         options=_shown_options(options),
@@ -200,7 +203,8 @@ def render_eval_results(facts: CardFacts) -> str | None:
     """The accuracy on test as YAML of the Hub's `.eval_results/`; None without one, or where it is no result
     of a data set on the Hub, as on a part of test."""
     dataset, figures = facts.run["dataset"], facts.metrics.get("test", {})
-    if not dataset["hub_id"] or "accuracy" not in figures or facts.options.get("max_eval_samples"):
+    part = facts.options.get("max_eval_samples") or "skipped_rows" in figures
+    if not dataset["hub_id"] or "accuracy" not in figures or part:
         return None
     value, interval = figures["accuracy"], figures.get("intervals", {}).get("accuracy")
     between = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
@@ -383,6 +387,27 @@ def _hashed(options: dict[str, Any]) -> str:
     if options["streaming"]:
         return "SHA-256 over validation's row ids and labels, and over how train is drawn"
     return "SHA-256 over row ids and labels"
+
+
+def render_skipped(run: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> str:
+    """The rows that nothing was trained or measured on, because their images cannot be read."""
+    rows = dict(run.get("skipped_rows", {}))
+    rows |= {name: own["skipped_rows"] for name, own in metrics.items() if "skipped_rows" in own}
+    return "; ".join(
+        f"{len(ids):,} of {name} (row{'s' if len(ids) > 1 else ''} {render_numbers(ids)})"
+        for name, ids in rows.items()
+    )
+
+
+def _leakage(run: dict[str, Any]) -> str:
+    """What --check_leakage found."""
+    found = run.get("leakage")
+    if not found:
+        return ""
+    return (
+        f"Of {found['num_test']:,} test images {found['num_leaked']:,} are in train or validation too, "
+        "exactly or nearly (`--check_leakage`)."
+    )
 
 
 def _procedure(run: dict[str, Any], options: dict[str, Any]) -> str:

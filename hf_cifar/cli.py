@@ -293,6 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, stop_at_once)
+    # What matters of an image file, images.py says.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         return _dispatch(argv)
     except UserError as error:
@@ -375,12 +377,13 @@ def _require_model(name: str) -> None:
 
 def check_images(data: DataConfig, splits: Sequence[str]) -> None:
     """Load and decode now what the command will ask for; it gets the same splits back, at no cost."""
-    from hf_cifar.data.splits import Split, load_splits, load_test_split
+    from hf_cifar.data.splits import load_splits, load_test_split, require_readable
 
-    for name in splits:
-        split = load_test_split(data) if name == "test" else getattr(load_splits(data), name)
-        if isinstance(split, Split) and data.pixel_store != "streamed":
-            split.images  # noqa: B018  decodes, or names the row that cannot be read
+    parts = [
+        load_test_split(data) if name == "test" else getattr(load_splits(data), name)
+        for name in splits
+    ]
+    require_readable(*parts, pixel_store=data.pixel_store)
 
 
 def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str]:

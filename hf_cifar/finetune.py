@@ -29,6 +29,7 @@ from hf_cifar.checkpoints import (
 )
 from hf_cifar.config import FinetuneConfig, RunConfig
 from hf_cifar.data.augmentation import Augmentation, Policy, RandomView
+from hf_cifar.data.leakage import find_leakage
 from hf_cifar.data.multilabel import class_counts
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import (
@@ -36,7 +37,7 @@ from hf_cifar.data.splits import (
     Splits,
     load_splits,
     load_test_split,
-    require_test_split,
+    require_readable,
 )
 from hf_cifar.data.store import (
     CPU,
@@ -115,6 +116,7 @@ def finetune_classifier(config: RunConfig) -> RunResult:
     config = resolve_checkpoint(config)
     set_seed(config.train.seed)
     splits = load_splits(config.data)  # train and validation; test stays sealed
+    require_readable(splits.train, splits.validation, pixel_store=config.data.pixel_store)
     model, image_processor = build_model(
         config.model, splits.id2label, multi_label=splits.multi_label
     )
@@ -372,7 +374,8 @@ def check_run(config: RunConfig) -> None:
     """Find out now what would otherwise fail at the end of the run.
 
     Raises: UserError if the output folder holds another run, there is nothing to resume from, the
-    device cannot compute as asked, there is no test split to predict, or a push could not work.
+    device cannot compute as asked, there is no test split to predict or an image of it cannot be read, or a
+    push could not work.
     """
     train = config.train
     if train.seeds > 1:
@@ -406,7 +409,7 @@ def check_run(config: RunConfig) -> None:
             "FSDP and DeepSpeed need GPUs and there are none; launch with configs/cpu.yaml"
         )
     if train.do_predict:
-        require_test_split(config.data)
+        require_readable(load_test_split(config.data), pixel_store=config.data.pixel_store)
     check_push(train)
 
 
@@ -556,7 +559,7 @@ def save_config(config: RunConfig) -> None:
 def evaluate_run(
     trainer: ImageClassificationTrainer, splits: Splits, config: RunConfig
 ) -> list[Predictions]:
-    """Validation, by which the model is calibrated, and with --do_predict the test split: read here for the
+    """Validation, by which the model is calibrated, and with --do_predict the test split: shown here for the
     first time, when nothing is left to be chosen."""
     validation = evaluate_classifier(trainer, splits.validation, config.data.pixel_store)
     if config.train.calibrate:
@@ -618,6 +621,12 @@ def known_facts(splits: Splits, config: RunConfig) -> dict[str, Any]:
         },
         "num_train": len(splits.train),
         "num_validation": len(splits.validation),
+        "skipped_rows": {
+            split.name: split.skipped.tolist()
+            for split in (splits.train, splits.validation)
+            if isinstance(split, Split) and len(split.skipped)
+        },
+        "leakage": find_leakage(splits, config.data) if config.train.check_leakage else None,
         "environment": environment(),
     }
 

@@ -23,6 +23,8 @@ from hf_cifar.errors import UserError
 CONFIG_FILE = "config.yaml"  # the resolved options in a run's folder
 RUN_FILE = "run.json"  # what happened in it
 METRICS_FILE = "metrics.json"  # the figures of its splits
+MAX_IMAGE_PIXELS = 8192 * 8192
+PILLOW_PIXELS = 178_956_970  # above, Pillow opens no file
 
 
 def option(default: Any, text: str) -> Any:
@@ -74,6 +76,15 @@ class DataConfig:
         "Where decoded images live: resident in memory, or streamed by loader processes; auto goes by "
         "their size and the free memory.",
     )
+    on_bad_image: Literal["error", "skip"] = option(
+        "error",
+        "What images that cannot be read do: stop the run before its first step, with every row named, or "
+        "stay out of it, as the model card then says.",
+    )
+    max_image_pixels: int = option(
+        MAX_IMAGE_PIXELS,
+        "An image of more pixels cannot be read: it is refused before it is decoded.",
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.train_val_split < 1:
@@ -86,6 +97,12 @@ class DataConfig:
                 raise UserError(f"--{name} is {value}; it must be at least 1")
         if self.streaming and self.pixel_store == "resident":
             raise UserError("--streaming and --pixel_store resident exclude each other")
+        if self.streaming and self.on_bad_image == "skip":
+            raise UserError(
+                "--on_bad_image skip does not go with --streaming: nobody could say which rows it left out; "
+                "leave one of them out"
+            )
+        _check_max_image_pixels(self.max_image_pixels)
 
 
 @dataclass(frozen=True)
@@ -222,6 +239,11 @@ class FinetuneOptions:
         "At the end, fit a temperature on validation and fold it into the head: the same labels, with "
         "probabilities that mean what they say. Of multi-label data, a threshold for each class instead.",
     )
+    check_leakage: bool = option(
+        False,
+        "Before training, look for test images that are in train or validation too, exactly or nearly, and "
+        "name them. Compares pixels alone, and nothing of test reaches the training.",
+    )
 
 
 @dataclass(frozen=True)
@@ -276,11 +298,16 @@ class PredictConfig:
     fp16: bool = option(False, "Predict under float16 autocast (GPU).")
     use_cpu: bool = option(False, "Predict on the CPU even where there is a GPU.")
     trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
+    max_image_pixels: int = option(
+        MAX_IMAGE_PIXELS,
+        "An image of more pixels cannot be read: it is refused before it is decoded.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("top_k", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        _check_max_image_pixels(self.max_image_pixels)
         _refuse_both_formats(self)
 
 
@@ -354,6 +381,11 @@ def _refuse_both_formats(config: EvaluateConfig | PredictConfig) -> None:
         raise UserError("--bf16 and --fp16 exclude each other; pass one")
 
 
+def _check_max_image_pixels(value: int) -> None:
+    if not 1 <= value <= PILLOW_PIXELS:
+        raise UserError(f"--max_image_pixels is {value}; it must lie in 1..{PILLOW_PIXELS}")
+
+
 LIGHT_CONFIGS = (DataConfig, AugmentConfig, ModelConfig)
 
 
@@ -398,7 +430,7 @@ def check_bounds(name: str, value: float | None) -> None:
 # What may differ when a run goes on: how long, where, what is shown and kept. All else is the run itself.
 MAY_CHANGE = re.compile(
     r"num_train_epochs|max_steps|output_dir|resume_.*|early_stopping_.*|(eval|save|logging|log|hub|dataloader)_.*|"
-    r"do_.*|push_to_hub|load_best_.*|metric_.*|greater_.*|report_to|run_name|disable_tqdm|use_cpu|"
+    r"do_.*|check_leakage|push_to_hub|load_best_.*|metric_.*|greater_.*|report_to|run_name|disable_tqdm|use_cpu|"
     r"trust_remote_code|per_device_eval_.*|pixel_store|precision|memory_format|torch_compile.*|bf16|fp16|tf32"
 )
 

@@ -17,7 +17,7 @@ from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.problem import thresholds_of
-from hf_cifar.options import PredictConfig
+from hf_cifar.options import MAX_IMAGE_PIXELS, PredictConfig
 
 
 def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -36,7 +36,7 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     )
     model = model.to(device, memory_format=torch.channels_last).eval()
     preprocessing = Preprocessing.from_image_processor(image_processor)
-    for batch, images in decoded_ahead(files, config.batch_size):
+    for batch, images in decoded_ahead(files, config.batch_size, config.max_image_pixels):
         yield from _predict_batch(model, preprocessing, batch, images, config.top_k, dtype)
 
 
@@ -49,13 +49,13 @@ def _autocast_dtype(config: PredictConfig, device: torch.device) -> torch.dtype:
 
 
 def decoded_ahead(
-    files: Sequence[Path], batch_size: int
+    files: Sequence[Path], batch_size: int, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> Iterator[tuple[Sequence[Path], list[np.ndarray | UserError]]]:
     """Batches of files with their images, or what is wrong with one; the next is decoded meanwhile."""
 
     def decode(file: Path) -> np.ndarray | UserError:
         try:
-            return decode_image(file)
+            return decode_image(file, max_pixels)
         except UserError as error:
             return error
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -16,3 +17,10 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
         )
         for line in lines
     )
+
+
+def render_numbers(numbers: Iterable[int]) -> str:
+    """Whole numbers in order, those that follow each other as first-last: `3, 17-19`."""
+    runs = groupby(enumerate(sorted(numbers)), lambda item: item[1] - item[0])
+    ends = [(run[0][1], run[-1][1]) for run in (list(group) for _, group in runs)]
+    return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ends)

@@ -372,3 +372,15 @@ def test_a_folder_without_a_whole_run_is_one_line(run_folder, damage):
 def test_metadata_that_the_hub_would_refuse_is_found_here(head):
     with pytest.raises(UserError, match="metadata is not valid"):
         check_card(f"---\n{head}\n---\n# A card\n")
+
+
+def test_rows_that_were_left_out_and_leaks_are_said():
+    assert "Left out" not in render_card(FACTS) and "--check_leakage" not in render_card(FACTS)
+    metrics = {**METRICS, "test": METRICS["test"] | {"skipped_rows": [4]}}
+    leakage = {"num_test": 1234, "num_leaked": 3, "pairs": []}
+    card = render_card(
+        changed(metrics=metrics, skipped_rows={"train": [3, 17, 18]}, leakage=leakage)
+    )
+    assert "`--on_bad_image skip`): 3 of train (rows 3, 17-18); 1 of test (row 4)." in card
+    assert "Of 1,234 test images 3 are in train or validation too" in card
+    assert render_eval_results(changed(metrics=metrics)) is None

@@ -109,6 +109,8 @@ def test_every_recipe_parses_and_states_what_was_measured(name):
         (["--flip", "2"], ["--flip", "2"]),
         (["--freeze", "half"], ["--freeze", "half"]),
         (["--max_train_samples", "0"], ["--max_train_samples"]),
+        (["--max_image_pixels", "0"], ["--max_image_pixels", "178956970"]),
+        (["--streaming", "--on_bad_image", "skip"], ["--on_bad_image skip", "--streaming"]),
         (["--image_size", "-1"], ["--image_size"]),
         (["stray"], ["stray"]),
         (["--eval_strategy", "never"], ["never"]),

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors.numpy import save_file
 
 logger = logging.getLogger(__name__)
 # Belongs into the key: raise it when `data.images` decodes differently.
-DECODER = 1
+DECODER = 2
 # Bytes of all files together; the ones not used for longest go first.
 SIZE_LIMIT = 20 * 1024**3
 
@@ -65,7 +66,10 @@ def one_process_at_a_time(key: str) -> Iterator[None]:
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except OSError:  # no folder to write to: there will be nothing to find either
+    except (
+        OSError,
+        NotImplementedError,
+    ):  # nothing to write to, or to lock: there will be nothing to find
         yield
         return
     try:
@@ -95,20 +99,23 @@ def save_array(key: str, array: np.ndarray) -> None:
     """Keep an array, in one step; a disk that is full or not writable only costs the cache."""
     folder = cache_folder()
     path = folder / f"{key}.safetensors"
-    temporary = folder / f".{key}.{os.getpid()}.tmp"
+    # A folder, because safetensors writes to a file of a random name first, which a killed process leaves.
+    staging = folder / f".{key}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
         _make_room(folder, array.nbytes)
-        save_file({"array": array}, temporary, {"crc32": f"{zlib.crc32(array):08x}"})
-        os.replace(temporary, path)
+        save_file({"array": array}, staging / "array", {"crc32": f"{zlib.crc32(array):08x}"})
+        os.replace(staging / "array", path)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         logger.warning("nothing is kept in %s for the next run: %s", folder, error)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _make_room(folder: Path, num_bytes: int) -> None:
-    files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    found = [*folder.glob("*.safetensors"), *folder.glob(".*.tmp/*")]
+    files = sorted(found, key=lambda path: path.stat().st_mtime)
     used = sum(path.stat().st_size for path in files)
     for path in files:
         if used + num_bytes <= SIZE_LIMIT:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +42,7 @@ class Duplicate(NamedTuple):
 
 
 def find_duplicates(
-    first: Array | Sequence[Array], second: Array | Sequence[Array] | None = None
+    first: Iterable[Array], second: Iterable[Array] | None = None
 ) -> list[Duplicate]:
     """Pairs of equal and of nearly equal images, the exact ones first, then the most alike.
 
@@ -52,11 +52,9 @@ def find_duplicates(
     mirror images.
     """
     within = second is None
-    sets = [first] if within else [first, second]
-    digests = [_digests(images) for images in sets]
-    thumbnails = [thumbnails_of(images) for images in sets]
-    exact = _equal_pairs(digests[0], digests[-1], within=within)
-    near = _alike_pairs(thumbnails[0], thumbnails[-1], within=within)
+    sets = [_fingerprints(images) for images in ([first] if within else [first, second])]
+    exact = _equal_pairs(sets[0].digests, sets[-1].digests, within=within)
+    near = _alike_pairs(sets[0].thumbnails, sets[-1].thumbnails, within=within)
     pairs = [Duplicate(a, b, True, 0.0) for a, b in exact]
     pairs += sorted(
         (
@@ -69,18 +67,29 @@ def find_duplicates(
     return pairs
 
 
-def thumbnails_of(images: Array | Sequence[Array]) -> Array:
-    """Brightness [N, 32, 32], float32 0..255, of images brought to one size; 0 of an image that is too small
-    to be told from others."""
-    thumbnails = np.zeros((len(images), SIDE, SIDE), np.float32)
-    for position, image in enumerate(images):
-        if image.shape[:2] == (SIDE, SIDE):
-            thumbnails[position] = image @ np.array(LUMA, np.float32)
-        elif min(image.shape[:2]) >= MIN_SIDE:
-            grey = Image.fromarray(image).convert("L")
-            small = grey.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0)
-            thumbnails[position] = small
-    return thumbnails
+class _Fingerprints(NamedTuple):
+    """What images [N] are told by: SHA-256 of the pixels, and thumbnails [N, 32, 32]."""
+
+    digests: list[bytes]
+    thumbnails: Array
+
+
+def _fingerprints(images: Iterable[Array]) -> _Fingerprints:
+    pairs = [(_digest(image), thumbnail_of(image)) for image in images]
+    thumbnails = np.array([thumbnail for _, thumbnail in pairs], np.float32)
+    return _Fingerprints([digest for digest, _ in pairs], thumbnails.reshape(-1, SIDE, SIDE))
+
+
+def thumbnail_of(image: Array) -> Array:
+    """Brightness [32, 32], float32 0..255, of an image [H, W, 3]; 0 of one that is too small to be told from
+    others."""
+    if image.shape[:2] == (SIDE, SIDE):
+        return image @ np.array(LUMA, np.float32)
+    if min(image.shape[:2]) < MIN_SIDE:
+        return np.zeros((SIDE, SIDE), np.float32)
+    grey = Image.fromarray(image).convert("L")
+    small = grey.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+    return np.asarray(small, np.float32)
 
 
 def perceptual_hashes(thumbnails: Array) -> Array:
@@ -90,10 +99,8 @@ def perceptual_hashes(thumbnails: Array) -> Array:
     return np.where(low > np.median(low, axis=1, keepdims=True), 1, -1).astype(np.float32)
 
 
-def _digests(images: Array | Sequence[Array]) -> list[bytes]:
-    return [
-        hashlib.sha256(b"%d %d " % image.shape[:2] + image.tobytes()).digest() for image in images
-    ]
+def _digest(image: Array) -> bytes:
+    return hashlib.sha256(b"%d %d " % image.shape[:2] + image.tobytes()).digest()
 
 
 def _equal_pairs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +13,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hf_cifar.errors import UserError
+from hf_cifar.options import MAX_IMAGE_PIXELS
 
 # What red, green and blue add to brightness: ITU-R 601-2, as Pillow's conversion to "L" has it.
 LUMA = (0.299, 0.587, 0.114)
+# Icons hold other images, which are decoded before their size can be asked for; EPS is a program to run.
+REFUSED_FORMATS = {"EPS", "ICNS", "ICO"}
+EXIF_MARK, ORIENTATION = b"Exif\0\0", 0x0112
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -22,9 +27,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """The image as a person sees it, in mode RGB.
 
     First frame of an animation, upright by its EXIF tag, transparency over white, 16-bit and float
-    grey rescaled to 8 bit instead of clipped.
+    grey rescaled to 8 bit instead of clipped. Raises: UserError for an EXIF block that is damaged.
     """
     image.seek(0)
+    _check_exif(image.info.get("exif") or b"")
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT_MODES:
         # Pillow's own conversion clips at 255. A 16-bit PNG may open as "I", with 16-bit values.
@@ -43,37 +49,77 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_image(source: bytes | str | os.PathLike | Image.Image) -> np.ndarray:
+def _check_exif(exif: bytes) -> None:
+    """Raises: UserError for an EXIF block whose first directory is cut off before it says which way is up.
+
+    Pillow takes such an image as it lies, or refuses it, as the kind of file goes. Broken tags do no harm.
+    """
+    block = exif.removeprefix(EXIF_MARK).removeprefix(EXIF_MARK)  # some programs write it twice
+    if not block:
+        return
+    try:
+        order = {b"II*\0": "<", b"MM\0*": ">"}[block[:4]]
+        (start,) = struct.unpack_from(f"{order}I", block, 4)
+        (count,) = struct.unpack_from(f"{order}H", block, start)
+        for number in range(count):
+            (tag,) = struct.unpack_from(f"{order}H10x", block, start + 2 + 12 * number)
+            if tag == ORIENTATION:
+                return
+    except (KeyError, struct.error):
+        raise UserError(
+            "cannot read image: its EXIF block is damaged, so that nobody can tell which way is up"
+        ) from None
+
+
+def decode_image(
+    source: bytes | str | os.PathLike | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS
+) -> np.ndarray:
     """Decode encoded bytes, a file, or a Pillow image to [H, W, 3] uint8, RGB.
 
-    Raises: UserError if the source is not an image that can be read to its end.
+    Raises: UserError if the source is not an image that can be read to its end, or, before it is decoded,
+    if it has more than `max_pixels` pixels.
     """
     try:
         if isinstance(source, Image.Image):
             return np.asarray(to_rgb(source))
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=_formats()) as image:
+            if image.width * image.height > max_pixels:
+                raise UserError(
+                    f"cannot read image: {image.width} x {image.height} pixels are more than "
+                    f"{max_pixels:,}, see --max_image_pixels"
+                )
             return np.asarray(to_rgb(image))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"no image file {source}") from None
     except UnidentifiedImageError:
         raise UserError("cannot read image: not a known image format") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"cannot read image: {error}") from None
     except Exception as error:  # Pillow's decoders fail on damaged bytes in many ways
         raise UserError(f"cannot read image: {' '.join(str(error).split())}") from None
 
 
-def decode_cell(cell: dict | None) -> np.ndarray:
+def _formats() -> list[str]:
+    """What Pillow can open, but for what would be decoded or run before its size is known."""
+    Image.preinit()  # the common ones first
+    Image.init()
+    return [name for name in Image.ID if name not in REFUSED_FORMATS]
+
+
+def decode_cell(cell: dict | None, max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
     """Decode one cell of an undecoded `datasets` image column: {"bytes": ..., "path": ...}.
 
     Raises: UserError as `decode_image`, and for an empty cell.
     """
     if cell is None or (not cell.get("bytes") and not cell.get("path")):
         raise UserError("cannot read image: the cell is empty")
-    return decode_image(cell["bytes"] if cell.get("bytes") else cell["path"])
+    return decode_image(cell["bytes"] if cell.get("bytes") else cell["path"], max_pixels)
 
 
-def decode_cells(cells: Sequence[dict]) -> Iterator[np.ndarray | UserError]:
+def decode_cells(
+    cells: Sequence[dict], max_pixels: int = MAX_IMAGE_PIXELS
+) -> Iterator[np.ndarray | UserError]:
     """Decode many cells, in order, on all cores (Pillow decodes outside the interpreter's lock).
 
     Yields [H, W, 3] uint8, or the error of a cell that cannot be read.
@@ -81,7 +127,7 @@ def decode_cells(cells: Sequence[dict]) -> Iterator[np.ndarray | UserError]:
 
     def attempt(cell: dict) -> np.ndarray | UserError:
         try:
-            return decode_cell(cell)
+            return decode_cell(cell, max_pixels)
         except UserError as error:
             return error
 
@@ -100,7 +146,8 @@ def pnm_bytes(pixels: np.ndarray) -> bytes:
 
 def list_images(folder: str | Path) -> list[Path]:
     """Files below `folder` whose extension Pillow can open, sorted."""
-    extensions = {ext for ext, form in Image.registered_extensions().items() if form in Image.OPEN}
+    known = set(_formats())
+    extensions = {ext for ext, form in Image.registered_extensions().items() if form in known}
     return sorted(
         p for p in Path(folder).rglob("*") if p.suffix.lower() in extensions and p.is_file()
     )

@@ -69,7 +69,23 @@ def list_class_names(rows: Dataset, split: str) -> list[str]:
             "class labels or strings: cast it to List(ClassLabel(names=[...]))"
         )
     _, values = _present(rows, split)
-    return sorted(values.unique().to_pylist())
+    names = sorted(values.unique().to_pylist())
+    check_class_names(names)
+    return names
+
+
+def check_class_names(names: list[str]) -> None:
+    """Raises: UserError for a name without a letter, or two that differ by white space alone."""
+    known: dict[str, str] = {}
+    for name in names:
+        plain = " ".join(name.split())
+        if not plain:
+            raise UserError(f"a label is {name!r}; give it a name, or remove its rows")
+        if plain in known:
+            raise UserError(
+                f"labels {known[plain]!r} and {name!r} differ by white space alone; make them one"
+            )
+        known[plain] = name
 
 
 def with_label_lists(rows: Dataset, names: list[str], split: str) -> Dataset:

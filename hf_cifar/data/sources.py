@@ -21,10 +21,12 @@ from datasets import (
     IterableDatasetDict,
     Value,
 )
+from pyarrow import parquet
 
 from hf_cifar.data.cifar_archives import cifar_version, read_cifar
 from hf_cifar.data.images import list_images, pnm_bytes
 from hf_cifar.data.multilabel import (
+    check_class_names,
     class_label,
     entries,
     holds_lists,
@@ -163,6 +165,7 @@ def _load_local(
                 str(path), config.dataset_config_name, streaming=streaming
             )
             _check_class_folders(path, splits)
+            _check_parquet_names(path, config.dataset_config_name, splits)
             return splits
         except IndexError:  # what load_from_disk makes of a split without rows
             raise UserError(
@@ -204,6 +207,35 @@ def _check_class_folders(path: Path, splits: DatasetDict | IterableDatasetDict) 
         for folder in sorted(parent.iterdir()):
             if folder.is_dir() and not any(folder.iterdir()):
                 raise UserError(f"class folder {folder} holds no images; add some or remove it")
+
+
+def _check_parquet_names(
+    path: Path, config_name: str | None, splits: DatasetDict | IterableDatasetDict
+) -> None:
+    """`datasets` takes the class names of the first file for those of all; each must have the same.
+
+    Raises: UserError that names a file with others.
+    """
+    features = next(iter(splits.values())).features or {}
+    names = {
+        column: class_label(feature).names
+        for column, feature in features.items()
+        if isinstance(class_label(feature), ClassLabel)
+    }
+    different = {}
+    for file in sorted(path.rglob("*.parquet")) if names else ():
+        for column, feature in Features.from_arrow_schema(parquet.read_schema(file)).items():
+            own = class_label(feature)
+            if isinstance(own, ClassLabel) and own.names != names.get(column, own.names):
+                different[str(file)] = own.names, names[column]
+    if not different:
+        return
+    builder = datasets.load_dataset_builder(str(path), config_name)
+    for file in (str(file) for files in builder.config.data_files.values() for file in files):
+        if file in different:
+            raise UserError(
+                "{} names its classes {}, but the first file {}".format(file, *different[file])
+            )
 
 
 def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | IterableDatasetDict:
@@ -316,18 +348,27 @@ def _class_names(rows: Dataset, split: str) -> list[str]:
             f"the label column holds {feature}; it must hold class labels, strings or integers"
         )
     values = rows.unique("label")
-    if any(value is None or value != value for value in values):
-        raise UserError(f"{_row_of(rows, None, split)}: the label is missing")
+    for value in values:
+        if value is None or value != value or str(value).strip() == "":
+            raise UserError(f"{_row_of(rows, value, split)}: the label is missing")
     if not all(isinstance(value, (str, int)) for value in values):
         raise UserError(
             f"the label column holds {feature.dtype}; it must hold class labels, strings or integers"
         )
-    return [str(value) for value in sorted(values)]
+    names = sorted(values)
+    if not isinstance(names[0], str) and names[0] < 0:
+        raise UserError(
+            f"{_row_of(rows, names[0], split)}: label {names[0]} is negative, as where a label is missing; "
+            "remove such rows, or name the class"
+        )
+    names = [str(name) for name in names]
+    check_class_names(names)
+    return names
 
 
 def _row_of(rows: Dataset, value: Any, split: str) -> str:
     labels = rows["label"][:]
-    return f"{split} row {next(i for i, v in enumerate(labels) if v == value or (value is None and v != v))}"
+    return f"{split} row {next(i for i, v in enumerate(labels) if v == value or (value != value and v != v))}"
 
 
 def _with_class_labels(rows: Dataset, names: list[str], split: str) -> Dataset:
@@ -340,7 +381,13 @@ def _with_class_labels(rows: Dataset, names: list[str], split: str) -> Dataset:
         ids = rows["label"][:]
     else:
         index = {name: i for i, name in enumerate(names)}
-        ids = [index.get(str(value), value) for value in rows["label"][:]]
+        values = rows["label"][:]
+        ids = [index.get(str(value)) for value in values]
+        if None in ids:
+            row = ids.index(None)
+            raise UserError(
+                f"{split} row {row}: label {values[row]!r} is not one of the {len(names)} classes"
+            )
     for row, value in enumerate(ids):
         if not isinstance(value, int) or not 0 <= value < len(names):
             raise UserError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import psutil
@@ -37,8 +38,10 @@ from hf_cifar.data.streams import (
     require_every_class,
 )
 from hf_cifar.errors import UserError
-from hf_cifar.options import DataConfig
+from hf_cifar.options import MAX_IMAGE_PIXELS, DataConfig
+from hf_cifar.tables import render_numbers
 
+logger = logging.getLogger(__name__)
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
 # Share of the free memory that the decoded images of a split may take.
 MEMORY_SHARE = 0.25
@@ -58,6 +61,9 @@ class Split:
     rows: Dataset  # columns: image (encoded), label
     row_ids: np.ndarray  # [N] int64, position of each row in the data set's own split
     source_split: str  # the data set's split that row_ids count in
+    max_pixels: int = MAX_IMAGE_PIXELS  # an image of more cannot be read
+    # Row ids of what --on_bad_image skip has left out; where there are any, all that is here can be read.
+    skipped: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -80,7 +86,7 @@ class Split:
     def decode(self, position: int) -> np.ndarray:
         """One image, [H, W, 3] uint8. Raises: UserError that names the row."""
         try:
-            return decode_cell(self.rows[int(position)]["image"])
+            return decode_cell(self.rows[int(position)]["image"], self.max_pixels)
         except UserError as error:
             raise UserError(f"{self.describe_row(position)}: {error}") from None
 
@@ -90,19 +96,27 @@ class Split:
 
         None if they take more memory than there is to spare: then they are decoded as they are needed.
         What has one size is kept on disk for the next run, see `disk_cache`.
-        Raises: UserError that names the row of an image that cannot be read.
+        Raises: UnreadableImages that names the row of each image that cannot be read.
         """
         budget = memory_to_spare()
-        if self.decode(0).nbytes * len(self) > budget:
+        try:
+            first = self.decode(0)
+        except UserError:
+            return self._collect(budget)  # to find the others
+        if first.nbytes * len(self) > budget:
             return None
-        key = content_key(self.rows)
-        with one_process_at_a_time(key):
-            images = load_array(key)
+        with one_process_at_a_time(self.content_key):
+            images = load_array(self.content_key)
             if images is None:
                 images = self._collect(budget)
                 if isinstance(images, np.ndarray):
-                    save_array(key, images)
+                    save_array(self.content_key, images)
         return images
+
+    @functools.cached_property
+    def content_key(self) -> str:
+        """SHA-256 of the encoded images, see `disk_cache`."""
+        return content_key(self.rows)
 
     @functools.cached_property
     def pixel_hash(self) -> str | None:
@@ -133,17 +147,101 @@ class Split:
         return images
 
     def decode_all(self) -> Iterator[np.ndarray]:
-        """Every image in order, decoded on all cores, with a progress bar on a terminal."""
+        """Every image in order, decoded on all cores, with a progress bar on a terminal.
+
+        Raises: UnreadableImages, once all the others are decoded too.
+        """
+        faults: dict[int, str] = {}
+        for position, image in enumerate(self._attempts()):
+            if isinstance(image, UserError):
+                faults[position] = str(image)
+            elif not faults:
+                yield image
+        if faults:
+            raise UnreadableImages([(self, faults)])
+
+    def faults(self) -> dict[int, str]:
+        """What is wrong with each image that cannot be read, by position. Decodes all and keeps none."""
+        attempts = enumerate(self._attempts())
+        return {position: str(each) for position, each in attempts if isinstance(each, UserError)}
+
+    def _attempts(self) -> Iterator[np.ndarray | UserError]:
         with tqdm(
             total=len(self), desc=f"decoding {self.name}", disable=None, leave=False
         ) as progress:
             for start in range(0, len(self), 1024):
                 cells = self.rows[start : start + 1024]["image"]
-                for position, image in enumerate(decode_cells(cells), start):
-                    if isinstance(image, UserError):
-                        raise UserError(f"{self.describe_row(position)}: {image}")
+                for image in decode_cells(cells, self.max_pixels):
                     progress.update()
                     yield image
+
+
+class UnreadableImages(UserError):
+    """found: some splits, each with what is wrong with images of it that cannot be read, by position."""
+
+    def __init__(self, found: Sequence[tuple[Split, dict[int, str]]]) -> None:
+        self.found = found
+        split, faults = found[0]
+        position = min(faults)
+        first = f"{split.describe_row(position)}: {faults[position]}"
+        count = sum(len(faults) for _, faults in found)
+        if count == 1:
+            message = f"{first}; mend or remove it"
+        else:
+            rows = _render_rows(found)
+            message = (
+                f"{count:,} images cannot be read, {rows}; the first: {first}; mend or remove them"
+            )
+        super().__init__(f"{message}, or pass --on_bad_image skip")
+
+
+def _render_rows(found: Sequence[tuple[Split, dict[int, str]]]) -> str:
+    """Row ids by the data set's own splits: `train rows 3, 17-19, validation rows 2`."""
+    ids: dict[str, list[int]] = {}
+    for split, faults in found:
+        ids.setdefault(split.source_split, []).extend(split.row_ids[list(faults)].tolist())
+    return ", ".join(f"{name} rows {render_numbers(rows)}" for name, rows in ids.items())
+
+
+@functools.lru_cache(maxsize=4)
+def find_faults(split: Split, pixel_store: str = "auto") -> dict[int, str]:
+    """What is wrong with each image that cannot be read, by position. Which they are is kept on disk.
+
+    pixel_store: unless it is "streamed", the images stay in memory if they fit, see `Split.images`.
+    """
+    if len(split.skipped):
+        return {}
+    key = f"{split.content_key}-unreadable-{split.max_pixels}"
+    with one_process_at_a_time(key):
+        positions = load_array(key)
+        if positions is None:
+            try:
+                held = pixel_store != "streamed" and split.images is not None
+                faults = {} if held else split.faults()
+            except UnreadableImages as error:
+                ((_, faults),) = error.found
+            save_array(key, np.array(list(faults), np.int64))
+            return faults
+    # Asked again: a disk may have failed them then.
+    faults = subset(split, positions).faults()
+    return {int(positions[position]): fault for position, fault in faults.items()}
+
+
+def require_readable(*splits: Split | Stream, pixel_store: str = "auto") -> None:
+    """Decode every image, but for those of a stream, which is not read beforehand.
+
+    Raises: UserError that names the row of each image that cannot be read.
+    """
+    parts = [split for split in splits if isinstance(split, Split)]
+    found = [(split, find_faults(split, pixel_store)) for split in parts]
+    found = [(split, faults) for split, faults in found if faults]
+    if found:
+        raise UnreadableImages(found)
+
+
+def subset(split: Split, positions: np.ndarray) -> Split:
+    """Some rows of a split, by position."""
+    return replace(split, rows=split.rows.select(positions), row_ids=split.row_ids[positions])
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,13 +293,7 @@ def load_splits(config: DataConfig) -> Splits:
     labels = label_array(train)
     names = class_label(train.features["label"]).names
     _require_classes(names, config)
-    counts = class_counts(labels, len(names))
-    missing = [name for name, count in zip(names, counts, strict=True) if not count]
-    if missing:
-        raise UserError(
-            f"class {missing[0]!r} has no image in {train_name} ({len(missing)} of {len(names)} classes are "
-            "missing); add images or drop its name"
-        )
+    _require_every_class(labels, names, "image", train_name)
     own = _own_validation(source)
     if own is not None:
         validation = _split("validation", source[own], own, np.arange(len(source[own])))
@@ -211,15 +303,46 @@ def load_splits(config: DataConfig) -> Splits:
             labels, config.train_val_split, names, config.split_seed, train_name
         )
         validation = _split("validation", train, train_name, validation_ids)
-    return Splits(
-        train=subsample(
-            _split("train", train, train_name, train_ids),
-            config.max_train_samples, config.split_seed, "--max_train_samples",
-        ),
-        validation=subsample(
-            validation, config.max_eval_samples, config.split_seed, "--max_eval_samples"
-        ),
+    train = subsample(
+        _split("train", train, train_name, train_ids),
+        config.max_train_samples, config.split_seed, "--max_train_samples",
     )  # fmt: skip
+    validation = subsample(
+        validation, config.max_eval_samples, config.split_seed, "--max_eval_samples"
+    )
+    splits = Splits(_as_asked(train, config), _as_asked(validation, config))
+    _require_every_class(splits.train.labels, names, "readable image", train_name)
+    return splits
+
+
+def _require_every_class(labels: np.ndarray, names: list[str], what: str, where: str) -> None:
+    counts = class_counts(labels, len(names))
+    missing = [name for name, count in zip(names, counts, strict=True) if not count]
+    if missing:
+        raise UserError(
+            f"class {missing[0]!r} has no {what} in {where} ({len(missing)} of {len(names)} classes are "
+            "missing); add images or drop its name"
+        )
+
+
+def _as_asked(split: Split, config: DataConfig) -> Split:
+    """The split with the limit on its images' size, and with --on_bad_image skip without those that cannot be
+    read."""
+    split = replace(split, max_pixels=config.max_image_pixels)
+    if config.on_bad_image == "error":
+        return split
+    faults = find_faults(split, config.pixel_store)
+    if not faults:
+        return split
+    bad = np.array(list(faults))
+    kept = np.setdiff1d(np.arange(len(split)), bad)
+    if not len(kept):
+        raise UserError(f"no image of {split.name} can be read: {next(iter(faults.values()))}")
+    logger.warning(
+        "%s: %s of %s images cannot be read and are left out, %s",
+        split.name, f"{len(bad):,}", f"{len(split):,}", _render_rows([(split, faults)]),
+    )  # fmt: skip
+    return replace(subset(split, kept), skipped=split.row_ids[bad])
 
 
 def _load_streamed_splits(config: DataConfig) -> Splits:
@@ -247,8 +370,10 @@ def _load_streamed_splits(config: DataConfig) -> Splits:
         end = held_out + (1 - held_out) * most / num_images
         num_images = most
     return Splits(
-        train=Stream("train", train_name, train, num_images, held_out, end, seed),
-        validation=Split("validation", rows, row_ids, own or train_name),
+        train=Stream(
+            "train", train_name, train, num_images, held_out, end, seed, config.max_image_pixels
+        ),
+        validation=Split("validation", rows, row_ids, own or train_name, config.max_image_pixels),
     )
 
 
@@ -267,15 +392,18 @@ def _own_validation(source: Mapping) -> str | None:
 def load_test_split(config: DataConfig) -> Split:
     """The test split, labelled. For the final evaluation alone: nothing that is tuned may read it.
 
+    Before, it may only be asked whether its images can be read, and whether train holds them too.
+
     Raises: UserError if the data set has no labelled test split.
     """
     require_test_split(config)
     if config.streaming:
         rows, row_ids = gather("test", load_streams(config)["test"], config.max_eval_samples)
-        return Split("test", rows, row_ids, "test")
+        return Split("test", rows, row_ids, "test", config.max_image_pixels)
     source = load_source(config)
     test = _split("test", source["test"], "test", np.arange(len(source["test"])))
-    return subsample(test, config.max_eval_samples, config.split_seed, "--max_eval_samples")
+    test = subsample(test, config.max_eval_samples, config.split_seed, "--max_eval_samples")
+    return _as_asked(test, config)
 
 
 def require_test_split(config: DataConfig) -> None:
@@ -288,7 +416,7 @@ def require_test_split(config: DataConfig) -> None:
     if "test" not in source:
         raise UserError(
             f"data set {config.dataset_name} has no labelled test split, only {list(source)}; leave out "
-            "--do_predict, or evaluate with --split validation"
+            "--do_predict and --check_leakage, or evaluate with --split validation"
         )
 
 
@@ -302,7 +430,7 @@ def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -
             f"{flag} {limit} is less than the {present} classes of {split.name}; use more"
         )
     kept = _stratified_choice(split.labels, limit, seed)
-    return Split(split.name, split.rows.select(kept), split.row_ids[kept], split.source_split)
+    return subset(split, kept)
 
 
 def _train_name(source: Mapping) -> str:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from hf_cifar.data.preprocessing import Preprocessing
-from hf_cifar.data.splits import Split, memory_to_spare
+from hf_cifar.data.splits import Split, memory_to_spare, require_readable
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 
@@ -171,11 +171,12 @@ def build_store(
 
     augmented: mixed sizes keep a margin around the model's size, for random crops. kind: auto, resident or
     streamed. device: holds resident pixels too, where it has room.
-    Raises: UserError that names the row of an image that cannot be read.
+    Raises: UserError that names the row of each image that cannot be read.
     """
     stored = stored_view(preprocessing, augmented)
     count = f"{len(split):,} images"
     if not is_resident(split, stored, kind):
+        require_readable(split, pixel_store="streamed")
         logger.info("%s: %s, decoded as they are needed", split.name, count)
         return StreamedStore(split, stored)
     if isinstance(split.images, np.ndarray):

@@ -22,7 +22,7 @@ from hf_cifar.data.sources import (
     with_standard_names,
 )
 from hf_cifar.errors import UserError
-from hf_cifar.options import DataConfig
+from hf_cifar.options import MAX_IMAGE_PIXELS, DataConfig
 
 # Rows that wait, encoded, in a loader process for a random one of them to go.
 SHUFFLE_BUFFER = 1000
@@ -60,6 +60,10 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
                 f"column {label!r} does not declare its classes, and a stream is not read to find them; "
                 "leave out --streaming, or cast the column to ClassLabel"
             )
+        names = rows.features["label"].names
+        first = next(iter(standard.values()), rows).features["label"].names
+        if names != first:
+            raise UserError(f"split {split} names its classes {names}, but the first split {first}")
         standard[split] = rows
     return standard
 
@@ -80,6 +84,7 @@ class Stream:
     held_out: float
     end: float
     seed: int
+    max_pixels: int = MAX_IMAGE_PIXELS
 
     def __len__(self) -> int:
         """Images of an epoch, to within the chance of the hash. Raises: UserError if nobody knows."""
@@ -124,7 +129,8 @@ class Stream:
             ):
                 continue
             try:
-                yield decode_image(encoded), checked_label(row["label"], self.rows.features)
+                image = decode_image(encoded, self.max_pixels)
+                yield image, checked_label(row["label"], self.rows.features)
             except UserError as error:
                 digest = hashlib.sha256(encoded).hexdigest()
                 where = (row["image"] or {}).get("path") or f"SHA-256 {digest[:16]}"

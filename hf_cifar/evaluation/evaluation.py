@@ -66,6 +66,7 @@ def predict_images(
         id2label=split.id2label,
         temperature=temperature,
         thresholds=thresholds_of(trainer.model),
+        skipped_rows=tuple(split.skipped.tolist()),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from hf_cifar.card import render_skipped
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation import plots
 from hf_cifar.evaluation.figures import render_figure
@@ -80,6 +81,7 @@ def render_page(report: Report) -> str:
             plots.reliability_diagram(f"Reliability on {facts['split']}", facts["reliability"])
         ),
         matrix_classes=MATRIX_CLASSES,
+        skipped=render_skipped(facts["run"], facts["metrics"]),
     )
 
 

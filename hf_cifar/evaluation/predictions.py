@@ -31,7 +31,11 @@ FIGURE_FILES = (
     METRICS_FILE, CORRUPTIONS_FILE, f"{PREDICTIONS_FOLDER}/*.parquet", ".eval_results/*.yaml",
     "report.html", "report.json",
 )  # fmt: skip
-TEMPERATURE, THRESHOLDS = "temperature", "thresholds"  # in the metadata of the file
+TEMPERATURE, THRESHOLDS, SKIPPED = (
+    "temperature",
+    "thresholds",
+    "skipped_rows",
+)  # in the metadata of the file
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +46,8 @@ class Predictions:
     the data set's own split that a row comes from: train, for a validation split cut out of it.
     temperature: what calibration has divided the logits by, 1 for none.
     Of multi-label data, labels are [N, K], 0 or 1, and a class is given from its score in thresholds [K] on;
-    without thresholds, from 0.5.
+    without thresholds, from 0.5. skipped_rows: ids of the rows that were left out, because their images
+    cannot be read.
     """
 
     split: str
@@ -52,6 +57,7 @@ class Predictions:
     id2label: dict[int, str]
     temperature: float = 1.0
     thresholds: np.ndarray | None = None
+    skipped_rows: tuple[int, ...] = ()
 
     @property
     def multi_label(self) -> bool:
@@ -80,11 +86,13 @@ class Predictions:
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
         """Every figure, see `compute_metrics` or `multi_label_metrics`; under "intervals" the 95% interval
-        of each; with a temperature, also what two were without."""
+        of each; with a temperature, also what two were without; the rows that were left out, if any."""
+        skipped = {SKIPPED: list(self.skipped_rows)} if self.skipped_rows else {}
         if self.multi_label:
             seen = (self.logits, self.labels, self.id2label, self._thresholds)
-            return multi_label_metrics(*seen) | {"intervals": multi_label_intervals(*seen)}
-        figures = compute_metrics(self.logits, self.labels, self.id2label)
+            figures = multi_label_metrics(*seen) | skipped
+            return figures | {"intervals": multi_label_intervals(*seen)}
+        figures = compute_metrics(self.logits, self.labels, self.id2label) | skipped
         if self.temperature != 1:
             before = softmax(self.logits * self.temperature)
             figures |= {
@@ -99,7 +107,7 @@ class Predictions:
         path = _path(folder, self.split)
         path.parent.mkdir(parents=True, exist_ok=True)
         label, labels = datasets.ClassLabel(names=list(self.id2label.values())), self.labels
-        note = {TEMPERATURE: str(self.temperature)}
+        note = {TEMPERATURE: str(self.temperature), SKIPPED: json.dumps(self.skipped_rows)}
         if self.multi_label:
             label, labels = datasets.List(label), [np.flatnonzero(row) for row in labels]
             note[THRESHOLDS] = json.dumps(self._thresholds.tolist())
@@ -143,6 +151,7 @@ class Predictions:
                 id2label=dict(enumerate(names)),
                 temperature=float(note.get(TEMPERATURE.encode(), 1)),
                 thresholds=np.array(json.loads(note[THRESHOLDS.encode()])) if several else None,
+                skipped_rows=tuple(json.loads(note.get(SKIPPED.encode(), "[]"))),
             )
         except (KeyError, AttributeError, ValueError, OSError) as error:
             raise UserError(

@@ -49,7 +49,9 @@ def test_the_next_run_decodes_nothing(save, make_rows, load, monkeypatch):
     decoded = []
     original = images_module.decode_cell
     for module in ("hf_cifar.data.images", "hf_cifar.data.splits"):
-        monkeypatch.setattr(f"{module}.decode_cell", lambda c: decoded.append(c) or original(c))
+        monkeypatch.setattr(
+            f"{module}.decode_cell", lambda c, *a: decoded.append(c) or original(c, *a)
+        )
     again = load(path).images
     assert (again == first).all()
     assert len(decoded) == 1  # the first image, for its size
@@ -128,13 +130,20 @@ def test_the_oldest_file_goes_first(folder, monkeypatch):
     assert not list(folder.glob(".*tmp"))
 
 
+def test_what_a_killed_process_left_is_removed(folder):
+    (folder / ".a.tmp").mkdir(parents=True)
+    (folder / ".a.tmp" / ".tmp1234").write_bytes(b"half")
+    save_array("a", np.zeros((2, 2, 2, 3), np.uint8))
+    assert sorted(path.name for path in folder.iterdir()) == ["a.safetensors"]
+
+
 COUNT_DECODED = """
 import sys
 from hf_cifar.data import images
 from hf_cifar.data.splits import load_splits
 from hf_cifar.options import DataConfig
 decoded, original = [], images.decode_image
-images.decode_image = lambda source: decoded.append(1) or original(source)
+images.decode_image = lambda *given: decoded.append(1) or original(*given)
 pixels = load_splits(DataConfig(dataset_name=sys.argv[1])).train.images
 print(len(decoded), int(pixels.sum()))
 """

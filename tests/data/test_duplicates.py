@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from hf_cifar.data.duplicates import find_duplicates, perceptual_hashes, thumbnails_of
+from hf_cifar.data.duplicates import find_duplicates, perceptual_hashes, thumbnail_of
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,9 @@ def test_a_hash_does_not_depend_on_size_or_brightness(patches):
     picture = Image.fromarray(patches[5])
     larger = np.asarray(picture.resize((96, 96), Image.Resampling.BICUBIC))
     darker = (patches[5] * 0.7).astype(np.uint8)
-    hashes = perceptual_hashes(thumbnails_of([patches[5], larger, darker]))
+    hashes = perceptual_hashes(
+        np.stack([thumbnail_of(each) for each in (patches[5], larger, darker)])
+    )
     assert hashes.shape == (3, 63) and set(np.unique(hashes)) == {-1.0, 1.0}
     assert (hashes[0] != hashes[1]).sum() <= 4
     assert (hashes[0] != hashes[2]).sum() <= 4

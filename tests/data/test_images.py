@@ -1,4 +1,5 @@
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -231,6 +232,57 @@ def test_decompression_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UserError, match=r"cannot read image: .*exceeds limit"):
         decode_image(encode(Image.fromarray(RGB)))
+
+
+def test_an_image_above_the_limit_is_refused_before_it_is_decoded():
+    raw = encode(Image.fromarray(RGB))
+    assert decode_image(raw, max_pixels=60).shape == (6, 10, 3)
+    cut = raw[:60]  # most pixels are missing: they are not asked for
+    with pytest.raises(UserError, match=r"10 x 6 pixels are more than 59, see --max_image_pixels"):
+        decode_image(cut, max_pixels=59)
+    assert [str(each) for each in decode_cells([{"bytes": cut}], 59)] == [
+        "cannot read image: 10 x 6 pixels are more than 59, see --max_image_pixels"
+    ]
+
+
+def test_what_is_decoded_before_its_size_is_known_is_no_image(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "icon.ico")
+    with pytest.raises(UserError, match="not a known image format"):
+        decode_image(tmp_path / "icon.ico")
+    assert list_images(tmp_path) == []
+
+
+def exif_of(*tags, count=None):
+    """A block with these (tag, type, count, value), which says that it has `count` of them."""
+    head = struct.pack("<4sIH", b"II*\0", 8, len(tags) if count is None else count)
+    return b"Exif\0\0" + head + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+
+
+TURNED, CAMERA = (0x0112, 3, 1, 6), (0x010F, 2, 4, 0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    ("exif", "turned"),
+    [
+        (exif_of(TURNED), True),
+        (exif_of((0x010F, 2, 4000, 5000), TURNED), True),  # another tag leads nowhere
+        (exif_of(TURNED, count=60_000), True),  # cut off behind it
+        (exif_of(CAMERA), False),
+        (b"Exif\0\0", False),
+        (exif_of(CAMERA, count=60_000), None),
+        (exif_of(TURNED)[:14], None),
+        (b"Exif\0\0no header", None),
+    ],
+)
+def test_damaged_exif_is_refused_where_it_hides_which_way_is_up(form, exif, turned):
+    raw = encode(Image.fromarray(RGB), form, exif=exif)
+    if turned is None:
+        with pytest.raises(UserError, match="its EXIF block is damaged"):
+            decode_image(raw)
+    else:
+        assert decode_image(raw).shape == ((10, 6, 3) if turned else (6, 10, 3))
 
 
 def test_cell_with_bytes_or_path(tmp_path):

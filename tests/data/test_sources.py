@@ -7,7 +7,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_cifar.data.images import decode_cell
-from hf_cifar.data.sources import load_source, looks_like_path
+from hf_cifar.data.sources import load_source, looks_like_path, open_data_set
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.errors import UserError
 from hf_cifar.options import DataConfig
@@ -225,6 +225,9 @@ def test_images_without_class_folders(tmp_path):
         (["a", None], Value("string"), "train row 1: the label is missing"),
         ([3, None], Value("int64"), "train row 1: the label is missing"),
         ([1.0, 2.0, float("nan")], Value("float64"), "train row 2: the label is missing"),
+        (["a", " "], Value("string"), "train row 1: the label is missing"),
+        (["a", "b", "a "], Value("string"), "labels 'a' and 'a ' differ by white space alone"),
+        ([4, 3, -1], Value("int64"), "train row 2: label -1 is negative"),
         ([1.0, 2.5], Value("float32"), "holds float32; it must hold class labels, strings or int"),
         ([[0], [1]], List(Value("int64")), "it must hold class labels, strings or integers"),
     ],
@@ -254,6 +257,27 @@ def test_label_that_train_does_not_have(save, make_rows):
     )
     with pytest.raises(UserError, match="test row 1: label 'c' is not one of the 2 classes"):
         source(folder, label_column_name="label")
+
+
+def test_numbers_where_train_has_words(save, make_rows):
+    folder = save(
+        train=make_rows(["a", "b"], Value("string")), test=make_rows([0, 1], Value("int64"))
+    )
+    with pytest.raises(UserError, match="test row 0: label 0 is not one of the 2 classes"):
+        source(folder, label_column_name="label")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_that_disagree(tmp_path, make_rows, streaming):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    make_rows([0, 1] * 5).to_parquet(str(folder / "train.parquet"))
+    other = make_rows([0, 1], ClassLabel(names=["dog", "cat"]))
+    other.to_parquet(str(folder / "test.parquet"))
+    with pytest.raises(
+        UserError, match=r"test\.parquet names its classes \['dog', 'cat'\], but the"
+    ):
+        open_data_set(DataConfig(dataset_name=str(folder)), streaming)
 
 
 def test_splits_that_disagree(save, make_rows):

@@ -6,7 +6,13 @@ from datasets import ClassLabel, Value
 
 from hf_cifar.data import splits as splits_module
 from hf_cifar.data.images import decode_cell
-from hf_cifar.data.splits import Splits, load_splits, load_test_split, subsample
+from hf_cifar.data.splits import (
+    Splits,
+    load_splits,
+    load_test_split,
+    require_readable,
+    subsample,
+)
 from hf_cifar.errors import UserError
 from hf_cifar.options import DataConfig
 
@@ -235,6 +241,70 @@ def test_empty_cell_names_its_row(save, make_rows):
     splits = load(save(train=make_rows([0, 1] * 5), validation=broken(make_rows, 3, None)))
     with pytest.raises(UserError, match=r"^validation row 3: cannot read image: the cell is empty"):
         splits.validation.images  # noqa: B018
+
+
+def test_every_broken_image_is_named(save, make_rows):
+    rows = broken(make_rows, 3)
+    cells = rows["img"][:]
+    for row in (4, 5, 11):
+        cells[row] = None
+    rows = type(rows).from_dict({"img": cells, "label": rows["label"][:]}, rows.features)
+    splits = load(save(train=rows, validation=broken(make_rows, 0)))
+    with pytest.raises(
+        UserError, match=r"^4 images cannot be read, train rows 3-5, 11; the first: "
+    ):
+        splits.train.images  # noqa: B018
+    for kind in ("auto", "streamed"):
+        for _ in range(2):
+            with pytest.raises(
+                UserError,
+                match=r"^5 images cannot be read, train rows 3-5, 11, validation rows 0; the first: "
+                r"train row 3: cannot read image: not a known image format; mend or remove them, or pass",
+            ):
+                require_readable(splits.train, splits.validation, pixel_store=kind)
+
+
+@pytest.mark.parametrize("kind", ["auto", "streamed"])
+def test_skipped_images_are_left_out_and_no_others(save, make_rows, kind):
+    folder = save(train=broken(make_rows, 7), test=broken(make_rows, 2))
+    options = {"on_bad_image": "skip", "pixel_store": kind}
+    splits = load(folder, **options)
+    parts = (splits.train, splits.validation)
+    assert sorted(i for part in parts for i in part.skipped) == [7]
+    ids = sorted(np.concatenate([part.row_ids for part in parts]).tolist())
+    assert ids == [row for row in range(20) if row != 7]
+    whole = load(save(train=make_rows([0, 1] * 10)))
+    assert {*splits.validation.row_ids} <= {*whole.validation.row_ids}  # no row changes sides
+    assert splits.hash != whole.hash
+    for part in parts:
+        expected = make_rows([0, 1] * 10)
+        for row, image in zip(part.row_ids, part.images, strict=True):
+            assert (image == np.asarray(expected[int(row)]["img"])).all()
+    test = load_test_split(DataConfig(dataset_name=str(folder), **options))
+    assert (test.skipped.tolist(), len(test)) == ([2], 19)
+    require_readable(*parts, test, pixel_store=kind)
+
+
+def test_a_class_without_a_readable_image(save, make_rows):
+    rows = make_rows([0] * 18 + [1] * 2)
+    rows = rows.cast_column("img", rows.features["img"].__class__(decode=False))
+    cells = [*rows["img"][:18], None, None]
+    rows = type(rows).from_dict({"img": cells, "label": rows["label"][:]}, rows.features)
+    with pytest.raises(UserError, match="class 'dog' has no readable image in train"):
+        load(save(train=rows, validation=make_rows([0, 1])), on_bad_image="skip")
+    with pytest.raises(UserError, match="no image of validation can be read"):
+        load(
+            save(train=make_rows([0, 1] * 4), validation=rows.select([18, 19])), on_bad_image="skip"
+        )
+
+
+def test_the_limit_on_pixels_reaches_the_split(save, make_rows):
+    folder = save(train=make_rows([0, 1] * 4, sizes=((8, 8), (9, 9))))
+    splits = load(folder, max_image_pixels=80)
+    with pytest.raises(UserError, match=r"4 images cannot be read.* 9 x 9 pixels are more than 80"):
+        require_readable(splits.train, splits.validation)
+    splits = load(folder)
+    require_readable(splits.train, splits.validation)
 
 
 def test_class_missing_in_train(save, make_rows):

@@ -1,0 +1,68 @@
+"""Test images that a run would train on, or be chosen by: found by their pixels before it trains."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from hf_cifar.data.duplicates import find_duplicates
+from hf_cifar.data.splits import Split, Splits, load_test_split
+from hf_cifar.errors import UserError
+from hf_cifar.options import DataConfig
+
+logger = logging.getLogger(__name__)
+NUM_NAMED = 10  # pairs in the log; all are in the facts
+
+
+@functools.lru_cache(maxsize=1)
+def find_leakage(splits: Splits, config: DataConfig) -> dict[str, Any]:
+    """Test images that train or validation holds too, exactly or nearly, as plain values; named in the log.
+
+    Returns {"num_test", "num_leaked", "pairs": [{"test_row", "split", "row", "exact", "difference"}, ...]},
+    the exact ones first; `split` and the rows are the data set's own. Labels are not compared.
+    Raises: UserError without a labelled test split, or for a stream.
+    """
+    if not isinstance(splits.train, Split):
+        raise UserError(
+            "--check_leakage compares every image of train with test, and a stream is not read beforehand; "
+            "leave it out, or --streaming"
+        )
+    test, seen = load_test_split(config), (splits.train, splits.validation)
+    held = config.pixel_store != "streamed"
+    pairs = find_duplicates(
+        images_of(test, held), chain.from_iterable(images_of(split, held) for split in seen)
+    )
+    sources = np.repeat([split.source_split for split in seen], [len(split) for split in seen])
+    rows = np.concatenate([split.row_ids for split in seen])
+    found = [
+        {
+            "test_row": int(test.row_ids[pair.first]),
+            "split": str(sources[pair.second]),
+            "row": int(rows[pair.second]),
+            "exact": pair.exact,
+            "difference": pair.difference,
+        }
+        for pair in pairs
+    ]
+    leaked = len({pair["test_row"] for pair in found})
+    if found:
+        named = [f"test row {p['test_row']} is {p['split']} row {p['row']}" for p in found]
+        more = f" and {len(found) - NUM_NAMED:,} more pairs" if len(found) > NUM_NAMED else ""
+        logger.warning(
+            "--check_leakage: %s of %s test images are in train or validation too: %s%s",
+            f"{leaked:,}", f"{len(test):,}", ", ".join(named[:NUM_NAMED]), more,
+        )  # fmt: skip
+    else:
+        logger.info("--check_leakage: no test image is in train or validation")
+    return {"num_test": len(test), "num_leaked": leaked, "pairs": found}
+
+
+def images_of(split: Split, held: bool) -> Iterable[np.ndarray]:
+    """Every image in order; held: from memory, if they fit."""
+    images = split.images if held else None
+    return split.decode_all() if images is None else images

@@ -1,0 +1,58 @@
+"""hf_cifar.data.leakage: test images in train, by row."""
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image
+
+from hf_cifar.data.leakage import find_leakage
+from hf_cifar.data.splits import load_splits
+from hf_cifar.errors import UserError
+from hf_cifar.options import DataConfig
+
+
+@pytest.fixture
+def leaking(save, photo):
+    """Smooth pictures; train row 5 is test row 1, validation row 2 is test row 0."""
+    pictures = [photo(32, 32, seed) for seed in range(40)]
+
+    def rows(chosen, turned=0):
+        labels = [(i + turned) % 2 for i in range(len(chosen))]
+        features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+        return Dataset.from_dict({"image": chosen, "label": labels}, features=features)
+
+    test = pictures[:6]
+    train, validation = pictures[6:30], pictures[30:]
+    train[5], validation[2] = test[1], test[0]
+    return save(train=rows(train), validation=rows(validation), test=rows(test, 1))
+
+
+@pytest.mark.parametrize("kind", ["auto", "streamed"])
+def test_pairs_are_named_by_the_rows_of_the_data_set(leaking, kind, caplog):
+    config = DataConfig(dataset_name=str(leaking), pixel_store=kind)
+    found = find_leakage(load_splits(config), config)
+    exact = [pair for pair in found["pairs"] if pair["exact"]]
+    assert exact == [
+        {"test_row": 0, "split": "validation", "row": 2, "exact": True, "difference": 0.0},
+        {"test_row": 1, "split": "train", "row": 5, "exact": True, "difference": 0.0},
+    ]
+    assert found["num_test"] == 6
+    assert "test row 0 is validation row 2, test row 1 is train row 5" in caplog.text
+
+
+def test_rows_of_a_part_of_train(leaking):
+    config = DataConfig(dataset_name=str(leaking), max_train_samples=20)
+    splits = load_splits(config)
+    rows = {
+        pair["row"] for pair in find_leakage(splits, config)["pairs"] if pair["split"] == "train"
+    }
+    assert (5 in rows) == (5 in splits.train.row_ids)
+    assert rows <= set(np.asarray(splits.train.row_ids).tolist())
+
+
+def test_a_stream_and_data_without_test_are_refused(shards, save, make_rows):
+    config = DataConfig(dataset_name=str(shards), streaming=True, max_eval_samples=6)
+    with pytest.raises(UserError, match="a stream is not read beforehand"):
+        find_leakage(load_splits(config), config)
+    config = DataConfig(dataset_name=str(save(train=make_rows([0, 1] * 5))))
+    with pytest.raises(UserError, match="leave out --do_predict and --check_leakage"):
+        find_leakage(load_splits(config), config)

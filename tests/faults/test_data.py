@@ -1,0 +1,349 @@
+"""Rows that cannot be read, labels that are wrong, test images in train, a preparation that is cut off."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import ClassLabel, Features, Value
+from PIL import Image
+
+from hf_cifar.cli import main
+from hf_cifar.evaluation.predictions import Predictions
+
+NAMES = ClassLabel(names=["across", "down"])
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "pixels"))
+
+
+def encoded(pixels, form="PNG", **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form, **options)
+    return file.getvalue()
+
+
+def stripes(label, generator, side=16):
+    pixels = generator.integers(0, 60, (side, side, 3))
+    pixels[(np.arange(side) + generator.integers(4)) // 2 % 2 == 0] += 180
+    return (pixels.transpose(1, 0, 2) if label else pixels).astype(np.uint8)
+
+
+def write_split(folder, split, files, labels, feature=NAMES):
+    """A Parquet file of rows as they are; a file of None is an empty cell."""
+    folder.mkdir(exist_ok=True)
+    schema = Features({"image": datasets.Image(), "label": feature}).arrow_schema
+    cells = [None if file is None else {"bytes": file, "path": None} for file in files]
+    table = pyarrow.table({"image": cells, "label": labels}, schema=schema)
+    pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+
+
+def finetune(data, output_dir, model, *flags):
+    return main(
+        [
+            "finetune", "--dataset_name", str(data), "--output_dir", str(output_dir),
+            "--model_name_or_path", str(model), "--use_cpu", "--num_train_epochs", "1",
+            "--per_device_train_batch_size", "64", "--precision", "fp32", "--memory_format", "contiguous",
+            "--dataloader_num_workers", "0", "--disable_tqdm", "true", *flags,
+        ]
+    )  # fmt: skip
+
+
+# --- 13: rows that cannot be read
+
+FAULTS = {
+    "truncated": lambda file: file[: len(file) // 2],
+    "null": lambda file: None,
+    "text": lambda file: b"<html>404 not found</html>",
+    "empty": lambda file: b"",
+    "bad EXIF": lambda file: encoded(
+        np.asarray(Image.open(io.BytesIO(file))), "JPEG", exif=b"Exif\0\0no header of a TIFF file"
+    ),
+}
+
+
+def write_corrupt(folder, sides):
+    """1,000 rows of train and 200 of test, 1% of them corrupt; returns the ids of those by split."""
+    generator, corrupt = np.random.default_rng(0), {}
+    for split, count in (("train", 1000), ("test", 200)):
+        labels = generator.permutation([0, 1] * (count // 2)).tolist()
+        files = [
+            encoded(stripes(label, generator, sides[row % len(sides)]))
+            for row, label in enumerate(labels)
+        ]
+        corrupt[split] = sorted(generator.choice(count, count // 100, replace=False).tolist())
+        for number, row in enumerate(corrupt[split]):
+            files[row] = list(FAULTS.values())[number % len(FAULTS)](files[row])
+        write_split(folder, split, files, labels)
+    return corrupt
+
+
+def listed(message, split):
+    """The row ids that a message lists."""
+    ids = re.search(rf"{split} rows? ([\d, -]+)", message)[1].strip(", ")
+    ends = [[int(end) for end in part.split("-")] for part in ids.split(", ")]
+    return [row for part in ends for row in range(part[0], part[-1] + 1)]
+
+
+STORES = {
+    "in memory": ((16,), ()),
+    "mixed sizes": ((16, 24), ()),
+    "streamed": ((16,), ("--pixel_store", "streamed")),
+    "streamed, mixed sizes": ((16, 24), ("--pixel_store", "streamed")),
+}
+
+
+def test_corrupt_rows(tmp_path, tiny_vit, capsys, figure):
+    stopped = skipped = 0
+    for number, (sides, flags) in enumerate(STORES.values()):
+        data, output = tmp_path / f"data{number}", tmp_path / f"run{number}"
+        corrupt = write_corrupt(data, sides)
+        # Twice: what was found is kept on disk.
+        for _ in range(2):
+            assert finetune(data, output, tiny_vit, *flags) == 2
+            message = capsys.readouterr().err.strip()
+            assert "10 images cannot be read" in message and "\n" not in message
+            assert not output.exists()
+        found = listed(message, "train")
+        assert finetune(data, output, tiny_vit, *flags, "--do_predict") == 2
+        assert not output.exists()
+        assert (
+            finetune(data, output, tiny_vit, *flags, "--do_predict", "--on_bad_image", "skip") == 0
+        )
+        capsys.readouterr()
+        stopped += found == corrupt["train"]
+
+        run = json.loads((output / "run.json").read_text())
+        metrics = json.loads((output / "metrics.json").read_text())
+        rows = run["skipped_rows"]
+        assert sorted(rows["train"] + rows.get("validation", [])) == corrupt["train"]
+        assert metrics["test"]["skipped_rows"] == corrupt["test"]
+        test, validation = (Predictions.load(output, name) for name in ("test", "validation"))
+        assert test.row_ids.tolist() == [row for row in range(200) if row not in corrupt["test"]]
+        assert list(test.skipped_rows) == corrupt["test"]
+        assert not set(validation.row_ids.tolist()).intersection(corrupt["train"])
+        assert run["num_train"] + run["num_validation"] == 990
+        assert (
+            run["num_validation"] == len(validation.row_ids) == metrics["validation"]["num_images"]
+        )
+        card = (output / "README.md").read_text()
+        assert main(["report", str(output)]) == 0
+        page = (output / "report.html").read_text()
+        for text in (card, page):
+            said = text[text.index("Left out, because they cannot be read") :].split("\n")[0]
+            assert all(f"{len(ids)} of {name} (row" in said for name, ids in rows.items())
+            assert "2 of test (rows" in said
+        skipped += 1
+
+    rows = [stripes(label, np.random.default_rng(1)) for label in (0, 1)]
+    whole = [encoded(image) for image in rows] * 10
+    write_split(tmp_path / "test", "train", whole, [0, 1] * 10)
+    write_split(tmp_path / "test", "test", [whole[0], b"no image", None, whole[1]], [0, 1, 0, 1])
+    assert finetune(tmp_path / "test", tmp_path / "never", tiny_vit, "--do_predict") == 2
+    assert (
+        "2 images cannot be read, test rows 1-2; the first: test row 1" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "never").exists()
+
+    promise = "all row ids in one line, before step 1, nothing written"
+    figure(13, "1% of rows corrupt, 4 kinds of store", promise, stopped, len(STORES))
+    promise = "those rows and no other left out; split, card and report say so"
+    figure(13, "the same with `--on_bad_image skip`", promise, skipped, len(STORES))
+
+
+# --- 14: labels that are wrong
+
+NUMBERS, WORDS, REALS = Value("int64"), Value("string"), Value("float64")
+TURNED, THREE = ClassLabel(names=["down", "across"]), ClassLabel(names=["across", "down", "up"])
+TRUE = [0, 1] * 10
+# What is wrong: train's labels and feature; those of another split; what the line says; flags.
+LABEL_FAULTS = {
+    "validation's names permuted": (TRUE, NAMES, "validation", TRUE, TURNED, "names its classes", ()),
+    "test's names permuted": (TRUE, NAMES, "test", TRUE, TURNED, "names its classes", ()),
+    "names permuted, of a stream": (
+        TRUE, NAMES, "validation", TRUE, TURNED, "names its classes", ("--streaming",),
+    ),
+    "a class without images": (TRUE, THREE, "test", TRUE, THREE, "'up' has no image in train", ()),
+    "beyond the last class": ([*TRUE, 2], NAMES, "test", TRUE, NAMES, "train row 20: label 2", ()),
+    "-1 in train": ([-1, *TRUE], NAMES, "test", TRUE, NAMES, "train row 0: label -1", ()),
+    "-1 in a part of test": (TRUE, NAMES, "test", [0, 1, -1], NAMES, "test row 2: label -1", ()),
+    "missing": ([0, None, *TRUE], NAMES, "test", TRUE, NAMES, "train row 1: label None", ()),
+    "NaN": ([0.0, 1.0, float("nan")], REALS, "test", [0.0], REALS, "train row 2: the label is missing", ()),
+    "-1 in a column of integers": ([3, 4, -1], NUMBERS, "test", [3], NUMBERS, "train row 2: label -1", ()),
+    "empty text": (["a", "", "b"], WORDS, "test", ["a"], WORDS, "train row 1: the label is missing", ()),
+    "a space too many": (["a", "b", "a "], WORDS, "test", ["a"], WORDS, "differ by white space", ()),
+    "a class that train lacks": (["a", "b"], WORDS, "test", ["c"], WORDS, "test row 0: label 'c'", ()),
+    "numbers for words": (["a", "b"], WORDS, "test", [0, 1], NUMBERS, "test row 0: label '0'", ()),
+}  # fmt: skip
+
+
+def test_label_faults(tmp_path, tiny_vit, capsys, figure):
+    generator, refused = np.random.default_rng(0), []
+    pictures = [encoded(stripes(0, generator)) for _ in range(30)]
+    for number, (fault, case) in enumerate(LABEL_FAULTS.items()):
+        labels, feature, split, others, other_feature, said, flags = case
+        data, output = tmp_path / f"data{number}", tmp_path / f"run{number}"
+        write_split(data, "train", pictures[: len(labels)], labels, feature)
+        write_split(data, split, pictures[: len(others)], others, other_feature)
+        status = finetune(data, output, tiny_vit, "--label_column_name", "label", *flags)
+        message = capsys.readouterr().err.strip()
+        if status == 2 and said in message and "\n" not in message and not output.exists():
+            refused.append(fault)
+    missed = set(LABEL_FAULTS) - set(refused)
+    promise = "one line that names the row or class, before step 1"
+    figure(14, "wrong labels", f"{promise}{missed or ''}", len(refused), len(LABEL_FAULTS))
+
+
+# --- 15: test images in train
+
+
+def patches():
+    """Pieces [N, 32, 32, 3] of two photographs that do not overlap, but for those that are nearly even."""
+    from sklearn.datasets import load_sample_images
+
+    cut = [
+        image[y : y + 32, x : x + 32]
+        for image in load_sample_images().images
+        for y in range(0, image.shape[0] - 31, 32)
+        for x in range(0, image.shape[1] - 31, 32)
+    ]
+    return np.stack([patch for patch in cut if patch.mean(axis=2).std() > 25])
+
+
+def test_planted_test_images(tmp_path, tiny_vit, caplog, figure):
+    generator = np.random.default_rng(0)
+    pictures = generator.permutation(patches())
+    test, train = pictures[:110], pictures[110:]
+    assert len(train) >= 90
+    files = [encoded(image) for image in train]
+    files += [encoded(image, compress_level=1) for image in test[:50]]
+    files += [encoded(image, "JPEG", quality=75) for image in test[50:100]]
+    order = generator.permutation(len(files))
+    planted = {int(np.flatnonzero(order == len(train) + i)[0]): i for i in range(100)}
+    labels = generator.integers(0, 2, len(files)).tolist()
+    data, output = tmp_path / "data", tmp_path / "run"
+    write_split(data, "train", [files[i] for i in order], labels)
+    write_split(data, "test", [encoded(image) for image in test], ([0, 1] * 55))
+    assert finetune(data, output, tiny_vit, "--check_leakage") == 0
+    found = json.loads((output / "run.json").read_text())["leakage"]
+    pairs = {(pair["row"], pair["test_row"]): pair for pair in found["pairs"]}
+    true = [key for key in pairs if planted.get(key[0]) == key[1]]
+    exact = sum(pairs[key]["exact"] for key in true)
+    false = len(pairs) - len(true)
+    assert {pair["split"] for pair in found["pairs"]} == {"train"}
+    first = found["pairs"][0]
+    card = (output / "README.md").read_text()
+    assert f"Of 110 test images {found['num_leaked']} are in train or validation too" in card
+    assert f"test row {first['test_row']} is train row {first['row']}" in caplog.text
+    assert not (output / "predictions" / "test.parquet").exists()
+    figure(15, "50 test images in train, `--check_leakage`", "found and named", exact, 50)
+    near = len(true) - exact
+    promise = f"45 of 50 or more found (here {near}), no false alarm"
+    figure(15, "50 more, as JPEG of quality 75", promise, int(near >= 45 and not false), 1)
+
+
+# --- 17: a preparation that is cut off
+
+PREPARE = """
+import json, os, random, shutil, signal, sys, time
+from pathlib import Path
+
+import datasets
+from hf_cifar.data.disk_cache import cache_folder, load_array
+from hf_cifar.data.splits import load_splits
+from hf_cifar.options import DataConfig
+
+data, results = sys.argv[1], Path(sys.argv[2])
+pixels, tables = cache_folder(), Path(datasets.config.HF_DATASETS_CACHE)
+chance = random.Random(0)
+
+
+def start():
+    pid = os.fork()
+    if pid:
+        return pid
+    splits = load_splits(DataConfig(dataset_name=data))
+    parts = [splits.hash, splits.train.pixel_hash, splits.validation.pixel_hash]
+    (results / str(os.getpid())).write_text(" ".join(parts))
+    os._exit(0)
+
+
+def result(pid):
+    os.waitpid(pid, 0)
+    path = results / str(pid)
+    return path.read_text() if path.exists() else None
+
+
+def wipe(trial=0):
+    shutil.rmtree(pixels, ignore_errors=True)
+    if trial % 4 == 0:  # what `datasets` prepares, too
+        shutil.rmtree(tables, ignore_errors=True)
+
+
+def whole():
+    kept = list(pixels.glob("*.safetensors"))
+    return len(kept) == 2 and all(load_array(path.stem) is not None for path in kept) and not list(
+        pixels.glob(".*.tmp")
+    )
+
+
+wipe()
+began = time.perf_counter()
+reference = result(start())
+seconds = time.perf_counter() - began
+assert reference and whole()
+moments, writing, again = [], 0, 0
+for trial in range(20):
+    wipe(trial)
+    pid = start()
+    if trial % 2:  # while it writes
+        deadline = time.perf_counter() + 10 * seconds
+        while not list(pixels.glob(".*.tmp/*")) and time.perf_counter() < deadline:
+            time.sleep(0.0005)
+        time.sleep(chance.uniform(0, 0.01))
+    else:
+        time.sleep(chance.uniform(0, seconds))
+    os.kill(pid, signal.SIGKILL)
+    killed = result(pid) is None
+    writing += killed and bool(list(pixels.glob(".*.tmp/*")))
+    again += result(start()) == reference and whole()
+both = 0
+for trial in range(6):
+    wipe(trial)
+    first, second = start(), start()
+    if trial % 2:
+        time.sleep(chance.uniform(0, seconds))
+        os.kill(first, signal.SIGKILL)
+    ended = [result(first), result(second)]
+    both += ended[1] == reference and ended[0] in (reference, None) and whole()
+print(json.dumps({"again": again, "both": both, "writing": writing, "seconds": seconds}))
+"""
+
+
+def test_a_preparation_that_is_cut_off(tmp_path, figure):
+    generator, labels = np.random.default_rng(0), [0, 1] * 400
+    files = [encoded(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in labels]
+    write_split(tmp_path / "data", "train", files, labels)
+    (tmp_path / "results").mkdir()
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "tables")}
+    command = [sys.executable, "-c", PREPARE, str(tmp_path / "data"), str(tmp_path / "results")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["writing"] >= 3  # killed with a half file on the disk
+    promise = "the next run rebuilds it, same split and pixel hash, no half file used or left"
+    fault = "kill -9 while the pixel store is prepared, half of them while it is written"
+    figure(17, fault, promise, found["again"], 20)
+    figure(
+        17, "two processes prepare it at once, or one of them dies", "same hash", found["both"], 6
+    )

@@ -1,0 +1,331 @@
+"""Every kind of image file, and files that would fill the memory."""
+
+import io
+import json
+import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from hf_cifar.cli import main
+from hf_cifar.data.images import decode_image
+from hf_cifar.data.preprocessing import Preprocessing
+from hf_cifar.data.splits import load_splits
+from hf_cifar.data.store import build_store, resized, stored_view
+from hf_cifar.errors import UserError
+from hf_cifar.options import DataConfig
+
+SIDE = 32
+FLAGS = ["--use_cpu", "--dataloader_num_workers", "0"]
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "pixels"))
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A ViT of one layer that sees 32 x 32 px as they are."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vit")
+    config = ViTConfig(
+        image_size=SIDE, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=2,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return folder
+
+
+def encoded(image, form="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def finetune(data, output_dir, model, *flags):
+    return main(
+        [
+            "finetune", "--dataset_name", str(data), "--output_dir", str(output_dir),
+            "--model_name_or_path", str(model), "--num_train_epochs", "1", "--precision", "fp32",
+            "--memory_format", "contiguous", "--disable_tqdm", "true", *FLAGS, *flags,
+        ]
+    )  # fmt: skip
+
+
+# --- 16: the same pixels everywhere
+
+
+def variants():
+    """Name, file and what a person sees of it, [32, 32, 3] 0..255, of each kind of image."""
+    generator = np.random.default_rng(0)
+
+    def noise(*channels):
+        return generator.integers(0, 256, (SIDE, SIDE, *channels), dtype=np.uint8)
+
+    def grey_rgb(grey):
+        return np.repeat(np.asarray(grey, float)[..., None], 3, axis=2)
+
+    def over_white(pixels, alpha):
+        share = alpha[..., None] / 255
+        return pixels * share + 255 * (1 - share)
+
+    grey, alpha, rgb = noise(), noise(), noise(3)
+    yield "L.png", encoded(Image.fromarray(grey)), grey_rgb(grey)
+    light = noise()
+    pair = Image.merge("LA", (Image.fromarray(light), Image.fromarray(alpha)))
+    yield "LA.png", encoded(pair), over_white(grey_rgb(light), alpha)
+    palette = Image.fromarray(noise(3)).quantize(64)
+    yield "P.png", encoded(palette), np.asarray(palette.convert("RGB"))
+    yield "RGBA.png", encoded(Image.fromarray(np.dstack((rgb, alpha)))), over_white(rgb, alpha)
+    ink = np.dstack((noise(3), np.zeros((SIDE, SIDE), np.uint8)))
+    yield "CMYK.tiff", encoded(Image.fromarray(ink, "CMYK"), "TIFF"), 255 - ink[..., :3]
+    deep = generator.integers(0, 65536, (SIDE, SIDE), dtype=np.uint16)
+    yield "I16.png", encoded(Image.fromarray(deep)), grey_rgb((deep / 257).round())
+    bits = noise() > 127
+    yield "1.png", encoded(Image.fromarray(bits)), grey_rgb(bits * 255)
+    turns = [
+        lambda a: a,
+        lambda a: a[:, ::-1],
+        lambda a: a[::-1, ::-1],
+        lambda a: a[::-1],
+        lambda a: a.transpose(1, 0, 2),
+        lambda a: np.rot90(a, -1),
+        lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        lambda a: np.rot90(a, 1),
+    ]
+    for orientation, upright in enumerate(turns, 1):
+        stored, exif = noise(3), Image.Exif()
+        exif[0x0112] = orientation
+        yield f"EXIF{orientation}.png", encoded(Image.fromarray(stored), exif=exif), upright(stored)
+    film = [Image.fromarray(noise(3)).quantize(64) for _ in range(2)]
+    gif = encoded(film[0], "GIF", save_all=True, append_images=film[1:], duration=50)
+    yield "film.gif", gif, np.asarray(film[0].convert("RGB"))
+    film = [Image.fromarray(noise(3)) for _ in range(4)]
+    webp = encoded(
+        film[0], "WEBP", save_all=True, append_images=film[1:2], duration=50, lossless=True
+    )
+    yield "film.webp", webp, np.asarray(film[0])
+    apng = encoded(film[2], "PNG", save_all=True, append_images=film[3:], duration=50)
+    yield "film.png", apng, np.asarray(film[2])
+
+
+class Seen:
+    """The pixels that the first convolution is given, as 0..255, while training and otherwise."""
+
+    def __init__(self):
+        self.images = {True: [], False: []}
+
+    def __call__(self, module, inputs):
+        if isinstance(module, torch.nn.Conv2d):
+            pixels = (inputs[0].detach() * 0.5 + 0.5) * 255
+            if (pixels - pixels.round()).abs().max() > 1e-2:
+                return  # no image: the model is tried out on zeros first
+            pixels = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            self.images[module.training] += list(pixels)
+
+    def __enter__(self):
+        self.hook = torch.nn.modules.module.register_module_forward_pre_hook(self)
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
+def test_the_same_pixels_everywhere(tmp_path, vit, capsys, figure):
+    kinds, files = list(variants()), []
+    for split in ("train", "validation", "test"):
+        for number, (name, content, _) in enumerate(kinds):
+            path = tmp_path / "data" / split / ("one", "two")[number % 2] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            files += [path] if split == "test" else []
+    ways = {}
+    for store in ("resident", "streamed"):
+        with Seen() as seen:
+            flags = ("--pixel_store", store, "--flip", "0", "--crop_padding", "0")
+            assert finetune(tmp_path / "data", tmp_path / store, vit, *flags) == 0
+        if store == "resident":  # the other keeps a margin for random crops, see below
+            ways["training"] = seen.images[True]
+        ways[f"validation, {store}"] = seen.images[False]
+        with Seen() as seen:
+            argv = ["evaluate", "--model_name_or_path", str(tmp_path / store), "--split", "test"]
+            assert main([*argv, *FLAGS]) == 0
+        ways[f"evaluation, {store}"] = seen.images[False]
+    with Seen() as seen:
+        argv = ["predict", "--model_name_or_path", str(tmp_path / "resident"), "--use_cpu"]
+        assert main([*argv, *map(str, files)]) == 0
+    capsys.readouterr()
+    predicted = seen.images[False]
+    ways = {way: {image.tobytes() for image in images} for way, images in ways.items()}
+    assert {way: len(images) for way, images in ways.items()} == dict.fromkeys(ways, len(kinds))
+    preprocessing = Preprocessing.from_image_processor(AutoImageProcessor.from_pretrained(vit))
+    train = load_splits(DataConfig(dataset_name=str(tmp_path / "data"))).train
+    store = build_store(train, preprocessing, augmented=True, kind="streamed")
+    names = [Path(row["path"]).name for row in train.rows["image"]]
+    enlarged = stored_view(preprocessing, augmented=True)
+    same = sum(
+        bool(np.abs(image - expected).max() <= 1)  # where transparency is blended, else equal
+        and all(image.tobytes() in images for images in ways.values())
+        and torch.equal(store[names.index(name)]["pixel_values"], resized(image, enlarged))
+        for image, (name, _, expected) in zip(predicted, kinds, strict=True)
+    )
+    promise = (
+        "training (both stores), evaluation and predict see the same pixels, and the right ones"
+    )
+    figure(16, f"{len(kinds)} kinds of image", promise, same, 18)
+
+
+# --- bombs: files that are small, and images that are not
+
+
+def png_of(side, bits, colour_type):
+    """A real PNG of zeros, side x side pixels of `bits` bits."""
+    raw = zlib.compressobj(9)
+    row = bytes(1 + (side * bits + 7) // 8)
+    packed = b"".join(raw.compress(row) for _ in range(side)) + raw.flush()
+
+    def chunk(kind, content):
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    depth = 1 if bits == 1 else 8
+    header = struct.pack(">IIBBBBB", side, side, depth, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [chunk(b"IHDR", header), chunk(b"IDAT", packed), chunk(b"IEND", b"")]
+    )
+
+
+def patched(content, at, value):
+    return content[:at] + value + content[at + len(value) :]
+
+
+def bombs():
+    """Name and bytes of files that claim, or hold, far more pixels than bytes."""
+    small = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
+    film = {"save_all": True, "append_images": [Image.new("RGB", (16, 16), "red")], "duration": 50}
+    yield "one_bit.png", png_of(13_000, 1, 0)  # 844 MB once it is RGB
+    yield "rgb.png", png_of(12_000, 24, 2)
+    gif = encoded(small, "GIF", **film)
+    yield "screen.gif", patched(gif, 6, struct.pack("<HH", 60_000, 60_000))
+    frame = gif.index(b"\x2c\0\0\0\0")  # the first frame's place and size
+    yield "frame.gif", patched(gif, frame + 5, struct.pack("<HH", 60_000, 60_000))
+    webp = encoded(small, "WEBP", lossless=True)
+    bits = struct.unpack_from("<I", webp, 21)[0]
+    size = struct.pack("<I", bits | 0x0FFFFFFF)  # two times 14 bits
+    yield "whole.webp", patched(webp, 21, size)
+    webp = encoded(small, "WEBP", lossless=True, **film)
+    yield "film.webp", patched(webp, 24, b"\xff\x3f\x00\xff\x3f\x00")
+    jpeg = encoded(small, "JPEG")
+    yield (
+        "giant.jpg",
+        patched(jpeg, jpeg.index(b"\xff\xc0") + 5, struct.pack(">HH", 65_500, 65_500)),
+    )
+    yield "giant.bmp", patched(encoded(small, "BMP"), 18, struct.pack("<ii", 40_000, 40_000))
+    yield "giant.ppm", b"P6 40000 40000 255\n" + bytes(100)
+    icon = png_of(13_000, 1, 0)
+    yield "icon.ico", struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(icon), 22) + icon
+
+
+def memory(name):
+    """MB that this process has (VmRSS) or had at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def in_child(work):
+    """What `work` returns in a child process, and by how many MB its memory rose at most."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the most so far
+            before = memory("VmRSS")
+            content = json.dumps([work(), memory("VmHWM") - before])
+            os.write(writing, content.encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        text = answer.read()
+    os.waitpid(pid, 0)
+    return json.loads(text)
+
+
+def refusal(content):
+    try:
+        decode_image(content)
+    except UserError as error:
+        return str(error)
+    return "decoded"
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_bombs(tmp_path, vit, capfd, figure):
+    data, run = tmp_path / "data", tmp_path / "run"
+    for split in ("train", "validation", "test"):
+        for number in range(8):
+            folder = data / split / ("one", "two")[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    assert finetune(data, run, vit) == 0
+    data = shutil.copytree(data, tmp_path / "with_bombs")
+    files, refused, most = list(bombs()), 0, 0.0
+    for name, content in files:
+        said, megabytes = in_child(lambda content=content: refusal(content))
+        most = max(most, megabytes)
+        wanted = (
+            "more than 67,108,864|exceeds limit|not a known"
+            if "ico" in name
+            else "more than|exceeds"
+        )
+        refused += any(word in said for word in wanted.split("|")) and megabytes < 50
+    fault = f"{len(files)} bombs and giants (PNG of 20 KB, GIF, WebP, JPEG, BMP, ICO) decoded"
+    figure(
+        "-",
+        fault,
+        f"refused before decoding, at most 50 MB more (here {most:.0f})",
+        refused,
+        len(files),
+    )
+
+    kept, most = 0, 0.0
+    for name, content in files[:6]:
+        (data / "test" / "one" / name).write_bytes(content)
+    bomb = str(data / "test" / "one" / "one_bit.png")
+    model = ["--model_name_or_path", str(run)]
+    test = ["evaluate", *model, "--split", "test", "--dataset_name", str(data), *FLAGS]
+    test += ["--output_dir", str(tmp_path / "other")]
+    commands = {
+        "training": lambda: finetune(data, tmp_path / "never", vit, "--do_predict"),
+        "evaluation": lambda: main(test),
+        "evaluation, streamed": lambda: main([*test, "--pixel_store", "streamed"]),
+        "predict": lambda: main(["predict", *model, "--use_cpu", bomb]),
+    }
+    for name, command in commands.items():
+        status, megabytes = in_child(command)
+        said = capfd.readouterr()
+        wanted = (
+            "13000 x 13000 pixels" if name == "predict" else "6 images cannot be read, test rows"
+        )
+        assert wanted in said.out + said.err
+        most = max(most, megabytes)
+        kept += status == (1 if name == "predict" else 2) and megabytes < 50
+    assert not (tmp_path / "never").exists()
+    promise = f"named, at most 50 MB more (here {most:.0f})"
+    figure(
+        "-", "bombs in the data of training, evaluation and predict", promise, kept, len(commands)
+    )
