@@ -1,5 +1,6 @@
 """Runs in processes that may die: forked, so that torch is imported once."""
 
+import atexit
 import contextlib
 import gc
 import hashlib
@@ -25,6 +26,13 @@ RANDOM = [
     "--crop_scale", "0.6", "--rotation", "10", "--mixup_alpha", "0.4", "--random_erasing", "0.5",
     "--ema_decay", "0.9",
 ]  # fmt: skip
+STARTED = set()  # processes that nobody has waited for
+
+
+@atexit.register
+def leave_none():
+    for pid in STARTED:
+        os.kill(pid, signal.SIGKILL)
 
 
 def make_trainer(folder, data, model, *flags):
@@ -92,11 +100,13 @@ def start(function, log=None):
             sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
     gc.unfreeze()
+    STARTED.add(pid)
     return pid
 
 
 def ended(pid):
     """Wait for a process. Returns its exit status, or minus the signal that ended it."""
+    STARTED.discard(pid)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
