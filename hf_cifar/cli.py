@@ -71,7 +71,9 @@ def finetune(argv: Sequence[str]) -> int:
         check_same_run(resumed, {**asdict(data), **asdict(augment), **asdict(model)})
     elif is_main_process():
         refuse_occupied(Path(options.output_dir))
-    check_model_name(model.model_name_or_path, model.model_revision)
+    check_model_name(
+        model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
+    )
     check_images(data, ["train", "validation"])
 
     from hf_cifar.config import RunConfig
@@ -99,7 +101,7 @@ def evaluate(argv: Sequence[str]) -> int:
     tokens = [*_data_tokens_of_run(config, argv), *argv]
     config, data, unused = parse_dataclasses(classes, tokens, "hf-cifar evaluate")
     _refuse(unused)
-    _require_model(config.model_name_or_path)
+    _require_model(config)
     check_images(data, [config.split])
 
     from hf_cifar.evaluation.predictions import render_metrics
@@ -211,7 +213,7 @@ def predict(argv: Sequence[str]) -> int:
         "hf-cifar predict",
         usage="hf-cifar predict [options] FILE_OR_FOLDER ...",
     )
-    _require_model(config.model_name_or_path)
+    _require_model(config)
     missing = [path for path in paths if not Path(path).exists()]
     if not paths or len(missing) == len(paths):
         raise UserError(
@@ -340,12 +342,18 @@ def _refuse(unused: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {unused[0]!r}; options start with --, see --help")
 
 
-def _require_model(name: str) -> None:
+def _require_model(config: EvaluateConfig | PredictConfig) -> None:
+    name = config.model_name_or_path
     if not name:
         raise UserError("--model_name_or_path is missing; pass the folder of a run, or a Hub id")
     if name.startswith((SCRATCH, BUNDLED)):
         raise UserError(f"{name} is not fine-tuned yet; pass the folder of a run, or a Hub id")
-    check_model_name(name, purpose="the folder of a run")
+    check_model_name(
+        name,
+        config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        purpose="the folder of a run",
+    )
 
 
 def check_images(data: DataConfig, splits: Sequence[str]) -> None:

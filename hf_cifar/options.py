@@ -162,7 +162,10 @@ class ModelConfig:
         "What stays fixed: none, backbone (train the head alone), or N: train the head and the last N "
         "stages or blocks.",
     )
-    trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
+    trust_remote_code: bool = option(
+        False,
+        "Run code that comes with the checkpoint; of a Hub model, with a full commit as --model_revision.",
+    )
 
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 1:
@@ -228,6 +231,7 @@ class EvaluateConfig:
     model_name_or_path: str = option(
         "", "Folder of a run, or a Hub id, of a fine-tuned model. Required."
     )
+    model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
     split: Literal["validation", "test"] = option("validation", "Which split to evaluate.")
     output_dir: str | None = option(
         None, "Where to write metrics and predictions; the model's own folder if not given."
@@ -244,7 +248,10 @@ class EvaluateConfig:
         "(stratified); 0 for none.",
     )
     use_cpu: bool = option(False, "Evaluate on the CPU even where there is a GPU.")
-    trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
+    trust_remote_code: bool = option(
+        False,
+        "Run code that comes with the checkpoint; of a Hub model, with a full commit as --model_revision.",
+    )
 
     def __post_init__(self) -> None:
         if self.per_device_eval_batch_size < 1:
@@ -265,12 +272,16 @@ class PredictConfig:
     model_name_or_path: str = option(
         "", "Folder of a run, or a Hub id, of a fine-tuned model. Required."
     )
+    model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
     top_k: int = option(5, "Number of classes listed for each image.")
     batch_size: int = option(64, "Images per step.")
     bf16: bool = option(False, "Predict under bfloat16 autocast.")
     fp16: bool = option(False, "Predict under float16 autocast (GPU).")
     use_cpu: bool = option(False, "Predict on the CPU even where there is a GPU.")
-    trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
+    trust_remote_code: bool = option(
+        False,
+        "Run code that comes with the checkpoint; of a Hub model, with a full commit as --model_revision.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("top_k", "batch_size"):

@@ -32,9 +32,10 @@ def figure(record_property):
 
 def pytest_terminal_summary(terminalreporter, config):
     reports = [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]
-    rows = sorted(
+    rows = [
         value for report in reports for name, value in report.user_properties if name == "figure"
-    )
+    ]
+    rows.sort(key=lambda row: (row[0] == "-", row))
     if not rows:
         return
     table = HEADER + "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
