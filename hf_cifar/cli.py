@@ -16,6 +16,7 @@ from typing import NoReturn
 from hf_cifar.errors import UserError
 from hf_cifar.models.names import BUNDLED, SCRATCH, check_model_name
 from hf_cifar.options import (
+    BOUNDS,
     CONFIG_FILE,
     LIGHT_CONFIGS,
     CompareConfig,
@@ -26,9 +27,11 @@ from hf_cifar.options import (
     PushConfig,
     ReportConfig,
     ReproduceConfig,
+    check_bounds,
     check_option_names,
     check_same_run,
     check_values,
+    check_words,
     expand_tokens,
     field_names,
     parse_dataclasses,
@@ -60,12 +63,17 @@ def finetune(argv: Sequence[str]) -> int:
         )
     # Options and data are checked before torch is imported: a mistake shows in a second or two.
     light_classes = [*LIGHT_CONFIGS, FinetuneOptions]
-    light_names = [name for c in light_classes for name in field_names(c)]
-    check_option_names(tokens, [*light_names, *trainer_options()])
+    kinds = trainer_options() | {
+        n: str(k) for c in light_classes for n, k in c.__annotations__.items()
+    }
+    check_option_names(tokens, kinds)
+    check_words(tokens, kinds)
     check_values(tokens, trainer_options())
     data, augment, model, options, *_ = parse_dataclasses(
         light_classes, tokens, "hf-cifar finetune"
     )
+    for name in BOUNDS.keys() & set(field_names(FinetuneOptions)):
+        check_bounds(name, getattr(options, name))
     resumed = run_to_resume(options.output_dir, options.resume_from_checkpoint)
     if resumed is not None:
         check_same_run(resumed, {**asdict(data), **asdict(augment), **asdict(model)})
@@ -259,9 +267,11 @@ def push(argv: Sequence[str]) -> int:
 
 def recipes(argv: Sequence[str]) -> int:
     """list the packaged recipes, or show one"""
-    if _wants_help(argv) or len(argv) > 1:
+    if _wants_help(argv):
         print("usage: hf-cifar recipes [NAME]\n\nList the packaged recipes, or show one.")
-        return 0 if _wants_help(argv) else USER_ERROR
+        return 0
+    if len(argv) > 1:
+        raise UserError(f"recipes takes the name of one recipe, not {len(argv)}")
     if argv:
         print(read_recipe(argv[0]), end="")
         return 0

@@ -63,6 +63,6 @@ def is_damaged(path: Path) -> bool:
 
 
 def discard(path: Path) -> None:
-    """Remove a file from the cache, and its link."""
-    path.resolve().unlink()
-    path.unlink()
+    """Remove a file from the cache, and its link; another process may have done so."""
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import sys
 
 # One after the other; the end of each is marked in both streams.
 COMMANDS = """
-import json, os, sys, time
+import json, os, sys, time, traceback
 from hf_cifar.cli import main
 for token, argv in json.loads(sys.argv[1]):
     os.environ.pop("HF_TOKEN", None)
@@ -18,6 +18,9 @@ for token, argv in json.loads(sys.argv[1]):
         status = main(argv)
     except SystemExit as stop:
         status = stop.code
+    except Exception:
+        traceback.print_exc()
+        status = None
     report = [status, time.perf_counter() - start, "torch" in sys.modules]
     print(f"<<{json.dumps(report)}>>", flush=True)
     print("<<>>", file=sys.stderr, flush=True)

@@ -3,9 +3,13 @@ or lists of them where an image has several."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -218,7 +222,9 @@ def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | I
             return datasets.load_dataset(name, config.dataset_config_name, streaming=True)
         with contextlib.suppress(EntryNotFoundError):
             fetch(name, "README.md", kind="dataset")  # it says what the data set holds
-        builder = datasets.load_dataset_builder(name, config.dataset_config_name)
+        builder = datasets.load_dataset_builder(
+            name, config.dataset_config_name, cache_dir=_lockable_cache()
+        )
         if not Path(builder.cache_dir).is_dir():
             _fetch_data_files(builder)
         builder.download_and_prepare()
@@ -234,6 +240,22 @@ def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | I
                 "it, or pass --dataset_name with a local folder or bundled/digits"
             ) from None
         raise UserError(f"cannot load data set {name}: {_first_line(error)}") from error
+
+
+def _lockable_cache() -> str | None:
+    """None for the cache of `datasets`; where that cannot be written to, a folder of links to what it holds.
+
+    `datasets` takes its locks there even to read.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    if not cache.is_dir() or os.access(cache, os.W_OK):
+        return None
+    links = tempfile.mkdtemp(prefix="hf_cifar-")
+    atexit.register(shutil.rmtree, links, ignore_errors=True)
+    for folder in cache.iterdir():
+        if folder.is_dir():
+            Path(links, folder.name).symlink_to(folder)
+    return links
 
 
 def _fetch_data_files(builder: datasets.DatasetBuilder) -> None:
