@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test test-faults quality style docs bench clean
+.PHONY: quickstart test test-faults quality style docs lock bench clean
 
 quickstart: $(VENV)/installed
 	rm -rf outputs/quickstart
@@ -29,6 +29,12 @@ style: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/python scripts/option_table.py
+
+# The newest versions that setup.cfg admits, with the hashes that PyPI gives; run the tests with them after.
+lock: $(VENV)/installed
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile setup.cfg --upgrade --universal --python-version 3.11 \
+		--extra bundled --extra report --extra dev --generate-hashes --no-config --default-index https://pypi.org/simple \
+		--quiet --output-file requirements.lock
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -18,6 +18,7 @@ from typing import NoReturn
 from hf_cifar.errors import UserError
 from hf_cifar.models.names import BUNDLED, SCRATCH, check_model_name
 from hf_cifar.options import (
+    BOUNDS,
     CONFIG_FILE,
     LIGHT_CONFIGS,
     CompareConfig,
@@ -28,9 +29,11 @@ from hf_cifar.options import (
     PushConfig,
     ReportConfig,
     ReproduceConfig,
+    check_bounds,
     check_option_names,
     check_same_run,
     check_values,
+    check_words,
     expand_tokens,
     field_names,
     parse_dataclasses,
@@ -63,12 +66,17 @@ def finetune(argv: Sequence[str]) -> int:
         )
     # Options and data are checked before torch is imported: a mistake shows in a second or two.
     light_classes = [*LIGHT_CONFIGS, FinetuneOptions]
-    light_names = [name for c in light_classes for name in field_names(c)]
-    check_option_names(tokens, [*light_names, *trainer_options()])
+    kinds = trainer_options() | {
+        n: str(k) for c in light_classes for n, k in c.__annotations__.items()
+    }
+    check_option_names(tokens, kinds)
+    check_words(tokens, kinds)
     check_values(tokens, trainer_options())
     data, augment, model, options, *_ = parse_dataclasses(
         light_classes, tokens, "hf-cifar finetune"
     )
+    for name in BOUNDS.keys() & set(field_names(FinetuneOptions)):
+        check_bounds(name, getattr(options, name))
     resumed = run_to_resume(options.output_dir, options.resume_from_checkpoint)
     if resumed is not None:
         check_same_run(resumed, {**asdict(data), **asdict(augment), **asdict(model)})
@@ -76,7 +84,9 @@ def finetune(argv: Sequence[str]) -> int:
         refuse_in_use(Path(options.output_dir))
         if resumed is None:
             refuse_occupied(Path(options.output_dir))
-    check_model_name(model.model_name_or_path, model.model_revision)
+    check_model_name(
+        model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
+    )
     check_images(data, ["train", "validation"])
 
     from hf_cifar.config import RunConfig
@@ -104,7 +114,7 @@ def evaluate(argv: Sequence[str]) -> int:
     tokens = [*_data_tokens_of_run(config, argv), *argv]
     config, data, unused = parse_dataclasses(classes, tokens, "hf-cifar evaluate")
     _refuse(unused)
-    _require_model(config.model_name_or_path)
+    _require_model(config)
     check_images(data, [config.split])
 
     from hf_cifar.evaluation.predictions import render_metrics
@@ -216,7 +226,7 @@ def predict(argv: Sequence[str]) -> int:
         "hf-cifar predict",
         usage="hf-cifar predict [options] FILE_OR_FOLDER ...",
     )
-    _require_model(config.model_name_or_path)
+    _require_model(config)
     missing = [path for path in paths if not Path(path).exists()]
     if not paths or len(missing) == len(paths):
         raise UserError(
@@ -262,9 +272,11 @@ def push(argv: Sequence[str]) -> int:
 
 def recipes(argv: Sequence[str]) -> int:
     """list the packaged recipes, or show one"""
-    if _wants_help(argv) or len(argv) > 1:
+    if _wants_help(argv):
         print("usage: hf-cifar recipes [NAME]\n\nList the packaged recipes, or show one.")
-        return 0 if _wants_help(argv) else USER_ERROR
+        return 0
+    if len(argv) > 1:
+        raise UserError(f"recipes takes the name of one recipe, not {len(argv)}")
     if argv:
         print(read_recipe(argv[0]), end="")
         return 0
@@ -300,10 +312,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(error)
     except Exception as error:
-        reason = _failed_resource(error)
-        if reason is None:
-            raise
-        return _complain(reason)
+        try:
+            return _complain_of_machine(error)
+        except RuntimeError as late:  # torch tells of a dead loader process when its signal arrives
+            return _complain_of_machine(late)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         if is_main_process():
@@ -334,22 +346,24 @@ def _complain(error: Exception | str) -> int:
     return USER_ERROR
 
 
-def _failed_resource(error: Exception) -> str | None:
-    """What to say where the machine gave out: disk, memory, a process that it killed; else None."""
+def _complain_of_machine(error: Exception) -> int:
+    """Say in a line that disk or memory gave out, or that a process was killed. Raises: any other error."""
     # safetensors and torch wrap the system's error in their own.
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return "no space left on the disk; free some, and start again or resume from the last checkpoint"
+        return _complain(
+            "no space left on the disk; free some, and start again or resume from the last checkpoint"
+        )
     if "DataLoader worker" in str(error):
-        return (
+        return _complain(
             "a loader process was killed, which the system does when memory runs out; pass fewer "
             "--dataloader_num_workers, and --resume_from_checkpoint last to go on"
         )
     if type(error).__name__ == "OutOfMemoryError":
-        return (
+        return _complain(
             f"{str(error).splitlines()[0]} Pass a smaller --per_device_train_batch_size (or "
             "--auto_find_batch_size true) or --per_device_eval_batch_size"
         )
-    return None
+    raise error
 
 
 def _wants_help(argv: Sequence[str]) -> bool:
@@ -367,12 +381,18 @@ def _refuse(unused: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {unused[0]!r}; options start with --, see --help")
 
 
-def _require_model(name: str) -> None:
+def _require_model(config: EvaluateConfig | PredictConfig) -> None:
+    name = config.model_name_or_path
     if not name:
         raise UserError("--model_name_or_path is missing; pass the folder of a run, or a Hub id")
     if name.startswith((SCRATCH, BUNDLED)):
         raise UserError(f"{name} is not fine-tuned yet; pass the folder of a run, or a Hub id")
-    check_model_name(name, purpose="the folder of a run")
+    check_model_name(
+        name,
+        config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        purpose="the folder of a run",
+    )
 
 
 def check_images(data: DataConfig, splits: Sequence[str]) -> None:

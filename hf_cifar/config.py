@@ -154,7 +154,7 @@ class RunConfig:
             *configs, unused = parse_dataclasses(classes, tokens, prog)
         except UserError:
             raise
-        except (ValueError, ImportError, NotImplementedError) as error:
+        except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
             raise UserError(" ".join(str(error).split())) from None
         if unused:
             raise UserError(f"unexpected argument {unused[0]!r}; options start with --, see --help")

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import (
+    BaseImageProcessor,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    get_scheduler,
+    set_seed,
+)
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_cifar.card import CardFacts, render_card, save_card
@@ -293,9 +299,28 @@ def check_libraries(args: FinetuneConfig, model: PreTrainedModel) -> None:
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"--report_to: {' '.join(str(error).split())}") from None
+    try:
         ImageClassificationTrainer.get_optimizer_cls_and_kwargs(args, model)
     except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+        given = f" with --optim_args {args.optim_args}" if args.optim_args else ""
+        raise UserError(
+            f"--optim {args.optim.value}{given}: {' '.join(str(error).split())}"
+        ) from None
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)]),
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs} do not suit --lr_scheduler_type "
+            f"{args.lr_scheduler_type.value}: {error}"
+        ) from None
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UserError(
             f"--gradient_checkpointing: {type(model).__name__} does not support it; leave it out"

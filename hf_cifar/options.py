@@ -179,7 +179,10 @@ class ModelConfig:
         "What stays fixed: none, backbone (train the head alone), or N: train the head and the last N "
         "stages or blocks.",
     )
-    trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
+    trust_remote_code: bool = option(
+        False,
+        "Run code that comes with the checkpoint; of a Hub model, with a full commit as --model_revision.",
+    )
 
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 1:
@@ -255,6 +258,7 @@ class EvaluateConfig:
     model_name_or_path: str = option(
         "", "Folder of a run, or a Hub id, of a fine-tuned model. Required."
     )
+    model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
     split: Literal["validation", "test"] = option("validation", "Which split to evaluate.")
     output_dir: str | None = option(
         None, "Where to write metrics and predictions; the model's own folder if not given."
@@ -271,7 +275,10 @@ class EvaluateConfig:
         "(stratified); 0 for none.",
     )
     use_cpu: bool = option(False, "Evaluate on the CPU even where there is a GPU.")
-    trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
+    trust_remote_code: bool = option(
+        False,
+        "Run code that comes with the checkpoint; of a Hub model, with a full commit as --model_revision.",
+    )
 
     def __post_init__(self) -> None:
         if self.per_device_eval_batch_size < 1:
@@ -292,12 +299,16 @@ class PredictConfig:
     model_name_or_path: str = option(
         "", "Folder of a run, or a Hub id, of a fine-tuned model. Required."
     )
+    model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
     top_k: int = option(5, "Number of classes listed for each image.")
     batch_size: int = option(64, "Images per step.")
     bf16: bool = option(False, "Predict under bfloat16 autocast.")
     fp16: bool = option(False, "Predict under float16 autocast (GPU).")
     use_cpu: bool = option(False, "Predict on the CPU even where there is a GPU.")
-    trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.")
+    trust_remote_code: bool = option(
+        False,
+        "Run code that comes with the checkpoint; of a Hub model, with a full commit as --model_revision.",
+    )
     max_image_pixels: int = option(
         MAX_IMAGE_PIXELS,
         "An image of more pixels cannot be read: it is refused before it is decoded.",
@@ -390,7 +401,9 @@ LIGHT_CONFIGS = (DataConfig, AugmentConfig, ModelConfig)
 
 
 def refuse_occupied(folder: Path) -> None:
-    """Raises: UserError if an output folder holds a run, finished or not."""
+    """Raises: UserError if an output folder holds a run, finished or not, or is a file."""
+    if folder.is_file():
+        raise UserError(f"--output_dir {folder} is a file; pass a folder")
     if (folder / "config.json").exists() or any(folder.glob("checkpoint-*")):
         raise UserError(
             f"{folder} holds another run; pass another --output_dir, or --resume_from_checkpoint last"
@@ -427,6 +440,8 @@ def check_bounds(name: str, value: float | None) -> None:
         raise UserError(f"--{name} is {value:g}; it must lie in {low:g}..{high:g}")
 
 
+# Words for true and false.
+TRUTH = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
 # What may differ when a run goes on: how long, where, what is shown and kept. All else is the run itself.
 MAY_CHANGE = re.compile(
     r"num_train_epochs|max_steps|output_dir|resume_.*|early_stopping_.*|(eval|save|logging|log|hub|dataloader)_.*|"
@@ -486,8 +501,11 @@ def read_recipe(name: str) -> str:
     return (resources.files("hf_cifar") / "recipes" / f"{name}.yaml").read_text()
 
 
-def yaml_tokens(text: str, source: str) -> list[str]:
-    """A YAML file as a command line: null keeps the default, a list is several tokens."""
+def yaml_tokens(text: str | bytes, source: str) -> list[str]:
+    """A YAML file as a command line: null keeps the default, a list is several tokens.
+
+    Raises: UserError for anything but option names with their values.
+    """
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -527,7 +545,7 @@ def expand_tokens(argv: Sequence[str]) -> list[str]:
             path = Path(value)
             if not path.is_file():
                 raise UserError(f"--config: no file {value}; see also: hf-cifar recipes")
-            config += yaml_tokens(path.read_text(), value)
+            config += yaml_tokens(path.read_bytes(), value)
     return recipe + config + rest
 
 
@@ -536,7 +554,7 @@ def run_data_tokens(folder: Path) -> list[str]:
     path, names = folder / CONFIG_FILE, field_names(DataConfig)
     if not path.is_file():
         return []
-    tokens, kept = yaml_tokens(path.read_text(), str(path)), False
+    tokens, kept = yaml_tokens(path.read_bytes(), str(path)), False
     chosen = []
     for token in tokens:  # an option, then its values
         if token.startswith("--"):
@@ -607,11 +625,39 @@ def check_values(tokens: Sequence[str], options: dict[str, str | tuple[str, ...]
             raise UserError(f"{flag} does not take {value!r}{hint}")
         if kind in ("int", "float", "int | None", "float | None"):
             try:
-                check_bounds(name, float(value))
+                check_bounds(name, (int if kind.startswith("int") else float)(value))
             except UserError:
                 raise
             except ValueError:
-                raise UserError(f"{flag} takes a number, not {value!r}") from None
+                number = "a whole number" if kind.startswith("int") else "a number"
+                raise UserError(f"{flag} takes {number}, not {value!r}") from None
+        if "dict" in str(kind) and value.startswith("{"):
+            try:
+                json.loads(value)
+            except ValueError as error:
+                raise UserError(f"{flag} takes JSON, and {value!r} is none: {error}") from None
+
+
+def check_words(tokens: Iterable[str], kinds: dict[str, str | tuple[str, ...]]) -> None:
+    """Raises: UserError for a word that no option takes.
+
+    kinds: each option's type, or the words that it takes.
+    """
+    flag, kind, num_left = "", "", 0
+    for token in tokens:
+        if token.startswith("--"):
+            flag, has_value, value = token.partition("=")
+            kind = str(kinds.get(flag[2:].replace("-", "_"), "nothing"))  # as --no_calibrate
+            num_left = 0 if kind == "nothing" else math.inf if "list" in kind else 1
+        else:
+            has_value, value = "=", token
+        if not has_value:
+            continue
+        if num_left == 0:
+            raise UserError(f"unexpected argument {value!r}; options start with --, see --help")
+        if kind == "bool" and value.lower() not in TRUTH:
+            raise UserError(f"{flag} takes true or false, not {value!r}")
+        num_left -= 1
 
 
 def check_option_names(tokens: Iterable[str], known: Iterable[str]) -> None:
@@ -630,6 +676,16 @@ def nearest_hint(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f" (nearest: {prefix}{matches[0]})" if matches else ""
 
 
+@functools.cache
+def _argument_parser() -> type:
+    """transformers' HfArgumentParser. Its file needs no other, and the package takes seconds."""
+    path = Path(importlib.util.find_spec("transformers").origin).with_name("hf_argparser.py")
+    spec = importlib.util.spec_from_file_location("hf_argparser", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.HfArgumentParser
+
+
 def parse_dataclasses(
     classes: Sequence[type], tokens: Sequence[str], prog: str, **parser_options: Any
 ):
@@ -637,9 +693,7 @@ def parse_dataclasses(
 
     Raises: UserError for a missing or malformed value.
     """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(list(classes), prog=prog, allow_abbrev=False, **parser_options)
+    parser = _argument_parser()(list(classes), prog=prog, allow_abbrev=False, **parser_options)
 
     def fail(message: str) -> None:
         raise UserError(message)
@@ -657,17 +711,6 @@ def _explicit_flags(classes: Sequence[type], tokens: Sequence[str]) -> list[str]
     for token, following in zip(tokens, [*tokens[1:], ""], strict=False):
         explicit.append(token)
         is_flag = token.startswith("--") and hints.get(token[2:].replace("-", "_")) is bool
-        if is_flag and following.lower() not in (
-            "true",
-            "false",
-            "yes",
-            "no",
-            "t",
-            "f",
-            "y",
-            "n",
-            "1",
-            "0",
-        ):
+        if is_flag and following.lower() not in TRUTH:
             explicit.append("true")
     return explicit

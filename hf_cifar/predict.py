@@ -32,7 +32,9 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     dtype = _autocast_dtype(config, device)
     model, image_processor = load_classifier(
-        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
     )
     model = model.to(device, memory_format=torch.channels_last).eval()
     preprocessing = Preprocessing.from_image_processor(image_processor)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub import metadata_load
 
+from hf_cifar.downloads import fetch
 from hf_cifar.models.names import SCRATCH
 from hf_cifar.network import looks_like_path
 
@@ -116,8 +117,8 @@ def _find_file(name: str, file: str, kind: str, revision: str | None) -> Path | 
         path = Path(name).expanduser() / file
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(name, file, repo_type=kind, revision=revision))
-    except (OSError, ValueError):  # the client's own errors are either
+        return fetch(name, file, kind=kind, revision=revision or "main")
+    except (OSError, ValueError):  # the client's own errors are either, and ours
         return None
 
 

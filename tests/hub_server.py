@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
@@ -25,6 +26,7 @@ ROLES = {TOKEN: "write", READ_TOKEN: "read"}
 USER = "me"
 ORGANISATIONS = {"team": "write", "audience": "read"}
 DROP = "drop"  # a fault: the connection breaks
+CUT, FLIP = "cut", "flip"  # faults of a file: it breaks off half-way; one bit of it is another
 LFS_SUFFIXES = (".safetensors", ".parquet")
 LFS_BYTES = 1 << 20
 REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -66,7 +68,8 @@ class Hub:
 
     refused: (action, repo id) -> HTTP status. faults: (action, repo id) -> statuses or DROP, one for each
     request until none is left. Actions: whoami and validate, which name no repo (""), write, create, branch,
-    preupload, lfs, upload, commit, and answer, which fails after the commit. refused_cards: model names
+    preupload, lfs, upload, commit, and answer, which fails after the commit; info, and download, of a
+    path behind the repo id. A fault of None is none, this time. refused_cards: model names
     that validate takes offence at. requests: what was asked for.
     """
 
@@ -74,7 +77,7 @@ class Hub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.refused: dict[tuple[str, str], int] = {}
-        self.faults: dict[tuple[str, str], list[int | str]] = {}
+        self.faults: dict[tuple[str, str], list[int | str | None]] = {}
         self.refused_cards: set[str] = set()
         self.requests: list[str] = []
         handler = type("BoundHandler", (Handler,), {"hub": self})
@@ -96,6 +99,15 @@ class Hub:
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
         lfs = {name for name in files if name.endswith(LFS_SUFFIXES)}
         self.repos[kind, repo_id] = Repo(files, lfs, 1)
+
+
+def hub_environment(home, endpoint):
+    """The environment of a process that has a Hub at `endpoint`, a cache in `home`, and a token."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE"))}
+    return kept | {
+        "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -123,6 +135,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer_tree(
                     *re.fullmatch(r"/api/(\w+)/(.+)/tree/([^/]+)/?(.*)", path).groups()
                 )
+            elif self.fails("info", found[2]):
+                pass
             elif repo := self.at(found[1], found[2], found[4]):
                 siblings = [{"rfilename": name} for name in repo.files]
                 names = {"id": found[2], "sha": repo.sha, "siblings": siblings, "tags": []}
@@ -273,7 +287,14 @@ class Handler(BaseHTTPRequestHandler):
             start, stop = int(found[1]), int(found[2] or len(content) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
             content, status = content[start:stop], 206
-        self.answer(content, status, headers)
+        fault = self.next_fault("download", f"{repo_id}/{path}") if self.command == "GET" else None
+        if fault == FLIP:
+            middle = len(content) // 2
+            content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        elif fault not in (CUT, None):
+            self.fail("download", fault)
+            return
+        self.answer(content, status, headers, cut=fault == CUT)
 
     def repo(self, kind: str, repo_id: str) -> Repo | None:
         repo = self.hub.repos.get((kind, repo_id))
@@ -332,7 +353,9 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer({"error": f"{action} refused"}, fault, {"Retry-After": "0"})
 
-    def answer(self, content: object, status: int = 200, headers: dict | None = None) -> None:
+    def answer(
+        self, content: object, status: int = 200, headers: dict | None = None, cut: bool = False
+    ) -> None:
         self.hub.requests.append(f"{self.command} {self.path} {status}")
         payload = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
@@ -341,7 +364,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(payload)
+            self.wfile.write(payload[: len(payload) // 2] if cut else payload)
+        if cut:
+            self.close_connection = True
 
 
 def upload_mode(file: dict) -> str:

@@ -13,6 +13,8 @@ from hf_cifar.options import (
     EvaluateConfig,
     PredictConfig,
     PushConfig,
+    check_values,
+    check_words,
     field_names,
     recipe_names,
     trainer_options,
@@ -130,3 +132,36 @@ def test_a_bad_yaml_file_is_an_error(tmp_path, text):
     file.write_text(text)
     with pytest.raises(UserError):
         parse("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["stray"], "unexpected argument 'stray'"),
+        (["--flip", "0.1", "0.2"], "unexpected argument '0.2'"),
+        (["--streaming", "maybe"], "--streaming takes true or false, not 'maybe'"),
+        (["--no_calibrate", "x"], "unexpected argument 'x'"),
+    ],
+)
+def test_a_word_that_no_option_takes(tokens, words):
+    kinds = {
+        "flip": "float",
+        "streaming": "bool",
+        "calibrate": "bool",
+        "report_to": "str | list[str]",
+    }
+    check_words(["--report_to", "a", "b", "--streaming", "--flip", "1", "--no_calibrate"], kinds)
+    with pytest.raises(UserError, match=words):
+        check_words(tokens, kinds)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["--seed", "1e3"], "--seed takes a whole number, not '1e3'"),
+        (["--lr_scheduler_kwargs", "{x"], "--lr_scheduler_kwargs takes JSON"),
+    ],
+)
+def test_a_value_is_checked_before_torch_is_imported(tokens, words):
+    with pytest.raises(UserError, match=words):
+        check_values(tokens, trainer_options())

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import json
-import os
 import re
 import shlex
 import shutil
@@ -16,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hub_server import DROP, READ_TOKEN, TOKEN, Hub, Repo, card_errors
+from command_lines import Command, run_commands
+from hub_server import DROP, READ_TOKEN, TOKEN, Hub, Repo, card_errors, hub_environment
 from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -35,19 +35,6 @@ EVAL_RESULTS = ".eval_results/cifar10.yaml"
 ARTICLE_FILES = MODEL_FILES | {PROCESSOR, "article.py"}
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
 
-# Command lines, one after the other in one process; the end of each is marked in both streams.
-COMMANDS = """
-import json, os, sys, time
-from hf_cifar.cli import main
-for token, argv in json.loads(sys.argv[1]):
-    os.environ.pop("HF_TOKEN", None)
-    os.environ.update({"HF_TOKEN": token} if token else {})
-    start = time.perf_counter()
-    status = main(argv)
-    report = [status, time.perf_counter() - start, "torch" in sys.modules]
-    print(f"<<{json.dumps(report)}>>", flush=True)
-    print("<<>>", file=sys.stderr, flush=True)
-"""
 # What a stranger does with a model: transformers alone, no import of hf_cifar; and the code of the cards,
 # which opens image.png.
 STRANGER = """
@@ -71,40 +58,6 @@ for name, code in json.loads(sys.argv[3]).items():
     answers[name]["card"] = printed.getvalue()
 print(json.dumps([answers, "hf_cifar" in sys.modules]))
 """
-
-
-@dataclasses.dataclass
-class Command:
-    """What one command line did."""
-
-    status: int
-    seconds: float
-    loaded_torch: bool
-    stdout: str
-    stderr: str
-
-
-def hub_environment(home, endpoint):
-    """An environment with a Hub at `endpoint`, a cache in `home`, and a token."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE"))}
-    return kept | {
-        "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
-
-
-def run_commands(commands, environment):
-    """Run (token, argv) one after the other, in one process."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    stdout, stderr = re.split(r"<<(.*)>>\n", done.stdout), done.stderr.split("<<>>\n")
-    return [
-        Command(*json.loads(report), text, errors)
-        for text, report, errors in zip(stdout[::2], stdout[1::2], stderr, strict=False)
-    ]
 
 
 def cifar_layout(folder):

@@ -39,6 +39,16 @@ class Preprocessing:
             raise UserError(
                 f"the checkpoint resizes with {self.interpolation!r}; known are {sorted(KERNELS)}"
             )
+        if not (len(self.mean) == len(self.std) == 3 and all(map(math.isfinite, self.mean))):
+            raise UserError(
+                f"the checkpoint's mean is {self.mean}; it must be three finite numbers"
+            )
+        scales = (*self.std, self.rescale_factor)
+        if not all(0 < scale < math.inf for scale in scales):
+            raise UserError(
+                f"the checkpoint's deviations are {self.std} and its rescale factor {self.rescale_factor}; "
+                "they must be positive"
+            )
 
     @classmethod
     def from_image_processor(cls, processor) -> Preprocessing:

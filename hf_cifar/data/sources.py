@@ -3,9 +3,15 @@ or lists of them where an image has several."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +27,7 @@ from datasets import (
     IterableDatasetDict,
     Value,
 )
+from huggingface_hub.errors import EntryNotFoundError
 from pyarrow import parquet
 
 from hf_cifar.data.cifar_archives import cifar_version, read_cifar
@@ -33,12 +40,14 @@ from hf_cifar.data.multilabel import (
     list_class_names,
     with_label_lists,
 )
+from hf_cifar.downloads import fetch
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.network import looks_like_path, require_network
 from hf_cifar.options import DataConfig
 
 BUNDLED = "bundled/"
+NUM_DOWNLOADS = 8  # at the same time
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
@@ -173,10 +182,10 @@ def _load_local(
             ) from None
         except UserError:
             raise
-        except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except Exception as error:  # a stranger's file can fail in any way
             raise UserError(
                 f"cannot load data set {config.dataset_name}: {_first_line(error)}"
-            ) from None
+            ) from error
 
 
 def _check_class_folders(path: Path, splits: DatasetDict | IterableDatasetDict) -> None:
@@ -241,8 +250,20 @@ def _check_parquet_names(
 def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | IterableDatasetDict:
     require_network(f"data set {name}")
     try:
-        return datasets.load_dataset(name, config.dataset_config_name, streaming=streaming)
-    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if streaming:
+            return datasets.load_dataset(name, config.dataset_config_name, streaming=True)
+        with contextlib.suppress(EntryNotFoundError):
+            fetch(name, "README.md", kind="dataset")  # it says what the data set holds
+        builder = datasets.load_dataset_builder(
+            name, config.dataset_config_name, cache_dir=_lockable_cache()
+        )
+        if not Path(builder.cache_dir).is_dir():
+            _fetch_data_files(builder)
+        builder.download_and_prepare()
+        return builder.as_dataset()
+    except UserError:
+        raise
+    except Exception as error:  # a client of the network can fail in any way
         from huggingface_hub import constants
 
         if constants.HF_HUB_OFFLINE:
@@ -250,7 +271,36 @@ def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | I
                 f"data set {name} is not in the local cache and HF_HUB_OFFLINE=1 forbids the network; unset "
                 "it, or pass --dataset_name with a local folder or bundled/digits"
             ) from None
-        raise UserError(f"cannot load data set {name}: {_first_line(error)}") from None
+        raise UserError(f"cannot load data set {name}: {_first_line(error)}") from error
+
+
+def _lockable_cache() -> str | None:
+    """None for the cache of `datasets`; where that cannot be written to, a folder of links to what it holds.
+
+    `datasets` takes its locks there even to read.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    if not cache.is_dir() or os.access(cache, os.W_OK):
+        return None
+    links = tempfile.mkdtemp(prefix="hf_cifar-")
+    atexit.register(shutil.rmtree, links, ignore_errors=True)
+    for folder in cache.iterdir():
+        if folder.is_dir():
+            Path(links, folder.name).symlink_to(folder)
+    return links
+
+
+def _fetch_data_files(builder: datasets.DatasetBuilder) -> None:
+    """Have the files of a Hub data set in the cache, where `datasets` looks for them.
+
+    Raises: UserError for one that arrives damaged.
+    """
+    urls = [url for urls in (builder.config.data_files or {}).values() for url in urls]
+    # What lies elsewhere than on the Hub has no hash.
+    found = [re.fullmatch(r"hf://datasets/(.+)@([0-9a-f]{40})/(.+)", url) for url in urls]
+    with ThreadPoolExecutor(NUM_DOWNLOADS) as pool:
+        parts = (url.groups() for url in found if url)
+        list(pool.map(lambda p: fetch(p[0], p[2], kind="dataset", revision=p[1]), parts))
 
 
 def _first_line(error: Exception) -> str:

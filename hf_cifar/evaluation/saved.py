@@ -34,7 +34,9 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
     temperature = temperature_of(config.model_name_or_path)
     split = load_test_split(data) if config.split == "test" else load_splits(data).validation
     model, image_processor = load_classifier(
-        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
     )
     known = {int(i): name for i, name in model.config.id2label.items()}
     if known != split.id2label:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -29,10 +35,12 @@ from hf_cifar.models.article import (
     ArticleMLPConfig,
     ArticleMLPForImageClassification,
 )
+from hf_cifar.models.files import count_weights, model_folder
 from hf_cifar.models.layers import describe_trainable, freeze, head_parameter_names
 from hf_cifar.models.names import BUNDLED, SCRATCH, check_model_name
 from hf_cifar.models.problem import set_problem
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
+from hf_cifar.network import looks_like_path
 from hf_cifar.options import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -42,11 +50,10 @@ ARTICLE_MODELS = {  # by models.names.ARTICLE_NAMES
     "article_mlp": (ArticleMLPConfig, ArticleMLPForImageClassification),
 }
 ARTICLE_IMAGE_SIZE = 32
-# What transformers, timm and safetensors raise for a checkpoint that is missing, broken or of another kind.
-LOAD_ERRORS = (
-    OSError, ImportError, KeyError, TypeError, ValueError, RuntimeError, AssertionError,
-    SafetensorError, StrictDataclassError,
-)  # fmt: skip
+MAX_SIDE = 2048  # pixels of an image that a model sees, each way
+# A model may have more numbers than its file: another head, tensors stored once and used twice.
+MODEL_TO_FILE, MARGIN = 3, 2**24
+MAX_MODULES = 2**16
 
 
 class Classifier(NamedTuple):
@@ -66,75 +73,148 @@ def build_model(
     Raises: UserError for an unknown model, no network, or a size that the model cannot take.
     """
     name = config.model_name_or_path
-    check_model_name(name, config.model_revision)
-    try:
+    check_model_name(name, config.model_revision, trust_remote_code=config.trust_remote_code)
+    with _library_errors(name):
         if name.startswith(SCRATCH):
             classifier, new = _build_scratch(name.removeprefix(SCRATCH), config, id2label)
         elif name.startswith(BUNDLED):
             classifier, new = _build_bundled(config, id2label)
         else:
             classifier, new = _load_pretrained(config, id2label)
-    except UserError:
-        raise
-    except LOAD_ERRORS as error:
-        raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
-    model = classifier.model
-    _check_forward(model, classifier.image_processor, config)
+        model = classifier.model
+        _check_forward(classifier, name, "pass another --image_size")
     set_problem(model, multi_label)
     freeze(model, config.freeze)
     _log_summary(name, model, new)
     return classifier
 
 
-def load_classifier(name: str, *, trust_remote_code: bool = False) -> Classifier:
+def load_classifier(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Classifier:
     """A fine-tuned model as it was saved, for evaluation and prediction.
 
-    Raises: UserError if there is no such model.
+    Raises: UserError if there is no such model, or it is damaged.
     """
-    check_model_name(name)
+    check_model_name(name, revision, trust_remote_code=trust_remote_code)
+    with _library_errors(name):
+        folder = model_folder(name, revision, trust_remote_code)
+        config = _read_config(folder, trust_remote_code)
+        with _no_larger_than(count_weights(folder)):
+            model, loading = AutoModelForImageClassification.from_pretrained(
+                folder,
+                config=config,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+        if loading["missing_keys"]:
+            raise ValueError(
+                f"its weights lack {_listed(loading['missing_keys'])}; fine-tune it first"
+            )
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        classifier = Classifier(model, processor)
+        _check_labels(model)
+        _check_forward(classifier, name, "its config.json and its image processor do not agree")
+    return classifier
+
+
+@contextlib.contextmanager
+def _library_errors(name: str) -> Iterator[None]:
+    """Whatever is raised for a file that a stranger made, or that is damaged, as a UserError."""
     try:
-        model = AutoModelForImageClassification.from_pretrained(
-            name, trust_remote_code=trust_remote_code
-        )
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except LOAD_ERRORS as error:
-        raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
-    return Classifier(model, processor)
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = _one_line(error)
+        if "trust_remote_code" in str(error):
+            text = "it brings code of its own, which was not run: read it, then pass --trust_remote_code"
+            if not looks_like_path(name):
+                text += " and the 40 digits of its commit as --model_revision"
+        raise UserError(f"cannot load model {name}: {text}") from error
+
+
+@contextlib.contextmanager
+def _no_larger_than(stored: int) -> Iterator[None]:
+    """Stop a model that grows far beyond its `stored` weights: a damaged config.json may ask for any size."""
+    limit = MODEL_TO_FILE * stored + MARGIN
+    numbers = modules = 0
+
+    def count_numbers(_module: nn.Module, _name: str, tensor: Tensor | None) -> None:
+        nonlocal numbers
+        numbers += 0 if tensor is None else tensor.numel()
+        if numbers > limit:
+            raise ValueError(
+                f"config.json describes a model of more than {limit:,} numbers; its weights are {stored:,}"
+            )
+
+    def count_modules(_module: nn.Module, _name: str, _child: nn.Module | None) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > MAX_MODULES:
+            raise ValueError(f"config.json describes a model of more than {MAX_MODULES:,} modules")
+
+    hooks = (
+        register_module_parameter_registration_hook(count_numbers),
+        register_module_buffer_registration_hook(count_numbers),
+        register_module_module_registration_hook(count_modules),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _read_config(folder: Path, trust_remote_code: bool, **labels: Any) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **labels)
+    if config.model_type == "timm_wrapper" and config.model_args:
+        # timm.create_model(num_classes=...) leaves it there, and transformers would pass it twice.
+        config.model_args = {k: v for k, v in config.model_args.items() if k != "num_classes"}
+    return config
+
+
+def _check_labels(model: PreTrainedModel) -> None:
+    """Raises: ValueError unless the labels are names of 0, 1, ..., as many as there are logits."""
+    id2label = model.config.id2label
+    if sorted(id2label) != list(range(len(id2label))) or not all(
+        isinstance(label, str) for label in id2label.values()
+    ):
+        raise ValueError("id2label in its config.json must name 0, 1, 2, ...")
 
 
 def _load_pretrained(config: ModelConfig, id2label: dict[int, str]) -> tuple[Classifier, set[str]]:
     name = config.model_name_or_path
-    revision = config.model_revision or "main"
-    options = {
-        "revision": revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    checkpoint = AutoConfig.from_pretrained(name, **options)
-    old_labels = dict(checkpoint.id2label)
-    target = AutoConfig.from_pretrained(
-        name, num_labels=len(id2label), id2label=id2label, label2id=_label2id(id2label), **options
-    )
-    if target.model_type == "timm_wrapper" and target.model_args:
-        # timm.create_model(num_classes=...) leaves it there, and transformers would pass it twice.
-        target.model_args = {k: v for k, v in target.model_args.items() if k != "num_classes"}
-    model, loading = AutoModelForImageClassification.from_pretrained(
-        name,
-        config=target,
-        dtype=torch.float32,  # training in the float16 of a checkpoint would lose small steps
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
-    )
+    folder = model_folder(name, config.model_revision, config.trust_remote_code)
+    trust = config.trust_remote_code
+    old_labels = dict(_read_config(folder, trust).id2label)
+    labels = {"id2label": id2label, "label2id": _label2id(id2label)}
+    target = _read_config(folder, trust, num_labels=len(id2label), **labels)
+    with _no_larger_than(count_weights(folder)):
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            folder,
+            config=target,
+            dtype=torch.float32,  # training in the float16 of a checkpoint would lose small steps
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust,
+        )
     mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
     new = set(loading["missing_keys"]) | mismatched
     head = head_parameter_names(model)
+    if mismatched - head:
+        raise ValueError(
+            f"its config.json and its weights do not agree on the size of {_listed(mismatched - head)}"
+        )
     if old_labels != id2label or head & new:
         if target.model_type == "timm_wrapper":
             _draw_timm_head(model, head)
         elif not head <= new:
             _draw_head(model, head)
         new |= head
-    processor = AutoImageProcessor.from_pretrained(name, **options)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust)
     if target.model_type == "timm_wrapper":
         size = config.image_size or target.pretrained_cfg["input_size"][-1]
         _resize_timm(model, size, config)
@@ -295,22 +375,36 @@ def _draw_head(model: PreTrainedModel, head: set[str]) -> None:
                 nn.init.zeros_(parameter)
 
 
-def _check_forward(
-    model: PreTrainedModel, processor: BaseImageProcessor, config: ModelConfig
-) -> None:
-    """One image through the model: a size that it cannot take fails here, not in the first step."""
+def _check_forward(classifier: Classifier, name: str, advice: str) -> None:
+    """One image through the model: what it cannot take, or does not give, fails here, not in the first step.
+
+    Raises: UserError for such a size, ValueError for an output that is no finite number for each label.
+    """
+    model, processor = classifier
     height, width = Preprocessing.from_image_processor(processor).size
+    if max(height, width) > MAX_SIDE:
+        raise ValueError(
+            f"it takes images of {height} x {width} px, more than {MAX_SIDE} a side; {advice}"
+        )
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            model(pixel_values=torch.zeros(1, 3, height, width))
-    except (RuntimeError, ValueError, AssertionError) as error:
+            logits = model(pixel_values=torch.zeros(1, 3, height, width)).logits
+    except Exception as error:
         raise UserError(
-            f"{config.model_name_or_path} cannot take {height} x {width} images ({_one_line(error)}); pass "
-            "another --image_size"
+            f"{name} cannot take {height} x {width} images ({_one_line(error)}); {advice}"
         ) from None
     model.train(was_training)
+    if logits.shape != (1, model.config.num_labels) or not logits.isfinite().all():
+        raise ValueError(
+            f"its weights are damaged: they do not give {model.config.num_labels} finite numbers for an image"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _label2id(id2label: dict[int, str]) -> dict[str, int]:
@@ -322,13 +416,12 @@ def _log_summary(name: str, model: PreTrainedModel, new: set[str]) -> None:
     if len(new) >= tensors:
         logger.info("%s: all %d tensors are newly initialised", name, tensors)
     else:
-        listed = ", ".join(sorted(new)[:4]) + (", ..." if len(new) > 4 else "")
         logger.info(
             "%s: %d tensors kept, %d newly initialised (%s)",
             name,
             tensors - len(new),
             len(new),
-            listed,
+            _listed(new),
         )
     logger.info("%s", describe_trainable(model))
 

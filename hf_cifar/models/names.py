@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from hf_cifar.downloads import fetch
 from hf_cifar.errors import UserError
 from hf_cifar.network import looks_like_path, require_network
 from hf_cifar.options import nearest_hint
@@ -14,18 +17,23 @@ from hf_cifar.options import nearest_hint
 SCRATCH, BUNDLED = "scratch/", "bundled/"
 ARTICLE_NAMES = ("article_cnn", "article_mlp")
 BUNDLED_NAMES = ("efficientnet_lite0",)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def check_model_name(
     name: str,
     revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
     purpose: str = "a local folder or bundled/efficientnet_lite0",
 ) -> None:
     """Find out now, at the cost of one small file at most, whether there is a model to load.
 
     purpose: what the error for an unreachable Hub tells the user to pass instead.
-    Raises: UserError if there is none, or the Hub is needed and cannot be reached.
+    Raises: UserError if there is none, the Hub is needed and cannot be reached, or code from it could be
+    other code tomorrow.
     """
+    check_code_is_pinned(name, revision, trust_remote_code)
     if name.startswith(SCRATCH):
         _check_architecture(name.removeprefix(SCRATCH))
     elif name.startswith(BUNDLED):
@@ -37,7 +45,19 @@ def check_model_name(
         if not (Path(name).expanduser() / "config.json").is_file():
             raise UserError(f"no model in {name}: there is no config.json in such a folder")
     else:
-        _check_hub_model(name, revision or "main", purpose)
+        require_network(f"model {name}")
+        with hub_errors(name, revision or "main", purpose):
+            fetch(name, "config.json", revision=revision or "main")
+
+
+def check_code_is_pinned(name: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Raises: UserError if code from the Hub may run, but not that of one commit alone."""
+    local = name.startswith((SCRATCH, BUNDLED)) or looks_like_path(name)
+    if trust_remote_code and not local and not COMMIT.fullmatch(revision or ""):
+        raise UserError(
+            f"--trust_remote_code runs code of {name}: {revision or 'main'} may hold other code tomorrow; "
+            "read it, and pass the 40 digits of its commit as --model_revision"
+        )
 
 
 def _check_architecture(name: str) -> None:
@@ -70,21 +90,24 @@ def _other_name(name: str) -> str:
     return f", or {BUNDLED}{name}" if name in BUNDLED_NAMES else ""
 
 
-def _check_hub_model(name: str, revision: str, purpose: str) -> None:
-    """Fetch the model's config.json: the first file that loading it would ask for."""
-    from huggingface_hub import constants, hf_hub_download
+@contextlib.contextmanager
+def hub_errors(
+    name: str, revision: str, purpose: str = "a local folder or bundled/efficientnet_lite0"
+) -> Iterator[None]:
+    """What goes wrong with a model on the Hub, as a UserError that says what to do."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    require_network(f"model {name}")
     try:
-        hf_hub_download(name, "config.json", revision=revision)
+        yield
+    except UserError:
+        raise
     except HFValidationError:
         raise UserError(f"{name!r} is no model: neither a local folder nor a Hub id") from None
     except LocalEntryNotFoundError:
@@ -100,15 +123,16 @@ def _check_hub_model(name: str, revision: str, purpose: str) -> None:
         raise UserError(
             f"model {name} has no revision {revision!r}; see its page on the Hub"
         ) from None
-    except EntryNotFoundError:
+    except EntryNotFoundError as error:
         raise UserError(
-            f"{name} on the Hub has no config.json; it is no transformers or timm model"
+            f"{name} on the Hub is no transformers or timm model, or not whole: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from None
     except RepositoryNotFoundError:
         raise UserError(
             f"no model {name} on the Hub, or it is private or gated; check the name, or run: hf auth login"
         ) from None
-    except HfHubHTTPError as error:
+    except Exception as error:  # the client raises its own, httpx's and OS errors
         raise UserError(
-            f"model {name}: the Hub answered {' '.join(str(error).split())[:200]}"
+            f"model {name}: cannot be fetched ({' '.join(str(error).split())[:200]}); try again"
         ) from None

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from transformers import (
     AutoImageProcessor,
@@ -331,6 +331,45 @@ def test_broken_checkpoints(file, content, expected, checkpoints, tmp_path):
             load(tmp_path)
         assert str(tmp_path) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def damaged(folder, target, change):
+    """A copy of a checkpoint with other weights."""
+    shutil.copytree(folder, target)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_a_size_that_the_weights_do_not_bear_out(checkpoints, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints("vit"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    for changes, words in (
+        ({"hidden_size": 20_000, "num_attention_heads": 2}, "a model of more than .* numbers"),
+        ({"num_hidden_layers": 200_000}, "a model of more than .* (numbers|modules)"),
+        ({"intermediate_size": 65}, "do not agree on the size of vit.layers.0"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=words):
+            build(folder)
+
+
+def test_weights_that_are_missing_or_not_finite(checkpoints, tmp_path):
+    def lose(weights):
+        weights["other"] = weights.pop("classifier.bias")
+
+    folder = damaged(checkpoints("vit"), tmp_path / "missing", lose)
+    with pytest.raises(UserError, match=r"its weights lack classifier\.bias; fine-tune it first"):
+        load_classifier(str(folder))
+
+    def spoil(weights):
+        weights["classifier.bias"][1] = float("nan")
+
+    folder = damaged(checkpoints("vit"), tmp_path / "nan", spoil)
+    with pytest.raises(UserError, match="they do not give 5 finite numbers"):
+        load_classifier(str(folder))
 
 
 def test_initial_loss_is_that_of_a_guess(checkpoints):

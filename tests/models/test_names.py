@@ -39,3 +39,9 @@ def test_an_unknown_name_says_what_there_is(name, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         check_model_name(name)
+
+
+@pytest.mark.parametrize("revision", [None, "main", "0123456789ab", "g" * 40])
+def test_code_from_the_hub_runs_at_a_full_commit_alone(revision):
+    with pytest.raises(UserError, match=r"40 digits of its commit as --model_revision"):
+        check_model_name("them/model", revision, trust_remote_code=True)

@@ -1,0 +1,156 @@
+"""The files of a saved model: at hand, whole, and plain, before any library reads them. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from hf_cifar.downloads import fetch
+from hf_cifar.errors import UserError
+from hf_cifar.models.names import check_code_is_pinned, hub_errors
+from hf_cifar.network import looks_like_path, require_network
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+LARGEST = 2**18  # no width, depth or number of classes of an image classifier comes near it
+
+
+def model_folder(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """The folder that a model's files lie in, fetched from the Hub if that is where it is.
+
+    Raises: UserError for files that are missing, damaged or no plain data, or code that may not run.
+    """
+    check_code_is_pinned(name, revision, trust_remote_code)
+    if looks_like_path(name):
+        folder = Path(name).expanduser()
+    else:
+        folder = _fetch_model(name, revision or "main", trust_remote_code)
+    for file in (CONFIG, *PROCESSOR_FILES):
+        if (folder / file).is_file():
+            _check_values(read_object(folder / file), folder / file, trust_remote_code)
+    return folder
+
+
+def _fetch_model(name: str, revision: str, trust_remote_code: bool) -> Path:
+    """All files of a Hub model that are read, of one commit."""
+    from huggingface_hub import snapshot_download
+
+    require_network(f"model {name}")
+    with hub_errors(name, revision):
+        folder = fetch(name, CONFIG, revision=revision).parent
+        commit = folder.name
+        for file in PROCESSOR_FILES:
+            _fetch_if_there(name, file, commit)
+        if _fetch_if_there(name, WEIGHTS, commit) is None:
+            index = _fetch_if_there(name, INDEX, commit)
+            if index is None:
+                raise UserError(_no_weights(name))
+            for shard in _shards(index):
+                fetch(name, shard, revision=commit)
+        if trust_remote_code:
+            snapshot_download(name, revision=commit, allow_patterns="*.py")
+            for path in folder.rglob("*.py"):
+                fetch(name, path.relative_to(folder).as_posix(), revision=commit)
+    return folder
+
+
+def _fetch_if_there(name: str, file: str, commit: str) -> Path | None:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return fetch(name, file, revision=commit)
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
+            raise  # the Hub did not answer
+        return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Where a model's weights lie. Raises: UserError unless that is in safetensors files."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise UserError(_no_weights(str(folder)))
+    return [folder / shard for shard in _shards(folder / INDEX)]
+
+
+def count_weights(folder: Path) -> int:
+    """Numbers in a model's weights, by the headers of their files alone."""
+    count = 0
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for tensor in file.keys():  # noqa: SIM118  no mapping
+                    count += _product(file.get_slice(tensor).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read the weights in {path}: {error}") from None
+    return count
+
+
+def _product(shape: list[int]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _no_weights(where: str) -> str:
+    return (
+        f"no file named {WEIGHTS} in {where}; a pytorch_model.bin is a pickle, which could run any code, and "
+        "is not read: convert it, or pass as --model_revision the refs/pr/N on the Hub that has"
+    )
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index lists. Raises: UserError for any but safetensors beside it."""
+    listed = read_object(index).get("weight_map")
+    names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
+    if not names or any(Path(n).name != n or not n.endswith(".safetensors") for n in names):
+        raise UserError(f"{index} must list .safetensors files in its own folder; not read")
+    return names
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises: UserError if it does not."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' is not a valid JSON file ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"'{path}' holds a {type(values).__name__}; it must hold an object")
+    return values
+
+
+def _check_values(values: dict[str, Any], path: Path, trust_remote_code: bool) -> None:
+    """Raises: UserError for a number that no model has, or a name by which other code would be fetched."""
+    for key, value in _entries(values):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and abs(value) > LARGEST:
+            raise UserError(
+                f"{path}: {key} is {str(value)[:20]}; no image classifier is that large"
+            )
+        if trust_remote_code and key == "auto_map" and "--" in str(value):
+            raise UserError(
+                f"{path}: the code lies in another repository, where it may change; copy it into the folder"
+            )
+        if key.endswith("_implementation") and "/" in str(value) and not trust_remote_code:
+            raise UserError(
+                f"{path}: {key} asks for code of {value}; read it, then pass --trust_remote_code"
+            )
+
+
+def _entries(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each key of nested objects with its value, or with each value of its list."""
+    pending: list[tuple[str, Any]] = list(values.items())
+    while pending:
+        key, value = pending.pop()
+        yield key, value
+        if isinstance(value, dict):
+            pending += value.items()
+        elif isinstance(value, list):
+            pending += [(key, item) for item in value]

@@ -1,0 +1,38 @@
+"""hf_cifar.downloads: what has another hash than its name in the cache is told."""
+
+import hashlib
+
+import pytest
+
+from hf_cifar.downloads import discard, is_damaged
+
+
+def cached(root, content, name):
+    """A file as the Hub's client keeps it: a link to a blob that is named by its hash."""
+    (root / "blobs").mkdir(parents=True)
+    (root / "blobs" / name).write_bytes(content)
+    link = root / "file"
+    link.symlink_to(f"blobs/{name}")
+    return link
+
+
+@pytest.mark.parametrize("length", [0, 1, 5 << 20])
+@pytest.mark.parametrize("kind", ["git", "lfs"])
+def test_one_bit_is_told(kind, length, tmp_path):
+    content = bytes(length)
+    header = b"blob %d\0" % length
+    name = (
+        hashlib.sha1(header + content) if kind == "git" else hashlib.sha256(content)
+    ).hexdigest()
+    path = cached(tmp_path / "good", content, name)
+    assert not is_damaged(path)
+    assert is_damaged(cached(tmp_path / "bad", b"\1" + content[1:], name))
+    discard(path)
+    assert not path.is_symlink() and not list((tmp_path / "good/blobs").iterdir())
+
+
+def test_where_nobody_gives_a_hash_nothing_is_told(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"x")
+    assert not is_damaged(plain)
+    assert not is_damaged(cached(tmp_path / "etag", b"x", "some-etag"))
