@@ -672,7 +672,10 @@ def check_option_names(tokens: Iterable[str], known: Iterable[str]) -> None:
 
 def nearest_hint(name: str, known: Iterable[str], prefix: str = "") -> str:
     """` (nearest: NAME)` if one of the known names is near to `name`, else nothing; for error messages."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    known = list(known)
+    # --model is short for --model_name_or_path, --dataset for --dataset_name.
+    longer = [other for other in known if other.startswith((f"{name}_name", f"{name}_rate"))]
+    matches = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (nearest: {prefix}{matches[0]})" if matches else ""
 
 

@@ -25,6 +25,8 @@ def compare_runs(folders: Sequence[str | Path], split: str = "auto") -> dict[str
     Raises: UserError if they share no split, or the images or classes are not the same.
     """
     first, second = folders
+    if Path(first).resolve() == Path(second).resolve():
+        raise UserError(f"{first} and {second} are the same run; pass the folders of two")
     if split == "auto":
         common = [s for s in ("test", "validation") if all(s in saved_splits(f) for f in folders)]
         if not common:

@@ -15,7 +15,7 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 360, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 38
 
 
 class Axes:
