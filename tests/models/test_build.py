@@ -348,7 +348,6 @@ def test_a_size_that_the_weights_do_not_bear_out(checkpoints, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for changes, words in (
         ({"hidden_size": 20_000, "num_attention_heads": 2}, "a model of more than .* numbers"),
-        ({"num_hidden_layers": 200_000}, "a model of more than .* (numbers|modules)"),
         ({"intermediate_size": 65}, "do not agree on the size of vit.layers.0"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))
