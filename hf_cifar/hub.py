@@ -94,9 +94,7 @@ class PushPlan(NamedTuple):
 def check_online(what: str, token: str | None) -> None:
     """Raises: UserError if `what` has no network or no token."""
     if constants.HF_HUB_OFFLINE:
-        raise UserError(
-            f"{what} needs the network, but HF_HUB_OFFLINE=1 forbids it; unset it"
-        )
+        raise UserError(f"{what} needs the network, but HF_HUB_OFFLINE=1 forbids it; unset it")
     require_network(what)
     if not (token or huggingface_hub.get_token()):
         raise UserError(f"{what} needs a token; run: hf auth login, or set HF_TOKEN")

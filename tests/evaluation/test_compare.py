@@ -102,6 +102,7 @@ def test_runs_are_compared_on_test_if_both_have_it(tmp_path, capsys):
     [
         (["one"], "takes the folders of two runs, not 1"),
         (["no-such-run", "."], "no folder no-such-run"),
+        ([".", "."], ". and . are the same run; pass the folders of two"),
         (["--spilt", "test", "a", "b"], "no option --spilt (nearest: --split)"),
     ],
 )
