@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks import accuracy, measure, scaling, table
+from benchmarks import accuracy, checkpoint, measure, scaling, table
 from benchmarks.peers import (
     Task,
     ceiling,
@@ -101,3 +101,14 @@ def test_peak_memory_of_whole_commands(tmp_path, monkeypatch):
     assert 100 < scaling.ours_memory(data) < 20_000
     plain_memory = scaling.peak_memory(scaling.PLAIN_MEMORY, data, "scratch/article_cnn")
     assert 100 < plain_memory < 20_000
+
+
+def test_checkpoints_of_both_are_saved(results, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["checkpoint", "--model", "scratch/article_cnn", "--rounds", "1"]
+    )
+    checkpoint.main()
+    (record,) = map(json.loads, (results / "results" / "cpu.jsonl").read_text().splitlines())
+    assert record["unit"] == "s"
+    assert set(record["figures"]) == {"ours", "stock Trainer", "stock Trainer, flushed"}
+    assert all(figure["median"] > 0 for figure in record["figures"].values())
