@@ -2,8 +2,8 @@
 
 python -m benchmarks.checkpoint [--model NAME] [--rounds 5]
 
-Ours sums every file and waits until it is on the disk; the stock Trainer does neither. A third variant flushes
-what the stock Trainer wrote.
+Ours sums every file and waits until it is on the disk; the stock Trainer does neither. A third variant
+flushes what the stock Trainer wrote.
 """
 
 from __future__ import annotations
