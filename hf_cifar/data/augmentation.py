@@ -329,6 +329,12 @@ class Augmentation:
         targets = targets.to(torch.float32)
         return mix(pixel_values, targets, self.mixup_alpha, self.cutmix_alpha, generator)
 
+    @property
+    def _leaves_images_alone(self) -> bool:
+        """Whether each image is shown as evaluation shows it."""
+        still = self.view == RandomView(max_ratio=self.view.max_ratio)
+        return still and not (self.policy or self.color_jitter or self.hue or self.grayscale)
+
     def sample(
         self,
         images: Tensor,
@@ -337,6 +343,8 @@ class Augmentation:
         memory_format: torch.memory_format,
     ) -> Tensor:
         """A random view of each image, in new colours: `pixel_values` [N, 3, h, w]."""
+        if self._leaves_images_alone:
+            return preprocessing(images, memory_format)
         num_images, _, height, width = images.shape
         boxes, linear = self.view.draw(num_images, height, width, preprocessing.size, generator)
         if self.policy is not None:
