@@ -47,8 +47,10 @@ class BatchTooLarge(Exception):
 
 
 class WatchedLoss(NamedTuple):
-    """The loss of a micro-batch and what tells its rows: logits [B, K], row ids [B] or None."""
+    """The loss of a micro-batch, its step (from 1), and what tells its rows: logits [B, K], row ids [B] or
+    None."""
 
+    step: int
     loss: Tensor
     logits: Tensor
     row_ids: Tensor | None
@@ -125,6 +127,8 @@ class ImageClassificationTrainer(ResumableTrainer):
                 if self.state.global_step not in (0, self.saved_step):
                     self._save_checkpoint(self.model, trial=None)
                 raise
+            if self._watched is not None:
+                self._require_finite(self._watched)  # the last one, on a GPU
             self.stop_request.obey()  # one that came after the last step, which has its checkpoint
         best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
         if self.ema is not None and not best:
@@ -249,20 +253,23 @@ class ImageClassificationTrainer(ResumableTrainer):
             self._classifier.load_state_dict(trained)
 
     def _watch(self, watched: WatchedLoss) -> None:
-        """Raises: UserError that names the rows, as soon as a loss is no number: at once on a CPU; a GPU is
-        asked for the loss before, so that it need not wait."""
+        """Check a loss: on a CPU this one; on a GPU the one before, so that it need not be waited for."""
         before, self._watched = self._watched, watched
         checked = watched if watched.loss.device.type == "cpu" else before
-        if checked is None or math.isfinite(checked.loss):
+        if checked is not None:
+            self._require_finite(checked)
+
+    def _require_finite(self, watched: WatchedLoss) -> None:
+        """Raises: UserError that names step and rows, if a loss is no number."""
+        if math.isfinite(watched.loss):
             return
         rows = ""
-        if checked.row_ids is not None:
-            bad = ~torch.isfinite(checked.logits).all(dim=1)
-            rows = f" in {_named(checked.row_ids[bad.to(checked.row_ids.device) if bad.any() else ...])}"
+        if watched.row_ids is not None:
+            bad = ~torch.isfinite(watched.logits).all(dim=1)
+            rows = f" in {_named(watched.row_ids[bad.to(watched.row_ids.device) if bad.any() else ...])}"
         raise UserError(
-            f"training diverged: the loss is {checked.loss.item()} at step {self.state.global_step + 1}"
-            f"{rows}; look at them, or start again with a lower --learning_rate than "
-            f"{self.args.learning_rate:g}"
+            f"training diverged: the loss is {watched.loss.item()} at step {watched.step}{rows}; look at "
+            f"them, or start again with a lower --learning_rate than {self.args.learning_rate:g}"
         )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -311,7 +318,8 @@ class ImageClassificationTrainer(ResumableTrainer):
         cross_entropy = binary_cross_entropy if inputs["labels"].ndim == 2 else F.cross_entropy
         loss = cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         if self.model.training:
-            self._watch(WatchedLoss(loss.detach(), logits.detach(), self._row_ids))
+            step = self.state.global_step + 1
+            self._watch(WatchedLoss(step, loss.detach(), logits.detach(), self._row_ids))
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
