@@ -460,9 +460,13 @@ def check_same_run(folder: Path, options: dict[str, Any]) -> list[str]:
     if not path.is_file():
         return []
     changes = []
+    # What a config.yaml does not name had its default.
+    defaults = {
+        f.name: f.default for c in (*LIGHT_CONFIGS, FinetuneOptions) for f in dataclasses.fields(c)
+    }
     saved = yaml.safe_load(path.read_text()) or {}
     for name, value in options.items():
-        before = saved.get(name, value)
+        before = saved.get(name, defaults.get(name, "its default"))
         # The order of a stream depends on how many workers share its shards.
         fixed = name == "dataloader_num_workers" and options.get("streaming")
         if value in (None, before):

@@ -228,6 +228,13 @@ class ImageClassificationTrainer(ResumableTrainer):
         """All processes, talking past the GPUs, which need not wait for it."""
         return dist.new_group(backend="gloo")
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except (ConnectionError, EOFError) as error:
+            # A worker died between putting a batch up and handing it over, which torch does not tell.
+            raise RuntimeError(f"DataLoader worker died: {error}") from error
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
             loss = super().training_step(*args, **kwargs)

@@ -21,6 +21,7 @@ from faults.rig import (
 from transformers.trainer_utils import SaveStrategy
 
 from hf_cifar.checkpoints import SUMS_FILE, find_damage, list_checkpoints, newest_checkpoint
+from hf_cifar.cli import main
 from hf_cifar.errors import UserError
 
 
@@ -248,6 +249,52 @@ def test_save_total_limit_keeps_the_last_whole_checkpoint(
     assert newest_checkpoint(folder).name in ("checkpoint-4", "checkpoint-5")
     assert ends_with(expected, trainer)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+OTHER_OPTIONS = {
+    "per_device_train_batch_size": "4", "seed": "7", "learning_rate": "0.1", "weight_decay": "0.5",
+    "rotation": "30", "mixup_alpha": "0.9", "ema_decay": "0.5", "freeze": "backbone", "image_size": "32",
+    "gradient_accumulation_steps": "2", "optim": "sgd", "train_val_split": "0.2", "max_train_samples": "40",
+}  # fmt: skip
+
+
+def test_what_changed_since_is_named(tmp_path, stripes, colours, tiny_vit, figure):
+    def command(data, model, *flags):
+        return [
+            "finetune", "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
+            "--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "8",
+            "--learning_rate", "1e-3", "--precision", "fp32", "--max_steps", "4", "--save_strategy", "steps",
+            "--save_steps", "2", "--eval_strategy", "no", *flags,
+        ]  # fmt: skip
+
+    def told(arguments):
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        # In a process of its own, which has not read the data before.
+        status = in_child(lambda: main([*arguments, "--resume_from_checkpoint", "last"]), log)
+        return status, log.read_text()
+
+    data = tmp_path / "data"
+    shutil.copytree(stripes, data)
+    assert in_child(lambda: main(command(data, tiny_vit))) == 0
+    outcomes = [
+        (told(command(data, tiny_vit, f"--{name}", value)), f"--{name} is {value}")
+        for name, value in OTHER_OPTIONS.items()
+    ]
+    outcomes.append((told(command(colours, tiny_vit)), "--dataset_name is"))
+    outcomes.append((told(command(data, "scratch/article_cnn")), "--model_name_or_path is"))
+    image = next((data / "train" / "down").iterdir())
+    pixels = image.read_bytes()
+    shutil.copy(next((data / "train" / "across").iterdir()), image)
+    outcomes.append((told(command(data, tiny_vit)), "other pixels of"))
+    image.write_bytes(pixels)
+    image.rename(data / "train" / "across" / "moved.png")
+    outcomes.append((told(command(data, tiny_vit)), "other split"))
+    right = [status == 2 and wanted in told for (status, told), wanted in outcomes]
+    print([outcome for outcome, good in zip(outcomes, right, strict=True) if not good])
+    good = sum(right)
+    figure(11, "resumed with other data, labels, model or options, one at a time",
+           "refused, and named", good, len(outcomes))  # fmt: skip
 
 
 def test_a_checkpoint_of_other_data_is_refused(
