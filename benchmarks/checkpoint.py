@@ -26,9 +26,10 @@ STEPS = 1  # the optimiser has its moments
 
 
 def timed_save(trainer: Trainer, *, flush: bool = False) -> Callable[[], float]:
-    """Seconds of one checkpoint of a trainer, which the next one replaces."""
+    """Seconds of one more checkpoint of a trainer, after which the one before is removed."""
 
     def save() -> float:
+        trainer.state.global_step += 1
         start = time.perf_counter()
         trainer._save_checkpoint(trainer.model, None)
         if flush:
@@ -49,8 +50,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = str(small_pictures(Path(folder, "data"), num_images=200))
-        task = Task(options.model, 32, 4, STEPS, data)
-        config = task.config(f"{folder}/ours", "--precision", "fp32", "--max_steps", str(STEPS))
+        task = Task(options.model, 32, 4, STEPS, dataset_name=data)
+        config = task.config(
+            f"{folder}/ours",
+            "--precision",
+            "fp32",
+            "--max_steps",
+            str(STEPS),
+            "--save_total_limit",
+            "1",
+        )
         splits = load_splits(config.data)
         model, processor = build_model(config.model, splits.id2label)
         ours = build_trainer(model, processor, splits, resolve_defaults(config, model))
@@ -61,7 +70,8 @@ def main() -> None:
             shown = Preprocessing.from_image_processor(processor)
             args = TrainingArguments(
                 output_dir=f"{folder}/{name}", per_device_train_batch_size=4, max_steps=STEPS,
-                save_strategy="no", remove_unused_columns=False, report_to="none", disable_tqdm=True,
+                save_strategy="no", save_total_limit=1, remove_unused_columns=False, report_to="none",
+                disable_tqdm=True,
             )  # fmt: skip
             rows = with_pil_transform(splits.train.rows, shown)
             stock.append(Trainer(model=model, args=args, train_dataset=rows, data_collator=collate))

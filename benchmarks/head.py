@@ -77,7 +77,12 @@ def main() -> None:
             return seconds(command, folder)
 
     runs = {"ours": ours(), "ours, L-BFGS": ours("--head_solver", "lbfgs"), "plain": plain}
-    compare("head on a frozen backbone", runs, "s", rounds=options.rounds, **vars(options))
+    facts = {
+        "model": Path(options.model_name_or_path).name,
+        "dataset_name": Path(options.dataset_name).name,
+        "num_images": int(options.max_train_samples),
+    }
+    compare("head on a frozen backbone", runs, "s", rounds=options.rounds, **facts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a user would otherwise run, and the ceiling: each trains some steps and tells its images/s.
+"""What a user would otherwise run, and the ceiling: each trains step by step, in turns with the others.
 
 All peers get the same images, model, batch size, optimiser and number of steps, and the same augmentation:
 a random resized crop and a flip.
@@ -6,9 +6,9 @@ a random resized crop and a flip.
 
 from __future__ import annotations
 
+import functools
 import io
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,23 +23,35 @@ from sklearn.datasets import load_digits
 from torchvision import transforms
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_cifar import Preprocessing, RunConfig, build_model, build_trainer, load_splits
+from benchmarks.turns import Turn
+from hf_cifar import DataConfig, Preprocessing, RunConfig, build_model, build_trainer, load_splits
 from hf_cifar.finetune import resolve_defaults
 from hf_cifar.setting import DTYPES, MEMORY_FORMATS, resolve_setting
 
-WARM_UP = 3
+WARM_UP = 2  # steps
 AUGMENTATION = ["--crop_padding", "0", "--crop_scale", "0.25", "--flip", "0.5"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model to be trained for `steps` steps of `batch_size` images."""
+    """A model to be trained in turns of `steps` steps of `batch_size` images.
+
+    images: folder of the same images, one a class. setting: precision and memory format of ours.
+    """
 
     model: str
     image_size: int
     batch_size: int
     steps: int
+    turns: int = 1
     dataset_name: str = ""
+    images: str = ""
+    setting: str = "fp32 contiguous"
+
+    @property
+    def all_steps(self) -> int:
+        """Of a whole run."""
+        return WARM_UP + self.turns * self.steps
 
     def config(self, output_dir: str, *flags: str) -> RunConfig:
         """Ours, with the speed options at their defaults."""
@@ -48,7 +60,7 @@ class Task:
                 "--dataset_name", self.dataset_name, "--model_name_or_path", self.model,
                 "--image_size", str(self.image_size), "--output_dir", output_dir,
                 "--per_device_train_batch_size", str(self.batch_size),
-                "--max_steps", str(WARM_UP + self.steps), "--eval_strategy", "no",
+                "--max_steps", str(self.all_steps), "--eval_strategy", "no",
                 "--save_strategy", "no", "--logging_steps", "100000", "--disable_tqdm", "true",
                 "--label_smoothing_factor", "0", *AUGMENTATION, *flags,
             ]
@@ -74,49 +86,41 @@ def small_pictures(folder: Path, num_images: int = 4000) -> Path:
     return folder
 
 
-class StepClock(TrainerCallback):
-    """Time from the end of the warm-up to the end of the last step."""
+class AfterEachStep(TrainerCallback):
+    """Tells that a step is done."""
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == WARM_UP:
-            wait()
-            self.start = time.perf_counter()
-        if state.global_step == state.max_steps:
-            wait()
-            self.seconds = time.perf_counter() - self.start
+        self.turn()
 
 
-def wait() -> None:
-    """Until the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def device() -> torch.device:
+    """Where everybody trains."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def rate(trainer: Trainer, task: Task) -> float:
-    """Images/s of a Trainer, without its warm-up."""
-    clock = StepClock()
-    trainer.add_callback(clock)
-    trainer.train()
-    return task.steps * task.batch_size / clock.seconds
-
-
-def ours(task: Task) -> tuple[Callable[[], float], str]:
-    """The package at its defaults; the setting is measured once, for a long run."""
+def chosen_setting(task: Task) -> str:
+    """What ours picks by measuring, for a long run."""
     splits = load_splits(task.config("unused").data)
     with tempfile.TemporaryDirectory() as folder:
         config = task.config(folder, "--max_steps", "-1", "--num_train_epochs", "30")
         model, processor = build_model(config.model, splits.id2label)
         chosen = resolve_setting(config, model, processor, splits.train).train
-    setting = ["--precision", chosen.precision, "--memory_format", chosen.memory_format]
+    return f"{chosen.precision} {chosen.memory_format}"
 
-    def run() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            config = task.config(folder, *setting)
-            model, processor = build_model(config.model, splits.id2label)
-            config = resolve_defaults(config, model)
-            return rate(build_trainer(model, processor, splits, config), task)
 
-    return run, f"{chosen.precision} {chosen.memory_format}"
+def ours(task: Task, turn: Turn) -> None:
+    """The package at its defaults, with the setting that was measured."""
+    precision, memory_format = task.setting.split()
+    splits = load_splits(task.config("unused").data)
+    with tempfile.TemporaryDirectory() as folder:
+        config = task.config(folder, "--precision", precision, "--memory_format", memory_format)
+        model, processor = build_model(config.model, splits.id2label)
+        trainer = build_trainer(model, processor, splits, resolve_defaults(config, model))
+        trainer.add_callback(AfterEachStep(turn))
+        trainer.train()
 
 
 def pil_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], torch.Tensor]:
@@ -156,100 +160,96 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     }
 
 
-def plain(task: Task, **flags: object) -> Callable[[], float]:
+def plain(task: Task, turn: Turn, **flags: object) -> None:
     """The stock Trainer on PIL images; flags: TrainingArguments beyond its defaults."""
     config = task.config("unused")
     splits = load_splits(config.data)
-
-    def run() -> float:
-        model, processor = build_model(config.model, splits.id2label)
-        rows = with_pil_transform(splits.train.rows, Preprocessing.from_image_processor(processor))
-        with tempfile.TemporaryDirectory() as folder:
-            args = TrainingArguments(
-                output_dir=folder, per_device_train_batch_size=task.batch_size,
-                max_steps=WARM_UP + task.steps, save_strategy="no", logging_steps=100000,
-                remove_unused_columns=False, report_to="none", disable_tqdm=True,
-                learning_rate=1e-3, **flags,
-            )  # fmt: skip
-            trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=collate)
-            return rate(trainer, task)
-
-    return run
+    model, processor = build_model(config.model, splits.id2label)
+    rows = with_pil_transform(splits.train.rows, Preprocessing.from_image_processor(processor))
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=task.batch_size, max_steps=task.all_steps,
+            save_strategy="no", logging_steps=100000, remove_unused_columns=False, report_to="none",
+            disable_tqdm=True, learning_rate=1e-3, **flags,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=collate)
+        trainer.add_callback(AfterEachStep(turn))
+        trainer.train()
 
 
-def timm_pattern(task: Task, folder: Path, workers: int = 2) -> Callable[[], float]:
+def timm_pattern(task: Task, turn: Turn, workers: int = 2) -> None:
     """timm's data set, loader and loop on a folder of images, as its train.py has them; float32."""
     from timm.data import create_dataset, create_loader
     from timm.optim import create_optimizer_v2
 
-    config = task.config("unused")
-    splits = load_splits(config.data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def run() -> float:
-        model, processor = build_model(config.model, splits.id2label)
-        preprocessing = Preprocessing.from_image_processor(processor)
-        model = model.to(device).train()
-        loader = create_loader(
-            create_dataset("", root=str(folder)), (3, *preprocessing.size), task.batch_size,
-            is_training=True, scale=(0.25, 1), hflip=0.5, color_jitter=None, num_workers=workers,
-            mean=preprocessing.mean, std=preprocessing.std, interpolation="bicubic",
-            use_prefetcher=device.type == "cuda", persistent_workers=False, device=device,
-        )  # fmt: skip
-        optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
-        batches = (batch for _ in range(10**6) for batch in loader)
-        start = 0.0
-        for step, (images, labels) in zip(range(WARM_UP + task.steps), batches, strict=False):
-            if step == WARM_UP:
-                wait()
-                start = time.perf_counter()
-            images, labels = images.to(device), labels.to(device)
-            loss = F.cross_entropy(model(pixel_values=images).logits, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        wait()
-        return task.steps * task.batch_size / (time.perf_counter() - start)
-
-    return run
+    config, on = task.config("unused"), device()
+    model, processor = build_model(config.model, load_splits(config.data).id2label)
+    preprocessing = Preprocessing.from_image_processor(processor)
+    model = model.to(on).train()
+    loader = create_loader(
+        create_dataset("", root=task.images), (3, *preprocessing.size), task.batch_size,
+        is_training=True, scale=(0.25, 1), hflip=0.5, color_jitter=None, num_workers=workers,
+        mean=preprocessing.mean, std=preprocessing.std, interpolation="bicubic",
+        use_prefetcher=on.type == "cuda", persistent_workers=False, device=on,
+    )  # fmt: skip
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
+    batches = (batch for _ in range(10**6) for batch in loader)
+    for _, (images, labels) in zip(range(task.all_steps), batches, strict=False):
+        loss = F.cross_entropy(model(pixel_values=images.to(on)).logits, labels.to(on))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        turn()
 
 
-def ceiling(task: Task, setting: str) -> Callable[[], float]:
+def ceiling(task: Task, turn: Turn) -> None:
     """Forward, backward, step on one batch of tensors that lies on the device; no data at all."""
-    precision, memory_format = setting.split()
-    config = task.config("unused")
-    splits = load_splits(config.data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision, memory_format = task.setting.split()
+    config, on = task.config("unused"), device()
     layout, dtype = MEMORY_FORMATS[memory_format], DTYPES[precision]
-
-    def run() -> float:
-        model, processor = build_model(config.model, splits.id2label)
-        size = Preprocessing.from_image_processor(processor).size
-        model = model.to(device, memory_format=layout).train()
-        images = torch.randn(task.batch_size, 3, *size, device=device).contiguous(
-            memory_format=layout
-        )
-        labels = torch.arange(task.batch_size, device=device) % len(splits.id2label)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        start = 0.0
-        for step in range(WARM_UP + task.steps):
-            if step == WARM_UP:
-                wait()
-                start = time.perf_counter()
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                logits = model(pixel_values=images).logits
-            F.cross_entropy(logits.float(), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        wait()
-        return task.steps * task.batch_size / (time.perf_counter() - start)
-
-    return run
+    id2label = load_splits(config.data).id2label
+    model, processor = build_model(config.model, id2label)
+    size = Preprocessing.from_image_processor(processor).size
+    model = model.to(on, memory_format=layout).train()
+    images = torch.randn(task.batch_size, 3, *size, device=on).contiguous(memory_format=layout)
+    labels = torch.arange(task.batch_size, device=on) % len(id2label)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    for _ in range(task.all_steps):
+        with torch.autocast(on.type, dtype, enabled=dtype is not torch.float32):
+            logits = model(pixel_values=images).logits
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        turn()
 
 
-def image_folder(task: Task, folder: Path) -> Path:
+def plain_at_its_best(workers: int) -> Callable[[Task, Turn], None]:
+    """The stock Trainer with its best flags."""
+    return functools.partial(
+        plain,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_num_workers=workers,
+    )
+
+
+PEERS: dict[str, Callable[[Task, Turn], None]] = {
+    "ours": ours,
+    "ceiling": ceiling,
+    "plain": plain,
+    **{f"plain, bf16 and {n} workers": plain_at_its_best(n) for n in (2, 4, 16)},
+    "timm": timm_pattern,
+}
+
+
+def train_as(peer: str, task: Task, turn: Turn) -> None:
+    """Train the task as the named peer does."""
+    PEERS[peer](task, turn)
+
+
+def image_folder(dataset_name: str, folder: Path) -> Path:
     """The training images as PNG files in one folder a class."""
-    split = load_splits(task.config("unused").data).train
+    split = load_splits(DataConfig(dataset_name=dataset_name)).train
     for row in range(len(split)):
         target = folder / split.id2label[int(split.labels[row])] / f"{row}.png"
         target.parent.mkdir(parents=True, exist_ok=True)

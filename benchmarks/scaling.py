@@ -1,6 +1,6 @@
 """How cost grows: processes, images, image size, batch size; and peak memory next to the plain recipe.
 
-python -m benchmarks.scaling [--rounds 3] [--dataset_name DATA]
+python -m benchmarks.scaling [--only memory] [--rounds 3] [--dataset_name DATA]
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from benchmarks.peers import small_pictures
 
 MODEL = "scratch/tf_efficientnet_lite0"
 FINETUNE = "scripts/finetune.py"
-STEPS, BATCH = 24, 32
+STEPS, BATCH = 12, 32
 # The plain recipe on the whole data set, for its memory; prints the peak in MB.
 PLAIN_MEMORY = """
 import resource, sys
 from benchmarks.peers import Task, plain
-plain(Task(sys.argv[2], 96, 32, 3, sys.argv[1]), use_cpu=True)()
+plain(Task(sys.argv[2], 96, 32, 3, dataset_name=sys.argv[1]), lambda: None, use_cpu=True)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 OURS_MEMORY = """
@@ -102,37 +102,54 @@ def ours_memory(data: str) -> float:
         return peak_memory(OURS_MEMORY, "finetune", *flags(data, str(Path(folder, "run")), *more))
 
 
+def comparisons(data: str) -> dict[str, tuple[dict[str, Callable[[], float]], str]]:
+    """What is compared, by name: runs, and the unit of their figures."""
+    sizes = {f"{n} px": speed(data, "--image_size", str(n)) for n in (64, 96, 128)}
+    batches = {
+        f"batch {n}": speed(
+            data, "--per_device_train_batch_size", str(n), "--max_steps", str(STEPS * BATCH // n)
+        )
+        for n in (16, 32, 64)
+    }
+    found = {
+        "growth with the image size": (sizes, "images/s"),
+        "growth with the batch": (batches, "images/s"),
+        "growth with the images, one epoch": (
+            {f"{n} images": epoch_seconds(data, n) for n in (250, 500, 1000)},
+            "s",
+        ),
+        "peak memory": (
+            {
+                "ours": lambda: ours_memory(data),
+                "plain": lambda: peak_memory(PLAIN_MEMORY, data, MODEL),
+            },
+            "MB",
+        ),
+    }
+    if torch.cuda.is_available():
+        return found
+    runs = {"two processes": two_processes(data), "one process": speed(data)}
+    return {"processes, the same threads in all": (runs, "images/s"), **found}
+
+
 def main() -> None:
-    """Processes, then growth, then memory."""
+    """Processes, then growth, then memory; or the named one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", help="a word of its name: processes, size, batch, images or memory"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dataset_name", help="default: 4,000 PNG images of 32 x 32 px, made here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = options.dataset_name or str(small_pictures(Path(folder, "data")))
-        shared = {
-            "rounds": options.rounds, "model": MODEL, "batch_size": BATCH,
-            "dataset_name": options.dataset_name or "small_pictures",
+        facts = {
+            "model": MODEL, "batch_size": BATCH,
+            "dataset_name": Path(options.dataset_name or "small_pictures").name,
         }  # fmt: skip
-        if not torch.cuda.is_available():
-            runs = {"two processes": two_processes(data), "one process": speed(data)}
-            compare("processes, the same threads in all", runs, **shared)
-        sizes = {f"{n} px": speed(data, "--image_size", str(n)) for n in (64, 96, 128)}
-        compare("growth with the image size", sizes, **shared)
-        batches = {
-            f"batch {n}": speed(
-                data, "--per_device_train_batch_size", str(n), "--max_steps", str(768 // n)
-            )
-            for n in (16, 32, 64)
-        }
-        compare("growth with the batch", batches, **shared)
-        images = {f"{n} images": epoch_seconds(data, n) for n in (500, 1000, 2000)}
-        compare("growth with the images, one epoch", images, "s", **shared)
-        memory = {
-            "ours": lambda: ours_memory(data),
-            "plain": lambda: peak_memory(PLAIN_MEMORY, data, MODEL),
-        }
-        compare("peak memory", memory, "MB", **shared)
+        for name, (runs, unit) in comparisons(data).items():
+            if options.only is None or options.only in name:
+                compare(name, runs, unit, options.rounds, **facts)
 
 
 if __name__ == "__main__":

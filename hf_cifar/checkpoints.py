@@ -8,7 +8,6 @@ Tensors and plain values are kept as safetensors, which run no code when they ar
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from hf_cifar.errors import UserError
+from hf_cifar.hashing import file_hash
 
 logger = logging.getLogger(__name__)
 
 SUMS_FILE = "SHA256SUMS"
 OPTIMIZER_FILE, SCALER_FILE = "optimizer.safetensors", "scaler.safetensors"
 IDENTITY_FILE = "identity.json"
+PART_BYTES = 64 * 1024**2  # so that several cores sum a state
 # Of what is being written or removed; whoever finds one finds the rest of a process that was killed.
 STAGING, TRASH = ".checkpoint-staging", ".checkpoint-trash"
-CHUNK = 4 * 1024**2
 
 
 class ResumableTrainer(Trainer):
@@ -75,12 +75,19 @@ class ResumableTrainer(Trainer):
         is_main = self.args.should_save
         with new_checkpoint(
             folder, state.global_step, is_main=is_main, wait=self.accelerator.wait_for_everyone
-        ) as staging:
-            self.save_model(str(staging), _internal_call=True)
+        ) as (staging, sums):
             if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(staging))
+                if sharded:  # which have formats of their own
+                    self._save_optimizer_and_scheduler(str(staging))
+                elif is_main:
+                    states = {
+                        "optimizer": self.optimizer.state_dict(),
+                        "scheduler": self.lr_scheduler.state_dict(),
+                    }
+                    save_state(staging / OPTIMIZER_FILE, states, written=sums.begin)
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
+            self.save_model(str(staging), _internal_call=True)
             if is_main:
                 for part in (*self.callback_handler.callbacks, self.control):
                     if isinstance(part, ExportableState):
@@ -156,16 +163,6 @@ class ResumableTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # which have formats of their own
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            states = {
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.lr_scheduler.state_dict(),
-            }
-            save_state(Path(output_dir) / OPTIMIZER_FILE, states)
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -235,11 +232,41 @@ def all_finite(model: nn.Module) -> bool:
         return bool(torch.isfinite(torch.stack([each.float().cpu() for each in sums])).all())
 
 
+class Sums:
+    """SHA-256 of a folder's files, for `SHA256SUMS`. Files are brought to the disk meanwhile."""
+
+    def __init__(self, folder: Path, pool: Executor) -> None:
+        self._folder, self._pool = folder, pool
+        self._jobs: dict[str, tuple[Future[None], Future[str]]] = {}
+
+    def begin(self, name: str) -> None:
+        """Start on a file that is written in full."""
+        path = self._folder / name
+        if name not in self._jobs:
+            self._jobs[name] = self._pool.submit(_sync, path), self._pool.submit(file_hash, path)
+
+    def write(self) -> None:
+        """The list of all files, last, when they are on the disk."""
+        names = sorted(_files(self._folder))
+        for name in names:
+            self.begin(name)
+        lines = []
+        for name in names:
+            synced, digest = self._jobs[name]
+            synced.result()  # raises what went wrong
+            lines.append(f"{digest.result()}  {name}\n")
+        (self._folder / SUMS_FILE).write_text("".join(lines))
+        _sync(self._folder / SUMS_FILE)
+        _sync(self._folder)
+
+
 @contextlib.contextmanager
 def new_checkpoint(
     run_folder: Path, step: int, *, is_main: bool, wait: Callable[[], None]
-) -> Iterator[Path]:
+) -> Iterator[tuple[Path, Sums]]:
     """A folder to write a checkpoint into; when the block ends it is `checkpoint-STEP`, whole, on the disk.
+
+    Its sums may be begun before.
 
     is_main: whether this process sums and renames, for all that write. wait: until all processes are there.
     A checkpoint of this step that is there already is replaced.
@@ -252,13 +279,14 @@ def new_checkpoint(
             _remove_rest(run_folder)
             staging.mkdir(parents=True)
         wait()
-        yield staging
-        wait()
+        with ThreadPoolExecutor(4) as pool:
+            sums = Sums(staging, pool)
+            yield staging, sums
+            wait()
+            if is_main:
+                sums.write()
         if is_main:
-            _seal(staging)
-            if final.exists():
-                os.rename(final, run_folder / TRASH)
-            os.rename(staging, final)
+            _replace(final, staging, aside=run_folder / TRASH)
             _sync(run_folder)
             _remove_rest(run_folder)
         wait()
@@ -272,6 +300,19 @@ def new_checkpoint(
             f"cannot save a checkpoint at step {step} in {run_folder}: {reason}; make room, then go on from "
             "the one before with --resume_from_checkpoint last"
         ) from None
+
+
+def _replace(folder: Path, new: Path, *, aside: Path) -> None:
+    """Rename `new` to `folder`; what is there goes aside, and comes back if that fails."""
+    replaced = folder.exists()
+    if replaced:
+        os.rename(folder, aside)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        if replaced:
+            os.rename(aside, folder)
+        raise
 
 
 def list_checkpoints(run_folder: str | Path) -> list[Path]:
@@ -314,7 +355,7 @@ def find_damage(checkpoint: Path) -> str | None:
     try:
         with ThreadPoolExecutor(4) as pool:
             found = dict(
-                zip(sums, pool.map(lambda name: _sha256(checkpoint / name), sums), strict=True)
+                zip(sums, pool.map(lambda name: file_hash(checkpoint / name), sums), strict=True)
             )
     except OSError as error:
         return str(error)
@@ -333,22 +374,53 @@ def remove_old_checkpoints(run_folder: Path, *, keep: set[Path], limit: int | No
         _remove_rest(run_folder)
 
 
-def save_state(path: Path, state: Any) -> None:
-    """Write nested dicts, lists and tuples of tensors and plain values, as one safetensors file.
+def save_state(path: Path, state: Any, written: Callable[[str], None] | None = None) -> None:
+    """Write nested dicts, lists and tuples of tensors and plain values, as a safetensors file; what is more
+    than `PART_BYTES` goes into further files beside it.
 
-    Raises: UserError for a value that is neither.
+    written: is told the name of each file, when it is. Raises: UserError for a value that is neither.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_to_plain(state, tensors))
-    save_file(tensors, path, metadata={"tree": tree})
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        # Not two tensors of one memory, nor a part of a larger one: safetensors refuses them.
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        storages.add(storage.data_ptr())
+        if size + tensor.nbytes > PART_BYTES and parts[-1]:
+            parts.append({})
+            size = 0
+        parts[-1][name] = tensor
+        size += tensor.nbytes
+    for number, part in enumerate(parts):
+        file = _part_file(path, number)
+        save_file(part, file, metadata={"tree": tree, "parts": str(len(parts))} if not number else None)
+        if written is not None:
+            written(file.name)
+
+
+def _part_file(path: Path, number: int) -> Path:
+    return path.with_stem(f"{path.stem}-{number}") if number else path
 
 
 def load_state(path: Path) -> Any:
     """What `save_state` wrote, on the CPU, tensors with their strides. Raises: UserError if it did not."""
     try:
-        with safe_open(path, framework="pt") as file:
-            tree = json.loads(file.metadata()["tree"])
-            return _from_plain(tree, file.get_tensor)
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(safe_open(path, framework="pt"))
+            facts = first.metadata()
+            files = [first] + [
+                stack.enter_context(safe_open(_part_file(path, number), framework="pt"))
+                for number in range(1, int(facts["parts"]))
+            ]
+            file_of = {name: file for file in files for name in file.keys()}
+            return _from_plain(
+                json.loads(facts["tree"]), lambda name: file_of[name].get_tensor(name)
+            )
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} is no saved state: {' '.join(str(error).split())}") from None
 
@@ -361,7 +433,7 @@ def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
         # In the order of their memory: an optimiser's moments are laid out like their weights.
         order = sorted(range(value.ndim), key=lambda dim: (-value.stride(dim), dim))
         name = str(len(tensors))
-        tensors[name] = value.detach().permute(order).contiguous().clone()
+        tensors[name] = value.detach().cpu().permute(order).contiguous()
         return ["tensor", name, order]
     if isinstance(value, dict):
         items = [[_to_plain(k, tensors), _to_plain(v, tensors)] for k, v in value.items()]
@@ -384,31 +456,10 @@ def _from_plain(tree: Any, tensor_of: Callable[[str], Tensor]) -> Any:
     return {"list": list, "tuple": tuple}[tree[0]](_from_plain(item, tensor_of) for item in tree[1])
 
 
-def _seal(folder: Path) -> None:
-    """Sum and flush all files of a folder; last the list of the sums."""
-    names = sorted(_files(folder))
-    with ThreadPoolExecutor(4) as pool:
-        flushed = pool.map(lambda name: _sync(folder / name), names)
-        sums = list(pool.map(lambda name: _sha256(folder / name), names))
-        list(flushed)  # raises what went wrong
-    text = "".join(f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True))
-    (folder / SUMS_FILE).write_text(text)
-    _sync(folder / SUMS_FILE)
-    _sync(folder)
-
-
 def _files(folder: Path) -> list[str]:
     """Names of all files below a folder, but the list of sums."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return [name for name in names if name != SUMS_FILE]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -44,7 +43,7 @@ from hf_cifar.options import (
     run_to_resume,
     trainer_options,
 )
-from hf_cifar.process import Stopped, refuse_in_use, stop_at_once
+from hf_cifar.process import Stopped, handled_signals, refuse_in_use, stop_at_once
 from hf_cifar.runs import list_runs, render_runs, require_finished
 
 USER_ERROR = 2
@@ -299,12 +298,11 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
+@handled_signals(stop_at_once, signal.SIGTERM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; a user's mistake is one line on stderr and exit status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, stop_at_once)
     # What matters of an image file, images.py says.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:

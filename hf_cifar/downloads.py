@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 from hf_cifar.errors import UserError
+from hf_cifar.hashing import file_hash
 
 # The cache names a file by what the Hub says of it: Git's SHA-1 of a small one, the SHA-256 of an LFS file.
 SHA1_LENGTH, SHA256_LENGTH = 40, 64
-CHUNK = 1 << 20
 
 
 def fetch(repo_id: str, file: str, *, kind: str = "model", revision: str = "main") -> Path:
@@ -56,10 +56,7 @@ def is_damaged(path: Path) -> bool:
         digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     else:
         return False
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest() != expected
+    return file_hash(path, digest) != expected
 
 
 def discard(path: Path) -> None:

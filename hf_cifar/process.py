@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
@@ -103,16 +103,22 @@ class StopRequest:
 def noted_signals() -> Iterator[StopRequest]:
     """Note SIGTERM and SIGINT instead of obeying them; whoever asks for this obeys where it can."""
     request = StopRequest()
-    try:
-        before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
-    except ValueError:  # signals are the main thread's
+    with handled_signals(request.note, *STOP_SIGNALS):
         yield request
-        return
+
+
+@contextlib.contextmanager
+def handled_signals(handler: Callable[[int, object], None], *numbers: int) -> Iterator[None]:
+    """Let a handler have signals until the block ends. They are the main thread's: elsewhere, nothing."""
     try:
-        yield request
+        before = {number: signal.signal(number, handler) for number in numbers}
+    except ValueError:
+        before = {}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def stop_at_once(number: int, frame: object = None) -> None:

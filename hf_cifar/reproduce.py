@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import tempfile
@@ -23,6 +22,7 @@ from hf_cifar.evaluation.figures import render_figure
 from hf_cifar.evaluation.multilabel import headline
 from hf_cifar.evaluation.predictions import Predictions, saved_splits, write_json
 from hf_cifar.finetune import finetune_classifier, pixel_hashes
+from hf_cifar.hashing import file_hash
 from hf_cifar.options import CONFIG_FILE, METRICS_FILE, RUN_FILE
 from hf_cifar.runs import WEIGHTS_FILE, read_record, require_finished
 from hf_cifar.tables import render_table
@@ -261,12 +261,3 @@ def _short(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_short(each)}" for name, each in value.items()) or "-"
     return "-" if value is None else str(value)[:40]
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_cifar.callbacks import AfterStep, StopAtNaN, TrainingLines, TrainingProgress
 from hf_cifar.checkpoints import ResumableTrainer, load_state, save_state
@@ -229,20 +231,20 @@ class ImageClassificationTrainer(ResumableTrainer):
         return dist.new_group(backend="gloo")
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        try:
+        with _dead_workers_told():
             return super().get_batch_samples(*args, **kwargs)
-        except (ConnectionError, EOFError) as error:
-            # A worker died between putting a batch up and handing it over, which torch does not tell.
-            raise RuntimeError(f"DataLoader worker died: {error}") from error
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        with _dead_workers_told():
+            return super().evaluation_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
-            loss = super().training_step(*args, **kwargs)
+            return super().training_step(*args, **kwargs)
         except Exception as error:
             if self.shrink_batch and should_reduce_batch_size(error):
                 raise BatchTooLarge(" ".join(str(error).split())) from None
             raise
-        return loss
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         if self.is_in_train:
@@ -366,6 +368,15 @@ class ImageClassificationTrainer(ResumableTrainer):
                 save_original_format=False,
             )
             self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+
+
+@contextlib.contextmanager
+def _dead_workers_told() -> Iterator[None]:
+    """Say what torch does not: that a loader process died between putting up a batch and handing it over."""
+    try:
+        yield
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(f"DataLoader worker died: {error}") from error
 
 
 def _named(row_ids: Tensor) -> str:

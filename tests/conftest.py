@@ -101,17 +101,29 @@ def lights(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_vit(tmp_path_factory):
-    """A ViT of two layers for 16 x 16 px images, saved as transformers saves it, with three classes."""
+def save_vit(tmp_path_factory):
+    """A function that saves a ViT as transformers does and returns its folder; options: of its config."""
     import torch
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny_vit")
-    config = ViTConfig(
-        image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, num_labels=3,
-    )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    def save(image_size=16, **options):
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("vit")
+        config = ViTConfig(
+            **{
+                "image_size": image_size, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "intermediate_size": 64, "num_labels": 3, **options,
+            }
+        )  # fmt: skip
+        ViTForImageClassification(config).save_pretrained(folder)
+        processor = ViTImageProcessor(size={"height": image_size, "width": image_size})
+        processor.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(save_vit):
+    """A ViT of two layers for 16 x 16 px images with three classes."""
+    return save_vit()

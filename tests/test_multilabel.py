@@ -103,6 +103,24 @@ def test_summary_and_card_show_multi_label_figures(finished):
     assert "No image was mistaken" not in card
 
 
+def test_report_shows_multi_label_figures(finished):
+    assert main(["report", str(finished.output_dir), "--gallery_size", "5"]) == 0
+    facts = json.loads((finished.output_dir / "report.json").read_text())
+    predictions = Predictions.load(finished.output_dir, "test")
+    scores = dict(zip(predictions.row_ids.tolist(), predictions.probabilities, strict=True))
+    assert facts["multi_label"] and facts["metrics"] == finished.metrics
+    assert "reliability" not in facts and len(facts["doubtful_hits"]) == 5
+    for row in facts["doubtful_hits"]:
+        given = np.isin(list("rgb"), row["truth"].split(", "))
+        each = np.where(given, scores[row["row_id"]], 1 - scores[row["row_id"]])
+        assert row["prediction"] == row["truth"]
+        assert row["confidence"] == pytest.approx(each.prod()) == row["truth_probability"]
+    page = (finished.output_dir / "report.html").read_text()
+    assert "All labels right on test" in page and "mean average precision" in page
+    assert "Validation mAP" in page and 'src="data:image/png' in page
+    assert 'id="calibration"' not in page and "Confusion matrix" not in page
+
+
 def test_evaluate_gives_the_figures_of_the_run_again(finished, capsys):
     assert main(["evaluate", "--model_name_or_path", str(finished.output_dir), "--use_cpu"]) == 0
     assert "average_precision_macro" in capsys.readouterr().out

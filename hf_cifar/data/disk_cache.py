@@ -66,10 +66,8 @@ def one_process_at_a_time(key: str) -> Iterator[None]:
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except (
-        OSError,
-        NotImplementedError,
-    ):  # nothing to write to, or to lock: there will be nothing to find
+    except (OSError, NotImplementedError):
+        # Nothing to write to, or no locks: there will be nothing to find.
         yield
         return
     try:

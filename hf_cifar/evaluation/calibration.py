@@ -8,6 +8,7 @@ from scipy.special import log_softmax
 
 Array = np.ndarray
 NUM_BINS = 15  # as in Guo et al. 2017
+SPREAD = 0.5  # standard deviation of the logarithm of temperatures, before any label is seen
 
 
 def confidence_bins(confidences: Array, how: str = "equal_width", bins: int = NUM_BINS) -> Array:
@@ -56,15 +57,16 @@ def fit_temperature(logits: Array, labels: Array) -> float:
     """The number by which to divide logits [N, K] for the lowest cross-entropy on labels [N]
     (Guo et al. 2017): above 1 for an overconfident model.
 
-    One more image, of unknown class, counts with the others: it keeps the temperature finite where every
-    answer is right, as Platt's prior does (Platt 1999).
+    Of few images, or where every answer is right, the labels alone would allow any number. So the most
+    probable one is taken, where temperatures far from 1 are rare: see `SPREAD`. Hundreds of images with some
+    wrong answers outweigh that.
     """
     logits = np.asarray(logits, dtype=np.float64)
-    count, num_labels = logits.shape
-    targets = np.eye(num_labels)[np.asarray(labels)] + 1 / (count * num_labels)
+    rows = np.arange(len(logits))
 
     def loss(log_temperature: float) -> float:
-        return -(targets * log_softmax(logits / np.exp(log_temperature), axis=1)).sum() / count
+        log_probabilities = log_softmax(logits / np.exp(log_temperature), axis=1)
+        return (log_temperature / SPREAD) ** 2 / 2 - log_probabilities[rows, labels].sum()
 
     bounds = np.log([1e-2, 1e2])
     return float(np.exp(optimize.minimize_scalar(loss, bounds=bounds, method="bounded").x))

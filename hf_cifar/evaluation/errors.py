@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from hf_cifar.evaluation.calibration import confidences_and_hits
 from hf_cifar.evaluation.intervals import wilson
 from hf_cifar.extras import require
 
@@ -38,16 +37,14 @@ def confused_pairs(
     ]
 
 
-def worst_errors(probabilities: Array, labels: Array, limit: int = 24) -> Array:
-    """Positions of the wrong predictions, the most confident first."""
-    confidences, hits = confidences_and_hits(probabilities, labels)
-    wrong = np.flatnonzero(hits == 0)
+def worst_errors(confidences: Array, hits: Array, limit: int = 24) -> Array:
+    """Positions of the wrong predictions, the most confident first. hits [N]: which are right."""
+    wrong = np.flatnonzero(np.logical_not(hits))
     return wrong[np.argsort(-confidences[wrong], kind="stable")][:limit]
 
 
-def most_doubtful_hits(probabilities: Array, labels: Array, limit: int = 24) -> Array:
-    """Positions of the right predictions, the least confident first."""
-    confidences, hits = confidences_and_hits(probabilities, labels)
+def most_doubtful_hits(confidences: Array, hits: Array, limit: int = 24) -> Array:
+    """Positions of the right predictions, the least confident first. hits [N]: which are right."""
     right = np.flatnonzero(hits)
     return right[np.argsort(confidences[right], kind="stable")][:limit]
 
@@ -75,6 +72,22 @@ def suspected_label_errors(probabilities: Array, labels: Array) -> tuple[int, Ar
         n_jobs=1,
     )
     return int(count.num_label_issues(given, among)), order
+
+
+def suspected_multi_label_errors(scores: Array, labels: Array) -> tuple[int, Array]:
+    """As `suspected_label_errors`, for scores and labels [N, K]: images of which a label is probably wrong
+    or missing. A class that all images have, or none, is not checked."""
+    filters = require("cleanlab.multilabel_classification.filter", extra="report")
+    varied = np.flatnonzero(np.ptp(labels, axis=0))
+    if not len(varied):
+        return 0, np.array([], dtype=np.int64)
+    order = filters.find_label_issues(
+        [np.flatnonzero(row).tolist() for row in labels[:, varied]],
+        scores[:, varied],
+        return_indices_ranked_by="self_confidence",
+        n_jobs=1,
+    )
+    return len(order), order
 
 
 def slices(values: Array, hits: Array, parts: int = 4) -> list[dict[str, Any] | None]:

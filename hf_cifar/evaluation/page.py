@@ -23,15 +23,20 @@ from hf_cifar.options import ReportConfig
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
 MAX_SIDE = 128  # px, of a picture in the page
 MATRIX_CLASSES = 40  # of more the page shows no confusion matrix, and the lowest recalls alone
+# Beside the accuracy, at the top of the page.
+HEADLINE = ("f1_macro", "roc_auc_macro", "cross_entropy", "ece")
+MULTI_LABEL_HEADLINE = ("f1_micro", "f1_macro", "average_precision_macro", "cross_entropy")
 # A figure's name in words, where it is not the name itself.
 WORDS = {
     "num_images": "images",
     "top_5_accuracy": "top-5 accuracy",
     "matthews": "Matthews' correlation",
+    "f1_micro": "F1, micro",
     "f1_macro": "F1, macro",
     "f1_weighted": "F1, weighted",
     "roc_auc": "ROC AUC",
     "roc_auc_macro": "ROC AUC, macro",
+    "average_precision_macro": "mean average precision (mAP)",
     "brier": "Brier score",
     "ece": "calibration error (ECE)",
     "ece_equal_mass": "ECE, bins of equal mass",
@@ -77,7 +82,10 @@ def render_page(report: Report) -> str:
         pictures={name: picture(image) for name, image in report.pictures.items()},
         curves=training_curves(facts["history"]),
         bars=recall_bars(facts["metrics"][facts["split"]]),
-        reliability=Markup(
+        headline=MULTI_LABEL_HEADLINE if facts["multi_label"] else HEADLINE,
+        reliability=None
+        if facts["multi_label"]
+        else Markup(
             plots.reliability_diagram(f"Reliability on {facts['split']}", facts["reliability"])
         ),
         matrix_classes=MATRIX_CLASSES,
@@ -152,6 +160,7 @@ def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
     charts = [
         ("Loss", {name: line for name, line in loss.items() if line}, "loss"),
         ("Validation accuracy", {"accuracy": points("eval_accuracy")}, "accuracy"),
+        ("Validation mAP", {"mAP": points("eval_average_precision_macro")}, "mAP"),
         ("Learning rate", {"learning rate": points("learning_rate")}, "learning rate"),
     ]
     return [
@@ -161,7 +170,7 @@ def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
                 {name: plots.thinned(line) for name, line in series.items()},
                 "epoch",
                 y_label,
-                from_zero=title != "Validation accuracy",
+                from_zero=not title.startswith("Validation"),
             )
         )
         for title, series, y_label in charts

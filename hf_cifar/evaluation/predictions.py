@@ -64,12 +64,24 @@ class Predictions:
         """Whether an image may have several labels, or none."""
         return self.labels.ndim == 2
 
+    @functools.cached_property
+    def probabilities(self) -> np.ndarray:
+        """Of each class [N, K], 0..1: one of them, or each by itself."""
+        return (sigmoid if self.multi_label else softmax)(self.logits)
+
     @property
     def answers(self) -> np.ndarray:
         """The most likely class [N] of each image, or whether it was given each class [N, K]."""
         if self.multi_label:
-            return decide(sigmoid(self.logits), self._thresholds)
+            return decide(self.probabilities, self._thresholds)
         return self.logits.argmax(axis=1)
+
+    def probabilities_of(self, answers: np.ndarray) -> np.ndarray:
+        """What the model gives an answer for each image, 0..1 [N]: a class [N], or just these classes
+        [N, K] and no other, as if each were decided by itself."""
+        if self.multi_label:
+            return np.where(answers, self.probabilities, 1 - self.probabilities).prod(axis=1)
+        return self.probabilities[np.arange(len(answers)), answers]
 
     @property
     def right(self) -> np.ndarray:

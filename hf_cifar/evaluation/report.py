@@ -24,9 +24,9 @@ from hf_cifar.evaluation.errors import (
     most_doubtful_hits,
     slices,
     suspected_label_errors,
+    suspected_multi_label_errors,
     worst_errors,
 )
-from hf_cifar.evaluation.figures import softmax
 from hf_cifar.evaluation.intervals import wilson
 from hf_cifar.evaluation.predictions import (
     CORRUPTIONS_FILE,
@@ -63,22 +63,16 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
     predictions = {split: Predictions.load(folder, split) for split in found}
     run = read_json(folder / RUN_FILE)
     evaluated = predictions["test" if "test" in found else "validation"]
-    if evaluated.multi_label:
-        raise UserError(
-            f"{folder} is a multi-label run, of which there is no report yet; its figures are in metrics.json"
-        )
-    probabilities = softmax(evaluated.logits)
     metrics = {split: each.metrics for split, each in predictions.items()}
-    names = list(evaluated.id2label.values())
     facts = {
         "title": public_name(str(folder.resolve())),
         "split": evaluated.split,
+        "multi_label": evaluated.multi_label,
         "metrics": metrics,
-        "reliability": reliability_bins(probabilities, evaluated.labels),
-        "confused_pairs": confused_pairs(metrics[evaluated.split]["confusion_matrix"], names),
+        **({} if evaluated.multi_label else single_label_facts(evaluated, metrics[evaluated.split])),
         "corruptions": read_json(folder / CORRUPTIONS_FILE).get(evaluated.split),
         **run_facts(folder, run),
-        **galleries(evaluated, probabilities, config.gallery_size),
+        **galleries(evaluated, config.gallery_size),
     }
     facts["role"] = (
         role_of(evaluated.split, metrics[evaluated.split], facts["options"]) if run else ""
@@ -123,6 +117,15 @@ def run_facts(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def single_label_facts(evaluated: Predictions, figures: dict[str, Any]) -> dict[str, Any]:
+    """What only one label an image has: how often confidence is right, and which class is taken for which."""
+    names = list(evaluated.id2label.values())
+    return {
+        "reliability": reliability_bins(evaluated.probabilities, evaluated.labels),
+        "confused_pairs": confused_pairs(figures["confusion_matrix"], names),
+    }
+
+
 def reliability_bins(probabilities: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
     """The bins of equal width that hold images: low, high, num_images, accuracy, confidence, interval."""
     table = reliability(probabilities, labels)
@@ -142,36 +145,44 @@ def reliability_bins(probabilities: np.ndarray, labels: np.ndarray) -> list[dict
     ]
 
 
-def galleries(evaluated: Predictions, probabilities: np.ndarray, size: int) -> dict[str, Any]:
+def galleries(evaluated: Predictions, size: int) -> dict[str, Any]:
     """The images worth a look: worst errors, most doubtful right answers, labels that may be wrong."""
-    labels = evaluated.labels
+    answers, hits = evaluated.answers, evaluated.right
+    confidences = evaluated.probabilities_of(answers)
+    truth_probabilities = evaluated.probabilities_of(evaluated.labels)
 
     def rows(positions: Sequence[int]) -> list[dict[str, Any]]:
-        return [_row(evaluated, probabilities, position) for position in positions]
+        return [
+            {
+                "row_id": int(evaluated.row_ids[position]),
+                "picture": f"{evaluated.split}/{evaluated.row_ids[position]}",
+                "truth": in_words(evaluated.labels[position], evaluated.id2label),
+                "prediction": in_words(answers[position], evaluated.id2label),
+                "confidence": float(confidences[position]),
+                "truth_probability": float(truth_probabilities[position]),
+            }
+            for position in positions
+        ]
 
     suspects: dict[str, Any] | None = None
+    find = suspected_multi_label_errors if evaluated.multi_label else suspected_label_errors
     try:
-        count, positions = suspected_label_errors(probabilities, labels)
+        count, positions = find(evaluated.probabilities, evaluated.labels)
         suspects = {"num_images": count, "images": rows(positions[: min(count, size)])}
     except UserError as error:
         logger.warning("labels are not checked: %s", error)
     return {
-        "worst_errors": rows(worst_errors(probabilities, labels, size)),
-        "doubtful_hits": rows(most_doubtful_hits(probabilities, labels, size)),
+        "worst_errors": rows(worst_errors(confidences, hits, size)),
+        "doubtful_hits": rows(most_doubtful_hits(confidences, hits, size)),
         "label_suspects": suspects,
     }
 
 
-def _row(evaluated: Predictions, probabilities: np.ndarray, position: int) -> dict[str, Any]:
-    truth, prediction = int(evaluated.labels[position]), int(probabilities[position].argmax())
-    return {
-        "row_id": int(evaluated.row_ids[position]),
-        "picture": f"{evaluated.split}/{evaluated.row_ids[position]}",
-        "truth": evaluated.id2label[truth],
-        "prediction": evaluated.id2label[prediction],
-        "confidence": float(probabilities[position, prediction]),
-        "truth_probability": float(probabilities[position, truth]),
-    }
+def in_words(answer: np.ndarray, id2label: dict[int, str]) -> str:
+    """The name of a class [], or those of several [K], 0 or 1 each."""
+    if answer.ndim == 0:
+        return id2label[int(answer)]
+    return ", ".join(id2label[int(label)] for label in np.flatnonzero(answer)) or "no label"
 
 
 def matching_split(data: Any, evaluated: Predictions) -> Split:
@@ -225,8 +236,8 @@ def duplicates_of(
                 "exact": pair.exact,
                 "difference": pair.difference,
                 "labels": [
-                    evaluated.id2label[int(evaluated.labels[pair.first])],
-                    train.id2label[int(train.labels[pair.second])],
+                    in_words(evaluated.labels[pair.first], evaluated.id2label),
+                    in_words(train.labels[pair.second], train.id2label),
                 ],
             }
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,16 +87,9 @@ def count_weights(folder: Path) -> int:
         try:
             with safe_open(path, framework="numpy") as file:
                 for tensor in file.keys():  # noqa: SIM118  no mapping
-                    count += _product(file.get_slice(tensor).get_shape())
+                    count += math.prod(file.get_slice(tensor).get_shape())
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the weights in {path}: {error}") from None
-    return count
-
-
-def _product(shape: list[int]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
     return count
 
 

@@ -3,6 +3,7 @@ import struct
 
 import numpy as np
 import pytest
+from pictures import ORIENTATION, UPRIGHT, encode, grey_rgb, over_white
 from PIL import Image
 
 from hf_cifar.data.images import decode_cell, decode_cells, decode_image, list_images, pnm_bytes
@@ -12,21 +13,6 @@ GENERATOR = np.random.default_rng(0)
 RGB = GENERATOR.integers(0, 256, (6, 10, 3), dtype=np.uint8)
 GREY = GENERATOR.integers(0, 256, (6, 10), dtype=np.uint8)
 ALPHA = GENERATOR.integers(0, 256, (6, 10), dtype=np.uint8)
-
-
-def encode(image, form="PNG", **options):
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
-
-
-def grey_rgb(grey):
-    return np.repeat(np.asarray(grey)[..., None], 3, axis=2)
-
-
-def over_white(rgb, alpha):
-    share = alpha[..., None] / 255
-    return rgb * share + 255 * (1 - share)
 
 
 def close(found, expected, tolerance=0):
@@ -138,28 +124,18 @@ def test_float_tiff_is_rescaled(top):
     assert close(found, grey_rgb((ramp / top * 255).round()), 1)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", UPRIGHT)
 def test_exif_orientation_is_applied(orientation):
-    # How each stored picture is to be turned or mirrored for display (EXIF 2.3, tag 0x0112).
-    upright = [
-        lambda a: a,
-        lambda a: a[:, ::-1],
-        lambda a: a[::-1, ::-1],
-        lambda a: a[::-1],
-        lambda a: a.transpose(1, 0, 2),
-        lambda a: np.rot90(a, -1),
-        lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-        lambda a: np.rot90(a, 1),
-    ][orientation - 1](RGB)
     exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif[ORIENTATION] = orientation
     for form in ("PNG", "TIFF"):
-        assert close(decode_image(encode(Image.fromarray(RGB), form, exif=exif)), upright)
+        found = decode_image(encode(Image.fromarray(RGB), form, exif=exif))
+        assert close(found, UPRIGHT[orientation](RGB))
 
 
 def test_exif_orientation_of_a_jpeg_is_applied():
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[ORIENTATION] = 6
     raw = encode(Image.fromarray(RGB), "JPEG", exif=exif)
     stored = np.asarray(Image.open(io.BytesIO(raw)))
     assert close(decode_image(raw), np.rot90(stored, -1))

@@ -94,5 +94,7 @@ def test_the_temperature_has_the_lowest_cross_entropy():
 
 def test_the_temperature_of_answers_that_are_all_right_or_all_wrong_is_finite():
     logits, labels = 2 * np.eye(3), np.arange(3)
-    assert 0.01 < fit_temperature(logits, labels) < 1
-    assert fit_temperature(logits, (labels + 1) % 3) > 1
+    assert 0.5 < fit_temperature(logits, labels) < 1
+    assert 1 < fit_temperature(logits, (labels + 1) % 3) < 3
+    many = np.repeat(logits, 1000, axis=0), np.repeat(labels, 1000)
+    assert 0.05 < fit_temperature(*many) < 0.5

@@ -11,6 +11,7 @@ from hf_cifar.evaluation.errors import (
     most_doubtful_hits,
     slices,
     suspected_label_errors,
+    suspected_multi_label_errors,
     worst_errors,
 )
 from hf_cifar.evaluation.intervals import wilson
@@ -42,11 +43,11 @@ def test_no_mistake_is_no_pair_and_equal_pairs_keep_the_order_of_the_classes():
 
 
 def test_errors_and_hits_are_ordered_by_confidence():
-    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.55, 0.45], [0.3, 0.7]])
-    labels = np.array([1, 1, 0, 0, 1])
-    assert worst_errors(probabilities, labels).tolist() == [0, 2]
-    assert worst_errors(probabilities, labels, limit=1).tolist() == [0]
-    assert most_doubtful_hits(probabilities, labels).tolist() == [3, 1, 4]
+    confidences = np.array([0.9, 0.6, 0.8, 0.55, 0.7])
+    hits = np.array([False, True, False, True, True])
+    assert worst_errors(confidences, hits).tolist() == [0, 2]
+    assert worst_errors(confidences, hits, limit=1).tolist() == [0]
+    assert most_doubtful_hits(confidences, hits).tolist() == [3, 1, 4]
 
 
 def test_planted_label_errors_are_found_on_real_images():
@@ -66,6 +67,31 @@ def test_planted_label_errors_are_found_on_real_images():
     count, order = suspected_label_errors(probabilities, labels)
     assert len(np.intersect1d(order[:60], planted)) >= 45
     assert 30 <= count <= 60  # it estimates with care
+
+
+def test_planted_errors_among_several_labels_are_found_on_real_images():
+    digits = load_digits()
+    generator = np.random.default_rng(0)
+    truth = np.stack([digits.target % 2, digits.target > 4, np.isin(digits.target, [2, 3, 5, 7])], 1)
+    planted = generator.choice(len(truth), 50, replace=False)
+    labels = truth.astype(int)
+    labels[planted, generator.integers(0, 3, 50)] ^= 1
+    scores = np.stack(
+        [
+            cross_val_predict(
+                KNeighborsClassifier(10), digits.data, column, method="predict_proba",
+                cv=StratifiedKFold(5, shuffle=True, random_state=0),
+            )[:, 1]
+            for column in labels.T
+        ],
+        axis=1,
+    )  # fmt: skip
+    count, order = suspected_multi_label_errors(scores, labels)
+    assert len(np.intersect1d(order[:60], planted)) >= 45
+    assert 30 <= count <= 80
+    labels[:, 0] = 1  # says nothing of any image
+    assert suspected_multi_label_errors(scores[:, :1], labels[:, :1])[0] == 0
+    assert suspected_multi_label_errors(scores, labels)[0] > 0
 
 
 def test_labels_in_doubt_keep_their_positions_when_a_class_has_no_image():

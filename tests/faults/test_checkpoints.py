@@ -26,20 +26,9 @@ from hf_cifar.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def dropout_vit(tmp_path_factory):
+def dropout_vit(save_vit):
     """The tiny ViT with dropout."""
-    import torch
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("dropout_vit")
-    config = ViTConfig(
-        image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, num_labels=3, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2,
-    )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    return save_vit(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
 
 
 @pytest.fixture(scope="module")

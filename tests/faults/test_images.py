@@ -1,6 +1,5 @@
 """Every kind of image file, and files that would fill the memory."""
 
-import io
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from pictures import ORIENTATION, UPRIGHT, encode, grey_rgb, over_white
 from PIL import Image
 from transformers import AutoImageProcessor
 
@@ -34,25 +34,11 @@ def own_caches(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def vit(tmp_path_factory):
+def vit(save_vit):
     """A ViT of one layer that sees 32 x 32 px as they are."""
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vit")
-    config = ViTConfig(
-        image_size=SIDE, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, num_labels=2,
-    )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
-    return folder
-
-
-def encoded(image, form="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
+    return save_vit(
+        SIDE, patch_size=8, hidden_size=16, num_hidden_layers=1, intermediate_size=32, num_labels=2
+    )
 
 
 def finetune(data, output_dir, model, *flags):
@@ -75,50 +61,33 @@ def variants():
     def noise(*channels):
         return generator.integers(0, 256, (SIDE, SIDE, *channels), dtype=np.uint8)
 
-    def grey_rgb(grey):
-        return np.repeat(np.asarray(grey, float)[..., None], 3, axis=2)
-
-    def over_white(pixels, alpha):
-        share = alpha[..., None] / 255
-        return pixels * share + 255 * (1 - share)
-
     grey, alpha, rgb = noise(), noise(), noise(3)
-    yield "L.png", encoded(Image.fromarray(grey)), grey_rgb(grey)
+    yield "L.png", encode(Image.fromarray(grey)), grey_rgb(grey)
     light = noise()
     pair = Image.merge("LA", (Image.fromarray(light), Image.fromarray(alpha)))
-    yield "LA.png", encoded(pair), over_white(grey_rgb(light), alpha)
+    yield "LA.png", encode(pair), over_white(grey_rgb(light), alpha)
     palette = Image.fromarray(noise(3)).quantize(64)
-    yield "P.png", encoded(palette), np.asarray(palette.convert("RGB"))
-    yield "RGBA.png", encoded(Image.fromarray(np.dstack((rgb, alpha)))), over_white(rgb, alpha)
+    yield "P.png", encode(palette), np.asarray(palette.convert("RGB"))
+    yield "RGBA.png", encode(Image.fromarray(np.dstack((rgb, alpha)))), over_white(rgb, alpha)
     ink = np.dstack((noise(3), np.zeros((SIDE, SIDE), np.uint8)))
-    yield "CMYK.tiff", encoded(Image.fromarray(ink, "CMYK"), "TIFF"), 255 - ink[..., :3]
+    yield "CMYK.tiff", encode(Image.fromarray(ink, "CMYK"), "TIFF"), 255 - ink[..., :3]
     deep = generator.integers(0, 65536, (SIDE, SIDE), dtype=np.uint16)
-    yield "I16.png", encoded(Image.fromarray(deep)), grey_rgb((deep / 257).round())
+    yield "I16.png", encode(Image.fromarray(deep)), grey_rgb((deep / 257).round())
     bits = noise() > 127
-    yield "1.png", encoded(Image.fromarray(bits)), grey_rgb(bits * 255)
-    turns = [
-        lambda a: a,
-        lambda a: a[:, ::-1],
-        lambda a: a[::-1, ::-1],
-        lambda a: a[::-1],
-        lambda a: a.transpose(1, 0, 2),
-        lambda a: np.rot90(a, -1),
-        lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-        lambda a: np.rot90(a, 1),
-    ]
-    for orientation, upright in enumerate(turns, 1):
+    yield "1.png", encode(Image.fromarray(bits)), grey_rgb(bits * 255)
+    for orientation, upright in UPRIGHT.items():
         stored, exif = noise(3), Image.Exif()
-        exif[0x0112] = orientation
-        yield f"EXIF{orientation}.png", encoded(Image.fromarray(stored), exif=exif), upright(stored)
+        exif[ORIENTATION] = orientation
+        yield f"EXIF{orientation}.png", encode(Image.fromarray(stored), exif=exif), upright(stored)
     film = [Image.fromarray(noise(3)).quantize(64) for _ in range(2)]
-    gif = encoded(film[0], "GIF", save_all=True, append_images=film[1:], duration=50)
+    gif = encode(film[0], "GIF", save_all=True, append_images=film[1:], duration=50)
     yield "film.gif", gif, np.asarray(film[0].convert("RGB"))
     film = [Image.fromarray(noise(3)) for _ in range(4)]
-    webp = encoded(
+    webp = encode(
         film[0], "WEBP", save_all=True, append_images=film[1:2], duration=50, lossless=True
     )
     yield "film.webp", webp, np.asarray(film[0])
-    apng = encoded(film[2], "PNG", save_all=True, append_images=film[3:], duration=50)
+    apng = encode(film[2], "PNG", save_all=True, append_images=film[3:], duration=50)
     yield "film.png", apng, np.asarray(film[2])
 
 
@@ -218,22 +187,22 @@ def bombs():
     film = {"save_all": True, "append_images": [Image.new("RGB", (16, 16), "red")], "duration": 50}
     yield "one_bit.png", png_of(13_000, 1, 0)  # 844 MB once it is RGB
     yield "rgb.png", png_of(12_000, 24, 2)
-    gif = encoded(small, "GIF", **film)
+    gif = encode(small, "GIF", **film)
     yield "screen.gif", patched(gif, 6, struct.pack("<HH", 60_000, 60_000))
     frame = gif.index(b"\x2c\0\0\0\0")  # the first frame's place and size
     yield "frame.gif", patched(gif, frame + 5, struct.pack("<HH", 60_000, 60_000))
-    webp = encoded(small, "WEBP", lossless=True)
+    webp = encode(small, "WEBP", lossless=True)
     bits = struct.unpack_from("<I", webp, 21)[0]
     size = struct.pack("<I", bits | 0x0FFFFFFF)  # two times 14 bits
     yield "whole.webp", patched(webp, 21, size)
-    webp = encoded(small, "WEBP", lossless=True, **film)
+    webp = encode(small, "WEBP", lossless=True, **film)
     yield "film.webp", patched(webp, 24, b"\xff\x3f\x00\xff\x3f\x00")
-    jpeg = encoded(small, "JPEG")
+    jpeg = encode(small, "JPEG")
     yield (
         "giant.jpg",
         patched(jpeg, jpeg.index(b"\xff\xc0") + 5, struct.pack(">HH", 65_500, 65_500)),
     )
-    yield "giant.bmp", patched(encoded(small, "BMP"), 18, struct.pack("<ii", 40_000, 40_000))
+    yield "giant.bmp", patched(encode(small, "BMP"), 18, struct.pack("<ii", 40_000, 40_000))
     yield "giant.ppm", b"P6 40000 40000 255\n" + bytes(100)
     icon = png_of(13_000, 1, 0)
     yield "icon.ico", struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(icon), 22) + icon

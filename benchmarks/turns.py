@@ -1,0 +1,89 @@
+"""Processes that work in turns of a few seconds, so that a noisy machine is as noisy for all of them.
+
+While one works, the others stand still, loader processes included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+
+import torch
+
+Turn = Callable[[], None]  # to be called after each step
+# Forked from a process that has imported everything and computed nothing.
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+class Worker:
+    """A process that stands still but for its turns of `steps` steps. work: can be pickled."""
+
+    def __init__(self, work: Callable[[Turn], None], warm_up: int, steps: int) -> None:
+        self._connection, other = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=_work, args=(work, warm_up, steps, other))
+        self._process.start()
+        other.close()
+        self._until_it_reports()  # that it is warm
+
+    def turn(self) -> float:
+        """Seconds that one turn took it. Raises: SystemExit if the process ends instead."""
+        self._signal(signal.SIGCONT)
+        self._connection.send(None)
+        return self._until_it_reports()
+
+    def end(self) -> None:
+        """Kill it with its loader processes."""
+        with contextlib.suppress(ProcessLookupError):
+            self._signal(signal.SIGKILL)
+        self._process.join()
+
+    def _until_it_reports(self) -> float:
+        try:
+            seconds = self._connection.recv()
+        except EOFError:
+            raise SystemExit(f"process {self._process.pid} ended before its turns did") from None
+        self._signal(signal.SIGSTOP)
+        return seconds
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
+
+
+@contextlib.contextmanager
+def workers(
+    works: dict[str, Callable[[Turn], None]], warm_up: int, steps: int
+) -> Iterator[dict[str, Worker]]:
+    """One process for each, warm and standing still."""
+    started: dict[str, Worker] = {}
+    try:
+        for name, work in works.items():
+            started[name] = Worker(work, warm_up, steps)
+        yield started
+    finally:
+        for worker in started.values():
+            worker.end()
+
+
+def _work(work: Callable[[Turn], None], warm_up: int, steps: int, connection: Connection) -> None:
+    """In the process: work, and wait at the end of the warm-up and of each turn."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # for loader processes, as outside
+    count, start = 0, time.perf_counter()
+
+    def step_done() -> None:
+        nonlocal count, start
+        count += 1
+        if count < warm_up or (count - warm_up) % steps:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        connection.send(time.perf_counter() - start)
+        connection.recv()
+        start = time.perf_counter()
+
+    work(step_done)
