@@ -13,7 +13,7 @@ HEAD = """# Benchmarks
 
 Written by `python -m benchmarks.table` from `benchmarks/results/*.jsonl`; `make bench` measures anew.
 Every ratio is of runs that took turns in one process tree, on the same images, model, batch size and steps;
-above 1 the first is better. Median, then lowest and highest in brackets.
+above 1 the first is better. Median of n, then lowest and highest in brackets.
 """
 
 
@@ -24,13 +24,16 @@ def cell(values: dict[str, float]) -> str:
 
 def table(records: list[dict]) -> list[str]:
     """One row for each variant of each benchmark."""
-    lines = ["| benchmark | variant | figure | first / variant |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| benchmark | variant | figure | first / variant | n |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for record in records:
         for name, values in record["figures"].items():
             ratio = cell(record["ratios"][name]) if name in record["ratios"] else ""
             setting = f", {record['setting']}" if not ratio and "setting" in record else ""
             figure = f"{cell(values)} {record['unit']}"
-            lines.append(f"| {record['benchmark']} | {name}{setting} | {figure} | {ratio} |")
+            lines.append(f"| {record['benchmark']} | {name}{setting} | {figure} | {ratio} | {record['n']} |")
     return lines
 
 
@@ -48,7 +51,7 @@ def main() -> None:
         page += [
             f"## {last['device']}",
             "",
-            f"n = {last['n']}; {versions}.",
+            f"{versions}.",
             "",
             *table(records),
             "",

@@ -1,5 +1,5 @@
-"""Checkpoints that are whole or not there: written aside, summed, renamed into place; a run goes on from the
-newest that is whole, to the same bits.
+"""Checkpoints that are whole or not there: written aside, then summed and renamed into place while training
+goes on; a run goes on from the newest that is whole, to the same bits.
 
 A checkpoint is a folder `checkpoint-STEP` with a list of its files' SHA-256 in the format of `sha256sum -c`.
 Tensors and plain values are kept as safetensors, which run no code when they are read.
@@ -15,7 +15,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 SUMS_FILE = "SHA256SUMS"
 OPTIMIZER_FILE, SCALER_FILE = "optimizer.safetensors", "scaler.safetensors"
 IDENTITY_FILE = "identity.json"
-PART_BYTES = 64 * 1024**2  # so that several cores sum a state
 # Of what is being written or removed; whoever finds one finds the rest of a process that was killed.
 STAGING, TRASH = ".checkpoint-staging", ".checkpoint-trash"
 
@@ -52,6 +51,7 @@ class ResumableTrainer(Trainer):
         self.identity = identity or {}
         self.saved_step = -1  # of the last checkpoint that this process wrote
         self._due = False
+        self._completion: Future[None] | None = None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The parent's, without a trace in the random numbers of training: one cut off is made again."""
@@ -60,7 +60,12 @@ class ResumableTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """What the parent saves, in one step. Raises: UserError if it cannot be saved, or is not finite."""
+        """What the parent saves. Training goes on as soon as it is written; it counts as a checkpoint once it
+        is summed and on the disk, see `finish_checkpoint`.
+
+        Raises: UserError if this one or the one before cannot be saved, or is not finite.
+        """
+        self.finish_checkpoint()
         folder, state = Path(self.args.output_dir), self.state
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not sharded and not all_finite(self.model):
@@ -73,32 +78,47 @@ class ResumableTrainer(Trainer):
         if state.best_global_step == state.global_step:
             state.best_model_checkpoint = str(final)
         is_main = self.args.should_save
-        with new_checkpoint(
+        with written_aside(
             folder, state.global_step, is_main=is_main, wait=self.accelerator.wait_for_everyone
-        ) as (staging, sums):
+        ) as staging:
+            self.save_model(str(staging), _internal_call=True)
             if not self.args.save_only_model:
-                if sharded:  # which have formats of their own
-                    self._save_optimizer_and_scheduler(str(staging))
-                elif is_main:
-                    states = {
-                        "optimizer": self.optimizer.state_dict(),
-                        "scheduler": self.lr_scheduler.state_dict(),
-                    }
-                    save_state(staging / OPTIMIZER_FILE, states, written=sums.begin)
+                self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
-            self.save_model(str(staging), _internal_call=True)
             if is_main:
                 for part in (*self.callback_handler.callbacks, self.control):
                     if isinstance(part, ExportableState):
                         state.stateful_callbacks[type(part).__name__] = part.state()
                 state.save_to_json(str(staging / TRAINER_STATE_NAME))
                 (staging / IDENTITY_FILE).write_text(json.dumps(self.identity, indent=2))
-        self.saved_step = state.global_step
+        self.saved_step = step = state.global_step
         if is_main:
             best = {Path(state.best_model_checkpoint)} if state.best_model_checkpoint else set()
             limit = self.args.save_total_limit
-            remove_old_checkpoints(folder, keep={final} | best, limit=limit)
+
+            def complete() -> None:
+                complete_checkpoint(folder, step)
+                remove_old_checkpoints(folder, keep={final} | best, limit=limit)
+
+            pool = ThreadPoolExecutor(1)
+            self._completion = pool.submit(complete)
+            pool.shutdown(wait=False)
+
+    def finish_checkpoint(self, *, wait: bool = True) -> None:
+        """Wait for the last checkpoint to be whole and on the disk. wait: or only look whether it is.
+
+        Raises: UserError if it could not be made.
+        """
+        completion = self._completion
+        if completion is not None and (wait or completion.done()):
+            self._completion = None
+            completion.result()
+
+    def _load_best_model(self) -> None:
+        self.finish_checkpoint()
+        self.accelerator.wait_for_everyone()
+        super()._load_best_model()
 
     def _init_training_state(
         self,
@@ -162,6 +182,16 @@ class ResumableTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # which have formats of their own
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            states = {
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.lr_scheduler.state_dict(),
+            }
+            save_state(Path(output_dir) / OPTIMIZER_FILE, states)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -232,64 +262,45 @@ def all_finite(model: nn.Module) -> bool:
         return bool(torch.isfinite(torch.stack([each.float().cpu() for each in sums])).all())
 
 
-class Sums:
-    """SHA-256 of a folder's files, for `SHA256SUMS`. Files are brought to the disk meanwhile."""
-
-    def __init__(self, folder: Path, pool: Executor) -> None:
-        self._folder, self._pool = folder, pool
-        self._jobs: dict[str, tuple[Future[None], Future[str]]] = {}
-
-    def begin(self, name: str) -> None:
-        """Start on a file that is written in full."""
-        path = self._folder / name
-        if name not in self._jobs:
-            self._jobs[name] = self._pool.submit(_sync, path), self._pool.submit(file_hash, path)
-
-    def write(self) -> None:
-        """The list of all files, last, when they are on the disk."""
-        names = sorted(_files(self._folder))
-        for name in names:
-            self.begin(name)
-        lines = []
-        for name in names:
-            synced, digest = self._jobs[name]
-            synced.result()  # raises what went wrong
-            lines.append(f"{digest.result()}  {name}\n")
-        (self._folder / SUMS_FILE).write_text("".join(lines))
-        _sync(self._folder / SUMS_FILE)
-        _sync(self._folder)
-
-
 @contextlib.contextmanager
-def new_checkpoint(
+def written_aside(
     run_folder: Path, step: int, *, is_main: bool, wait: Callable[[], None]
-) -> Iterator[tuple[Path, Sums]]:
-    """A folder to write a checkpoint into; when the block ends it is `checkpoint-STEP`, whole, on the disk.
+) -> Iterator[Path]:
+    """A folder to write a checkpoint into; `complete_checkpoint` makes it one.
 
-    Its sums may be begun before.
+    is_main: whether this process makes the folder, for all that write. wait: until all processes are there.
 
-    is_main: whether this process sums and renames, for all that write. wait: until all processes are there.
-    A checkpoint of this step that is there already is replaced.
-
-    Raises: UserError if it cannot be written; what was there before stays as it was.
+    Raises: UserError if it cannot be written; nothing is left of it then.
     """
-    staging, final = run_folder / STAGING, run_folder / f"checkpoint-{step}"
-    try:
+    staging = run_folder / STAGING
+    with _told(run_folder, step, is_main):
         if is_main:
             _remove_rest(run_folder)
             staging.mkdir(parents=True)
         wait()
-        with ThreadPoolExecutor(4) as pool:
-            sums = Sums(staging, pool)
-            yield staging, sums
-            wait()
-            if is_main:
-                sums.write()
-        if is_main:
-            _replace(final, staging, aside=run_folder / TRASH)
-            _sync(run_folder)
-            _remove_rest(run_folder)
+        yield staging
         wait()
+
+
+def complete_checkpoint(run_folder: Path, step: int) -> None:
+    """Make what was written aside `checkpoint-STEP`, whole, on the disk.
+
+    A checkpoint of this step that is there already is replaced.
+    Raises: UserError if that fails; what was there before stays as it was.
+    """
+    staging, final = run_folder / STAGING, run_folder / f"checkpoint-{step}"
+    with _told(run_folder, step, is_main=True):
+        _seal(staging)
+        _replace(final, staging, aside=run_folder / TRASH)
+        _sync(run_folder)
+        _remove_rest(run_folder)
+
+
+@contextlib.contextmanager
+def _told(run_folder: Path, step: int, is_main: bool) -> Iterator[None]:
+    """Leave nothing half written, and say in a line what the system did not do."""
+    try:
+        yield
     except BaseException as error:
         if is_main:
             _remove_rest(run_folder)
@@ -374,53 +385,29 @@ def remove_old_checkpoints(run_folder: Path, *, keep: set[Path], limit: int | No
         _remove_rest(run_folder)
 
 
-def save_state(path: Path, state: Any, written: Callable[[str], None] | None = None) -> None:
-    """Write nested dicts, lists and tuples of tensors and plain values, as a safetensors file; what is more
-    than `PART_BYTES` goes into further files beside it.
+def save_state(path: Path, state: Any) -> None:
+    """Write nested dicts, lists and tuples of tensors and plain values, as one safetensors file.
 
-    written: is told the name of each file, when it is. Raises: UserError for a value that is neither.
+    Raises: UserError for a value that is neither.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_to_plain(state, tensors))
-    parts: list[dict[str, Tensor]] = [{}]
-    size = 0
     storages: set[int] = set()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
         # Not two tensors of one memory, nor a part of a larger one: safetensors refuses them.
         if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
+            tensors[name] = tensor.clone()
         storages.add(storage.data_ptr())
-        if size + tensor.nbytes > PART_BYTES and parts[-1]:
-            parts.append({})
-            size = 0
-        parts[-1][name] = tensor
-        size += tensor.nbytes
-    for number, part in enumerate(parts):
-        file = _part_file(path, number)
-        save_file(part, file, metadata={"tree": tree, "parts": str(len(parts))} if not number else None)
-        if written is not None:
-            written(file.name)
-
-
-def _part_file(path: Path, number: int) -> Path:
-    return path.with_stem(f"{path.stem}-{number}") if number else path
+    save_file(tensors, path, metadata={"tree": tree})
 
 
 def load_state(path: Path) -> Any:
     """What `save_state` wrote, on the CPU, tensors with their strides. Raises: UserError if it did not."""
     try:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(safe_open(path, framework="pt"))
-            facts = first.metadata()
-            files = [first] + [
-                stack.enter_context(safe_open(_part_file(path, number), framework="pt"))
-                for number in range(1, int(facts["parts"]))
-            ]
-            file_of = {name: file for file in files for name in file.keys()}
-            return _from_plain(
-                json.loads(facts["tree"]), lambda name: file_of[name].get_tensor(name)
-            )
+        with safe_open(path, framework="pt") as file:
+            tree = json.loads(file.metadata()["tree"])
+            return _from_plain(tree, file.get_tensor)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} is no saved state: {' '.join(str(error).split())}") from None
 
@@ -454,6 +441,19 @@ def _from_plain(tree: Any, tensor_of: Callable[[str], Tensor]) -> Any:
     if tree[0] == "dict":
         return {_from_plain(k, tensor_of): _from_plain(v, tensor_of) for k, v in tree[1]}
     return {"list": list, "tuple": tuple}[tree[0]](_from_plain(item, tensor_of) for item in tree[1])
+
+
+def _seal(folder: Path) -> None:
+    """Sum and flush all files of a folder; last the list of the sums."""
+    names = sorted(_files(folder))
+    with ThreadPoolExecutor(4) as pool:
+        flushed = pool.map(lambda name: _sync(folder / name), names)
+        sums = list(pool.map(lambda name: file_hash(folder / name), names))
+        list(flushed)  # raises what went wrong
+    text = "".join(f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True))
+    (folder / SUMS_FILE).write_text(text)
+    _sync(folder / SUMS_FILE)
+    _sync(folder)
 
 
 def _files(folder: Path) -> list[str]:

@@ -129,6 +129,8 @@ class ImageClassificationTrainer(ResumableTrainer):
                 if self.state.global_step not in (0, self.saved_step):
                     self._save_checkpoint(self.model, trial=None)
                 raise
+            finally:
+                self.finish_checkpoint()
             if self._watched is not None:
                 self._require_finite(self._watched)  # the last one, on a GPU
             self.stop_request.obey()  # one that came after the last step, which has its checkpoint
@@ -213,6 +215,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _after_step(self) -> None:
+        self.finish_checkpoint(wait=False)  # an error, no later than this
         if self.ema is not None:
             self.ema.update(self._classifier, step=self.state.global_step)
         self._stop_if_asked()

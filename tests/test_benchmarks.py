@@ -1,20 +1,23 @@
 """benchmarks/: every peer trains, and what was measured becomes a table."""
 
+import dataclasses
+import functools
 import json
-import math
+import time
 
+import psutil
 import pytest
 
 from benchmarks import accuracy, checkpoint, measure, scaling, table
 from benchmarks.peers import (
+    WARM_UP,
     Task,
-    ceiling,
+    chosen_setting,
     image_folder,
-    ours,
-    plain,
     small_pictures,
-    timm_pattern,
+    train_as,
 )
+from benchmarks.turns import workers
 
 
 @pytest.fixture
@@ -59,17 +62,46 @@ def test_the_table_holds_the_newest_of_each(results):
         measure.compare("speed", {"ours": lambda f=figure: f, "plain": lambda: 10.0}, rounds=1)
     table.main()
     page = (results / "docs" / "benchmarks.md").read_text()
-    assert "| speed | plain | 10 (10-10) images/s | 3 (3-3) |" in page
+    assert "| speed | plain | 10 (10-10) images/s | 3 (3-3) | 1 |" in page
     assert page.count("| speed | ours |") == 1
 
 
 def test_every_peer_trains(tmp_path):
-    task = Task("scratch/article_cnn", 32, 8, 2, str(small_pictures(tmp_path / "data", 120)))
-    run, setting = ours(task)
-    images = image_folder(task, tmp_path / "images")
-    peers = [run, plain(task, use_cpu=True), ceiling(task, setting), timm_pattern(task, images, 0)]
-    for peer in peers:
-        assert 0 < peer() < math.inf
+    data = str(small_pictures(tmp_path / "data", 120))
+    task = Task(
+        "scratch/article_cnn", 32, 8, steps=1, turns=2, dataset_name=data,
+        images=str(image_folder(data, tmp_path / "images")),
+    )  # fmt: skip
+    task = dataclasses.replace(task, setting=chosen_setting(task))
+    assert task.setting.split()[0] in ("fp32", "bf16")
+    for peer in ("ours", "ceiling", "plain", "timm"):
+        steps = []
+        train_as(peer, task, lambda steps=steps: steps.append(None))
+        assert len(steps) == task.all_steps == WARM_UP + 2, peer
+
+
+def sleepy(seconds, turn):
+    """Steps of a length."""
+    while True:
+        time.sleep(seconds)
+        turn()
+
+
+def fails(turn):
+    turn()
+    raise ValueError("after a step")
+
+
+def test_processes_work_in_their_turns_alone(tmp_path):
+    works = {n: functools.partial(sleepy, n) for n in (0.01, 0.04)}
+    with workers(works, warm_up=2, steps=5) as started:
+        pids = [worker._process.pid for worker in started.values()]
+        for seconds, worker in started.items():
+            assert psutil.Process(worker._process.pid).status() == psutil.STATUS_STOPPED
+            assert worker.turn() >= 5 * seconds
+    assert not any(map(psutil.pid_exists, pids))
+    with pytest.raises(SystemExit, match="ended before its turns did"), workers({"a": fails}, 2, 5):
+        pass
 
 
 @pytest.mark.slow
@@ -110,5 +142,7 @@ def test_checkpoints_of_both_are_saved(results, monkeypatch):
     checkpoint.main()
     (record,) = map(json.loads, (results / "results" / "cpu.jsonl").read_text().splitlines())
     assert record["unit"] == "s"
-    assert set(record["figures"]) == {"ours", "stock Trainer", "stock Trainer, flushed"}
+    assert set(record["figures"]) == {
+        "ours", "ours, until it is whole", "stock Trainer", "stock Trainer, flushed",
+    }  # fmt: skip
     assert all(figure["median"] > 0 for figure in record["figures"].values())

@@ -1,6 +1,8 @@
 """hf_cifar.checkpoints: whole or not there; the faults themselves are in tests/faults."""
 
+import errno
 import json
+import os
 import subprocess
 
 import numpy as np
@@ -9,24 +11,27 @@ import torch
 
 from hf_cifar.checkpoints import (
     IDENTITY_FILE,
+    STAGING,
     SUMS_FILE,
     check_identity,
+    complete_checkpoint,
     find_damage,
     list_checkpoints,
     load_state,
-    new_checkpoint,
     newest_checkpoint,
     remove_old_checkpoints,
     save_state,
+    written_aside,
 )
 from hf_cifar.errors import UserError
 
 
 def write(folder, step, text="weights"):
-    with new_checkpoint(folder, step, is_main=True, wait=lambda: None) as staging:
+    with written_aside(folder, step, is_main=True, wait=lambda: None) as staging:
         (staging / "sub").mkdir()
         (staging / "a").write_text(text)
         (staging / "sub" / "b").write_text(text)
+    complete_checkpoint(folder, step)
     return folder / f"checkpoint-{step}"
 
 
@@ -118,7 +123,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
     checkpoint = write(tmp_path, 3, "first")
     with (
         pytest.raises(RuntimeError, match="in mid-save"),
-        new_checkpoint(tmp_path, 3, is_main=True, wait=lambda: None) as staging,
+        written_aside(tmp_path, 3, is_main=True, wait=lambda: None) as staging,
     ):
         (staging / "a").write_text("second")
         raise RuntimeError("in mid-save")
@@ -127,6 +132,31 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
     assert write(tmp_path, 3, "third") == checkpoint
     assert (checkpoint / "a").read_text() == "third"
     assert find_damage(checkpoint) is None
+
+
+def test_a_rename_that_fails_brings_the_one_before_back(tmp_path, monkeypatch):
+    checkpoint = write(tmp_path, 3, "first")
+    rename = os.rename
+
+    def full(source, target):
+        if source.name == STAGING:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(UserError, match=r"cannot save a checkpoint at step 3 .*: No space left"):
+        write(tmp_path, 3, "second")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert (checkpoint / "a").read_text() == "first" and find_damage(checkpoint) is None
+
+
+def test_tensors_of_one_memory_are_saved_each_by_itself(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    state = {"whole": whole, "again": whole, "row": whole[1], "column": whole[:, 2]}
+    save_state(tmp_path / "state", state)
+    found = load_state(tmp_path / "state")
+    for name, tensor in state.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_old_checkpoints_go_but_for_those_to_keep(tmp_path):

@@ -81,13 +81,15 @@ def suspected_multi_label_errors(scores: Array, labels: Array) -> tuple[int, Arr
     varied = np.flatnonzero(np.ptp(labels, axis=0))
     if not len(varied):
         return 0, np.array([], dtype=np.int64)
-    order = filters.find_label_issues(
-        [np.flatnonzero(row).tolist() for row in labels[:, varied]],
-        scores[:, varied],
-        return_indices_ranked_by="self_confidence",
-        n_jobs=1,
-    )
-    return len(order), order
+    given = [np.flatnonzero(row).tolist() for row in labels[:, varied]]
+    probably, disagreeing = (
+        filters.find_label_issues(
+            given, scores[:, varied], filter_by=how, n_jobs=1,
+            return_indices_ranked_by="self_confidence",
+        )
+        for how in ("prune_by_noise_rate", "predicted_neq_given")
+    )  # fmt: skip
+    return len(probably), disagreeing
 
 
 def slices(values: Array, hits: Array, parts: int = 4) -> list[dict[str, Any] | None]:

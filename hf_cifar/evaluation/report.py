@@ -69,7 +69,9 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
         "split": evaluated.split,
         "multi_label": evaluated.multi_label,
         "metrics": metrics,
-        **({} if evaluated.multi_label else single_label_facts(evaluated, metrics[evaluated.split])),
+        **(
+            {} if evaluated.multi_label else single_label_facts(evaluated, metrics[evaluated.split])
+        ),
         "corruptions": read_json(folder / CORRUPTIONS_FILE).get(evaluated.split),
         **run_facts(folder, run),
         **galleries(evaluated, config.gallery_size),

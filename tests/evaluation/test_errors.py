@@ -72,7 +72,9 @@ def test_planted_label_errors_are_found_on_real_images():
 def test_planted_errors_among_several_labels_are_found_on_real_images():
     digits = load_digits()
     generator = np.random.default_rng(0)
-    truth = np.stack([digits.target % 2, digits.target > 4, np.isin(digits.target, [2, 3, 5, 7])], 1)
+    truth = np.stack(
+        [digits.target % 2, digits.target > 4, np.isin(digits.target, [2, 3, 5, 7])], 1
+    )
     planted = generator.choice(len(truth), 50, replace=False)
     labels = truth.astype(int)
     labels[planted, generator.integers(0, 3, 50)] ^= 1
