@@ -46,7 +46,7 @@ class Task:
     turns: int = 1
     dataset_name: str = ""
     images: str = ""
-    setting: str = "fp32 contiguous"
+    setting: str = "fp32 contiguous"  # and "compiled"
 
     @property
     def all_steps(self) -> int:
@@ -102,21 +102,24 @@ def device() -> torch.device:
 
 
 def chosen_setting(task: Task) -> str:
-    """What ours picks by measuring, for a long run."""
+    """What ours picks by measuring, for a long run; on a CPU for one that is too short to compile for."""
     splits = load_splits(task.config("unused").data)
+    epochs = "30" if device().type == "cuda" or task.image_size < 64 else "1.5"
     with tempfile.TemporaryDirectory() as folder:
-        config = task.config(folder, "--max_steps", "-1", "--num_train_epochs", "30")
+        config = task.config(folder, "--max_steps", "-1", "--num_train_epochs", epochs)
         model, processor = build_model(config.model, splits.id2label)
         chosen = resolve_setting(config, model, processor, splits.train).train
-    return f"{chosen.precision} {chosen.memory_format}"
+    return f"{chosen.precision} {chosen.memory_format}{' compiled' * chosen.torch_compile}"
 
 
 def ours(task: Task, turn: Turn) -> None:
     """The package at its defaults, with the setting that was measured."""
-    precision, memory_format = task.setting.split()
+    precision, memory_format, *compiled = task.setting.split()
+    flags = ["--precision", precision, "--memory_format", memory_format]
+    flags += ["--torch_compile", "true"] if compiled else []
     splits = load_splits(task.config("unused").data)
     with tempfile.TemporaryDirectory() as folder:
-        config = task.config(folder, "--precision", precision, "--memory_format", memory_format)
+        config = task.config(folder, *flags)
         model, processor = build_model(config.model, splits.id2label)
         trainer = build_trainer(model, processor, splits, resolve_defaults(config, model))
         trainer.add_callback(AfterEachStep(turn))
@@ -204,13 +207,15 @@ def timm_pattern(task: Task, turn: Turn, workers: int = 2) -> None:
 
 def ceiling(task: Task, turn: Turn) -> None:
     """Forward, backward, step on one batch of tensors that lies on the device; no data at all."""
-    precision, memory_format = task.setting.split()
+    precision, memory_format, *compiled = task.setting.split()
     config, on = task.config("unused"), device()
     layout, dtype = MEMORY_FORMATS[memory_format], DTYPES[precision]
     id2label = load_splits(config.data).id2label
     model, processor = build_model(config.model, id2label)
     size = Preprocessing.from_image_processor(processor).size
     model = model.to(on, memory_format=layout).train()
+    if compiled:
+        model = torch.compile(model, dynamic=False)
     images = torch.randn(task.batch_size, 3, *size, device=on).contiguous(memory_format=layout)
     labels = torch.arange(task.batch_size, device=on) % len(id2label)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)

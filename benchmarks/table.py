@@ -33,7 +33,9 @@ def table(records: list[dict]) -> list[str]:
             ratio = cell(record["ratios"][name]) if name in record["ratios"] else ""
             setting = f", {record['setting']}" if not ratio and "setting" in record else ""
             figure = f"{cell(values)} {record['unit']}"
-            lines.append(f"| {record['benchmark']} | {name}{setting} | {figure} | {ratio} | {record['n']} |")
+            lines.append(
+                f"| {record['benchmark']} | {name}{setting} | {figure} | {ratio} | {record['n']} |"
+            )
     return lines
 
 
