@@ -36,7 +36,8 @@ MEMORY_FORMATS = {
     "contiguous": torch.contiguous_format,
     "channels_last": torch.channels_last,
 }
-ROUNDS = 3
+# Fewest and most times that each setting is timed: the more, the less another program's turn counts.
+ROUNDS, MOST_ROUNDS = 3, 10
 # Another setting than the first must be faster by this much: what is left is noise.
 CLEARLY = 1.1
 # A loss further from the one in fp32 than this share of it is another computation.
@@ -153,14 +154,17 @@ def pick_setting(
     if pixel_values.device.type == "cpu":
         part = min(batch, max(few, int(STEP_SECONDS / image_seconds)))
     rest = image_seconds * batch * num_steps
-    if image_seconds * part * len(settings) * (ROUNDS + 1) > MEASURING_SHARE * rest:
+    # One round more warms up.
+    rounds = int(MEASURING_SHARE * rest / (image_seconds * part * len(settings))) - 1
+    if rounds < ROUNDS:
         return first, f"computing in {first}: a run of {rest:.0f} s is too short to compare others"
     pixel_values, labels = pixel_values[:part], labels[:part]
-    timings = measure(model, pixel_values, labels, settings)
+    rounds = min(rounds, MOST_ROUNDS)
+    timings = measure(model, pixel_values, labels, settings, rounds)
     chosen = choose(timings)
     if MEASURING_SHARE * timings[chosen].seconds / part * batch * num_steps > COMPILE_SECONDS:
         compiled = chosen._replace(compiled=True)
-        timings |= measure(model, pixel_values, labels, [compiled])
+        timings |= measure(model, pixel_values, labels, [compiled], rounds)
         chosen = choose({chosen: timings[chosen], **timings})
     speeds = ", ".join(
         f"{setting} {part / timing.seconds:.0f}" for setting, timing in timings.items()
