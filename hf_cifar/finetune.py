@@ -614,6 +614,8 @@ def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
             model.save_pretrained(aside, state_dict=weights)
             trainer.processing_class.save_pretrained(aside)
             for path in Path(aside).iterdir():
+                # safetensors keeps its files from everybody but their owner.
+                shutil.copymode(Path(aside, "config.json"), path)
                 os.replace(path, folder / path.name)
 
 

@@ -74,6 +74,8 @@ def test_a_run_leaves_what_it_promises(vit_run):
         "predictions", "run.json", "README.md",
     }  # fmt: skip
     assert not list(vit_run.rglob("training_args.bin"))
+    modes = {(vit_run / name).stat().st_mode for name in ("model.safetensors", "metrics.json")}
+    assert len(modes) == 1  # whoever may read the one may read the other
     checkpoints = list(vit_run.glob("checkpoint-*"))
     assert 1 <= len(checkpoints) <= 2
 

@@ -14,8 +14,9 @@ from hf_cifar.data.images import LUMA
 
 Array = np.ndarray
 SIDE = 32  # px, of the thumbnails that are hashed and compared
-HASH_SIDE = 8  # lowest frequencies kept in each direction
-NUM_BITS = HASH_SIDE**2 - 1  # all but the constant one
+HASH_SIDE = (
+    8  # lowest frequencies kept in each direction: 63 bits, for the constant one says nothing
+)
 # How far two hashes may be apart, of 63 bits, for their thumbnails to be compared.
 MAX_BITS = 10
 # Two thumbnails are one picture if, brought to one mean and contrast, they differ by no more than this share
@@ -26,7 +27,8 @@ MAX_DIFFERENCE = 0.4
 MIN_SIDE = 16
 # A thumbnail of less contrast (standard deviation of 0..255) holds nothing that could be told from another.
 MIN_CONTRAST = 4.0
-CHUNK = 1024
+BATCH = 256  # images of one size that are made into thumbnails at once
+CHUNK = 16  # images of the first set at a time: the numbers of bits stay in the processor's cache
 
 
 class Duplicate(NamedTuple):
@@ -68,22 +70,29 @@ def find_duplicates(
 
 
 class _Fingerprints(NamedTuple):
-    """What images [N] are told by: SHA-256 of the pixels, and thumbnails [N, 32, 32]."""
+    """What images [N] are told by: a hash of all pixels, and thumbnails [N, 32, 32]."""
 
     digests: list[bytes]
     thumbnails: Array
 
 
 def _fingerprints(images: Iterable[Array]) -> _Fingerprints:
-    pairs = [(_digest(image), thumbnail_of(image)) for image in images]
-    thumbnails = np.array([thumbnail for _, thumbnail in pairs], np.float32)
-    return _Fingerprints([digest for digest, _ in pairs], thumbnails.reshape(-1, SIDE, SIDE))
+    digests, thumbnails = [], [np.empty((0, SIDE, SIDE), np.float32)]
+    if isinstance(images, np.ndarray) and images.shape[1:3] == (SIDE, SIDE):
+        for start in range(0, len(images), BATCH):
+            digests += map(_digest, images[start : start + BATCH])
+            thumbnails.append(thumbnail_of(images[start : start + BATCH]))
+    else:  # decoded one by one, and not kept
+        for image in images:
+            digests.append(_digest(image))
+            thumbnails.append(thumbnail_of(image)[None])
+    return _Fingerprints(digests, np.concatenate(thumbnails))
 
 
 def thumbnail_of(image: Array) -> Array:
     """Brightness [32, 32], float32 0..255, of an image [H, W, 3]; 0 of one that is too small to be told from
-    others."""
-    if image.shape[:2] == (SIDE, SIDE):
+    others. Of images [N, 32, 32, 3] at once: [N, 32, 32]."""
+    if image.shape[-3:-1] == (SIDE, SIDE):
         return image @ np.array(LUMA, np.float32)
     if min(image.shape[:2]) < MIN_SIDE:
         return np.zeros((SIDE, SIDE), np.float32)
@@ -93,14 +102,16 @@ def thumbnail_of(image: Array) -> Array:
 
 
 def perceptual_hashes(thumbnails: Array) -> Array:
-    """Signs [N, 63], -1 or 1, of the lowest frequencies of thumbnails [N, 32, 32] about their median."""
+    """Which of the 63 lowest frequencies of thumbnails [N, 32, 32] lie above their median: the bits of
+    uint64 [N]."""
     basis = dct(np.eye(SIDE, dtype=np.float32), axis=0, norm="ortho")[:HASH_SIDE]
     low = (basis @ thumbnails @ basis.T).reshape(-1, HASH_SIDE**2)[:, 1:]
-    return np.where(low > np.median(low, axis=1, keepdims=True), 1, -1).astype(np.float32)
+    above = low > np.median(low, axis=1, keepdims=True)
+    return np.packbits(np.pad(above, ((0, 0), (0, 1))), axis=1).view(np.uint64)[:, 0]
 
 
 def _digest(image: Array) -> bytes:
-    return hashlib.sha256(b"%d %d " % image.shape[:2] + image.tobytes()).digest()
+    return hashlib.blake2b(b"%d %d " % image.shape[:2] + image.tobytes(), digest_size=32).digest()
 
 
 def _equal_pairs(
@@ -121,15 +132,18 @@ def _equal_pairs(
 def _alike_pairs(first: Array, second: Array, *, within: bool) -> dict[tuple[int, int], float]:
     """Pairs whose hashes and whose thumbnails agree, with the difference of the thumbnails."""
     # An even thumbnail is like any other.
-    told = [np.flatnonzero(_contrast(each) >= MIN_CONTRAST) for each in (first, second)]
+    contrasts = [each.std(axis=(1, 2)) for each in (first, second)]
+    told = [np.flatnonzero(contrast >= MIN_CONTRAST) for contrast in contrasts]
     first, second = first[told[0]], second[told[1]]
     hashes = perceptual_hashes(first), perceptual_hashes(second)
-    standard = _standardised(first), _standardised(second)
+    standard = [
+        _standardised(each, contrast[rows])
+        for each, contrast, rows in zip((first, second), contrasts, told, strict=True)
+    ]
     near = {}
     for start in range(0, len(first), CHUNK):
-        # The product of two hashes is 63 less twice the number of bits that differ.
-        agreement = hashes[0][start : start + CHUNK] @ hashes[1].T
-        rows, columns = np.nonzero(agreement >= NUM_BITS - 2 * MAX_BITS)
+        apart = np.bitwise_count(hashes[0][start : start + CHUNK, None] ^ hashes[1])
+        rows, columns = np.divmod(np.flatnonzero(apart <= MAX_BITS), len(second))
         for a, b in zip((rows + start).tolist(), columns.tolist(), strict=True):
             pair = int(told[0][a]), int(told[1][b])
             if within and pair[0] >= pair[1]:
@@ -140,12 +154,7 @@ def _alike_pairs(first: Array, second: Array, *, within: bool) -> dict[tuple[int
     return near
 
 
-def _contrast(thumbnails: Array) -> Array:
-    """Standard deviation [N] of each thumbnail."""
-    return thumbnails.std(axis=(1, 2))
-
-
-def _standardised(thumbnails: Array) -> Array:
-    """Thumbnails [N, 1024] of mean 0 and standard deviation 1."""
+def _standardised(thumbnails: Array, contrasts: Array) -> Array:
+    """Thumbnails [N, 1024] of mean 0 and standard deviation 1; contrasts [N]: the one that they have."""
     flat = thumbnails.reshape(-1, SIDE**2)
-    return (flat - flat.mean(axis=1, keepdims=True)) / _contrast(thumbnails)[:, None]
+    return (flat - flat.mean(axis=1, keepdims=True)) / contrasts[:, None]
