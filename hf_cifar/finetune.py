@@ -613,9 +613,11 @@ def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as aside:
             model.save_pretrained(aside, state_dict=weights)
             trainer.processing_class.save_pretrained(aside)
-            for path in Path(aside).iterdir():
+            files = list(Path(aside).iterdir())
+            for path in files:
                 # safetensors keeps its files from everybody but their owner.
                 shutil.copymode(Path(aside, "config.json"), path)
+            for path in files:
                 os.replace(path, folder / path.name)
 
 
