@@ -302,15 +302,15 @@ began = time.perf_counter()
 reference = result(start())
 seconds = time.perf_counter() - began
 assert reference and whole()
-moments, writing, again = [], 0, 0
+writing = again = 0
 for trial in range(20):
     wipe(trial)
     pid = start()
     if trial % 2:  # while it writes
         deadline = time.perf_counter() + 10 * seconds
         while not list(pixels.glob(".*.tmp/*")) and time.perf_counter() < deadline:
-            time.sleep(0.0005)
-        time.sleep(chance.uniform(0, 0.01))
+            pass
+        time.sleep(chance.uniform(0, 0.02))
     else:
         time.sleep(chance.uniform(0, seconds))
     os.kill(pid, signal.SIGKILL)
@@ -331,8 +331,10 @@ print(json.dumps({"again": again, "both": both, "writing": writing, "seconds": s
 
 
 def test_a_preparation_that_is_cut_off(tmp_path, figure):
-    generator, labels = np.random.default_rng(0), [0, 1] * 400
-    files = [encoded(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in labels]
+    # Of one colour each: quick to decode, but 140 MB of pixels, so that writing them takes a while.
+    generator, labels = np.random.default_rng(0), [0, 1] * 100
+    colours = generator.integers(0, 256, (len(labels), 1, 1, 3), dtype=np.uint8)
+    files = [encoded(np.repeat(np.repeat(colour, 512, 0), 512, 1)) for colour in colours]
     write_split(tmp_path / "data", "train", files, labels)
     (tmp_path / "results").mkdir()
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "tables")}
