@@ -171,9 +171,13 @@ def test_a_timm_model_goes_back_into_plain_timm(timm_run):
 
     model = AutoModelForImageClassification.from_pretrained(timm_run).eval()
     plain = timm.create_model(f"local-dir:{timm_run}", pretrained=True).eval()
-    images = torch.randn(2, 3, 32, 32)
+    ours, theirs = model.timm_model.state_dict(), plain.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(model(images).logits, plain(images))
+        # The same weights at other addresses: a kernel may differ in the last bit of its sums.
+        torch.testing.assert_close(model(images).logits, plain(images))
     settings = timm.data.resolve_model_data_config(plain)
     assert (settings["input_size"], settings["crop_pct"]) == ([3, 32, 32], 1.0)
     assert AutoImageProcessor.from_pretrained(timm_run).data_config["input_size"] == (3, 32, 32)

@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter, config):
     reports = [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]
     rows = sorted(
         (value for report in reports for name, value in report.user_properties if name == "figure"),
-        key=lambda row: str(row[0]).zfill(2),  # some have no number
+        key=lambda row: (str(row[0]).zfill(2), row[1]),  # some have no number
     )
     if not rows:
         return
