@@ -42,22 +42,15 @@ def table(records: list[dict]) -> list[str]:
 def main() -> None:
     """Replace the page."""
     page = [HEAD]
+    newest: dict[str, dict[str, dict]] = {}
     for path in sorted(RESULTS.glob("*.jsonl")):
-        newest: dict[str, dict] = {}
         for line in path.read_text().splitlines():
             record = json.loads(line)
-            newest[record["benchmark"]] = record
-        records = list(newest.values())
-        last = records[-1]
-        versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
-        page += [
-            f"## {last['device']}",
-            "",
-            f"{versions}.",
-            "",
-            *table(records),
-            "",
-        ]
+            newest.setdefault(record["device"], {})[record["benchmark"]] = record
+    for device, by_name in newest.items():
+        records = list(by_name.values())
+        versions = ", ".join(f"{name} {number}" for name, number in records[-1]["versions"].items())
+        page += [f"## {device}", "", f"{versions}.", "", *table(records), ""]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(page))
 
 

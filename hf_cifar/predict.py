@@ -18,6 +18,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.problem import thresholds_of
 from hf_cifar.options import MAX_IMAGE_PIXELS, PredictConfig
+from hf_cifar.process import keep_freed_memory
 
 
 def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -31,6 +32,8 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     files = expand_paths(paths)
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     dtype = _autocast_dtype(config, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     model, image_processor = load_classifier(
         config.model_name_or_path,
         revision=config.model_revision,

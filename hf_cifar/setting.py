@@ -27,6 +27,7 @@ from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import Split
 from hf_cifar.data.streams import Stream
 from hf_cifar.options import CONFIG_FILE
+from hf_cifar.process import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +144,8 @@ def pick_setting(
     Measuring takes at most a twentieth of the run; a shorter run keeps the first candidate. Compiling is
     tried where it can pay.
     """
+    if pixel_values.device.type == "cpu":
+        keep_freed_memory()  # as the run will
     settings = candidates(model, pixel_values.device, memory_format)
     first, batch = settings[0], len(labels)
     few = min(batch, FEW_IMAGES)

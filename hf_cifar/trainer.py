@@ -34,7 +34,7 @@ from hf_cifar.evaluation.metrics import compute_training_metrics
 from hf_cifar.features import draw_view
 from hf_cifar.models.layers import block_depths, eval_frozen_norms
 from hf_cifar.optim import decay_learning_rates, decay_parameter_names
-from hf_cifar.process import Stopped, StopRequest, noted_signals
+from hf_cifar.process import Stopped, StopRequest, keep_freed_memory, noted_signals
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,8 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.ema: ModelEmaV3 | None = None
         self.shrink_batch = shrink_batch
         self.stop_request = StopRequest()
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         self._micro_batch = (-1, -1)
         self._row_ids: Tensor | None = None
         self._watched: WatchedLoss | None = None
