@@ -1,4 +1,4 @@
-"""A head on a frozen backbone, whole commands: ours on cached features, the plain recipe without.
+"""A head on a frozen backbone, whole commands: ours on cached features, the plain recipe without; accuracies.
 
 python -m benchmarks.head --model_name_or_path bundled/efficientnet_lite0 --dataset_name DATA [--rounds 3]
 """
@@ -6,14 +6,17 @@ python -m benchmarks.head --model_name_or_path bundled/efficientnet_lite0 --data
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measure import ROOT, compare
+from benchmarks.measure import ROOT, compare, conditions, summary, write
 
 PLAIN = """
 import sys, torch
@@ -30,59 +33,73 @@ args = TrainingArguments(
 )
 Trainer(model=model, args=args, train_dataset=with_pil_transform(splits.train.rows, preprocessing), data_collator=collate).train()
 model.save_pretrained(output)
+processor.save_pretrained(output)
 """  # noqa: E501
 
 
+def seconds(command: list[str], folder: Path) -> float:
+    """Of a command from start to exit; nothing is left over in the folder from before."""
+    shutil.rmtree(folder, ignore_errors=True)
+    start = time.perf_counter()
+    run(command, folder)
+    return time.perf_counter() - start
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Run a command to its end, with its cache in the folder."""
+    environment = {**os.environ, "HF_CIFAR_CACHE": str(folder / "cache")}
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+
+
 def main() -> None:
-    """Time both commands from start to exit."""
+    """Time the commands, then evaluate what the last of each left."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", default="bundled/efficientnet_lite0")
     parser.add_argument("--dataset_name", default="bundled/digits")
     parser.add_argument("--max_train_samples", default="5000")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    data = [
-        "--dataset_name",
+    model, data, images = (
+        options.model_name_or_path,
         options.dataset_name,
-        "--max_train_samples",
         options.max_train_samples,
-    ]
+    )
 
-    def seconds(command: list[str], folder: str) -> float:
-        environment = {**os.environ, "HF_CIFAR_CACHE": folder}  # nothing is left over from before
-        start = time.perf_counter()
-        subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - start
+    def ours(output: Path, *flags: str) -> list[str]:
+        return [
+            sys.executable, "scripts/finetune.py", "--dataset_name", data, "--max_train_samples", images,
+            "--model_name_or_path", model, "--image_size", "96", "--freeze", "backbone",
+            "--num_train_epochs", "10", "--output_dir", str(output), *flags,
+        ]  # fmt: skip
 
-    def ours(*flags: str):
-        def run() -> float:
-            with tempfile.TemporaryDirectory() as folder:
-                command = [
-                    sys.executable, "scripts/finetune.py", *data, "--image_size", "96",
-                    "--model_name_or_path", options.model_name_or_path, "--freeze", "backbone",
-                    "--num_train_epochs", "10", "--output_dir", str(Path(folder, "run")), *flags,
-                ]  # fmt: skip
-                return seconds(command, folder)
-
-        return run
-
-    def plain() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = [
-                options.model_name_or_path,
-                options.dataset_name,
-                options.max_train_samples,
-            ]
-            command = [sys.executable, "-c", PLAIN, *arguments, str(Path(folder, "run"))]
-            return seconds(command, folder)
-
-    runs = {"ours": ours(), "ours, L-BFGS": ours("--head_solver", "lbfgs"), "plain": plain}
-    facts = {
-        "model": Path(options.model_name_or_path).name,
-        "dataset_name": Path(options.dataset_name).name,
-        "num_images": int(options.max_train_samples),
-    }
-    compare("head on a frozen backbone", runs, "s", rounds=options.rounds, **facts)
+    with tempfile.TemporaryDirectory() as top:
+        folders = {name: Path(top, name) for name in ("ours", "ours, L-BFGS", "plain")}
+        outputs = {name: folder / "run" for name, folder in folders.items()}
+        commands = {
+            "ours": ours(outputs["ours"]),
+            "ours, L-BFGS": ours(outputs["ours, L-BFGS"], "--head_solver", "lbfgs"),
+            "plain": [sys.executable, "-c", PLAIN, model, data, images, str(outputs["plain"])],
+        }
+        runs = {
+            name: functools.partial(seconds, commands[name], folder)
+            for name, folder in folders.items()
+        }
+        facts = {
+            "model": Path(model).name, "dataset_name": Path(data).name, "num_images": int(images)
+        }  # fmt: skip
+        compare("head on a frozen backbone", runs, "s", rounds=options.rounds, **facts)
+        found = {}
+        for name, output in outputs.items():
+            evaluate = [
+                sys.executable, "scripts/evaluate_run.py", "--model_name_or_path", str(output),
+                "--dataset_name", data, "--split", "test", "--output_dir", str(folders[name] / "test"),
+            ]  # fmt: skip
+            run(evaluate, folders[name])
+            metrics = json.loads((folders[name] / "test" / "metrics.json").read_text())
+            found[name] = summary([metrics["test"]["accuracy"]])
+            print(f"{name}: test accuracy {found[name]['median']}", flush=True)
+        figures = {"unit": "accuracy", "n": 1, **facts, "figures": found, "ratios": {}}
+        write({"benchmark": "head on a frozen backbone, test", **figures, **conditions()})
 
 
 if __name__ == "__main__":
