@@ -124,8 +124,16 @@ def resample(
     out_height, out_width = size
     top, left, bottom, right = boxes.to(torch.float32).unbind(dim=1)
     device = images.device
-    rows = interpolation_matrix(top, bottom, height, out_height, interpolation, device)
-    columns = interpolation_matrix(left, right, width, out_width, interpolation, device)
+    if (height, out_height) == (
+        width,
+        out_width,
+    ):  # both directions at once, in half the operations
+        start, stop = torch.cat((top, left)), torch.cat((bottom, right))
+        both = interpolation_matrix(start, stop, height, out_height, interpolation, device)
+        rows, columns = both.chunk(2)
+    else:
+        rows = interpolation_matrix(top, bottom, height, out_height, interpolation, device)
+        columns = interpolation_matrix(left, right, width, out_width, interpolation, device)
     # Width first and a clamp between the passes, as Pillow does: a cubic overshoot is cut off twice.
     pixels = images.to(torch.float32).reshape(num_images, channels * height, width)
     pixels = torch.matmul(pixels, columns.transpose(1, 2)).clamp_(0, 255)
