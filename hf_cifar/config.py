@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import TrainingArguments
 
@@ -86,6 +87,7 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # bars for people, lines for logs
         self.label_names = ["labels"]
+        self.use_cpu = on_cpu(self.use_cpu)
         for name in ("bf16", "fp16"):
             if getattr(self, name):
                 # The parent would ask for a GPU, or --use_cpu; bfloat16 runs on a CPU as well.
@@ -187,6 +189,14 @@ class RunConfig:
     def save(self, path: str | Path) -> None:
         """Write the resolved options as YAML: `hf-cifar finetune --config FILE` is the same run."""
         Path(path).write_text(yaml.safe_dump(self.options(), sort_keys=False))
+
+
+def on_cpu(asked: bool) -> bool:
+    """Whether to compute on the CPU: where it is asked for, and where there is nothing else.
+
+    TrainingArguments has to be told: without a word, several processes on a CPU would each train alone.
+    """
+    return asked or not torch.accelerator.is_available()
 
 
 @functools.lru_cache

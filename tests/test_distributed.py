@@ -20,8 +20,7 @@ def launch(output_dir, data, model, processes, *flags):
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/cpu.yaml"),
         "--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "scripts/finetune.py"),
         "--dataset_name", str(data), "--model_name_or_path", str(model), "--output_dir", str(output_dir),
-        "--use_cpu", "--per_device_train_batch_size", str(8 // processes),
-        "--per_device_eval_batch_size", "3",
+        "--per_device_train_batch_size", str(8 // processes), "--per_device_eval_batch_size", "3",
         "--crop_padding", "0", "--flip", "0", "--learning_rate", "1e-3", "--num_train_epochs", "2",
         "--logging_steps", "1", "--do_predict", *flags,
     ]  # fmt: skip

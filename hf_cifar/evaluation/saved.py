@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_cifar.card import is_untouched, save_card
+from hf_cifar.config import on_cpu
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.data.store import default_num_workers, is_resident, stored_view
@@ -65,8 +66,7 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
                 dataloader_pin_memory=num_workers > 0,
                 bf16=config.bf16,
                 fp16=config.fp16,
-                # transformers takes --bf16 for a wish for a GPU; bfloat16 runs on a CPU as well.
-                use_cpu=config.use_cpu or (config.bf16 and not torch.cuda.is_available()),
+                use_cpu=on_cpu(config.use_cpu),
                 remove_unused_columns=False,
                 label_names=["labels"],
                 report_to="none",
