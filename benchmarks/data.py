@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import compare
 from benchmarks.peers import pil_transform
@@ -24,6 +25,19 @@ from hf_cifar.process import keep_freed_memory
 
 AUGMENTATION = Augmentation(RandomView(min_area=0.25, flip=0.5))
 STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+class EndlessPictures(Dataset):
+    """Pictures over and over, transformed one by one."""
+
+    def __init__(self, pictures: list[Image.Image], transform: Callable) -> None:
+        self.pictures, self.transform = pictures, transform
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.transform(self.pictures[index % len(self.pictures)])
 
 
 def timed(run: Callable[[], int], seconds: float = 3.0) -> Callable[[], float]:
@@ -80,7 +94,17 @@ def transform_speed(size: int, rounds: int) -> None:
     def pil_alone() -> int:
         return len([transform(picture) for picture in pictures[:64]])
 
-    runs = {"ours": timed(ours), "PIL, threads": timed(pil), "PIL, one thread": timed(pil_alone)}
+    def pil_workers() -> float:
+        loader = DataLoader(EndlessPictures(pictures, transform), 64, num_workers=os.cpu_count())
+        batches = iter(loader)
+        return timed(lambda: len(next(batches)))()
+
+    runs = {
+        "ours": timed(ours),
+        "PIL, threads": timed(pil),
+        "PIL, loader processes": pil_workers,
+        "PIL, one thread": timed(pil_alone),
+    }
     compare(f"transforms, 32 -> {size} px", runs, rounds=rounds)
 
 
