@@ -18,8 +18,10 @@ from pathlib import Path
 
 from benchmarks.measure import ROOT, compare, conditions, summary, write
 
+# As transformers' image-classification example is called in its README: evaluated and saved after each epoch.
 PLAIN = """
-import sys, torch
+import sys
+from torchvision import transforms
 from transformers import Trainer, TrainingArguments
 from benchmarks.peers import collate, with_pil_transform
 from hf_cifar import DataConfig, ModelConfig, Preprocessing, build_model, load_splits
@@ -29,9 +31,16 @@ model, processor = build_model(ModelConfig(model_name_or_path=model_name, image_
 preprocessing = Preprocessing.from_image_processor(processor)
 args = TrainingArguments(
     output_dir=output, num_train_epochs=10, per_device_train_batch_size=32, learning_rate=2e-3, report_to="none",
-    save_strategy="epoch", save_total_limit=2, remove_unused_columns=False, disable_tqdm=True,
+    save_strategy="epoch", save_total_limit=2, eval_strategy="epoch", load_best_model_at_end=True,
+    remove_unused_columns=False, disable_tqdm=True, label_names=["labels"],
 )
-Trainer(model=model, args=args, train_dataset=with_pil_transform(splits.train.rows, preprocessing), data_collator=collate).train()
+whole = transforms.Compose([
+    transforms.Resize(preprocessing.size, 3), transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std),
+])
+Trainer(
+    model=model, args=args, data_collator=collate, train_dataset=with_pil_transform(splits.train.rows, preprocessing),
+    eval_dataset=with_pil_transform(splits.validation.rows, preprocessing, whole),
+).train()
 model.save_pretrained(output)
 processor.save_pretrained(output)
 """  # noqa: E501

@@ -293,12 +293,12 @@ class ImageClassificationTrainer(ResumableTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(super()._prepare_inputs(inputs))
         self._row_ids = inputs.pop("row_ids", None)
-        if self.model.training:
-            eval_frozen_norms(self.model)
-        if inputs["pixel_values"].ndim == 3:  # features, see features.py
+        if inputs["pixel_values"].ndim == 3:  # features, see features.py: no norm is run
             generator = self._step_generator() if self.model.training else None
             inputs["pixel_values"] = draw_view(inputs["pixel_values"], generator)
             return inputs
+        if self.model.training:
+            eval_frozen_norms(self.model)
         if self.model.training and self.augmentation is not None:
             pixel_values, inputs["targets"] = self.augmentation(
                 inputs["pixel_values"],
