@@ -25,8 +25,8 @@ from torchvision import transforms
 from transformers import Trainer, TrainingArguments
 from benchmarks.peers import collate, with_pil_transform
 from hf_cifar import DataConfig, ModelConfig, Preprocessing, build_model, load_splits
-model_name, data, images, output = sys.argv[1:]
-splits = load_splits(DataConfig(dataset_name=data, max_train_samples=int(images)))
+model_name, data, images, checked, output = sys.argv[1:]
+splits = load_splits(DataConfig(dataset_name=data, max_train_samples=int(images), max_eval_samples=int(checked)))
 model, processor = build_model(ModelConfig(model_name_or_path=model_name, image_size=96, freeze="backbone"), splits.id2label)
 preprocessing = Preprocessing.from_image_processor(processor)
 args = TrainingArguments(
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", default="bundled/efficientnet_lite0")
     parser.add_argument("--dataset_name", default="bundled/digits")
     parser.add_argument("--max_train_samples", default="5000")
+    parser.add_argument("--max_eval_samples", default="500", help="of validation, each epoch")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     model, data, images = (
@@ -77,6 +78,7 @@ def main() -> None:
     def ours(output: Path, *flags: str) -> list[str]:
         return [
             sys.executable, "scripts/finetune.py", "--dataset_name", data, "--max_train_samples", images,
+            "--max_eval_samples", checked,
             "--model_name_or_path", model, "--image_size", "96", "--freeze", "backbone",
             "--num_train_epochs", "10", "--output_dir", str(output), *flags,
         ]  # fmt: skip
@@ -87,14 +89,23 @@ def main() -> None:
         commands = {
             "ours": ours(outputs["ours"]),
             "ours, L-BFGS": ours(outputs["ours, L-BFGS"], "--head_solver", "lbfgs"),
-            "plain": [sys.executable, "-c", PLAIN, model, data, images, str(outputs["plain"])],
+            "plain": [
+                sys.executable,
+                "-c",
+                PLAIN,
+                model,
+                data,
+                images,
+                checked,
+                str(outputs["plain"]),
+            ],
         }
         runs = {
             name: functools.partial(seconds, commands[name], folder)
             for name, folder in folders.items()
         }
         facts = {
-            "model": Path(model).name, "dataset_name": Path(data).name, "num_images": int(images)
+            "model": Path(model).name, "dataset_name": Path(data).name, "num_images": int(images), "num_validation": int(checked),
         }  # fmt: skip
         compare("head on a frozen backbone", runs, "s", rounds=options.rounds, **facts)
         found = {}
