@@ -69,11 +69,8 @@ def main() -> None:
     parser.add_argument("--max_eval_samples", default="500", help="of validation, each epoch")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    model, data, images = (
-        options.model_name_or_path,
-        options.dataset_name,
-        options.max_train_samples,
-    )
+    model, data = options.model_name_or_path, options.dataset_name
+    images, checked = options.max_train_samples, options.max_eval_samples
 
     def ours(output: Path, *flags: str) -> list[str]:
         return [
@@ -90,22 +87,16 @@ def main() -> None:
             "ours": ours(outputs["ours"]),
             "ours, L-BFGS": ours(outputs["ours, L-BFGS"], "--head_solver", "lbfgs"),
             "plain": [
-                sys.executable,
-                "-c",
-                PLAIN,
-                model,
-                data,
-                images,
-                checked,
-                str(outputs["plain"]),
+                sys.executable, "-c", PLAIN, model, data, images, checked, str(outputs["plain"]),
             ],
-        }
+        }  # fmt: skip
         runs = {
             name: functools.partial(seconds, commands[name], folder)
             for name, folder in folders.items()
         }
         facts = {
-            "model": Path(model).name, "dataset_name": Path(data).name, "num_images": int(images), "num_validation": int(checked),
+            "model": Path(model).name, "dataset_name": Path(data).name, "num_images": int(images),
+            "num_validation": int(checked),
         }  # fmt: skip
         compare("head on a frozen backbone", runs, "s", rounds=options.rounds, **facts)
         found = {}

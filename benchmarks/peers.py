@@ -207,8 +207,9 @@ def timm_pattern(task: Task, turn: Turn, workers: int = 2) -> None:
 
 
 def ceiling(task: Task, turn: Turn, keep_memory: bool = True) -> None:
-    """Forward, backward, step on one batch of tensors that lies on the device, in the setting of ours; no data
-    at all. keep_memory: whether freed memory is kept for the next step, as ours keeps it on a CPU.
+    """Forward, backward, step on one batch of ready tensors on the device, in the setting of ours.
+
+    keep_memory: whether freed memory is kept for the next step, as ours keeps it on a CPU.
     """
     if keep_memory and device().type == "cpu":
         keep_freed_memory()
