@@ -303,6 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; a user's mistake is one line on stderr and exit status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    # Read when torch is loaded: DDP warns of parameters that a model might not use.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # What matters of an image file, images.py says.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
