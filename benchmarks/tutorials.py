@@ -29,6 +29,8 @@ from hf_cifar.evaluation.predictions import Predictions
 DRAWS = 1000
 CROP = {"crop_padding": 0.125, "flip": 0.5}
 STILL = {"crop_padding": 0.0, "flip": 0.0}
+# In 15 epochs it does not overfit yet, and there is nothing for augmentation to mend.
+LONG = {"num_train_epochs": 40}
 
 
 class Laboratory:
@@ -114,17 +116,18 @@ def cached_augmentation(lab: Laboratory, seed: int) -> dict[str, float]:
 
     cached = lab.train.map(freeze, keep_in_memory=True)
     return {
-        "cached: one view for all epochs": lab.accuracy(cached, lab.test, seed),
-        "a new view each time": lab.accuracy(lab.train, lab.test, seed, **CROP),
-        "no augmentation": lab.accuracy(lab.train, lab.test, seed),
+        "cached: one view for all epochs": lab.accuracy(cached, lab.test, seed, **LONG),
+        "a new view each time": lab.accuracy(lab.train, lab.test, seed, **LONG, **CROP),
+        "no augmentation": lab.accuracy(lab.train, lab.test, seed, **LONG),
     }
 
 
 def idle_crop(lab: Laboratory, seed: int) -> dict[str, float]:
     """A crop of 32 x 32 out of 32 x 32 is no crop: with and without a border to move in."""
+    border = {**LONG, "crop_padding": 0.125}
     return {
-        "crop without a border": lab.accuracy(lab.train, lab.test, seed),
-        "crop after a border of 4 px": lab.accuracy(lab.train, lab.test, seed, crop_padding=0.125),
+        "crop without a border": lab.accuracy(lab.train, lab.test, seed, **LONG),
+        "crop after a border of 4 px": lab.accuracy(lab.train, lab.test, seed, **border),
     }
 
 
@@ -160,6 +163,8 @@ MISTAKES: dict[str, Callable[[Laboratory, int], dict[str, float]]] = {
     "idle crop": idle_crop,
     "wrong preprocessing": wrong_preprocessing,
 }
+# Its head is solved for, and has one solution.
+WITHOUT_CHANCE = ("wrong preprocessing",)
 
 
 def main() -> None:
@@ -177,13 +182,14 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             lab = Laboratory(options.dataset_name, options.num_images, Path(folder))
-            runs = [mistake(lab, seed) for seed in range(options.seeds)]
+            seeds = 1 if name in WITHOUT_CHANCE else options.seeds
+            runs = [mistake(lab, seed) for seed in range(seeds)]
         figures = {variant: summary([run[variant] for run in runs]) for variant in runs[0]}
         for variant, values in figures.items():
             print(f"{name}: {variant}: {values['median']:.4f}", flush=True)
         write(
             {
-                "benchmark": name, "unit": "accuracy", "n": options.seeds,
+                "benchmark": name, "unit": "accuracy", "n": seeds,
                 "num_images": options.num_images, "figures": figures, "ratios": {}, **conditions(),
             }
         )  # fmt: skip
