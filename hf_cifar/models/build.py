@@ -36,7 +36,12 @@ from hf_cifar.models.article import (
     ArticleMLPForImageClassification,
 )
 from hf_cifar.models.files import count_weights, model_folder
-from hf_cifar.models.layers import describe_trainable, freeze, head_parameter_names
+from hf_cifar.models.layers import (
+    describe_trainable,
+    freeze,
+    head_parameter_names,
+    output_layers,
+)
 from hf_cifar.models.names import BUNDLED, SCRATCH, check_model_name
 from hf_cifar.models.problem import set_problem
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
@@ -82,6 +87,8 @@ def build_model(
         else:
             classifier, new = _load_pretrained(config, id2label)
         model = classifier.model
+        if config.freeze == "backbone" and new < set(model.state_dict()):
+            _start_from_zero(model, new)
         _check_forward(classifier, name, "pass another --image_size")
     set_problem(model, multi_label)
     freeze(model, config.freeze)
@@ -424,6 +431,22 @@ def _log_summary(name: str, model: PreTrainedModel, new: set[str]) -> None:
             _listed(new),
         )
     logger.info("%s", describe_trainable(model))
+
+
+def _start_from_zero(model: PreTrainedModel, new: set[str]) -> None:
+    """Let a new head on a pretrained backbone that stays as it is give every class the logit 0 at first.
+
+    What is drawn would only have to be unlearnt: of EfficientNet-Lite0, timm's head gives first logits with a
+    standard deviation of 8. Where the backbone trains too, it learns faster from wide weights, see
+    `_draw_timm_head`.
+
+    Source: Kolesnikov et al., Big Transfer, 2020.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for layer in output_layers(model):
+        for parameter in layer.parameters():
+            if names[parameter] in new:
+                nn.init.zeros_(parameter)
 
 
 def _one_line(error: Exception) -> str:

@@ -269,6 +269,16 @@ def test_freeze_option_is_applied(checkpoints, caplog):
     assert "99 of " in caplog.text  # 32 * 3 weights and 3 biases
 
 
+@pytest.mark.parametrize("name", ["vit", "timm/test_vit"])
+def test_a_new_head_starts_from_zero_where_it_trains_alone(checkpoints, name):
+    folder = checkpoints(name)
+    for freeze, is_zero in (("backbone", True), ("none", False)):
+        model = build(folder, freeze=freeze).model
+        state = model.state_dict()
+        head = {key: state[key] for key in head_parameter_names(model)}
+        assert all(value.count_nonzero() == 0 for value in head.values()) == is_zero
+
+
 @pytest.mark.parametrize(
     ("name", "size", "expected"),
     [
