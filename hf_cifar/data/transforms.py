@@ -124,10 +124,8 @@ def resample(
     out_height, out_width = size
     top, left, bottom, right = boxes.to(torch.float32).unbind(dim=1)
     device = images.device
-    if (height, out_height) == (
-        width,
-        out_width,
-    ):  # both directions at once, in half the operations
+    if (height, out_height) == (width, out_width):
+        # Both directions at once, in half the operations.
         start, stop = torch.cat((top, left)), torch.cat((bottom, right))
         both = interpolation_matrix(start, stop, height, out_height, interpolation, device)
         rows, columns = both.chunk(2)

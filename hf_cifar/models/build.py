@@ -382,6 +382,22 @@ def _draw_head(model: PreTrainedModel, head: set[str]) -> None:
                 nn.init.zeros_(parameter)
 
 
+def _start_from_zero(model: PreTrainedModel, new: set[str]) -> None:
+    """Let a new head on a pretrained backbone that stays as it is give every class the logit 0 at first.
+
+    What is drawn would only have to be unlearnt: of EfficientNet-Lite0, timm's head gives first logits with a
+    standard deviation of 8. Where the backbone trains too, it learns faster from wide weights, see
+    `_draw_timm_head`.
+
+    Source: Kolesnikov et al., Big Transfer, 2020.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for layer in output_layers(model):
+        for parameter in layer.parameters():
+            if names[parameter] in new:
+                nn.init.zeros_(parameter)
+
+
 def _check_forward(classifier: Classifier, name: str, advice: str) -> None:
     """One image through the model: what it cannot take, or does not give, fails here, not in the first step.
 
@@ -431,22 +447,6 @@ def _log_summary(name: str, model: PreTrainedModel, new: set[str]) -> None:
             _listed(new),
         )
     logger.info("%s", describe_trainable(model))
-
-
-def _start_from_zero(model: PreTrainedModel, new: set[str]) -> None:
-    """Let a new head on a pretrained backbone that stays as it is give every class the logit 0 at first.
-
-    What is drawn would only have to be unlearnt: of EfficientNet-Lite0, timm's head gives first logits with a
-    standard deviation of 8. Where the backbone trains too, it learns faster from wide weights, see
-    `_draw_timm_head`.
-
-    Source: Kolesnikov et al., Big Transfer, 2020.
-    """
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for layer in output_layers(model):
-        for parameter in layer.parameters():
-            if names[parameter] in new:
-                nn.init.zeros_(parameter)
 
 
 def _one_line(error: Exception) -> str:
