@@ -1,7 +1,7 @@
 """Geometry of batches on device tensors, and their normalisation.
 
 Crop, flip, scale and resize are one separable resampling, `out = Wy @ image @ Wx'`, with one pair of
-interpolation matrices per sample. Evaluation is the same function with one fixed box.
+sparse interpolation matrices per sample. Evaluation is the same function with one fixed box.
 
 Shapes: N images, C channels, H x W pixels in, h x w pixels out.
 """
@@ -61,46 +61,84 @@ class Levels(NamedTuple):
         return (images.to(torch.float32) * self.scale.view(shape)).add_(self.shift.view(shape))
 
 
-def interpolation_matrix(
-    start: Tensor,
-    stop: Tensor,
-    in_size: int,
-    out_size: int,
-    interpolation: str = "bicubic",
-    device: torch.device | None = None,
-) -> Tensor:
-    """Weights [N, out_size, in_size] that resample the interval [start, stop) of a line of pixels.
+class Taps(NamedTuple):
+    """The pixels of a line that each resampled pixel is the weighted sum of.
 
-    `start` and `stop` [N] are in input pixels; `stop < start` mirrors. Rows sum to 1. When the interval
-    shrinks, the kernel widens, so there is no aliasing. Inside the image the weights are Pillow's: taps
-    outside it are dropped and the rest renormalised. A sample that lies outside is mirrored back in.
-    device: of the result, that of `start` if not given.
-
-    Source: Pillow, src/libImaging/Resample.c (`precompute_coeffs`).
+    index: int64 [N, out_size, T], 0..in_size - 1; weights: [N, out_size, T], sums of 1 over T.
     """
-    kernel, support = KERNELS[interpolation]
-    # Read before the move: a GPU need not be waited for where the boxes were drawn on the CPU.
-    widest = max(1.0, float((stop - start).abs().max()) / out_size)
-    num_taps = math.ceil(2 * support * widest) + 1
-    start, stop = start.to(device), stop.to(device)
-    scale = (stop - start) / out_size
-    steps = torch.arange(out_size, dtype=start.dtype, device=start.device) + 0.5
-    centers = start[:, None] + steps * scale[:, None]
-    period = 2.0 * in_size
-    centers = centers.remainder(period)
-    centers = torch.where(centers > in_size, period - centers, centers)[:, :, None]
 
-    stretch = scale.abs().clamp_min(1.0)[:, None, None]
-    # Pillow gives a weight to the pixels whose centre rounds into the support, and to no others.
-    reach = support * stretch
-    first = (centers - reach + 0.5).floor()
-    last = (centers + reach + 0.5).floor()
-    index = first + torch.arange(num_taps, dtype=start.dtype, device=start.device)
-    taps = (index < last) & (index >= 0) & (index < in_size)
-    weights = torch.where(taps, kernel((index + 0.5 - centers) / stretch), 0.0)
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    matrix = weights.new_zeros((*weights.shape[:2], in_size))
-    return matrix.scatter_add_(2, index.clamp_(0, in_size - 1).to(torch.int64), weights)
+    index: Tensor
+    weights: Tensor
+    in_size: int
+
+    @classmethod
+    def of(
+        cls,
+        start: Tensor,
+        stop: Tensor,
+        in_size: int,
+        out_size: int,
+        interpolation: str = "bicubic",
+        device: torch.device | None = None,
+    ) -> Taps:
+        """Taps that resample the interval [start, stop) of a line of pixels.
+
+        `start` and `stop` [N] are in input pixels; `stop < start` mirrors. When the interval shrinks, the
+        kernel widens, so there is no aliasing. Inside the image the weights are Pillow's: taps outside it
+        are dropped and the rest renormalised. A sample that lies outside is mirrored back in.
+        device: of the result, that of `start` if not given.
+
+        Source: Pillow, src/libImaging/Resample.c (`precompute_coeffs`).
+        """
+        kernel, support = KERNELS[interpolation]
+        # Read before the move: a GPU need not be waited for where the boxes were drawn on the CPU.
+        widest = max(1.0, float((stop - start).abs().max()) / out_size)
+        num_taps = math.ceil(2 * support * widest) + 1
+        start, stop = start.to(device), stop.to(device)
+        scale = (stop - start) / out_size
+        steps = torch.arange(out_size, dtype=start.dtype, device=start.device) + 0.5
+        centers = start[:, None] + steps * scale[:, None]
+        period = 2.0 * in_size
+        centers = centers.remainder(period)
+        centers = torch.where(centers > in_size, period - centers, centers)[:, :, None]
+
+        stretch = scale.abs().clamp_min(1.0)[:, None, None]
+        # Pillow gives a weight to the pixels whose centre rounds into the support, and to no others.
+        reach = support * stretch
+        first = (centers - reach + 0.5).floor()
+        last = (centers + reach + 0.5).floor()
+        index = first + torch.arange(num_taps, dtype=start.dtype, device=start.device)
+        taps = (index < last) & (index >= 0) & (index < in_size)
+        weights = torch.where(taps, kernel((index + 0.5 - centers) / stretch), 0.0)
+        weights /= weights.sum(dim=-1, keepdim=True)
+        return cls(index.clamp_(0, in_size - 1).to(torch.int64), weights, in_size)
+
+    def halves(self) -> tuple[Taps, Taps]:
+        """Those of the first N / 2 lines and of the others."""
+        indices, weights = self.index.chunk(2), self.weights.chunk(2)
+        return tuple(Taps(*half, self.in_size) for half in zip(indices, weights, strict=True))
+
+    @property
+    def matrix(self) -> Tensor:
+        """[N, out_size, in_size], mostly zeros."""
+        matrix = self.weights.new_zeros((*self.weights.shape[:2], self.in_size))
+        return matrix.scatter_add_(2, self.index, self.weights)
+
+    def __call__(self, lines: Tensor) -> Tensor:
+        """Resample the last axis but one: [N, ..., in_size, L] float -> [N, ..., out_size, L]."""
+        *images, _, length = lines.shape
+        if lines.device.type != "cpu":
+            matrix = self.matrix
+            return matrix.view(len(matrix), *[1] * len(images[1:]), *matrix.shape[1:]) @ lines
+        # The same product without its zeros, which on a CPU take most of the time: a sum of rows of a table.
+        num_planes = math.prod(images)
+        each = num_planes // len(self.index)
+        starts = torch.arange(num_planes).view(-1, each, 1, 1) * self.in_size
+        bags = (self.index[:, None] + starts).flatten(0, 2)
+        weights = self.weights[:, None].expand(-1, each, -1, -1).flatten(0, 2)
+        table = lines.reshape(-1, length)
+        out = F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights)
+        return out.view(*images, -1, length)
 
 
 def resample(
@@ -120,40 +158,39 @@ def resample(
     `levels`, in the memory format that is asked for; neither costs a pass of its own. whole: keep to whole
     numbers, after each direction, as Pillow does with uint8.
     """
-    num_images, channels, height, width = images.shape
-    out_height, out_width = size
+    (height, width), (out_height, out_width) = images.shape[-2:], size
     top, left, bottom, right = boxes.to(torch.float32).unbind(dim=1)
     device = images.device
     if (height, out_height) == (width, out_width):
         # Both directions at once, in half the operations.
         start, stop = torch.cat((top, left)), torch.cat((bottom, right))
-        both = interpolation_matrix(start, stop, height, out_height, interpolation, device)
-        rows, columns = both.chunk(2)
+        rows, columns = Taps.of(start, stop, height, out_height, interpolation, device).halves()
     else:
-        rows = interpolation_matrix(top, bottom, height, out_height, interpolation, device)
-        columns = interpolation_matrix(left, right, width, out_width, interpolation, device)
+        rows = Taps.of(top, bottom, height, out_height, interpolation, device)
+        columns = Taps.of(left, right, width, out_width, interpolation, device)
     # Width first and a clamp between the passes, as Pillow does: a cubic overshoot is cut off twice.
-    pixels = images.to(torch.float32).reshape(num_images, channels * height, width)
-    pixels = torch.matmul(pixels, columns.transpose(1, 2)).clamp_(0, 255)
-    pixels = pixels.view(num_images, channels, height, out_width)
-    if whole:
-        pixels = _nearest_whole(torch.matmul(rows[:, None], _nearest_whole(pixels)).clamp_(0, 255))
-        return (pixels if levels is None else levels(pixels)).contiguous(
-            memory_format=memory_format
-        )
+    pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    pixels = columns(pixels.flatten(2)).clamp_(0, 255).unflatten(2, pixels.shape[2:])
+    pixels = pixels.permute(0, 2, 3, 1)  # [N, C, H, w]
     low, high = 0.0, 255.0
-    if levels is not None:
-        # Rows of the matrix sum to 1, so that levels may as well change here, where there is less of them.
+    if whole:
+        pixels = _nearest_whole(pixels)
+    elif levels is not None:
+        # Weights sum to 1, so that levels may as well change here, where there is less of them.
         pixels = levels(pixels)
-        ends = torch.tensor([0.0, 255.0], device=device).view(2, 1, 1, 1).expand(2, channels, 1, 1)
-        low, high = levels(ends).expand(2, channels, 1, out_width).contiguous()
+        ends = torch.tensor([0.0, 255.0], device=device).view(2, 1, 1, 1)
+        low, high = levels(ends.expand(2, images.shape[1], 1, out_width))
     if memory_format == torch.channels_last:
-        pixels = pixels.permute(0, 2, 3, 1).reshape(num_images, height, out_width * channels)
-        if levels is not None:
-            low, high = (end.permute(1, 2, 0).reshape(1, -1) for end in (low, high))
-        out = torch.matmul(rows, pixels).clamp_(low, high)
-        return out.view(num_images, *size, channels).permute(0, 3, 1, 2)
-    return torch.matmul(rows[:, None], pixels).clamp_(low, high)
+        if isinstance(low, Tensor):
+            low, high = (end.permute(1, 2, 0).flatten(1) for end in (low, high))
+        out = rows(pixels.permute(0, 2, 3, 1).flatten(2)).clamp_(low, high)
+        out = out.unflatten(2, (out_width, -1)).permute(0, 3, 1, 2)
+    else:
+        out = rows(pixels).clamp_(low, high)
+    if whole:
+        out = _nearest_whole(out)
+        return out if levels is None else levels(out)
+    return out
 
 
 def _nearest_whole(values: Tensor) -> Tensor:

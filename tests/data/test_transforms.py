@@ -9,8 +9,8 @@ from PIL import Image
 from hf_cifar.data.transforms import (
     KERNELS,
     Levels,
+    Taps,
     affine_sample,
-    interpolation_matrix,
     resample,
     rotation,
     shear,
@@ -40,7 +40,7 @@ def noise(num_images, height=12, width=16):
 def test_matrix_rows_are_weights_that_sum_to_one(interpolation, in_size, out_size):
     start = torch.tensor([0.0, -3.0, 2.5])
     stop = torch.tensor([float(in_size), in_size - 3.0, in_size - 2.5])
-    weights = interpolation_matrix(start, stop, in_size, out_size, interpolation)
+    weights = Taps.of(start, stop, in_size, out_size, interpolation).matrix
     assert weights.shape == (3, out_size, in_size)
     assert torch.allclose(weights.sum(-1), torch.ones(3, out_size), atol=1e-5)
 
