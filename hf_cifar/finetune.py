@@ -94,7 +94,14 @@ from hf_cifar.options import (
 )
 from hf_cifar.process import noted_signals, refuse_in_use, sole_run
 from hf_cifar.provenance import find_origin
-from hf_cifar.setting import DTYPES, MEMORY_FORMATS, is_sharded, resolve_setting
+from hf_cifar.setting import (
+    DTYPES,
+    MEMORY_FORMATS,
+    Setting,
+    arrange,
+    is_sharded,
+    resolve_setting,
+)
 from hf_cifar.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
@@ -169,7 +176,8 @@ def build_trainer(
         callbacks.append(EarlyStoppingCallback(config.train.early_stopping_patience))
     memory_format = MEMORY_FORMATS[args.memory_format]
     check_libraries(args, model)
-    model = model.to(memory_format=memory_format)
+    setting = Setting(args.precision, args.memory_format, args.attention)
+    arrange(model, setting, args.device)
     stores = [
         shards
         or build_store(splits.train, preprocessing, augmented=True, kind=kind, device=device),

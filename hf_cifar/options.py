@@ -216,6 +216,10 @@ class FinetuneOptions:
     memory_format: Literal["auto", "contiguous", "channels_last"] = option(
         "auto", "Memory format of weights and images; auto goes with --precision auto."
     )
+    attention: Literal["auto", "fused", "eager"] = option(
+        "auto",
+        "One kernel, or the products of matrices that it stands for; auto goes with --precision auto.",
+    )
     feature_views: int = option(
         1,
         "With --freeze backbone: compute the head's inputs once, of this many views of each image, and "
@@ -446,7 +450,7 @@ TRUTH = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
 MAY_CHANGE = re.compile(
     r"num_train_epochs|max_steps|output_dir|resume_.*|early_stopping_.*|(eval|save|logging|log|hub|dataloader)_.*|"
     r"do_.*|check_leakage|push_to_hub|load_best_.*|metric_.*|greater_.*|report_to|run_name|disable_tqdm|use_cpu|"
-    r"trust_remote_code|per_device_eval_.*|pixel_store|precision|memory_format|torch_compile.*|bf16|fp16|tf32"
+    r"trust_remote_code|per_device_eval_.*|pixel_store|precision|memory_format|attention|torch_compile.*|bf16|fp16|tf32"
 )
 
 

@@ -1,13 +1,14 @@
-"""Number format, memory format and compilation: picked by timing real steps of this model on this device.
+"""Number format, memory format, attention and compilation: picked by timing real steps of this model here.
 
-Depthwise convolutions lose in bfloat16 on a CPU, where plain ones and attention win nearly threefold: no rule
-by device or family would do.
+Whether bfloat16 wins on a CPU depends on its instructions and on the model's layers: no rule by device or
+family would do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import os
@@ -20,12 +21,18 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_cifar.config import RunConfig
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import Split
 from hf_cifar.data.streams import Stream
+from hf_cifar.models.layers import (
+    fuse_attention,
+    has_fused_attention,
+    spare_depthwise_gradients,
+    treat_depthwise_alike,
+)
 from hf_cifar.options import CONFIG_FILE
 from hf_cifar.process import keep_freed_memory
 
@@ -45,6 +52,9 @@ CLEARLY = 1.1
 TOLERANCE = 0.05
 # Images that a first guess at the speed takes, and seconds that a measured step on a CPU is cut to.
 FEW_IMAGES, STEP_SECONDS = 4, 0.5
+# The most that eager attention may keep for the backward pass, relative to the one kernel: its matrices grow
+# with the square of the number of patches.
+MOST_MEMORY = 1.5
 # Share of a run's time that measuring may take, and seconds that compiling is expected to take.
 MEASURING_SHARE = 0.05
 COMPILE_SECONDS = 60.0
@@ -55,10 +65,12 @@ class Setting(NamedTuple):
 
     precision: str = "fp32"
     memory_format: str = "channels_last"
+    attention: str = "fused"
     compiled: bool = False
 
     def __str__(self) -> str:
-        return f"{self.precision} {self.memory_format}" + (" compiled" if self.compiled else "")
+        eager, compiled = self.attention == "eager", self.compiled
+        return f"{self.precision} {self.memory_format}{' eager' * eager}{' compiled' * compiled}"
 
 
 class Timing(NamedTuple):
@@ -68,10 +80,26 @@ class Timing(NamedTuple):
     loss: float
 
 
+def arrange(model: PreTrainedModel, setting: Setting, device: torch.device) -> None:
+    """Let the model compute in the setting's memory format and attention, and, in bfloat16 on a CPU, without
+    the kernels that are slow there."""
+    model.to(memory_format=MEMORY_FORMATS[setting.memory_format])
+    eager = setting.attention == "eager"
+    if has_fused_attention(model) == eager:
+        fuse_attention(model, not eager)
+    treat_depthwise_alike(model)
+    if (device.type, setting.precision) == ("cpu", "bf16"):
+        spare_depthwise_gradients(model)
+
+
 def candidates(
-    model: nn.Module, device: torch.device, memory_format: str = "auto"
+    model: PreTrainedModel,
+    device: torch.device,
+    memory_format: str = "auto",
+    attention: str = "auto",
 ) -> list[Setting]:
-    """Settings to be compared, in the asked memory format alone; the first is what a tie falls back to."""
+    """Settings to be compared, in the asked memory format and attention alone; the first is what a tie falls
+    back to."""
     precisions = ["fp32", "bf16"]
     if device.type == "cuda":
         precisions = ["fp32", *(["bf16"] if torch.cuda.is_bf16_supported() else []), "fp16"]
@@ -79,11 +107,14 @@ def candidates(
     # The one convolution of a ViT cuts its patches out; the format of what follows is fixed.
     formats = ["channels_last", "contiguous"] if convolutions > 1 else ["channels_last"]
     formats = formats if memory_format == "auto" else [memory_format]
-    return [Setting(precision, layout) for precision in precisions for layout in formats]
+    attentions = ["fused"] if attention == "auto" else [attention]
+    if (attention, device.type) == ("auto", "cpu") and has_fused_attention(model):
+        attentions.append("eager")  # on a GPU the one kernel always wins
+    return [Setting(*choice) for choice in itertools.product(precisions, formats, attentions)]
 
 
 def measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     pixel_values: Tensor,
     labels: Tensor,
     settings: Sequence[Setting],
@@ -133,11 +164,12 @@ def choose(timings: dict[Setting, Timing]) -> Setting:
 
 
 def pick_setting(
-    model: nn.Module,
+    model: PreTrainedModel,
     pixel_values: Tensor,
     labels: Tensor,
     num_steps: int,
     memory_format: str = "auto",
+    attention: str = "auto",
 ) -> tuple[Setting, str]:
     """The fastest sound setting for `num_steps` such steps, and one line that says what was found.
 
@@ -146,7 +178,7 @@ def pick_setting(
     """
     if pixel_values.device.type == "cpu":
         keep_freed_memory()  # as the run will
-    settings = candidates(model, pixel_values.device, memory_format)
+    settings = candidates(model, pixel_values.device, memory_format, attention)
     first, batch = settings[0], len(labels)
     few = min(batch, FEW_IMAGES)
     image_seconds = (
@@ -163,6 +195,11 @@ def pick_setting(
         return first, f"computing in {first}: a run of {rest:.0f} s is too short to compare others"
     pixel_values, labels = pixel_values[:part], labels[:part]
     rounds = min(rounds, MOST_ROUNDS)
+    eager = [setting for setting in settings if setting.attention == "eager"]
+    if first not in eager and eager:
+        kept = [_kept_bytes(model, pixel_values, labels, s) for s in (first, eager[0])]
+        if kept[1] > MOST_MEMORY * kept[0]:
+            settings = [setting for setting in settings if setting not in eager]
     timings = measure(model, pixel_values, labels, settings, rounds)
     chosen = choose(timings)
     if MEASURING_SHARE * timings[chosen].seconds / part * batch * num_steps > COMPILE_SECONDS:
@@ -194,6 +231,7 @@ def resolve_setting(
             train,
             precision=setting.precision,
             memory_format=setting.memory_format,
+            attention=setting.attention,
             torch_compile=setting.compiled or train.torch_compile,
         )
     return dataclasses.replace(config, train=train)
@@ -209,19 +247,26 @@ def compute_as(folder: Path, config: RunConfig) -> RunConfig:
         config.train,
         precision=saved.precision,
         memory_format=saved.memory_format,
+        attention=saved.attention,
         torch_compile=saved.torch_compile,
     )
     return dataclasses.replace(config, train=train)
 
 
 def _measured(
-    config: RunConfig, model: nn.Module, image_processor: BaseImageProcessor, split: Split | Stream
+    config: RunConfig,
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    split: Split | Stream,
 ) -> Setting:
     """What the first process finds; one setting for all."""
     train = config.train
-    unmeasured = Setting()
-    if train.memory_format != "auto":
-        unmeasured = Setting(memory_format=train.memory_format)
+    asked = {
+        name: getattr(train, name)
+        for name in ("memory_format", "attention")
+        if getattr(train, name) != "auto"
+    }
+    unmeasured = Setting(**asked)
     if is_sharded():  # the whole model may fit on no single device
         return unmeasured
     found = [unmeasured]
@@ -237,6 +282,7 @@ def _measured(
             labels,
             num_batches(config, len(split)),
             train.memory_format,
+            train.attention,
         )
         logger.info(line)
     if train.world_size > 1:
@@ -261,10 +307,26 @@ def num_batches(config: RunConfig, num_images: int) -> int:
     return math.ceil(batches * train.num_train_epochs)
 
 
-def _step(model: nn.Module, pixel_values: Tensor, labels: Tensor, setting: Setting) -> Timing:
-    layout = MEMORY_FORMATS[setting.memory_format]
-    model.to(memory_format=layout)
-    pixel_values = pixel_values.contiguous(memory_format=layout)
+def _kept_bytes(
+    model: PreTrainedModel, pixel_values: Tensor, labels: Tensor, setting: Setting
+) -> int:
+    """What a step keeps for its backward pass."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with _left_as_it_was(model), hooks:
+        _step(model, pixel_values, labels, setting)
+    return sum(kept.values())
+
+
+def _step(model: PreTrainedModel, pixel_values: Tensor, labels: Tensor, setting: Setting) -> Timing:
+    arrange(model, setting, pixel_values.device)
+    pixel_values = pixel_values.contiguous(memory_format=MEMORY_FORMATS[setting.memory_format])
     # As accelerate compiles what is trained: symbolic sizes would also take minutes on some networks.
     network = torch.compile(model, dynamic=False) if setting.compiled else model
     device = pixel_values.device.type
@@ -288,7 +350,8 @@ def _wait(device: str) -> None:
 
 
 @contextlib.contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    fused = has_fused_attention(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     training = model.training
     strides = [parameter.stride() for parameter in model.parameters()]
@@ -298,6 +361,9 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            treat_depthwise_alike(model)
+            if has_fused_attention(model) != fused:
+                fuse_attention(model, fused)
             model.train(training)
             model.zero_grad(set_to_none=True)
             with torch.no_grad():

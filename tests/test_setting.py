@@ -14,6 +14,7 @@ from transformers import (
 
 from hf_cifar.config import RunConfig
 from hf_cifar.finetune import finetune_classifier
+from hf_cifar.models.layers import has_fused_attention
 from hf_cifar.setting import (
     Setting,
     Timing,
@@ -53,8 +54,49 @@ def test_candidates_on_a_cpu(convnet):
         ViTConfig(image_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
     assert [str(setting) for setting in candidates(vit, CPU)] == [
-        "fp32 channels_last", "bf16 channels_last",
+        "fp32 channels_last", "fp32 channels_last eager",
+        "bf16 channels_last", "bf16 channels_last eager",
     ]  # fmt: skip
+
+
+def vits():
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
+    yield ViTForImageClassification(ViTConfig(**small, intermediate_size=64, num_labels=3))
+    yield TimmWrapperForImageClassification(
+        TimmWrapperConfig(
+            architecture="test_vit",
+            num_labels=3,
+            pretrained_cfg=timm.get_pretrained_cfg("test_vit").to_dict(),
+            model_args={"img_size": 32},
+        )
+    )
+
+
+@pytest.mark.parametrize("vit", list(vits()), ids=["transformers", "timm"])
+def test_attention_may_be_eager_and_is_the_same(vit, batch):
+    """Compared only where its matrices take little memory; afterwards it is one kernel again."""
+    settings = candidates(vit, CPU)
+    timings = measure(vit, *batch, settings, rounds=1)
+    assert len(timings) == len(settings) == 4
+    fused, eager = (timings[FP32._replace(attention=name)].loss for name in ("fused", "eager"))
+    assert eager == pytest.approx(fused, rel=1e-5)
+    assert has_fused_attention(vit)
+    _, line = pick_setting(vit, *batch, num_steps=2000)
+    assert "bf16 channels_last eager" in line
+    assert has_fused_attention(vit)
+
+
+def test_attention_that_takes_much_memory_stays_fused(batch):
+    """1 + 64 * 64 patches: a matrix of 16 million numbers for each image."""
+    config = ViTConfig(
+        image_size=128, patch_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=16, num_labels=3,
+    )  # fmt: skip
+    vit = ViTForImageClassification(config)
+    images = torch.randn(1, 3, 128, 128)
+    _, line = pick_setting(vit, images, batch[1][:1], num_steps=2000)
+    assert "measured images/s: fp32 channels_last " in line
+    assert "eager" not in line
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
@@ -205,6 +247,14 @@ def test_a_run_keeps_the_asked_memory_format(tmp_path, stripes, tiny_vit):
     finetune_classifier(run(tmp_path, stripes, tiny_vit, *flags))
     saved = RunConfig.load(tmp_path / "run" / "config.yaml").train
     assert (saved.precision, saved.memory_format) == ("fp32", "contiguous")
+
+
+def test_a_run_keeps_the_asked_attention(tmp_path, stripes, tiny_vit):
+    finetune_classifier(
+        run(tmp_path, stripes, tiny_vit, "--max_steps", "2", "--attention", "eager")
+    )
+    assert RunConfig.load(tmp_path / "run" / "config.yaml").train.attention == "eager"
+    assert "eager" not in (tmp_path / "run" / "config.json").read_text()
 
 
 def test_contiguous_images_stay_so(tmp_path, stripes, tiny_vit):

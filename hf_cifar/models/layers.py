@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import re
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from timm.layers import use_fused_attn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
@@ -166,6 +169,49 @@ def eval_frozen_norms(model: nn.Module) -> None:
             parameters = list(module.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
+
+
+def has_fused_attention(model: PreTrainedModel) -> bool:
+    """Whether attention is computed by one kernel, `F.scaled_dot_product_attention`."""
+    if model.config.model_type == "timm_wrapper":
+        return any(getattr(module, "fused_attn", False) for module in model.modules())
+    return model._supports_sdpa and model.config._attn_implementation == "sdpa"
+
+
+def fuse_attention(model: PreTrainedModel, fused: bool) -> None:
+    """Compute attention by one kernel, where there is one, or by the products of matrices and the softmax
+    that it stands for. Nothing of this is saved with the model."""
+    if model.config.model_type != "timm_wrapper" and (model._supports_sdpa or not fused):
+        model.set_attn_implementation("sdpa" if fused else "eager")
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused and bool(use_fused_attn())
+
+
+def spare_depthwise_gradients(model: nn.Module) -> None:
+    """Under bfloat16 on a CPU, train depthwise convolutions in float32 where gradients in bfloat16 have no
+    kernel of their own: with a stride, 10 to 40 times slower than float32, and with filters above 3 x 3.
+    """
+    for module in model.modules():
+        depthwise = isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels
+        if depthwise and (max(module.stride) > 1 or max(module.kernel_size) > 3):
+            module.forward = functools.partial(_train_in_float32, module.forward)
+
+
+def treat_depthwise_alike(model: nn.Module) -> None:
+    """Undo `spare_depthwise_gradients`."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.__dict__.pop("forward", None)
+
+
+def _train_in_float32(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    autocast = torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    if not autocast or torch.compiler.is_compiling():
+        return forward(images)
+    dtype = torch.get_autocast_dtype("cpu")
+    with torch.autocast("cpu", enabled=False):
+        return forward(images.float()).to(dtype)
 
 
 def describe_trainable(model: nn.Module) -> str:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_cifar.errors import UserError
@@ -13,6 +14,8 @@ from hf_cifar.models.layers import (
     freeze,
     head_parameter_names,
     output_layers,
+    spare_depthwise_gradients,
+    treat_depthwise_alike,
 )
 from hf_cifar.options import ModelConfig
 
@@ -191,3 +194,39 @@ def test_logits_that_no_linear_layer_gives_are_left_alone(load):
     weights = model.classifier[0].weight.clone()
     assert not divide_logits(model, 2.0)
     assert torch.equal(model.classifier[0].weight, weights)
+
+
+def test_slow_depthwise_gradients_are_spared_bfloat16():
+    """Gradients of a sum are those of float32 where the layer is computed in it."""
+    convolutions = nn.ModuleDict(
+        {
+            "stride": nn.Conv2d(4, 4, 3, stride=2, groups=4),
+            "filter": nn.Conv2d(4, 4, 5, groups=4),
+            "fast": nn.Conv2d(4, 4, 3, groups=4),
+            "full": nn.Conv2d(4, 4, 5, stride=2),
+        }
+    )
+    images = torch.randint(-9, 9, (2, 4, 9, 9)).float()
+
+    def gradients(autocast):
+        found = {}
+        for name, convolution in convolutions.items():
+            convolution.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                output = convolution(images / 7)
+            assert output.dtype == (torch.bfloat16 if autocast else torch.float32)
+            output.float().sum().backward()
+            found[name] = convolution.weight.grad.clone()
+        return found
+
+    expected = gradients(autocast=False)
+    spare_depthwise_gradients(convolutions)
+    found = gradients(autocast=True)
+    exact = {name for name in convolutions if torch.equal(found[name], expected[name])}
+    assert exact == {"stride", "filter"}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        spared = convolutions["stride"](images / 7)
+        treat_depthwise_alike(convolutions)
+        assert torch.equal(spared, convolutions["stride"](images / 7))
+    exact = {name for name in convolutions if torch.equal(gradients(True)[name], expected[name])}
+    assert not exact
