@@ -27,9 +27,10 @@ from benchmarks.turns import Turn
 from hf_cifar import DataConfig, Preprocessing, RunConfig, build_model, build_trainer, load_splits
 from hf_cifar.finetune import resolve_defaults
 from hf_cifar.process import keep_freed_memory
-from hf_cifar.setting import DTYPES, MEMORY_FORMATS, resolve_setting
+from hf_cifar.setting import DTYPES, MEMORY_FORMATS, Setting, arrange, resolve_setting
 
 WARM_UP = 2  # steps
+UNMEASURED = Setting()
 AUGMENTATION = ["--crop_padding", "0", "--crop_scale", "0.25", "--flip", "0.5"]
 
 
@@ -37,7 +38,7 @@ AUGMENTATION = ["--crop_padding", "0", "--crop_scale", "0.25", "--flip", "0.5"]
 class Task:
     """A model to be trained in turns of `steps` steps of `batch_size` images.
 
-    images: folder of the same images, one a class. setting: precision and memory format of ours.
+    images: folder of the same images, one a class. setting: how ours computes.
     """
 
     model: str
@@ -47,7 +48,7 @@ class Task:
     turns: int = 1
     dataset_name: str = ""
     images: str = ""
-    setting: str = "fp32 contiguous"  # and "compiled"
+    setting: Setting = UNMEASURED
 
     @property
     def all_steps(self) -> int:
@@ -102,22 +103,24 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def chosen_setting(task: Task) -> str:
+def chosen_setting(task: Task) -> Setting:
     """What ours picks by measuring, for a long run; on a CPU for one that is too short to compile for."""
     splits = load_splits(task.config("unused").data)
-    epochs = "30" if device().type == "cuda" or task.image_size < 64 else "1.5"
+    epochs = "30" if device().type == "cuda" or task.image_size < 64 else "5"
     with tempfile.TemporaryDirectory() as folder:
         config = task.config(folder, "--max_steps", "-1", "--num_train_epochs", epochs)
         model, processor = build_model(config.model, splits.id2label)
         chosen = resolve_setting(config, model, processor, splits.train).train
-    return f"{chosen.precision} {chosen.memory_format}{' compiled' * chosen.torch_compile}"
+    return Setting(
+        chosen.precision, chosen.memory_format, chosen.attention, bool(chosen.torch_compile)
+    )
 
 
 def ours(task: Task, turn: Turn) -> None:
     """The package at its defaults, with the setting that was measured."""
-    precision, memory_format, *compiled = task.setting.split()
-    flags = ["--precision", precision, "--memory_format", memory_format]
-    flags += ["--torch_compile", "true"] if compiled else []
+    setting = task.setting
+    flags = ["--precision", setting.precision, "--memory_format", setting.memory_format]
+    flags += ["--attention", setting.attention, "--torch_compile", str(setting.compiled)]
     splits = load_splits(task.config("unused").data)
     with tempfile.TemporaryDirectory() as folder:
         config = task.config(folder, *flags)
@@ -213,14 +216,14 @@ def ceiling(task: Task, turn: Turn, keep_memory: bool = True) -> None:
     """
     if keep_memory and device().type == "cpu":
         keep_freed_memory()
-    precision, memory_format, *compiled = task.setting.split()
     config, on = task.config("unused"), device()
-    layout, dtype = MEMORY_FORMATS[memory_format], DTYPES[precision]
+    layout, dtype = MEMORY_FORMATS[task.setting.memory_format], DTYPES[task.setting.precision]
     id2label = load_splits(config.data).id2label
     model, processor = build_model(config.model, id2label)
     size = Preprocessing.from_image_processor(processor).size
-    model = model.to(on, memory_format=layout).train()
-    if compiled:
+    model = model.to(on).train()
+    arrange(model, task.setting, on)
+    if task.setting.compiled:
         model = torch.compile(model, dynamic=False)
     images = torch.randn(task.batch_size, 3, *size, device=on).contiguous(memory_format=layout)
     labels = torch.arange(task.batch_size, device=on) % len(id2label)

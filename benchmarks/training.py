@@ -48,7 +48,7 @@ def compare_training(name: str, task: Task, **facts: object) -> None:
         runs = {
             peer: lambda worker=worker: images / worker.turn() for peer, worker in peers.items()
         }
-        compare(f"training {name}", runs, rounds=task.turns, setting=task.setting, **facts)
+        compare(f"training {name}", runs, rounds=task.turns, setting=str(task.setting), **facts)
 
 
 def main() -> None:

@@ -50,8 +50,8 @@ ROUNDS, MOST_ROUNDS = 3, 10
 CLEARLY = 1.1
 # A loss further from the one in fp32 than this share of it is another computation.
 TOLERANCE = 0.05
-# Images that a first guess at the speed takes, and seconds that a measured step on a CPU is cut to.
-FEW_IMAGES, STEP_SECONDS = 4, 0.5
+# Images that a first guess at the speed takes; seconds, and fewest images, of a measured step on a CPU.
+FEW_IMAGES, STEP_SECONDS, LEAST_IMAGES = 4, 0.5, 8
 # The most that eager attention may keep for the backward pass, relative to the one kernel: its matrices grow
 # with the square of the number of patches.
 MOST_MEMORY = 1.5
@@ -184,13 +184,15 @@ def pick_setting(
     image_seconds = (
         measure(model, pixel_values[:few], labels[:few], [first], 1)[first].seconds / few
     )
-    # Where a step takes long, a part of the batch tells as much.
-    part = batch
-    if pixel_values.device.type == "cpu":
-        part = min(batch, max(few, int(STEP_SECONDS / image_seconds)))
     rest = image_seconds * batch * num_steps
     # One round more warms up.
-    rounds = int(MEASURING_SHARE * rest / (image_seconds * part * len(settings))) - 1
+    affordable = MEASURING_SHARE * rest / (image_seconds * len(settings))
+    part = batch
+    if pixel_values.device.type == "cpu":
+        # Where a step takes long, or the run is short, a part of the batch tells as much.
+        part = min(batch, max(few, int(STEP_SECONDS / image_seconds)))
+        part = min(part, max(LEAST_IMAGES, int(affordable / (ROUNDS + 1))))
+    rounds = int(affordable / part) - 1
     if rounds < ROUNDS:
         return first, f"computing in {first}: a run of {rest:.0f} s is too short to compare others"
     pixel_values, labels = pixel_values[:part], labels[:part]
