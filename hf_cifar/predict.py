@@ -16,6 +16,7 @@ from hf_cifar.data.images import decode_image, list_images
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
+from hf_cifar.models.folding import fold_norms
 from hf_cifar.models.problem import thresholds_of
 from hf_cifar.options import MAX_IMAGE_PIXELS, PredictConfig
 from hf_cifar.process import keep_freed_memory
@@ -41,6 +42,8 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     )
     model = model.to(device, memory_format=torch.channels_last).eval()
     preprocessing = Preprocessing.from_image_processor(image_processor)
+    example = torch.randn(2, 3, *preprocessing.size, device=device)
+    model = fold_norms(model, example.contiguous(memory_format=torch.channels_last))
     for batch, images in decoded_ahead(files, config.batch_size, config.max_image_pixels):
         yield from _predict_batch(model, preprocessing, batch, images, config.top_k, dtype)
 
