@@ -73,7 +73,7 @@ def test_every_peer_trains(tmp_path):
         images=str(image_folder(data, tmp_path / "images")),
     )  # fmt: skip
     task = dataclasses.replace(task, setting=chosen_setting(task))
-    assert task.setting.split()[0] in ("fp32", "bf16")
+    assert task.setting.precision in ("fp32", "bf16")
     for peer in ("ours", "ceiling", "plain", "timm"):
         steps = []
         train_as(peer, task, lambda steps=steps: steps.append(None))

@@ -91,6 +91,7 @@ finetune --do_train false | --do_train
 finetune --hub_strategy end | --hub_strategy
 finetune --precision fp8 | precision
 finetune --memory_format nhwc | memory_format
+finetune --attention flash | attention
 finetune --flip 2 | --flip
 finetune --flip nan | --flip
 finetune --flip | flip
