@@ -32,7 +32,7 @@ from hf_cifar.data.store import ShardStore, take_batch
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.metrics import compute_training_metrics
 from hf_cifar.features import draw_view
-from hf_cifar.models.layers import block_depths, eval_frozen_norms
+from hf_cifar.models.layers import block_depths, frozen_norms
 from hf_cifar.optim import decay_learning_rates, decay_parameter_names
 from hf_cifar.process import Stopped, StopRequest, keep_freed_memory, noted_signals
 
@@ -110,6 +110,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.stop_request = StopRequest()
         if self.args.device.type == "cpu":
             keep_freed_memory()
+        self._frozen_norms = frozen_norms(self.model)
         self._micro_batch = (-1, -1)
         self._row_ids: Tensor | None = None
         self._watched: WatchedLoss | None = None
@@ -298,7 +299,8 @@ class ImageClassificationTrainer(ResumableTrainer):
             inputs["pixel_values"] = draw_view(inputs["pixel_values"], generator)
             return inputs
         if self.model.training:
-            eval_frozen_norms(self.model)
+            for norm in self._frozen_norms:  # the parent puts all in training mode, in every step
+                norm.eval()
         if self.model.training and self.augmentation is not None:
             pixel_values, inputs["targets"] = self.augmentation(
                 inputs["pixel_values"],

@@ -186,13 +186,19 @@ class Preprocessing:
 
     def view_each(self, images: Sequence[np.ndarray], device: torch.device) -> Tensor:
         """`view` of images [H, W, 3] uint8 of any sizes, those of one size at once: [N, 3, *size]."""
-        views = torch.empty((len(images), 3, *self.size), device=device)
+
+        def same_size(images: Sequence[np.ndarray]) -> Tensor:
+            batch = torch.from_numpy(np.stack(images)).to(device)
+            return self.view(batch.permute(0, 3, 1, 2))
+
         rows_of_size: dict[tuple[int, ...], list[int]] = {}
         for row, image in enumerate(images):
             rows_of_size.setdefault(image.shape, []).append(row)
+        if len(rows_of_size) == 1:
+            return same_size(images)
+        views = torch.empty((len(images), 3, *self.size), device=device)
         for rows in rows_of_size.values():
-            batch = torch.from_numpy(np.stack([images[row] for row in rows])).to(device)
-            views[rows] = self.view(batch.permute(0, 3, 1, 2))
+            views[rows] = same_size([images[row] for row in rows])
         return views
 
     def levels(self, device: torch.device) -> Levels:

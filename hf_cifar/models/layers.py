@@ -162,13 +162,15 @@ def freeze(model: PreTrainedModel, what: str) -> None:
         parameter.requires_grad_(name in trainable)
 
 
-def eval_frozen_norms(model: nn.Module) -> None:
-    """Put frozen BatchNorms in eval mode, so that their running statistics stay the checkpoint's."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
-                module.eval()
+def frozen_norms(model: nn.Module) -> list[_BatchNorm]:
+    """BatchNorms none of whose parameters train: in eval mode their running statistics stay the checkpoint's."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        and (parameters := list(module.parameters()))
+        and not any(p.requires_grad for p in parameters)
+    ]
 
 
 def has_fused_attention(model: PreTrainedModel) -> bool:

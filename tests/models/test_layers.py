@@ -10,8 +10,8 @@ from hf_cifar.models.layers import (
     block_depths,
     describe_trainable,
     divide_logits,
-    eval_frozen_norms,
     freeze,
+    frozen_norms,
     head_parameter_names,
     output_layers,
     spare_depthwise_gradients,
@@ -132,7 +132,8 @@ def test_frozen_norms_keep_their_statistics(name, load):
     model = load(name)
     freeze(model, "1")
     model.train()
-    eval_frozen_norms(model)
+    for norm in frozen_norms(model):
+        norm.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model(pixel_values=torch.randn(4, 3, 32, 32) * 3 + 1)
     kinds = set()
@@ -146,10 +147,8 @@ def test_frozen_norms_keep_their_statistics(name, load):
     assert kinds == {True, False}
 
 
-def test_norms_that_train_stay_in_training_mode(load):
-    model = load("resnet").train()
-    eval_frozen_norms(model)
-    assert all(module.training for module in model.modules())
+def test_norms_that_train_are_not_frozen(load):
+    assert not frozen_norms(load("resnet"))
 
 
 def test_trainable_line_counts_parameters(load):
