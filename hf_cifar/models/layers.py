@@ -163,7 +163,7 @@ def freeze(model: PreTrainedModel, what: str) -> None:
 
 
 def frozen_norms(model: nn.Module) -> list[_BatchNorm]:
-    """BatchNorms none of whose parameters train: in eval mode their running statistics stay the checkpoint's."""
+    """BatchNorms none of whose parameters train: in eval mode, their statistics stay the checkpoint's."""
     return [
         module
         for module in model.modules()
