@@ -192,7 +192,7 @@ def fuse_attention(model: PreTrainedModel, fused: bool) -> None:
 
 def spare_depthwise_gradients(model: nn.Module) -> None:
     """Under bfloat16 on a CPU, train depthwise convolutions in float32 where gradients in bfloat16 have no
-    kernel of their own: with a stride, 10 to 40 times slower than float32, and with filters above 3 x 3.
+    kernel of their own: with a stride, 10 to 50 times slower than float32, and with filters above 3 x 3.
     """
     for module in model.modules():
         depthwise = isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels
