@@ -1,6 +1,6 @@
 """Time to an accuracy: whole commands of ever more epochs, until one reaches it. Takes hours on a CPU.
 
-python -m benchmarks.accuracy --model_name_or_path MODEL --dataset_name DATA [--target 0.9] [--epochs 2]
+python -m benchmarks.accuracy --model_name_or_path MODEL --dataset_name DATA [--target 0.9] [--epochs 3]
 """
 
 from __future__ import annotations
@@ -65,13 +65,14 @@ def reach(
 
 
 def main() -> None:
-    """Ours at its defaults, then the plain recipe with the given learning rate."""
+    """Ours by its recipe, then the plain recipe with the given learning rate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="efficientnet_lite0", help="of ours")
     parser.add_argument("--model_name_or_path", default="bundled/efficientnet_lite0")
     parser.add_argument("--dataset_name", default="uoft-cs/cifar10")
     parser.add_argument("--image_size", default="96")
     parser.add_argument("--target", type=float, default=0.9)
-    parser.add_argument("--epochs", type=int, default=2, help="of the first run of ours")
+    parser.add_argument("--epochs", type=int, default=3, help="of the first run of ours")
     parser.add_argument("--plain_epochs", type=int, default=3, help="of the plain recipe's first")
     parser.add_argument("--max_epochs", type=int, default=10)
     parser.add_argument("--plain_learning_rate", default="1e-3")
@@ -83,8 +84,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder, "run")
             command = [
-                sys.executable, "scripts/finetune.py", *data, *model, "--output_dir", str(run),
-                "--image_size", options.image_size, "--num_train_epochs", str(epochs), "--do_predict",
+                sys.executable, "scripts/finetune.py", "--recipe", options.recipe, *data, *model,
+                "--output_dir", str(run), "--image_size", options.image_size,
+                "--num_train_epochs", str(epochs), "--do_predict",
             ]  # fmt: skip
             # Nothing is left over from the attempt before.
             environment = {**os.environ, "HF_CIFAR_CACHE": str(Path(folder, "cache"))}
