@@ -97,9 +97,9 @@ def peak_memory(script: str, *arguments: str) -> float:
 
 
 def ours_memory(data: str) -> float:
-    """A short run of ours over all images of the data set."""
+    """A run of ours over all images of the data set, long enough for its setting to be picked."""
     with tempfile.TemporaryDirectory() as folder:
-        more = ("--max_steps", "6", "--use_cpu")
+        more = ("--max_steps", "200", "--use_cpu", "--precision", "auto")
         return peak_memory(OURS_MEMORY, "finetune", *flags(data, str(Path(folder, "run")), *more))
 
 
