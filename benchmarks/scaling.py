@@ -23,11 +23,12 @@ MODEL = "scratch/tf_efficientnet_lite0"
 FINETUNE = "scripts/finetune.py"
 STEPS, BATCH = 12, 32
 LONG = ("--max_steps", "100")  # where a start of a second would count
+MEMORY_STEPS = "200"  # enough for ours to pick its setting
 # The plain recipe on the whole data set, for its memory; prints the peak in MB.
 PLAIN_MEMORY = """
 import resource, sys
 from benchmarks.peers import Task, plain
-plain(Task(sys.argv[2], 96, 32, 3, dataset_name=sys.argv[1]), lambda: None, use_cpu=True)
+plain(Task(sys.argv[2], 96, 32, int(sys.argv[3]), dataset_name=sys.argv[1]), lambda: None, use_cpu=True)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 OURS_MEMORY = """
@@ -97,9 +98,9 @@ def peak_memory(script: str, *arguments: str) -> float:
 
 
 def ours_memory(data: str) -> float:
-    """A run of ours over all images of the data set, long enough for its setting to be picked."""
+    """A run of ours with all images of the data set at hand."""
     with tempfile.TemporaryDirectory() as folder:
-        more = ("--max_steps", "200", "--use_cpu", "--precision", "auto")
+        more = ("--max_steps", MEMORY_STEPS, "--use_cpu", "--precision", "auto")
         return peak_memory(OURS_MEMORY, "finetune", *flags(data, str(Path(folder, "run")), *more))
 
 
@@ -122,7 +123,7 @@ def comparisons(data: str) -> dict[str, tuple[dict[str, Callable[[], float]], st
         "peak memory": (
             {
                 "ours": lambda: ours_memory(data),
-                "plain": lambda: peak_memory(PLAIN_MEMORY, data, MODEL),
+                "plain": lambda: peak_memory(PLAIN_MEMORY, data, MODEL, MEMORY_STEPS),
             },
             "MB",
         ),

@@ -189,8 +189,9 @@ def pick_setting(
     affordable = MEASURING_SHARE * rest / (image_seconds * len(settings))
     part = batch
     if pixel_values.device.type == "cpu":
-        # Where a step takes long, or the run is short, a part of the batch tells as much.
-        part = min(batch, max(few, int(STEP_SECONDS / image_seconds)))
+        # Half of the batch tells as much, and in fp32 keeps no more memory than all of it in bf16; less does
+        # where a step takes long, or the run is short.
+        part = max(few, min(batch // 2, int(STEP_SECONDS / image_seconds)))
         part = min(part, max(LEAST_IMAGES, int(affordable / (ROUNDS + 1))))
     rounds = int(affordable / part) - 1
     if rounds < ROUNDS:
