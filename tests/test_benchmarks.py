@@ -129,10 +129,9 @@ def test_an_accuracy_out_of_reach_is_said():
 def test_peak_memory_of_whole_commands(tmp_path, monkeypatch):
     data = str(small_pictures(tmp_path / "data", 100))
     monkeypatch.setattr(scaling, "MODEL", "scratch/article_cnn")
-    monkeypatch.setattr(scaling, "STEPS", 2)
+    monkeypatch.setattr(scaling, "MEMORY_STEPS", "2")
     assert 100 < scaling.ours_memory(data) < 20_000
-    plain_memory = scaling.peak_memory(scaling.PLAIN_MEMORY, data, "scratch/article_cnn")
-    assert 100 < plain_memory < 20_000
+    assert 100 < scaling.plain_memory(data) < 20_000
 
 
 def test_checkpoints_of_both_are_saved(results, monkeypatch):
