@@ -49,9 +49,9 @@ for rows in (splits.validation.rows, load_test_split(config).rows):
 def reach(
     name: str, run: Callable[[int], list[float]], target: float, epochs: int, most: int
 ) -> dict[str, float]:
-    """The first run, from `epochs` epochs on, whose validation accuracy is the target: its seconds, start to
-    exit, and its accuracy on test, which decided nothing."""
-    for number in range(epochs, most + 1):
+    """The first run, from `epochs` epochs on, whose validation accuracy is the target, or the one of `most`
+    epochs: its seconds, start to exit, and its accuracy on test, which decided nothing."""
+    for number in range(epochs, max(epochs, most) + 1):
         start = time.perf_counter()
         validation, test = run(number)
         seconds = time.perf_counter() - start
@@ -60,8 +60,28 @@ def reach(
             flush=True,
         )
         if validation >= target:
-            return {"seconds": round(seconds, 1), "epochs": number, "accuracy": test}
-    raise SystemExit(f"{name} does not reach {target} in {most} epochs")
+            break
+    return {
+        "seconds": round(seconds, 1), "epochs": number, "validation": validation, "accuracy": test
+    }  # fmt: skip
+
+
+def record(ours: dict[str, float], plain: dict[str, float], target: float) -> dict:
+    """What is written of the two. The time of a plain recipe that stays below the target is named so: the
+    ratio is the least that it can be."""
+    name = "plain"
+    if plain["validation"] < target:
+        name = f"plain, at {plain['validation']:.4f} after {plain['epochs']} epochs"
+    found = {"ours": ours, name: plain}
+    ratio = round(plain["seconds"] / ours["seconds"], 3)
+    return {
+        "benchmark": f"time to {target:.0%} accuracy", "unit": "s", "n": 1, "runs": found,
+        "figures": {
+            key: dict.fromkeys(("median", "low", "high"), facts["seconds"])
+            for key, facts in found.items()
+        },
+        "ratios": {name: dict.fromkeys(("median", "low", "high"), ratio)},
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -80,7 +100,7 @@ def main() -> None:
     data = ["--dataset_name", options.dataset_name]
     model = ["--model_name_or_path", options.model_name_or_path]
 
-    def ours(epochs: int) -> list[float]:
+    def train_ours(epochs: int) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder, "run")
             command = [
@@ -96,7 +116,7 @@ def main() -> None:
             metrics = json.loads((run / "metrics.json").read_text())
             return [metrics[split]["accuracy"] for split in ("validation", "test")]
 
-    def plain(epochs: int) -> list[float]:
+    def train_plain(epochs: int) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
             arguments = [
                 model[1], data[1], options.image_size, str(epochs), options.plain_learning_rate, folder
@@ -105,20 +125,12 @@ def main() -> None:
             done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
             return [float(word) for word in done.stdout.split()[-2:]]
 
-    found = {
-        "ours": reach("ours", ours, options.target, options.epochs, options.max_epochs),
-        "plain": reach("plain", plain, options.target, options.plain_epochs, options.max_epochs),
-    }
-    seconds = {name: facts["seconds"] for name, facts in found.items()}
-    figures = {name: dict.fromkeys(("median", "low", "high"), s) for name, s in seconds.items()}
-    ratio = round(seconds["plain"] / seconds["ours"], 3)
-    write(
-        {
-            "benchmark": f"time to {options.target:.0%} accuracy", "unit": "s", "n": 1,
-            **vars(options), "runs": found, "figures": figures,
-            "ratios": {"plain": dict.fromkeys(("median", "low", "high"), ratio)}, **conditions(),
-        }
-    )  # fmt: skip
+    target, most = options.target, options.max_epochs
+    ours = reach("ours", train_ours, target, options.epochs, most)
+    if ours["validation"] < target:
+        raise SystemExit(f"ours does not reach {target} in {most} epochs")
+    plain = reach("plain", train_plain, target, options.plain_epochs, most)
+    write({**record(ours, plain, target), **vars(options), **conditions()})
 
 
 if __name__ == "__main__":

@@ -118,11 +118,21 @@ def test_time_to_accuracy_of_whole_commands(results, stripes, monkeypatch):
     assert all(run["accuracy"] > 0.2 and run["epochs"] >= 1 for run in runs.values())
     ratio = runs["plain"]["seconds"] / runs["ours"]["seconds"]
     assert record["ratios"]["plain"]["median"] == pytest.approx(ratio, rel=0.01)
+    monkeypatch.setattr("sys.argv", [*arguments, "--target", "1.1", "--max_epochs", "1"])
+    with pytest.raises(SystemExit, match=r"ours does not reach 1\.1 in 1 epochs"):
+        accuracy.main()
 
 
 def test_an_accuracy_out_of_reach_is_said():
-    with pytest.raises(SystemExit, match=r"ours does not reach 0\.9 in 3 epochs"):
-        accuracy.reach("ours", lambda epochs: [0.2 * epochs, 0.9], 0.9, 1, 3)
+    short, enough = (
+        accuracy.reach("a run", lambda epochs: [0.2 * epochs, 0.9], target, 1, 3)
+        for target in (0.9, 0.4)
+    )
+    assert (short["epochs"], enough["epochs"]) == (3, 2)
+    found = accuracy.record({**enough, "seconds": 2}, {**short, "seconds": 8}, 0.4)
+    assert found["ratios"]["plain"]["median"] == 4
+    found = accuracy.record({**short, "seconds": 2}, {**enough, "seconds": 8}, 0.5)
+    assert found["ratios"]["plain, at 0.4000 after 2 epochs"]["median"] == 4
 
 
 @pytest.mark.slow
