@@ -1,4 +1,4 @@
-"""Head, backbone and blocks of a classifier: which parameters train."""
+"""Head, backbone and blocks of a classifier: which parameters train, and by which kernels."""
 
 from __future__ import annotations
 
