@@ -79,7 +79,7 @@ from hf_cifar.features import (
 )
 from hf_cifar.hub import Target, check_push, prepare_push, push_run
 from hf_cifar.models.build import build_model
-from hf_cifar.models.layers import block_depths, describe_trainable
+from hf_cifar.models.layers import as_it_came, block_depths, describe_trainable
 from hf_cifar.models.names import SCRATCH
 from hf_cifar.models.problem import is_multi_label
 from hf_cifar.optim import default_rates
@@ -297,7 +297,9 @@ def fit(trainer: ImageClassificationTrainer, config: RunConfig) -> None:
     # Curves end here: some trackers would file the final predictions of validation under test.
     for reporter in get_reporting_integration_callbacks(config.train.report_to):
         trainer.remove_callback(reporter)
-    accept_pixels_alone(trainer.accelerator.unwrap_model(trainer.model))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    accept_pixels_alone(model)
+    as_it_came(model)
 
 
 def check_libraries(args: FinetuneConfig, model: PreTrainedModel) -> None:

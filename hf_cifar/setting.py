@@ -27,6 +27,7 @@ from hf_cifar.config import RunConfig
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import Split
 from hf_cifar.data.streams import Stream
+from hf_cifar.errors import UserError
 from hf_cifar.models.layers import (
     fuse_attention,
     has_fused_attention,
@@ -55,6 +56,7 @@ FEW_IMAGES, STEP_SECONDS, LEAST_IMAGES = 4, 0.5, 8
 # The most that eager attention may keep for the backward pass, relative to the one kernel: its matrices grow
 # with the square of the number of patches.
 MOST_MEMORY = 1.5
+FEW_KEPT = 2  # images that this is found with
 # Share of a run's time that measuring may take, and seconds that compiling is expected to take.
 MEASURING_SHARE = 0.05
 COMPILE_SECONDS = 60.0
@@ -84,9 +86,7 @@ def arrange(model: PreTrainedModel, setting: Setting, device: torch.device) -> N
     """Let the model compute in the setting's memory format and attention, and, in bfloat16 on a CPU, without
     the kernels that are slow there."""
     model.to(memory_format=MEMORY_FORMATS[setting.memory_format])
-    eager = setting.attention == "eager"
-    if has_fused_attention(model) == eager:
-        fuse_attention(model, not eager)
+    fuse_attention(model, setting.attention != "eager")
     treat_depthwise_alike(model)
     if (device.type, setting.precision) == ("cpu", "bf16"):
         spare_depthwise_gradients(model)
@@ -149,7 +149,7 @@ def measure(
 def choose(timings: dict[Setting, Timing]) -> Setting:
     """The fastest sound setting, if it is clearly faster than the first, else the first.
 
-    Sound: the loss is finite and near that of the first, which must be in fp32.
+    Sound: the loss is finite and near that of the first, in fp32 unless that does not run here.
     """
     first, reference = next(iter(timings.items()))
     sound = {
@@ -173,37 +173,37 @@ def pick_setting(
 ) -> tuple[Setting, str]:
     """The fastest sound setting for `num_steps` such steps, and one line that says what was found.
 
-    Measuring takes at most a twentieth of the run; a shorter run keeps the first candidate. Compiling is
-    tried where it can pay.
+    Measuring takes about a twentieth of the run at most; a run that is too short for it keeps the first
+    candidate. Compiling is tried where it can pay.
     """
-    if pixel_values.device.type == "cpu":
+    on_cpu = pixel_values.device.type == "cpu"
+    if on_cpu:
         keep_freed_memory()  # as the run will
     settings = candidates(model, pixel_values.device, memory_format, attention)
     first, batch = settings[0], len(labels)
-    few = min(batch, FEW_IMAGES)
-    image_seconds = (
-        measure(model, pixel_values[:few], labels[:few], [first], 1)[first].seconds / few
-    )
-    rest = image_seconds * batch * num_steps
-    # One round more warms up.
-    affordable = MEASURING_SHARE * rest / (image_seconds * len(settings))
-    part = batch
-    if pixel_values.device.type == "cpu":
-        # Half of the batch tells as much, and in fp32 keeps no more memory than all of it in bf16; less does
-        # where a step takes long, or the run is short.
-        part = max(few, min(batch // 2, int(STEP_SECONDS / image_seconds)))
+    # Half of the batch tells as much, and in fp32 keeps no more memory than all of it in bf16.
+    most = max(1, batch // 2) if on_cpu else batch
+    few = min(most, FEW_IMAGES)
+    guess = measure(model, pixel_values[:few], labels[:few], [first], 1)
+    if not guess:
+        return first, f"computing in {first}: a step of {few} images could not be measured"
+    image_seconds = guess[first].seconds / few
+    # Images that may be measured in each setting, if all are as fast as the first. One round more warms up.
+    affordable = MEASURING_SHARE * batch * num_steps / len(settings)
+    part = most
+    if on_cpu:  # less does where a step takes long, or the run is short
+        part = max(few, min(most, int(STEP_SECONDS / image_seconds)))
         part = min(part, max(LEAST_IMAGES, int(affordable / (ROUNDS + 1))))
     rounds = int(affordable / part) - 1
     if rounds < ROUNDS:
-        return first, f"computing in {first}: a run of {rest:.0f} s is too short to compare others"
+        whole = image_seconds * batch * num_steps
+        return first, f"computing in {first}: a run of {whole:.0f} s is too short to compare others"
     pixel_values, labels = pixel_values[:part], labels[:part]
     rounds = min(rounds, MOST_ROUNDS)
-    eager = [setting for setting in settings if setting.attention == "eager"]
-    if first not in eager and eager:
-        kept = [_kept_bytes(model, pixel_values, labels, s) for s in (first, eager[0])]
-        if kept[1] > MOST_MEMORY * kept[0]:
-            settings = [setting for setting in settings if setting not in eager]
+    settings = _sparing(model, pixel_values[:FEW_KEPT], labels[:FEW_KEPT], settings)
     timings = measure(model, pixel_values, labels, settings, rounds)
+    if not timings:
+        return first, f"computing in {first}: a step of {part} images could not be measured"
     chosen = choose(timings)
     if MEASURING_SHARE * timings[chosen].seconds / part * batch * num_steps > COMPILE_SECONDS:
         compiled = chosen._replace(compiled=True)
@@ -228,6 +228,10 @@ def resolve_setting(
     if resumed:
         config = compute_as(Path(config.train.output_dir), config)
     train = config.train
+    if train.attention == "eager" and not has_fused_attention(model):
+        raise UserError(
+            f"--attention eager: {type(model).__name__} has no attention kernel to go without; leave it out"
+        )
     if train.precision == "auto":
         setting = _measured(config, model, image_processor, train_split)
         train = dataclasses.replace(
@@ -246,13 +250,12 @@ def compute_as(folder: Path, config: RunConfig) -> RunConfig:
     if config.train.precision != "auto" or not before.is_file():
         return config
     saved = RunConfig.load(before).train
-    train = dataclasses.replace(
-        config.train,
-        precision=saved.precision,
-        memory_format=saved.memory_format,
-        attention=saved.attention,
-        torch_compile=saved.torch_compile,
-    )
+    left_open = {
+        name: getattr(saved, name)
+        for name in ("precision", "memory_format", "attention")
+        if getattr(config.train, name) == "auto"
+    }
+    train = dataclasses.replace(config.train, **left_open, torch_compile=saved.torch_compile)
     return dataclasses.replace(config, train=train)
 
 
@@ -310,15 +313,34 @@ def num_batches(config: RunConfig, num_images: int) -> int:
     return math.ceil(batches * train.num_train_epochs)
 
 
+def _sparing(
+    model: PreTrainedModel, pixel_values: Tensor, labels: Tensor, settings: list[Setting]
+) -> list[Setting]:
+    """The settings, without those whose attention keeps far more for the backward pass than the first."""
+    first = settings[0]
+    for attention in {setting.attention for setting in settings} - {first.attention}:
+        other = first._replace(attention=attention)
+        try:
+            kept = [_kept_bytes(model, pixel_values, labels, each) for each in (first, other)]
+            affordable = kept[1] <= MOST_MEMORY * kept[0]
+        except Exception:  # as in `measure`
+            affordable = False
+        if not affordable:
+            settings = [setting for setting in settings if setting.attention != attention]
+    return settings
+
+
 def _kept_bytes(
     model: PreTrainedModel, pixel_values: Tensor, labels: Tensor, setting: Setting
 ) -> int:
-    """What a step keeps for its backward pass."""
+    """What a step keeps for its backward pass, beside the weights."""
     kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
@@ -365,8 +387,7 @@ def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
             yield
         finally:
             treat_depthwise_alike(model)
-            if has_fused_attention(model) != fused:
-                fuse_attention(model, fused)
+            fuse_attention(model, fused)
             model.train(training)
             model.zero_grad(set_to_none=True)
             with torch.no_grad():

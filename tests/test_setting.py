@@ -5,6 +5,8 @@ import math
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
@@ -13,11 +15,13 @@ from transformers import (
 )
 
 from hf_cifar.config import RunConfig
+from hf_cifar.errors import UserError
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.models.layers import has_fused_attention
 from hf_cifar.setting import (
     Setting,
     Timing,
+    arrange,
     candidates,
     choose,
     measure,
@@ -29,15 +33,33 @@ FP32, BF16 = Setting("fp32"), Setting("bf16")
 CPU = torch.device("cpu")
 
 
+def timm_model(architecture, **model_args):
+    return TimmWrapperForImageClassification(
+        TimmWrapperConfig(
+            architecture=architecture,
+            num_labels=3,
+            pretrained_cfg=timm.get_pretrained_cfg(architecture).to_dict(),
+            model_args=model_args,
+        )
+    )
+
+
 @pytest.fixture
 def convnet():
-    config = TimmWrapperConfig(
-        architecture="resnet10t",
-        num_labels=3,
-        pretrained_cfg=timm.get_pretrained_cfg("resnet10t").to_dict(),
-        model_args={"drop_rate": 0.2},
-    )
-    return TimmWrapperForImageClassification(config)
+    return timm_model("resnet10t", drop_rate=0.2)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """Sizes of the batches for which attention's one kernel computes, while training."""
+    calls, kernel = [], F.scaled_dot_product_attention
+
+    def counted(query, *args, **kwargs):
+        calls.extend([len(query)] * query.requires_grad)
+        return kernel(query, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    return calls
 
 
 @pytest.fixture
@@ -62,24 +84,19 @@ def test_candidates_on_a_cpu(convnet):
 def vits():
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
     yield ViTForImageClassification(ViTConfig(**small, intermediate_size=64, num_labels=3))
-    yield TimmWrapperForImageClassification(
-        TimmWrapperConfig(
-            architecture="test_vit",
-            num_labels=3,
-            pretrained_cfg=timm.get_pretrained_cfg("test_vit").to_dict(),
-            model_args={"img_size": 32},
-        )
-    )
+    yield timm_model("test_vit", img_size=32)
 
 
 @pytest.mark.parametrize("vit", list(vits()), ids=["transformers", "timm"])
-def test_attention_may_be_eager_and_is_the_same(vit, batch):
+def test_attention_may_be_eager_and_is_the_same(vit, batch, kernel_calls):
     """Compared only where its matrices take little memory; afterwards it is one kernel again."""
-    settings = candidates(vit, CPU)
-    timings = measure(vit, *batch, settings, rounds=1)
-    assert len(timings) == len(settings) == 4
-    fused, eager = (timings[FP32._replace(attention=name)].loss for name in ("fused", "eager"))
-    assert eager == pytest.approx(fused, rel=1e-5)
+    losses = {}
+    for name in ("fused", "eager"):
+        setting = FP32._replace(attention=name)
+        kernel_calls.clear()
+        losses[name] = measure(vit, *batch, [setting], rounds=1)[setting].loss
+        assert bool(kernel_calls) is (name == "fused")
+    assert losses["eager"] == pytest.approx(losses["fused"], rel=1e-5)
     assert has_fused_attention(vit)
     _, line = pick_setting(vit, *batch, num_steps=2000)
     assert "bf16 channels_last eager" in line
@@ -101,20 +118,35 @@ def test_attention_that_takes_much_memory_stays_fused(batch):
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("training", [True, False])
-def test_measuring_leaves_the_model_as_it_was(convnet, batch, layout, training):
-    convnet.to(memory_format=layout).train(training)
-    before = {name: value.clone() for name, value in convnet.state_dict().items()}
-    strides = [parameter.stride() for parameter in convnet.parameters()]
+@pytest.mark.parametrize("architecture", ["resnet10t", "mobilenetv2_035", "test_vit"])
+def test_measuring_leaves_the_model_as_it_was(batch, architecture, layout, training):
+    model = timm_model(architecture, **({"img_size": 32} if "vit" in architecture else {}))
+    model.to(memory_format=layout).train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    strides = [parameter.stride() for parameter in model.parameters()]
+    attributes = [set(vars(module)) for module in model.modules()]
     state = torch.get_rng_state()
-    timings = measure(convnet, *batch, candidates(convnet, CPU), rounds=1)
+    timings = measure(model, *batch, candidates(model, CPU), rounds=1)
     assert len(timings) == 4
     assert all(0 < timing.seconds < math.inf for timing in timings.values())
-    after = convnet.state_dict()
+    after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert [parameter.stride() for parameter in convnet.parameters()] == strides
-    assert all(parameter.grad is None for parameter in convnet.parameters())
-    assert convnet.training is training
+    assert [parameter.stride() for parameter in model.parameters()] == strides
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.training is training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_attention_that_came_without_the_kernel_stays_so(batch):
+    """timm's Swin does not trust it; neither the setting nor measuring it may turn it on."""
+    swin = timm_model("swin_tiny_patch4_window7_224", img_size=32, depths=(1, 1), num_heads=(1, 2))
+    came = [m.fused_attn for m in swin.modules() if hasattr(m, "fused_attn")]
+    assert came == [False, False]
+    for setting in (FP32, FP32._replace(attention="eager"), FP32):
+        arrange(swin, setting, CPU)
+        measure(swin, *batch, [FP32, BF16], rounds=1)
+        assert [m.fused_attn for m in swin.modules() if hasattr(m, "fused_attn")] == came
 
 
 def test_every_setting_computes_the_same_loss(convnet, batch):
@@ -151,6 +183,26 @@ def test_a_short_run_is_not_held_up(convnet, batch):
     setting, line = pick_setting(convnet, *batch, num_steps=3)
     assert setting == FP32
     assert "is too short to compare others" in line
+
+
+@pytest.mark.parametrize(("size", "measured"), [(1, {1}), (3, {1}), (8, {4}), (20, {4, 10})])
+def test_no_more_than_half_of_a_batch_is_measured(size, measured):
+    """On a CPU, where float32 keeps twice the memory of what may be chosen."""
+    vit = next(vits())
+    seen = set()
+    vit.register_forward_hook(lambda module, args, kwargs, output: seen.add(len(output.logits)),
+                              with_kwargs=True)  # fmt: skip
+    pick_setting(vit, torch.randn(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64), 5000)
+    assert seen - {2} == measured  # 2: to see what attention keeps
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_a_step_that_cannot_be_measured_is_said(convnet, num_images):
+    """Statistics of a norm need more than one value each."""
+    images, labels = torch.randn(num_images, 3, 32, 32), torch.zeros(num_images, dtype=torch.int64)
+    setting, line = pick_setting(convnet, images, labels, num_steps=5000)
+    assert setting == FP32
+    assert line == "computing in fp32 channels_last: a step of 1 images could not be measured"
 
 
 def test_a_long_run_compares_all(convnet, batch):
@@ -249,12 +301,57 @@ def test_a_run_keeps_the_asked_memory_format(tmp_path, stripes, tiny_vit):
     assert (saved.precision, saved.memory_format) == ("fp32", "contiguous")
 
 
-def test_a_run_keeps_the_asked_attention(tmp_path, stripes, tiny_vit):
-    finetune_classifier(
-        run(tmp_path, stripes, tiny_vit, "--max_steps", "2", "--attention", "eager")
-    )
-    assert RunConfig.load(tmp_path / "run" / "config.yaml").train.attention == "eager"
+@pytest.mark.parametrize("attention", ["fused", "eager"])
+def test_a_run_keeps_the_asked_attention(tmp_path, stripes, tiny_vit, attention, kernel_calls):
+    """In every step, also of a run that goes on; the model that it hands out is as it came."""
+    config = run(tmp_path, stripes, tiny_vit, "--max_steps", "2", "--attention", attention)
+    result = finetune_classifier(config)
+    layers = result.model.config.num_hidden_layers
+    assert kernel_calls.count(8) == (0 if attention == "eager" else 2 * layers)  # in 2 steps
+    assert has_fused_attention(result.model)
+    assert RunConfig.load(tmp_path / "run" / "config.yaml").train.attention == attention
     assert "eager" not in (tmp_path / "run" / "config.json").read_text()
+
+
+def test_a_resumed_run_computes_as_it_is_asked(tmp_path, stripes, tiny_vit):
+    """And as before in what it is not asked."""
+    finetune_classifier(
+        run(tmp_path, stripes, tiny_vit, "--max_steps", "2", "--attention", "eager",
+            "--memory_format", "contiguous", "--precision", "bf16")
+    )  # fmt: skip
+    more = ["--max_steps", "4", "--resume_from_checkpoint", "last", "--attention", "fused"]
+    finetune_classifier(run(tmp_path, stripes, tiny_vit, *more))
+    saved = RunConfig.load(tmp_path / "run" / "config.yaml").train
+    found = saved.attention, saved.memory_format, saved.precision
+    assert found == ("fused", "contiguous", "bf16")
+
+
+def test_eager_attention_of_a_network_without_attention(tmp_path, stripes):
+    config = run(tmp_path, stripes, "scratch/resnet10t", "--image_size", "32",
+                 "--attention", "eager")  # fmt: skip
+    with pytest.raises(UserError, match=r"--attention eager: Timm.* has no attention kernel"):
+        finetune_classifier(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_bfloat16_goes_around_slow_kernels_and_gives_back_the_plain_model(
+    tmp_path, stripes, monkeypatch
+):
+    in_float32, convolve = set(), nn.Conv2d._conv_forward
+
+    def note(layer, images, *weights):
+        if layer.training and not torch.is_autocast_enabled("cpu"):
+            in_float32.add(layer)
+        return convolve(layer, images, *weights)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", note)
+    config = run(tmp_path, stripes, "scratch/mobilenetv2_035", "--image_size", "32",
+                 "--max_steps", "2", "--precision", "bf16", "--use_cpu")  # fmt: skip
+    model = finetune_classifier(config).model
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert in_float32 == {c for c in convolutions if c.groups > 1 and c.stride == (2, 2)}
+    assert len(in_float32) == 4
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_contiguous_images_stay_so(tmp_path, stripes, tiny_vit):

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 
 import torch
-from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
@@ -181,13 +180,25 @@ def has_fused_attention(model: PreTrainedModel) -> bool:
 
 
 def fuse_attention(model: PreTrainedModel, fused: bool) -> None:
-    """Compute attention by one kernel, where there is one, or by the products of matrices and the softmax
-    that it stands for. Nothing of this is saved with the model."""
-    if model.config.model_type != "timm_wrapper" and (model._supports_sdpa or not fused):
-        model.set_attn_implementation("sdpa" if fused else "eager")
+    """Compute attention as the model came, or where that is by one kernel, by the products of matrices and
+    the softmax that it stands for. Nothing of this is saved with the model."""
+    if model.config.model_type != "timm_wrapper" and has_fused_attention(model) != fused:
+        _replace_kernel(
+            model, fused, lambda: model.set_attn_implementation("sdpa" if fused else "eager")
+        )
     for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused and bool(use_fused_attn())
+        if getattr(module, "fused_attn", fused) != fused:
+            _replace_kernel(module, fused, functools.partial(setattr, module, "fused_attn", fused))
+
+
+def _replace_kernel(module: nn.Module, fused: bool, replace: Callable[[], None]) -> None:
+    """Replace a module's kernel; put it back only where it was replaced: some of timm's modules come without,
+    because theirs is on trial."""
+    if not fused:
+        module.__dict__["came_fused"] = True
+        replace()
+    elif module.__dict__.pop("came_fused", False):
+        replace()
 
 
 def spare_depthwise_gradients(model: nn.Module) -> None:
@@ -197,7 +208,7 @@ def spare_depthwise_gradients(model: nn.Module) -> None:
     for module in model.modules():
         depthwise = isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels
         if depthwise and (max(module.stride) > 1 or max(module.kernel_size) > 3):
-            module.forward = functools.partial(_train_in_float32, module.forward)
+            module.forward = functools.partial(_train_in_float32, module)
 
 
 def treat_depthwise_alike(model: nn.Module) -> None:
@@ -207,9 +218,16 @@ def treat_depthwise_alike(model: nn.Module) -> None:
             module.__dict__.pop("forward", None)
 
 
-def _train_in_float32(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    autocast = torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-    if not autocast or torch.compiler.is_compiling():
+def as_it_came(model: PreTrainedModel) -> None:
+    """Undo `fuse_attention` and `spare_depthwise_gradients`: what is handed out is the plain model."""
+    fuse_attention(model, True)
+    treat_depthwise_alike(model)
+
+
+def _train_in_float32(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    forward = functools.partial(type(layer).forward, layer)
+    needed = torch.is_grad_enabled() and (images.requires_grad or layer.weight.requires_grad)
+    if not (needed and torch.is_autocast_enabled("cpu")):
         return forward(images)
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):

@@ -229,3 +229,18 @@ def test_slow_depthwise_gradients_are_spared_bfloat16():
         assert torch.equal(spared, convolutions["stride"](images / 7))
     exact = {name for name in convolutions if torch.equal(gradients(True)[name], expected[name])}
     assert not exact
+
+
+def test_a_frozen_depthwise_layer_computes_in_bfloat16():
+    """It has no gradients to spare, unless something before it trains."""
+    layer = nn.Conv2d(4, 4, 3, stride=2, groups=4).requires_grad_(False)
+    images = torch.randn(2, 4, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_bfloat16 = layer(images)
+    with torch.autocast("cpu", enabled=False):
+        rounded = layer(images).bfloat16()
+    assert not torch.equal(in_bfloat16, rounded)
+    spare_depthwise_gradients(nn.ModuleList([layer]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(images), in_bfloat16)
+        assert torch.equal(layer(images.requires_grad_()), rounded)
