@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.image_processing_backends import TorchvisionBackend
 
-from hf_cifar.data.transforms import KERNELS, Levels, resample
+from hf_cifar.data.resizing import resize_exactly
+from hf_cifar.data.transforms import KERNELS, Levels
 from hf_cifar.errors import UserError
 
 # Pillow's numbers for its filters, which transformers saves as `resample`.
@@ -32,6 +34,7 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     rescale_factor: float = 1 / 255
+    library: str = "pillow"  # that resizes: "pillow" or "torchvision"
     crop_rounds_down: bool = False  # where an odd number of pixels is cut off: else to even
 
     def __post_init__(self) -> None:
@@ -115,7 +118,10 @@ class Preprocessing:
         )
         resample_code = options.get("resample")
         interpolation = RESAMPLE_NAMES[2 if resample_code is None else int(resample_code)]
-        return cls(resize, crop, interpolation, mean, std, rescale_factor, crop_rounds_down=True)
+        library = "torchvision" if isinstance(processor, TorchvisionBackend) else "pillow"
+        return cls(
+            resize, crop, interpolation, mean, std, rescale_factor, library, crop_rounds_down=True
+        )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -169,7 +175,8 @@ class Preprocessing:
         left = middle((resized[1] - crop[1]) / 2)
         rows, columns = height / resized[0], width / resized[1]
         return torch.tensor(
-            [[top * rows, left * columns, (top + crop[0]) * rows, (left + crop[1]) * columns]]
+            [[top * rows, left * columns, (top + crop[0]) * rows, (left + crop[1]) * columns]],
+            dtype=torch.float64,
         )
 
     def _is_shown_whole(self, height: int, width: int) -> bool:
@@ -182,7 +189,7 @@ class Preprocessing:
         if self._is_shown_whole(height, width):
             return images.to(torch.float32)
         box = self.box(height, width)
-        return resample(images, box, self.size, self.interpolation, whole=True)
+        return resize_exactly(images, box, self.size, self.interpolation, self.library)
 
     def view_each(self, images: Sequence[np.ndarray], device: torch.device) -> Tensor:
         """`view` of images [H, W, 3] uint8 of any sizes, those of one size at once: [N, 3, *size]."""
@@ -215,11 +222,4 @@ class Preprocessing:
         self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format
     ) -> Tensor:
         """`pixel_values` [N, C, *size] for evaluation, from uint8 [N, C, H, W]."""
-        height, width = images.shape[-2:]
-        levels = self.levels(images.device)
-        if self._is_shown_whole(height, width):
-            return levels(images).contiguous(memory_format=memory_format)
-        box = self.box(height, width)
-        return resample(
-            images, box, self.size, self.interpolation, levels, memory_format, whole=True
-        )
+        return self.normalize(self.view(images)).contiguous(memory_format=memory_format)

@@ -1,7 +1,7 @@
 """Geometry of batches on device tensors, and their normalisation.
 
 Crop, flip, scale and resize are one separable resampling, `out = Wy @ image @ Wx'`, with one pair of
-sparse interpolation matrices per sample. Evaluation is the same function with one fixed box.
+sparse interpolation matrices per sample. Evaluation does the same with one fixed box (see resizing.py).
 
 Shapes: N images, C channels, H x W pixels in, h x w pixels out.
 """
@@ -9,6 +9,7 @@ Shapes: N images, C channels, H x W pixels in, h x w pixels out.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -148,19 +149,16 @@ def resample(
     interpolation: str = "bicubic",
     levels: Levels | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
-    *,
-    whole: bool = False,
 ) -> Tensor:
     """Cut a box out of every image and bring it to `size` in one pass.
 
     images [N, C, H, W] uint8 or float, values 0 to 255; boxes [N, 4] or [1, 4] as (top, left, bottom,
     right) in pixels, right < left flips. Returns float [N, C, h, w], clamped to 0..255 and then brought to
-    `levels`, in the memory format that is asked for; neither costs a pass of its own. whole: keep to whole
-    numbers, after each direction, as Pillow does with uint8.
+    `levels`, in the memory format that is asked for; neither costs a pass of its own.
     """
     (height, width), (out_height, out_width) = images.shape[-2:], size
-    top, left, bottom, right = boxes.to(torch.float32).unbind(dim=1)
     device = images.device
+    top, left, bottom, right = boxes.to(torch.float32).unbind(dim=1)
     if (height, out_height) == (width, out_width):
         # Both directions at once, in half the operations.
         start, stop = torch.cat((top, left)), torch.cat((bottom, right))
@@ -168,34 +166,26 @@ def resample(
     else:
         rows = Taps.of(top, bottom, height, out_height, interpolation, device)
         columns = Taps.of(left, right, width, out_width, interpolation, device)
-    # Width first and a clamp between the passes, as Pillow does: a cubic overshoot is cut off twice.
-    pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    pixels = columns(pixels.flatten(2)).clamp_(0, 255).unflatten(2, pixels.shape[2:])
-    pixels = pixels.permute(0, 2, 3, 1)  # [N, C, H, w]
+    # A clamp between the passes, as Pillow does: a cubic overshoot is cut off twice.
+    pixels = along_width(images, columns).clamp_(0, 255)
     low, high = 0.0, 255.0
-    if whole:
-        pixels = _nearest_whole(pixels)
-    elif levels is not None:
+    if levels is not None:
         # Weights sum to 1, so that levels may as well change here, where there is less of them.
         pixels = levels(pixels)
         ends = torch.tensor([0.0, 255.0], device=device).view(2, 1, 1, 1)
         low, high = levels(ends.expand(2, images.shape[1], 1, out_width))
     if memory_format == torch.channels_last:
-        if isinstance(low, Tensor):
+        if levels is not None:
             low, high = (end.permute(1, 2, 0).flatten(1) for end in (low, high))
         out = rows(pixels.permute(0, 2, 3, 1).flatten(2)).clamp_(low, high)
-        out = out.unflatten(2, (out_width, -1)).permute(0, 3, 1, 2)
-    else:
-        out = rows(pixels).clamp_(low, high)
-    if whole:
-        out = _nearest_whole(out)
-        return out if levels is None else levels(out)
-    return out
+        return out.unflatten(2, (out_width, -1)).permute(0, 3, 1, 2)
+    return rows(pixels).clamp_(low, high)
 
 
-def _nearest_whole(values: Tensor) -> Tensor:
-    """In place; a half goes up, as Pillow has it, where torch.round goes to even."""
-    return values.add_(0.5).floor_()
+def along_width(images: Tensor, columns: Callable[[Tensor], Tensor]) -> Tensor:
+    """Resample the lines of images: [N, C, H, W] -> float [N, C, H, w]."""
+    lines = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return columns(lines.flatten(2)).unflatten(2, lines.shape[2:]).permute(0, 2, 3, 1)
 
 
 def affine_sample(images: Tensor, boxes: Tensor, linear: Tensor, size: tuple[int, int]) -> Tensor:

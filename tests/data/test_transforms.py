@@ -45,6 +45,15 @@ def test_matrix_rows_are_weights_that_sum_to_one(interpolation, in_size, out_siz
     assert torch.allclose(weights.sum(-1), torch.ones(3, out_size), atol=1e-5)
 
 
+@pytest.mark.parametrize("num_boxes", [1, 3])
+def test_a_sum_over_taps_is_the_product_of_matrices(num_boxes):
+    """The one is what a CPU computes, the other a GPU."""
+    start = torch.tensor([0.0, 9.5, -3.0])[:num_boxes]
+    taps = Taps.of(start, torch.tensor([12.0, 2.5, 25.0])[:num_boxes], 12, 7)
+    lines = noise(3).float()
+    assert torch.allclose(taps(lines), taps.matrix[:, None] @ lines, atol=1e-3)
+
+
 @pytest.mark.parametrize("interpolation", KERNELS)
 @pytest.mark.parametrize("size", [(96, 96), (224, 150), (19, 13), (41, 60)])
 def test_resample_is_pillows_resize(photo, interpolation, size):
