@@ -305,7 +305,7 @@ class PredictConfig:
     )
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
     top_k: int = option(5, "Number of classes listed for each image.")
-    batch_size: int = option(64, "Images per step.")
+    batch_size: int = option(32, "Images per step of a thread.")
     bf16: bool = option(False, "Predict under bfloat16 autocast.")
     fp16: bool = option(False, "Predict under float16 autocast (GPU).")
     use_cpu: bool = option(False, "Predict on the CPU even where there is a GPU.")

@@ -1,0 +1,80 @@
+"""hf_cifar.predict: batches side by side give what one after the other gives, and leave no trace."""
+
+import contextlib
+import random
+import time
+
+import pytest
+import torch
+
+from hf_cifar import PredictConfig, build_model, predict_files
+from hf_cifar.options import ModelConfig
+from hf_cifar.predict import each_on_its_cores
+
+
+@pytest.fixture(params=[1, 2, 5])
+def num_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A network with norms to fold."""
+    folder = str(tmp_path_factory.mktemp("resnet"))
+    torch.manual_seed(0)
+    options = ModelConfig(model_name_or_path="scratch/resnet10t", image_size=32)
+    model, processor = build_model(options, {0: "cat", 1: "dog", 2: "owl"})
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_any_number_of_threads_gives_the_same_records(saved, stripes, num_threads):
+    images = [str(stripes / "test")]
+    state = torch.get_rng_state()
+
+    def records(batch_size):
+        config = PredictConfig(model_name_or_path=saved, batch_size=batch_size, use_cpu=True)
+        return list(predict_files(config, images))
+
+    found, one_by_one = records(5), records(1)
+    assert [r["path"] for r in found] == sorted(map(str, (stripes / "test").rglob("*.png")))
+    assert [r["label"] for r in found] == [r["label"] for r in one_by_one]
+    scores = [[r["score"] for r in each] for each in (found, one_by_one)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert torch.get_num_threads() == num_threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_results_come_in_order_whichever_is_ready_first(num_threads):
+    def work(number):
+        time.sleep(random.random() / 50)
+        return number, torch.get_num_threads()
+
+    results = list(each_on_its_cores(work, range(20), min(3, num_threads)))
+    assert results == [(number, 1) for number in range(20)]
+    assert list(each_on_its_cores(work, range(2), 1)) == [(n, num_threads) for n in range(2)]
+
+
+def test_who_stops_early_gets_the_threads_back(num_threads):
+    begun = []
+    with contextlib.closing(each_on_its_cores(begun.append, range(1000), num_threads)) as results:
+        next(results)
+    assert len(begun) <= 3 * num_threads + 1
+    assert torch.get_num_threads() == num_threads
+
+
+def test_an_error_in_a_batch_is_the_callers(num_threads):
+    def work(number):
+        if number == 3:
+            raise OSError("no such disk")
+        return number
+
+    results = each_on_its_cores(work, range(100), num_threads)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="no such disk"):
+        next(results)
+    assert torch.get_num_threads() == num_threads
