@@ -11,13 +11,14 @@ import argparse
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks.measure import compare
 from benchmarks.peers import WARM_UP, Task, chosen_setting, image_folder, small_pictures, train_as
-from benchmarks.turns import CONTEXT, workers
+from benchmarks.turns import CONTEXT, Turn, workers
 
 ON_CPU = {
     "resnet50": Task("scratch/resnet50", 128, 16, 1),
@@ -40,15 +41,25 @@ def names() -> list[str]:
     return ["ours", *ceilings, "plain", *best, "timm"]
 
 
-def compare_training(name: str, task: Task, **facts: object) -> None:
-    """Let all train on one task in turns."""
-    works = {peer: functools.partial(train_as, peer, task) for peer in names()}
+def tasks() -> dict[str, Task]:
+    """What is trained on this device."""
+    return ON_GPU if torch.cuda.is_available() else ON_CPU
+
+
+def compare_in_turns(
+    benchmark: str, works: dict[str, Callable[[Turn], None]], task: Task, **facts: object
+) -> None:
+    """Let all work in turns of the task's steps."""
+    facts = {
+        "model": task.model, "image_size": task.image_size, "batch_size": task.batch_size,
+        "steps": task.steps, **facts,
+    }  # fmt: skip
     images = task.steps * task.batch_size
-    with workers(works, WARM_UP, task.steps) as peers:
+    with workers(works, WARM_UP, task.steps) as started:
         runs = {
-            peer: lambda worker=worker: images / worker.turn() for peer, worker in peers.items()
+            name: lambda worker=worker: images / worker.turn() for name, worker in started.items()
         }
-        compare(f"training {name}", runs, rounds=task.turns, setting=str(task.setting), **facts)
+        compare(benchmark, runs, rounds=task.turns, **facts)
 
 
 def main() -> None:
@@ -62,18 +73,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = options.dataset_name or str(small_pictures(Path(folder, "data")))
         images = str(image_folder(data, Path(folder, "images")))
-        for name, task in (ON_GPU if torch.cuda.is_available() else ON_CPU).items():
-            if options.only in (None, name):
-                facts = {
-                    "model": task.model, "image_size": task.image_size, "batch_size": task.batch_size,
-                    "steps": task.steps,
-                    "dataset_name": Path(options.dataset_name or "small_pictures").name,
-                }  # fmt: skip
-                task = dataclasses.replace(
-                    task, dataset_name=data, images=images, turns=options.turns
-                )
-                task = dataclasses.replace(task, setting=chosen_setting(task))
-                compare_training(name, task, **facts)
+        for name, task in tasks().items():
+            if options.only not in (None, name):
+                continue
+            task = dataclasses.replace(task, dataset_name=data, images=images, turns=options.turns)
+            task = dataclasses.replace(task, setting=chosen_setting(task))
+            works = {peer: functools.partial(train_as, peer, task) for peer in names()}
+            facts = {
+                "setting": str(task.setting),
+                "dataset_name": Path(options.dataset_name or "small_pictures").name,
+            }
+            compare_in_turns(f"training {name}", works, task, **facts)
 
 
 if __name__ == "__main__":
