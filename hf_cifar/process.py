@@ -19,8 +19,9 @@ from hf_cifar.errors import UserError
 
 LOCK_FILE = ".lock"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# glibc's, from malloc.h: the size from which free memory goes back to the system, and the most mapped blocks.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+# glibc's, from malloc.h: the size from which free memory goes back to the system, the most mapped blocks, and
+# the most arenas.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 class Stopped(KeyboardInterrupt):
@@ -144,3 +145,4 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_ARENA_MAX, 1)  # those of further threads are given back all the same

@@ -61,19 +61,21 @@ def test_a_signal_is_noted_and_obeyed_when_asked(number):
 def test_memory_that_is_freed_costs_no_second_page_fault():
     code = """
 import resource, torch
+from concurrent.futures import ThreadPoolExecutor
 from hf_cifar.process import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        torch.ones(16 << 20)  # 64 MB, 16,384 pages
+        [torch.ones(2 << 20) for _ in range(24)]  # of 8 MB, 2,048 pages each
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 before = faults()
 keep_freed_memory()
-faults()
-print(before, faults())
+with ThreadPoolExecutor(1) as pool:
+    pool.submit(faults).result(), faults()
+    print(before, faults(), pool.submit(faults).result())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
-    assert after < before / 10
+    before, after, in_a_thread = map(int, done.stdout.split())
+    assert max(after, in_a_thread) < before / 50
