@@ -43,7 +43,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 
 # Run nothing else meanwhile.
 bench: $(VENV)/installed
-	for name in data training evaluation head scaling checkpoint; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in data training settings evaluation head scaling checkpoint; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.table
 
 clean:

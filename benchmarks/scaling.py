@@ -153,7 +153,8 @@ def main() -> None:
         }  # fmt: skip
         for name, (runs, unit) in comparisons(data).items():
             if options.only is None or options.only in name:
-                compare(name, runs, unit, options.rounds, **facts)
+                precision = "auto" if name == "peak memory" else "fp32"
+                compare(name, runs, unit, options.rounds, precision=precision, **facts)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A bare loop of training steps in each setting that the package compares: is the picked one the fastest?
 
-python -m benchmarks.settings [--only resnet50] [--turns 9] [--compiled]
+python -m benchmarks.settings [--only resnet50] [--turns 5] [--compiled]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     """Compare on every task, or the named one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only")
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--compiled", action="store_true", help="the picked one compiled, too")
     options = parser.parse_args()
     CONTEXT.set_forkserver_preload(["benchmarks.peers"])

@@ -210,15 +210,16 @@ class FinetuneOptions:
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto",
-        "Number format of training: auto times a few steps of each, and of the memory formats, and keeps the "
-        "fastest that is sound.",
+        "Number format of training: auto times a few steps of each, in each memory format and attention, and "
+        "keeps the fastest that is sound.",
     )
     memory_format: Literal["auto", "contiguous", "channels_last"] = option(
         "auto", "Memory format of weights and images; auto goes with --precision auto."
     )
     attention: Literal["auto", "fused", "eager"] = option(
         "auto",
-        "One kernel, or the products of matrices that it stands for; auto goes with --precision auto.",
+        "As the model comes, which is one kernel where there is one, or eager: the products of matrices that "
+        "it stands for; auto goes with --precision auto.",
     )
     feature_views: int = option(
         1,

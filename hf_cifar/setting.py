@@ -48,7 +48,7 @@ MEMORY_FORMATS = {
 # Fewest and most times that each setting is timed: the more, the less another program's turn counts.
 ROUNDS, MOST_ROUNDS = 3, 10
 # Another setting than the first must be faster by this much: what is left is noise.
-CLEARLY = 1.1
+CLEARLY = 1.05
 # A loss further from the one in fp32 than this share of it is another computation.
 TOLERANCE = 0.05
 # Images that a first guess at the speed takes; seconds, and fewest images, of a measured step on a CPU.
