@@ -22,7 +22,7 @@ from benchmarks.peers import small_pictures
 MODEL = "scratch/tf_efficientnet_lite0"
 FINETUNE = "scripts/finetune.py"
 STEPS, BATCH = 12, 32
-LONG = ("--max_steps", "100")  # where a start of a second would count
+LONG = ("--max_steps", "60")  # where a start of a second would count
 MEMORY_STEPS = "200"  # enough for ours to pick its setting
 # The plain recipe on the whole data set, for its memory; prints the peak in MB.
 PLAIN_MEMORY = """
@@ -73,14 +73,13 @@ def speed(data: str, *more: str) -> Callable[[], float]:
     return lambda: training_facts([sys.executable], data, *more)["train_images_per_second"]
 
 
-def two_processes(data: str) -> Callable[[], float]:
-    """Images/s of two processes of half the threads and half the batch each."""
+def two_processes(data: str, *more: str) -> Callable[[], float]:
+    """Images/s of two processes of half the threads each."""
     threads = max(1, torch.get_num_threads() // 2)
     launcher = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/cpu.yaml",
         "--num_processes", "2", "--main_process_port", "0",
     ]  # fmt: skip
-    more = ["--per_device_train_batch_size", str(BATCH // 2), *LONG]
     return lambda: training_facts(launcher, data, *more, OMP_NUM_THREADS=str(threads))[
         "train_images_per_second"
     ]
@@ -132,8 +131,12 @@ def comparisons(data: str) -> dict[str, tuple[dict[str, Callable[[], float]], st
     }
     if torch.cuda.is_available():
         return found
-    runs = {"two processes": two_processes(data), "one process": speed(data, *LONG)}
-    return {"processes, the same threads in all": (runs, "images/s"), **found}
+    processes = {}
+    for images in (BATCH, 2 * BATCH):
+        each, one = (("--per_device_train_batch_size", str(n), *LONG) for n in (images // 2, images))
+        runs = {"two processes": two_processes(data, *each), "one process": speed(data, *one)}
+        processes[f"processes of the same threads in all, {images} images a step"] = runs, "images/s"
+    return processes | found
 
 
 def main() -> None:

@@ -136,8 +136,8 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed, for what this process needs next; for training on a CPU.
 
     glibc maps each large block anew and unmaps it when it is freed. But a training step frees what the next
-    asks for again, and the system clears every page in between: about a fifth of the time of a convolutional
-    network. The peak stays the same. Nothing happens with another C library.
+    asks for again, and the system clears every page in between; docs/speed.md has what that costs. Nothing
+    happens with another C library.
 
     Source: mallopt(3).
     """
