@@ -133,9 +133,14 @@ def comparisons(data: str) -> dict[str, tuple[dict[str, Callable[[], float]], st
         return found
     processes = {}
     for images in (BATCH, 2 * BATCH):
-        each, one = (("--per_device_train_batch_size", str(n), *LONG) for n in (images // 2, images))
+        each, one = (
+            ("--per_device_train_batch_size", str(n), *LONG) for n in (images // 2, images)
+        )
         runs = {"two processes": two_processes(data, *each), "one process": speed(data, *one)}
-        processes[f"processes of the same threads in all, {images} images a step"] = runs, "images/s"
+        processes[f"processes of the same threads in all, {images} images a step"] = (
+            runs,
+            "images/s",
+        )
     return processes | found
 
 
