@@ -99,7 +99,7 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
         metric, self.metric_for_best_model = self.metric_for_best_model, "unresolved"
         super().__post_init__()
         self.dataloader_num_workers, self.metric_for_best_model = num_workers, metric
-        # --bf16, --fp16 and the launcher name a precision too; --precision itself goes before the launcher.
+        # The launcher names a precision too; the options go before it.
         if self.precision == "auto" and self.mixed_precision != "no":
             self.precision = self.mixed_precision
         if self.precision != "auto":
