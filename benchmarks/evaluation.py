@@ -111,22 +111,18 @@ def main() -> None:
         num_images = len(split)
         compare("prediction efficientnet_lite0", runs, rounds=options.rounds, num_images=num_images)
         same = {
-            name: sum(a == b for a, b in zip(labels["ours"], labels[name], strict=True))
-            / num_images
-            for name in peers
+            name: sum(a == b for a, b in zip(labels["ours"], found, strict=True)) / num_images
+            for name, found in labels.items()
             if name.startswith("pipeline")
         }
-        figures = {name: summary([share]) for name, share in same.items()}
-        facts = {"num_images": num_images, "num_distinct": len(set(labels["ours"]))}
-        print(f"same label as ours: {same}; {facts}")
-        record = {"unit": "of images", "n": 1, **facts, "figures": figures, "ratios": {}}
-        write(
-            {
-                "benchmark": "prediction efficientnet_lite0, the same label as ours",
-                **record,
-                **conditions(),
-            }
-        )
+        record = {
+            "benchmark": "prediction efficientnet_lite0, the same label as ours", "unit": "of images",
+            "n": 1, "num_images": num_images, "num_distinct": len(set(labels["ours"])),
+            "figures": {name: summary([share]) for name, share in same.items()}, "ratios": {},
+            **conditions(),
+        }  # fmt: skip
+        write(record)
+        print(f"same label as ours: {same}, {record['num_distinct']} distinct ones")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,7 @@ def main() -> None:
     CONTEXT.set_forkserver_preload(["benchmarks.peers"])
     with tempfile.TemporaryDirectory() as folder:
         data = str(small_pictures(Path(folder, "data")))
-        for name, task in tasks().items():
-            if options.only not in (None, name):
-                continue
+        for name, task in tasks(options.only).items():
             task = replace(task, dataset_name=data, turns=options.turns)
             config = task.config("unused")
             model, _ = build_model(config.model, load_splits(config.data).id2label)

@@ -41,9 +41,10 @@ def names() -> list[str]:
     return ["ours", *ceilings, "plain", *best, "timm"]
 
 
-def tasks() -> dict[str, Task]:
-    """What is trained on this device."""
-    return ON_GPU if torch.cuda.is_available() else ON_CPU
+def tasks(only: str | None) -> dict[str, Task]:
+    """What is trained on this device, or the named one of it."""
+    found = ON_GPU if torch.cuda.is_available() else ON_CPU
+    return {name: task for name, task in found.items() if only in (None, name)}
 
 
 def compare_in_turns(
@@ -73,9 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = options.dataset_name or str(small_pictures(Path(folder, "data")))
         images = str(image_folder(data, Path(folder, "images")))
-        for name, task in tasks().items():
-            if options.only not in (None, name):
-                continue
+        for name, task in tasks(options.only).items():
             task = dataclasses.replace(task, dataset_name=data, images=images, turns=options.turns)
             task = dataclasses.replace(task, setting=chosen_setting(task))
             works = {peer: functools.partial(train_as, peer, task) for peer in names()}

@@ -29,6 +29,7 @@ from hf_cifar.data.splits import Split
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.models.layers import (
+    as_it_came,
     fuse_attention,
     has_fused_attention,
     spare_depthwise_gradients,
@@ -123,7 +124,8 @@ def measure(
     """Time training steps (forward, backward) of every setting in turn, `rounds` times, after one to warm up.
 
     pixel_values [N, C, h, w] and labels [N] lie on the model's device. The model is left as it was:
-    weights, gradients, statistics of its norms, mode, memory format, and the state of the generators.
+    weights, gradients, statistics of its norms, mode, memory format, and the state of the generators; its
+    kernels are those that it came with.
     A setting that cannot run here (no compiler, no kernel) has no timing.
     """
     timings: dict[Setting, Timing] = {}
@@ -318,16 +320,15 @@ def _sparing(
 ) -> list[Setting]:
     """The settings, without those whose attention keeps far more for the backward pass than the first."""
     first = settings[0]
-    for attention in {setting.attention for setting in settings} - {first.attention}:
-        other = first._replace(attention=attention)
-        try:
-            kept = [_kept_bytes(model, pixel_values, labels, each) for each in (first, other)]
-            affordable = kept[1] <= MOST_MEMORY * kept[0]
-        except Exception:  # as in `measure`
-            affordable = False
-        if not affordable:
-            settings = [setting for setting in settings if setting.attention != attention]
-    return settings
+    sparing = [setting for setting in settings if setting.attention == first.attention]
+    others = [setting for setting in settings if setting not in sparing]
+    if not others:
+        return settings
+    try:
+        kept = [_kept_bytes(model, pixel_values, labels, each) for each in (first, others[0])]
+    except Exception:  # as in `measure`
+        return sparing
+    return settings if kept[1] <= MOST_MEMORY * kept[0] else sparing
 
 
 def _kept_bytes(
@@ -376,7 +377,6 @@ def _wait(device: str) -> None:
 
 @contextlib.contextmanager
 def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    fused = has_fused_attention(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     training = model.training
     strides = [parameter.stride() for parameter in model.parameters()]
@@ -386,8 +386,7 @@ def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
         try:
             yield
         finally:
-            treat_depthwise_alike(model)
-            fuse_attention(model, fused)
+            as_it_came(model)
             model.train(training)
             model.zero_grad(set_to_none=True)
             with torch.no_grad():

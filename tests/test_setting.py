@@ -97,6 +97,8 @@ def test_attention_may_be_eager_and_is_the_same(vit, batch, kernel_calls):
         losses[name] = measure(vit, *batch, [setting], rounds=1)[setting].loss
         assert bool(kernel_calls) is (name == "fused")
     assert losses["eager"] == pytest.approx(losses["fused"], rel=1e-5)
+    settings = candidates(vit, CPU)
+    assert len(measure(vit, *batch, settings, rounds=1)) == len(settings) == 4
     assert has_fused_attention(vit)
     _, line = pick_setting(vit, *batch, num_steps=2000)
     assert "bf16 channels_last eager" in line
