@@ -239,7 +239,13 @@ def predict(argv: Sequence[str]) -> int:
     quieten(True)
     failed = 0
     for record in predict_files(config, paths):
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        try:
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+        except (
+            BrokenPipeError
+        ):  # who reads has seen enough, as `head`; what is left must not go there at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         failed += "error" in record
     if failed:
         print(f"hf-cifar: {failed} image(s) could not be read", file=sys.stderr)

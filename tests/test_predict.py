@@ -1,7 +1,11 @@
 """hf_cifar.predict: batches side by side give what one after the other gives, and leave no trace."""
 
 import contextlib
+import json
 import random
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -78,3 +82,14 @@ def test_an_error_in_a_batch_is_the_callers(num_threads):
     with pytest.raises(OSError, match="no such disk"):
         next(results)
     assert torch.get_num_threads() == num_threads
+
+
+def test_a_reader_who_has_seen_enough_ends_it_without_a_word(saved, stripes):
+    main = "import sys; from hf_cifar.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", main, "predict", "--model_name_or_path", saved]
+    command += ["--batch_size", "1", "--use_cpu", *[str(stripes / "test")] * 200]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert "label" in json.loads(process.stdout.readline())
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
