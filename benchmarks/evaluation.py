@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +17,16 @@ from transformers import AutoModelForImageClassification, pipeline
 from benchmarks.measure import compare, conditions, summary, write
 from benchmarks.peers import small_pictures
 from benchmarks.turns import CONTEXT
-from hf_cifar import PredictConfig, RunConfig, finetune_classifier, predict_files
+from hf_cifar import (
+    DataConfig,
+    PredictConfig,
+    RunConfig,
+    finetune_classifier,
+    load_splits,
+    predict_files,
+)
 from hf_cifar.data.images import list_images
-from hf_cifar.data.splits import load_splits
 from hf_cifar.models.folding import fold_norms
-from hf_cifar.options import DataConfig
 from hf_cifar.predict import each_on_its_cores
 from hf_cifar.process import keep_freed_memory
 
@@ -52,50 +57,67 @@ def theirs(batch_size: int, model: str, images: str) -> Found:
     return len(files) / seconds, [result[0]["label"] for result in results]
 
 
-def alone(model: str, images: str) -> Found:
+def alone(image_size: int, num_images: int, model: str, images: str) -> Found:
     """Ready tensors through the loaded network, as ours computes: what no predictor can exceed."""
-    keep_freed_memory()
-    layout = torch.channels_last
+    layout, on_gpu = torch.channels_last, torch.cuda.is_available()
     network = AutoModelForImageClassification.from_pretrained(model).eval()
     size = PredictConfig.batch_size
-    pixel_values = torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE).contiguous(memory_format=layout)
+    pixel_values = torch.randn(size, 3, image_size, image_size).contiguous(memory_format=layout)
     network = fold_norms(network, pixel_values).to(memory_format=layout)
+    if on_gpu:
+        network, pixel_values = network.cuda(), pixel_values.cuda()
+    else:
+        keep_freed_memory()
 
     def compute(pixel_values: torch.Tensor) -> None:
         with torch.inference_mode():
             network(pixel_values=pixel_values)
 
     def computed(num_batches: int) -> int:
-        work = each_on_its_cores(compute, [pixel_values] * num_batches, torch.get_num_threads())
-        return size * len(list(work))
+        batches = [pixel_values] * num_batches
+        if on_gpu:
+            for batch in batches:
+                compute(batch)
+            torch.cuda.synchronize()
+            return size * num_batches
+        return size * len(list(each_on_its_cores(compute, batches, torch.get_num_threads())))
 
     computed(torch.get_num_threads())
     start = time.perf_counter()
-    num_images = computed(NUM_IMAGES // size)
-    return num_images / (time.perf_counter() - start), []
+    done = computed(max(1, num_images // size))
+    return done / (time.perf_counter() - start), []
 
 
-def main() -> None:
-    """Classify the same PNG files with the same saved model, each in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    CONTEXT.set_forkserver_preload(["benchmarks.evaluation"])
-    with tempfile.TemporaryDirectory() as folder:
-        data = DataConfig(dataset_name=str(small_pictures(Path(folder, "data"), NUM_IMAGES)))
-        split = load_splits(data).train
-        images, saved = Path(folder, "images"), Path(folder, "run")
+def compare_predictors(
+    dataset_name: str,
+    model: str = MODEL,
+    image_size: int = IMAGE_SIZE,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    *,
+    rounds: int = 3,
+    steps: int = 80,
+    folder: Path | None = None,
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Classify the training images of a data set, as PNG files, with one saved model, each peer in a process
+    of its own.
+
+    steps: of the training before, since labels that are all the same would agree with anything.
+    Returns images/s of each peer, and the share of the labels of ours that each pipeline gives.
+    """
+    split = load_splits(DataConfig(dataset_name=dataset_name)).train
+    num_images = len(split)
+    labels: dict[str, list[str]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        images, saved = Path(temporary, "images"), Path(temporary, "run")
         images.mkdir()
         for row, cell in enumerate(split.rows["image"]):
             (images / f"{row:05}.png").write_bytes(cell["bytes"])
-        # Trained a little: labels that are all the same would agree with anything.
         flags = [
-            "--dataset_name", data.dataset_name, "--model_name_or_path", MODEL,
-            "--image_size", str(IMAGE_SIZE), "--output_dir", str(saved),
-            "--max_steps", "80", "--eval_strategy", "no",
+            "--dataset_name", dataset_name, "--model_name_or_path", model,
+            "--image_size", str(image_size), "--output_dir", str(saved),
+            "--max_steps", str(steps), "--eval_strategy", "no", "--disable_tqdm", "true",
         ]  # fmt: skip
         finetune_classifier(RunConfig.parse(flags))
-        labels: dict[str, list[str]] = {}
 
         def timed(name: str, work: Callable[..., Found], *more: int) -> Callable[[], float]:
             def run() -> float:
@@ -105,24 +127,37 @@ def main() -> None:
 
             return run
 
-        peers = {f"pipeline, {n} at a time": (theirs, n) for n in BATCH_SIZES}
-        peers = {"ours": (ours,), "the network alone": (alone,), **peers}
+        peers = {f"pipeline, {n} at a time": (theirs, n) for n in batch_sizes}
+        bound = (alone, image_size, num_images)
+        peers = {"ours": (ours,), "the network alone": bound, **peers}
         runs = {name: timed(name, *work) for name, work in peers.items()}
-        num_images = len(split)
-        compare("prediction efficientnet_lite0", runs, rounds=options.rounds, num_images=num_images)
-        same = {
-            name: sum(a == b for a, b in zip(labels["ours"], found, strict=True)) / num_images
-            for name, found in labels.items()
-            if name.startswith("pipeline")
-        }
-        record = {
-            "benchmark": "prediction efficientnet_lite0, the same label as ours", "unit": "of images",
-            "n": 1, "num_images": num_images, "num_distinct": len(set(labels["ours"])),
-            "figures": {name: summary([share]) for name, share in same.items()}, "ratios": {},
-            **conditions(),
-        }  # fmt: skip
-        write(record)
-        print(f"same label as ours: {same}, {record['num_distinct']} distinct ones")
+        name = f"prediction {model.split('/')[-1].removeprefix('tf_')}"
+        speeds = compare(name, runs, rounds=rounds, folder=folder, num_images=num_images)
+    same = {
+        peer: sum(a == b for a, b in zip(labels["ours"], found, strict=True)) / num_images
+        for peer, found in labels.items()
+        if peer.startswith("pipeline")
+    }
+    record = {
+        "benchmark": f"{name}, the same label as ours", "unit": "of images",
+        "n": 1, "num_images": num_images, "num_distinct": len(set(labels["ours"])),
+        "figures": {peer: summary([share]) for peer, share in same.items()}, "ratios": {},
+        **conditions(),
+    }  # fmt: skip
+    write(record, folder)
+    print(f"same label as ours: {same}, {record['num_distinct']} distinct ones")
+    return speeds, same
+
+
+def main() -> None:
+    """Compare on small pictures that are made here."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    CONTEXT.set_forkserver_preload(["benchmarks.evaluation"])
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = small_pictures(Path(folder, "data"), NUM_IMAGES)
+        compare_predictors(str(pictures), rounds=options.rounds)
 
 
 if __name__ == "__main__":

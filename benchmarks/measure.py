@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -26,12 +27,14 @@ def compare(
     variants: dict[str, Callable[[], float]],
     unit: str = "images/s",
     rounds: int = 3,
+    folder: Path | None = None,
     **facts: object,
 ) -> dict[str, list[float]]:
     """Run all variants in turn, `rounds` times, each round from another one on, and append one JSON line.
 
     A variant returns its figure, a rate; or in seconds or MB, where less is better. The ratios are of the
     first variant to each other one, round by round, and above 1 where the first is better.
+    folder: of the JSON lines; `benchmarks/results` if not given.
     """
     figures: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
@@ -57,7 +60,7 @@ def compare(
         "ratios": {name: summary(values) for name, values in ratios.items()},
         **conditions(),
     }  # fmt: skip
-    write(record)
+    write(record, folder)
     for name, values in ratios.items():
         print(f"{benchmark}: {first} / {name} = {statistics.median(values):.2f}", flush=True)
     return figures
@@ -87,22 +90,25 @@ def device_name() -> str:
 
 def conditions() -> dict[str, object]:
     """Where and with what a figure was measured."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        commit = done.stdout.strip() or None
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[2], 2),
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
         "versions": {name: version(name) for name in PACKAGES},
     }
 
 
-def write(record: dict[str, object]) -> None:
-    """Append to the results of this device."""
-    RESULTS.mkdir(exist_ok=True)
+def write(record: dict[str, object], folder: Path | None = None) -> None:
+    """Append to the results of this device, in `benchmarks/results` or the given folder."""
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
     name = "gpu" if torch.cuda.is_available() else "cpu"
-    with (RESULTS / f"{name}.jsonl").open("a") as file:
+    with (folder / f"{name}.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")

