@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,22 +54,18 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_settings(models: tuple[str, ...], image_size: int, compiled: bool) -> Iterator[Check]:
-    """Compare logits and gradients of each setting with those of float32 on the CPU.
-
-    compiled: also compile the model, in bfloat16.
-    """
+def check_settings(
+    models: tuple[str, ...], image_size: int, settings: Sequence[Setting] | None = None
+) -> Iterator[Check]:
+    """Compare logits and gradients of settings, all candidates if not given, with float32 on the CPU."""
     for name in models:
         config = ModelConfig(model_name_or_path=name, image_size=image_size)
         torch.manual_seed(0)
         model, _ = build_model(config, NAMES)
         images = torch.randn(16, 3, image_size, image_size)
         reference = logits_and_gradients(model, images, Setting("fp32", "contiguous"))
-        settings = candidates(model, device())
-        if compiled:
-            settings.append(Setting("bf16", "channels_last", compiled=True))
         model.to(device())
-        for setting in settings:
+        for setting in settings or candidates(model, device()):
             found = logits_and_gradients(model, images.to(device()), setting)
             limits = LIMITS[setting.precision]
             for what, a, b, limit in zip(
@@ -143,13 +139,18 @@ def check_transforms(size: int) -> Iterator[Check]:
         yield Check(f"{name}: targets", (ours_targets - theirs_targets).abs().max().item(), 1e-6)
 
 
-def check_training(model: str, image_size: int, steps: int, compiled: bool) -> Iterator[Check]:
-    """Compare the losses of whole runs in each precision with those of the run in float32."""
+def check_training(
+    model: str, image_size: int, steps: int, names: Sequence[str] = ("fp16", "bf16")
+) -> Iterator[Check]:
+    """Compare the losses of whole runs in each named precision with those of the run in float32.
+
+    names: a precision, or one followed by ` compiled`.
+    """
     losses: dict[str, Tensor] = {}
-    variants = {"fp32": [], "bf16": [], **({"fp16": []} if device().type == "cuda" else {})}
-    if compiled:
-        variants["bf16 compiled"] = ["--torch_compile", "true"]
-    for name, flags in variants.items():
+    if device().type == "cpu":
+        names = [name for name in names if name != "fp16"]
+    for name in ("fp32", *names):
+        flags = ["--torch_compile", "true"] if name.endswith("compiled") else []
         with tempfile.TemporaryDirectory() as folder:
             options = run_options(Path(folder, "run"), model, image_size, steps)
             options += ["--precision", name.split()[0], "--logging_steps", "1", *flags]

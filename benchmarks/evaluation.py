@@ -6,6 +6,7 @@ python -m benchmarks.evaluation [--rounds 3]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -120,9 +121,10 @@ def compare_predictors(
         finetune_classifier(RunConfig.parse(flags))
 
         def timed(name: str, work: Callable[..., Found], *more: int) -> Callable[[], float]:
+            process = processes.enter_context(CONTEXT.Pool(1))
+
             def run() -> float:
-                with CONTEXT.Pool(1) as process:
-                    speed, labels[name] = process.apply(work, (*more, str(saved), str(images)))
+                speed, labels[name] = process.apply(work, (*more, str(saved), str(images)))
                 return speed
 
             return run
@@ -130,9 +132,10 @@ def compare_predictors(
         peers = {f"pipeline, {n} at a time": (theirs, n) for n in batch_sizes}
         bound = (alone, image_size, num_images)
         peers = {"ours": (ours,), "the network alone": bound, **peers}
-        runs = {name: timed(name, *work) for name, work in peers.items()}
         name = f"prediction {model.split('/')[-1].removeprefix('tf_')}"
-        speeds = compare(name, runs, rounds=rounds, folder=folder, num_images=num_images)
+        with contextlib.ExitStack() as processes:
+            runs = {name: timed(name, *work) for name, work in peers.items()}
+            speeds = compare(name, runs, rounds=rounds, folder=folder, num_images=num_images)
     same = {
         peer: sum(a == b for a, b in zip(labels["ours"], found, strict=True)) / num_images
         for peer, found in labels.items()

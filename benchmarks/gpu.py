@@ -108,11 +108,11 @@ def check(
 
 
 def settings_agree(bench: Bench) -> Iterator[correctness.Check]:
-    """Yield the checks of precisions, memory formats and compilation, on three architectures."""
+    """Yield the checks of precisions and memory formats, on three architectures."""
     if bench.tiny:
-        return correctness.check_settings(("scratch/test_vit",), 32, compiled=False)
+        return correctness.check_settings(("scratch/test_vit",), 32)
     models = ("scratch/resnet18", "scratch/vit_tiny_patch16_224", "scratch/tf_efficientnet_lite0")
-    return correctness.check_settings(models, 96, compiled=True)
+    return correctness.check_settings(models, 96)
 
 
 def transforms_agree(bench: Bench) -> Iterator[correctness.Check]:
@@ -121,14 +121,24 @@ def transforms_agree(bench: Bench) -> Iterator[correctness.Check]:
 
 
 def runs_agree(bench: Bench) -> Iterator[correctness.Check]:
-    """Yield the checks of whole runs: precisions, then a resumed one."""
+    """Yield the checks of whole runs: precisions, then resumed ones."""
     if bench.tiny:
-        yield from correctness.check_training("scratch/article_cnn", 32, 4, compiled=False)
+        yield from correctness.check_training("scratch/article_cnn", 32, 4)
         yield from correctness.check_resuming("scratch/article_cnn", 32, 4)
         return
-    yield from correctness.check_training("scratch/resnet18", 64, 20, compiled=True)
+    yield from correctness.check_training("scratch/resnet18", 64, 20)
     for model in ("scratch/resnet18", "scratch/vit_tiny_patch16_224"):
         yield from correctness.check_resuming(model, 64, 8)
+
+
+def compiled_agrees(bench: Bench) -> Iterator[correctness.Check]:
+    """Yield the checks of a compiled model, and of a run that compiles."""
+    if bench.tiny:
+        yield from correctness.check_training("scratch/article_cnn", 32, 4, ["bf16 compiled"])
+        return
+    settings = [correctness.Setting("bf16", "channels_last", compiled=True)]
+    yield from correctness.check_settings(("scratch/vit_tiny_patch16_224",), 96, settings)
+    yield from correctness.check_training("scratch/resnet18", 64, 20, ["bf16 compiled"])
 
 
 def train(name: str, bench: Bench) -> None:
@@ -265,12 +275,13 @@ def parts(bench: Bench) -> list[Part]:
     names = list(bench.tasks())
     return [
         Part("correctness: transforms", 10, check("transforms", transforms_agree)),
-        Part("correctness: settings", 60, check("settings", settings_agree)),
+        Part("correctness: settings", 30, check("settings", settings_agree)),
         Part("correctness: runs", 45, check("runs", runs_agree)),
         *(Part(f"training {n}", 60, functools.partial(train, n)) for n in names),
-        Part("fine-tuning", 70, finetune),
+        Part("fine-tuning", 60, finetune),
         Part("prediction", 50, predict),
-        *(Part(f"settings {n}", 70, functools.partial(settings, n)) for n in names[:2]),
+        Part("correctness: compiled", 60, check("compiled", compiled_agrees)),
+        *(Part(f"settings {n}", 90, functools.partial(settings, n)) for n in names[:2]),
     ]
 
 

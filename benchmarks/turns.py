@@ -17,8 +17,9 @@ from multiprocessing.connection import Connection
 import torch
 
 Turn = Callable[[], None]  # to be called after each step
-# Forked from a process that has imported everything and computed nothing.
-CONTEXT = multiprocessing.get_context("forkserver")
+# Forked from a process that has imported everything and computed nothing. Not where there is a GPU: imports
+# alone touch it, and a forked process could not use it then.
+CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 
 
 class Worker:
