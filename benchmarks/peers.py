@@ -36,24 +36,19 @@ AUGMENTATION = ["--crop_padding", "0", "--crop_scale", "0.25", "--flip", "0.5"]
 
 @dataclass(frozen=True)
 class Task:
-    """A model to be trained in turns of `steps` steps of `batch_size` images.
+    """A model to be trained in turns, with `batch_size` images a step.
 
-    images: folder of the same images, one a class. setting: how ours computes.
+    images: folder of the same images, one a class. setting: how ours computes. num_steps: of a whole run, if
+    nobody ends it before.
     """
 
     model: str
     image_size: int
     batch_size: int
-    steps: int
-    turns: int = 1
     dataset_name: str = ""
     images: str = ""
     setting: Setting = UNMEASURED
-
-    @property
-    def all_steps(self) -> int:
-        """Of a whole run."""
-        return WARM_UP + self.turns * self.steps
+    num_steps: int = 10**6
 
     def config(self, output_dir: str, *flags: str) -> RunConfig:
         """Ours, with the speed options at their defaults."""
@@ -62,7 +57,7 @@ class Task:
                 "--dataset_name", self.dataset_name, "--model_name_or_path", self.model,
                 "--image_size", str(self.image_size), "--output_dir", output_dir,
                 "--per_device_train_batch_size", str(self.batch_size),
-                "--max_steps", str(self.all_steps), "--eval_strategy", "no",
+                "--max_steps", str(self.num_steps), "--eval_strategy", "no",
                 "--save_strategy", "no", "--logging_steps", "100000", "--disable_tqdm", "true",
                 "--label_smoothing_factor", "0", *AUGMENTATION, *flags,
             ]
@@ -175,7 +170,7 @@ def plain(task: Task, turn: Turn, **flags: object) -> None:
     rows = with_pil_transform(splits.train.rows, Preprocessing.from_image_processor(processor))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=task.batch_size, max_steps=task.all_steps,
+            output_dir=folder, per_device_train_batch_size=task.batch_size, max_steps=task.num_steps,
             save_strategy="no", logging_steps=100000, remove_unused_columns=False, report_to="none",
             disable_tqdm=True, learning_rate=1e-3, **flags,
         )  # fmt: skip
@@ -201,7 +196,7 @@ def timm_pattern(task: Task, turn: Turn, workers: int = 2) -> None:
     )  # fmt: skip
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
     batches = (batch for _ in range(10**6) for batch in loader)
-    for _, (images, labels) in zip(range(task.all_steps), batches, strict=False):
+    for _, (images, labels) in zip(range(task.num_steps), batches, strict=False):
         loss = F.cross_entropy(model(pixel_values=images.to(on)).logits, labels.to(on))
         optimizer.zero_grad()
         loss.backward()
@@ -228,7 +223,7 @@ def ceiling(task: Task, turn: Turn, keep_memory: bool = True) -> None:
     images = torch.randn(task.batch_size, 3, *size, device=on).contiguous(memory_format=layout)
     labels = torch.arange(task.batch_size, device=on) % len(id2label)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    for _ in range(task.all_steps):
+    for _ in range(task.num_steps):
         with torch.autocast(on.type, dtype, enabled=dtype is not torch.float32):
             logits = model(pixel_values=images).logits
         F.cross_entropy(logits.float(), labels).backward()

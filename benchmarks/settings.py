@@ -29,7 +29,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = str(small_pictures(Path(folder, "data")))
         for name, task in tasks(options.only).items():
-            task = replace(task, dataset_name=data, turns=options.turns)
+            task = replace(task, dataset_name=data)
             config = task.config("unused")
             model, _ = build_model(config.model, load_splits(config.data).id2label)
             picked = chosen_setting(task)._replace(compiled=False)
@@ -40,7 +40,7 @@ def main() -> None:
                 str(setting): functools.partial(train_as, "ceiling", replace(task, setting=setting))
                 for setting in settings
             }
-            compare_in_turns(f"settings {name}", works, task)
+            compare_in_turns(f"settings {name}", works, task, options.turns)
 
 
 if __name__ == "__main__":

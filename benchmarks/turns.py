@@ -23,14 +23,14 @@ CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else 
 
 
 class Worker:
-    """A process that is stopped except during its turns of `steps` steps. work: can be pickled.
+    """A process that is stopped except during its turns, which end with the first step after `seconds`.
 
-    peak_mb: the most memory that it has taken so far; the GPU's where there is one.
+    work: can be pickled. peak_mb: the most memory that it has taken so far; the GPU's where there is one.
     """
 
-    def __init__(self, work: Callable[[Turn], None], warm_up: int, steps: int) -> None:
+    def __init__(self, work: Callable[[Turn], None], warm_up: int, seconds: float) -> None:
         self._connection, other = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_work, args=(work, warm_up, steps, other))
+        self._process = CONTEXT.Process(target=_work, args=(work, warm_up, seconds, other))
         self._process.start()
         other.close()
         self.peak_mb = 0.0
@@ -40,7 +40,7 @@ class Worker:
         self._until_it_reports()
 
     def turn(self) -> float:
-        """Seconds that one turn took it. Raises: SystemExit if the process ends instead."""
+        """Take one turn; return steps a second. Raises: SystemExit if the process ends instead."""
         self._signal(signal.SIGCONT)
         self._connection.send(None)
         return self._until_it_reports()
@@ -53,11 +53,11 @@ class Worker:
 
     def _until_it_reports(self) -> float:
         try:
-            seconds, self.peak_mb = self._connection.recv()
+            speed, self.peak_mb = self._connection.recv()
         except EOFError:
             raise SystemExit(f"process {self._process.pid} ended before its turns did") from None
         self._signal(signal.SIGSTOP)
-        return seconds
+        return speed
 
     def _signal(self, number: int) -> None:
         os.killpg(self._process.pid, number)
@@ -65,13 +65,13 @@ class Worker:
 
 @contextlib.contextmanager
 def workers(
-    works: dict[str, Callable[[Turn], None]], warm_up: int, steps: int
+    works: dict[str, Callable[[Turn], None]], warm_up: int, seconds: float
 ) -> Iterator[dict[str, Worker]]:
     """One stopped process for each, warmed up; they start and warm up at the same time."""
     started: dict[str, Worker] = {}
     try:
         for name, work in works.items():
-            started[name] = Worker(work, warm_up, steps)
+            started[name] = Worker(work, warm_up, seconds)
         for worker in started.values():
             worker.warm_up()
         yield started
@@ -80,22 +80,24 @@ def workers(
             worker.end()
 
 
-def _work(work: Callable[[Turn], None], warm_up: int, steps: int, connection: Connection) -> None:
+def _work(
+    work: Callable[[Turn], None], warm_up: int, seconds: float, connection: Connection
+) -> None:
     """In the process: work, and wait at the end of the warm-up and of each turn."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # for loader processes, as outside
-    count, start = 0, time.perf_counter()
+    count, start, least = 0, time.perf_counter(), None
 
     def step_done() -> None:
-        nonlocal count, start
+        nonlocal count, start, least
         count += 1
-        if count < warm_up or (count - warm_up) % steps:
+        if count < warm_up if least is None else time.perf_counter() - start < least:
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        connection.send((time.perf_counter() - start, _peak_mb()))
+        connection.send((count / (time.perf_counter() - start), _peak_mb()))
         connection.recv()
-        start = time.perf_counter()
+        count, start, least = 0, time.perf_counter(), seconds
 
     work(step_done)
 

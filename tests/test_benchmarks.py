@@ -7,8 +7,9 @@ import time
 
 import psutil
 import pytest
+import torch
 
-from benchmarks import accuracy, checkpoint, measure, scaling, table
+from benchmarks import accuracy, checkpoint, correctness, gpu, measure, scaling, table
 from benchmarks.peers import (
     WARM_UP,
     Task,
@@ -69,7 +70,7 @@ def test_the_table_holds_the_newest_of_each(results):
 def test_every_peer_trains(tmp_path):
     data = str(small_pictures(tmp_path / "data", 120))
     task = Task(
-        "scratch/article_cnn", 32, 8, steps=1, turns=2, dataset_name=data,
+        "scratch/article_cnn", 32, 8, dataset_name=data, num_steps=WARM_UP + 2,
         images=str(image_folder(data, tmp_path / "images")),
     )  # fmt: skip
     task = dataclasses.replace(task, setting=chosen_setting(task))
@@ -77,7 +78,7 @@ def test_every_peer_trains(tmp_path):
     for peer in ("ours", "ceiling", "plain", "timm"):
         steps = []
         train_as(peer, task, lambda steps=steps: steps.append(None))
-        assert len(steps) == task.all_steps == WARM_UP + 2, peer
+        assert len(steps) == WARM_UP + 2, peer
 
 
 def sleepy(seconds, turn):
@@ -94,13 +95,17 @@ def fails(turn):
 
 def test_processes_work_in_their_turns_alone(tmp_path):
     works = {n: functools.partial(sleepy, n) for n in (0.01, 0.04)}
-    with workers(works, warm_up=2, steps=5) as started:
+    with workers(works, warm_up=2, seconds=0.2) as started:
         pids = [worker._process.pid for worker in started.values()]
         for seconds, worker in started.items():
             assert psutil.Process(worker._process.pid).status() == psutil.STATUS_STOPPED
-            assert worker.turn() >= 5 * seconds
+            assert 0 < worker.turn() <= 1 / seconds
+            assert worker.peak_mb > 10
     assert not any(map(psutil.pid_exists, pids))
-    with pytest.raises(SystemExit, match="ended before its turns did"), workers({"a": fails}, 2, 5):
+    with (
+        pytest.raises(SystemExit, match="ended before its turns did"),
+        workers({"a": fails}, 2, 0.2),
+    ):
         pass
 
 
@@ -121,6 +126,43 @@ def test_time_to_accuracy_of_whole_commands(results, stripes, monkeypatch):
     monkeypatch.setattr("sys.argv", [*arguments, "--target", "1.1", "--max_epochs", "1"])
     with pytest.raises(SystemExit, match=r"ours does not reach 1\.1 in 1 epochs"):
         accuracy.main()
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_in_tiny_form(tmp_path, monkeypatch, capsys):
+    only = "correctness: [tr]|training article_cnn|fine-tuning"
+    monkeypatch.setattr("sys.argv", ["gpu", "--tiny", "--output", str(tmp_path), "--only", only])
+    gpu.main()
+    output = capsys.readouterr().out
+    (path,) = tmp_path.glob("*.jsonl")
+    records = {record["benchmark"]: record for record in map(json.loads, path.open())}
+    checks = [record for name, record in records.items() if name.startswith("correctness")]
+    assert len(checks) == 2 and all(record["passed"] for record in checks)
+    training = records["training article_cnn"]
+    assert set(training["ratios"]) == {"ceiling", "plain"}
+    assert set(training["peak_mb"]) == {"ours", "ceiling", "plain"}
+    assert training["flops_per_image"] > 1e4
+    assert "| training article_cnn |" in output
+    assert 0 <= records["fine-tuning efficientnet_lite0, whole command"]["accuracy"] <= 1
+
+
+def test_the_gpu_benchmark_needs_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        gpu.main()
+    assert exit_.value.code == 2
+    assert "there is no GPU" in capsys.readouterr().err
+
+
+def test_a_failed_check_fails_its_part(tmp_path):
+    bench = gpu.Bench(tmp_path, True, "", "", 1, "")
+    bad = [correctness.Check("a", 0.1, 1.0), correctness.Check("b", float("nan"), 1.0)]
+    with pytest.raises(AssertionError, match="1 of 2 checks failed"):
+        gpu.check("some", lambda _: iter(bad))(bench)
+    (record,) = map(json.loads, next(tmp_path.glob("*.jsonl")).open())
+    assert not record["passed"]
+    assert bench.rows[0][0] == "b"
 
 
 def test_an_accuracy_out_of_reach_is_said():
