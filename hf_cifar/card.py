@@ -29,7 +29,7 @@ from hf_cifar.evaluation.predictions import METRICS_FILE, render_cell
 from hf_cifar.models.names import SCRATCH
 from hf_cifar.options import CONFIG_FILE, RUN_FILE
 from hf_cifar.provenance import HUB
-from hf_cifar.tables import render_numbers
+from hf_cifar.text import listed, one_line, render_numbers
 
 CARD_FILE = "README.md"
 EVAL_RESULTS_FOLDER = ".eval_results"
@@ -82,7 +82,7 @@ class CardFacts:
                 jinja2.UndefinedError) as error:  # fmt: skip
             raise UserError(
                 f"{folder} holds no finished run that a card could be made of "
-                f"({type(error).__name__}: {_one_line(error)[:200]}); pass the --output_dir of one"
+                f"({type(error).__name__}: {one_line(error, 200)}); pass the --output_dir of one"
             ) from None
         return facts
 
@@ -117,7 +117,7 @@ def render_card(facts: CardFacts) -> str:
         from_scratch=model["name"].startswith(SCRATCH),
         dataset=dataset["name"],
         num_labels=len(facts.class_names),
-        classes=_listed(facts.class_names),
+        classes=listed(facts.class_names, MAX_NAMES),
         headline=_headline(metrics),
         results=[_result(split, metrics[split], options) for split in reversed(metrics)],
         temperature=_temperature(metrics),
@@ -194,7 +194,7 @@ def check_card(text: str) -> None:
                 validate_repo_id(repo_id)
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(
-            f"the model card's metadata is not valid ({_one_line(error)[:300]}); mend the head of "
+            f"the model card's metadata is not valid ({one_line(error, 300)}); mend the head of "
             f"{CARD_FILE}"
         ) from None
 
@@ -250,24 +250,13 @@ def card_for(folder: Path, repo_id: str) -> str:
     return text.replace(f'"{facts.repo_id}"', f'"{repo_id}"')
 
 
-def _one_line(value: Any) -> str:
-    return " ".join(str(value).split())
-
-
 def _cell(value: Any) -> str:
     """A value as it can stand in a table."""
-    return _one_line(value).replace("|", "\\|")
+    return one_line(value).replace("|", "\\|")
 
 
 def _code(value: str) -> str:
     return f"`{value.replace('`', '')}`"
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - MAX_NAMES
-    return ", ".join(map(_one_line, names[:MAX_NAMES])) + (
-        f" and {more:,} more" if more > 0 else ""
-    )
 
 
 def _headline(metrics: dict[str, dict[str, Any]]) -> str:
@@ -354,7 +343,7 @@ def _per_class_note(split: str, figures: dict[str, Any]) -> str:
 
 def _weakest(figures: dict[str, Any]) -> str:
     return ", ".join(
-        f"{_one_line(name)} ({render_figure(own['f1'])})"
+        f"{one_line(name)} ({render_figure(own['f1'])})"
         for name, own in _ranked(figures)[:NUM_WEAKEST]
     )
 

@@ -8,6 +8,7 @@ Tensors and plain values are kept as safetensors, which run no code when they ar
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from hf_cifar.errors import UserError
-from hf_cifar.hashing import file_hash
+from hf_cifar.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -409,7 +410,7 @@ def load_state(path: Path) -> Any:
             tree = json.loads(file.metadata()["tree"])
             return _from_plain(tree, file.get_tensor)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is no saved state: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is no saved state: {one_line(error)}") from None
 
 
 def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -441,6 +442,12 @@ def _from_plain(tree: Any, tensor_of: Callable[[str], Tensor]) -> Any:
     if tree[0] == "dict":
         return {_from_plain(k, tensor_of): _from_plain(v, tensor_of) for k, v in tree[1]}
     return {"list": list, "tuple": tuple}[tree[0]](_from_plain(item, tensor_of) for item in tree[1])
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _seal(folder: Path) -> None:

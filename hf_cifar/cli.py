@@ -45,6 +45,7 @@ from hf_cifar.options import (
 )
 from hf_cifar.process import Stopped, handled_signals, refuse_in_use, stop_at_once
 from hf_cifar.runs import list_runs, render_runs, require_finished
+from hf_cifar.text import one_line
 
 USER_ERROR = 2
 
@@ -348,7 +349,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def _complain(error: Exception | str) -> int:
     if is_main_process():
-        print(f"hf-cifar: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"hf-cifar: error: {one_line(error)}", file=sys.stderr)
     return USER_ERROR
 
 

@@ -32,6 +32,7 @@ from hf_cifar.options import (
     option,
     parse_dataclasses,
 )
+from hf_cifar.text import one_line
 
 # A token must never reach a file; the others say where a run runs, not what it computes.
 UNSAVED = {
@@ -157,7 +158,7 @@ class RunConfig:
         except UserError:
             raise
         except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-            raise UserError(" ".join(str(error).split())) from None
+            raise UserError(one_line(error)) from None
         if unused:
             raise UserError(f"unexpected argument {unused[0]!r}; options start with --, see --help")
         return cls(*configs)

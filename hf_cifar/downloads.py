@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
 from pathlib import Path
 
 from hf_cifar.errors import UserError
-from hf_cifar.hashing import file_hash
 
 # The cache names a file by what the Hub says of it: Git's SHA-1 of a small one, the SHA-256 of an LFS file.
 SHA1_LENGTH, SHA256_LENGTH = 40, 64
@@ -51,12 +51,14 @@ def is_damaged(path: Path) -> bool:
     if not re.fullmatch(r"[0-9a-f]+", expected):
         return False
     if len(expected) == SHA256_LENGTH:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256
     elif len(expected) == SHA1_LENGTH:
-        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+        header = b"blob %d\0" % path.stat().st_size
+        digest = functools.partial(hashlib.sha1, header)
     else:
         return False
-    return file_hash(path, digest) != expected
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, digest).hexdigest() != expected
 
 
 def discard(path: Path) -> None:

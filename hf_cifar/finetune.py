@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ from hf_cifar.setting import (
     is_sharded,
     resolve_setting,
 )
+from hf_cifar.text import one_line
 from hf_cifar.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
@@ -310,14 +311,12 @@ def check_libraries(args: FinetuneConfig, model: PreTrainedModel) -> None:
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()
     except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(f"--report_to: {' '.join(str(error).split())}") from None
+        raise UserError(f"--report_to: {one_line(error)}") from None
     try:
         ImageClassificationTrainer.get_optimizer_cls_and_kwargs(args, model)
     except (ImportError, RuntimeError, ValueError) as error:
         given = f" with --optim_args {args.optim_args}" if args.optim_args else ""
-        raise UserError(
-            f"--optim {args.optim.value}{given}: {' '.join(str(error).split())}"
-        ) from None
+        raise UserError(f"--optim {args.optim.value}{given}: {one_line(error)}") from None
     try:
         get_scheduler(
             args.lr_scheduler_type,
@@ -698,7 +697,7 @@ def run_facts(
         "temperature": temperature,
         "train_seconds": seconds,
         "train_images_per_second": round(len(splits.train) * (state.epoch or 0) / seconds, 1),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": trainer.args.world_size,
         "num_threads": torch.get_num_threads(),  # sums on a CPU depend on it
         "device": torch.cuda.get_device_name(device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_cifar.card import CARD_FILE, EVAL_RESULTS_FOLDER, card_for, check_card
 from hf_cifar.errors import UserError
 from hf_cifar.network import require_network
+from hf_cifar.text import one_line
 
 if TYPE_CHECKING:  # it takes torch
     from hf_cifar.config import FinetuneConfig
@@ -120,7 +120,7 @@ def check_access(target: Target) -> Access:
         raise
     except HFValidationError as error:
         raise UserError(
-            f"{target.repo_id!r} is no name for a repository ({_one_line(error)}); pass another"
+            f"{target.repo_id!r} is no name for a repository ({one_line(error, 200)}); pass another"
         ) from None
     except Exception as error:  # the client raises its own, httpx's and OS errors
         raise UserError(f"cannot push to {target.repo_id}: {_reason(error, target)}") from None
@@ -153,7 +153,8 @@ def check_card_on_hub(text: str, target: Target) -> None:
         ModelCard(text).validate()
     except ValueError as error:
         raise UserError(
-            f"the Hub refuses the model card's metadata ({_one_line(error)}); mend the head of {CARD_FILE}"
+            f"the Hub refuses the model card's metadata ({one_line(error, 200)}); mend the head of "
+            f"{CARD_FILE}"
         ) from None
     except Exception as error:  # as above
         raise UserError(f"cannot push to {target.repo_id}: {_reason(error, target)}") from None
@@ -311,7 +312,7 @@ def _may_pass(error: Exception) -> bool:
 
 def _reason(error: Exception, target: Target) -> str:
     """An error in one line, with what to do next; never with the token."""
-    text = f"{type(error).__name__}: {_one_line(error)}"
+    text = f"{type(error).__name__}: {one_line(error, 200)}"
     for token in (target.token, huggingface_hub.get_token()):
         text = text.replace(token, "...") if token else text
     if isinstance(error, HfHubHTTPError):
@@ -319,10 +320,6 @@ def _reason(error: Exception, target: Target) -> str:
         step = "the Hub failed: try again" if status >= 500 else NEXT_STEPS.get(status)
         return f"{step} ({text})" if step else text
     return text
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()[:200]
 
 
 def _megabytes(size: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import json
@@ -19,6 +18,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from hf_cifar.errors import UserError
+from hf_cifar.text import nearest_hint, one_line
 
 CONFIG_FILE = "config.yaml"  # the resolved options in a run's folder
 RUN_FILE = "run.json"  # what happened in it
@@ -518,7 +518,7 @@ def yaml_tokens(text: str | bytes, source: str) -> list[str]:
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{source} is not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(
             f"{source} holds a {type(values).__name__}; it must map option names to values"
@@ -677,15 +677,6 @@ def check_option_names(tokens: Iterable[str], known: Iterable[str]) -> None:
         name = flag[2:].replace("-", "_")
         if flag.startswith("--") and name not in known and name.removeprefix("no_") not in known:
             raise UserError(f"no option {flag}{nearest_hint(name, known, '--')}; see --help")
-
-
-def nearest_hint(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """` (nearest: NAME)` if one of the known names is near to `name`, else nothing; for error messages."""
-    known = list(known)
-    # --model is short for --model_name_or_path, --dataset for --dataset_name.
-    longer = [other for other in known if other.startswith((f"{name}_name", f"{name}_rate"))]
-    matches = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (nearest: {prefix}{matches[0]})" if matches else ""
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
@@ -43,7 +43,7 @@ def sole_run(folder: Path) -> Iterator[None]:
     with path.open("a+") as lock:
         _take(lock, folder)
         lock.truncate(0)
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        started = datetime.now(UTC).isoformat(timespec="seconds")
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": started}, lock)
         lock.flush()
         try:

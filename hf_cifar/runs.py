@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import yaml
 from hf_cifar.errors import UserError
 from hf_cifar.network import looks_like_path
 from hf_cifar.options import CONFIG_FILE, METRICS_FILE, RUN_FILE
-from hf_cifar.tables import render_table
+from hf_cifar.text import render_table
 
 COLUMNS = ("run", "model", "data", "epochs", "seed", "validation", "test", "state", "date")
 WEIGHTS_FILE = "model.safetensors"
@@ -49,7 +49,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The record of one run, see `list_runs`."""
     record: dict[str, Any] = {"run": str(folder)} | dict.fromkeys(COLUMNS[1:])
     dated = next(path for path in (folder / RUN_FILE, folder / CONFIG_FILE) if path.exists())
-    date = datetime.fromtimestamp(dated.stat().st_mtime, timezone.utc)
+    date = datetime.fromtimestamp(dated.stat().st_mtime, UTC)
     record["date"] = date.isoformat(timespec="seconds")
     record["state"] = "finished"
     try:

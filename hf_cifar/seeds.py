@@ -26,7 +26,7 @@ from hf_cifar.options import (
 )
 from hf_cifar.runs import read_record
 from hf_cifar.setting import compute_as
-from hf_cifar.tables import render_table
+from hf_cifar.text import render_table
 
 logger = logging.getLogger(__name__)
 

@@ -35,6 +35,7 @@ from hf_cifar.features import draw_view
 from hf_cifar.models.layers import block_depths, frozen_norms
 from hf_cifar.optim import decay_learning_rates, decay_parameter_names
 from hf_cifar.process import Stopped, StopRequest, keep_freed_memory, noted_signals
+from hf_cifar.text import listed, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +254,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             return super().training_step(*args, **kwargs)
         except Exception as error:
             if self.shrink_batch and should_reduce_batch_size(error):
-                raise BatchTooLarge(" ".join(str(error).split())) from None
+                raise BatchTooLarge(one_line(error)) from None
             raise
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
@@ -285,7 +286,8 @@ class ImageClassificationTrainer(ResumableTrainer):
         rows = ""
         if watched.row_ids is not None:
             bad = ~torch.isfinite(watched.logits).all(dim=1)
-            rows = f" in {_named(watched.row_ids[bad.to(watched.row_ids.device) if bad.any() else ...])}"
+            bad = bad.to(watched.row_ids.device) if bad.any() else ...
+            rows = f" in rows {listed(watched.row_ids[bad].tolist(), 10)} of train"
         raise UserError(
             f"training diverged: the loss is {watched.loss.item()} at step {watched.step}{rows}; look at "
             f"them, or start again with a lower --learning_rate than {self.args.learning_rate:g}"
@@ -388,10 +390,3 @@ def _dead_workers_told() -> Iterator[None]:
         yield
     except (ConnectionError, EOFError) as error:
         raise RuntimeError(f"DataLoader worker died: {error}") from error
-
-
-def _named(row_ids: Tensor) -> str:
-    """Row ids, the first ten of them, as part of a sentence."""
-    shown = ", ".join(map(str, row_ids[:10].tolist()))
-    more = f" and {len(row_ids) - 10} more" if len(row_ids) > 10 else ""
-    return f"rows {shown}{more} of train"

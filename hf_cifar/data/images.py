@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hf_cifar.errors import UserError
 from hf_cifar.options import MAX_IMAGE_PIXELS
+from hf_cifar.text import one_line
 
 # What red, green and blue add to brightness: ITU-R 601-2, as Pillow's conversion to "L" has it.
 LUMA = (0.299, 0.587, 0.114)
@@ -97,7 +98,7 @@ def decode_image(
     except UnidentifiedImageError:
         raise UserError("cannot read image: not a known image format") from None
     except Exception as error:  # Pillow's decoders fail on damaged bytes in many ways
-        raise UserError(f"cannot read image: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read image: {one_line(error)}") from None
 
 
 def _formats() -> list[str]:

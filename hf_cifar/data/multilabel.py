@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
 from hf_cifar.errors import UserError
+from hf_cifar.text import one_line
 
 
 def holds_lists(feature: Any) -> bool:
@@ -78,7 +79,7 @@ def check_class_names(names: list[str]) -> None:
     """Raises: UserError for a name without a letter, or two that differ by white space alone."""
     known: dict[str, str] = {}
     for name in names:
-        plain = " ".join(name.split())
+        plain = one_line(name)
         if not plain:
             raise UserError(f"a label is {name!r}; give it a name, or remove its rows")
         if plain in known:

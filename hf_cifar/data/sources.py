@@ -45,6 +45,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.network import looks_like_path, require_network
 from hf_cifar.options import DataConfig
+from hf_cifar.text import first_line
 
 BUNDLED = "bundled/"
 NUM_DOWNLOADS = 8  # at the same time
@@ -184,7 +185,7 @@ def _load_local(
             raise
         except Exception as error:  # a stranger's file can fail in any way
             raise UserError(
-                f"cannot load data set {config.dataset_name}: {_first_line(error)}"
+                f"cannot load data set {config.dataset_name}: {first_line(error)}"
             ) from error
 
 
@@ -271,7 +272,7 @@ def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | I
                 f"data set {name} is not in the local cache and HF_HUB_OFFLINE=1 forbids the network; unset "
                 "it, or pass --dataset_name with a local folder or bundled/digits"
             ) from None
-        raise UserError(f"cannot load data set {name}: {_first_line(error)}") from error
+        raise UserError(f"cannot load data set {name}: {first_line(error)}") from error
 
 
 def _lockable_cache() -> str | None:
@@ -301,10 +302,6 @@ def _fetch_data_files(builder: datasets.DatasetBuilder) -> None:
     with ThreadPoolExecutor(NUM_DOWNLOADS) as pool:
         parts = (url.groups() for url in found if url)
         list(pool.map(lambda p: fetch(p[0], p[2], kind="dataset", revision=p[1]), parts))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:

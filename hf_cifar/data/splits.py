@@ -39,7 +39,7 @@ from hf_cifar.data.streams import (
 )
 from hf_cifar.errors import UserError
 from hf_cifar.options import MAX_IMAGE_PIXELS, DataConfig
-from hf_cifar.tables import render_numbers
+from hf_cifar.text import render_numbers
 
 logger = logging.getLogger(__name__)
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")

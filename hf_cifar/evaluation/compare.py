@@ -12,7 +12,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluation.intervals import LEVEL, mcnemar, paired_difference
 from hf_cifar.evaluation.multilabel import MULTI_LABEL_HEADLINE
 from hf_cifar.evaluation.predictions import Predictions, render_cell, saved_splits
-from hf_cifar.tables import render_table
+from hf_cifar.text import listed, render_table
 
 SHOWN = ("num_images", "accuracy", "f1_macro", "cross_entropy", "brier", "ece")
 
@@ -31,8 +31,9 @@ def compare_runs(folders: Sequence[str | Path], split: str = "auto") -> dict[str
         common = [s for s in ("test", "validation") if all(s in saved_splits(f) for f in folders)]
         if not common:
             raise UserError(
-                f"{first} has predictions of {_listed(saved_splits(first))}, {second} of "
-                f"{_listed(saved_splits(second))}; run hf-cifar evaluate for the split that is missing"
+                f"{first} has predictions of {listed(saved_splits(first)) or 'nothing'}, {second} of "
+                f"{listed(saved_splits(second)) or 'nothing'}; run hf-cifar evaluate for the split that is "
+                "missing"
             )
         split = common[0]
     return compare_predictions(Predictions.load(first, split), Predictions.load(second, split))
@@ -66,8 +67,8 @@ def compare_predictions(first: Predictions, second: Predictions) -> dict[str, An
 def _require_same_images(first: Predictions, second: Predictions) -> None:
     if first.id2label != second.id2label:
         raise UserError(
-            f"the two runs tell different classes: {_listed(list(first.id2label.values())[:5])} and "
-            f"{_listed(list(second.id2label.values())[:5])}; compare runs on the same data"
+            f"the two runs tell different classes: {listed(list(first.id2label.values())[:5])} and "
+            f"{listed(list(second.id2label.values())[:5])}; compare runs on the same data"
         )
     a, b = (dict(zip(p.row_ids.tolist(), p.labels.tolist(), strict=True)) for p in (first, second))
     if a.keys() != b.keys():
@@ -105,7 +106,3 @@ def render_comparison(comparison: dict[str, Any], names: Sequence[str]) -> str:
         f"accuracy of {names[1]} less {names[0]}: {difference:+.4f} [{low:+.4f}, {high:+.4f}], McNemar's "
         f"exact p = {p:.2g}: {verdict}"
     )
-
-
-def _listed(values: Sequence[str]) -> str:
-    return ", ".join(values) or "nothing"

@@ -22,7 +22,7 @@ from hf_cifar.evaluation.figures import compute_metrics, cross_entropy, render_f
 from hf_cifar.evaluation.intervals import figure_intervals, multi_label_intervals
 from hf_cifar.evaluation.multilabel import THRESHOLD, decide, multi_label_metrics, sigmoid
 from hf_cifar.options import METRICS_FILE
-from hf_cifar.tables import render_table
+from hf_cifar.text import one_line, render_table
 
 CORRUPTIONS_FILE = "corruptions.json"
 PREDICTIONS_FOLDER = "predictions"
@@ -168,7 +168,7 @@ class Predictions:
         except (KeyError, AttributeError, ValueError, OSError) as error:
             raise UserError(
                 f"{path} does not hold predictions ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}); run hf-cifar evaluate again"
+                f"{one_line(error, 200)}); run hf-cifar evaluate again"
             ) from None
 
 

@@ -20,6 +20,7 @@ from hf_cifar.evaluation.predictions import CORRUPTIONS_FILE, Predictions, read_
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.problem import is_multi_label
 from hf_cifar.options import RUN_FILE, DataConfig, EvaluateConfig
+from hf_cifar.text import one_line
 from hf_cifar.trainer import ImageClassificationTrainer
 
 
@@ -103,7 +104,7 @@ def temperature_of(model_name_or_path: str) -> float:
         return float(json.loads(path.read_text()).get("temperature", 1.0))
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is damaged ({' '.join(str(error).split())[:200]}); move it away to evaluate without it"
+            f"{path} is damaged ({one_line(error, 200)}); move it away to evaluate without it"
         ) from None
 
 

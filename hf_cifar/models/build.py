@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ from hf_cifar.models.problem import set_problem
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
 from hf_cifar.network import looks_like_path
 from hf_cifar.options import ModelConfig
+from hf_cifar.text import listed, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def load_classifier(
             )
         if loading["missing_keys"]:
             raise ValueError(
-                f"its weights lack {_listed(loading['missing_keys'])}; fine-tune it first"
+                f"its weights lack {listed(sorted(loading['missing_keys']), 4)}; fine-tune it first"
             )
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
         classifier = Classifier(model, processor)
@@ -134,7 +135,7 @@ def _library_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        text = _one_line(error)
+        text = one_line(error, 300)
         if "trust_remote_code" in str(error):
             text = "it brings code of its own, which was not run: read it, then pass --trust_remote_code"
             if not looks_like_path(name):
@@ -213,7 +214,8 @@ def _load_pretrained(config: ModelConfig, id2label: dict[int, str]) -> tuple[Cla
     head = head_parameter_names(model)
     if mismatched - head:
         raise ValueError(
-            f"its config.json and its weights do not agree on the size of {_listed(mismatched - head)}"
+            "its config.json and its weights do not agree on the size of "
+            f"{listed(sorted(mismatched - head), 4)}"
         )
     if old_labels != id2label or head & new:
         if target.model_type == "timm_wrapper":
@@ -302,7 +304,7 @@ def _resize_timm(model: PreTrainedModel, size: int, config: ModelConfig) -> None
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"--image_size {size}: timm's {model.config.architecture} cannot take it "
-            f"({_one_line(error)}); pass another"
+            f"({one_line(error, 300)}); pass another"
         ) from None
     model.config.model_args = {**(model.config.model_args or {}), "img_size": size}
 
@@ -416,18 +418,13 @@ def _check_forward(classifier: Classifier, name: str, advice: str) -> None:
             logits = model(pixel_values=torch.zeros(1, 3, height, width)).logits
     except Exception as error:
         raise UserError(
-            f"{name} cannot take {height} x {width} images ({_one_line(error)}); {advice}"
+            f"{name} cannot take {height} x {width} images ({one_line(error, 300)}); {advice}"
         ) from None
     model.train(was_training)
     if logits.shape != (1, model.config.num_labels) or not logits.isfinite().all():
         raise ValueError(
             f"its weights are damaged: they do not give {model.config.num_labels} finite numbers for an image"
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _label2id(id2label: dict[int, str]) -> dict[str, int]:
@@ -444,10 +441,6 @@ def _log_summary(name: str, model: PreTrainedModel, new: set[str]) -> None:
             name,
             tensors - len(new),
             len(new),
-            _listed(new),
+            listed(sorted(new), 4),
         )
     logger.info("%s", describe_trainable(model))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -12,7 +12,7 @@ from pathlib import Path
 from hf_cifar.downloads import fetch
 from hf_cifar.errors import UserError
 from hf_cifar.network import looks_like_path, require_network
-from hf_cifar.options import nearest_hint
+from hf_cifar.text import nearest_hint, one_line
 
 SCRATCH, BUNDLED = "scratch/", "bundled/"
 ARTICLE_NAMES = ("article_cnn", "article_mlp")
@@ -126,7 +126,7 @@ def hub_errors(
     except EntryNotFoundError as error:
         raise UserError(
             f"{name} on the Hub is no transformers or timm model, or not whole: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"{one_line(error, 200)}"
         ) from None
     except RepositoryNotFoundError:
         raise UserError(
@@ -134,5 +134,5 @@ def hub_errors(
         ) from None
     except Exception as error:  # the client raises its own, httpx's and OS errors
         raise UserError(
-            f"model {name}: cannot be fetched ({' '.join(str(error).split())[:200]}); try again"
+            f"model {name}: cannot be fetched ({one_line(error, 200)}); try again"
         ) from None
