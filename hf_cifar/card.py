@@ -15,24 +15,21 @@ import yaml
 from huggingface_hub import (
     EvalResult,
     EvalResultEntry,
-    ModelCard,
     ModelCardData,
     eval_result_entries_to_yaml,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.errors import confused_pairs
 from hf_cifar.evaluation.figures import render_figure
 from hf_cifar.evaluation.multilabel import headline
 from hf_cifar.evaluation.predictions import METRICS_FILE, render_cell
+from hf_cifar.hub import CARD_FILE, EVAL_RESULTS_FOLDER
 from hf_cifar.models.names import SCRATCH
 from hf_cifar.options import CONFIG_FILE, RUN_FILE
 from hf_cifar.provenance import HUB
 from hf_cifar.text import listed, one_line, render_numbers
 
-CARD_FILE = "README.md"
-EVAL_RESULTS_FOLDER = ".eval_results"
 # Where a run lies and goes to, not what it computes; or what the card says in another place.
 HIDDEN_OPTIONS = {
     "output_dir", "dataset_name", "model_name_or_path", "run_name", "push_to_hub", "logging_dir",
@@ -183,20 +180,6 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
         metrics=["accuracy"],
         eval_results=results or None,
     )
-
-
-def check_card(text: str) -> None:
-    """Raises: UserError for metadata that the Hub would refuse, as far as its client can tell."""
-    try:
-        data = ModelCard(text).data
-        for repo_id in (data.base_model, *(data.datasets or [])):
-            if repo_id is not None:
-                validate_repo_id(repo_id)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"the model card's metadata is not valid ({one_line(error, 300)}); mend the head of "
-            f"{CARD_FILE}"
-        ) from None
 
 
 def render_eval_results(facts: CardFacts) -> str | None:

@@ -264,10 +264,11 @@ def push(argv: Sequence[str]) -> int:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; pass the --output_dir of a run")
 
+    from hf_cifar.card import card_for
     from hf_cifar.hub import Target, plan_push, push_planned, render_plan
 
     target = Target(config.repo_id, config.private, config.revision)
-    plan = plan_push(folder, target)
+    plan = plan_push(folder, target, card_for)
     print(render_plan(plan), flush=True)
     if config.dry_run:
         print("nothing was uploaded: leave out --dry_run to push")

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
-from hf_cifar.card import CardFacts, render_card, save_card
+from hf_cifar.card import CardFacts, card_for, render_card, save_card
 from hf_cifar.checkpoints import (
     find_damage,
     list_checkpoints,
@@ -60,12 +60,10 @@ from hf_cifar.energy import measured_energy
 from hf_cifar.environment import environment
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import calibrate_classifier, evaluate_classifier
-from hf_cifar.evaluation.multilabel import headline
 from hf_cifar.evaluation.predictions import (
     Predictions,
     read_json,
     remove_figures,
-    render_figures,
     write_json,
 )
 from hf_cifar.extras import require
@@ -135,11 +133,13 @@ def finetune_classifier(config: RunConfig) -> RunResult:
         config.model, splits.id2label, multi_label=splits.multi_label
     )
     config = resolve_defaults(config, model)
+    check_space(config, model)
     config = resolve_setting(
         config, model, image_processor, splits.train, resumed=bool(resume_point(config))
     )
     config = resolve_workers(config, splits.train)
     prepare_push(config.train, draft_card(config, splits))
+    check_libraries(config.train, model)
     trainer = build_trainer(model, image_processor, splits, config)
     with claimed_folder(config, is_new=is_new):
         save_config(config)
@@ -176,7 +176,6 @@ def build_trainer(
     if config.train.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.train.early_stopping_patience))
     memory_format = MEMORY_FORMATS[args.memory_format]
-    check_libraries(args, model)
     setting = Setting(args.precision, args.memory_format, args.attention)
     arrange(model, setting, args.device)
     stores = [
@@ -399,7 +398,7 @@ def finish_run(
             save_card(folder)
         stop_request.obey()
     if config.train.push_to_hub and trainer.is_world_process_zero():
-        logger.info("pushed to %s", push_run(config.train))
+        logger.info("pushed to %s", push_run(config.train, card_for))
     trainer.accelerator.wait_for_everyone()
     return RunResult(folder, metrics, trainer.model, trainer.processing_class)
 
@@ -524,8 +523,7 @@ def with_batch_of(args: FinetuneConfig, config: RunConfig) -> RunConfig:
 def resolve_defaults(config: RunConfig, model: PreTrainedModel) -> RunConfig:
     """Fill in what depends on the model: learning rate, clipping, and what the best checkpoint is best at.
 
-    Raises: UserError for a metric that the data do not have, a layer decay without layers, or a disk without
-    room for the checkpoints.
+    Raises: UserError for a metric that the data do not have, or a layer decay without layers.
     """
     train = config.train
     batch_size = train.train_batch_size * train.gradient_accumulation_steps * train.world_size
@@ -536,10 +534,6 @@ def resolve_defaults(config: RunConfig, model: PreTrainedModel) -> RunConfig:
     train = dataclasses.replace(train, **missing)
     if train.layer_decay != 1:
         block_depths(model)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    checkpoints = 0 if train.save_strategy == "no" else (train.save_total_limit or 1) + 1
-    require_space(Path(train.output_dir), weights + checkpoints * (weights + moments))
     return dataclasses.replace(config, train=train)
 
 
@@ -570,6 +564,15 @@ def resolve_workers(config: RunConfig, train: Split | Stream) -> RunConfig:
     return dataclasses.replace(
         config, train=dataclasses.replace(args, dataloader_num_workers=number)
     )
+
+
+def check_space(config: RunConfig, model: PreTrainedModel) -> None:
+    """Raises: UserError for a disk without room for the model and its checkpoints."""
+    train = config.train
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    checkpoints = 0 if train.save_strategy == "no" else (train.save_total_limit or 1) + 1
+    require_space(Path(train.output_dir), weights + checkpoints * (weights + moments))
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
@@ -728,6 +731,9 @@ def plain_history(log_history: list[dict[str, float]]) -> list[dict[str, float |
 
 def render_summary(result: RunResult) -> str:
     """The table at the end of a run: figures, where the model lies, and the lines that load it."""
+    from hf_cifar.evaluation.multilabel import headline
+    from hf_cifar.evaluation.predictions import render_figures
+
     return f"""{render_figures(result.metrics, headline(result.metrics["validation"]))}
 
 model: {result.output_dir}

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import huggingface_hub
+import yaml
 from huggingface_hub import CommitOperationAdd, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_cifar.card import CARD_FILE, EVAL_RESULTS_FOLDER, card_for, check_card
 from hf_cifar.errors import UserError
 from hf_cifar.network import require_network
 from hf_cifar.text import one_line
@@ -22,6 +23,8 @@ from hf_cifar.text import one_line
 if TYPE_CHECKING:  # it takes torch
     from hf_cifar.config import FinetuneConfig
 
+CARD_FILE = "README.md"
+EVAL_RESULTS_FOLDER = ".eval_results"
 # What a stranger needs to use and judge the model; no checkpoint, pickle, or config with paths.
 PUSHED_FILES = (
     CARD_FILE,
@@ -143,6 +146,20 @@ def _check_namespace(repo_id: str, who: dict[str, Any]) -> None:
         )
 
 
+def check_card(text: str) -> None:
+    """Raises: UserError for metadata that the Hub would refuse, as far as its client can tell."""
+    try:
+        data = ModelCard(text).data
+        for repo_id in (data.base_model, *(data.datasets or [])):
+            if repo_id is not None:
+                validate_repo_id(repo_id)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"the model card's metadata is not valid ({one_line(error, 300)}); mend the head of "
+            f"{CARD_FILE}"
+        ) from None
+
+
 def check_card_on_hub(text: str, target: Target) -> None:
     """Let the Hub check a card's metadata, as it does before it takes a commit.
 
@@ -172,9 +189,10 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     return files
 
 
-def plan_push(folder: Path, target: Target) -> PushPlan:
+def plan_push(folder: Path, target: Target, card_for: Callable[[Path, str], str]) -> PushPlan:
     """Everything that can be known of a push beforehand.
 
+    card_for: gives the card of a run for the name of a repository.
     Raises: UserError for what would make it fail, or would upload what must stay here.
     """
     files: dict[str, Path | bytes] = dict(files_to_push(folder))
@@ -281,14 +299,14 @@ def prepare_push(train: FinetuneConfig, card: str) -> None:
         ) from None
 
 
-def push_run(train: FinetuneConfig) -> str:
-    """Push a finished run; returns the repository's URL.
+def push_run(train: FinetuneConfig, card_for: Callable[[Path, str], str]) -> str:
+    """Push a finished run; returns the repository's URL. card_for: see `plan_push`.
 
     Raises: UserError that says how to retry; the model stays saved in the run's folder.
     """
     folder, target = Path(train.output_dir), Target.of_run(train)
     try:
-        plan = plan_push(folder, target)
+        plan = plan_push(folder, target, card_for)
     except UserError as error:
         raise UserError(f"{error}{_retry(folder, target)}") from None
     return push_planned(plan)

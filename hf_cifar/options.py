@@ -392,12 +392,14 @@ class PushConfig:
             )
 
 
-def _refuse_both_formats(config: EvaluateConfig | PredictConfig) -> None:
+def _refuse_both_formats(config: Any) -> None:
+    """Raises: UserError for --bf16 and --fp16 at once."""
     if config.bf16 and config.fp16:
         raise UserError("--bf16 and --fp16 exclude each other; pass one")
 
 
 def _check_max_image_pixels(value: int) -> None:
+    """Raises: UserError for a --max_image_pixels that Pillow does not open."""
     if not 1 <= value <= PILLOW_PIXELS:
         raise UserError(f"--max_image_pixels is {value}; it must lie in 1..{PILLOW_PIXELS}")
 

@@ -14,13 +14,13 @@ from hf_cifar.card import (
     MAX_CLASSES,
     CardFacts,
     card_for,
-    check_card,
     is_untouched,
     render_card,
     render_eval_results,
     save_card,
 )
 from hf_cifar.errors import UserError
+from hf_cifar.hub import check_card
 
 OPTIONS = {
     "dataset_name": "uoft-cs/cifar10", "dataset_config_name": None, "model_name_or_path": "google/vit",
