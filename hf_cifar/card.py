@@ -19,14 +19,14 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 
+from hf_cifar.config.command_line import CONFIG_FILE, RUN_FILE
+from hf_cifar.config.model import SCRATCH
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.errors import confused_pairs
 from hf_cifar.evaluation.figures import render_figure
 from hf_cifar.evaluation.multilabel import headline
 from hf_cifar.evaluation.predictions import METRICS_FILE, render_cell
 from hf_cifar.hub import CARD_FILE, EVAL_RESULTS_FOLDER
-from hf_cifar.models.names import SCRATCH
-from hf_cifar.options import CONFIG_FILE, RUN_FILE
 from hf_cifar.provenance import HUB
 from hf_cifar.text import listed, one_line, render_numbers
 

@@ -14,35 +14,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from hf_cifar.errors import UserError
-from hf_cifar.models.names import BUNDLED, SCRATCH, check_model_name
-from hf_cifar.options import (
-    BOUNDS,
+from hf_cifar.config.command_line import (
     CONFIG_FILE,
-    LIGHT_CONFIGS,
-    CompareConfig,
-    DataConfig,
-    EvaluateConfig,
-    FinetuneOptions,
-    PredictConfig,
-    PushConfig,
-    ReportConfig,
-    ReproduceConfig,
-    check_bounds,
     check_option_names,
     check_same_run,
     check_values,
     check_words,
-    expand_tokens,
-    field_names,
     parse_dataclasses,
-    read_recipe,
-    recipe_names,
     refuse_occupied,
     run_data_tokens,
     run_to_resume,
     trainer_options,
 )
+from hf_cifar.config.data import DataConfig
+from hf_cifar.config.deployment import PredictConfig, PushConfig
+from hf_cifar.config.evaluation import CompareConfig, EvaluateConfig, ReportConfig
+from hf_cifar.config.fields import BOUNDS, check_bounds, field_names
+from hf_cifar.config.model import BUNDLED, SCRATCH
+from hf_cifar.config.recipes import expand_tokens, read_recipe, recipe_names
+from hf_cifar.config.studies import ReproduceConfig
+from hf_cifar.config.training import LIGHT_CONFIGS, FinetuneOptions
+from hf_cifar.errors import UserError
+from hf_cifar.models.names import check_model_name
 from hf_cifar.process import Stopped, handled_signals, refuse_in_use, stop_at_once
 from hf_cifar.runs import list_runs, render_runs, require_finished
 from hf_cifar.text import one_line
@@ -54,7 +47,7 @@ def finetune(argv: Sequence[str]) -> int:
     """fine-tune a pretrained classifier"""
     tokens = expand_tokens(argv)
     if _wants_help(tokens):
-        from hf_cifar.config import FinetuneConfig
+        from hf_cifar.config.run import FinetuneConfig
 
         parse_dataclasses(
             [*LIGHT_CONFIGS, FinetuneConfig],
@@ -89,7 +82,7 @@ def finetune(argv: Sequence[str]) -> int:
     )
     check_images(data, ["train", "validation"])
 
-    from hf_cifar.config import RunConfig
+    from hf_cifar.config.run import RunConfig
     from hf_cifar.finetune import finetune_classifier, render_summary
 
     config = RunConfig.parse(argv)

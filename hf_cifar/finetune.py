@@ -33,7 +33,17 @@ from hf_cifar.checkpoints import (
     list_checkpoints,
     newest_checkpoint,
 )
-from hf_cifar.config import FinetuneConfig, RunConfig
+from hf_cifar.config.augmentation import AugmentConfig
+from hf_cifar.config.command_line import (
+    CONFIG_FILE,
+    RUN_FILE,
+    check_same_run,
+    refuse_occupied,
+    run_to_resume,
+)
+from hf_cifar.config.fields import MULTI_LABEL_METRICS
+from hf_cifar.config.model import SCRATCH
+from hf_cifar.config.run import FinetuneConfig, RunConfig
 from hf_cifar.data.augmentation import Augmentation, Policy, RandomView
 from hf_cifar.data.leakage import find_leakage
 from hf_cifar.data.multilabel import class_counts
@@ -78,18 +88,8 @@ from hf_cifar.features import (
 from hf_cifar.hub import Target, check_push, prepare_push, push_run
 from hf_cifar.models.build import build_model
 from hf_cifar.models.layers import as_it_came, block_depths, describe_trainable
-from hf_cifar.models.names import SCRATCH
 from hf_cifar.models.problem import is_multi_label
 from hf_cifar.optim import default_rates
-from hf_cifar.options import (
-    CONFIG_FILE,
-    MULTI_LABEL_METRICS,
-    RUN_FILE,
-    AugmentConfig,
-    check_same_run,
-    refuse_occupied,
-    run_to_resume,
-)
 from hf_cifar.process import noted_signals, refuse_in_use, sole_run
 from hf_cifar.provenance import find_origin
 from hf_cifar.setting import (

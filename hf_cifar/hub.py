@@ -21,7 +21,7 @@ from hf_cifar.network import require_network
 from hf_cifar.text import one_line
 
 if TYPE_CHECKING:  # it takes torch
-    from hf_cifar.config import FinetuneConfig
+    from hf_cifar.config.run import FinetuneConfig
 
 CARD_FILE = "README.md"
 EVAL_RESULTS_FOLDER = ".eval_results"

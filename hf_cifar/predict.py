@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.data.images import decode_image, list_images
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.folding import fold_norms
 from hf_cifar.models.problem import thresholds_of
-from hf_cifar.options import PredictConfig
 from hf_cifar.process import keep_freed_memory
 
 MOST_THREADS = 8

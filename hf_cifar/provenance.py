@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load
 
+from hf_cifar.config.model import SCRATCH
 from hf_cifar.downloads import fetch
-from hf_cifar.models.names import SCRATCH
 from hf_cifar.network import looks_like_path
 
 HUB = "https://huggingface.co"

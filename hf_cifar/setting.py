@@ -23,7 +23,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from hf_cifar.config import RunConfig
+from hf_cifar.config.command_line import CONFIG_FILE
+from hf_cifar.config.run import RunConfig
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import Split
 from hf_cifar.data.streams import Stream
@@ -35,7 +36,6 @@ from hf_cifar.models.layers import (
     spare_depthwise_gradients,
     treat_depthwise_alike,
 )
-from hf_cifar.options import CONFIG_FILE
 from hf_cifar.process import keep_freed_memory
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-from hf_cifar.config import FinetuneConfig
-from hf_cifar.options import LIGHT_CONFIGS, FinetuneOptions
+from hf_cifar.config.run import FinetuneConfig
+from hf_cifar.config.training import LIGHT_CONFIGS, FinetuneOptions
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- options -->\n).*(<!-- /options -->)", re.DOTALL)

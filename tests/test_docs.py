@@ -55,23 +55,19 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_recipe_has_its_row():
-    from hf_cifar.options import recipe_names
+    from hf_cifar.config.recipes import recipe_names
 
     text = (ROOT / "docs" / "recipes.md").read_text()
     assert all(f"`{name}`" in text for name in recipe_names())
 
 
 def test_every_option_in_a_command_exists():
-    from hf_cifar.config import FinetuneConfig
-    from hf_cifar.options import (
-        LIGHT_CONFIGS,
-        EvaluateConfig,
-        PredictConfig,
-        PushConfig,
-        ReportConfig,
-        ReproduceConfig,
-        field_names,
-    )
+    from hf_cifar.config.deployment import PredictConfig, PushConfig
+    from hf_cifar.config.evaluation import EvaluateConfig, ReportConfig
+    from hf_cifar.config.fields import field_names
+    from hf_cifar.config.run import FinetuneConfig
+    from hf_cifar.config.studies import ReproduceConfig
+    from hf_cifar.config.training import LIGHT_CONFIGS
 
     classes = (
         *LIGHT_CONFIGS, FinetuneConfig, EvaluateConfig, PredictConfig, PushConfig, ReportConfig,

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForImageClassification
 
 from hf_cifar.cli import main
-from hf_cifar.config import RunConfig
+from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import ResidentStore
 from hf_cifar.errors import UserError

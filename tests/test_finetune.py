@@ -12,10 +12,11 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_cifar import RunConfig, UserError, evaluate_saved, finetune_classifier, load_splits
+from hf_cifar.config.data import DataConfig
+from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.evaluation.figures import accuracy
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.finetune import draft_card
-from hf_cifar.options import DataConfig, EvaluateConfig
 
 
 def run(output_dir, data, model, *flags):

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from hf_cifar.config import FinetuneConfig
+from hf_cifar.config.run import FinetuneConfig
 from hf_cifar.errors import UserError
 from hf_cifar.hub import Target, check_push, files_to_push, prepare_push
 

@@ -22,7 +22,7 @@ from hf_cifar import (
     predict_files,
 )
 from hf_cifar.cli import main
-from hf_cifar.config import FinetuneConfig
+from hf_cifar.config.run import FinetuneConfig
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.finetune import build_trainer, render_summary, resolve_defaults
 from hf_cifar.models.build import build_model

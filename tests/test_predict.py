@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_cifar import PredictConfig, build_model, predict_files
-from hf_cifar.options import ModelConfig
+from hf_cifar.config.model import ModelConfig
 from hf_cifar.predict import each_on_its_cores
 
 

@@ -14,7 +14,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_cifar.config import RunConfig
+from hf_cifar.config.run import RunConfig
 from hf_cifar.errors import UserError
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.models.layers import has_fused_attention

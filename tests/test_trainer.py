@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from hf_cifar.config import RunConfig
+from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.finetune import build_trainer, resolve_defaults
 from hf_cifar.models.build import build_model

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from hf_cifar.config.data import MAX_IMAGE_PIXELS
 from hf_cifar.errors import UserError
-from hf_cifar.options import MAX_IMAGE_PIXELS
 from hf_cifar.text import one_line
 
 # What red, green and blue add to brightness: ITU-R 601-2, as Pillow's conversion to "L" has it.

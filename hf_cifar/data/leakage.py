@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from hf_cifar.config.data import DataConfig
 from hf_cifar.data.duplicates import find_duplicates
 from hf_cifar.data.splits import Split, Splits, load_test_split
 from hf_cifar.errors import UserError
-from hf_cifar.options import DataConfig
 
 logger = logging.getLogger(__name__)
 NUM_NAMED = 10  # pairs in the log; all are in the facts

@@ -30,6 +30,7 @@ from datasets import (
 from huggingface_hub.errors import EntryNotFoundError
 from pyarrow import parquet
 
+from hf_cifar.config.data import DataConfig
 from hf_cifar.data.cifar_archives import cifar_version, read_cifar
 from hf_cifar.data.images import list_images, pnm_bytes
 from hf_cifar.data.multilabel import (
@@ -44,7 +45,6 @@ from hf_cifar.downloads import fetch
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.network import looks_like_path, require_network
-from hf_cifar.options import DataConfig
 from hf_cifar.text import first_line
 
 BUNDLED = "bundled/"

@@ -15,6 +15,7 @@ import psutil
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from hf_cifar.config.data import MAX_IMAGE_PIXELS, DataConfig
 from hf_cifar.data.disk_cache import (
     content_key,
     load_array,
@@ -38,7 +39,6 @@ from hf_cifar.data.streams import (
     require_every_class,
 )
 from hf_cifar.errors import UserError
-from hf_cifar.options import MAX_IMAGE_PIXELS, DataConfig
 from hf_cifar.text import render_numbers
 
 logger = logging.getLogger(__name__)

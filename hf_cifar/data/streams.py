@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from datasets.utils.file_utils import xopen
 
+from hf_cifar.config.data import MAX_IMAGE_PIXELS, DataConfig
 from hf_cifar.data.images import decode_image
 from hf_cifar.data.multilabel import holds_lists
 from hf_cifar.data.sources import (
@@ -22,7 +23,6 @@ from hf_cifar.data.sources import (
     with_standard_names,
 )
 from hf_cifar.errors import UserError
-from hf_cifar.options import MAX_IMAGE_PIXELS, DataConfig
 
 # Rows that wait, encoded, in a loader process for a random one of them to go.
 SHUFFLE_BUFFER = 1000

@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from hf_cifar.config.command_line import METRICS_FILE
 from hf_cifar.data.multilabel import class_label, holds_lists, indicators
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.calibration import calibration_error
 from hf_cifar.evaluation.figures import compute_metrics, cross_entropy, render_figure, softmax
 from hf_cifar.evaluation.intervals import figure_intervals, multi_label_intervals
 from hf_cifar.evaluation.multilabel import THRESHOLD, decide, multi_label_metrics, sigmoid
-from hf_cifar.options import METRICS_FILE
 from hf_cifar.text import one_line, render_table
 
 CORRUPTIONS_FILE = "corruptions.json"

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from hf_cifar.card import public_options, role_of
+from hf_cifar.config.command_line import CONFIG_FILE, RUN_FILE, run_data
+from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.data.duplicates import find_duplicates
 from hf_cifar.data.properties import image_properties
 from hf_cifar.data.splits import Split, load_splits, load_test_split
@@ -34,7 +36,6 @@ from hf_cifar.evaluation.predictions import (
     read_json,
     saved_splits,
 )
-from hf_cifar.options import CONFIG_FILE, RUN_FILE, ReportConfig, run_data
 from hf_cifar.provenance import public_name
 from hf_cifar.runs import read_record
 

@@ -10,7 +10,10 @@ import torch
 from transformers import TrainingArguments
 
 from hf_cifar.card import is_untouched, save_card
-from hf_cifar.config import on_cpu
+from hf_cifar.config.command_line import RUN_FILE
+from hf_cifar.config.data import DataConfig
+from hf_cifar.config.evaluation import EvaluateConfig
+from hf_cifar.config.run import on_cpu
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.data.store import default_num_workers, is_resident, stored_view
@@ -19,7 +22,6 @@ from hf_cifar.evaluation.evaluation import evaluate_classifier, evaluate_corrupt
 from hf_cifar.evaluation.predictions import CORRUPTIONS_FILE, Predictions, read_json, write_json
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.problem import is_multi_label
-from hf_cifar.options import RUN_FILE, DataConfig, EvaluateConfig
 from hf_cifar.text import one_line
 from hf_cifar.trainer import ImageClassificationTrainer
 

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from hf_cifar.config.model import BUNDLED, SCRATCH
 from hf_cifar.downloads import fetch
 from hf_cifar.errors import UserError
 from hf_cifar.network import looks_like_path, require_network
 from hf_cifar.text import nearest_hint, one_line
 
-SCRATCH, BUNDLED = "scratch/", "bundled/"
 ARTICLE_NAMES = ("article_cnn", "article_mlp")
 BUNDLED_NAMES = ("efficientnet_lite0",)
 COMMIT = re.compile(r"[0-9a-f]{40}")

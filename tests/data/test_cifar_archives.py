@@ -7,10 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 
+from hf_cifar.config.data import DataConfig
 from hf_cifar.data.cifar_archives import cifar_version, read_cifar, read_pickle
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.errors import UserError
-from hf_cifar.options import DataConfig
 
 NAMES10 = ["airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 COARSE = [f"group{i}" for i in range(20)]

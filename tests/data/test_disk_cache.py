@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from datasets import Image
 
+from hf_cifar.config.data import DataConfig
 from hf_cifar.data import disk_cache
 from hf_cifar.data import images as images_module
 from hf_cifar.data.disk_cache import content_key, load_array, save_array
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.splits import load_splits
-from hf_cifar.options import DataConfig
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ COUNT_DECODED = """
 import sys
 from hf_cifar.data import images
 from hf_cifar.data.splits import load_splits
-from hf_cifar.options import DataConfig
+from hf_cifar.config.data import DataConfig
 decoded, original = [], images.decode_image
 images.decode_image = lambda *given: decoded.append(1) or original(*given)
 pixels = load_splits(DataConfig(dataset_name=sys.argv[1])).train.images

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 
+from hf_cifar.config.data import DataConfig
 from hf_cifar.data.leakage import find_leakage
 from hf_cifar.data.splits import load_splits
 from hf_cifar.errors import UserError
-from hf_cifar.options import DataConfig
 
 
 @pytest.fixture

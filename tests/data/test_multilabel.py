@@ -8,11 +8,11 @@ import pytest
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 from PIL import Image
 
+from hf_cifar.config.data import DataConfig
 from hf_cifar.data.multilabel import stratified_choice
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.errors import UserError
-from hf_cifar.options import DataConfig
 
 TAGS = ClassLabel(names=["cat", "dog", "owl"])
 LISTS = [[0], [1, 2], [], [0, 1], [2, 2], [1], [0, 2], []]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Value
 
+from hf_cifar.config.data import DataConfig
 from hf_cifar.data import splits as splits_module
 from hf_cifar.data.images import decode_cell
 from hf_cifar.data.splits import (
@@ -14,7 +15,6 @@ from hf_cifar.data.splits import (
     subsample,
 )
 from hf_cifar.errors import UserError
-from hf_cifar.options import DataConfig
 
 THREE = ClassLabel(names=["ant", "bee", "cow"])
 LABELS = [0] * 50 + [1] * 30 + [2] * 20

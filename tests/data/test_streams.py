@@ -11,6 +11,7 @@ from PIL import Image as PillowImage
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
+from hf_cifar.config.data import DataConfig
 from hf_cifar.data import streams
 from hf_cifar.data.images import decode_cell, decode_image
 from hf_cifar.data.preprocessing import Preprocessing
@@ -18,7 +19,6 @@ from hf_cifar.data.splits import load_splits, load_test_split, require_test_spli
 from hf_cifar.data.store import ShardStore
 from hf_cifar.data.streams import Stream, load_streams, place
 from hf_cifar.errors import UserError
-from hf_cifar.options import DataConfig
 
 PREPROCESSING = Preprocessing.from_image_processor(
     ViTImageProcessor(size={"height": 16, "width": 16})

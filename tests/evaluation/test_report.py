@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from hf_cifar.cli import main
+from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.page import (
     look_up,
@@ -24,7 +25,6 @@ from hf_cifar.evaluation.page import (
 )
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.evaluation.report import build_report
-from hf_cifar.options import ReportConfig
 
 HISTORY = [
     {"epoch": 0.5, "step": 10, "loss": 2.0, "learning_rate": 1e-3},

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors import safe_open
 
 from hf_cifar.checkpoints import newest_checkpoint
-from hf_cifar.config import RunConfig
+from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.finetune import build_trainer, resolve_defaults
 from hf_cifar.models.build import build_model

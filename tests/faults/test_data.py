@@ -261,7 +261,7 @@ from pathlib import Path
 import datasets
 from hf_cifar.data.disk_cache import cache_folder, load_array
 from hf_cifar.data.splits import load_splits
-from hf_cifar.options import DataConfig
+from hf_cifar.config.data import DataConfig
 
 data, results = sys.argv[1], Path(sys.argv[2])
 pixels, tables = cache_folder(), Path(datasets.config.HF_DATASETS_CACHE)

@@ -26,7 +26,7 @@ import datasets
 from hf_cifar.data.sources import open_data_set
 from hf_cifar.errors import UserError
 from hf_cifar.models.files import model_folder
-from hf_cifar.options import DataConfig
+from hf_cifar.config.data import DataConfig
 datasets.disable_progress_bars()
 FAULTS = (
     [429], [500], [503], [DROP], [CUT], [FLIP], [CUT, FLIP], [DROP, FLIP], [429, FLIP], [FLIP] * 2,

@@ -23,11 +23,13 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from hf_cifar.cli import quieten
+from hf_cifar.config.data import DataConfig
+from hf_cifar.config.deployment import PredictConfig
+from hf_cifar.config.model import ModelConfig
 from hf_cifar.data.cifar_archives import PYTHON_FILES
 from hf_cifar.data.sources import load_source
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import build_model, load_classifier
-from hf_cifar.options import DataConfig, ModelConfig, PredictConfig
 from hf_cifar.predict import predict_files
 
 LABELS = {0: "across", 1: "down"}
@@ -464,7 +466,7 @@ hub, results = Hub(), []
 os.environ["HF_ENDPOINT"] = hub.endpoint
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import build_model, load_classifier
-from hf_cifar.options import ModelConfig
+from hf_cifar.config.model import ModelConfig
 with hub:
     hub.fill("models", "them/strange", strange)
     hub.fill("models", "them/far", far)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from hf_cifar.config.model import ModelConfig
 from hf_cifar.models.build import build_model
 from hf_cifar.models.folding import fold_norms
-from hf_cifar.options import ModelConfig
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import build_model
 from hf_cifar.models.layers import (
@@ -17,7 +18,6 @@ from hf_cifar.models.layers import (
     spare_depthwise_gradients,
     treat_depthwise_alike,
 )
-from hf_cifar.options import ModelConfig
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 # Checkpoint, prefixes of its blocks, and what stands before and behind them.

@@ -3,8 +3,9 @@
 import pytest
 import timm
 
+from hf_cifar.config.model import BUNDLED, SCRATCH
 from hf_cifar.errors import UserError
-from hf_cifar.models.names import ARTICLE_NAMES, BUNDLED, BUNDLED_NAMES, SCRATCH, check_model_name
+from hf_cifar.models.names import ARTICLE_NAMES, BUNDLED_NAMES, check_model_name
 
 
 def test_every_architecture_of_timm_is_known():

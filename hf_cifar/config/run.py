@@ -15,23 +15,21 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from hf_cifar.errors import UserError
-from hf_cifar.options import (
+from hf_cifar.config.augmentation import AugmentConfig
+from hf_cifar.config.command_line import check_option_names, parse_dataclasses
+from hf_cifar.config.data import DataConfig
+from hf_cifar.config.fields import (
     BEST_METRICS,
     BOUNDS,
-    LIGHT_CONFIGS,
     WITHOUT_EFFECT,
-    AugmentConfig,
-    DataConfig,
-    FinetuneOptions,
-    ModelConfig,
     check_bounds,
-    check_option_names,
-    expand_tokens,
     field_names,
     option,
-    parse_dataclasses,
 )
+from hf_cifar.config.model import ModelConfig
+from hf_cifar.config.recipes import expand_tokens
+from hf_cifar.config.training import LIGHT_CONFIGS, FinetuneOptions
+from hf_cifar.errors import UserError
 from hf_cifar.text import one_line
 
 # A token must never reach a file; the others say where a run runs, not what it computes.

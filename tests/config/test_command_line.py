@@ -1,4 +1,4 @@
-"""hf_cifar.config and hf_cifar.options: one command line, one YAML file, one truth."""
+"""hf_cifar.config.run and hf_cifar.config.command_line: one command line, one YAML file, one truth."""
 
 import dataclasses
 
@@ -6,19 +6,14 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from hf_cifar.config import FinetuneConfig, RunConfig
+from hf_cifar.config.command_line import check_values, check_words, trainer_options
+from hf_cifar.config.deployment import PredictConfig, PushConfig
+from hf_cifar.config.evaluation import EvaluateConfig
+from hf_cifar.config.fields import field_names
+from hf_cifar.config.recipes import recipe_names
+from hf_cifar.config.run import FinetuneConfig, RunConfig
+from hf_cifar.config.training import LIGHT_CONFIGS
 from hf_cifar.errors import UserError
-from hf_cifar.options import (
-    LIGHT_CONFIGS,
-    EvaluateConfig,
-    PredictConfig,
-    PushConfig,
-    check_values,
-    check_words,
-    field_names,
-    recipe_names,
-    trainer_options,
-)
 
 
 def parse(*argv):
@@ -82,7 +77,7 @@ def test_saved_config_is_the_same_run(tmp_path):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_parses_and_states_what_was_measured(name):
-    from hf_cifar.options import read_recipe
+    from hf_cifar.config.recipes import read_recipe
 
     config = parse("--recipe", name)
     assert set(yaml.safe_load(read_recipe(name))) <= set(config.options())

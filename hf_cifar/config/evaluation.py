@@ -1,0 +1,77 @@
+"""Options of evaluation, comparison and report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_cifar.config.fields import option, refuse_both_formats
+from hf_cifar.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Which saved model to evaluate, and on which split."""
+
+    _argument_group_name = "evaluation"
+
+    model_name_or_path: str = option(
+        "", "Folder of a run, or a Hub id, of a fine-tuned model. Required."
+    )
+    model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+    split: Literal["validation", "test"] = option("validation", "Which split to evaluate.")
+    output_dir: str | None = option(
+        None, "Where to write metrics and predictions; the model's own folder if not given."
+    )
+    per_device_eval_batch_size: int = option(128, "Images per step and process.")
+    dataloader_num_workers: int | None = option(
+        None, "Loader processes; if not given, 0 for images held in memory, else one per core."
+    )
+    bf16: bool = option(False, "Evaluate under bfloat16 autocast.")
+    fp16: bool = option(False, "Evaluate under float16 autocast (GPU).")
+    corruptions: int = option(
+        0,
+        "Also measure the accuracy under five common corruptions at five severities, on this many images "
+        "(stratified); 0 for none.",
+    )
+    use_cpu: bool = option(False, "Evaluate on the CPU even where there is a GPU.")
+    trust_remote_code: bool = option(
+        False,
+        "Run code that comes with the checkpoint; of a Hub model, with a full commit as --model_revision.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.per_device_eval_batch_size < 1:
+            raise UserError(
+                f"--per_device_eval_batch_size is {self.per_device_eval_batch_size}; it must be at least 1"
+            )
+        if self.corruptions < 0:
+            raise UserError(f"--corruptions is {self.corruptions}; it must be at least 0")
+        refuse_both_formats(self)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which predictions of two runs to compare."""
+
+    _argument_group_name = "comparison"
+
+    split: Literal["auto", "validation", "test"] = option(
+        "auto", "Which split's predictions; auto: test if both runs have it, else validation."
+    )
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What a report shows."""
+
+    _argument_group_name = "report"
+
+    gallery_size: int = option(24, "Pictures in each gallery; 0 for none.")
+    check_duplicates: bool = option(
+        True, "Look for evaluated images that are in train too, exactly or nearly."
+    )
+
+    def __post_init__(self) -> None:
+        if self.gallery_size < 0:
+            raise UserError(f"--gallery_size is {self.gallery_size}; it must be at least 0")

@@ -1,0 +1,76 @@
+"""Recipes and config files: YAML as a saved command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from hf_cifar.errors import UserError
+from hf_cifar.text import nearest_hint, one_line
+
+
+def recipe_names() -> list[str]:
+    """Names that `--recipe` takes."""
+    folder = resources.files("hf_cifar") / "recipes"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> str:
+    """Text of a packaged recipe. Raises: UserError for an unknown name."""
+    if name not in recipe_names():
+        raise UserError(
+            f"no recipe {name!r}{nearest_hint(name, recipe_names())}; see: hf-cifar recipes"
+        )
+    return (resources.files("hf_cifar") / "recipes" / f"{name}.yaml").read_text()
+
+
+def yaml_tokens(text: str | bytes, source: str) -> list[str]:
+    """A YAML file as a command line: null keeps the default, a list is several tokens.
+
+    Raises: UserError for anything but option names with their values.
+    """
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{source} holds a {type(values).__name__}; it must map option names to values"
+        )
+    tokens = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        tokens.append(f"--{name}")
+        if isinstance(value, dict):
+            tokens.append(json.dumps(value))
+        else:
+            tokens.extend(str(item) for item in (value if isinstance(value, list) else [value]))
+    return tokens
+
+
+def expand_tokens(argv: Sequence[str]) -> list[str]:
+    """Replace `--recipe NAME` and `--config FILE` by their tokens, in this order and before all flags."""
+    rest, recipe, config = [], [], []
+    tokens = iter(argv)
+    for token in tokens:
+        name, has_value, value = token.partition("=")
+        if name not in ("--recipe", "--config"):
+            rest.append(token)
+            continue
+        if not has_value:
+            value = next(tokens, None)
+            if value is None:
+                raise UserError(f"{name} needs a value; see: hf-cifar recipes")
+        if name == "--recipe":
+            recipe += yaml_tokens(read_recipe(value), f"recipe {value}")
+        else:
+            path = Path(value)
+            if not path.is_file():
+                raise UserError(f"--config: no file {value}; see also: hf-cifar recipes")
+            config += yaml_tokens(path.read_bytes(), value)
+    return recipe + config + rest
