@@ -26,8 +26,8 @@ from hf_cifar.evaluation.errors import confused_pairs
 from hf_cifar.evaluation.figures import render_figure
 from hf_cifar.evaluation.multilabel import headline
 from hf_cifar.evaluation.predictions import METRICS_FILE, render_cell
-from hf_cifar.hub import CARD_FILE, EVAL_RESULTS_FOLDER
-from hf_cifar.provenance import HUB
+from hf_cifar.hub.origin import HUB
+from hf_cifar.hub.push import CARD_FILE, EVAL_RESULTS_FOLDER
 from hf_cifar.text import listed, one_line, render_numbers
 
 # Where a run lies and goes to, not what it computes; or what the card says in another place.

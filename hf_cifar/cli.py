@@ -258,7 +258,7 @@ def push(argv: Sequence[str]) -> int:
         raise UserError(f"no folder {folder}; pass the --output_dir of a run")
 
     from hf_cifar.card import card_for
-    from hf_cifar.hub import Target, plan_push, push_planned, render_plan
+    from hf_cifar.hub.push import Target, plan_push, push_planned, render_plan
 
     target = Target(config.repo_id, config.private, config.revision)
     plan = plan_push(folder, target, card_for)

@@ -85,13 +85,13 @@ from hf_cifar.features import (
     features_suffice,
     fit_head,
 )
-from hf_cifar.hub import Target, check_push, prepare_push, push_run
+from hf_cifar.hub.origin import find_origin
+from hf_cifar.hub.push import Target, check_push, prepare_push, push_run
 from hf_cifar.models.build import build_model
 from hf_cifar.models.layers import as_it_came, block_depths, describe_trainable
 from hf_cifar.models.problem import is_multi_label
 from hf_cifar.optim import default_rates
 from hf_cifar.process import noted_signals, refuse_in_use, sole_run
-from hf_cifar.provenance import find_origin
 from hf_cifar.setting import (
     DTYPES,
     MEMORY_FORMATS,

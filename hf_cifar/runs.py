@@ -13,7 +13,7 @@ import yaml
 
 from hf_cifar.config.command_line import CONFIG_FILE, METRICS_FILE, RUN_FILE
 from hf_cifar.errors import UserError
-from hf_cifar.network import looks_like_path
+from hf_cifar.hub.reach import looks_like_path
 from hf_cifar.text import render_table
 
 COLUMNS = ("run", "model", "data", "epochs", "seed", "validation", "test", "state", "date")

@@ -20,7 +20,7 @@ from hf_cifar.card import (
     save_card,
 )
 from hf_cifar.errors import UserError
-from hf_cifar.hub import check_card
+from hf_cifar.hub.push import check_card
 
 OPTIONS = {
     "dataset_name": "uoft-cs/cifar10", "dataset_config_name": None, "model_name_or_path": "google/vit",

@@ -41,10 +41,10 @@ from hf_cifar.data.multilabel import (
     list_class_names,
     with_label_lists,
 )
-from hf_cifar.downloads import fetch
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
-from hf_cifar.network import looks_like_path, require_network
+from hf_cifar.hub.fetch import fetch
+from hf_cifar.hub.reach import looks_like_path, require_network
 from hf_cifar.text import first_line
 
 BUNDLED = "bundled/"

@@ -36,7 +36,7 @@ from hf_cifar.evaluation.predictions import (
     read_json,
     saved_splits,
 )
-from hf_cifar.provenance import public_name
+from hf_cifar.hub.origin import public_name
 from hf_cifar.runs import read_record
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hf_cifar.downloads import fetch
 from hf_cifar.errors import UserError
+from hf_cifar.hub.fetch import fetch
+from hf_cifar.hub.reach import looks_like_path, require_network
 from hf_cifar.models.names import check_code_is_pinned, hub_errors
-from hf_cifar.network import looks_like_path, require_network
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")

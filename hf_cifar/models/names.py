@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_cifar.config.model import BUNDLED, SCRATCH
-from hf_cifar.downloads import fetch
 from hf_cifar.errors import UserError
-from hf_cifar.network import looks_like_path, require_network
+from hf_cifar.hub.fetch import fetch
+from hf_cifar.hub.reach import looks_like_path, require_network
 from hf_cifar.text import nearest_hint, one_line
 
 ARTICLE_NAMES = ("article_cnn", "article_mlp")

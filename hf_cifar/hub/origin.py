@@ -13,8 +13,8 @@ import yaml
 from huggingface_hub import metadata_load
 
 from hf_cifar.config.model import SCRATCH
-from hf_cifar.downloads import fetch
-from hf_cifar.network import looks_like_path
+from hf_cifar.hub.fetch import fetch
+from hf_cifar.hub.reach import looks_like_path
 
 HUB = "https://huggingface.co"
 # Licences that the Hub knows by these names; any other is called `other` there, with a name of its own.

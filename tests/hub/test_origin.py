@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_cifar.provenance import Origin, find_origin, public_name
+from hf_cifar.hub.origin import Origin, find_origin, public_name
 
 CARD = """---
 license: {license}

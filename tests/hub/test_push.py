@@ -24,7 +24,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from hf_cifar.config.run import FinetuneConfig
 from hf_cifar.errors import UserError
-from hf_cifar.hub import Target, check_push, files_to_push, prepare_push
+from hf_cifar.hub.push import Target, check_push, files_to_push, prepare_push
 
 NAMES = [
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",

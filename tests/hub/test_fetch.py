@@ -1,10 +1,10 @@
-"""hf_cifar.downloads: what has another hash than its name in the cache is told."""
+"""hf_cifar.hub.fetch: what has another hash than its name in the cache is told."""
 
 import hashlib
 
 import pytest
 
-from hf_cifar.downloads import discard, is_damaged
+from hf_cifar.hub.fetch import discard, is_damaged
 
 
 def cached(root, content, name):

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 
 from hf_cifar.errors import UserError
-from hf_cifar.network import require_network
+from hf_cifar.hub.reach import require_network
 from hf_cifar.text import one_line
 
 if TYPE_CHECKING:  # it takes torch

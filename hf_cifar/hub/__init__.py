@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: reached, read from, named as an origin, pushed to."""
