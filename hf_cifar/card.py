@@ -19,7 +19,6 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 
-from hf_cifar.config.command_line import CONFIG_FILE, RUN_FILE
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.errors import confused_pairs
@@ -28,6 +27,7 @@ from hf_cifar.evaluation.multilabel import headline
 from hf_cifar.evaluation.predictions import METRICS_FILE, render_cell
 from hf_cifar.hub.origin import HUB
 from hf_cifar.hub.push import CARD_FILE, EVAL_RESULTS_FOLDER
+from hf_cifar.runs.folder import CONFIG_FILE, RUN_FILE
 from hf_cifar.text import listed, one_line, render_numbers
 
 # Where a run lies and goes to, not what it computes; or what the card says in another place.

@@ -15,15 +15,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from hf_cifar.config.command_line import (
-    CONFIG_FILE,
     check_option_names,
-    check_same_run,
     check_values,
     check_words,
     parse_dataclasses,
-    refuse_occupied,
-    run_data_tokens,
-    run_to_resume,
     trainer_options,
 )
 from hf_cifar.config.data import DataConfig
@@ -36,8 +31,11 @@ from hf_cifar.config.studies import ReproduceConfig
 from hf_cifar.config.training import LIGHT_CONFIGS, FinetuneOptions
 from hf_cifar.errors import UserError
 from hf_cifar.models.names import check_model_name
-from hf_cifar.process import Stopped, handled_signals, refuse_in_use, stop_at_once
-from hf_cifar.runs import list_runs, render_runs, require_finished
+from hf_cifar.runs.folder import CONFIG_FILE, refuse_occupied, require_finished, run_data_tokens
+from hf_cifar.runs.listing import list_runs, render_runs
+from hf_cifar.runs.lock import refuse_in_use
+from hf_cifar.runs.resume import check_same_run, run_to_resume
+from hf_cifar.runs.signals import Stopped, handled_signals, stop_at_once
 from hf_cifar.text import one_line
 
 USER_ERROR = 2

@@ -34,13 +34,6 @@ from hf_cifar.checkpoints import (
     newest_checkpoint,
 )
 from hf_cifar.config.augmentation import AugmentConfig
-from hf_cifar.config.command_line import (
-    CONFIG_FILE,
-    RUN_FILE,
-    check_same_run,
-    refuse_occupied,
-    run_to_resume,
-)
 from hf_cifar.config.fields import MULTI_LABEL_METRICS
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.config.run import FinetuneConfig, RunConfig
@@ -66,16 +59,9 @@ from hf_cifar.data.store import (
     stored_view,
 )
 from hf_cifar.data.streams import Stream
-from hf_cifar.energy import measured_energy
-from hf_cifar.environment import environment
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import calibrate_classifier, evaluate_classifier
-from hf_cifar.evaluation.predictions import (
-    Predictions,
-    read_json,
-    remove_figures,
-    write_json,
-)
+from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.extras import require
 from hf_cifar.features import (
     FeatureStore,
@@ -91,7 +77,19 @@ from hf_cifar.models.build import build_model
 from hf_cifar.models.layers import as_it_came, block_depths, describe_trainable
 from hf_cifar.models.problem import is_multi_label
 from hf_cifar.optim import default_rates
-from hf_cifar.process import noted_signals, refuse_in_use, sole_run
+from hf_cifar.runs.energy import measured_energy
+from hf_cifar.runs.environment import environment
+from hf_cifar.runs.folder import (
+    CONFIG_FILE,
+    RUN_FILE,
+    read_json,
+    refuse_occupied,
+    remove_figures,
+    write_json,
+)
+from hf_cifar.runs.lock import refuse_in_use, sole_run
+from hf_cifar.runs.resume import check_same_run, resume_point, run_to_resume
+from hf_cifar.runs.signals import noted_signals
 from hf_cifar.setting import (
     DTYPES,
     MEMORY_FORMATS,
@@ -444,14 +442,6 @@ def check_run(config: RunConfig) -> None:
     if train.do_predict:
         require_readable(load_test_split(config.data), pixel_store=config.data.pixel_store)
     check_push(train)
-
-
-def resume_point(config: RunConfig) -> bool | str | None:
-    """What to resume from, in the Trainer's terms: a folder, True for the last checkpoint, or None."""
-    value = config.train.resume_from_checkpoint
-    if run_to_resume(config.train.output_dir, value) is None:
-        return None
-    return True if value.lower() in ("true", "last", "latest") else value
 
 
 def resolve_checkpoint(config: RunConfig) -> RunConfig:

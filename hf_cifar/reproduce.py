@@ -15,16 +15,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_cifar.checkpoints import file_hash
-from hf_cifar.config.command_line import CONFIG_FILE, METRICS_FILE, RUN_FILE
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
-from hf_cifar.environment import environment
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.figures import render_figure
 from hf_cifar.evaluation.multilabel import headline
-from hf_cifar.evaluation.predictions import Predictions, saved_splits, write_json
+from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.finetune import finetune_classifier, pixel_hashes
-from hf_cifar.runs import WEIGHTS_FILE, read_record, require_finished
+from hf_cifar.runs.environment import environment
+from hf_cifar.runs.folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    WEIGHTS_FILE,
+    read_record,
+    require_finished,
+    write_json,
+)
 from hf_cifar.text import render_table
 
 logger = logging.getLogger(__name__)

@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 from accelerate.utils import release_memory
 
-from hf_cifar.config.command_line import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    RUN_FILE,
-    check_same_run,
-    refuse_occupied,
-)
 from hf_cifar.config.run import RunConfig
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.figures import render_figure
 from hf_cifar.evaluation.intervals import mean_interval
 from hf_cifar.evaluation.multilabel import headline
-from hf_cifar.evaluation.predictions import write_json
-from hf_cifar.finetune import finetune_classifier, resume_point
-from hf_cifar.runs import read_record
+from hf_cifar.finetune import finetune_classifier
+from hf_cifar.runs.folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    read_record,
+    refuse_occupied,
+    write_json,
+)
+from hf_cifar.runs.resume import check_same_run, resume_point
 from hf_cifar.setting import compute_as
 from hf_cifar.text import render_table
 

@@ -23,7 +23,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from hf_cifar.config.command_line import CONFIG_FILE
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import Split
@@ -36,7 +35,8 @@ from hf_cifar.models.layers import (
     spare_depthwise_gradients,
     treat_depthwise_alike,
 )
-from hf_cifar.process import keep_freed_memory
+from hf_cifar.runs.folder import CONFIG_FILE
+from hf_cifar.runs.signals import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 

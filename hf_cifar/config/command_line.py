@@ -3,120 +3,20 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import importlib.util
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
-from hf_cifar.config.data import DataConfig
-from hf_cifar.config.fields import BEST_METRICS, WITHOUT_EFFECT, check_bounds, field_names
-from hf_cifar.config.recipes import yaml_tokens
-from hf_cifar.config.training import LIGHT_CONFIGS, FinetuneOptions
+from hf_cifar.config.fields import BEST_METRICS, WITHOUT_EFFECT, check_bounds
 from hf_cifar.errors import UserError
 from hf_cifar.text import nearest_hint
 
-CONFIG_FILE = "config.yaml"  # the resolved options in a run's folder
-RUN_FILE = "run.json"  # what happened in it
-METRICS_FILE = "metrics.json"  # the figures of its splits
-
-
-def refuse_occupied(folder: Path) -> None:
-    """Raises: UserError if an output folder holds a run, finished or not, or is a file."""
-    if folder.is_file():
-        raise UserError(f"--output_dir {folder} is a file; pass a folder")
-    if (folder / "config.json").exists() or any(folder.glob("checkpoint-*")):
-        raise UserError(
-            f"{folder} holds another run; pass another --output_dir, or --resume_from_checkpoint last"
-        )
-    if (folder / CONFIG_FILE).exists():
-        raise UserError(
-            f"{folder} holds another run, which saved no checkpoint; pass another --output_dir, or remove it"
-        )
-    if any(folder.glob(f"seed-*/{CONFIG_FILE}")):
-        raise UserError(
-            f"{folder} holds runs with --seeds; pass another --output_dir, or go on with the same --seeds "
-            "and --resume_from_checkpoint last"
-        )
-
-
 # Words for true and false.
 TRUTH = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
-# What may differ when a run goes on: how long, where, what is shown and kept. All else is the run itself.
-MAY_CHANGE = re.compile(
-    r"num_train_epochs|max_steps|output_dir|resume_.*|early_stopping_.*|(eval|save|logging|log|hub|dataloader)_.*|"
-    r"do_.*|check_leakage|push_to_hub|load_best_.*|metric_.*|greater_.*|report_to|run_name|disable_tqdm|use_cpu|"
-    r"trust_remote_code|per_device_eval_.*|pixel_store|precision|memory_format|attention|torch_compile.*|bf16|fp16|tf32"
-)
-
-
-def check_same_run(folder: Path, options: dict[str, Any]) -> list[str]:
-    """Before a run goes on: the options that make it what it is must be those of its config.yaml.
-
-    options: by name; None stands for a default. Returns what else differs, as `--NAME NEW, which was OLD`.
-    Raises: UserError for the first that may not differ.
-    """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        return []
-    changes = []
-    # What a config.yaml does not name had its default.
-    defaults = {
-        f.name: f.default for c in (*LIGHT_CONFIGS, FinetuneOptions) for f in dataclasses.fields(c)
-    }
-    saved = yaml.safe_load(path.read_text()) or {}
-    for name, value in options.items():
-        before = saved.get(name, defaults.get(name, "its default"))
-        # The order of a stream depends on how many workers share its shards.
-        fixed = name == "dataloader_num_workers" and options.get("streaming")
-        if value in (None, before):
-            continue
-        if fixed or not MAY_CHANGE.fullmatch(name):
-            raise UserError(
-                f"--resume_from_checkpoint: --{name} is {value}, but the run in {folder} began with "
-                f"{before}; go on with --config {path}, or start anew in another --output_dir"
-            )
-        changes.append(f"--{name} {value}, which was {before}")
-    return changes
-
-
-def run_to_resume(output_dir: str, resume_from_checkpoint: str | None) -> Path | None:
-    """The folder of the run that is to go on, or None for a new one."""
-    value = resume_from_checkpoint
-    if value is None or value.lower() in ("false", "no"):
-        return None
-    if value.lower() in ("true", "last", "latest"):
-        return Path(output_dir)
-    return Path(value).parent
-
-
-def run_data_tokens(folder: Path) -> list[str]:
-    """The data options of a run's config.yaml, as tokens; none without the file."""
-    path, names = folder / CONFIG_FILE, field_names(DataConfig)
-    if not path.is_file():
-        return []
-    tokens, kept = yaml_tokens(path.read_bytes(), str(path)), False
-    chosen = []
-    for token in tokens:  # an option, then its values
-        if token.startswith("--"):
-            kept = token[2:] in names
-        if kept:
-            chosen.append(token)
-    return chosen
-
-
-def run_data(folder: Path) -> DataConfig:
-    """The data of a run. Raises: UserError if the folder has no config.yaml."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder} has no {CONFIG_FILE} that names its data")
-    data, *_ = parse_dataclasses([DataConfig], run_data_tokens(folder), "hf-cifar", add_help=False)
-    return data
 
 
 @functools.cache

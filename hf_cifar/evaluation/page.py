@@ -17,8 +17,8 @@ from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation import plots
 from hf_cifar.evaluation.figures import render_figure
-from hf_cifar.evaluation.predictions import write_json
 from hf_cifar.evaluation.report import Report, build_report
+from hf_cifar.runs.folder import write_json
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
 MAX_SIDE = 128  # px, of a picture in the page

@@ -15,22 +15,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from hf_cifar.config.command_line import METRICS_FILE
 from hf_cifar.data.multilabel import class_label, holds_lists, indicators
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.calibration import calibration_error
 from hf_cifar.evaluation.figures import compute_metrics, cross_entropy, render_figure, softmax
 from hf_cifar.evaluation.intervals import figure_intervals, multi_label_intervals
 from hf_cifar.evaluation.multilabel import THRESHOLD, decide, multi_label_metrics, sigmoid
+from hf_cifar.runs.folder import METRICS_FILE, PREDICTIONS_FOLDER, read_json, write_json
 from hf_cifar.text import one_line, render_table
 
-CORRUPTIONS_FILE = "corruptions.json"
-PREDICTIONS_FOLDER = "predictions"
-# All that is said of the model in a folder, and of no other.
-FIGURE_FILES = (
-    METRICS_FILE, CORRUPTIONS_FILE, f"{PREDICTIONS_FOLDER}/*.parquet", ".eval_results/*.yaml",
-    "report.html", "report.json",
-)  # fmt: skip
 TEMPERATURE, THRESHOLDS, SKIPPED = (
     "temperature",
     "thresholds",
@@ -172,13 +165,6 @@ class Predictions:
             ) from None
 
 
-def remove_figures(folder: str | Path) -> None:
-    """Remove what was said of a model that another has replaced."""
-    for pattern in FIGURE_FILES:
-        for path in Path(folder).glob(pattern):
-            path.unlink()
-
-
 def saved_splits(folder: str | Path) -> list[str]:
     """The splits of which a folder holds predictions."""
     return [split for split in ("validation", "test") if _path(folder, split).is_file()]
@@ -217,23 +203,3 @@ def render_metrics(metrics: dict[str, dict[str, Any]]) -> str:
             render_table([f"{names[-1]}, per class", *columns], rows),
         ]
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file maps; nothing if there is no such file. Raises: UserError if it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, and evaluate again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (not a mapping); remove it, and evaluate again")
-    return content
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one step: a reader sees the old one or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from hf_cifar.card import public_options, role_of
-from hf_cifar.config.command_line import CONFIG_FILE, RUN_FILE, run_data
 from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.data.duplicates import find_duplicates
 from hf_cifar.data.properties import image_properties
@@ -30,14 +29,16 @@ from hf_cifar.evaluation.errors import (
     worst_errors,
 )
 from hf_cifar.evaluation.intervals import wilson
-from hf_cifar.evaluation.predictions import (
-    CORRUPTIONS_FILE,
-    Predictions,
-    read_json,
-    saved_splits,
-)
+from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.hub.origin import public_name
-from hf_cifar.runs import read_record
+from hf_cifar.runs.folder import (
+    CONFIG_FILE,
+    CORRUPTIONS_FILE,
+    RUN_FILE,
+    read_json,
+    read_record,
+    run_data,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ import torch
 from transformers import TrainingArguments
 
 from hf_cifar.card import is_untouched, save_card
-from hf_cifar.config.command_line import RUN_FILE
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.run import on_cpu
@@ -19,9 +18,10 @@ from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.data.store import default_num_workers, is_resident, stored_view
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import evaluate_classifier, evaluate_corrupted
-from hf_cifar.evaluation.predictions import CORRUPTIONS_FILE, Predictions, read_json, write_json
+from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.problem import is_multi_label
+from hf_cifar.runs.folder import CORRUPTIONS_FILE, RUN_FILE, read_json, write_json
 from hf_cifar.text import one_line
 from hf_cifar.trainer import ImageClassificationTrainer
 

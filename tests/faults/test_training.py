@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from hf_cifar.checkpoints import find_damage, list_checkpoints, newest_checkpoint
 from hf_cifar.cli import main
 from hf_cifar.errors import UserError
-from hf_cifar.process import LOCK_FILE, refuse_in_use
+from hf_cifar.runs.lock import LOCK_FILE, refuse_in_use
 
 
 class AtStep(TrainerCallback):

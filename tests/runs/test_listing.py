@@ -1,4 +1,4 @@
-"""hf_cifar.runs: what `hf-cifar runs` finds and shows."""
+"""hf_cifar.runs.listing: what `hf-cifar runs` finds and shows."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from hf_cifar.cli import main
-from hf_cifar.runs import list_runs, render_runs
+from hf_cifar.runs.listing import list_runs, render_runs
 
 OPTIONS = {
     "dataset_name": "uoft-cs/cifar10", "model_name_or_path": "bundled/efficientnet_lite0",

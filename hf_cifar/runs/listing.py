@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hf_cifar.config.command_line import CONFIG_FILE, METRICS_FILE, RUN_FILE
 from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import looks_like_path
+from hf_cifar.runs.folder import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_record
 from hf_cifar.text import render_table
 
 COLUMNS = ("run", "model", "data", "epochs", "seed", "validation", "test", "state", "date")
-WEIGHTS_FILE = "model.safetensors"
 SPLITS = ("validation", "test")
 
 
@@ -71,34 +67,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         record["state"] = f"damaged: {type(error).__name__} {error}"
     return record
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """What one of a run's YAML or JSON files holds. Raises: UserError if it is missing or damaged."""
-    try:
-        text = path.read_text()
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, yaml.YAMLError):
-        raise UserError(f"{path} cannot be read") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a run's")
-    return content
-
-
-def require_finished(folder: Path) -> None:
-    """Raises: UserError if there is no run in the folder that has ended."""
-    missing = [
-        name
-        for name in (CONFIG_FILE, RUN_FILE, METRICS_FILE, WEIGHTS_FILE)
-        if not (folder / name).is_file()
-    ]
-    if missing:
-        raise UserError(
-            f"{folder} holds no finished run: no {missing[0]}; pass the output folder of one, see hf-cifar "
-            "runs"
-        )
 
 
 def render_runs(records: Sequence[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from hf_cifar.energy import measured_energy
+from hf_cifar.runs.energy import measured_energy
 
 
 def test_no_figure_where_nothing_measures():

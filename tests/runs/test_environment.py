@@ -4,7 +4,7 @@ import sys
 
 import datasets
 
-from hf_cifar.environment import environment
+from hf_cifar.runs.environment import environment
 
 
 def test_environment_is_what_runs_here():

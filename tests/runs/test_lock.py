@@ -1,0 +1,41 @@
+"""hf_cifar.runs.lock: one run a folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from hf_cifar.errors import UserError
+from hf_cifar.runs.lock import LOCK_FILE, refuse_in_use, sole_run
+
+
+def test_a_folder_is_held_and_let_go(tmp_path):
+    folder = tmp_path / "new" / "run"
+    with sole_run(folder):
+        facts = json.loads((folder / LOCK_FILE).read_text())
+        assert facts["pid"] == os.getpid()
+        for attempt in (lambda: refuse_in_use(folder), lambda: sole_run(folder).__enter__()):
+            with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
+                attempt()
+        assert json.loads((folder / LOCK_FILE).read_text()) == facts
+    assert list(folder.iterdir()) == []
+    refuse_in_use(folder)
+    refuse_in_use(tmp_path / "nowhere")
+
+
+def test_the_lock_of_a_dead_process_is_none(tmp_path):
+    code = f"""
+import os, signal
+from pathlib import Path
+from hf_cifar.runs.lock import sole_run
+with sole_run(Path({str(tmp_path)!r})):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert (tmp_path / LOCK_FILE).exists()
+    with sole_run(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK_FILE).exists()
