@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.measure import compare
 from benchmarks.peers import pil_transform
 from hf_cifar import Preprocessing
-from hf_cifar.data.augmentation import Augmentation, RandomView
 from hf_cifar.data.store import ResidentStore
 from hf_cifar.runs.signals import keep_freed_memory
+from hf_cifar.transforms.augmentation import Augmentation
+from hf_cifar.transforms.views import RandomView
 
 AUGMENTATION = Augmentation(RandomView(min_area=0.25, flip=0.5))
 STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

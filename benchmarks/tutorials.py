@@ -20,11 +20,11 @@ from PIL import Image
 from benchmarks.measure import conditions, summary, write
 from hf_cifar import DataConfig, ModelConfig, RunConfig, build_model, finetune_classifier
 from hf_cifar.cli import quieten
-from hf_cifar.data.augmentation import RandomView
 from hf_cifar.data.images import decode_cell
 from hf_cifar.data.sources import load_source
-from hf_cifar.data.transforms import resample
 from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.transforms.resampling import resample
+from hf_cifar.transforms.views import RandomView
 
 DRAWS = 1000
 CROP = {"crop_padding": 0.125, "flip": 0.5}

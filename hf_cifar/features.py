@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_cifar.data.augmentation import Augmentation
 from hf_cifar.data.disk_cache import content_key, load_array, one_process_at_a_time, save_array
-from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import Split
 from hf_cifar.data.store import ResidentStore, StreamedStore, take_batch
 from hf_cifar.models.layers import head_parameter_names, linear_head
+from hf_cifar.transforms.augmentation import Augmentation
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 # Penalties of the linear head, from the strongest: each solution is the start of the next.

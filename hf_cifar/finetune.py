@@ -37,10 +37,8 @@ from hf_cifar.config.augmentation import AugmentConfig
 from hf_cifar.config.fields import MULTI_LABEL_METRICS
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.config.run import FinetuneConfig, RunConfig
-from hf_cifar.data.augmentation import Augmentation, Policy, RandomView
 from hf_cifar.data.leakage import find_leakage
 from hf_cifar.data.multilabel import class_counts
-from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import (
     Split,
     Splits,
@@ -100,6 +98,10 @@ from hf_cifar.setting import (
 )
 from hf_cifar.text import one_line
 from hf_cifar.trainer import ImageClassificationTrainer
+from hf_cifar.transforms.augmentation import Augmentation
+from hf_cifar.transforms.policies import Policy
+from hf_cifar.transforms.preprocessing import Preprocessing
+from hf_cifar.transforms.views import RandomView
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_cifar.config.run import RunConfig
-from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import Split
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
@@ -37,6 +36,7 @@ from hf_cifar.models.layers import (
 )
 from hf_cifar.runs.folder import CONFIG_FILE
 from hf_cifar.runs.signals import keep_freed_memory
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,6 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_cifar.callbacks import AfterStep, StopAtNaN, TrainingLines, TrainingProgress
 from hf_cifar.checkpoints import ResumableTrainer, load_state, save_state
-from hf_cifar.data.augmentation import Augmentation
-from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.store import ShardStore, take_batch
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.metrics import compute_training_metrics
@@ -36,6 +34,8 @@ from hf_cifar.models.layers import block_depths, frozen_norms
 from hf_cifar.optim import decay_learning_rates, decay_parameter_names
 from hf_cifar.runs.signals import Stopped, StopRequest, keep_freed_memory, noted_signals
 from hf_cifar.text import listed, one_line
+from hf_cifar.transforms.augmentation import Augmentation
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dct
 
-from hf_cifar.data.images import LUMA
+from hf_cifar.transforms import LUMA
 
 Array = np.ndarray
 SIDE = 32  # px, of the thumbnails that are hashed and compared

@@ -16,8 +16,6 @@ from hf_cifar.config.data import MAX_IMAGE_PIXELS
 from hf_cifar.errors import UserError
 from hf_cifar.text import one_line
 
-# What red, green and blue add to brightness: ITU-R 601-2, as Pillow's conversion to "L" has it.
-LUMA = (0.299, 0.587, 0.114)
 # Icons hold other images, which are decoded before their size can be asked for; EPS is a program to run.
 REFUSED_FORMATS = {"EPS", "ICNS", "ICO"}
 EXIF_MARK, ORIENTATION = b"Exif\0\0", 0x0112

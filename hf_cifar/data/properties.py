@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from hf_cifar.data.images import LUMA
+from hf_cifar.transforms import LUMA
 
 Array = np.ndarray
 

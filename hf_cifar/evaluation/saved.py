@@ -13,7 +13,6 @@ from hf_cifar.card import is_untouched, save_card
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.run import on_cpu
-from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.data.store import default_num_workers, is_resident, stored_view
 from hf_cifar.errors import UserError
@@ -24,6 +23,7 @@ from hf_cifar.models.problem import is_multi_label
 from hf_cifar.runs.folder import CORRUPTIONS_FILE, RUN_FILE, read_json, write_json
 from hf_cifar.text import one_line
 from hf_cifar.trainer import ImageClassificationTrainer
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 
 def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:

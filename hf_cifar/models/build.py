@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from hf_cifar.config.model import BUNDLED, SCRATCH, ModelConfig
-from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.hub.reach import looks_like_path
@@ -48,6 +47,7 @@ from hf_cifar.models.names import check_model_name
 from hf_cifar.models.problem import set_problem
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
 from hf_cifar.text import listed, one_line
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from transformers import ViTImageProcessor
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data import splits as splits_module
 from hf_cifar.data import store as store_module
-from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import ResidentStore, StreamedStore, build_store, take_batch, to_batch
 from hf_cifar.errors import UserError
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 PREPROCESSING = Preprocessing.from_image_processor(

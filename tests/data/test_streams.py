@@ -14,11 +14,11 @@ from transformers import ViTImageProcessor
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data import streams
 from hf_cifar.data.images import decode_cell, decode_image
-from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_splits, load_test_split, require_test_split
 from hf_cifar.data.store import ShardStore
 from hf_cifar.data.streams import Stream, load_streams, place
 from hf_cifar.errors import UserError
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing.from_image_processor(
     ViTImageProcessor(size={"height": 16, "width": 16})

@@ -18,10 +18,10 @@ from transformers import AutoImageProcessor
 from hf_cifar.cli import main
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.images import decode_image
-from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import build_store, resized, stored_view
 from hf_cifar.errors import UserError
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 SIDE = 32
 FLAGS = ["--use_cpu", "--dataloader_num_workers", "0"]

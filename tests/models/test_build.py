@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from hf_cifar.config.model import ModelConfig
-from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import build_model, load_classifier
 from hf_cifar.models.layers import head_parameter_names
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 CHECKPOINT_LABELS = dict(enumerate(("ant", "bee", "cow", "elk", "fox")))

@@ -9,8 +9,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 PROCESSORS = {
     "vit": lambda: ViTImageProcessor(size={"height": 32, "width": 32}),

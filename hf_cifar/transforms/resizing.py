@@ -9,7 +9,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from hf_cifar.data.transforms import Taps, along_width
+from hf_cifar.transforms.resampling import Taps, along_width
 
 # Since 13, Pillow begins with the height where that shrinks by more than twice as many pixels as the width
 # (`ImagingResampleInner` in src/libImaging/Resample.c).

@@ -6,25 +6,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-from hf_cifar.data import color
-from hf_cifar.data.augmentation import (
+from hf_cifar.transforms import color
+from hf_cifar.transforms.augmentation import Augmentation, move, sample
+from hf_cifar.transforms.mixing import erase, mix
+from hf_cifar.transforms.policies import (
     COLOR_OPS,
     GEOMETRIC_OPS,
     OPS,
     RAND_AUGMENT,
     TRIVIAL_AUGMENT,
-    Affine,
-    Augmentation,
     Policy,
-    RandomView,
     color_jitter,
-    erase,
-    mix,
-    move,
-    sample,
 )
-from hf_cifar.data.preprocessing import Preprocessing
-from hf_cifar.data.transforms import resample, rotation, shear, whole_image
+from hf_cifar.transforms.preprocessing import Preprocessing
+from hf_cifar.transforms.resampling import resample, rotation, shear, whole_image
+from hf_cifar.transforms.views import Affine, RandomView
 
 ALL_VIEWS = {
     "shift": RandomView(padding=0.125),

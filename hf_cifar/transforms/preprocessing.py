@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers.image_processing_backends import TorchvisionBackend
 
-from hf_cifar.data.resizing import resize_exactly
-from hf_cifar.data.transforms import KERNELS, Levels
 from hf_cifar.errors import UserError
+from hf_cifar.transforms.resampling import KERNELS, Levels
+from hf_cifar.transforms.resizing import resize_exactly
 
 # Pillow's numbers for its filters, which transformers saves as `resample`.
 RESAMPLE_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}

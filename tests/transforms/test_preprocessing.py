@@ -14,8 +14,8 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_cifar.data.preprocessing import Preprocessing
 from hf_cifar.errors import UserError
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 SIZES = [(32, 32), (64, 96), (150, 101)]
 

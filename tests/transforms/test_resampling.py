@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from hf_cifar.data.transforms import (
+from hf_cifar.transforms.resampling import (
     KERNELS,
     Levels,
     Taps,

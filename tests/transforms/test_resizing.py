@@ -1,4 +1,4 @@
-"""hf_cifar.data.resizing: no pixel differs from what the libraries give."""
+"""hf_cifar.transforms.resizing: no pixel differs from what the libraries give."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as torchvision
 
-from hf_cifar.data.resizing import PILLOW_BEGINS_WITH_HEIGHT, resize_exactly
+from hf_cifar.transforms.resizing import PILLOW_BEGINS_WITH_HEIGHT, resize_exactly
 
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR,
           "box": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}  # fmt: skip
@@ -72,6 +72,6 @@ def test_a_crop_of_the_resized_image(library, sides):
 
 @pytest.mark.skipif(not PILLOW_BEGINS_WITH_HEIGHT, reason="Pillow before 13 begins with the width")
 def test_tall_images_are_a_test_of_the_direction_that_is_first(monkeypatch):
-    monkeypatch.setattr("hf_cifar.data.resizing.PILLOW_BEGINS_WITH_HEIGHT", False)
+    monkeypatch.setattr("hf_cifar.transforms.resizing.PILLOW_BEGINS_WITH_HEIGHT", False)
     found = resize_exactly(noise(480, 333), whole(480, 333), (224, 224))
     assert not torch.equal(found, by_pillow(noise(480, 333), (224, 224), "bicubic").float())

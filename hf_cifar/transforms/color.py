@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_cifar.data.images import LUMA
+from hf_cifar.transforms import LUMA
 
 
 def _per_image(strength: Tensor, images: Tensor) -> Tensor:
