@@ -24,7 +24,7 @@ _PUBLIC = {
     "RandomView": "hf_cifar.transforms.views",
     "RunConfig": "hf_cifar.config.run",
     "RunResult": "hf_cifar.finetune",
-    "Split": "hf_cifar.data.splits",
+    "Split": "hf_cifar.data.split",
     "Splits": "hf_cifar.data.splits",
     "UserError": "hf_cifar.errors",
     "build_model": "hf_cifar.models.build",

@@ -396,7 +396,8 @@ def _require_model(config: EvaluateConfig | PredictConfig) -> None:
 
 def check_images(data: DataConfig, splits: Sequence[str]) -> None:
     """Load and decode now what the command will ask for; it gets the same splits back, at no cost."""
-    from hf_cifar.data.splits import load_splits, load_test_split, require_readable
+    from hf_cifar.data.split import require_readable
+    from hf_cifar.data.splits import load_splits, load_test_split
 
     parts = [
         load_test_split(data) if name == "test" else getattr(load_splits(data), name)

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_cifar.data.disk_cache import content_key, load_array, one_process_at_a_time, save_array
-from hf_cifar.data.splits import Split
+from hf_cifar.data.cache import content_key, load_array, one_process_at_a_time, save_array
+from hf_cifar.data.split import Split
 from hf_cifar.data.store import ResidentStore, StreamedStore, take_batch
 from hf_cifar.models.layers import head_parameter_names, linear_head
 from hf_cifar.transforms.augmentation import Augmentation

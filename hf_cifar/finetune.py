@@ -37,15 +37,10 @@ from hf_cifar.config.augmentation import AugmentConfig
 from hf_cifar.config.fields import MULTI_LABEL_METRICS
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.config.run import FinetuneConfig, RunConfig
+from hf_cifar.data.columns import class_counts
 from hf_cifar.data.leakage import find_leakage
-from hf_cifar.data.multilabel import class_counts
-from hf_cifar.data.splits import (
-    Split,
-    Splits,
-    load_splits,
-    load_test_split,
-    require_readable,
-)
+from hf_cifar.data.split import Split, require_readable
+from hf_cifar.data.splits import Splits, load_splits, load_test_split
 from hf_cifar.data.store import (
     CPU,
     ResidentStore,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_cifar.config.run import RunConfig
-from hf_cifar.data.splits import Split
+from hf_cifar.data.split import Split
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.models.layers import (

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
-from hf_cifar.data.splits import Split, memory_to_spare, require_readable
+from hf_cifar.data.split import Split, memory_to_spare, require_readable
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.transforms.preprocessing import Preprocessing

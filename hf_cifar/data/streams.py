@@ -14,14 +14,9 @@ from datasets.distributed import split_dataset_by_node
 from datasets.utils.file_utils import xopen
 
 from hf_cifar.config.data import MAX_IMAGE_PIXELS, DataConfig
+from hf_cifar.data.columns import holds_lists, image_and_label, quiet_datasets, with_standard_names
 from hf_cifar.data.images import decode_image
-from hf_cifar.data.multilabel import holds_lists
-from hf_cifar.data.sources import (
-    image_and_label,
-    open_data_set,
-    quiet_datasets,
-    with_standard_names,
-)
+from hf_cifar.data.sources import open_data_set
 from hf_cifar.errors import UserError
 
 # Rows that wait, encoded, in a loader process for a random one of them to go.

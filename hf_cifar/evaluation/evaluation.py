@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_cifar.data.corruptions import CORRUPTIONS, SEVERITIES, CorruptedStore
-from hf_cifar.data.splits import Split, subsample
+from hf_cifar.data.split import Split
 from hf_cifar.data.store import CPU, ResidentStore, StreamedStore, build_store
+from hf_cifar.data.stratify import subsample
 from hf_cifar.evaluation.calibration import fit_temperature
 from hf_cifar.evaluation.intervals import wilson
 from hf_cifar.evaluation.multilabel import (

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from hf_cifar.data.multilabel import class_label, holds_lists, indicators
+from hf_cifar.data.columns import class_label, holds_lists, indicators
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.calibration import calibration_error
 from hf_cifar.evaluation.figures import compute_metrics, cross_entropy, render_figure, softmax

@@ -287,7 +287,7 @@ def test_splits_that_disagree(save, make_rows):
 
 
 def test_split_without_the_columns():
-    from hf_cifar.data.sources import _standard_columns
+    from hf_cifar.data.columns import standard_columns
 
     noise = [Image.new("RGB", (4, 4))] * 2
     rows = Dataset.from_dict(
@@ -296,7 +296,7 @@ def test_split_without_the_columns():
     )
     splits = DatasetDict(train=rows, test=rows.remove_columns("label"))
     with pytest.raises(UserError, match=r"split test has columns \['img'\], not img and label"):
-        _standard_columns(splits, DataConfig())
+        standard_columns(splits, DataConfig())
 
 
 @pytest.mark.parametrize("hidden", [-1, None])

@@ -5,15 +5,12 @@ import pytest
 from datasets import ClassLabel, Value
 
 from hf_cifar.config.data import DataConfig
+from hf_cifar.data import split as split_module
 from hf_cifar.data import splits as splits_module
 from hf_cifar.data.images import decode_cell
-from hf_cifar.data.splits import (
-    Splits,
-    load_splits,
-    load_test_split,
-    require_readable,
-    subsample,
-)
+from hf_cifar.data.split import require_readable
+from hf_cifar.data.splits import Splits, load_splits, load_test_split
+from hf_cifar.data.stratify import subsample
 from hf_cifar.errors import UserError
 
 THREE = ClassLabel(names=["ant", "bee", "cow"])
@@ -206,17 +203,17 @@ def test_images_of_mixed_sizes_are_a_list(save, make_rows, odd):
 
 @pytest.mark.parametrize("sizes", [((8, 8),), ((8, 8), (8, 9))], ids=["one size", "mixed"])
 def test_images_that_do_not_fit_are_not_held(save, make_rows, monkeypatch, sizes):
-    monkeypatch.setattr(splits_module, "memory_to_spare", lambda: 8 * 9 * 3 * 6)
+    monkeypatch.setattr(split_module, "memory_to_spare", lambda: 8 * 9 * 3 * 6)
     splits = load(save(train=make_rows([0, 1] * 5, sizes=sizes)))
     assert splits.train.images is None
     assert len(splits.validation.images) == 2
 
 
 def test_the_share_of_memory_is_split_among_processes(monkeypatch):
-    alone = splits_module.memory_to_spare()
+    alone = split_module.memory_to_spare()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert alone > 2**20
-    assert splits_module.memory_to_spare() == pytest.approx(alone / 4, rel=0.2)
+    assert split_module.memory_to_spare() == pytest.approx(alone / 4, rel=0.2)
 
 
 def broken(make_rows, row, content=b"no image", **options):

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data import splits as splits_module
+from hf_cifar.data import split as split_module
 from hf_cifar.data import store as store_module
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import ResidentStore, StreamedStore, build_store, take_batch, to_batch
@@ -182,7 +182,7 @@ def test_size_and_free_memory_choose_the_store(train, monkeypatch):
     small = Preprocessing((2, 2), None, "bicubic", (0.5,) * 3, (0.5,) * 3)
     shapes = []
     for spare in (10**6, 20 * 2 * 2 * 3 + 1, 100):
-        monkeypatch.setattr(splits_module, "memory_to_spare", lambda spare=spare: spare)
+        monkeypatch.setattr(split_module, "memory_to_spare", lambda spare=spare: spare)
         monkeypatch.setattr(store_module, "memory_to_spare", lambda spare=spare: spare)
         store = build_store(train(), small, augmented=False)
         shapes.append(store.pixels.shape[1:3] if store.resident else None)

@@ -259,7 +259,7 @@ import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 
 import datasets
-from hf_cifar.data.disk_cache import cache_folder, load_array
+from hf_cifar.data.cache import cache_folder, load_array
 from hf_cifar.data.splits import load_splits
 from hf_cifar.config.data import DataConfig
 

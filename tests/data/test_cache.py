@@ -1,4 +1,4 @@
-"""hf_cifar.data.disk_cache: the next run finds the same pixels, and never others."""
+"""hf_cifar.data.cache: the next run finds the same pixels, and never others."""
 
 import os
 import subprocess
@@ -10,9 +10,9 @@ import pytest
 from datasets import Image
 
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data import disk_cache
+from hf_cifar.data import cache
 from hf_cifar.data import images as images_module
-from hf_cifar.data.disk_cache import content_key, load_array, save_array
+from hf_cifar.data.cache import content_key, load_array, save_array
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.splits import load_splits
 
@@ -48,7 +48,7 @@ def test_the_next_run_decodes_nothing(save, make_rows, load, monkeypatch):
     first = load(path).images
     decoded = []
     original = images_module.decode_cell
-    for module in ("hf_cifar.data.images", "hf_cifar.data.splits"):
+    for module in ("hf_cifar.data.images", "hf_cifar.data.split"):
         monkeypatch.setattr(
             f"{module}.decode_cell", lambda c, *a: decoded.append(c) or original(c, *a)
         )
@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
 
 def test_the_oldest_file_goes_first(folder, monkeypatch):
     pixels = np.zeros((10, 4, 4, 3), np.uint8)
-    monkeypatch.setattr(disk_cache, "SIZE_LIMIT", 1500)
+    monkeypatch.setattr(cache, "SIZE_LIMIT", 1500)
     for age, key in ((300, "a"), (200, "b")):
         save_array(key, pixels)
         os.utime(folder / f"{key}.safetensors", (time.time() - age,) * 2)

@@ -1,4 +1,4 @@
-"""hf_cifar.data.multilabel: label columns of lists, from any source to a fair division."""
+"""hf_cifar.data.columns: label columns of lists, from any source to train and validation."""
 
 import json
 
@@ -9,7 +9,6 @@ from datasets import ClassLabel, Dataset, LargeList, List, Value
 from PIL import Image
 
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data.multilabel import stratified_choice
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.errors import UserError
@@ -20,12 +19,6 @@ LISTS = [[0], [1, 2], [], [0, 1], [2, 2], [1], [0, 2], []]
 
 def config(folder, **options):
     return DataConfig(dataset_name=str(folder), **options)
-
-
-def drawn_labels(seed, num_rows=400, num_labels=12):
-    """Labels [N, K] of all frequencies, from one in a hundred images to one in two; some images have none."""
-    shares = np.geomspace(0.01, 0.5, num_labels)
-    return (np.random.default_rng(seed).random((num_rows, num_labels)) < shares).astype(np.uint8)
 
 
 @pytest.mark.parametrize("kind", [List, LargeList, lambda f: List(f, length=2)])
@@ -130,42 +123,6 @@ def test_a_stream_of_lists_is_refused(tmp_path, make_rows):
         load_splits(config(tmp_path, streaming=True, max_eval_samples=4))
 
 
-def test_the_division_has_its_size_its_seed_and_the_shares_of_its_classes():
-    labels = drawn_labels(0)
-    chosen = stratified_choice(labels, 100, seed=1, spare=1)
-    assert len(chosen) == 100 == len(np.unique(chosen)) and (np.diff(chosen) > 0).all()
-    np.testing.assert_array_equal(chosen, stratified_choice(labels, 100, seed=1, spare=1))
-    assert not np.array_equal(chosen, stratified_choice(labels, 100, seed=2, spare=1))
-    # A plain draw is off by a standard deviation of 4.3 for 100 images of a class.
-    assert np.abs(labels[chosen].sum(axis=0) - labels.sum(axis=0) / 4).max() <= 2
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_every_class_that_has_two_images_is_in_both_parts(seed):
-    labels = drawn_labels(seed)
-    chosen = stratified_choice(labels, 40, seed=seed, spare=1)
-    inside, counts = labels[chosen].sum(axis=0), labels.sum(axis=0)
-    assert (inside[counts > 1] > 0).all()
-    assert (counts - inside)[counts > 0].all()
-
-
-def test_validation_is_cut_out_of_train(save, make_rows):
-    lists = [
-        np.flatnonzero(row).tolist() for row in drawn_labels(0, 200, 3) | drawn_labels(1, 200, 3)
-    ]
-    folder = save(train=make_rows(lists, List(TAGS)))
-    splits = load_splits(config(folder))
-    assert (len(splits.train), len(splits.validation)) == (180, 20)
-    assert not np.intersect1d(splits.train.row_ids, splits.validation.row_ids).size
-    assert splits.validation.labels.any(axis=0).all()
-    assert splits.hash == load_splits(config(folder)).hash
-    assert splits.hash != load_splits(config(folder, split_seed=1)).hash
-    few = load_splits(config(folder, max_train_samples=30, max_eval_samples=5))
-    assert (len(few.train), len(few.validation)) == (30, 5)
-    assert few.train.labels.any(axis=0).all()
-    assert np.isin(few.train.row_ids, splits.train.row_ids).all()
-
-
 def test_the_hash_knows_the_labels(save, make_rows):
     other = [*LISTS[:-1], [1]]
     one, two = (save(train=make_rows(lists, List(TAGS))) for lists in (LISTS, other))
@@ -191,7 +148,7 @@ def test_data_sets_of_one_image_are_refused(save, make_rows):
 
 
 def test_rows_of_a_selection_keep_their_labels(make_rows):
-    from hf_cifar.data.multilabel import label_array
+    from hf_cifar.data.columns import label_array
 
     rows: Dataset = make_rows(LISTS, List(TAGS)).select([3, 1])
     np.testing.assert_array_equal(label_array(rows), [[1, 1, 0], [0, 1, 1]])

@@ -1,0 +1,57 @@
+"""hf_cifar.data.stratify: a fair division of images with several labels."""
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, List
+
+from hf_cifar.config.data import DataConfig
+from hf_cifar.data.splits import load_splits
+from hf_cifar.data.stratify import stratified_choice
+
+TAGS = ClassLabel(names=["cat", "dog", "owl"])
+
+
+def config(folder, **options):
+    return DataConfig(dataset_name=str(folder), **options)
+
+
+def drawn_labels(seed, num_rows=400, num_labels=12):
+    """Labels [N, K] of all frequencies, from one in a hundred images to one in two; some images have none."""
+    shares = np.geomspace(0.01, 0.5, num_labels)
+    return (np.random.default_rng(seed).random((num_rows, num_labels)) < shares).astype(np.uint8)
+
+
+def test_the_division_has_its_size_its_seed_and_the_shares_of_its_classes():
+    labels = drawn_labels(0)
+    chosen = stratified_choice(labels, 100, seed=1, spare=1)
+    assert len(chosen) == 100 == len(np.unique(chosen)) and (np.diff(chosen) > 0).all()
+    np.testing.assert_array_equal(chosen, stratified_choice(labels, 100, seed=1, spare=1))
+    assert not np.array_equal(chosen, stratified_choice(labels, 100, seed=2, spare=1))
+    # A plain draw is off by a standard deviation of 4.3 for 100 images of a class.
+    assert np.abs(labels[chosen].sum(axis=0) - labels.sum(axis=0) / 4).max() <= 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_class_that_has_two_images_is_in_both_parts(seed):
+    labels = drawn_labels(seed)
+    chosen = stratified_choice(labels, 40, seed=seed, spare=1)
+    inside, counts = labels[chosen].sum(axis=0), labels.sum(axis=0)
+    assert (inside[counts > 1] > 0).all()
+    assert (counts - inside)[counts > 0].all()
+
+
+def test_validation_is_cut_out_of_train(save, make_rows):
+    lists = [
+        np.flatnonzero(row).tolist() for row in drawn_labels(0, 200, 3) | drawn_labels(1, 200, 3)
+    ]
+    folder = save(train=make_rows(lists, List(TAGS)))
+    splits = load_splits(config(folder))
+    assert (len(splits.train), len(splits.validation)) == (180, 20)
+    assert not np.intersect1d(splits.train.row_ids, splits.validation.row_ids).size
+    assert splits.validation.labels.any(axis=0).all()
+    assert splits.hash == load_splits(config(folder)).hash
+    assert splits.hash != load_splits(config(folder, split_seed=1)).hash
+    few = load_splits(config(folder, max_train_samples=30, max_eval_samples=5))
+    assert (len(few.train), len(few.validation)) == (30, 5)
+    assert few.train.labels.any(axis=0).all()
+    assert np.isin(few.train.row_ids, splits.train.row_ids).all()
