@@ -11,7 +11,7 @@ from hf_cifar.models.autoload import register_article_models
 _PUBLIC = {
     "AugmentConfig": "hf_cifar.config.augmentation",
     "Augmentation": "hf_cifar.transforms.augmentation",
-    "Classifier": "hf_cifar.models.build",
+    "Classifier": "hf_cifar.models.classifier",
     "DataConfig": "hf_cifar.config.data",
     "EvaluateConfig": "hf_cifar.config.evaluation",
     "FinetuneConfig": "hf_cifar.config.run",

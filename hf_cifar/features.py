@@ -23,7 +23,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from hf_cifar.data.cache import content_key, load_array, one_process_at_a_time, save_array
 from hf_cifar.data.split import Split
 from hf_cifar.data.store import ResidentStore, StreamedStore, take_batch
-from hf_cifar.models.layers import head_parameter_names, linear_head
+from hf_cifar.models.heads import head_parameter_names, linear_head
 from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
 

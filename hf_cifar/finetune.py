@@ -66,9 +66,10 @@ from hf_cifar.features import (
 )
 from hf_cifar.hub.origin import find_origin
 from hf_cifar.hub.push import Target, check_push, prepare_push, push_run
+from hf_cifar.models.blocks import block_depths, describe_trainable
 from hf_cifar.models.build import build_model
-from hf_cifar.models.layers import as_it_came, block_depths, describe_trainable
-from hf_cifar.models.problem import is_multi_label
+from hf_cifar.models.kernels import as_it_came
+from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.optim import default_rates
 from hf_cifar.runs.energy import measured_energy
 from hf_cifar.runs.environment import environment

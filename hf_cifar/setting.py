@@ -27,7 +27,7 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.data.split import Split
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
-from hf_cifar.models.layers import (
+from hf_cifar.models.kernels import (
     as_it_came,
     fuse_attention,
     has_fused_attention,

@@ -30,7 +30,7 @@ from hf_cifar.data.store import ShardStore, take_batch
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.metrics import compute_training_metrics
 from hf_cifar.features import draw_view
-from hf_cifar.models.layers import block_depths, frozen_norms
+from hf_cifar.models.blocks import block_depths, frozen_norms
 from hf_cifar.optim import decay_learning_rates, decay_parameter_names
 from hf_cifar.runs.signals import Stopped, StopRequest, keep_freed_memory, noted_signals
 from hf_cifar.text import listed, one_line

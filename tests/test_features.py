@@ -25,7 +25,7 @@ from hf_cifar.features import (
 )
 from hf_cifar.finetune import build_trainer, finetune_classifier, resolve_defaults
 from hf_cifar.models.build import build_model
-from hf_cifar.models.layers import linear_head
+from hf_cifar.models.heads import linear_head
 
 MODELS = ["tiny_vit", "scratch/resnet10t", "scratch/densenet121", "scratch/efficientnet_lite0"]
 

@@ -178,7 +178,7 @@ def test_thresholds_of_another_number_of_labels_are_refused(finished, tmp_path):
     model = AutoModelForImageClassification.from_pretrained(finished.output_dir)
     model.config.thresholds = [0.5]
     model.save_pretrained(tmp_path)
-    from hf_cifar.models.problem import thresholds_of
+    from hf_cifar.models.problem_type import thresholds_of
 
     with pytest.raises(UserError, match="holds 1 thresholds for 3 labels"):
         thresholds_of(AutoModelForImageClassification.from_pretrained(tmp_path))

@@ -17,7 +17,7 @@ from transformers import (
 from hf_cifar.config.run import RunConfig
 from hf_cifar.errors import UserError
 from hf_cifar.finetune import finetune_classifier
-from hf_cifar.models.layers import has_fused_attention
+from hf_cifar.models.kernels import has_fused_attention
 from hf_cifar.setting import (
     Setting,
     Timing,

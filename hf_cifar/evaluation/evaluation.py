@@ -23,8 +23,8 @@ from hf_cifar.evaluation.multilabel import (
     sigmoid,
 )
 from hf_cifar.evaluation.predictions import Predictions
-from hf_cifar.models.layers import divide_logits
-from hf_cifar.models.problem import thresholds_of
+from hf_cifar.models.heads import divide_logits
+from hf_cifar.models.problem_type import thresholds_of
 from hf_cifar.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)

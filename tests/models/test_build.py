@@ -20,7 +20,7 @@ from transformers import (
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import build_model, load_classifier
-from hf_cifar.models.layers import head_parameter_names
+from hf_cifar.models.heads import head_parameter_names
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}

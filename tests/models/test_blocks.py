@@ -1,23 +1,18 @@
 import pytest
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
-from hf_cifar.models.build import build_model
-from hf_cifar.models.layers import (
+from hf_cifar.models.blocks import (
     backbone_blocks,
     block_depths,
     describe_trainable,
-    divide_logits,
     freeze,
     frozen_norms,
-    head_parameter_names,
-    output_layers,
-    spare_depthwise_gradients,
-    treat_depthwise_alike,
 )
+from hf_cifar.models.build import build_model
+from hf_cifar.models.heads import divide_logits, head_parameter_names, output_layers
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 # Checkpoint, prefixes of its blocks, and what stands before and behind them.
@@ -193,54 +188,3 @@ def test_logits_that_no_linear_layer_gives_are_left_alone(load):
     weights = model.classifier[0].weight.clone()
     assert not divide_logits(model, 2.0)
     assert torch.equal(model.classifier[0].weight, weights)
-
-
-def test_slow_depthwise_gradients_are_spared_bfloat16():
-    """Gradients of a sum are those of float32 where the layer is computed in it."""
-    convolutions = nn.ModuleDict(
-        {
-            "stride": nn.Conv2d(4, 4, 3, stride=2, groups=4),
-            "filter": nn.Conv2d(4, 4, 5, groups=4),
-            "fast": nn.Conv2d(4, 4, 3, groups=4),
-            "full": nn.Conv2d(4, 4, 5, stride=2),
-        }
-    )
-    images = torch.randint(-9, 9, (2, 4, 9, 9)).float()
-
-    def gradients(autocast):
-        found = {}
-        for name, convolution in convolutions.items():
-            convolution.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                output = convolution(images / 7)
-            assert output.dtype == (torch.bfloat16 if autocast else torch.float32)
-            output.float().sum().backward()
-            found[name] = convolution.weight.grad.clone()
-        return found
-
-    expected = gradients(autocast=False)
-    spare_depthwise_gradients(convolutions)
-    found = gradients(autocast=True)
-    exact = {name for name in convolutions if torch.equal(found[name], expected[name])}
-    assert exact == {"stride", "filter"}
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        spared = convolutions["stride"](images / 7)
-        treat_depthwise_alike(convolutions)
-        assert torch.equal(spared, convolutions["stride"](images / 7))
-    exact = {name for name in convolutions if torch.equal(gradients(True)[name], expected[name])}
-    assert not exact
-
-
-def test_a_frozen_depthwise_layer_computes_in_bfloat16():
-    """It has no gradients to spare, unless something before it trains."""
-    layer = nn.Conv2d(4, 4, 3, stride=2, groups=4).requires_grad_(False)
-    images = torch.randn(2, 4, 9, 9)
-    with torch.autocast("cpu", torch.bfloat16):
-        in_bfloat16 = layer(images)
-    with torch.autocast("cpu", enabled=False):
-        rounded = layer(images).bfloat16()
-    assert not torch.equal(in_bfloat16, rounded)
-    spare_depthwise_gradients(nn.ModuleList([layer]))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(images), in_bfloat16)
-        assert torch.equal(layer(images.requires_grad_()), rounded)

@@ -1,0 +1,88 @@
+"""The head of a classifier: which parameters it has, new weights for it, its logits divided."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_cifar.errors import UserError
+
+
+def head_parameter_names(model: PreTrainedModel) -> set[str]:
+    """Names of the classification head's parameters.
+
+    Raises: UserError for a model whose head cannot be told from its backbone.
+    """
+    if model.config.model_type == "timm_wrapper":
+        classifier = model.timm_model.get_classifier()
+        heads = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
+        wanted = {id(p) for head in heads for p in head.parameters()}
+        names = {name for name, p in model.named_parameters() if id(p) in wanted}
+    else:
+        prefix = f"{model.base_model_prefix}."
+        names = {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
+    if not names:
+        raise UserError(
+            f"{type(model).__name__} has no classification head that can be told from its backbone"
+        )
+    return names
+
+
+def linear_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The head, if it is one linear layer: all that trains behind a frozen backbone. Else None."""
+    linear = _linear_layers_of_head(model)
+    if len(linear) != 1 or len(head_parameter_names(model)) != len(list(linear[0].parameters())):
+        return None
+    return linear[0]
+
+
+def output_layers(model: PreTrainedModel) -> list[nn.Linear]:
+    """The linear layers that give the logits: one, or two of a model that averages two heads; none if
+    the logits come from something else."""
+    layers = _linear_layers_of_head(model)
+    return [layer for layer in layers if layer.out_features == model.config.num_labels]
+
+
+def _linear_layers_of_head(model: PreTrainedModel) -> list[nn.Linear]:
+    names = head_parameter_names(model)
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" in names
+    ]
+
+
+def divide_logits(model: PreTrainedModel, divisor: float) -> bool:
+    """Fold a division of the logits into the layers that give them; False if that cannot be done."""
+    layers = output_layers(model)
+    with torch.no_grad():
+        for parameter in (p for layer in layers for p in layer.parameters()):
+            parameter.div_(divisor)
+    return bool(layers)
+
+
+def draw_head(model: PreTrainedModel, head: set[str]) -> None:
+    """New weights for a head of the right shape that was trained for other labels."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in head and parameter.ndim > 1:
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name in head and name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+
+def start_from_zero(model: PreTrainedModel, new: set[str]) -> None:
+    """Let a new head on a pretrained backbone that stays as it is give every class the logit 0 at first.
+
+    What is drawn would only have to be unlearnt: of EfficientNet-Lite0, timm's head gives first logits with a
+    standard deviation of 8. Where the backbone trains too, it learns faster from wide weights, see
+    `timm_models.draw_timm_head`.
+
+    Source: Kolesnikov et al., Big Transfer, 2020.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for layer in output_layers(model):
+        for parameter in layer.parameters():
+            if names[parameter] in new:
+                nn.init.zeros_(parameter)

