@@ -28,7 +28,7 @@ from hf_cifar.callbacks import AfterStep, StopAtNaN, TrainingLines, TrainingProg
 from hf_cifar.checkpoints import ResumableTrainer, load_state, save_state
 from hf_cifar.data.store import ShardStore, take_batch
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.metrics import compute_training_metrics
+from hf_cifar.evaluation.evaluate_metrics import compute_training_metrics
 from hf_cifar.features import draw_view
 from hf_cifar.models.blocks import block_depths, frozen_norms
 from hf_cifar.optim import decay_learning_rates, decay_parameter_names

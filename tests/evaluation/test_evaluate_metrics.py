@@ -1,4 +1,4 @@
-"""hf_cifar.evaluation.metrics: the classes give what the functions give."""
+"""hf_cifar.evaluation.evaluate_metrics: the classes give what the functions give."""
 
 import math
 from types import SimpleNamespace
@@ -7,17 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from hf_cifar.evaluation.figures import (
-    accuracy,
-    average,
-    confusion_matrix,
-    cross_entropy,
-    precision_recall_f1,
-    roc_auc,
-    softmax,
-    top_k_accuracy,
-)
-from hf_cifar.evaluation.metrics import (
+from hf_cifar.evaluation.evaluate_metrics import (
     F1,
     Accuracy,
     ConfusionMatrix,
@@ -27,6 +17,16 @@ from hf_cifar.evaluation.metrics import (
     RocAuc,
     TopKAccuracy,
     compute_training_metrics,
+)
+from hf_cifar.evaluation.figures import (
+    accuracy,
+    average,
+    confusion_matrix,
+    cross_entropy,
+    precision_recall_f1,
+    roc_auc,
+    softmax,
+    top_k_accuracy,
 )
 
 CLOSE = {"rel": 0, "abs": 1e-9}
