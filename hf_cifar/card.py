@@ -21,10 +21,10 @@ from huggingface_hub import (
 
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.errors import confused_pairs
-from hf_cifar.evaluation.figures import render_figure
-from hf_cifar.evaluation.multilabel import headline
-from hf_cifar.evaluation.predictions import METRICS_FILE, render_cell
+from hf_cifar.evaluation.mistakes import confused_pairs
+from hf_cifar.evaluation.multi_label import headline
+from hf_cifar.evaluation.predictions import METRICS_FILE
+from hf_cifar.evaluation.tables import render_cell, render_figure
 from hf_cifar.hub.origin import HUB
 from hf_cifar.hub.push import CARD_FILE, EVAL_RESULTS_FOLDER
 from hf_cifar.runs.folder import CONFIG_FILE, RUN_FILE

@@ -108,8 +108,8 @@ def evaluate(argv: Sequence[str]) -> int:
     _require_model(config)
     check_images(data, [config.split])
 
-    from hf_cifar.evaluation.predictions import render_metrics
     from hf_cifar.evaluation.saved import evaluate_saved
+    from hf_cifar.evaluation.tables import render_metrics
 
     quieten(is_main_process())
     evaluation = evaluate_saved(config, data)
@@ -159,7 +159,7 @@ def compare(argv: Sequence[str]) -> int:
     if missing:
         raise UserError(f"no folder {missing[0]}; pass the output folders of two runs")
 
-    from hf_cifar.evaluation.compare import compare_runs, render_comparison
+    from hf_cifar.evaluation.comparison import compare_runs, render_comparison
 
     print(render_comparison(compare_runs(folders, config.split), folders))
     return 0

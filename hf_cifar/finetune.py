@@ -719,8 +719,8 @@ def plain_history(log_history: list[dict[str, float]]) -> list[dict[str, float |
 
 def render_summary(result: RunResult) -> str:
     """The table at the end of a run: figures, where the model lies, and the lines that load it."""
-    from hf_cifar.evaluation.multilabel import headline
-    from hf_cifar.evaluation.predictions import render_figures
+    from hf_cifar.evaluation.multi_label import headline
+    from hf_cifar.evaluation.tables import render_figures
 
     return f"""{render_figures(result.metrics, headline(result.metrics["validation"]))}
 

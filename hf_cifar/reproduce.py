@@ -18,9 +18,9 @@ from hf_cifar.checkpoints import file_hash
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.figures import render_figure
-from hf_cifar.evaluation.multilabel import headline
+from hf_cifar.evaluation.multi_label import headline
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
+from hf_cifar.evaluation.tables import render_figure
 from hf_cifar.finetune import finetune_classifier, pixel_hashes
 from hf_cifar.runs.environment import environment
 from hf_cifar.runs.folder import (

@@ -12,9 +12,9 @@ from accelerate.utils import release_memory
 
 from hf_cifar.config.run import RunConfig
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.figures import render_figure
 from hf_cifar.evaluation.intervals import mean_interval
-from hf_cifar.evaluation.multilabel import headline
+from hf_cifar.evaluation.multi_label import headline
+from hf_cifar.evaluation.tables import render_figure
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.runs.folder import (
     CONFIG_FILE,

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from hf_cifar import RunConfig, UserError, evaluate_saved, finetune_classifier, load_splits
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
-from hf_cifar.evaluation.figures import accuracy
+from hf_cifar.evaluation.metrics import accuracy
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.finetune import draft_card
 

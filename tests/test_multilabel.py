@@ -79,7 +79,7 @@ def test_the_run_learns_and_leaves_a_multi_label_model(finished):
 
 
 def test_thresholds_are_fitted_on_validation_alone(finished):
-    from hf_cifar.evaluation.multilabel import fit_thresholds, sigmoid
+    from hf_cifar.evaluation.multi_label import fit_thresholds, sigmoid
 
     validation, test = (Predictions.load(finished.output_dir, s) for s in ("validation", "test"))
     fitted = fit_thresholds(sigmoid(validation.logits), validation.labels)

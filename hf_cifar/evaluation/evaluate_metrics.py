@@ -8,8 +8,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_cifar.evaluation import figures
-from hf_cifar.evaluation.multilabel import multi_label_training_metrics
+from hf_cifar.evaluation import metrics
+from hf_cifar.evaluation.multi_label import multi_label_training_metrics
 
 _LABELS = datasets.Features(
     {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
@@ -40,7 +40,7 @@ class Accuracy(ClassificationMetric):
     """Share of right predictions."""
 
     def _compute(self, predictions, references):
-        return {"accuracy": figures.accuracy(predictions, references)}
+        return {"accuracy": metrics.accuracy(predictions, references)}
 
 
 class TopKAccuracy(ClassificationMetric):
@@ -49,7 +49,7 @@ class TopKAccuracy(ClassificationMetric):
     input_features = _PROBABILITIES
 
     def _compute(self, predictions, references, k=5):
-        return {f"top_{k}_accuracy": figures.top_k_accuracy(predictions, references, k)}
+        return {f"top_{k}_accuracy": metrics.top_k_accuracy(predictions, references, k)}
 
 
 class CrossEntropy(ClassificationMetric):
@@ -58,7 +58,7 @@ class CrossEntropy(ClassificationMetric):
     input_features = _PROBABILITIES
 
     def _compute(self, predictions, references):
-        return {"cross_entropy": figures.cross_entropy(predictions, references)}
+        return {"cross_entropy": metrics.cross_entropy(predictions, references)}
 
 
 class ConfusionMatrix(ClassificationMetric):
@@ -66,7 +66,7 @@ class ConfusionMatrix(ClassificationMetric):
 
     def _compute(self, predictions, references, num_labels=None):
         num_labels = num_labels or int(max(np.max(predictions), np.max(references))) + 1
-        return {"confusion_matrix": figures.confusion_matrix(predictions, references, num_labels)}
+        return {"confusion_matrix": metrics.confusion_matrix(predictions, references, num_labels)}
 
 
 class _PerClass(ClassificationMetric):
@@ -76,10 +76,10 @@ class _PerClass(ClassificationMetric):
 
     def _compute(self, predictions, references, average="macro", num_labels=None):
         num_labels = num_labels or int(max(np.max(predictions), np.max(references))) + 1
-        confusion = figures.confusion_matrix(predictions, references, num_labels)
-        values = figures.precision_recall_f1(confusion)[self.key]
+        confusion = metrics.confusion_matrix(predictions, references, num_labels)
+        values = metrics.precision_recall_f1(confusion)[self.key]
         return {
-            self.key: values if average is None else figures.average(values, confusion, average)
+            self.key: values if average is None else metrics.average(values, confusion, average)
         }
 
 
@@ -107,7 +107,7 @@ class RocAuc(ClassificationMetric):
     input_features = _PROBABILITIES
 
     def _compute(self, predictions, references, average="macro"):
-        areas = figures.roc_auc(np.asarray(predictions), references)
+        areas = metrics.roc_auc(np.asarray(predictions), references)
         return {"roc_auc": areas if average is None else float(np.nanmean(areas))}
 
 
@@ -116,8 +116,8 @@ def compute_training_metrics(prediction: Any) -> dict[str, float]:
     labels = prediction.label_ids
     if labels.ndim == 2:
         return multi_label_training_metrics(prediction.predictions, labels)
-    probabilities = figures.softmax(prediction.predictions)
+    probabilities = metrics.softmax(prediction.predictions)
     return {
         **Accuracy().compute(predictions=probabilities.argmax(axis=1), references=labels),
-        "cross_entropy": figures.cross_entropy(probabilities, labels),
+        "cross_entropy": metrics.cross_entropy(probabilities, labels),
     }

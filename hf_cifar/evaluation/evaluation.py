@@ -11,17 +11,13 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_cifar.data.corruptions import CORRUPTIONS, SEVERITIES, CorruptedStore
 from hf_cifar.data.split import Split
 from hf_cifar.data.store import CPU, ResidentStore, StreamedStore, build_store
 from hf_cifar.data.stratify import subsample
 from hf_cifar.evaluation.calibration import fit_temperature
+from hf_cifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedStore
 from hf_cifar.evaluation.intervals import wilson
-from hf_cifar.evaluation.multilabel import (
-    fit_thresholds,
-    multi_label_training_metrics,
-    sigmoid,
-)
+from hf_cifar.evaluation.multi_label import fit_thresholds, multi_label_training_metrics, sigmoid
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.heads import divide_logits
 from hf_cifar.models.problem_type import thresholds_of

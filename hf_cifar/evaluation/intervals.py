@@ -8,37 +8,33 @@ would change, not what another training would.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from hf_cifar.evaluation.calibration import confidence_bins, confidences_and_hits
-from hf_cifar.evaluation.figures import (
+from hf_cifar.evaluation.metrics import (
     brier,
     confusion_matrix,
-    figures_of_confusion,
     log_losses,
     membership,
-    precision_recall_f1,
     shares_of_hits,
     softmax,
     top_k_hits,
 )
-from hf_cifar.evaluation.multilabel import (
-    binary_log_losses,
-    decide,
-    figures_of_hits,
-    sigmoid,
+from hf_cifar.evaluation.multi_label import binary_log_losses, decide, figures_of_hits, sigmoid
+from hf_cifar.evaluation.resampling import (
+    CHUNK,
+    chunks,
+    confusion_figures,
+    image_figures,
+    resamples,
 )
 
 Array = np.ndarray
 LEVEL = 0.95
 DRAWS = 1000
-# Images x classes x draws: above it, areas and means are drawn less often, down to a tenth.
-AREA_WORK = 2e8
-CHUNK = 100  # draws at a time: small enough to stay in a cache, and in memory for 50,000 images
 
 
 def wilson(hits: Array, count: Array, level: float = LEVEL) -> Array:
@@ -73,7 +69,7 @@ def figure_intervals(
     if num_labels > 5:
         single["top_5_accuracy"] = wilson(top_k_hits(probabilities, labels).sum(), len(labels))
     per_class = {"precision": wilson(hits, predicted), "recall": wilson(hits, actual)}
-    drawn, drawn_f1 = _confusion_figures(confusion, draws, generator)
+    drawn, drawn_f1 = confusion_figures(confusion, draws, generator)
     single |= _middles(drawn)
     per_class["f1"] = _middle(drawn_f1)
     for name, how in (("ece", "equal_width"), ("ece_equal_mass", "equal_mass")):
@@ -81,7 +77,7 @@ def figure_intervals(
     losses = {"cross_entropy": log_losses, "brier": brier}
     per_image = np.stack([loss(probabilities, labels) for loss in losses.values()], axis=1)
     positive = membership(labels, num_labels)
-    means, areas = _image_figures(probabilities, positive, per_image, draws, generator)
+    means, areas = image_figures(probabilities, positive, per_image, draws, generator)
     macro = {f"{name}_macro": _nanmean(values) for name, values in areas.items()}
     single |= _middles({**dict(zip(losses, means.T, strict=True)), **macro})
     per_class |= {name: _middle(values) for name, values in areas.items()}
@@ -109,7 +105,7 @@ def multi_label_intervals(
         "recall": wilson(hits.sum(axis=0), positive.sum(axis=0)),
     }
     per_image = np.column_stack([binary_log_losses(logits, labels), hits, given, positive])
-    means, areas = _image_figures(scores, positive, per_image, draws, np.random.default_rng(seed))
+    means, areas = image_figures(scores, positive, per_image, draws, np.random.default_rng(seed))
     loss, counts = means[:, 0], np.split(means[:, 1:], 3, axis=1)
     macro = {f"{name}_macro": _nanmean(values) for name, values in areas.items()}
     single |= _middles({**figures_of_hits(*counts), **macro, "cross_entropy": loss})
@@ -189,49 +185,6 @@ def _plain(interval: Array) -> list[float] | None:
     return None if np.isnan(interval).any() else [float(end) for end in interval]
 
 
-def _confusion_figures(
-    confusion: Array, draws: int, generator: np.random.Generator
-) -> tuple[dict[str, Array], Array]:
-    """Drawn values of the figures of a confusion matrix: single ones [draws], and F1 [draws, K].
-
-    To draw images and count them is to draw the counts: one multinomial over the cells that hold any.
-    """
-    cells = np.flatnonzero(confusion)
-    count = confusion.sum()
-    single, f1 = [], []
-    for size in _chunks(draws, at_once=max(1, 10_000_000 // confusion.size)):
-        drawn = np.zeros((size, confusion.size))
-        shares = confusion.ravel()[cells] / count
-        drawn[:, cells] = generator.multinomial(count, shares, size=size)
-        drawn = drawn.reshape(size, *confusion.shape)
-        single.append(figures_of_confusion(drawn))
-        f1.append(precision_recall_f1(drawn)["f1"])
-    return {
-        name: np.concatenate([part[name] for part in single]) for name in single[0]
-    }, np.concatenate(f1)
-
-
-def _image_figures(
-    probabilities: Array,
-    positive: Array,
-    per_image: Array,
-    draws: int,
-    generator: np.random.Generator,
-) -> tuple[Array, dict[str, Array]]:
-    """Drawn values of the figures that need each image: means [draws, M], and areas [draws, K] of each class.
-
-    positive [N, K]: whether an image is of a class. per_image [N, M]: what the means are of.
-    """
-    rankings = [_Ranking(*column) for column in zip(probabilities.T, positive.T, strict=True)]
-    draws = int(np.clip(AREA_WORK / probabilities.size, draws / 10, draws))
-    means, areas = [], []
-    for counts in _resamples(len(positive), draws, generator):
-        means.append(counts.T @ per_image / len(positive))
-        areas.append(np.stack([ranking.areas(counts) for ranking in rankings], axis=-1))
-    roc_auc, average_precision = np.concatenate(areas, axis=1)
-    return np.concatenate(means), {"roc_auc": roc_auc, "average_precision": average_precision}
-
-
 def calibration_interval(
     probabilities: Array, labels: Array, how: str, draws: int, generator: np.random.Generator
 ) -> Array:
@@ -252,60 +205,11 @@ def calibration_interval(
 
     found = error(hits - confidences)
     gaps = (hits - confidences).astype(np.float32)[:, None]
-    drawn = [error(counts * gaps) for counts in _resamples(count, draws, generator)]
+    drawn = [error(counts * gaps) for counts in resamples(count, draws, generator)]
     calibrated = [
         error((generator.random((count, size), np.float32) < confidences[:, None]) - confidences[:, None])
-        for size in _chunks(draws, CHUNK)
+        for size in chunks(draws, CHUNK)
     ]  # fmt: skip
     high = np.quantile(np.concatenate(drawn), 1 - tail, method="weibull")
     by_chance = (np.concatenate(calibrated) >= found).mean() >= tail
     return np.array([0 if by_chance else max(0, 2 * found - high), high])
-
-
-class _Ranking:
-    """The images in the order of one class's score, to find the areas of many draws at once.
-
-    Where many images of other classes follow one another they count as one step: it changes neither area,
-    and with a good model nearly all of them do.
-    """
-
-    def __init__(self, scores: Array, positive: Array) -> None:
-        self.order = np.argsort(scores, kind="stable")
-        ranked, positive = scores[self.order], positive[self.order]
-        first = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])  # of the images of one score
-        mixed = np.logical_or.reduceat(positive, first)
-        self.starts = first[np.r_[True, mixed[1:] | mixed[:-1]]]
-        self.positive = np.flatnonzero(positive)
-        self.step = np.searchsorted(self.starts, self.positive, side="right") - 1
-
-    def areas(self, counts: Array) -> Array:
-        """ROC AUC and average precision [2, draws] of draws `counts` [N, draws]; NaN if undefined."""
-        weights = counts[self.order]
-        positives = np.zeros((len(self.starts), counts.shape[1]), counts.dtype)
-        np.add.at(positives, self.step, weights[self.positive])
-        everyone = np.add.reduceat(weights, self.starts, axis=0)
-        negatives = everyone - positives
-        below = np.cumsum(negatives, axis=0)
-        num_negative = below[-1]
-        hits = np.cumsum(positives[::-1], axis=0)[::-1]
-        num_positive = hits[0]
-        seen = np.cumsum(everyone[::-1], axis=0)[::-1]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ordered_pairs = (positives * (below - negatives / 2)).sum(axis=0, dtype=np.float64)
-            roc = ordered_pairs / num_positive / num_negative
-            precision = hits / np.maximum(seen, 1)
-            ap = (positives * precision).sum(axis=0, dtype=np.float64) / num_positive
-        return np.stack([roc, ap])
-
-
-def _resamples(count: int, draws: int, generator: np.random.Generator) -> Iterator[Array]:
-    """How often each of `count` images is drawn, [count, <= CHUNK], `draws` times in all."""
-    for size in _chunks(draws, CHUNK):
-        picked = generator.integers(0, count, (count, size)) * size + np.arange(size)
-        counts = np.bincount(picked.ravel(), minlength=size * count)
-        yield counts.reshape(count, size).astype(np.float32)
-
-
-def _chunks(draws: int, at_once: int) -> Iterator[int]:
-    for start in range(0, draws, at_once):
-        yield min(at_once, draws - start)

@@ -16,8 +16,8 @@ from hf_cifar.card import render_skipped
 from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation import plots
-from hf_cifar.evaluation.figures import render_figure
 from hf_cifar.evaluation.report import Report, build_report
+from hf_cifar.evaluation.tables import render_figure
 from hf_cifar.runs.folder import write_json
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"

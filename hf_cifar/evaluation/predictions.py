@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ import pyarrow.parquet
 from hf_cifar.data.columns import class_label, holds_lists, indicators
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.calibration import calibration_error
-from hf_cifar.evaluation.figures import compute_metrics, cross_entropy, render_figure, softmax
 from hf_cifar.evaluation.intervals import figure_intervals, multi_label_intervals
-from hf_cifar.evaluation.multilabel import THRESHOLD, decide, multi_label_metrics, sigmoid
+from hf_cifar.evaluation.metrics import compute_metrics, cross_entropy, softmax
+from hf_cifar.evaluation.multi_label import THRESHOLD, decide, multi_label_metrics, sigmoid
 from hf_cifar.runs.folder import METRICS_FILE, PREDICTIONS_FOLDER, read_json, write_json
-from hf_cifar.text import one_line, render_table
+from hf_cifar.text import one_line
 
 TEMPERATURE, THRESHOLDS, SKIPPED = (
     "temperature",
@@ -172,34 +171,3 @@ def saved_splits(folder: str | Path) -> list[str]:
 
 def _path(folder: str | Path, split: str) -> Path:
     return Path(folder) / PREDICTIONS_FOLDER / f"{split}.parquet"
-
-
-def render_cell(figures: dict[str, Any], key: str) -> str:
-    """One figure and, where it has one, its 95% interval."""
-    interval = figures.get("intervals", {}).get(key)
-    value = render_figure(figures.get(key))
-    return f"{value} [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else value
-
-
-def render_figures(metrics: dict[str, dict[str, Any]], keys: Sequence[str]) -> str:
-    """The named figures with their intervals as a table of text: a row each, a column for each split."""
-    rows = [[key, *(render_cell(figures, key) for figures in metrics.values())] for key in keys]
-    return render_table(["", *metrics], rows)
-
-
-def render_metrics(metrics: dict[str, dict[str, Any]]) -> str:
-    """All figures of one or more splits as a table of text, and the per-class figures of the last."""
-    names = list(metrics)
-    single = [k for k, v in metrics[names[0]].items() if not isinstance(v, (dict, list))]
-    per_class = metrics[names[-1]]["per_class"]
-    columns = list(next(iter(per_class.values())))
-    rows = [
-        [name, *(render_figure(values[column]) for column in columns)]
-        for name, values in per_class.items()
-    ]
-    return "\n\n".join(
-        [
-            render_figures(metrics, single) + "\n[low, high]: 95% interval",
-            render_table([f"{names[-1]}, per class", *columns], rows),
-        ]
-    )

@@ -21,7 +21,8 @@ from hf_cifar.data.split import Split
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.calibration import NUM_BINS, reliability
-from hf_cifar.evaluation.errors import (
+from hf_cifar.evaluation.intervals import wilson
+from hf_cifar.evaluation.mistakes import (
     confused_pairs,
     most_doubtful_hits,
     slices,
@@ -29,7 +30,6 @@ from hf_cifar.evaluation.errors import (
     suspected_multi_label_errors,
     worst_errors,
 )
-from hf_cifar.evaluation.intervals import wilson
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.hub.origin import public_name
 from hf_cifar.runs.folder import (

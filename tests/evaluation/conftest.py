@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hf_cifar.evaluation.figures import softmax
+from hf_cifar.evaluation.metrics import softmax
 
 
 def draw_logits(kind, count=300, num_labels=8):

@@ -9,7 +9,7 @@ from hf_cifar.evaluation.calibration import (
     fit_temperature,
     reliability,
 )
-from hf_cifar.evaluation.figures import cross_entropy, softmax
+from hf_cifar.evaluation.metrics import cross_entropy, softmax
 
 
 def draw(count=500, num_labels=4):

@@ -18,7 +18,7 @@ from hf_cifar.evaluation.evaluate_metrics import (
     TopKAccuracy,
     compute_training_metrics,
 )
-from hf_cifar.evaluation.figures import (
+from hf_cifar.evaluation.metrics import (
     accuracy,
     average,
     confusion_matrix,

@@ -5,9 +5,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from hf_cifar.evaluation.figures import compute_metrics, softmax
 from hf_cifar.evaluation.intervals import (
-    _Ranking,
     calibration_interval,
     figure_intervals,
     mcnemar,
@@ -15,6 +13,8 @@ from hf_cifar.evaluation.intervals import (
     paired_difference,
     wilson,
 )
+from hf_cifar.evaluation.metrics import compute_metrics, softmax
+from hf_cifar.evaluation.resampling import _Ranking
 
 NAMES = {0: "cat", 1: "dog", 2: "frog"}
 

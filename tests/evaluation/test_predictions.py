@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.predictions import (
-    Predictions,
-    render_figures,
-    render_metrics,
-    saved_splits,
-)
+from hf_cifar.evaluation.predictions import Predictions, saved_splits
+from hf_cifar.evaluation.tables import render_figures, render_metrics
 
 NAMES = {0: "cat", 1: "dog"}
 

@@ -1,4 +1,4 @@
-"""hf_cifar.evaluation.multilabel: every figure against scikit-learn, thresholds against a search."""
+"""hf_cifar.evaluation.multi_label: every figure against scikit-learn, thresholds against a search."""
 
 import dataclasses
 import json
@@ -10,9 +10,9 @@ from sklearn import metrics as sk
 
 from hf_cifar.cli import main
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.compare import compare_predictions, render_comparison
+from hf_cifar.evaluation.comparison import compare_predictions, render_comparison
 from hf_cifar.evaluation.intervals import multi_label_intervals
-from hf_cifar.evaluation.multilabel import (
+from hf_cifar.evaluation.multi_label import (
     binary_log_losses,
     decide,
     fit_thresholds,
@@ -20,7 +20,8 @@ from hf_cifar.evaluation.multilabel import (
     multi_label_training_metrics,
     sigmoid,
 )
-from hf_cifar.evaluation.predictions import Predictions, render_metrics
+from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.evaluation.tables import render_metrics
 
 NAMES = {0: "cat", 1: "dog", 2: "owl", 3: "bee"}
 THRESHOLDS = np.array([0.5, 0.3, 0.7, 0.4])

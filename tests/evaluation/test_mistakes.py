@@ -6,7 +6,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
-from hf_cifar.evaluation.errors import (
+from hf_cifar.evaluation.intervals import wilson
+from hf_cifar.evaluation.mistakes import (
     confused_pairs,
     most_doubtful_hits,
     slices,
@@ -14,7 +15,6 @@ from hf_cifar.evaluation.errors import (
     suspected_multi_label_errors,
     worst_errors,
 )
-from hf_cifar.evaluation.intervals import wilson
 
 NAMES = ["cat", "dog", "frog"]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from hf_cifar.data.corruptions import CORRUPTIONS, SEVERITIES, CorruptedStore
 from hf_cifar.data.store import ResidentStore
+from hf_cifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedStore
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""hf_cifar.evaluation.compare: two models on the same images."""
+"""hf_cifar.evaluation.comparison: two models on the same images."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 
 from hf_cifar.cli import main
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.compare import compare_predictions, compare_runs, render_comparison
+from hf_cifar.evaluation.comparison import compare_predictions, compare_runs, render_comparison
 from hf_cifar.evaluation.predictions import Predictions
 
 NAMES = {0: "cat", 1: "dog", 2: "frog"}

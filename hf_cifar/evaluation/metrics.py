@@ -195,13 +195,6 @@ def by_class(
 HEADLINE_FIGURES = ("num_images", "accuracy", "f1_macro", "roc_auc_macro", "cross_entropy", "ece")
 
 
-def render_figure(value: float | int | None) -> str:
-    """One figure as people read it: four decimals, thousands separated, a dash for an undefined one."""
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
 def compute_metrics(logits: Array, labels: Array, id2label: dict[int, str]) -> dict[str, Any]:
     """Every figure of a final evaluation, as plain JSON values.
 

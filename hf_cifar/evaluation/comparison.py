@@ -10,8 +10,9 @@ import numpy as np
 
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.intervals import LEVEL, mcnemar, paired_difference
-from hf_cifar.evaluation.multilabel import MULTI_LABEL_HEADLINE
-from hf_cifar.evaluation.predictions import Predictions, render_cell, saved_splits
+from hf_cifar.evaluation.multi_label import MULTI_LABEL_HEADLINE
+from hf_cifar.evaluation.predictions import Predictions, saved_splits
+from hf_cifar.evaluation.tables import render_cell
 from hf_cifar.text import listed, render_table
 
 SHOWN = ("num_images", "accuracy", "f1_macro", "cross_entropy", "brier", "ece")

@@ -1,7 +1,7 @@
 """Every figure of a classifier that gives an image several labels, or none.
 
 Shapes: N images, K classes; `scores` [N, K], 0..1, each class by itself; `labels` [N, K], 0 or 1;
-`thresholds` [K], scores from which on a class is given. Names of figures are those of `figures`, where they
+`thresholds` [K], scores from which on a class is given. Names of figures are those of `metrics`, where they
 mean the same.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from hf_cifar.evaluation.figures import (
+from hf_cifar.evaluation.metrics import (
     HEADLINE_FIGURES,
     areas_of_classes,
     average_precision,

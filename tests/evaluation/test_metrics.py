@@ -1,4 +1,4 @@
-"""hf_cifar.evaluation.figures: the figures are scikit-learn's."""
+"""hf_cifar.evaluation.metrics: the figures are scikit-learn's."""
 
 import math
 import warnings
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from hf_cifar.evaluation.figures import (
+from hf_cifar.evaluation.metrics import (
     accuracy,
     average,
     average_precision,
