@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
+from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.card import CardFacts, card_for, render_card, save_card
 from hf_cifar.checkpoints import (
     find_damage,
@@ -38,7 +39,6 @@ from hf_cifar.config.fields import MULTI_LABEL_METRICS
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.config.run import FinetuneConfig, RunConfig
 from hf_cifar.data.columns import class_counts
-from hf_cifar.data.leakage import find_leakage
 from hf_cifar.data.split import Split, require_readable
 from hf_cifar.data.splits import Splits, load_splits, load_test_split
 from hf_cifar.data.store import (

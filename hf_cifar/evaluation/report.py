@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from hf_cifar.audit.duplicates import find_duplicates
+from hf_cifar.audit.properties import image_properties
 from hf_cifar.card import public_options, role_of
 from hf_cifar.config.evaluation import ReportConfig
-from hf_cifar.data.duplicates import find_duplicates
-from hf_cifar.data.properties import image_properties
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from hf_cifar.data.duplicates import find_duplicates, perceptual_hashes, thumbnail_of
+from hf_cifar.audit.duplicates import find_duplicates, perceptual_hashes, thumbnail_of
 
 
 @pytest.fixture(scope="module")

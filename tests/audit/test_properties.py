@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from hf_cifar.data.properties import image_properties
+from hf_cifar.audit.properties import image_properties
 
 
 def test_black_and_white_are_the_ends_of_brightness_and_have_no_contrast():

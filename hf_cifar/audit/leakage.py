@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_cifar.audit.duplicates import find_duplicates
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data.duplicates import find_duplicates
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import Splits, load_test_split
 from hf_cifar.errors import UserError

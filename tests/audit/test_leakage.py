@@ -1,13 +1,16 @@
-"""hf_cifar.data.leakage: test images in train, by row."""
+"""hf_cifar.audit.leakage: test images in train, by row."""
 
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 
+from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data.leakage import find_leakage
 from hf_cifar.data.splits import load_splits
 from hf_cifar.errors import UserError
+
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 @pytest.fixture
