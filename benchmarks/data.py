@@ -20,7 +20,7 @@ from benchmarks.measure import compare
 from benchmarks.peers import pil_transform
 from hf_cifar import Preprocessing
 from hf_cifar.data.store import ResidentStore
-from hf_cifar.runs.signals import keep_freed_memory
+from hf_cifar.training.memory import keep_freed_memory
 from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.views import RandomView
 

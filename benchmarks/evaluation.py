@@ -29,7 +29,7 @@ from hf_cifar import (
 from hf_cifar.data.images import list_images
 from hf_cifar.models.folding import fold_norms
 from hf_cifar.predict import each_on_its_cores
-from hf_cifar.runs.signals import keep_freed_memory
+from hf_cifar.training.memory import keep_freed_memory
 
 MODEL, NUM_IMAGES, IMAGE_SIZE = "scratch/tf_efficientnet_lite0", 4000, 96
 BATCH_SIZES = (8, 16, 64)

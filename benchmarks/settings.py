@@ -15,7 +15,7 @@ from benchmarks.peers import chosen_setting, device, small_pictures, train_as
 from benchmarks.training import compare_in_turns, tasks
 from benchmarks.turns import CONTEXT
 from hf_cifar import build_model, load_splits
-from hf_cifar.setting import candidates
+from hf_cifar.training.autotune import candidates
 
 
 def main() -> None:

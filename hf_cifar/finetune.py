@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,8 +17,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    BaseImageProcessor,
-    EarlyStoppingCallback,
     PreTrainedModel,
     get_scheduler,
     set_seed,
@@ -29,48 +25,22 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.card import CardFacts, card_for, render_card, save_card
-from hf_cifar.checkpoints import (
-    find_damage,
-    list_checkpoints,
-    newest_checkpoint,
-)
-from hf_cifar.config.augmentation import AugmentConfig
 from hf_cifar.config.fields import MULTI_LABEL_METRICS
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.config.run import FinetuneConfig, RunConfig
 from hf_cifar.data.columns import class_counts
 from hf_cifar.data.split import Split, require_readable
 from hf_cifar.data.splits import Splits, load_splits, load_test_split
-from hf_cifar.data.store import (
-    CPU,
-    ResidentStore,
-    ShardStore,
-    StreamedStore,
-    build_store,
-    default_num_workers,
-    is_resident,
-    stored_view,
-)
-from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluation import calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.extras import require
-from hf_cifar.features import (
-    FeatureStore,
-    accept_features,
-    accept_pixels_alone,
-    feature_store,
-    features_suffice,
-    fit_head,
-)
 from hf_cifar.hub.origin import find_origin
 from hf_cifar.hub.push import Target, check_push, prepare_push, push_run
 from hf_cifar.models.blocks import block_depths, describe_trainable
 from hf_cifar.models.build import build_model
 from hf_cifar.models.kernels import as_it_came
 from hf_cifar.models.problem_type import is_multi_label
-from hf_cifar.optim import default_rates
 from hf_cifar.runs.energy import measured_energy
 from hf_cifar.runs.environment import environment
 from hf_cifar.runs.folder import (
@@ -84,20 +54,21 @@ from hf_cifar.runs.folder import (
 from hf_cifar.runs.lock import refuse_in_use, sole_run
 from hf_cifar.runs.resume import check_same_run, resume_point, run_to_resume
 from hf_cifar.runs.signals import noted_signals
-from hf_cifar.setting import (
-    DTYPES,
-    MEMORY_FORMATS,
-    Setting,
-    arrange,
+from hf_cifar.text import one_line
+from hf_cifar.training.autotune import (
     is_sharded,
     resolve_setting,
 )
-from hf_cifar.text import one_line
-from hf_cifar.trainer import ImageClassificationTrainer
-from hf_cifar.transforms.augmentation import Augmentation
-from hf_cifar.transforms.policies import Policy
-from hf_cifar.transforms.preprocessing import Preprocessing
-from hf_cifar.transforms.views import RandomView
+from hf_cifar.training.build import build_trainer, resolve_workers
+from hf_cifar.training.checkpoints import find_damage, list_checkpoints, newest_checkpoint
+from hf_cifar.training.features import (
+    accept_pixels_alone,
+    fit_head,
+)
+from hf_cifar.training.optimizers import default_rates
+from hf_cifar.training.resumable import pixel_hashes
+from hf_cifar.training.saving import save_classifier
+from hf_cifar.training.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -142,138 +113,6 @@ def finetune_classifier(config: RunConfig) -> RunResult:
         fit(trainer, config)
         evaluations = evaluate_run(trainer, splits, config)
         return finish_run(trainer, splits, evaluations, config)
-
-
-def build_trainer(
-    model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, config: RunConfig
-) -> ImageClassificationTrainer:
-    """The Trainer over both splits' pixels; `config` must be resolved, see `resolve_setting`."""
-    preprocessing = Preprocessing.from_image_processor(image_processor)
-    kind, args = config.data.pixel_store, config.train
-    shards = shard_store(splits.train, preprocessing, args)
-    num_workers = resolve_workers(config, splits.train).train.dataloader_num_workers
-    if num_workers is None:
-        resident = (
-            is_resident(splits.train, stored_view(preprocessing, augmented=True), kind),
-            is_resident(splits.validation, stored_view(preprocessing, augmented=False), kind),
-        )
-        num_workers = default_num_workers(all(resident))
-    args = dataclasses.replace(
-        args,
-        dataloader_num_workers=num_workers,
-        dataloader_pin_memory=num_workers > 0,  # what lies on the device cannot be pinned
-        auto_find_batch_size=False,  # the parent's changes the batch, and mistakes an evaluation for a step
-        push_to_hub=False,  # hub.py pushes, once, at the end
-        hub_token=None,  # no logger gets to see it
-        run_name=args.run_name or args.output_dir,  # else trackers make a name up
-    )
-    device = args.device if num_workers == 0 else CPU  # a worker process must not touch a GPU
-    callbacks = []
-    if config.train.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(config.train.early_stopping_patience))
-    memory_format = MEMORY_FORMATS[args.memory_format]
-    setting = Setting(args.precision, args.memory_format, args.attention)
-    arrange(model, setting, args.device)
-    stores = [
-        shards
-        or build_store(splits.train, preprocessing, augmented=True, kind=kind, device=device),
-        build_store(splits.validation, preprocessing, augmented=False, kind=kind, device=device),
-    ]
-    if trains_on_features(config, model, preprocessing):
-        stores = feature_stores(model.to(args.device), splits, stores, preprocessing, config)
-        accept_features(model)
-    train_store, validation_store = stores
-    return ImageClassificationTrainer(
-        model=model,
-        args=args,
-        processing_class=image_processor,
-        train_dataset=train_store,
-        eval_dataset=validation_store,
-        preprocessing=preprocessing,
-        memory_format=memory_format,
-        augmentation=augmentation(config.augment),
-        ema_decay=config.train.ema_decay,
-        shrink_batch=config.train.auto_find_batch_size,
-        identity=identity(splits, config),
-        callbacks=callbacks,
-    )
-
-
-def shard_store(
-    train: Split | Stream, preprocessing: Preprocessing, args: FinetuneConfig
-) -> ShardStore | None:
-    """This process's part of a stream; None for a split that can be read in any order."""
-    if not isinstance(train, Stream):
-        return None
-    for name in ("auto_find_batch_size", "dataloader_persistent_workers"):
-        if getattr(args, name):
-            raise UserError(f"--{name} does not go with --streaming; leave one of them out")
-    logger.info(
-        "train: about %s images in %d shards, read as they are needed",
-        f"{len(train):,}", train.rows.num_shards,
-    )  # fmt: skip
-    return ShardStore(
-        train,
-        stored_view(preprocessing, augmented=True),
-        batch_size=args.train_batch_size,
-        seed=args.seed,
-        rank=args.process_index,
-        num_processes=args.world_size,
-    )
-
-
-def trains_on_features(
-    config: RunConfig, model: PreTrainedModel, preprocessing: Preprocessing
-) -> bool:
-    """Whether the head alone trains, on inputs that can be computed beforehand.
-
-    Raises: UserError if only that would do, but it is not so.
-    """
-    if config.train.head_solver == "lbfgs" and is_multi_label(model):
-        raise UserError(
-            "--head_solver lbfgs solves for one label an image, and the data have several; leave it out"
-        )
-    wanted = config.model.freeze == "backbone" and config.train.feature_views > 0
-    wanted = wanted and not config.data.streaming
-    mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
-    if wanted and not mixed and features_suffice(model, preprocessing):
-        return True
-    if config.train.head_solver == "lbfgs":
-        raise UserError(
-            "--head_solver lbfgs needs --freeze backbone, --feature_views of 1 or more, a model whose head "
-            "is one linear layer, and no mixup, cutmix or --streaming"
-        )
-    return False
-
-
-def feature_stores(
-    model: PreTrainedModel,
-    splits: Splits,
-    stores: list[ResidentStore | StreamedStore],
-    preprocessing: Preprocessing,
-    config: RunConfig,
-) -> list[FeatureStore]:
-    """What the head sees of train, in all views, and of validation."""
-    options = {
-        "preprocessing": preprocessing,
-        "augmentation": augmentation(config.augment),
-        "seed": config.train.seed,
-        "batch_size": config.train.per_device_eval_batch_size,
-        "dtype": DTYPES.get(config.train.precision, torch.float32),
-    }
-    return [
-        feature_store(
-            model,
-            split,
-            store,
-            views=views,
-            num_workers=0 if store.resident else default_num_workers(resident=False),
-            **options,
-        )
-        for split, store, views in zip(
-            (splits.train, splits.validation), stores, (config.train.feature_views, 1), strict=True
-        )
-    ]
 
 
 def fit(trainer: ImageClassificationTrainer, config: RunConfig) -> None:
@@ -336,36 +175,6 @@ def check_libraries(args: FinetuneConfig, model: PreTrainedModel) -> None:
                 f"--torch_compile_backend does not take {args.torch_compile_backend!r}; it takes "
                 f"{', '.join(known)}"
             )
-
-
-def augmentation(options: AugmentConfig) -> Augmentation:
-    """What the options ask to happen to a training batch."""
-    view = RandomView(
-        padding=options.crop_padding,
-        min_area=options.crop_scale,
-        max_ratio=options.crop_ratio,
-        flip=options.flip,
-        rotation=options.rotation,
-        shear=options.shear,
-        zoom=options.zoom,
-    )
-    policies = {
-        "none": lambda: None,
-        "trivial_augment": Policy.trivial_augment,
-        "rand_augment": lambda: Policy.rand_augment(
-            options.rand_augment_ops, options.rand_augment_magnitude / 30
-        ),
-    }
-    return Augmentation(
-        view=view,
-        policy=policies[options.auto_augment](),
-        color_jitter=options.color_jitter,
-        hue=options.hue,
-        grayscale=options.grayscale,
-        erasing=options.random_erasing,
-        mixup_alpha=options.mixup_alpha,
-        cutmix_alpha=options.cutmix_alpha,
-    )
 
 
 def finish_run(
@@ -488,19 +297,6 @@ def claimed_folder(config: RunConfig, *, is_new: bool) -> Iterator[None]:
         yield
 
 
-def identity(splits: Splits, config: RunConfig) -> dict[str, Any]:
-    """What must not change while a run goes on, as plain values."""
-    facts: dict[str, Any] = {
-        "split": splits.hash,
-        "classes": list(splits.id2label.values()),
-        "processes": config.train.world_size,
-    }
-    for split in (splits.train, splits.validation):
-        if isinstance(split, Split):
-            facts[f"labels of {split.name}"] = hashlib.sha256(split.labels.tobytes()).hexdigest()
-    return facts | {f"pixels of {name}": sha for name, sha in pixel_hashes(splits, config).items()}
-
-
 def with_batch_of(args: FinetuneConfig, config: RunConfig) -> RunConfig:
     """The config with the batch that fitted into memory."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -536,22 +332,6 @@ def best_metric(asked: str | None, model: PreTrainedModel) -> str:
             f"--metric_for_best_model {asked} is for multi-label data; pass accuracy or cross_entropy"
         )
     return asked or "accuracy"
-
-
-def resolve_workers(config: RunConfig, train: Split | Stream) -> RunConfig:
-    """Settle how many loader workers share a stream's shards: its order depends on it, so that a run that is
-    resumed needs as many. Of other data nothing does."""
-    args = config.train
-    if not isinstance(train, Stream) or args.dataloader_num_workers is not None:
-        return config
-    before, number = Path(args.output_dir) / CONFIG_FILE, None
-    if resume_point(config) and before.is_file():
-        number = RunConfig.load(before).train.dataloader_num_workers
-    if number is None:
-        number = train.num_workers(args.world_size, default_num_workers(resident=False))
-    return dataclasses.replace(
-        config, train=dataclasses.replace(args, dataloader_num_workers=number)
-    )
 
 
 def check_space(config: RunConfig, model: PreTrainedModel) -> None:
@@ -595,30 +375,6 @@ def evaluate_run(
     test = load_test_split(config.data)
     kind, temperature = config.data.pixel_store, validation.temperature
     return [validation, evaluate_classifier(trainer, test, kind, temperature)]
-
-
-def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
-    """Save model and image processor as plain transformers files, and no pickle.
-
-    A timm model's weights keep timm's own names: transformers and timm both load such a folder.
-    """
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, where sharded
-    # torch.compile puts a prefix of its own before every name.
-    weights = {name.removeprefix("_orig_mod."): value for name, value in weights.items()}
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if model.config.model_type == "timm_wrapper":
-            weights = {name.removeprefix("timm_model."): value for name, value in weights.items()}
-        # Aside, so that nobody ever sees half a model.
-        with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as aside:
-            model.save_pretrained(aside, state_dict=weights)
-            trainer.processing_class.save_pretrained(aside)
-            files = list(Path(aside).iterdir())
-            for path in files:
-                # safetensors keeps its files from everybody but their owner.
-                shutil.copymode(Path(aside, "config.json"), path)
-            for path in files:
-                os.replace(path, folder / path.name)
 
 
 def draft_card(config: RunConfig, splits: Splits) -> str:
@@ -697,14 +453,6 @@ def run_facts(
         "energy": logged.get("energy"),  # None where nothing measured it
         "history": plain_history(state.log_history),
     }
-
-
-def pixel_hashes(splits: Splits, config: RunConfig) -> dict[str, str]:
-    """SHA-256 of the images of both splits, where they are decoded into memory."""
-    if config.data.pixel_store == "streamed":
-        return {}
-    parts = [s for s in (splits.train, splits.validation) if isinstance(s, Split)]
-    return {split.name: split.pixel_hash for split in parts if split.pixel_hash is not None}
 
 
 def plain_history(log_history: list[dict[str, float]]) -> list[dict[str, float | None]]:

@@ -21,7 +21,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.folding import fold_norms
 from hf_cifar.models.problem_type import thresholds_of
-from hf_cifar.runs.signals import keep_freed_memory
+from hf_cifar.training.memory import keep_freed_memory
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 MOST_THREADS = 8

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hf_cifar.checkpoints import file_hash
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.multi_label import headline
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.evaluation.tables import render_figure
-from hf_cifar.finetune import finetune_classifier, pixel_hashes
+from hf_cifar.finetune import finetune_classifier
 from hf_cifar.runs.environment import environment
 from hf_cifar.runs.folder import (
     CONFIG_FILE,
@@ -33,6 +32,8 @@ from hf_cifar.runs.folder import (
     write_json,
 )
 from hf_cifar.text import render_table
+from hf_cifar.training.checkpoints import file_hash
+from hf_cifar.training.resumable import pixel_hashes
 
 logger = logging.getLogger(__name__)
 

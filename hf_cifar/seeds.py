@@ -25,8 +25,8 @@ from hf_cifar.runs.folder import (
     write_json,
 )
 from hf_cifar.runs.resume import check_same_run, resume_point
-from hf_cifar.setting import compute_as
 from hf_cifar.text import render_table
+from hf_cifar.training.autotune import compute_as
 
 logger = logging.getLogger(__name__)
 

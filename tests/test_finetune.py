@@ -266,7 +266,8 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, stripes, tiny_v
 
 def test_a_model_from_elsewhere_gets_a_mean_loss_too(tmp_path, stripes, tiny_vit):
     """ViT's forward takes **kwargs; the Trainer would hand it num_items_in_batch and scale twice."""
-    from hf_cifar.finetune import build_trainer, resolve_defaults
+    from hf_cifar.finetune import resolve_defaults
+    from hf_cifar.training.build import build_trainer
 
     config = RunConfig.parse(
         ["--dataset_name", str(stripes), "--use_cpu", "--output_dir", str(tmp_path / "run")]
@@ -423,7 +424,7 @@ def test_a_stream_resumes_in_mid_epoch_with_its_own_number_of_workers(
         "--save_total_limit",
         "3",
     )
-    monkeypatch.setattr("hf_cifar.finetune.default_num_workers", lambda resident: 2)
+    monkeypatch.setattr("hf_cifar.training.build.default_num_workers", lambda resident: 2)
     run(tmp_path / "whole", shards, tiny_vit, *flags)
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     for path in [tmp_path / "part/checkpoint-8", tmp_path / "part/checkpoint-9"]:
@@ -432,7 +433,7 @@ def test_a_stream_resumes_in_mid_epoch_with_its_own_number_of_workers(
     resumed = (*flags, "--resume_from_checkpoint", "last")
     with pytest.raises(UserError, match="--dataloader_num_workers is 0, but the run"):
         run(tmp_path / "part", shards, tiny_vit, *resumed, "--dataloader_num_workers", "0")
-    monkeypatch.setattr("hf_cifar.finetune.default_num_workers", lambda resident: 1)
+    monkeypatch.setattr("hf_cifar.training.build.default_num_workers", lambda resident: 1)
     run(tmp_path / "part", shards, tiny_vit, *resumed)
     before, after = weights(tmp_path / "whole"), weights(tmp_path / "part")
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -24,9 +24,10 @@ from hf_cifar import (
 from hf_cifar.cli import main
 from hf_cifar.config.run import FinetuneConfig
 from hf_cifar.evaluation.predictions import Predictions
-from hf_cifar.finetune import build_trainer, render_summary, resolve_defaults
+from hf_cifar.finetune import render_summary, resolve_defaults
 from hf_cifar.models.build import build_model
-from hf_cifar.trainer import binary_cross_entropy
+from hf_cifar.training.build import build_trainer
+from hf_cifar.training.losses import binary_cross_entropy
 
 
 def config_of(folder, data, model, *flags):

@@ -21,7 +21,7 @@ from hf_cifar.evaluation.multi_label import fit_thresholds, multi_label_training
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.heads import divide_logits
 from hf_cifar.models.problem_type import thresholds_of
-from hf_cifar.trainer import ImageClassificationTrainer
+from hf_cifar.training.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from hf_cifar.models.build import load_classifier
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.folder import CORRUPTIONS_FILE, RUN_FILE, read_json, write_json
 from hf_cifar.text import one_line
-from hf_cifar.trainer import ImageClassificationTrainer
+from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 

@@ -9,7 +9,6 @@ from hf_cifar.config.data import DataConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.errors import UserError
 
-
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 

@@ -15,11 +15,12 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors import safe_open
 
-from hf_cifar.checkpoints import newest_checkpoint
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
-from hf_cifar.finetune import build_trainer, resolve_defaults
+from hf_cifar.finetune import resolve_defaults
 from hf_cifar.models.build import build_model
+from hf_cifar.training.build import build_trainer
+from hf_cifar.training.checkpoints import newest_checkpoint
 
 # Everything that draws at random: augmentation, mixing, dropout; and an average of the weights.
 RANDOM = [

@@ -20,9 +20,14 @@ from faults.rig import (
 )
 from transformers.trainer_utils import SaveStrategy
 
-from hf_cifar.checkpoints import SUMS_FILE, find_damage, list_checkpoints, newest_checkpoint
 from hf_cifar.cli import main
 from hf_cifar.errors import UserError
+from hf_cifar.training.checkpoints import (
+    SUMS_FILE,
+    find_damage,
+    list_checkpoints,
+    newest_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")

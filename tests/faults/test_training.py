@@ -14,10 +14,10 @@ from faults.rig import digest, ended, in_child, make_trainer, start, wait_for
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_cifar.checkpoints import find_damage, list_checkpoints, newest_checkpoint
 from hf_cifar.cli import main
 from hf_cifar.errors import UserError
 from hf_cifar.runs.lock import LOCK_FILE, refuse_in_use
+from hf_cifar.training.checkpoints import find_damage, list_checkpoints, newest_checkpoint
 
 
 class AtStep(TrainerCallback):

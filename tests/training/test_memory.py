@@ -12,7 +12,7 @@ def test_memory_that_is_freed_costs_no_second_page_fault():
     code = """
 import resource, torch
 from concurrent.futures import ThreadPoolExecutor
-from hf_cifar.runs.signals import keep_freed_memory
+from hf_cifar.training.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

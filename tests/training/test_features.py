@@ -1,4 +1,4 @@
-"""hf_cifar.features: a head trained on cached features is the head of the uncached run."""
+"""hf_cifar.training.features: a head trained on cached features is the head of the uncached run."""
 
 import json
 
@@ -14,7 +14,11 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import ResidentStore
 from hf_cifar.errors import UserError
-from hf_cifar.features import (
+from hf_cifar.finetune import finetune_classifier, resolve_defaults
+from hf_cifar.models.build import build_model
+from hf_cifar.models.heads import linear_head
+from hf_cifar.training.build import build_trainer
+from hf_cifar.training.features import (
     FeatureStore,
     accept_features,
     accept_pixels_alone,
@@ -23,9 +27,6 @@ from hf_cifar.features import (
     fit_head,
     solve_head,
 )
-from hf_cifar.finetune import build_trainer, finetune_classifier, resolve_defaults
-from hf_cifar.models.build import build_model
-from hf_cifar.models.heads import linear_head
 
 MODELS = ["tiny_vit", "scratch/resnet10t", "scratch/densenet121", "scratch/efficientnet_lite0"]
 

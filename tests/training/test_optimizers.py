@@ -14,7 +14,7 @@ from transformers import (
 
 from hf_cifar.models.article import ArticleMLPConfig, ArticleMLPForImageClassification
 from hf_cifar.models.blocks import freeze
-from hf_cifar.optim import decay_learning_rates, decay_parameter_names, default_rates
+from hf_cifar.training.optimizers import decay_learning_rates, decay_parameter_names, default_rates
 
 
 def vit():

@@ -1,4 +1,4 @@
-"""hf_cifar.trainer: what the subclass changes, against plain torch."""
+"""hf_cifar.training.trainer: what the subclass changes, against plain torch."""
 
 import dataclasses
 
@@ -10,8 +10,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
-from hf_cifar.finetune import build_trainer, resolve_defaults
+from hf_cifar.finetune import resolve_defaults
 from hf_cifar.models.build import build_model
+from hf_cifar.training.build import build_trainer
 
 
 def make_trainer(tmp_path, data, model, *flags):

@@ -1,44 +1,38 @@
-"""Checkpoints that are whole or not there: written aside, then summed and renamed into place while training
-goes on; a run goes on from the newest that is whole, to the same bits.
-
-A checkpoint is a folder `checkpoint-STEP` with a list of its files' SHA-256 in the format of `sha256sum -c`.
-Tensors and plain values are kept as safetensors, which run no code when they are read.
-"""
+"""A Trainer that stops at any step and resumes to the same bits."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import random
-import re
-import shutil
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from hf_cifar.config.run import RunConfig
+from hf_cifar.data.split import Split
+from hf_cifar.data.splits import Splits
 from hf_cifar.errors import UserError
-from hf_cifar.text import one_line
+from hf_cifar.training.checkpoints import (
+    complete_checkpoint,
+    find_damage,
+    load_state,
+    remove_old_checkpoints,
+    save_state,
+    written_aside,
+)
 
 logger = logging.getLogger(__name__)
-
-SUMS_FILE = "SHA256SUMS"
 OPTIMIZER_FILE, SCALER_FILE = "optimizer.safetensors", "scaler.safetensors"
 IDENTITY_FILE = "identity.json"
-# Of what is being written or removed; whoever finds one finds the rest of a process that was killed.
-STAGING, TRASH = ".checkpoint-staging", ".checkpoint-trash"
 
 
 class ResumableTrainer(Trainer):
@@ -263,221 +257,22 @@ def all_finite(model: nn.Module) -> bool:
         return bool(torch.isfinite(torch.stack([each.float().cpu() for each in sums])).all())
 
 
-@contextlib.contextmanager
-def written_aside(
-    run_folder: Path, step: int, *, is_main: bool, wait: Callable[[], None]
-) -> Iterator[Path]:
-    """A folder to write a checkpoint into; `complete_checkpoint` makes it one.
-
-    is_main: whether this process makes the folder, for all that write. wait: until all processes are there.
-
-    Raises: UserError if it cannot be written; nothing is left of it then.
-    """
-    staging = run_folder / STAGING
-    with _told(run_folder, step, is_main):
-        if is_main:
-            _remove_rest(run_folder)
-            staging.mkdir(parents=True)
-        wait()
-        yield staging
-        wait()
-
-
-def complete_checkpoint(run_folder: Path, step: int) -> None:
-    """Make what was written aside `checkpoint-STEP`, whole, on the disk.
-
-    A checkpoint of this step that is there already is replaced.
-    Raises: UserError if that fails; what was there before stays as it was.
-    """
-    staging, final = run_folder / STAGING, run_folder / f"checkpoint-{step}"
-    with _told(run_folder, step, is_main=True):
-        _seal(staging)
-        _replace(final, staging, aside=run_folder / TRASH)
-        _sync(run_folder)
-        _remove_rest(run_folder)
-
-
-@contextlib.contextmanager
-def _told(run_folder: Path, step: int, is_main: bool) -> Iterator[None]:
-    """Leave nothing half written, and say in a line what the system did not do."""
-    try:
-        yield
-    except BaseException as error:
-        if is_main:
-            _remove_rest(run_folder)
-        if not isinstance(error, (OSError, SafetensorError)):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(
-            f"cannot save a checkpoint at step {step} in {run_folder}: {reason}; make room, then go on from "
-            "the one before with --resume_from_checkpoint last"
-        ) from None
-
-
-def _replace(folder: Path, new: Path, *, aside: Path) -> None:
-    """Rename `new` to `folder`; what is there goes aside, and comes back if that fails."""
-    replaced = folder.exists()
-    if replaced:
-        os.rename(folder, aside)
-    try:
-        os.rename(new, folder)
-    except OSError:
-        if replaced:
-            os.rename(aside, folder)
-        raise
-
-
-def list_checkpoints(run_folder: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, the newest step first, whole or not."""
-    steps = {
-        int(match[1]): path
-        for path in Path(run_folder).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+def identity(splits: Splits, config: RunConfig) -> dict[str, Any]:
+    """What must not change while a run goes on, as plain values."""
+    facts: dict[str, Any] = {
+        "split": splits.hash,
+        "classes": list(splits.id2label.values()),
+        "processes": config.train.world_size,
     }
-    return [steps[step] for step in sorted(steps, reverse=True)]
+    for split in (splits.train, splits.validation):
+        if isinstance(split, Split):
+            facts[f"labels of {split.name}"] = hashlib.sha256(split.labels.tobytes()).hexdigest()
+    return facts | {f"pixels of {name}": sha for name, sha in pixel_hashes(splits, config).items()}
 
 
-def newest_checkpoint(run_folder: str | Path) -> Path | None:
-    """The newest checkpoint that is whole, or None; one line for each newer one that is not."""
-    for folder in list_checkpoints(run_folder):
-        damage = find_damage(folder)
-        if damage is None:
-            return folder
-        logger.warning("%s is damaged: %s; looking for the one before", folder, damage)
-    return None
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in a phrase; None if each is what was written."""
-    try:
-        lines = (checkpoint / SUMS_FILE).read_bytes().decode().splitlines(keepends=True)
-    except FileNotFoundError:
-        return f"it has no {SUMS_FILE}"
-    except (OSError, UnicodeDecodeError) as error:
-        return f"{SUMS_FILE} cannot be read ({error})"
-    sums = {}
-    for line in lines:
-        match = re.fullmatch(r"([0-9a-f]{64})  (.+)\n", line)
-        if match is None:
-            return f"{SUMS_FILE} is no list of sums"
-        sums[match[2]] = match[1]
-    there = set(_files(checkpoint))
-    for name in sorted(there ^ sums.keys()):
-        return f"{name} is missing" if name in sums else f"{name} does not belong to it"
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            found = dict(
-                zip(sums, pool.map(lambda name: file_hash(checkpoint / name), sums), strict=True)
-            )
-    except OSError as error:
-        return str(error)
-    return next(
-        (f"{name} is not what was written" for name in sums if found[name] != sums[name]), None
-    )
-
-
-def remove_old_checkpoints(run_folder: Path, *, keep: set[Path], limit: int | None) -> None:
-    """Remove the oldest checkpoints until no more than `limit` are left, or only those of `keep`."""
-    checkpoints = list_checkpoints(run_folder)
-    surplus = len(checkpoints) - limit if limit else 0
-    for folder in [path for path in reversed(checkpoints) if path not in keep][: max(0, surplus)]:
-        # First out of sight: a checkpoint is never seen half removed.
-        os.rename(folder, run_folder / TRASH)
-        _remove_rest(run_folder)
-
-
-def save_state(path: Path, state: Any) -> None:
-    """Write nested dicts, lists and tuples of tensors and plain values, as one safetensors file.
-
-    Raises: UserError for a value that is neither.
-    """
-    tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_to_plain(state, tensors))
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        # Not two tensors of one memory, nor a part of a larger one: safetensors refuses them.
-        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
-            tensors[name] = tensor.clone()
-        storages.add(storage.data_ptr())
-    save_file(tensors, path, metadata={"tree": tree})
-
-
-def load_state(path: Path) -> Any:
-    """What `save_state` wrote, on the CPU, tensors with their strides. Raises: UserError if it did not."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tree = json.loads(file.metadata()["tree"])
-            return _from_plain(tree, file.get_tensor)
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is no saved state: {one_line(error)}") from None
-
-
-def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON: what JSON lacks is a list that begins with its kind; tensors go to `tensors`."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, Tensor):
-        # In the order of their memory: an optimiser's moments are laid out like their weights.
-        order = sorted(range(value.ndim), key=lambda dim: (-value.stride(dim), dim))
-        name = str(len(tensors))
-        tensors[name] = value.detach().cpu().permute(order).contiguous()
-        return ["tensor", name, order]
-    if isinstance(value, dict):
-        items = [[_to_plain(k, tensors), _to_plain(v, tensors)] for k, v in value.items()]
-        return ["dict", items]
-    if type(value) in (list, tuple):
-        return [type(value).__name__, [_to_plain(item, tensors) for item in value]]
-    raise UserError(
-        f"a checkpoint cannot hold a {type(value).__name__}; use another --optim or schedule"
-    )
-
-
-def _from_plain(tree: Any, tensor_of: Callable[[str], Tensor]) -> Any:
-    if not isinstance(tree, list):
-        return tree
-    if tree[0] == "tensor":
-        order = tree[2]
-        return tensor_of(tree[1]).permute([order.index(dim) for dim in range(len(order))])
-    if tree[0] == "dict":
-        return {_from_plain(k, tensor_of): _from_plain(v, tensor_of) for k, v in tree[1]}
-    return {"list": list, "tuple": tuple}[tree[0]](_from_plain(item, tensor_of) for item in tree[1])
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _seal(folder: Path) -> None:
-    """Sum and flush all files of a folder; last the list of the sums."""
-    names = sorted(_files(folder))
-    with ThreadPoolExecutor(4) as pool:
-        flushed = pool.map(lambda name: _sync(folder / name), names)
-        sums = list(pool.map(lambda name: file_hash(folder / name), names))
-        list(flushed)  # raises what went wrong
-    text = "".join(f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True))
-    (folder / SUMS_FILE).write_text(text)
-    _sync(folder / SUMS_FILE)
-    _sync(folder)
-
-
-def _files(folder: Path) -> list[str]:
-    """Names of all files below a folder, but the list of sums."""
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return [name for name in names if name != SUMS_FILE]
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_rest(run_folder: Path) -> None:
-    for name in (STAGING, TRASH):
-        shutil.rmtree(run_folder / name, ignore_errors=True)
+def pixel_hashes(splits: Splits, config: RunConfig) -> dict[str, str]:
+    """SHA-256 of the images of both splits, where they are decoded into memory."""
+    if config.data.pixel_store == "streamed":
+        return {}
+    parts = [s for s in (splits.train, splits.validation) if isinstance(s, Split)]
+    return {split.name: split.pixel_hash for split in parts if split.pixel_hash is not None}

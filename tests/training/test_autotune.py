@@ -1,4 +1,4 @@
-"""hf_cifar.setting: what is measured, what is chosen, and that nothing else changes."""
+"""hf_cifar.training.autotune: what is measured, what is chosen, and that nothing else changes."""
 
 import math
 
@@ -18,7 +18,7 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.errors import UserError
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.models.kernels import has_fused_attention
-from hf_cifar.setting import (
+from hf_cifar.training.autotune import (
     Setting,
     Timing,
     arrange,
@@ -260,7 +260,7 @@ def measured(caplog):
 def test_a_run_says_how_it_computes_and_a_resumed_one_does_the_same(
     tmp_path, stripes, tiny_vit, caplog
 ):
-    caplog.set_level("INFO", logger="hf_cifar.setting")
+    caplog.set_level("INFO", logger="hf_cifar.training.autotune")
     finetune_classifier(run(tmp_path, stripes, tiny_vit, "--max_steps", "2"))
     saved = RunConfig.load(tmp_path / "run" / "config.yaml")
     assert (saved.train.precision, saved.train.memory_format) == ("fp32", "channels_last")
@@ -281,7 +281,7 @@ def test_a_run_says_how_it_computes_and_a_resumed_one_does_the_same(
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--bf16", "--use_cpu"]])
 def test_an_asked_precision_is_kept(tmp_path, stripes, tiny_vit, flags, caplog):
-    caplog.set_level("INFO", logger="hf_cifar.setting")
+    caplog.set_level("INFO", logger="hf_cifar.training.autotune")
     config = run(tmp_path, stripes, tiny_vit, "--max_steps", "2", *flags)
     assert config.train.precision == "bf16"
     assert config.train.mixed_precision == "bf16"
@@ -369,8 +369,9 @@ def test_a_run_in_bfloat16_goes_around_slow_kernels_and_gives_back_the_plain_mod
 
 def test_contiguous_images_stay_so(tmp_path, stripes, tiny_vit):
     from hf_cifar.data.splits import load_splits
-    from hf_cifar.finetune import build_trainer, resolve_defaults
+    from hf_cifar.finetune import resolve_defaults
     from hf_cifar.models.build import build_model
+    from hf_cifar.training.build import build_trainer
 
     for layout, expected in (("contiguous", True), ("channels_last", False)):
         config = run(tmp_path, stripes, tiny_vit, "--memory_format", layout, "--use_cpu")

@@ -24,16 +24,19 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hf_cifar.callbacks import AfterStep, StopAtNaN, TrainingLines, TrainingProgress
-from hf_cifar.checkpoints import ResumableTrainer, load_state, save_state
 from hf_cifar.data.store import ShardStore, take_batch
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluate_metrics import compute_training_metrics
-from hf_cifar.features import draw_view
 from hf_cifar.models.blocks import block_depths, frozen_norms
-from hf_cifar.optim import decay_learning_rates, decay_parameter_names
-from hf_cifar.runs.signals import Stopped, StopRequest, keep_freed_memory, noted_signals
+from hf_cifar.runs.signals import Stopped, StopRequest, noted_signals
 from hf_cifar.text import listed, one_line
+from hf_cifar.training.checkpoints import load_state, save_state
+from hf_cifar.training.features import draw_view
+from hf_cifar.training.losses import binary_cross_entropy
+from hf_cifar.training.memory import keep_freed_memory
+from hf_cifar.training.optimizers import decay_learning_rates, decay_parameter_names
+from hf_cifar.training.progress import AfterStep, StopAtNaN, TrainingLines, TrainingProgress
+from hf_cifar.training.resumable import ResumableTrainer
 from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -57,17 +60,6 @@ class WatchedLoss(NamedTuple):
     loss: Tensor
     logits: Tensor
     row_ids: Tensor | None
-
-
-def binary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Binary cross-entropy, mean over images and classes. logits, targets [N, K].
-
-    label_smoothing: share of an image's labels that is spread evenly over all classes, as `F.cross_entropy`
-    does with its one: their number stays, and an image without any stays so.
-    """
-    targets = targets.to(logits.dtype)
-    targets = targets.lerp(targets.mean(dim=1, keepdim=True), label_smoothing)
-    return F.binary_cross_entropy_with_logits(logits, targets)
 
 
 class ImageClassificationTrainer(ResumableTrainer):

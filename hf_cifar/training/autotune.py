@@ -35,7 +35,7 @@ from hf_cifar.models.kernels import (
     treat_depthwise_alike,
 )
 from hf_cifar.runs.folder import CONFIG_FILE
-from hf_cifar.runs.signals import keep_freed_memory
+from hf_cifar.training.memory import keep_freed_memory
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)

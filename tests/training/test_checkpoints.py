@@ -1,4 +1,4 @@
-"""hf_cifar.checkpoints: whole or not there; the faults themselves are in tests/faults."""
+"""hf_cifar.training.checkpoints: whole or not there; the faults themselves are in tests/faults."""
 
 import errno
 import json
@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_cifar.checkpoints import (
-    IDENTITY_FILE,
+from hf_cifar.errors import UserError
+from hf_cifar.training.checkpoints import (
     STAGING,
     SUMS_FILE,
-    check_identity,
     complete_checkpoint,
     find_damage,
     list_checkpoints,
@@ -23,7 +22,7 @@ from hf_cifar.checkpoints import (
     save_state,
     written_aside,
 )
-from hf_cifar.errors import UserError
+from hf_cifar.training.resumable import IDENTITY_FILE, check_identity
 
 
 def write(folder, step, text="weights"):

@@ -1,0 +1,223 @@
+"""The Trainer of a run, with its stores or features and its augmentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel
+
+from hf_cifar.config.augmentation import AugmentConfig
+from hf_cifar.config.run import FinetuneConfig, RunConfig
+from hf_cifar.data.split import Split
+from hf_cifar.data.splits import Splits
+from hf_cifar.data.store import (
+    CPU,
+    ResidentStore,
+    ShardStore,
+    StreamedStore,
+    build_store,
+    default_num_workers,
+    is_resident,
+    stored_view,
+)
+from hf_cifar.data.streams import Stream
+from hf_cifar.errors import UserError
+from hf_cifar.models.problem_type import is_multi_label
+from hf_cifar.runs.folder import CONFIG_FILE
+from hf_cifar.runs.resume import resume_point
+from hf_cifar.training.autotune import DTYPES, MEMORY_FORMATS, Setting, arrange
+from hf_cifar.training.features import (
+    FeatureStore,
+    accept_features,
+    feature_store,
+    features_suffice,
+)
+from hf_cifar.training.resumable import identity
+from hf_cifar.training.trainer import ImageClassificationTrainer
+from hf_cifar.transforms.augmentation import Augmentation
+from hf_cifar.transforms.policies import Policy
+from hf_cifar.transforms.preprocessing import Preprocessing
+from hf_cifar.transforms.views import RandomView
+
+logger = logging.getLogger(__name__)
+
+
+def build_trainer(
+    model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, config: RunConfig
+) -> ImageClassificationTrainer:
+    """The Trainer over both splits' pixels; `config` must be resolved, see `resolve_setting`."""
+    preprocessing = Preprocessing.from_image_processor(image_processor)
+    kind, args = config.data.pixel_store, config.train
+    shards = shard_store(splits.train, preprocessing, args)
+    num_workers = resolve_workers(config, splits.train).train.dataloader_num_workers
+    if num_workers is None:
+        resident = (
+            is_resident(splits.train, stored_view(preprocessing, augmented=True), kind),
+            is_resident(splits.validation, stored_view(preprocessing, augmented=False), kind),
+        )
+        num_workers = default_num_workers(all(resident))
+    args = dataclasses.replace(
+        args,
+        dataloader_num_workers=num_workers,
+        dataloader_pin_memory=num_workers > 0,  # what lies on the device cannot be pinned
+        auto_find_batch_size=False,  # the parent's changes the batch, and mistakes an evaluation for a step
+        push_to_hub=False,  # hub.py pushes, once, at the end
+        hub_token=None,  # no logger gets to see it
+        run_name=args.run_name or args.output_dir,  # else trackers make a name up
+    )
+    device = args.device if num_workers == 0 else CPU  # a worker process must not touch a GPU
+    callbacks = []
+    if config.train.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.train.early_stopping_patience))
+    memory_format = MEMORY_FORMATS[args.memory_format]
+    setting = Setting(args.precision, args.memory_format, args.attention)
+    arrange(model, setting, args.device)
+    stores = [
+        shards
+        or build_store(splits.train, preprocessing, augmented=True, kind=kind, device=device),
+        build_store(splits.validation, preprocessing, augmented=False, kind=kind, device=device),
+    ]
+    if trains_on_features(config, model, preprocessing):
+        stores = feature_stores(model.to(args.device), splits, stores, preprocessing, config)
+        accept_features(model)
+    train_store, validation_store = stores
+    return ImageClassificationTrainer(
+        model=model,
+        args=args,
+        processing_class=image_processor,
+        train_dataset=train_store,
+        eval_dataset=validation_store,
+        preprocessing=preprocessing,
+        memory_format=memory_format,
+        augmentation=augmentation(config.augment),
+        ema_decay=config.train.ema_decay,
+        shrink_batch=config.train.auto_find_batch_size,
+        identity=identity(splits, config),
+        callbacks=callbacks,
+    )
+
+
+def shard_store(
+    train: Split | Stream, preprocessing: Preprocessing, args: FinetuneConfig
+) -> ShardStore | None:
+    """This process's part of a stream; None for a split that can be read in any order."""
+    if not isinstance(train, Stream):
+        return None
+    for name in ("auto_find_batch_size", "dataloader_persistent_workers"):
+        if getattr(args, name):
+            raise UserError(f"--{name} does not go with --streaming; leave one of them out")
+    logger.info(
+        "train: about %s images in %d shards, read as they are needed",
+        f"{len(train):,}", train.rows.num_shards,
+    )  # fmt: skip
+    return ShardStore(
+        train,
+        stored_view(preprocessing, augmented=True),
+        batch_size=args.train_batch_size,
+        seed=args.seed,
+        rank=args.process_index,
+        num_processes=args.world_size,
+    )
+
+
+def trains_on_features(
+    config: RunConfig, model: PreTrainedModel, preprocessing: Preprocessing
+) -> bool:
+    """Whether the head alone trains, on inputs that can be computed beforehand.
+
+    Raises: UserError if only that would do, but it is not so.
+    """
+    if config.train.head_solver == "lbfgs" and is_multi_label(model):
+        raise UserError(
+            "--head_solver lbfgs solves for one label an image, and the data have several; leave it out"
+        )
+    wanted = config.model.freeze == "backbone" and config.train.feature_views > 0
+    wanted = wanted and not config.data.streaming
+    mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
+    if wanted and not mixed and features_suffice(model, preprocessing):
+        return True
+    if config.train.head_solver == "lbfgs":
+        raise UserError(
+            "--head_solver lbfgs needs --freeze backbone, --feature_views of 1 or more, a model whose head "
+            "is one linear layer, and no mixup, cutmix or --streaming"
+        )
+    return False
+
+
+def feature_stores(
+    model: PreTrainedModel,
+    splits: Splits,
+    stores: list[ResidentStore | StreamedStore],
+    preprocessing: Preprocessing,
+    config: RunConfig,
+) -> list[FeatureStore]:
+    """What the head sees of train, in all views, and of validation."""
+    options = {
+        "preprocessing": preprocessing,
+        "augmentation": augmentation(config.augment),
+        "seed": config.train.seed,
+        "batch_size": config.train.per_device_eval_batch_size,
+        "dtype": DTYPES.get(config.train.precision, torch.float32),
+    }
+    return [
+        feature_store(
+            model,
+            split,
+            store,
+            views=views,
+            num_workers=0 if store.resident else default_num_workers(resident=False),
+            **options,
+        )
+        for split, store, views in zip(
+            (splits.train, splits.validation), stores, (config.train.feature_views, 1), strict=True
+        )
+    ]
+
+
+def augmentation(options: AugmentConfig) -> Augmentation:
+    """What the options ask to happen to a training batch."""
+    view = RandomView(
+        padding=options.crop_padding,
+        min_area=options.crop_scale,
+        max_ratio=options.crop_ratio,
+        flip=options.flip,
+        rotation=options.rotation,
+        shear=options.shear,
+        zoom=options.zoom,
+    )
+    policies = {
+        "none": lambda: None,
+        "trivial_augment": Policy.trivial_augment,
+        "rand_augment": lambda: Policy.rand_augment(
+            options.rand_augment_ops, options.rand_augment_magnitude / 30
+        ),
+    }
+    return Augmentation(
+        view=view,
+        policy=policies[options.auto_augment](),
+        color_jitter=options.color_jitter,
+        hue=options.hue,
+        grayscale=options.grayscale,
+        erasing=options.random_erasing,
+        mixup_alpha=options.mixup_alpha,
+        cutmix_alpha=options.cutmix_alpha,
+    )
+
+
+def resolve_workers(config: RunConfig, train: Split | Stream) -> RunConfig:
+    """Settle how many loader workers share a stream's shards: its order depends on it, so that a run that is
+    resumed needs as many. Of other data nothing does."""
+    args = config.train
+    if not isinstance(train, Stream) or args.dataloader_num_workers is not None:
+        return config
+    before, number = Path(args.output_dir) / CONFIG_FILE, None
+    if resume_point(config) and before.is_file():
+        number = RunConfig.load(before).train.dataloader_num_workers
+    if number is None:
+        number = train.num_workers(args.world_size, default_num_workers(resident=False))
+    return dataclasses.replace(
+        config, train=dataclasses.replace(args, dataloader_num_workers=number)
+    )
