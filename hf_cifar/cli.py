@@ -176,7 +176,7 @@ def report(argv: Sequence[str]) -> int:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; pass the output folder of a run")
 
-    from hf_cifar.evaluation.page import write_report
+    from hf_cifar.report.page import write_report
 
     print(write_report(folder, config))
     return 0
@@ -255,8 +255,8 @@ def push(argv: Sequence[str]) -> int:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; pass the --output_dir of a run")
 
-    from hf_cifar.card import card_for
     from hf_cifar.hub.push import Target, plan_push, push_planned, render_plan
+    from hf_cifar.report.card import card_for
 
     target = Target(config.repo_id, config.private, config.revision)
     plan = plan_push(folder, target, card_for)

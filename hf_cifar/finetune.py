@@ -24,7 +24,6 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_cifar.audit.leakage import find_leakage
-from hf_cifar.card import CardFacts, card_for, render_card, save_card
 from hf_cifar.config.fields import MULTI_LABEL_METRICS
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.config.run import FinetuneConfig, RunConfig
@@ -41,6 +40,7 @@ from hf_cifar.models.blocks import block_depths, describe_trainable
 from hf_cifar.models.build import build_model
 from hf_cifar.models.kernels import as_it_came
 from hf_cifar.models.problem_type import is_multi_label
+from hf_cifar.report.card import CardFacts, card_for, render_card, save_card
 from hf_cifar.runs.energy import measured_energy
 from hf_cifar.runs.environment import environment
 from hf_cifar.runs.folder import (

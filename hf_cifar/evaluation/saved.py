@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from hf_cifar.card import is_untouched, save_card
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.run import on_cpu
@@ -20,6 +19,7 @@ from hf_cifar.evaluation.evaluation import evaluate_classifier, evaluate_corrupt
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.problem_type import is_multi_label
+from hf_cifar.report.card import is_untouched, save_card
 from hf_cifar.runs.folder import CORRUPTIONS_FILE, RUN_FILE, read_json, write_json
 from hf_cifar.text import one_line
 from hf_cifar.training.trainer import ImageClassificationTrainer

@@ -8,9 +8,10 @@ from PIL import Image
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.images import decode_cell
-from hf_cifar.data.sources import load_source, looks_like_path, open_data_set
+from hf_cifar.data.sources import load_source, open_data_set
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.errors import UserError
+from hf_cifar.hub.reach import looks_like_path
 
 CARD = """---
 configs:

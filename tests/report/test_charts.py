@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from hf_cifar.evaluation.plots import (
+from hf_cifar.report.charts import (
     Axes,
     interval_bars,
     line_chart,

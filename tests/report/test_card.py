@@ -9,8 +9,9 @@ import yaml
 from hub_server import TOKEN, card_errors
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from hf_cifar.card import (
-    CARD_FILE,
+from hf_cifar.errors import UserError
+from hf_cifar.hub.push import CARD_FILE, check_card
+from hf_cifar.report.card import (
     MAX_CLASSES,
     CardFacts,
     card_for,
@@ -19,8 +20,6 @@ from hf_cifar.card import (
     render_eval_results,
     save_card,
 )
-from hf_cifar.errors import UserError
-from hf_cifar.hub.push import check_card
 
 OPTIONS = {
     "dataset_name": "uoft-cs/cifar10", "dataset_config_name": None, "model_name_or_path": "google/vit",

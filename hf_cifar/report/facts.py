@@ -15,7 +15,6 @@ import numpy as np
 
 from hf_cifar.audit.duplicates import find_duplicates
 from hf_cifar.audit.properties import image_properties
-from hf_cifar.card import public_options, role_of
 from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import load_splits, load_test_split
@@ -32,6 +31,8 @@ from hf_cifar.evaluation.mistakes import (
 )
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.hub.origin import public_name
+from hf_cifar.report.public import public_options
+from hf_cifar.report.wording import role_of
 from hf_cifar.runs.folder import (
     CONFIG_FILE,
     CORRUPTIONS_FILE,

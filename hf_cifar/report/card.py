@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -23,19 +23,24 @@ from hf_cifar.config.model import SCRATCH
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.mistakes import confused_pairs
 from hf_cifar.evaluation.multi_label import headline
-from hf_cifar.evaluation.predictions import METRICS_FILE
 from hf_cifar.evaluation.tables import render_cell, render_figure
 from hf_cifar.hub.origin import HUB
 from hf_cifar.hub.push import CARD_FILE, EVAL_RESULTS_FOLDER
-from hf_cifar.runs.folder import CONFIG_FILE, RUN_FILE
-from hf_cifar.text import listed, one_line, render_numbers
+from hf_cifar.report.public import public_options
+from hf_cifar.report.wording import (
+    hashed,
+    license_note,
+    render_energy,
+    render_leakage,
+    render_procedure,
+    render_skipped,
+    role_of,
+    validation_source,
+)
+from hf_cifar.runs.folder import CONFIG_FILE, METRICS_FILE, RUN_FILE
+from hf_cifar.text import listed, one_line
 
-# Where a run lies and goes to, not what it computes; or what the card says in another place.
-HIDDEN_OPTIONS = {
-    "output_dir", "dataset_name", "model_name_or_path", "run_name", "push_to_hub", "logging_dir",
-}  # fmt: skip
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # a folder may be called hf_flowers
-PLAIN = re.compile(r"[\w .,:;=+%(){}\[\]'\"-]*")
 MAX_CLASSES = 50  # in a table
 MAX_NAMES = 20  # in a sentence
 NUM_WEAKEST, NUM_PAIRS = 3, 5
@@ -128,16 +133,16 @@ def render_card(facts: CardFacts) -> str:
         dataset_license=dataset["license_name"] or dataset["license"],
         num_train=f"{run['num_train']:,}",
         num_validation=f"{run['num_validation']:,}",
-        validation_source=_validation_source(run, options),
-        hashed=_hashed(options),
+        validation_source=validation_source(run, options),
+        hashed=hashed(options),
         skipped=render_skipped(run, metrics),
-        leakage=_leakage(run),
+        leakage=render_leakage(run),
         split_hash=run["split_hash"],
-        procedure=_procedure(run, options),
+        procedure=render_procedure(run, options),
         options=_shown_options(options),
-        energy=_energy(run.get("energy")),
+        energy=render_energy(run.get("energy")),
         measured_on=" and ".join(metrics) or "validation",
-        license_note=_license_note(model),
+        license_note=license_note(model),
         environment=list(run["environment"].items()),
         citations=[
             *model["citations"],
@@ -263,19 +268,6 @@ def _result(split: str, figures: dict[str, Any], options: dict[str, Any]) -> dic
     return {"name": split, "num_images": f"{figures['num_images']:,}", "role": role, "rows": rows}
 
 
-def role_of(split: str, figures: dict[str, Any], options: dict[str, Any]) -> str:
-    """What a split was for in a run, so that a reader knows how far to trust its figures."""
-    if split == "test":
-        return "Not read before the end of the training; nothing was chosen by it."
-    chosen = ["the checkpoint"] if options.get("load_best_model_at_end") else []
-    chosen = ["the head's penalty"] if options.get("head_solver") == "lbfgs" else chosen
-    chosen += ["the temperature"] if "temperature" in figures else []
-    if "f1_micro" in figures and options.get("calibrate"):
-        chosen += ["each label's threshold"]
-    flattered = f" It chose {' and '.join(chosen)}, so that its figures flatter the model."
-    return "Held out of train." + (flattered if chosen else "")
-
-
 def _temperature(metrics: dict[str, dict[str, Any]]) -> str:
     found = [figures["temperature"] for figures in metrics.values() if "temperature" in figures]
     return f"{found[-1]:.3f}" if found else ""
@@ -346,97 +338,5 @@ def _link(dataset: dict[str, Any]) -> str:
     return f"[{name}]({HUB}/datasets/{dataset['hub_id']})" if dataset["hub_id"] else _code(name)
 
 
-def _validation_source(run: dict[str, Any], options: dict[str, Any]) -> str:
-    if run["source_splits"]["validation"] != run["source_splits"]["train"]:
-        return "the data set's own validation split"
-    seed = options["split_seed"]
-    if options["streaming"]:
-        return f"the first of those that a hash of their bytes holds out, split seed {seed}"
-    return f"stratified, split seed {seed}"
-
-
-def _hashed(options: dict[str, Any]) -> str:
-    if options["streaming"]:
-        return "SHA-256 over validation's row ids and labels, and over how train is drawn"
-    return "SHA-256 over row ids and labels"
-
-
-def render_skipped(run: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> str:
-    """The rows that nothing was trained or measured on, because their images cannot be read."""
-    rows = dict(run.get("skipped_rows", {}))
-    rows |= {name: own["skipped_rows"] for name, own in metrics.items() if "skipped_rows" in own}
-    return "; ".join(
-        f"{len(ids):,} of {name} (row{'s' if len(ids) > 1 else ''} {render_numbers(ids)})"
-        for name, ids in rows.items()
-    )
-
-
-def _leakage(run: dict[str, Any]) -> str:
-    """What --check_leakage found."""
-    found = run.get("leakage")
-    if not found:
-        return ""
-    return (
-        f"Of {found['num_test']:,} test images {found['num_leaked']:,} are in train or validation too, "
-        "exactly or nearly (`--check_leakage`)."
-    )
-
-
-def _procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
-    """Work, time and machine of a training that is over."""
-    if "steps" not in run:
-        return ""
-    processes = f"{run['processes']} process{'es' if run['processes'] > 1 else ''}"
-    work = f"{run['steps']:,} steps" if run["steps"] else "Solved for"
-    return (
-        f"{run['trainable']}. {work} in {run['train_seconds']:,.0f} s on {run['device']}, {processes}. "
-        f"Seed {options['seed']}. Options:"
-    )
-
-
 def _shown_options(options: dict[str, Any]) -> list[tuple[str, str]]:
     return [(f"`{name}`", _code(str(value))) for name, value in public_options(options).items()]
-
-
-def public_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run that a stranger may see: no folder, address or token."""
-    return {
-        name: _public(value)
-        for name, value in options.items()
-        if value is not None and name not in HIDDEN_OPTIONS and not name.startswith("hub_")
-    }
-
-
-def _public(value: Any) -> Any:
-    """An option's value without folders, addresses and whatever else text may hold."""
-    if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_public(item) for item in value]
-    if isinstance(value, str):
-        name = PureWindowsPath(value).name  # parts at slashes of both kinds
-        return name if PLAIN.fullmatch(name) else "..."
-    return value
-
-
-def _energy(energy: dict[str, Any] | None) -> str:
-    if not energy:
-        return ""
-    parts = ", ".join(
-        f"{part.upper()} {energy[f'{part}_kwh']:.3g}"
-        for part in ("cpu", "gpu", "ram")
-        if energy[f"{part}_kwh"]
-    )
-    return (
-        f"Training took about {energy['kwh']:.3g} kWh of electricity ({parts}), as {energy['tracker']} "
-        "estimated it for the whole machine (the first of several) while training ran."
-    )
-
-
-def _license_note(model: dict[str, Any]) -> str:
-    name = model["license_name"] or model["license"]
-    if name:
-        return f"The weights it started from are under the licence {name}, which goes for these as well."
-    if model["name"].startswith(SCRATCH):
-        return "No licence was chosen for these weights; the data set's terms apply."
-    return "The licence of the weights it started from is not known here: look it up before you use these."

@@ -16,15 +16,9 @@ import pytest
 from hf_cifar.cli import main
 from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.page import (
-    look_up,
-    pointer_key,
-    render_page,
-    render_value,
-    training_curves,
-)
 from hf_cifar.evaluation.predictions import Predictions
-from hf_cifar.evaluation.report import build_report
+from hf_cifar.report.facts import build_report
+from hf_cifar.report.page import look_up, pointer_key, render_page, render_value, training_curves
 
 HISTORY = [
     {"epoch": 0.5, "step": 10, "loss": 2.0, "learning_rate": 1e-3},

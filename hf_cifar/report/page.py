@@ -12,12 +12,12 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from hf_cifar.card import render_skipped
 from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation import plots
-from hf_cifar.evaluation.report import Report, build_report
 from hf_cifar.evaluation.tables import render_figure
+from hf_cifar.report import charts
+from hf_cifar.report.facts import Report, build_report
+from hf_cifar.report.wording import render_skipped
 from hf_cifar.runs.folder import write_json
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
@@ -86,7 +86,7 @@ def render_page(report: Report) -> str:
         reliability=None
         if facts["multi_label"]
         else Markup(
-            plots.reliability_diagram(f"Reliability on {facts['split']}", facts["reliability"])
+            charts.reliability_diagram(f"Reliability on {facts['split']}", facts["reliability"])
         ),
         matrix_classes=MATRIX_CLASSES,
         skipped=render_skipped(facts["run"], facts["metrics"]),
@@ -157,7 +157,7 @@ def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
         return [(log["epoch"], log[key]) for log in logs]
 
     loss = {"train": points("loss"), "validation": points("eval_cross_entropy")}
-    charts = [
+    curves = [
         ("Loss", {name: line for name, line in loss.items() if line}, "loss"),
         ("Validation accuracy", {"accuracy": points("eval_accuracy")}, "accuracy"),
         ("Validation mAP", {"mAP": points("eval_average_precision_macro")}, "mAP"),
@@ -165,15 +165,15 @@ def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
     ]
     return [
         Markup(
-            plots.line_chart(
+            charts.line_chart(
                 title,
-                {name: plots.thinned(line) for name, line in series.items()},
+                {name: charts.thinned(line) for name, line in series.items()},
                 "epoch",
                 y_label,
                 from_zero=not title.startswith("Validation"),
             )
         )
-        for title, series, y_label in charts
+        for title, series, y_label in curves
         if any(len(line) > 0 for line in series.values())
     ]
 
@@ -191,4 +191,4 @@ def recall_bars(metrics: dict[str, Any]) -> Markup:
         lowest = sorted(rows, key=lambda name: rows[name][0])[:MATRIX_CLASSES]
         rows = {name: rows[name] for name in lowest}
         title = f"The {MATRIX_CLASSES} classes of lowest recall"
-    return Markup(plots.interval_bars(title, rows, "recall, with 95% interval"))
+    return Markup(charts.interval_bars(title, rows, "recall, with 95% interval"))

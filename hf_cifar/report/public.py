@@ -1,0 +1,34 @@
+"""What of a run's options a stranger may see."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PureWindowsPath
+from typing import Any
+
+# Where a run lies and goes to, not what it computes; or what the card says in another place.
+HIDDEN_OPTIONS = {
+    "output_dir", "dataset_name", "model_name_or_path", "run_name", "push_to_hub", "logging_dir",
+}  # fmt: skip
+PLAIN = re.compile(r"[\w .,:;=+%(){}\[\]'\"-]*")
+
+
+def public_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run that a stranger may see: no folder, address or token."""
+    return {
+        name: _public(value)
+        for name, value in options.items()
+        if value is not None and name not in HIDDEN_OPTIONS and not name.startswith("hub_")
+    }
+
+
+def _public(value: Any) -> Any:
+    """An option's value without folders, addresses and whatever else text may hold."""
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if isinstance(value, str):
+        name = PureWindowsPath(value).name  # parts at slashes of both kinds
+        return name if PLAIN.fullmatch(name) else "..."
+    return value
