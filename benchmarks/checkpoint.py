@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments
 from benchmarks.measure import compare
 from benchmarks.peers import Task, collate, small_pictures, with_pil_transform
 from hf_cifar import Preprocessing, build_model, build_trainer, load_splits
-from hf_cifar.finetune import resolve_defaults
+from hf_cifar.plan import resolve_defaults
 
 STEPS = 1  # the optimiser has its moments
 

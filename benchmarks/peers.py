@@ -25,8 +25,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.turns import Turn
 from hf_cifar import DataConfig, Preprocessing, RunConfig, build_model, build_trainer, load_splits
-from hf_cifar.finetune import resolve_defaults
-from hf_cifar.training.autotune import DTYPES, MEMORY_FORMATS, Setting, arrange, resolve_setting
+from hf_cifar.plan import resolve_defaults, resolve_setting
+from hf_cifar.training.autotune import DTYPES, MEMORY_FORMATS, Setting, arrange
 from hf_cifar.training.memory import keep_freed_memory
 
 WARM_UP = 2  # steps

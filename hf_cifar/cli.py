@@ -108,7 +108,7 @@ def evaluate(argv: Sequence[str]) -> int:
     _require_model(config)
     check_images(data, [config.split])
 
-    from hf_cifar.evaluation.saved import evaluate_saved
+    from hf_cifar.evaluate import evaluate_saved
     from hf_cifar.evaluation.tables import render_metrics
 
     quieten(is_main_process())

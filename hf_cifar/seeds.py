@@ -16,6 +16,7 @@ from hf_cifar.evaluation.intervals import mean_interval
 from hf_cifar.evaluation.multi_label import headline
 from hf_cifar.evaluation.tables import render_figure
 from hf_cifar.finetune import finetune_classifier
+from hf_cifar.plan import compute_as
 from hf_cifar.runs.folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -26,7 +27,6 @@ from hf_cifar.runs.folder import (
 )
 from hf_cifar.runs.resume import check_same_run, resume_point
 from hf_cifar.text import render_table
-from hf_cifar.training.autotune import compute_as
 
 logger = logging.getLogger(__name__)
 

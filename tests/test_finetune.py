@@ -16,7 +16,7 @@ from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.evaluation.metrics import accuracy
 from hf_cifar.evaluation.predictions import Predictions
-from hf_cifar.finetune import draft_card
+from hf_cifar.preflight import draft_card
 
 
 def run(output_dir, data, model, *flags):
@@ -266,7 +266,7 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, stripes, tiny_v
 
 def test_a_model_from_elsewhere_gets_a_mean_loss_too(tmp_path, stripes, tiny_vit):
     """ViT's forward takes **kwargs; the Trainer would hand it num_items_in_batch and scale twice."""
-    from hf_cifar.finetune import resolve_defaults
+    from hf_cifar.plan import resolve_defaults
     from hf_cifar.training.build import build_trainer
 
     config = RunConfig.parse(
@@ -315,7 +315,7 @@ def test_do_predict_needs_a_test_split(tmp_path, stripes, tiny_vit):
 
 
 def test_a_full_disk_is_found_before_training(tmp_path):
-    from hf_cifar.finetune import require_space
+    from hf_cifar.preflight import require_space
 
     with pytest.raises(UserError, match="no space left"):
         require_space(tmp_path / "run", 10**18)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hf_cifar import RunConfig, UserError, finetune_classifier
-from hf_cifar.finetune import plain_history
+from hf_cifar.record import plain_history
 
 
 def run(output_dir, data, model, *flags):

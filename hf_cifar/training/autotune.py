@@ -7,26 +7,19 @@ family would do.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_cifar.config.run import RunConfig
-from hf_cifar.data.split import Split
-from hf_cifar.data.streams import Stream
-from hf_cifar.errors import UserError
 from hf_cifar.models.kernels import (
     as_it_came,
     fuse_attention,
@@ -34,9 +27,7 @@ from hf_cifar.models.kernels import (
     spare_depthwise_gradients,
     treat_depthwise_alike,
 )
-from hf_cifar.runs.folder import CONFIG_FILE
 from hf_cifar.training.memory import keep_freed_memory
-from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -220,102 +211,9 @@ def pick_setting(
     return chosen, f"computing in {chosen}; measured images/s: {speeds}"
 
 
-def resolve_setting(
-    config: RunConfig,
-    model: nn.Module,
-    image_processor: BaseImageProcessor,
-    train_split: Split | Stream,
-    *,
-    resumed: bool = False,
-) -> RunConfig:
-    """Settle how the model computes: as the options or the launcher ask, as the run that is resumed, or as is
-    fastest here. The result names it, so that a rerun of its config computes the same way."""
-    if resumed:
-        config = compute_as(Path(config.train.output_dir), config)
-    train = config.train
-    if train.attention == "eager" and not has_fused_attention(model):
-        raise UserError(
-            f"--attention eager: {type(model).__name__} has no attention kernel to go without; leave it out"
-        )
-    if train.precision == "auto":
-        setting = _measured(config, model, image_processor, train_split)
-        train = dataclasses.replace(
-            train,
-            precision=setting.precision,
-            memory_format=setting.memory_format,
-            attention=setting.attention,
-            torch_compile=setting.compiled or train.torch_compile,
-        )
-    return dataclasses.replace(config, train=train)
-
-
-def compute_as(folder: Path, config: RunConfig) -> RunConfig:
-    """The options, with the setting of the run in `folder` where they leave it open."""
-    before = folder / CONFIG_FILE
-    if config.train.precision != "auto" or not before.is_file():
-        return config
-    saved = RunConfig.load(before).train
-    left_open = {
-        name: getattr(saved, name)
-        for name in ("precision", "memory_format", "attention")
-        if getattr(config.train, name) == "auto"
-    }
-    train = dataclasses.replace(config.train, **left_open, torch_compile=saved.torch_compile)
-    return dataclasses.replace(config, train=train)
-
-
-def _measured(
-    config: RunConfig,
-    model: PreTrainedModel,
-    image_processor: BaseImageProcessor,
-    split: Split | Stream,
-) -> Setting:
-    """What the first process finds; one setting for all."""
-    train = config.train
-    asked = {
-        name: getattr(train, name)
-        for name in ("memory_format", "attention")
-        if getattr(train, name) != "auto"
-    }
-    unmeasured = Setting(**asked)
-    if is_sharded():  # the whole model may fit on no single device
-        return unmeasured
-    found = [unmeasured]
-    if train.process_index == 0:
-        preprocessing = Preprocessing.from_image_processor(image_processor)
-        size = min(train.train_batch_size, len(split))
-        noise = torch.randint(0, 256, (size, 3, *preprocessing.size), dtype=torch.uint8)
-        pixel_values = preprocessing(noise.to(train.device))
-        labels = torch.arange(size, device=train.device) % model.config.num_labels
-        found[0], line = pick_setting(
-            model.to(train.device),
-            pixel_values,
-            labels,
-            num_batches(config, len(split)),
-            train.memory_format,
-            train.attention,
-        )
-        logger.info(line)
-    if train.world_size > 1:
-        broadcast_object_list(found)
-    return found[0]
-
-
 def is_sharded() -> bool:
     """Whether the launcher asks for FSDP or DeepSpeed."""
     return "true" in [os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")]
-
-
-def num_batches(config: RunConfig, num_images: int) -> int:
-    """Forward and backward passes of a process in the whole run."""
-    train = config.train
-    if config.model.freeze == "backbone" and train.feature_views and not config.data.streaming:
-        # Each view goes forward once, which is about a third of a training step.
-        return math.ceil(num_images * train.feature_views / train.train_batch_size / 3)
-    if train.max_steps > 0:
-        return train.max_steps * train.gradient_accumulation_steps
-    batches = math.ceil(num_images / (train.train_batch_size * train.world_size))
-    return math.ceil(batches * train.num_train_epochs)
 
 
 def _sparing(

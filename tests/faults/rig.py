@@ -17,8 +17,8 @@ from safetensors import safe_open
 
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
-from hf_cifar.finetune import resolve_defaults
 from hf_cifar.models.build import build_model
+from hf_cifar.plan import resolve_defaults
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.checkpoints import newest_checkpoint
 

@@ -18,6 +18,7 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.errors import UserError
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.models.kernels import has_fused_attention
+from hf_cifar.plan import num_batches
 from hf_cifar.training.autotune import (
     Setting,
     Timing,
@@ -25,7 +26,6 @@ from hf_cifar.training.autotune import (
     candidates,
     choose,
     measure,
-    num_batches,
     pick_setting,
 )
 
@@ -260,7 +260,7 @@ def measured(caplog):
 def test_a_run_says_how_it_computes_and_a_resumed_one_does_the_same(
     tmp_path, stripes, tiny_vit, caplog
 ):
-    caplog.set_level("INFO", logger="hf_cifar.training.autotune")
+    caplog.set_level("INFO", logger="hf_cifar.plan")
     finetune_classifier(run(tmp_path, stripes, tiny_vit, "--max_steps", "2"))
     saved = RunConfig.load(tmp_path / "run" / "config.yaml")
     assert (saved.train.precision, saved.train.memory_format) == ("fp32", "channels_last")
@@ -281,7 +281,7 @@ def test_a_run_says_how_it_computes_and_a_resumed_one_does_the_same(
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--bf16", "--use_cpu"]])
 def test_an_asked_precision_is_kept(tmp_path, stripes, tiny_vit, flags, caplog):
-    caplog.set_level("INFO", logger="hf_cifar.training.autotune")
+    caplog.set_level("INFO", logger="hf_cifar.plan")
     config = run(tmp_path, stripes, tiny_vit, "--max_steps", "2", *flags)
     assert config.train.precision == "bf16"
     assert config.train.mixed_precision == "bf16"
@@ -369,8 +369,8 @@ def test_a_run_in_bfloat16_goes_around_slow_kernels_and_gives_back_the_plain_mod
 
 def test_contiguous_images_stay_so(tmp_path, stripes, tiny_vit):
     from hf_cifar.data.splits import load_splits
-    from hf_cifar.finetune import resolve_defaults
     from hf_cifar.models.build import build_model
+    from hf_cifar.plan import resolve_defaults
     from hf_cifar.training.build import build_trainer
 
     for layout, expected in (("contiguous", True), ("channels_last", False)):

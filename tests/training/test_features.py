@@ -14,9 +14,10 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import ResidentStore
 from hf_cifar.errors import UserError
-from hf_cifar.finetune import finetune_classifier, resolve_defaults
+from hf_cifar.finetune import finetune_classifier
 from hf_cifar.models.build import build_model
 from hf_cifar.models.heads import linear_head
+from hf_cifar.plan import resolve_defaults
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.features import (
     FeatureStore,

@@ -10,8 +10,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
-from hf_cifar.finetune import resolve_defaults
 from hf_cifar.models.build import build_model
+from hf_cifar.plan import resolve_defaults
 from hf_cifar.training.build import build_trainer
 
 
