@@ -36,12 +36,12 @@ _PUBLIC = {
     "evaluate_saved": "hf_cifar.evaluate",
     "figure_intervals": "hf_cifar.evaluation.intervals",
     "finetune_classifier": "hf_cifar.finetune",
-    "finetune_seeds": "hf_cifar.seeds",
+    "finetune_seeds": "hf_cifar.studies.seeds",
     "load_classifier": "hf_cifar.models.build",
     "load_splits": "hf_cifar.data.splits",
     "load_test_split": "hf_cifar.data.splits",
     "predict_files": "hf_cifar.predict",
-    "reproduce_run": "hf_cifar.reproduce",
+    "reproduce_run": "hf_cifar.studies.reproduce",
 }
 
 __all__ = sorted(_PUBLIC)

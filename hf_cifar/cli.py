@@ -86,7 +86,7 @@ def finetune(argv: Sequence[str]) -> int:
     config = RunConfig.parse(argv)
     quieten(config.train.process_index == 0)
     if config.train.seeds > 1:
-        from hf_cifar.seeds import finetune_seeds, render_seeds
+        from hf_cifar.studies.seeds import finetune_seeds, render_seeds
 
         summary = render_seeds(finetune_seeds(config))
     else:
@@ -137,7 +137,7 @@ def reproduce(argv: Sequence[str]) -> int:
     if is_main_process():
         refuse_occupied(output_dir)
 
-    from hf_cifar.reproduce import render_reproduction, reproduce_run
+    from hf_cifar.studies.reproduce import render_reproduction, reproduce_run
 
     quieten(is_main_process())
     comparison = reproduce_run(folder, output_dir, other_data=config.other_data)

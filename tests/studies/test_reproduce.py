@@ -1,4 +1,4 @@
-"""hf_cifar.reproduce: a run made again from what it left, and what differs."""
+"""hf_cifar.studies.reproduce: a run made again from what it left, and what differs."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from hf_cifar import UserError, reproduce_run
 from hf_cifar.cli import main
-from hf_cifar.reproduce import compare_weights, render_reproduction
+from hf_cifar.studies.reproduce import compare_weights, render_reproduction
 
 
 @pytest.fixture(scope="module")

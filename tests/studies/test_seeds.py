@@ -1,4 +1,4 @@
-"""hf_cifar.seeds: several runs of a recipe, their mean and spread."""
+"""hf_cifar.studies.seeds: several runs of a recipe, their mean and spread."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 
 from hf_cifar import RunConfig, UserError, finetune_classifier
 from hf_cifar.cli import main
-from hf_cifar.seeds import finetune_seeds, render_seeds
+from hf_cifar.studies.seeds import finetune_seeds, render_seeds
 
 
 def arguments(output_dir, data, model, *flags):

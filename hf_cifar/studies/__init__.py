@@ -1,0 +1,1 @@
+"""Many runs: one recipe with several seeds, and a run made again."""
