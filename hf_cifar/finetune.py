@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    set_seed,
-)
+from transformers import set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_cifar.config.run import RunConfig
@@ -41,10 +39,7 @@ from hf_cifar.runs.lock import sole_run
 from hf_cifar.runs.resume import resume_point
 from hf_cifar.runs.signals import noted_signals
 from hf_cifar.training.build import build_trainer, resolve_workers
-from hf_cifar.training.features import (
-    accept_pixels_alone,
-    fit_head,
-)
+from hf_cifar.training.features import accept_pixels_alone, fit_head
 from hf_cifar.training.saving import save_classifier
 from hf_cifar.training.trainer import ImageClassificationTrainer
 
@@ -178,22 +173,3 @@ def evaluate_run(
     test = load_test_split(config.data)
     kind, temperature = config.data.pixel_store, validation.temperature
     return [validation, evaluate_classifier(trainer, test, kind, temperature)]
-
-
-def render_summary(result: RunResult) -> str:
-    """The table at the end of a run: figures, where the model lies, and the lines that load it."""
-    from hf_cifar.evaluation.multi_label import headline
-    from hf_cifar.evaluation.tables import render_figures
-
-    return f"""{render_figures(result.metrics, headline(result.metrics["validation"]))}
-
-model: {result.output_dir}
-report: hf-cifar report {result.output_dir}
-
-from transformers import pipeline
-classify = pipeline("image-classification", model="{result.output_dir}"{_custom_code(result)})
-print(classify("image.png"))"""
-
-
-def _custom_code(result: RunResult) -> str:
-    return ", trust_remote_code=True" if any(result.output_dir.glob("*.py")) else ""

@@ -22,9 +22,9 @@ from hf_cifar import (
     predict_files,
 )
 from hf_cifar.cli import main
+from hf_cifar.commands.finetune import render_summary
 from hf_cifar.config.run import FinetuneConfig
 from hf_cifar.evaluation.predictions import Predictions
-from hf_cifar.finetune import render_summary
 from hf_cifar.models.build import build_model
 from hf_cifar.plan import resolve_defaults
 from hf_cifar.training.build import build_trainer

@@ -19,7 +19,7 @@ BOUNDS = {
 }  # fmt: skip
 MULTI_LABEL_METRICS = ("average_precision_macro", "f1_macro")
 BEST_METRICS = ("accuracy", "cross_entropy", "loss", *MULTI_LABEL_METRICS)
-# The Trainer's, but not ours: the model always trains, hub.py pushes once, and batches are made to measure.
+# The Trainer's, but not ours: the model always trains, hub/push.py pushes once, batches are made to measure.
 WITHOUT_EFFECT = ("do_train", "hub_strategy", "hub_always_push", "remove_unused_columns")
 
 

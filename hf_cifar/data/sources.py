@@ -15,16 +15,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets import (
-    DatasetDict,
-    IterableDatasetDict,
-)
+from datasets import DatasetDict, IterableDatasetDict
 from huggingface_hub.errors import EntryNotFoundError
 
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data.columns import (
-    standard_columns,
-)
+from hf_cifar.data.columns import standard_columns
 from hf_cifar.data.folders import from_pixels, load_local, refuse_configuration, refuse_streaming
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require

@@ -17,13 +17,7 @@ from hf_cifar.data.columns import class_counts, class_label, label_array
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.split import Split, find_faults, render_rows, subset
 from hf_cifar.data.stratify import stratified, subsample
-from hf_cifar.data.streams import (
-    Stream,
-    gather,
-    load_streams,
-    num_rows,
-    require_every_class,
-)
+from hf_cifar.data.streams import Stream, gather, load_streams, num_rows, require_every_class
 from hf_cifar.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -12,12 +12,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import (
-    EvalResult,
-    EvalResultEntry,
-    ModelCardData,
-    eval_result_entries_to_yaml,
-)
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.errors import UserError

@@ -64,7 +64,7 @@ def build_trainer(
         dataloader_num_workers=num_workers,
         dataloader_pin_memory=num_workers > 0,  # what lies on the device cannot be pinned
         auto_find_batch_size=False,  # the parent's changes the batch, and mistakes an evaluation for a step
-        push_to_hub=False,  # hub.py pushes, once, at the end
+        push_to_hub=False,  # hub/push.py pushes, once, at the end
         hub_token=None,  # no logger gets to see it
         run_name=args.run_name or args.output_dir,  # else trackers make a name up
     )

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from hf_cifar.cli import quieten
+from hf_cifar.commands.command import quieten
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.model import ModelConfig
