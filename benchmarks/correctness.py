@@ -28,7 +28,7 @@ from hf_cifar import (
     build_model,
     finetune_classifier,
 )
-from hf_cifar.setting import DTYPES, MEMORY_FORMATS, Setting, arrange, candidates
+from hf_cifar.training.autotune import DTYPES, MEMORY_FORMATS, Setting, arrange, candidates
 
 # Largest relative errors of logits and of gradients, next to float32 on the CPU: a fixed one in float32; in
 # fp16 and bf16, this many times the error of bfloat16 on the CPU, which differs much by network.

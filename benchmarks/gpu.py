@@ -34,7 +34,7 @@ from benchmarks.peers import Task, chosen_setting, small_pictures, train_as
 from benchmarks.training import compare_in_turns, tasks
 from benchmarks.turns import CONTEXT
 from hf_cifar import build_model, load_splits
-from hf_cifar.setting import candidates
+from hf_cifar.training.autotune import candidates
 
 TINY = {
     "resnet50": Task("scratch/test_resnet", 32, 8),
