@@ -198,11 +198,12 @@ def test_a_run_from_a_multi_label_model_starts_without_its_thresholds(finished, 
 def test_timm_and_article_models_train_on_several_labels(tmp_path, lights, model):
     size = () if "article" in model else ("--image_size", "32")
     result = finetune_classifier(
-        config_of(tmp_path, lights, model, "--num_train_epochs", "1", *size)
+        config_of(tmp_path, lights, model, "--num_train_epochs", "4", *size)
     )
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert loaded.config.problem_type == "multi_label_classification"
-    assert len(loaded.config.thresholds) == 3 and result.metrics["validation"]["f1_macro"] >= 0
+    assert len(loaded.config.thresholds) == 3
+    assert result.metrics["validation"]["average_precision_macro"] > 0.9
 
 
 def test_without_calibration_every_threshold_is_one_half(tmp_path, lights, tiny_vit):

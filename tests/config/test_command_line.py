@@ -1,14 +1,15 @@
 """hf_cifar.config.run and hf_cifar.config.command_line: one command line, one YAML file, one truth."""
 
 import dataclasses
+import importlib
+import pkgutil
 
 import pytest
 import yaml
 from transformers import TrainingArguments
 
+import hf_cifar
 from hf_cifar.config.command_line import check_values, check_words, trainer_options
-from hf_cifar.config.deployment import PredictConfig, PushConfig
-from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.fields import field_names
 from hf_cifar.config.recipes import recipe_names
 from hf_cifar.config.run import FinetuneConfig, RunConfig
@@ -25,11 +26,27 @@ def test_option_names_are_unique_across_groups():
     assert len(names) == len(set(names))
 
 
-def test_every_option_has_a_help_text():
-    for config_class in (*LIGHT_CONFIGS, FinetuneConfig, EvaluateConfig, PredictConfig, PushConfig):
-        for field in dataclasses.fields(config_class):
-            if field.init and field.name in config_class.__annotations__:
-                assert field.metadata.get("help", "").endswith("."), field.name
+def is_option_class(value):
+    if not (isinstance(value, type) and dataclasses.is_dataclass(value)):
+        return False
+    helps = ["help" in field.metadata for field in dataclasses.fields(value)]
+    return value.__module__.startswith("hf_cifar.") and (
+        any(helps) or hasattr(value, "_argument_group_name")
+    )
+
+
+def test_every_option_of_ours_has_a_help_text():
+    modules = [
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(hf_cifar.__path__, "hf_cifar.")
+    ]
+    classes = {value for m in modules for value in vars(m).values() if is_option_class(value)}
+    assert {c.__name__ for c in classes} > {"DataConfig", "FinetuneConfig", "CompareConfig"}
+    inherited = set(TrainingArguments.__dataclass_fields__.values())
+    for config_class in classes:
+        for field in set(dataclasses.fields(config_class)) - inherited:
+            if field.init:
+                assert field.metadata.get("help", "").endswith("."), (config_class, field.name)
 
 
 def test_trainer_options_read_from_source_are_those_of_the_class():

@@ -1,8 +1,12 @@
 import importlib.metadata
-import re
+import importlib.util
+import inspect
+import shutil
+import subprocess
 import sys
 
 import datasets
+import pytest
 
 from hf_cifar.runs.environment import environment
 
@@ -13,4 +17,29 @@ def test_environment_is_what_runs_here():
     assert versions["torch"] == importlib.metadata.version("torch")
     assert versions["datasets"] == datasets.__version__
     assert versions["hf-cifar"] == importlib.metadata.version("hf-cifar")
-    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", versions.get("commit", "0" * 40))
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_is_that_of_the_checkout_which_the_code_belongs_to(tmp_path):
+    """The module is copied: whether this package is a checkout is not known here."""
+    source = shutil.copy(inspect.getsourcefile(environment), tmp_path / "copied.py")
+    spec = importlib.util.spec_from_file_location("copied", source)
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+
+    def git(*argv):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *identity, *argv]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert "commit" not in copied.environment()
+    git("init")
+    git("commit", "--allow-empty", "--message", "of another program")
+    assert "commit" not in copied.environment()  # installed below somebody's checkout
+    git("add", "copied.py")
+    git("commit", "--message", "first")
+    head = git("rev-parse", "HEAD")
+    assert copied.environment()["commit"] == head
+    with open(source, "a") as file:
+        file.write("# changed\n")
+    assert copied.environment()["commit"] == f"{head}-dirty"

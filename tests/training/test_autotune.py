@@ -171,10 +171,20 @@ def test_every_setting_computes_the_same_loss(convnet, batch):
         assert timing.loss == pytest.approx(reference, rel=tolerance)
 
 
-def test_a_setting_that_cannot_run_has_no_timing(convnet, batch, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model: (_ for _ in ()).throw(OSError("no g++")))
+@pytest.mark.parametrize("good_steps", [0, 2])
+def test_a_setting_that_fails_at_any_step_has_no_timing(convnet, batch, monkeypatch, good_steps):
+    compilations = []
+
+    def compile_without_compiler(model, **options):
+        compilations.append(options)
+        if len(compilations) > good_steps:
+            raise OSError("no g++")
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_without_compiler)
     compiled = FP32._replace(compiled=True)
-    assert list(measure(convnet, *batch, [FP32, compiled], rounds=1)) == [FP32]
+    assert list(measure(convnet, *batch, [FP32, compiled], rounds=4)) == [FP32]
+    assert len(compilations) == good_steps + 1  # it is not tried again
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,10 @@ from transformers import (
     ResNetForImageClassification,
     SwinConfig,
     SwinForImageClassification,
-    Trainer,
-    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
 )
 
-from hf_cifar.models.article import ArticleMLPConfig, ArticleMLPForImageClassification
 from hf_cifar.models.blocks import freeze
 from hf_cifar.training.optimizers import decay_learning_rates, decay_parameter_names, default_rates
 
@@ -137,25 +134,3 @@ def test_rates_decay_with_depth_and_keep_the_groups_options():
         p: (0.4 * 0.5**depth, 0.1 if p.ndim > 1 else 0.0) for p, depth in depths.items()
     }
     assert optimizer.param_groups[0]["lr"] == 0.4  # the one that the Trainer reports
-
-
-@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused"])
-def test_adam_makes_the_articles_moments(name, tmp_path):
-    model = ArticleMLPForImageClassification(ArticleMLPConfig(image_size=2, num_labels=2))
-    args = TrainingArguments(
-        output_dir=tmp_path, optim=name, weight_decay=0.0, learning_rate=1e-3, use_cpu=True
-    )
-    optimizer = Trainer(model=model, args=args).create_optimizer()
-    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 0.2)
-        optimizer.state[parameter] = {
-            "step": torch.tensor(1.0),
-            "exp_avg": torch.full_like(parameter, 0.1),
-            "exp_avg_sq": torch.full_like(parameter, 0.3),
-        }
-    optimizer.step()
-    for parameter in model.parameters():
-        state = optimizer.state[parameter]
-        torch.testing.assert_close(state["exp_avg"], torch.full_like(parameter, 0.11))
-        torch.testing.assert_close(state["exp_avg_sq"], torch.full_like(parameter, 0.29974))
