@@ -1,0 +1,34 @@
+"""CITATION.cff, CHANGELOG.md, LICENSE: facts that setup.cfg and the code state too are the same there."""
+
+import configparser
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+
+
+def test_the_citation_has_the_version_and_licence_of_the_package():
+    assert CITATION["version"] == SETUP["metadata"]["version"]
+    assert CITATION["license"] == SETUP["metadata"]["license"]
+
+
+def test_the_citation_has_the_title_that_model_cards_cite():
+    (card,) = (
+        text
+        for text in (path.read_text() for path in (ROOT / "hf_cifar").rglob("*.py"))
+        if "@software{{hf_cifar" in text
+    )
+    assert f"title = {{{{{CITATION['title']}}}}}" in card
+
+
+def test_the_changelog_has_an_entry_for_the_version():
+    assert SETUP["metadata"]["version"] in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_licence_is_the_one_that_the_package_declares():
+    assert SETUP["metadata"]["license"] == "Apache-2.0"
+    assert (ROOT / "LICENSE").read_text().split()[:4] == ["Apache", "License", "Version", "2.0,"]
