@@ -22,6 +22,7 @@ quality: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell
 
 style: $(VENV)/installed
 	$(BIN)/ruff check --fix .

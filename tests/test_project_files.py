@@ -1,6 +1,7 @@
-"""CITATION.cff, CHANGELOG.md, LICENSE: facts that setup.cfg and the code state too are the same there."""
+"""CITATION.cff, CHANGELOG.md, LICENSE and .pre-commit-config.yaml: same facts as setup.cfg and code."""
 
 import configparser
+import re
 from pathlib import Path
 
 import yaml
@@ -32,3 +33,15 @@ def test_the_changelog_has_an_entry_for_the_version():
 def test_the_licence_is_the_one_that_the_package_declares():
     assert SETUP["metadata"]["license"] == "Apache-2.0"
     assert (ROOT / "LICENSE").read_text().split()[:4] == ["Apache", "License", "Version", "2.0,"]
+
+
+def test_pre_commit_checks_with_the_locked_versions():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    pins = {pin for hook in hooks for pin in hook["additional_dependencies"]}
+    locked = set(
+        re.findall(r"^[\w-]+==\S+", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    )
+    for tool in ("codespell", "ruff"):
+        (pin,) = (pin for pin in pins if pin.startswith(f"{tool}=="))
+        assert pin in locked
