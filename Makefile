@@ -1,10 +1,10 @@
 # `make quickstart` and `make test` set up .venv themselves; everything else assumes it.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test test-faults quality style docs lock bench clean
+.PHONY: quickstart test test-all test-faults quality style docs lock bench clean
 
 quickstart: $(VENV)/installed
 	rm -rf outputs/quickstart
@@ -13,6 +13,9 @@ quickstart: $(VENV)/installed
 	$(BIN)/hf-cifar predict --model_name_or_path outputs/quickstart --top_k 3 outputs/quickstart/digit.png
 
 test: $(VENV)/installed quality
+	$(BIN)/pytest -n 3 --dist loadfile -q -m 'not slow and not faults'
+
+test-all: $(VENV)/installed quality
 	$(BIN)/pytest -n 3 --dist loadfile -q
 
 test-faults: $(VENV)/installed
