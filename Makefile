@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test test-all test-faults quality style docs lock bench clean
+.PHONY: quickstart picture test test-all test-faults quality style docs lock bench clean
 
 quickstart: $(VENV)/installed
 	rm -rf outputs/quickstart
 	$(BIN)/hf-cifar finetune --recipe quickstart --output_dir outputs/quickstart
 	$(BIN)/python scripts/quickstart_image.py outputs/quickstart/digit.png
 	$(BIN)/hf-cifar predict --model_name_or_path outputs/quickstart --top_k 3 outputs/quickstart/digit.png
+
+picture: quickstart
+	$(BIN)/hf-cifar report outputs/quickstart
+	$(BIN)/python scripts/report_picture.py outputs/quickstart/report.html docs/report.png
 
 test: $(VENV)/installed quality
 	$(BIN)/pytest -n 3 --dist loadfile -q -m 'not slow and not faults'

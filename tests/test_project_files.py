@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SETUP = configparser.ConfigParser()
@@ -45,3 +46,11 @@ def test_pre_commit_checks_with_the_locked_versions():
     for tool in ("codespell", "ruff"):
         (pin,) = (pin for pin in pins if pin.startswith(f"{tool}=="))
         assert pin in locked
+
+
+def test_the_picture_of_the_report_is_legible_and_small():
+    with Image.open(ROOT / "docs" / "report.png") as picture:
+        assert (
+            picture.format == "PNG" and picture.width >= 1800
+        )  # two pixels for each of a README's
+    assert (ROOT / "docs" / "report.png").stat().st_size < 300_000
