@@ -1,0 +1,26 @@
+"""README and its Chinese edition say the same."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ENGLISH, CHINESE = ROOT / "docs" / "_door_README.md", ROOT / "docs" / "_door_README.zh-CN.md"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param(r"^```.*?^```$", id="code blocks"),
+        pytest.param(r"\]\((?!_door)([^)]+)\)", id="links"),
+        pytest.param(r"^#+ ", id="headings"),
+        pytest.param(r"^\| `", id="rows"),
+    ],
+)
+def test_both_languages_have_the_same(pattern):
+    english, chinese = (
+        re.findall(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
+        for page in (ENGLISH, CHINESE)
+    )
+    assert english and chinese == english
