@@ -1,0 +1,124 @@
+"""Validation accuracy after a short run, by optimiser and learning rate: what the default rates rest on.
+
+python -m benchmarks.rates --dataset_name DATA [--output FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.measure import conditions, summary, write
+from hf_cifar import RunConfig, finetune_classifier
+from hf_cifar.errors import UserError
+
+# Options of each optimiser.
+OPTIMIZERS = {
+    "adamw": ["--optim", "adamw_torch"],
+    "sgd": ["--optim", "sgd"],
+    "sgd, momentum 0.9": ["--optim", "sgd", "--optim_args", "momentum=0.9"],
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What trains, for how long, and the rates to try of each optimiser."""
+
+    family: str
+    options: list[str]
+    rates: dict[str, list[float]]
+
+
+TASKS = {
+    "article_cnn": Task(
+        "scratch",
+        [
+            "--model_name_or_path", "scratch/article_cnn", "--image_size", "32",
+            "--max_train_samples", "5000", "--num_train_epochs", "4",
+        ],
+        {
+            "adamw": [3e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+            "sgd": [0.025, 0.05, 0.1, 0.2, 0.4],
+            "sgd, momentum 0.9": [0.0025, 0.005, 0.01, 0.02, 0.04],
+        },
+    ),
+    "lite0_head": Task(
+        "head",
+        [
+            "--model_name_or_path", "bundled/efficientnet_lite0", "--image_size", "96",
+            "--freeze", "backbone", "--max_train_samples", "2500", "--num_train_epochs", "5",
+        ],
+        {
+            "adamw": [1e-3, 2e-3, 4e-3, 8e-3],
+            "sgd": [0.025, 0.1, 0.4, 1.6],
+            "sgd, momentum 0.9": [0.0025, 0.01, 0.04, 0.16],
+        },
+    ),
+    "lite0": Task(
+        "depthwise",
+        [
+            "--model_name_or_path", "bundled/efficientnet_lite0", "--image_size", "96",
+            "--max_train_samples", "2500", "--num_train_epochs", "1",
+        ],
+        {
+            "adamw": [1.4e-3, 2.8e-3, 5.66e-3, 1.13e-2],
+            "sgd": [0.05, 0.1, 0.2, 0.4],
+            "sgd, momentum 0.9": [0.005, 0.01, 0.02, 0.04],
+        },
+    ),
+}  # fmt: skip
+
+
+def accuracy(options: list[str], rate: float) -> float:
+    """Validation accuracy of one run; 0 if it diverged."""
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [
+            *options, "--learning_rate", str(rate), "--output_dir", str(Path(folder, "run")),
+            "--precision", "fp32", "--eval_strategy", "no", "--save_strategy", "no",
+            "--calibrate", "false", "--disable_tqdm", "true",
+        ]  # fmt: skip
+        try:
+            return finetune_classifier(RunConfig.parse(argv)).metrics["validation"]["accuracy"]
+        except UserError as error:
+            if "diverged" not in str(error):
+                raise
+            return 0.0
+
+
+def measure(name: str, data: list[str], folder: Path | None = None) -> None:
+    """Try every rate of a task, and write one JSON line."""
+    task, found = TASKS[name], {}
+    for optimizer, rates in task.rates.items():
+        options = [*data, *task.options, *OPTIMIZERS[optimizer]]
+        for rate in rates:
+            variant = f"{optimizer}, {rate:g}"
+            found[variant] = summary([accuracy(options, rate)])
+            print(f"{name}, {variant}: {found[variant]['median']}", flush=True)
+    record = {
+        "benchmark": f"rates: {name}", "unit": "accuracy", "n": 1, "family": task.family,
+        "options": [*data[2:], *task.options], "figures": found, "ratios": {},
+    }  # fmt: skip
+    write({**record, **conditions()}, folder)
+
+
+def main() -> None:
+    """Measure every task."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset_name", default="uoft-cs/cifar10")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--batch_size", default="64", help="images a step, as default rates are for")
+    parser.add_argument("--max_eval_samples", default="2500")
+    parser.add_argument("--output", type=Path, help="folder of the JSON lines")
+    options = parser.parse_args()
+    data = [
+        "--dataset_name", options.dataset_name, "--max_eval_samples", options.max_eval_samples,
+        "--per_device_train_batch_size", options.batch_size,
+    ]  # fmt: skip
+    for name in options.tasks:
+        measure(name, data, options.output)
+
+
+if __name__ == "__main__":
+    main()
