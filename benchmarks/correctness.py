@@ -28,7 +28,7 @@ from hf_cifar import (
     build_model,
     finetune_classifier,
 )
-from hf_cifar.training.autotune import DTYPES, MEMORY_FORMATS, Setting, arrange, candidates
+from hf_cifar.training.autotune import DTYPES, MEMORY_FORMATS, Setting, candidates, computing_as
 
 # Largest relative errors of logits and of gradients, next to float32 on the CPU: a fixed one in float32; in
 # fp16 and bf16, this many times the error of bfloat16 on the CPU, which differs much by network.
@@ -85,7 +85,6 @@ def logits_and_gradients(
 
     Without TF32, so that float32 on a GPU is float32.
     """
-    arrange(model, setting, images.device)
     model.train()
     network = torch.compile(model, dynamic=False) if setting.compiled else model
     dtype, on = DTYPES[setting.precision], images.device.type
@@ -93,11 +92,12 @@ def logits_and_gradients(
     torch.manual_seed(0)  # the same dropout
     images = images.contiguous(memory_format=MEMORY_FORMATS[setting.memory_format])
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    with torch.autocast(on, dtype, enabled=dtype is not torch.float32):
-        logits = network(pixel_values=images).logits
-    labels = torch.arange(len(images), device=images.device) % logits.shape[1]
-    scale = 2.0**7 if setting.precision == "fp16" else 1.0  # as a gradient scaler would
-    (scale * F.cross_entropy(logits.float(), labels)).backward()
+    with computing_as(setting, model):
+        with torch.autocast(on, dtype, enabled=dtype is not torch.float32):
+            logits = network(pixel_values=images).logits
+        labels = torch.arange(len(images), device=images.device) % logits.shape[1]
+        scale = 2.0**7 if setting.precision == "fp16" else 1.0  # as a gradient scaler would
+        (scale * F.cross_entropy(logits.float(), labels)).backward()
     gradients = [p.grad.double().cpu().flatten() / scale for p in model.parameters()]
     torch.backends.cudnn.allow_tf32 = tf32
     model.zero_grad(set_to_none=True)

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from benchmarks.turns import Turn
 from hf_cifar import DataConfig, Preprocessing, RunConfig, build_model, build_trainer, load_splits
 from hf_cifar.plan import resolve_defaults, resolve_setting
-from hf_cifar.training.autotune import DTYPES, MEMORY_FORMATS, Setting, arrange
+from hf_cifar.training.autotune import DTYPES, MEMORY_FORMATS, Setting, computing_as
 from hf_cifar.training.memory import keep_freed_memory
 
 WARM_UP = 2  # steps
@@ -217,19 +217,18 @@ def ceiling(task: Task, turn: Turn, keep_memory: bool = True) -> None:
     model, processor = build_model(config.model, id2label)
     size = Preprocessing.from_image_processor(processor).size
     model = model.to(on).train()
-    arrange(model, task.setting, on)
-    if task.setting.compiled:
-        model = torch.compile(model, dynamic=False)
+    network = torch.compile(model, dynamic=False) if task.setting.compiled else model
     images = torch.randn(task.batch_size, 3, *size, device=on).contiguous(memory_format=layout)
     labels = torch.arange(task.batch_size, device=on) % len(id2label)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    for _ in range(task.num_steps):
-        with torch.autocast(on.type, dtype, enabled=dtype is not torch.float32):
-            logits = model(pixel_values=images).logits
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        turn()
+    with computing_as(task.setting, model):
+        for _ in range(task.num_steps):
+            with torch.autocast(on.type, dtype, enabled=dtype is not torch.float32):
+                logits = network(pixel_values=images).logits
+            F.cross_entropy(logits.float(), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            turn()
 
 
 def plain_at_its_best(workers: int) -> Callable[[Task, Turn], None]:

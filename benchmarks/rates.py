@@ -108,7 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", default="uoft-cs/cifar10")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--batch_size", default="64", help="images a step, as default rates are for")
+    parser.add_argument(
+        "--batch_size", default="64", help="images a step, as default rates are for"
+    )
     parser.add_argument("--max_eval_samples", default="2500")
     parser.add_argument("--output", type=Path, help="folder of the JSON lines")
     options = parser.parse_args()

@@ -21,7 +21,6 @@ from hf_cifar.evaluate import calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.hub.push import prepare_push, push_run
 from hf_cifar.models.build import build_model
-from hf_cifar.models.kernels import as_it_came
 from hf_cifar.plan import resolve_checkpoint, resolve_defaults, resolve_setting, with_batch_of
 from hf_cifar.preflight import check_libraries, check_run, check_space, draft_card
 from hf_cifar.record import run_facts
@@ -37,9 +36,9 @@ from hf_cifar.runs.folder import (
 )
 from hf_cifar.runs.lock import sole_run
 from hf_cifar.runs.resume import resume_point
-from hf_cifar.runs.signals import noted_signals
+from hf_cifar.runs.signals import deferred_signals
 from hf_cifar.training.build import build_trainer, resolve_workers
-from hf_cifar.training.features import accept_pixels_alone, fit_head
+from hf_cifar.training.features import fit_head
 from hf_cifar.training.saving import save_classifier
 from hf_cifar.training.trainer import ImageClassificationTrainer
 
@@ -103,9 +102,6 @@ def fit(trainer: ImageClassificationTrainer, config: RunConfig) -> None:
     # Curves end here: some trackers would file the final predictions of validation under test.
     for reporter in get_reporting_integration_callbacks(config.train.report_to):
         trainer.remove_callback(reporter)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    accept_pixels_alone(model)
-    as_it_came(model)
 
 
 def finish_run(
@@ -117,7 +113,7 @@ def finish_run(
     """Save the model with its figures, facts and card, and push it if asked."""
     folder = Path(config.train.output_dir)
     metrics = {evaluation.split: evaluation.metrics for evaluation in evaluations}
-    with noted_signals() as stop_request:
+    with deferred_signals() as stop_request:
         save_classifier(trainer, folder)
         if trainer.is_world_process_zero():
             facts, before = run_facts(trainer, splits, evaluations[0].temperature, config), {}
@@ -132,7 +128,7 @@ def finish_run(
                 evaluation.save(folder)
             write_json(folder / RUN_FILE, facts)
             save_card(folder)
-        stop_request.obey()
+        stop_request.raise_if_requested()
     if config.train.push_to_hub and trainer.is_world_process_zero():
         logger.info("pushed to %s", push_run(config.train, card_for))
     trainer.accelerator.wait_for_everyone()

@@ -79,7 +79,14 @@ def resolve_defaults(config: RunConfig, model: PreTrainedModel) -> RunConfig:
     train = config.train
     batch_size = train.train_batch_size * train.gradient_accumulation_steps * train.world_size
     scratch = config.model.model_name_or_path.startswith(SCRATCH)
-    defaults = default_rates(model, batch_size, scratch=scratch)._asdict()
+    rates = default_rates(
+        model, batch_size, optim=train.optim, optim_args=train.optim_args, scratch=scratch
+    )
+    if train.learning_rate is None and rates.learning_rate is None:
+        raise UserError(
+            f"--optim {train.optim.value} has no default learning rate for this model; pass --learning_rate"
+        )
+    defaults = rates._asdict()
     defaults["metric_for_best_model"] = best_metric(train.metric_for_best_model, model)
     missing = {name: value for name, value in defaults.items() if getattr(train, name) is None}
     train = dataclasses.replace(train, **missing)

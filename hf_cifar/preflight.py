@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_cifar.config.run import FinetuneConfig, RunConfig
@@ -23,6 +23,7 @@ from hf_cifar.runs.lock import refuse_in_use
 from hf_cifar.runs.resume import check_same_run, resume_point, run_to_resume
 from hf_cifar.text import one_line
 from hf_cifar.training.autotune import is_sharded
+from hf_cifar.training.schedules import check_schedule
 from hf_cifar.training.trainer import ImageClassificationTrainer
 
 logger = logging.getLogger(__name__)
@@ -86,19 +87,7 @@ def check_libraries(args: FinetuneConfig, model: PreTrainedModel) -> None:
     except (ImportError, RuntimeError, ValueError) as error:
         given = f" with --optim_args {args.optim_args}" if args.optim_args else ""
         raise UserError(f"--optim {args.optim.value}{given}: {one_line(error)}") from None
-    try:
-        get_scheduler(
-            args.lr_scheduler_type,
-            torch.optim.SGD([torch.zeros(1)]),
-            num_warmup_steps=1,
-            num_training_steps=10,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs} do not suit --lr_scheduler_type "
-            f"{args.lr_scheduler_type.value}: {error}"
-        ) from None
+    check_schedule(args)
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UserError(
             f"--gradient_checkpointing: {type(model).__name__} does not support it; leave it out"

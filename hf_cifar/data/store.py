@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 class ResidentStore(Dataset):
     """Every image of a split in one tensor, where the model runs: the loader moves row numbers alone.
 
-    pixels: uint8 [N, H, W, 3]; labels: int64 [N]; row_ids: int64 [N], on the CPU, positions if not given.
+    pixels: uint8 [N, H, W, 3]; labels: int64 [N]; row_ids: int64 [N], positions if not given.
     A batch is {"pixel_values": uint8 [B, 3, H, W], "labels": int64 [B], "row_ids": int64 [B]}.
     """
 
@@ -44,6 +44,7 @@ class ResidentStore(Dataset):
         self.pixels = pixels
         self.labels = labels
         self.row_ids = torch.arange(len(labels)) if row_ids is None else row_ids
+        self.row_ids = self.row_ids.to(pixels.device)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,7 +58,7 @@ class ResidentStore(Dataset):
             # Three times as fast as indexing on a CPU: it copies row by row.
             "pixel_values": torch.index_select(self.pixels, 0, rows).permute(0, 3, 1, 2),
             "labels": self.labels[rows],
-            "row_ids": self.row_ids[torch.as_tensor(positions)],
+            "row_ids": self.row_ids[rows],
         }
 
 

@@ -1,4 +1,4 @@
-"""Signals that stop a run in good order."""
+"""Signals that end a run at a safe point."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Signals that are noted while something must not be cut off: a step, a save, the end of a run.
+    """A signal recorded during a critical section: a training step, a save, the end of a run.
 
-    number: of the first signal that came, 0 for none. A second one stops at once.
+    number: of the first signal, 0 for none. A second one stops at once.
     """
 
     def __init__(self) -> None:
         self.number = 0
 
     def note(self, number: int, frame: object = None) -> None:
+        """Record a signal. Raises: Stopped, if it is the second."""
         if self.number:
             raise Stopped(number)
         self.number = number
 
-    def obey(self) -> None:
-        """Raises: Stopped, if a signal came."""
+    def raise_if_requested(self) -> None:
+        """Raises: Stopped, if a signal was recorded."""
         if self.number:
             raise Stopped(self.number)
 
 
 @contextlib.contextmanager
-def noted_signals() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGINT instead of obeying them; whoever asks for this obeys where it can."""
+def deferred_signals() -> Iterator[StopRequest]:
+    """Record SIGTERM and SIGINT during a critical section; the caller raises them when it is safe to stop."""
     request = StopRequest()
     with handled_signals(request.note, *STOP_SIGNALS):
         yield request
@@ -47,7 +48,7 @@ def noted_signals() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def handled_signals(handler: Callable[[int, object], None], *numbers: int) -> Iterator[None]:
-    """Let a handler have signals until the block ends. They are the main thread's: elsewhere, nothing."""
+    """Install a signal handler until the block ends. Does nothing outside the main thread: only it may."""
     try:
         before = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:
@@ -60,5 +61,5 @@ def handled_signals(handler: Callable[[int, object], None], *numbers: int) -> It
 
 
 def stop_at_once(number: int, frame: object = None) -> None:
-    """A signal handler for everywhere else. Raises: Stopped."""
+    """Handle a signal outside critical sections. Raises: Stopped."""
     raise Stopped(number)

@@ -1,7 +1,7 @@
-"""Number format, memory format, attention and compilation: picked by timing real steps of this model here.
+"""Precision, memory format, attention and compilation, chosen by timing real training steps of the model.
 
-Whether bfloat16 wins on a CPU depends on its instructions and on the model's layers: no rule by device or
-family would do.
+Whether bfloat16 is faster on a CPU depends on its instructions and on the model's layers: no rule by device
+or family would do.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_cifar.models.kernels import (
-    as_it_came,
     fuse_attention,
     has_fused_attention,
-    spare_depthwise_gradients,
-    treat_depthwise_alike,
+    restore_kernels,
+    use_float32_depthwise,
 )
+from hf_cifar.training.losses import LOSSES
 from hf_cifar.training.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -37,25 +36,27 @@ MEMORY_FORMATS = {
     "contiguous": torch.contiguous_format,
     "channels_last": torch.channels_last,
 }
-# Fewest and most times that each setting is timed: the more, the less another program's turn counts.
-ROUNDS, MOST_ROUNDS = 3, 10
-# Another setting than the first must be faster by this much: what is left is noise.
-CLEARLY = 1.05
-# A loss further from the one in fp32 than this share of it is another computation.
+# Each setting is timed this many times. More rounds are less sensitive to other programs.
+MIN_ROUNDS, MAX_ROUNDS = 3, 10
+# A setting replaces the first one only if it is this much faster; smaller differences are noise.
+MIN_SPEEDUP = 1.05
+# A setting is unsound if its loss differs from the one in fp32 by more than this share.
 TOLERANCE = 0.05
-# Images that a first guess at the speed takes; seconds, and fewest images, of a measured step on a CPU.
-FEW_IMAGES, STEP_SECONDS, LEAST_IMAGES = 4, 0.5, 8
-# The most that eager attention may keep for the backward pass, relative to the one kernel: its matrices grow
-# with the square of the number of patches.
-MOST_MEMORY = 1.5
-FEW_KEPT = 2  # images that this is found with
-# Share of a run's time that measuring may take, and seconds that compiling is expected to take.
+# Images of the first, rough estimate of the speed.
+ESTIMATE_IMAGES = 4
+# A measured step on a CPU: target length, and smallest number of images.
+STEP_SECONDS, MIN_IMAGES = 0.5, 8
+# Eager attention may keep at most this much more memory for the backward pass than the fused kernel: its
+# matrices grow with the square of the number of patches.
+MAX_MEMORY_RATIO = 1.5
+MEMORY_PROBE_IMAGES = 2  # images with which that is measured
+# Share of a run's time that measuring may take, and expected time of a compilation.
 MEASURING_SHARE = 0.05
 COMPILE_SECONDS = 60.0
 
 
 class Setting(NamedTuple):
-    """How a model computes; the same maths in each."""
+    """A way to compute a model; the maths is the same in each."""
 
     precision: str = "fp32"
     memory_format: str = "channels_last"
@@ -68,20 +69,30 @@ class Setting(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """seconds: of one forward and backward pass, the fastest of several. loss: of the batch."""
+    """Time of one training step.
+
+    seconds: of the forward and backward pass, the fastest of all rounds. loss: of the batch.
+    """
 
     seconds: float
     loss: float
 
 
-def arrange(model: PreTrainedModel, setting: Setting, device: torch.device) -> None:
-    """Let the model compute in the setting's memory format and attention, and, in bfloat16 on a CPU, without
-    the kernels that are slow there."""
+@contextlib.contextmanager
+def computing_as(setting: Setting, model: PreTrainedModel) -> Iterator[None]:
+    """Let a model compute in a setting's memory format and attention until the block ends.
+
+    In bfloat16 on a CPU, kernels that are slow there are avoided as well. Afterwards the model has its own
+    kernels again; its weights stay in the memory format.
+    """
     model.to(memory_format=MEMORY_FORMATS[setting.memory_format])
     fuse_attention(model, setting.attention != "eager")
-    treat_depthwise_alike(model)
-    if (device.type, setting.precision) == ("cpu", "bf16"):
-        spare_depthwise_gradients(model)
+    if (next(model.parameters()).device.type, setting.precision) == ("cpu", "bf16"):
+        use_float32_depthwise(model)
+    try:
+        yield
+    finally:
+        restore_kernels(model)
 
 
 def candidates(
@@ -90,21 +101,23 @@ def candidates(
     memory_format: str = "auto",
     attention: str = "auto",
 ) -> list[Setting]:
-    """Settings to be compared, in the asked memory format and attention alone; the first is what a tie falls
-    back to."""
-    # fp16 where there is no bfloat16 alone: its loss scaling waits for the GPU twice a step, which a bare
-    # step does not show.
+    """List the settings to compare, within the requested memory format and attention.
+
+    The first is the default, which a tie falls back to.
+    """
+    # fp16 only where there is no bfloat16: its loss scaling waits for the GPU twice a step, which a bare step
+    # does not show.
     lacks_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(
         including_emulation=False
     )
     precisions = ["fp32", "fp16" if lacks_bf16 else "bf16"]
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    # The one convolution of a ViT cuts its patches out; the format of what follows is fixed.
+    # A ViT's only convolution cuts out the patches; the layers after it have a fixed format.
     formats = ["channels_last", "contiguous"] if convolutions > 1 else ["channels_last"]
     formats = formats if memory_format == "auto" else [memory_format]
     attentions = ["fused"] if attention == "auto" else [attention]
     if (attention, device.type) == ("auto", "cpu") and has_fused_attention(model):
-        attentions.append("eager")  # on a GPU the one kernel always wins
+        attentions.append("eager")  # on a GPU the fused kernel is always faster
     return [Setting(*choice) for choice in itertools.product(precisions, formats, attentions)]
 
 
@@ -113,29 +126,28 @@ def measure(
     pixel_values: Tensor,
     labels: Tensor,
     settings: Sequence[Setting],
-    rounds: int = ROUNDS,
+    rounds: int = MIN_ROUNDS,
 ) -> dict[Setting, Timing]:
-    """Time training steps (forward, backward) of every setting in turn, `rounds` times, after one to warm up.
+    """Time training steps (forward and backward) of all settings in turn, `rounds` times after a warm-up.
 
-    pixel_values [N, C, h, w] and labels [N] lie on the model's device. The model is left as it was:
-    weights, gradients, statistics of its norms, mode, memory format, and the state of the generators; its
-    kernels are those that it came with.
+    pixel_values [N, C, h, w] and labels [N] are on the model's device. The model is restored: weights,
+    gradients, norm statistics, mode, memory format, kernels; so is the state of the random generators.
     A setting that cannot run here (no compiler, no kernel) has no timing.
     """
     timings: dict[Setting, Timing] = {}
     failed: set[Setting] = set()
-    with _left_as_it_was(model):
+    with _restored(model):
         for _ in range(rounds + 1):
             for setting in settings:
                 if setting in failed:
                     continue
                 try:
                     found = _step(model, pixel_values, labels, setting)
-                except Exception:  # compilers and kernels fail in many ways, each its own
+                except Exception:  # compilers and kernels raise errors of many types
                     failed.add(setting)
                     timings.pop(setting, None)
                     continue
-                # The first step of each also allocates, compiles and picks kernels.
+                # The first step of a setting also allocates, compiles and selects kernels.
                 warm = setting in timings
                 best = min(found.seconds, timings[setting].seconds) if warm else math.inf
                 timings[setting] = Timing(best, found.loss)
@@ -143,9 +155,9 @@ def measure(
 
 
 def choose(timings: dict[Setting, Timing]) -> Setting:
-    """The fastest sound setting, if it is clearly faster than the first, else the first.
+    """Return the fastest sound setting if it is clearly faster than the first, else the first.
 
-    Sound: the loss is finite and near that of the first, in fp32 unless that does not run here.
+    A setting is sound if its loss is close to that of the first setting that ran (fp32 if it runs here).
     """
     first, reference = next(iter(timings.items()))
     sound = {
@@ -156,7 +168,7 @@ def choose(timings: dict[Setting, Timing]) -> Setting:
     if not sound:
         return first
     fastest = min(sound, key=lambda setting: sound[setting].seconds)
-    return fastest if reference.seconds > CLEARLY * sound[fastest].seconds else first
+    return fastest if reference.seconds > MIN_SPEEDUP * sound[fastest].seconds else first
 
 
 def pick_setting(
@@ -167,36 +179,37 @@ def pick_setting(
     memory_format: str = "auto",
     attention: str = "auto",
 ) -> tuple[Setting, str]:
-    """The fastest sound setting for `num_steps` such steps, and one line that says what was found.
+    """Return the fastest sound setting for `num_steps` such steps, and one line that reports the speeds.
 
-    Measuring takes about a twentieth of the run at most; a run that is too short for it keeps the first
-    candidate. Compiling is tried where it can pay.
+    Measuring takes at most about a twentieth of the run; a run too short for that uses the first candidate.
+    Compilation is tried where it can pay off.
     """
     on_cpu = pixel_values.device.type == "cpu"
     if on_cpu:
         keep_freed_memory()  # as the run will
     settings = candidates(model, pixel_values.device, memory_format, attention)
     first, batch = settings[0], len(labels)
-    # Half of the batch tells as much, and in fp32 keeps no more memory than all of it in bf16.
-    most = max(1, batch // 2) if on_cpu else batch
-    few = min(most, FEW_IMAGES)
-    guess = measure(model, pixel_values[:few], labels[:few], [first], 1)
-    if not guess:
+    # Half of the batch is as informative, and keeps no more memory in fp32 than all of it in bf16.
+    limit = max(1, batch // 2) if on_cpu else batch
+    few = min(limit, ESTIMATE_IMAGES)
+    estimate = measure(model, pixel_values[:few], labels[:few], [first], 1)
+    if not estimate:
         return first, f"computing in {first}: a step of {few} images could not be measured"
-    image_seconds = guess[first].seconds / few
-    # Images that may be measured in each setting, if all are as fast as the first. One round more warms up.
+    image_seconds = estimate[first].seconds / few
+    # Images to measure in each setting within the allowed time, if all are as fast as the first.
     affordable = MEASURING_SHARE * batch * num_steps / len(settings)
-    part = most
-    if on_cpu:  # less does where a step takes long, or the run is short
-        part = max(few, min(most, int(STEP_SECONDS / image_seconds)))
-        part = min(part, max(LEAST_IMAGES, int(affordable / (ROUNDS + 1))))
-    rounds = int(affordable / part) - 1
-    if rounds < ROUNDS:
+    part = limit
+    if on_cpu:  # fewer images if a step takes long or the run is short
+        part = max(few, min(limit, int(STEP_SECONDS / image_seconds)))
+        part = min(part, max(MIN_IMAGES, int(affordable / (MIN_ROUNDS + 1))))
+    rounds = int(affordable / part) - 1  # one more round warms up
+    if rounds < MIN_ROUNDS:
         whole = image_seconds * batch * num_steps
         return first, f"computing in {first}: a run of {whole:.0f} s is too short to compare others"
     pixel_values, labels = pixel_values[:part], labels[:part]
-    rounds = min(rounds, MOST_ROUNDS)
-    settings = _sparing(model, pixel_values[:FEW_KEPT], labels[:FEW_KEPT], settings)
+    rounds = min(rounds, MAX_ROUNDS)
+    probe = pixel_values[:MEMORY_PROBE_IMAGES], labels[:MEMORY_PROBE_IMAGES]
+    settings = drop_memory_hungry(model, *probe, settings)
     timings = measure(model, pixel_values, labels, settings, rounds)
     if not timings:
         return first, f"computing in {first}: a step of {part} images could not be measured"
@@ -212,30 +225,30 @@ def pick_setting(
 
 
 def is_sharded() -> bool:
-    """Whether the launcher asks for FSDP or DeepSpeed."""
+    """Return True if the launcher requests FSDP or DeepSpeed."""
     return "true" in [os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")]
 
 
-def _sparing(
+def drop_memory_hungry(
     model: PreTrainedModel, pixel_values: Tensor, labels: Tensor, settings: list[Setting]
 ) -> list[Setting]:
-    """The settings, without those whose attention keeps far more for the backward pass than the first."""
+    """Drop settings whose attention keeps far more memory for the backward pass than that of the first."""
     first = settings[0]
-    sparing = [setting for setting in settings if setting.attention == first.attention]
-    others = [setting for setting in settings if setting not in sparing]
+    modest = [setting for setting in settings if setting.attention == first.attention]
+    others = [setting for setting in settings if setting not in modest]
     if not others:
         return settings
     try:
         kept = [_kept_bytes(model, pixel_values, labels, each) for each in (first, others[0])]
     except Exception:  # as in `measure`
-        return sparing
-    return settings if kept[1] <= MOST_MEMORY * kept[0] else sparing
+        return modest
+    return settings if kept[1] <= MAX_MEMORY_RATIO * kept[0] else modest
 
 
 def _kept_bytes(
     model: PreTrainedModel, pixel_values: Tensor, labels: Tensor, setting: Setting
 ) -> int:
-    """What a step keeps for its backward pass, beside the weights."""
+    """Return the bytes that a step keeps for its backward pass, besides the weights."""
     kept: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -246,38 +259,40 @@ def _kept_bytes(
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with _left_as_it_was(model), hooks:
+    with _restored(model), hooks:
         _step(model, pixel_values, labels, setting)
     return sum(kept.values())
 
 
 def _step(model: PreTrainedModel, pixel_values: Tensor, labels: Tensor, setting: Setting) -> Timing:
-    arrange(model, setting, pixel_values.device)
+    """Time one training step in a setting."""
     pixel_values = pixel_values.contiguous(memory_format=MEMORY_FORMATS[setting.memory_format])
-    # As accelerate compiles what is trained: symbolic sizes would also take minutes on some networks.
+    # Compiled as accelerate does for training: symbolic sizes would take minutes on some networks.
     network = torch.compile(model, dynamic=False) if setting.compiled else model
     device = pixel_values.device.type
     dtype = DTYPES[setting.precision]
-    torch.manual_seed(0)  # the same dropout for all
-    _wait(device)
-    start = time.perf_counter()
-    with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
-        logits = network(pixel_values=pixel_values).logits
-    loss = F.cross_entropy(logits.float(), labels)
-    loss.backward()
-    _wait(device)
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
+    with computing_as(setting, model):
+        torch.manual_seed(0)  # the same dropout in every setting
+        _synchronize(device)
+        start = time.perf_counter()
+        with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
+            logits = network(pixel_values=pixel_values).logits
+        loss = LOSSES["cross_entropy"](logits.float(), labels)
+        loss.backward()
+        _synchronize(device)
+        seconds = time.perf_counter() - start
+        model.zero_grad(set_to_none=True)
     return Timing(seconds, loss.item())
 
 
-def _wait(device: str) -> None:
+def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
-def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
+def _restored(model: PreTrainedModel) -> Iterator[None]:
+    """Train a model in the block, then restore it and the random generators."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     training = model.training
     strides = [parameter.stride() for parameter in model.parameters()]
@@ -287,7 +302,6 @@ def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
         try:
             yield
         finally:
-            as_it_came(model)
             model.train(training)
             model.zero_grad(set_to_none=True)
             with torch.no_grad():
@@ -295,7 +309,7 @@ def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
                     buffer.copy_(buffers[name])
             for parameter, stride in zip(model.parameters(), strides, strict=True):
                 if parameter.stride() != stride:
-                    as_before = torch.empty_strided(
+                    restored = torch.empty_strided(
                         parameter.shape, stride, dtype=parameter.dtype, device=parameter.device
                     )
-                    parameter.data = as_before.copy_(parameter.data)
+                    parameter.data = restored.copy_(parameter.data)

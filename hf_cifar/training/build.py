@@ -28,13 +28,10 @@ from hf_cifar.errors import UserError
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.folder import CONFIG_FILE
 from hf_cifar.runs.resume import resume_point
-from hf_cifar.training.autotune import DTYPES, MEMORY_FORMATS, Setting, arrange
-from hf_cifar.training.features import (
-    FeatureStore,
-    accept_features,
-    feature_store,
-    features_suffice,
-)
+from hf_cifar.training.autotune import DTYPES, Setting, computing_as
+from hf_cifar.training.averaging import WeightAverage
+from hf_cifar.training.features import FeatureStore, feature_store, features_suffice
+from hf_cifar.training.losses import build_loss
 from hf_cifar.training.resumable import identity
 from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.augmentation import Augmentation
@@ -59,10 +56,13 @@ def build_trainer(
             is_resident(splits.validation, stored_view(preprocessing, augmented=False), kind),
         )
         num_workers = default_num_workers(all(resident))
+    pinned = num_workers > 0  # what is on the device cannot be pinned
     args = dataclasses.replace(
         args,
         dataloader_num_workers=num_workers,
-        dataloader_pin_memory=num_workers > 0,  # what lies on the device cannot be pinned
+        dataloader_pin_memory=pinned,
+        # Batches are copied to a GPU while it computes.
+        accelerator_config=dataclasses.replace(args.accelerator_config, non_blocking=pinned),
         auto_find_batch_size=False,  # the parent's changes the batch, and mistakes an evaluation for a step
         push_to_hub=False,  # hub/push.py pushes, once, at the end
         hub_token=None,  # no logger gets to see it
@@ -72,17 +72,15 @@ def build_trainer(
     callbacks = []
     if config.train.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.train.early_stopping_patience))
-    memory_format = MEMORY_FORMATS[args.memory_format]
     setting = Setting(args.precision, args.memory_format, args.attention)
-    arrange(model, setting, args.device)
     stores = [
         shards
         or build_store(splits.train, preprocessing, augmented=True, kind=kind, device=device),
         build_store(splits.validation, preprocessing, augmented=False, kind=kind, device=device),
     ]
     if trains_on_features(config, model, preprocessing):
-        stores = feature_stores(model.to(args.device), splits, stores, preprocessing, config)
-        accept_features(model)
+        with computing_as(setting, model.to(args.device)):
+            stores = feature_stores(model, splits, stores, preprocessing, config)
     train_store, validation_store = stores
     return ImageClassificationTrainer(
         model=model,
@@ -90,10 +88,14 @@ def build_trainer(
         processing_class=image_processor,
         train_dataset=train_store,
         eval_dataset=validation_store,
+        loss=build_loss(
+            multi_label=is_multi_label(model), label_smoothing=args.label_smoothing_factor
+        ),
+        evaluation_loss=build_loss(multi_label=is_multi_label(model)),
         preprocessing=preprocessing,
-        memory_format=memory_format,
         augmentation=augmentation(config.augment),
-        ema_decay=config.train.ema_decay,
+        setting=setting,
+        averaging=WeightAverage(config.train.ema_decay),
         shrink_batch=config.train.auto_find_batch_size,
         identity=identity(splits, config),
         callbacks=callbacks,

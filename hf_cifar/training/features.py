@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from hf_cifar.data.cache import content_key, load_array, one_process_at_a_time, 
 from hf_cifar.data.split import Split
 from hf_cifar.data.store import ResidentStore, StreamedStore, take_batch
 from hf_cifar.models.heads import head_parameter_names, linear_head
+from hf_cifar.training.losses import LOSSES
 from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -64,8 +64,13 @@ def draw_view(features: Tensor, generator: torch.Generator | None) -> Tensor:
     return features[torch.arange(batch, device=features.device), chosen.to(features.device)]
 
 
-def accept_features(model: PreTrainedModel) -> None:
-    """Let the model's forward take features [B, D] too: they go straight to the head."""
+@contextmanager
+def accepting_features(model: PreTrainedModel, store: Dataset) -> Iterator[None]:
+    """Let a model's forward take the features [B, D] of a store as well, until the block ends. They go to
+    the head. For a store of pixels nothing is added.
+
+    Afterwards the model has its own forward, also without the autocast that accelerate puts around it.
+    """
     head, whole = linear_head(model), model.forward
 
     def forward(pixel_values: Tensor, **kwargs) -> ImageClassifierOutput:
@@ -73,12 +78,12 @@ def accept_features(model: PreTrainedModel) -> None:
             return ImageClassifierOutput(logits=head(pixel_values))
         return whole(pixel_values=pixel_values, **kwargs)
 
-    model.forward = forward
-
-
-def accept_pixels_alone(model: PreTrainedModel) -> None:
-    """Undo `accept_features`."""
-    model.__dict__.pop("forward", None)
+    if isinstance(store, FeatureStore):
+        model.forward = forward
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)
 
 
 @contextmanager
@@ -204,6 +209,7 @@ def solve_head(
     if start is None:
         start = features.new_zeros(num_classes, features.shape[1] + 1)
     weights = start.clone().requires_grad_(True)
+    cross_entropy = LOSSES["cross_entropy"]
     optimizer = torch.optim.LBFGS(
         [weights], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-9,
         history_size=20, line_search_fn="strong_wolfe",
@@ -212,7 +218,7 @@ def solve_head(
     def loss() -> Tensor:
         optimizer.zero_grad()
         logits = features @ weights[:, :-1].T + weights[:, -1]
-        value = F.cross_entropy(logits, labels) + penalty / 2 * weights[:, :-1].square().sum()
+        value = cross_entropy(logits, labels) + penalty / 2 * weights[:, :-1].square().sum()
         value.backward()
         return value
 

@@ -1,17 +1,32 @@
-"""Losses that torch does not have."""
+"""Losses: functions from logits and targets to the mean loss of a batch."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Binary cross-entropy, mean over images and classes. logits, targets [N, K].
 
     label_smoothing: share of an image's labels that is spread evenly over all classes, as `F.cross_entropy`
-    does with its one: their number stays, and an image without any stays so.
+    does with its single label: the sum of the labels stays, and an image without labels keeps none.
     """
     targets = targets.to(logits.dtype)
     targets = targets.lerp(targets.mean(dim=1, keepdim=True), label_smoothing)
     return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+# Functions of logits [N, K], targets and label_smoothing. Targets are class ids [N] or probabilities [N, K].
+LOSSES = {"cross_entropy": F.cross_entropy, "binary_cross_entropy": binary_cross_entropy}
+
+
+def build_loss(*, multi_label: bool, label_smoothing: float = 0.0) -> Loss:
+    """Return the loss for images with one label each, or with any number of labels."""
+    name = "binary_cross_entropy" if multi_label else "cross_entropy"
+    return functools.partial(LOSSES[name], label_smoothing=label_smoothing)

@@ -1,14 +1,19 @@
-"""Which weights decay, and learning rates that suit the model."""
+"""Optimisers: parameter groups, the optimiser by name, and default learning rates by model family."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_cifar.models.blocks import block_depths
 
 # Position embeddings and class tokens have two or more axes, but are no weights of a layer.
 NO_DECAY = re.compile(
@@ -19,24 +24,51 @@ REFERENCE_BATCH = 64
 
 
 class Rates(NamedTuple):
-    """Peak learning rate at `REFERENCE_BATCH` images a step, and the norm to which gradients are clipped (0:
-    not at all)."""
+    """Peak learning rate at `REFERENCE_BATCH` images a step, None if unknown; and the norm to which gradients
+    are clipped, 0 for no clipping."""
 
-    learning_rate: float
+    learning_rate: float | None
     max_grad_norm: float = 1.0
 
 
-HEAD, ATTENTION, CONVOLUTION, SCRATCH = Rates(2e-3), Rates(7e-5), Rates(1e-3), Rates(1e-3)
-# Their gradients have norms of 1 to 6: clipped to 1, nearly every step weighs the same in Adam's moments, and
-# the rate is in effect far higher. Without, the loss at step 250 of 938 was 1.34 in place of 1.50.
-DEPTHWISE = Rates(5.66e-3, max_grad_norm=0.0)
+def build_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
+    """Return the optimiser that `args` name; `args` are a FinetuneConfig with its learning rate set.
+
+    Every name that transformers' `--optim` takes. Weight decay reaches weight matrices and kernels alone; a
+    layer decay other than 1 lowers the learning rate block by block towards the input.
+    """
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    groups: Any = parameter_groups(model, args.weight_decay)
+    for name in (
+        "params",
+        "model",
+        "optimizer_dict",
+    ):  # of GaLore, Apollo and LOMO, which group by themselves
+        groups = options.pop(name, groups)
+    optimizer = optimizer_class(groups, **options)
+    if args.layer_decay != 1:
+        classifier = extract_model_from_parallel(model, keep_torch_compile=False)
+        depths = block_depths(classifier)
+        by_parameter = {p: depths[name] for name, p in classifier.named_parameters()}
+        decay_learning_rates(optimizer, by_parameter, args.layer_decay)
+    return optimizer
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two groups of the parameters that train: with weight decay and without."""
+    decaying = set(decay_parameter_names(model))
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in trainable if name in decaying], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if name not in decaying], "weight_decay": 0.0},
+    ]
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
-    """Weight matrices and kernels: all that weight decay should reach.
+    """List the weight matrices and kernels: all that weight decay should reach.
 
-    Not biases, norms (one axis), position embeddings or tokens, nor what the model itself exempts
-    (timm's `no_weight_decay`).
+    Biases, norms (one axis), position embeddings and tokens are left out, and so are the parameters that the
+    model itself exempts (timm's `no_weight_decay`).
     """
     exempt: set[str] = set()
     for prefix, module in model.named_modules():
@@ -50,38 +82,58 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
     ]
 
 
-def default_rates(model: nn.Module, batch_size: int, *, scratch: bool = False) -> Rates:
-    """Peak learning rate for AdamW, and clipping, by family; batch_size: images a step in all.
+def default_rates(
+    model: nn.Module,
+    batch_size: int,
+    *,
+    optim: str = "adamw_torch",
+    optim_args: str | None = None,
+    scratch: bool = False,
+) -> Rates:
+    """Return the default peak learning rate and clipping of an optimiser, for the family of a model.
 
-    The rates of a head alone, of pretrained networks with depthwise convolutions (EfficientNet,
-    MobileNet), of others with BatchNorm, of pretrained transformers, and of random weights; scaled by the
-    square root of the batch.
+    batch_size: images per step in all. scratch: the weights are random. The rate is scaled by the square root
+    of the batch for AdamW, linearly for SGD; that of SGD with momentum m is 1 - m times the plain one, since
+    each gradient counts 1 / (1 - m) times. The learning rate is None where none is known.
 
-    Source: Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022.
+    Source: Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022;
+    Goyal et al., Accurate, Large Minibatch SGD, 2017.
     """
-    rates = _family_rates(model, scratch)
-    scaled = rates.learning_rate * math.sqrt(batch_size / REFERENCE_BATCH)
-    return rates._replace(learning_rate=float(f"{scaled:.3g}"))
+    family, optimizer = (
+        model_family(model, scratch),
+        OPTIMIZER_FAMILIES.get(OptimizerNames(optim).value),
+    )
+    clipping = RATES["adamw"][family].max_grad_norm
+    rates = RATES.get(optimizer, {}).get(family, Rates(None, clipping))
+    if rates.learning_rate is None:
+        return rates
+    relative = batch_size / REFERENCE_BATCH
+    factor = math.sqrt(relative)
+    if optimizer == "sgd":
+        momentum = re.search(r"\bmomentum=([^,\s]+)", optim_args or "")
+        factor = relative * (1 - float(momentum[1]) if momentum else 1)
+    return rates._replace(learning_rate=float(f"{rates.learning_rate * factor:.3g}"))
 
 
-def _family_rates(model: nn.Module, scratch: bool) -> Rates:
+def model_family(model: nn.Module, scratch: bool = False) -> str:
+    """Return the family that decides the default rates, a key of `RATES["adamw"]`."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     if trainable < 0.05 * sum(p.numel() for p in parameters):
-        return HEAD
+        return "head"
     if scratch:
-        return SCRATCH
+        return "scratch"
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
-        return ATTENTION
+        return "attention"
     if any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 3 for m in model.modules()):
-        return DEPTHWISE
-    return CONVOLUTION
+        return "depthwise"
+    return "convolution"
 
 
 def decay_learning_rates(
     optimizer: Optimizer, depths: dict[nn.Parameter, int], layer_decay: float
 ) -> None:
-    """Give a parameter of depth d the learning rate of its group times layer_decay to the power d.
+    """Set the rate of a parameter of depth d to that of its group times layer_decay to the power d.
 
     Source: Clark et al., ELECTRA, 2020, appendix A; Bao et al., BEiT, 2021, for images.
     """
@@ -94,3 +146,32 @@ def decay_learning_rates(
             rate = group["lr"] * layer_decay**depth
             groups.append({**group, "params": parameters, "lr": rate})
     optimizer.param_groups[:] = groups
+
+
+# Optimisers by the rule by which they update the weights. Others have no known rate.
+OPTIMIZER_FAMILIES = {
+    **dict.fromkeys(
+        (
+            "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused",
+            "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "adamw_bnb_8bit", "adamw_8bit",
+            "paged_adamw_32bit", "paged_adamw_8bit",
+        ),
+        "adamw",
+    ),
+    "sgd": "sgd",
+}  # fmt: skip
+# Default rates by optimiser and model family; `python -m benchmarks.rates` measures them.
+RATES: dict[str | None, dict[str, Rates]] = {
+    "adamw": {
+        "head": Rates(2e-3),
+        "attention": Rates(7e-5),
+        "convolution": Rates(1e-3),
+        "scratch": Rates(1e-3),
+        # The gradients of pretrained EfficientNets and MobileNets have norms of 1 to 6. Clipped to 1, nearly
+        # every step has the same weight in Adam's moments, and the rate is in effect far higher. Without
+        # clipping, the loss at step 250 of 938 was 1.34 in place of 1.50.
+        "depthwise": Rates(5.66e-3, max_grad_norm=0.0),
+    },
+    # Without momentum.
+    "sgd": {"head": Rates(0.4)},
+}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from transformers import ProgressCallback, TrainerCallback
 
@@ -41,16 +40,6 @@ class StopAtNaN(TrainerCallback):
                 f"training diverged: eval_cross_entropy is {value} at step {state.global_step}; start again "
                 f"with a lower --learning_rate than {args.learning_rate:g}"
             )
-
-
-class AfterStep(TrainerCallback):
-    """Calls a function after each optimiser step."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.function = function
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.function()
 
 
 class TrainingProgress(ProgressCallback):

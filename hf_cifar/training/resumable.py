@@ -1,4 +1,4 @@
-"""A Trainer that stops at any step and resumes to the same bits."""
+"""A Trainer that can stop at any step, and resumes with results equal to the bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -36,34 +42,35 @@ IDENTITY_FILE = "identity.json"
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that stops at any step, and goes on from there as if it had not stopped.
+    """A Trainer that can stop at any step and resume with the same results.
 
-    identity: plain values by name, of what must not change while the run goes on.
+    identity: plain values by name that must not change between a run and its resumption.
     """
 
     def __init__(self, *args: Any, identity: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.identity = identity or {}
         self.saved_step = -1  # of the last checkpoint that this process wrote
-        self._due = False
         self._completion: Future[None] | None = None
+        self.resuming = Resuming(self)
+        self.add_callback(self.resuming)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The parent's, without a trace in the random numbers of training: one cut off is made again."""
+        """Evaluate without advancing the training's random generators, so that an interrupted evaluation can
+        be repeated after a resume."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """What the parent saves. Training goes on as soon as it is written; it counts as a checkpoint once it
-        is summed and on the disk, see `finish_checkpoint`.
+        """Write a checkpoint. Training continues once it is written; it is complete once its files are summed
+        and flushed, see `finish_checkpoint`.
 
-        Raises: UserError if this one or the one before cannot be saved, or is not finite.
+        Raises: UserError if this one or the previous one cannot be saved, or the weights are not finite.
         """
         self.finish_checkpoint()
         folder, state = Path(self.args.output_dir), self.state
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not sharded and not all_finite(self.model):
+        if not self._is_sharded and not all_finite(self.model):
             raise UserError(
                 f"training diverged: the weights are not finite at step {state.global_step}; start again "
                 f"with a lower --learning_rate than {self.args.learning_rate:g}"
@@ -78,9 +85,7 @@ class ResumableTrainer(Trainer):
         ) as staging:
             self.save_model(str(staging), _internal_call=True)
             if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(staging))
-                self._save_scaler(str(staging))
-                self._save_rng_state(str(staging))
+                self._save_states(staging)
             if is_main:
                 for part in (*self.callback_handler.callbacks, self.control):
                     if isinstance(part, ExportableState):
@@ -101,9 +106,9 @@ class ResumableTrainer(Trainer):
             pool.shutdown(wait=False)
 
     def finish_checkpoint(self, *, wait: bool = True) -> None:
-        """Wait for the last checkpoint to be whole and on the disk. wait: or only look whether it is.
+        """Wait until the last checkpoint is complete. wait: False to only check whether it is.
 
-        Raises: UserError if it could not be made.
+        Raises: UserError if it could not be written.
         """
         completion = self._completion
         if completion is not None and (wait or completion.done()):
@@ -115,24 +120,76 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         super()._load_best_model()
 
-    def _init_training_state(
-        self,
-        max_steps: int,
-        num_update_steps_per_epoch: int,
-        num_train_epochs: int,
-        resume_from_checkpoint: str | None,
-        trial: Any,
-    ) -> tuple[int, int]:
-        """The parent's, with what it forgets: patience, where the best checkpoint lies by now, and an
-        evaluation that was due when the run stopped."""
-        started = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        state = self.state
-        if resume_from_checkpoint is None:
-            return started
-        check_identity(Path(resume_from_checkpoint), self.identity)
-        for callback in self.callback_handler.callbacks:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch, unless the run is over: the parent would train another step (transformers 5.23)."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save_states(self, folder: Path) -> None:
+        """Write the states of optimiser, schedule, gradient scaler and random generators."""
+        if self._is_sharded:  # in formats of its own
+            self._save_optimizer_and_scheduler(str(folder))
+        elif self.args.should_save:
+            states = {
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.lr_scheduler.state_dict(),
+            }
+            save_state(folder / OPTIMIZER_FILE, states)
+        if self.accelerator.scaler is not None and self.args.should_save:
+            save_state(folder / SCALER_FILE, self.accelerator.scaler.state_dict())
+        save_state(folder / self._random_state_file, random_states(self.args.device))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            states = load_state(Path(checkpoint) / OPTIMIZER_FILE)
+            self.optimizer.load_state_dict(states["optimizer"])
+            self.lr_scheduler.load_state_dict(states["scheduler"])
+        if self.accelerator.scaler is not None and checkpoint is not None:
+            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint) / SCALER_FILE))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            states = load_state(Path(checkpoint) / self._random_state_file)
+            set_random_states(states, self.args.device)
+
+    @property
+    def _random_state_file(self) -> str:
+        return f"rng_state_{self.args.process_index}.safetensors"
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises: UserError for a checkpoint that lacks weights of the model, or has others."""
+        wrong = [*load_result.missing_keys, *load_result.unexpected_keys]
+        if wrong:
+            raise UserError(
+                f"the checkpoint is of another model: {len(wrong)} weights differ, first {wrong[0]}"
+            )
+
+
+class Resuming(TrainerCallback):
+    """Restores what the Trainer's resume leaves out: early-stopping patience, the best checkpoint's path, and
+    an evaluation that was due when the run stopped. Reports a checkpoint that failed after its step.
+
+    checkpoint: folder that the run resumes from.
+    """
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+        self.checkpoint: str | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.checkpoint is None:
+            return
+        trainer, checkpoint = self.trainer, Path(self.checkpoint)
+        check_identity(checkpoint, trainer.identity)
+        for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 before = state.stateful_callbacks.get(type(callback).__name__, callback.state())
                 callback.early_stopping_patience_counter = before["attributes"][
@@ -140,7 +197,7 @@ class ResumableTrainer(Trainer):
                 ]
         state.best_model_checkpoint = None
         if state.best_global_step:
-            best = Path(resume_from_checkpoint).parent / f"checkpoint-{state.best_global_step}"
+            best = checkpoint.parent / f"checkpoint-{state.best_global_step}"
             damage = find_damage(best)
             if damage is None:
                 state.best_model_checkpoint = str(best)
@@ -149,116 +206,75 @@ class ResumableTrainer(Trainer):
                     "%s, the best so far, is lost: %s; the best from here counts", best, damage
                 )
                 state.best_metric = state.best_global_step = None
-        every = {"epoch": num_update_steps_per_epoch, "steps": state.eval_steps}
-        interval = every.get(str(self.args.eval_strategy.value))
-        evaluated = any(
-            "eval_loss" in record and record["step"] == state.global_step
-            for record in state.log_history
-        )
-        self._due = bool(interval) and state.global_step % interval == 0 and not evaluated
-        return started
+        if evaluation_due(args, state):
+            metrics = trainer._evaluate(trial=None, ignore_keys_for_eval=None)
+            if trainer._determine_best_metric(metrics, trial=None):
+                state.best_model_checkpoint = str(checkpoint)
 
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> tuple[nn.Module, Any]:
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, resume_from_checkpoint
-        )
-        if self._due:
-            self._due = False
-            metrics = self._evaluate(trial=None, ignore_keys_for_eval=None)
-            if self._determine_best_metric(metrics, trial=None):
-                self.state.best_model_checkpoint = resume_from_checkpoint
-        return prepared
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.finish_checkpoint(wait=False)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's, which trains a step too many of a run that ended in mid-epoch (transformers 5.23)."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # which have formats of their own
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            states = {
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.lr_scheduler.state_dict(),
-            }
-            save_state(Path(output_dir) / OPTIMIZER_FILE, states)
+def evaluation_due(args: TrainingArguments, state: TrainerState) -> bool:
+    """Return True if the run stopped after a step to be evaluated, before its evaluation."""
+    due = {
+        "epoch": state.epoch is not None and state.epoch == int(state.epoch),
+        "steps": bool(state.eval_steps) and state.global_step % state.eval_steps == 0,
+    }
+    evaluated = any(
+        "eval_loss" in record and record["step"] == state.global_step
+        for record in state.log_history
+    )
+    return due.get(str(args.eval_strategy.value), False) and not evaluated
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        elif checkpoint is not None:
-            states = load_state(Path(checkpoint) / OPTIMIZER_FILE)
-            self.optimizer.load_state_dict(states["optimizer"])
-            self.lr_scheduler.load_state_dict(states["scheduler"])
 
-    def _save_scaler(self, output_dir: str) -> None:
-        if self.accelerator.scaler is not None and self.args.should_save:
-            save_state(Path(output_dir) / SCALER_FILE, self.accelerator.scaler.state_dict())
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of all random generators, for `set_random_states`."""
+    kind, keys, *rest = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.accelerator.scaler is not None and checkpoint is not None:
-            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint) / SCALER_FILE))
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        kind, keys, *rest = np.random.get_state()
-        states = {
-            "python": random.getstate(),
-            "numpy": (kind, keys.tolist(), *rest),
-            "torch": torch.get_rng_state(),
-        }
-        if self.args.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.args.device)
-        save_state(self._rng_file(output_dir), states)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        states = load_state(self._rng_file(checkpoint))
-        random.setstate(states["python"])
-        np.random.set_state(states["numpy"])
-        torch.set_rng_state(states["torch"])
-        if "cuda" in states and self.args.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], self.args.device)
-
-    def _rng_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"rng_state_{self.args.process_index}.safetensors"
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A checkpoint that lacks weights of the model, or has others, is no checkpoint of this run."""
-        wrong = [*load_result.missing_keys, *load_result.unexpected_keys]
-        if wrong:
-            raise UserError(
-                f"the checkpoint is of another model: {len(wrong)} weights differ, first {wrong[0]}"
-            )
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Restore what `random_states` returned."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raises: UserError that names what is no longer what it was when the checkpoint was saved."""
+    """Require the values that the checkpoint was saved with.
+
+    Raises: UserError that names the first difference.
+    """
     before = json.loads((checkpoint / IDENTITY_FILE).read_text())
     changed = [name for name in before if before[name] != identity.get(name, before[name])]
     if changed:
         name = changed[0]
         what = f"{name} ({before[name]} then, {identity[name]} now)"
         raise UserError(
-            f"{checkpoint} is of a run with other {what if len(what) < 200 else name}; bring that back, or "
-            "start anew in another --output_dir"
+            f"{checkpoint} is of a run with other {what if len(what) < 200 else name}; restore that, or "
+            "start again in another --output_dir"
         )
 
 
 def all_finite(model: nn.Module) -> bool:
-    """Whether every weight is a number."""
+    """Return True if every weight is finite. Waits for the device once."""
     with torch.no_grad():
-        sums = [value.sum() for value in model.parameters() if value.is_floating_point()]
-        return bool(torch.isfinite(torch.stack([each.float().cpu() for each in sums])).all())
+        sums = [value.sum().float() for value in model.parameters() if value.is_floating_point()]
+        return bool(torch.isfinite(torch.stack(sums)).all())
 
 
 def identity(splits: Splits, config: RunConfig) -> dict[str, Any]:
-    """What must not change while a run goes on, as plain values."""
+    """Return the values that must not change between a run and its resumption, by name."""
     facts: dict[str, Any] = {
         "split": splits.hash,
         "classes": list(splits.id2label.values()),
@@ -271,7 +287,7 @@ def identity(splits: Splits, config: RunConfig) -> dict[str, Any]:
 
 
 def pixel_hashes(splits: Splits, config: RunConfig) -> dict[str, str]:
-    """SHA-256 of the images of both splits, where they are decoded into memory."""
+    """Return the SHA-256 of the images of both splits, where they are decoded into memory."""
     if config.data.pixel_store == "streamed":
         return {}
     parts = [s for s in (splits.train, splits.validation) if isinstance(s, Split)]

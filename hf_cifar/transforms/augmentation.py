@@ -1,6 +1,7 @@
 """Random augmentation of a training batch: every image draws its own, from one seeded generator.
 
 All draws happen on the CPU, so that every device sees the same ones; all pixels move on the images' device.
+The draws are copied there without waiting: a blocking copy would wait for all kernels that a GPU has queued.
 Colours change first, at the stored size. All geometry is then one resampling, with the upscale in it.
 """
 
@@ -120,6 +121,6 @@ def sample(
     ):
         rows = torch.nonzero(chosen).flatten()
         if len(rows):
-            on_device = rows.to(images.device)
+            on_device = rows.to(images.device, non_blocking=True)
             out[on_device] = show(on_device, rows)
     return out

@@ -16,7 +16,7 @@ from hf_cifar.transforms import LUMA
 
 
 def _per_image(strength: Tensor, images: Tensor) -> Tensor:
-    return strength.to(images.device, images.dtype).view(-1, 1, 1, 1)
+    return strength.to(images.device, images.dtype, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def blend(images: Tensor, others: Tensor | float, factor: Tensor) -> Tensor:
@@ -27,7 +27,9 @@ def blend(images: Tensor, others: Tensor | float, factor: Tensor) -> Tensor:
 
 def luma(images: Tensor) -> Tensor:
     """Grey value [N, 1, H, W] of each pixel."""
-    weights = torch.tensor(LUMA, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
+    weights = (
+        torch.tensor(LUMA, dtype=images.dtype).to(images.device, non_blocking=True).view(1, 3, 1, 1)
+    )
     return (images * weights).sum(dim=1, keepdim=True)
 
 
@@ -56,7 +58,9 @@ def hue(images: Tensor, turn: Tensor) -> Tensor:
     rotation = torch.eye(3).repeat(len(angle), 1, 1)
     rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
     rotation[:, 1, 2], rotation[:, 2, 1] = -angle.sin(), angle.sin()
-    matrix = (torch.linalg.inv(to_yiq) @ rotation @ to_yiq).to(images.device, images.dtype)
+    matrix = (torch.linalg.inv(to_yiq) @ rotation @ to_yiq).to(
+        images.device, images.dtype, non_blocking=True
+    )
     return torch.einsum("nij,njhw->nihw", matrix, images).clamp_(0, 255)
 
 

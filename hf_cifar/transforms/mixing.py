@@ -13,7 +13,7 @@ from hf_cifar.transforms.views import uniform
 
 def box_mask(boxes: Tensor, height: int, width: int, device: torch.device) -> Tensor:
     """[N, 1, H, W] bool: True in the boxes [N, 4] (top, left, bottom, right), in pixels."""
-    top, left, bottom, right = boxes.to(device)[:, :, None, None].unbind(dim=1)
+    top, left, bottom, right = boxes.to(device, non_blocking=True)[:, :, None, None].unbind(dim=1)
     y = torch.arange(height, device=device)[:, None]
     x = torch.arange(width, device=device)
     return ((y >= top) & (y < bottom) & (x >= left) & (x < right))[:, None]
@@ -52,13 +52,15 @@ def mix(
     """
     num_images, _, height, width = pixel_values.shape
     beta = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    partner = torch.randperm(num_images, generator=generator).to(pixel_values.device)
+    partner = torch.randperm(num_images, generator=generator)
+    partner = partner.to(pixel_values.device, non_blocking=True)
     cut = uniform(num_images, 0, 1, generator) < (0.5 if mixup_alpha else 1.0)
     cut &= bool(cutmix_alpha)
     share = torch.ones(num_images)  # of the image itself
     if mixup_alpha:
         share = torch.from_numpy(beta.beta(mixup_alpha, mixup_alpha, num_images)).float()
-    own = share.where(~cut, torch.ones(())).view(-1, 1, 1, 1).to(pixel_values.device)
+    own = share.where(~cut, torch.ones(())).view(-1, 1, 1, 1)
+    own = own.to(pixel_values.device, non_blocking=True)
     if cutmix_alpha:
         area = 1 - torch.from_numpy(beta.beta(cutmix_alpha, cutmix_alpha, num_images)).float()
         half = area.sqrt()[:, None] * torch.tensor([height / 2, width / 2])
@@ -69,5 +71,5 @@ def mix(
         own = own * ~mask
         share = own.mean(dim=(1, 2, 3))
     pixel_values = torch.lerp(pixel_values[partner], pixel_values, own.to(pixel_values.dtype))
-    share = share.to(targets)[:, None]
+    share = share.to(targets, non_blocking=True)[:, None]
     return pixel_values, targets * share + targets[partner] * (1 - share)

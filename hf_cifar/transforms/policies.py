@@ -101,7 +101,7 @@ class Policy:
             for name, change in COLOR_OPS.items():
                 chosen = torch.nonzero(op == OPS.index(name)).flatten()
                 if len(chosen):
-                    where = chosen.to(images.device)
+                    where = chosen.to(images.device, non_blocking=True)
                     changed = change(images[where], amount[chosen], self.strengths)
                     images = images.index_copy(0, where, changed)
             step = Affine.identity(num_images)

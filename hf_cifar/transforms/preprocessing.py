@@ -210,8 +210,8 @@ class Preprocessing:
 
     def levels(self, device: torch.device) -> Levels:
         """From pixel values 0..255 to the model's."""
-        mean = torch.tensor(self.mean, device=device)
-        std = torch.tensor(self.std, device=device)
+        mean = torch.tensor(self.mean).to(device, non_blocking=True)
+        std = torch.tensor(self.std).to(device, non_blocking=True)
         return Levels.normalizing(mean, std, self.rescale_factor)
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Taps(NamedTuple):
         # Read before the move: a GPU need not be waited for where the boxes were drawn on the CPU.
         widest = max(1.0, float((stop - start).abs().max()) / out_size)
         num_taps = math.ceil(2 * support * widest) + 1
-        start, stop = start.to(device), stop.to(device)
+        start, stop = start.to(device, non_blocking=True), stop.to(device, non_blocking=True)
         scale = (stop - start) / out_size
         steps = torch.arange(out_size, dtype=start.dtype, device=start.device) + 0.5
         centers = start[:, None] + steps * scale[:, None]
@@ -172,7 +172,7 @@ def resample(
     if levels is not None:
         # Weights sum to 1, so that levels may as well change here, where there is less of them.
         pixels = levels(pixels)
-        ends = torch.tensor([0.0, 255.0], device=device).view(2, 1, 1, 1)
+        ends = torch.tensor([0.0, 255.0]).to(device, non_blocking=True).view(2, 1, 1, 1)
         low, high = levels(ends.expand(2, images.shape[1], 1, out_width))
     if memory_format == torch.channels_last:
         if levels is not None:
@@ -196,8 +196,10 @@ def affine_sample(images: Tensor, boxes: Tensor, linear: Tensor, size: tuple[int
     image is its mirror image. Returns float [N, C, h, w], 0..255.
     """
     height, width = images.shape[-2:]
-    top, left, bottom, right = boxes.to(images.device, torch.float32).unbind(dim=1)
-    linear = linear.to(images.device, torch.float32)[..., None, None]
+    top, left, bottom, right = boxes.to(images.device, torch.float32, non_blocking=True).unbind(
+        dim=1
+    )
+    linear = linear.to(images.device, torch.float32, non_blocking=True)[..., None, None]
     # A grid sample takes single pixels: shrink first where it would skip some.
     ratio = min(height / size[0], width / size[1])
     pixels = images.to(torch.float32)

@@ -78,7 +78,11 @@ class FixedPoint(NamedTuple):
     def __call__(self, lines: Tensor) -> Tensor:
         """As `Taps.__call__`, to whole numbers 0..255; a half goes up."""
         found, rest = (
-            Taps(taps.index.to(lines.device), taps.weights.to(lines.device), taps.in_size)(lines)
+            Taps(
+                taps.index.to(lines.device, non_blocking=True),
+                taps.weights.to(lines.device, non_blocking=True),
+                taps.in_size,
+            )(lines)
             for taps in self
         )
         whole = found.add_(0.5).floor()

@@ -183,8 +183,8 @@ def test_stopped_in_an_evaluation_it_is_made_again(tmp_path, stripes, tiny_vit):
     def stop_in_evaluation(trainer):
         def stop(module, args, kwargs):
             if not module.training and trainer.state.global_step == 4:
-                trainer.stop_request.note(signal.SIGTERM)
-                trainer.stop_request.note = lambda number: None
+                trainer.stop_signals.request.note(signal.SIGTERM)
+                trainer.stop_signals.request.note = lambda number: None
 
         trainer.model.register_forward_pre_hook(stop, with_kwargs=True)
         try:

@@ -2,8 +2,9 @@
 
 import torch
 from torch import nn
+from transformers import TimmWrapperConfig
 
-from hf_cifar.models.kernels import spare_depthwise_gradients, treat_depthwise_alike
+from hf_cifar.models.kernels import restore_kernels, use_float32_depthwise
 
 
 def test_slow_depthwise_gradients_are_spared_bfloat16():
@@ -16,6 +17,7 @@ def test_slow_depthwise_gradients_are_spared_bfloat16():
             "full": nn.Conv2d(4, 4, 5, stride=2),
         }
     )
+    convolutions.config = TimmWrapperConfig()
     images = torch.randint(-9, 9, (2, 4, 9, 9)).float()
 
     def gradients(autocast):
@@ -30,13 +32,13 @@ def test_slow_depthwise_gradients_are_spared_bfloat16():
         return found
 
     expected = gradients(autocast=False)
-    spare_depthwise_gradients(convolutions)
+    use_float32_depthwise(convolutions)
     found = gradients(autocast=True)
     exact = {name for name in convolutions if torch.equal(found[name], expected[name])}
     assert exact == {"stride", "filter"}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         spared = convolutions["stride"](images / 7)
-        treat_depthwise_alike(convolutions)
+        restore_kernels(convolutions)
         assert torch.equal(spared, convolutions["stride"](images / 7))
     exact = {name for name in convolutions if torch.equal(gradients(True)[name], expected[name])}
     assert not exact
@@ -51,7 +53,7 @@ def test_a_frozen_depthwise_layer_computes_in_bfloat16():
     with torch.autocast("cpu", enabled=False):
         rounded = layer(images).bfloat16()
     assert not torch.equal(in_bfloat16, rounded)
-    spare_depthwise_gradients(nn.ModuleList([layer]))
+    use_float32_depthwise(nn.ModuleList([layer]))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(images), in_bfloat16)
         assert torch.equal(layer(images.requires_grad_()), rounded)

@@ -22,9 +22,9 @@ from hf_cifar.plan import num_batches
 from hf_cifar.training.autotune import (
     Setting,
     Timing,
-    arrange,
     candidates,
     choose,
+    computing_as,
     measure,
     pick_setting,
 )
@@ -156,7 +156,8 @@ def test_attention_that_came_without_the_kernel_stays_so(batch):
     came = [m.fused_attn for m in swin.modules() if hasattr(m, "fused_attn")]
     assert came == [False, False]
     for setting in (FP32, FP32._replace(attention="eager"), FP32):
-        arrange(swin, setting, CPU)
+        with computing_as(setting, swin):
+            assert [m.fused_attn for m in swin.modules() if hasattr(m, "fused_attn")] == came
         measure(swin, *batch, [FP32, BF16], rounds=1)
         assert [m.fused_attn for m in swin.modules() if hasattr(m, "fused_attn")] == came
 
@@ -267,7 +268,7 @@ def measured(caplog):
     return [m for m in caplog.messages if m.startswith("computing in")]
 
 
-def test_a_run_says_how_it_computes_and_a_resumed_one_does_the_same(
+def test_a_run_reports_its_setting_and_a_resumed_one_uses_the_same(
     tmp_path, stripes, tiny_vit, caplog
 ):
     caplog.set_level("INFO", logger="hf_cifar.plan")

@@ -21,8 +21,7 @@ from hf_cifar.plan import resolve_defaults
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.features import (
     FeatureStore,
-    accept_features,
-    accept_pixels_alone,
+    accepting_features,
     draw_view,
     features_suffice,
     fit_head,
@@ -203,12 +202,12 @@ def test_the_penalty_is_the_best_on_validation(tiny_vit):
     assert 1e-6 < penalty <= 1
 
 
-def test_accepting_features_can_be_undone(tiny_vit):
+def test_a_model_accepts_features_until_the_block_ends(tiny_vit):
     model = AutoModelForImageClassification.from_pretrained(tiny_vit)
-    accept_features(model)
-    assert model(pixel_values=torch.zeros(2, 32)).logits.shape == (2, 3)
-    assert model(pixel_values=torch.zeros(2, 3, 16, 16)).logits.shape == (2, 3)
-    accept_pixels_alone(model)
+    store = FeatureStore(torch.zeros(1, 2, 32), torch.tensor([0, 1]))
+    with accepting_features(model, store):
+        assert model(pixel_values=torch.zeros(2, 32)).logits.shape == (2, 3)
+        assert model(pixel_values=torch.zeros(2, 3, 16, 16)).logits.shape == (2, 3)
     with pytest.raises((ValueError, RuntimeError)):
         model(pixel_values=torch.zeros(2, 32))
 
