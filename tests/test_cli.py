@@ -247,8 +247,21 @@ BAD = {
         "pass the folder of a run",
     ),
     "optimiser without its package": (
-        ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--optim", "lion_8bit"],
+        [
+            "finetune",
+            *MODEL,
+            "--dataset_name",
+            "bundled/digits",
+            "--optim",
+            "lion_8bit",
+            "--learning_rate",
+            "1e-4",
+        ],
         "bitsandbytes",
+    ),
+    "optimiser without a known rate": (
+        ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--optim", "rmsprop"],
+        "--optim rmsprop has no default learning rate for this model; pass --learning_rate",
     ),
     "tracker without its package": (
         ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--report_to", "swanlab"],

@@ -28,7 +28,6 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import build_model
 from hf_cifar.plan import resolve_defaults
 from hf_cifar.training.build import build_trainer
-from hf_cifar.training.losses import binary_cross_entropy
 
 
 def config_of(folder, data, model, *flags):
@@ -226,14 +225,6 @@ def test_loss_is_binary_cross_entropy_smoothed_in_training_alone(tmp_path, light
         loss, outputs = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
         wanted = F.binary_cross_entropy_with_logits(outputs["logits"], targets)
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
-
-
-def test_smoothing_of_one_label_is_that_of_plain_cross_entropy():
-    labels = F.one_hot(torch.tensor([1, 3]), 4)
-    smoothed = labels * 0.9 + 0.1 / 4
-    logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-    wanted = F.binary_cross_entropy_with_logits(logits, smoothed)
-    assert binary_cross_entropy(logits, labels, 0.1) == pytest.approx(wanted.item())
 
 
 @pytest.mark.parametrize("flag", ["--mixup_alpha", "--cutmix_alpha"])

@@ -6,12 +6,24 @@ from transformers import (
     ResNetForImageClassification,
     SwinConfig,
     SwinForImageClassification,
+    Trainer,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.training_args import OptimizerNames
 
 from hf_cifar.models.blocks import freeze
-from hf_cifar.training.optimizers import decay_learning_rates, decay_parameter_names, default_rates
+from hf_cifar.training.optimizers import (
+    OPTIMIZER_FAMILIES,
+    RATES,
+    build_optimizer,
+    decay_learning_rates,
+    decay_parameter_names,
+    default_rates,
+    model_family,
+    parameter_groups,
+)
 
 
 def vit():
@@ -110,10 +122,60 @@ def test_rates_by_family():
     assert pretrained.max_grad_norm == default_rates(network, 64).max_grad_norm == 1
     for model in (transformer, network, depthwise):
         assert default_rates(model, 64, scratch=True) == (1e-3, 1)
+    families = [model_family(model) for model in (transformer, network, depthwise)]
+    assert families == ["attention", "convolution", "depthwise"]
     freeze(transformer, "backbone")
+    assert model_family(transformer, scratch=True) == "head"
     head = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     assert head < 0.05 * sum(p.numel() for p in transformer.parameters())
     assert default_rates(transformer, 64).learning_rate > pretrained.learning_rate
+
+
+def test_the_rate_of_sgd_grows_with_the_batch_and_falls_with_the_momentum():
+    model = vit()
+    freeze(model, "backbone")
+
+    def rate(batch, optim_args=None):
+        return default_rates(model, batch, optim="sgd", optim_args=optim_args).learning_rate
+
+    assert rate(64) == RATES["sgd"]["head"].learning_rate
+    assert rate(256) == pytest.approx(4 * rate(64), rel=1e-2)
+    assert rate(64, "nesterov=true,momentum=0.9") == pytest.approx(0.1 * rate(64), rel=1e-2)
+
+
+def test_an_optimiser_or_a_family_without_a_known_rate_has_none():
+    """Its clipping is that of the family."""
+    depthwise = timm.create_model("test_efficientnet", num_classes=3)
+    assert default_rates(depthwise, 64, optim="rmsprop") == (None, 0.0)
+    assert default_rates(vit(), 64, optim="sgd") == (None, 1.0)
+    assert RATES["sgd"].keys() < RATES["adamw"].keys()
+
+
+def test_all_names_of_optimisers_with_a_rate_are_transformers_own():
+    assert OPTIMIZER_FAMILIES.keys() <= {name.value for name in OptimizerNames}
+    assert set(OPTIMIZER_FAMILIES.values()) == RATES.keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"]
+)
+def test_every_optimiser_that_needs_no_package_is_built(tmp_path, name):
+    """With the hyperparameters that the Trainer would give it, and our groups."""
+    model = vit()
+    args = TrainingArguments(output_dir=tmp_path, optim=name, learning_rate=0.1, use_cpu=True)
+    args.layer_decay = 1.0
+    optimizer = build_optimizer(model, args)
+    stock = Trainer(model=model, args=args).create_optimizer()
+    assert type(optimizer) is type(stock)
+    decayed, plain = optimizer.param_groups
+    assert {id(p) for p in decayed["params"]} == {
+        id(p) for p in parameter_groups(model, 0.0)[0]["params"]
+    }
+    options = [
+        {k: v for k, v in o.param_groups[0].items() if k != "params"} for o in (optimizer, stock)
+    ]
+    assert options[0] == options[1]
+    assert plain["weight_decay"] == 0
 
 
 def test_rates_decay_with_depth_and_keep_the_groups_options():
