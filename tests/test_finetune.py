@@ -441,7 +441,7 @@ def test_a_stream_resumes_in_mid_epoch_with_its_own_number_of_workers(
 
 @pytest.mark.parametrize("name", ["auto_find_batch_size", "dataloader_persistent_workers"])
 def test_options_that_a_stream_cannot_honour_are_refused(tmp_path, shards, tiny_vit, name):
-    with pytest.raises(UserError, match=f"--{name} does not go with --streaming"):
+    with pytest.raises(UserError, match=f"--{name} cannot be combined with --streaming"):
         run(
             tmp_path / "run",
             shards,

@@ -262,7 +262,7 @@ def test_gradients_are_the_same_with_and_without_accumulation(tmp_path, lights, 
 
 def test_the_exact_solver_is_refused(tmp_path, lights, tiny_vit):
     flags = ("--head_solver", "lbfgs", "--freeze", "backbone")
-    with pytest.raises(UserError, match="lbfgs solves for one label an image"):
+    with pytest.raises(UserError, match="lbfgs is for one label per image"):
         make_trainer(tmp_path, lights, tiny_vit, *flags)
 
 

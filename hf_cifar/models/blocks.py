@@ -1,4 +1,4 @@
-"""The blocks of a backbone: their order and depth, and which parameters train."""
+"""Blocks of a backbone: their order and depth, and which parameters train."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_cifar.models.heads import head_parameter_names
 
 
 def backbone_blocks(model: PreTrainedModel) -> list[str]:
-    """Prefixes of the backbone's stages or blocks, from input to output.
+    """List the prefixes of the backbone's stages or blocks, from input to output.
 
     Raises: UserError for an architecture without any.
     """
@@ -40,7 +40,7 @@ def _children_with_weights(module: nn.Module) -> list[str]:
 
 
 def _timm_blocks(model: PreTrainedModel) -> list[str]:
-    """Blocks by timm's own `group_matcher`: the first prefix of each number that its `blocks` match.
+    """List the blocks of timm's own `group_matcher`: the first prefix of each number that its `blocks` match.
 
     DenseNet's `denseblock1` and `transition1` are one stage.
     """
@@ -68,8 +68,10 @@ def _no_blocks(what: str) -> UserError:
 
 
 def block_depths(model: PreTrainedModel) -> dict[str, int]:
-    """How far each parameter is from the output: 0 for the head and what else stands behind the blocks,
-    1 for the last block, one more for each block before, and the highest for what stands before all.
+    """Return the distance of each parameter from the output, in blocks.
+
+    0 for the head and all other layers after the blocks, 1 for the last block, one more for each earlier
+    block, and the highest for the layers before the blocks.
 
     Raises: UserError for an architecture without blocks.
     """
@@ -77,7 +79,7 @@ def block_depths(model: PreTrainedModel) -> dict[str, int]:
     names = [name for name, _ in model.named_parameters()]
     starts = [next(i for i, n in enumerate(names) if n.startswith(block)) for block in blocks]
     end = 1 + max(i for i, name in enumerate(names) if name.startswith(blocks[-1]))
-    bounds = [*starts, end]  # what stands between two blocks belongs to the former
+    bounds = [*starts, end]  # layers between two blocks belong to the first of them
     return {
         name: 0 if name in head else len(bounds) - bisect.bisect_right(bounds, i)
         for i, name in enumerate(names)
@@ -85,9 +87,9 @@ def block_depths(model: PreTrainedModel) -> dict[str, int]:
 
 
 def freeze(model: PreTrainedModel, what: str) -> None:
-    """Set which parameters train: "none" frozen, all of the "backbone", or all but its last N blocks.
+    """Freeze "none" of the parameters, the whole "backbone", or all of it but its last N blocks.
 
-    What stands behind the blocks (a final norm, a pooler) trains with them.
+    Layers after the blocks (a final norm, a pooler) train with them.
     Raises: UserError if N exceeds the number of blocks.
     """
     model.requires_grad_(True)
@@ -107,7 +109,7 @@ def freeze(model: PreTrainedModel, what: str) -> None:
 
 
 def frozen_norms(model: nn.Module) -> list[_BatchNorm]:
-    """BatchNorms none of whose parameters train: in eval mode, their statistics stay the checkpoint's."""
+    """List the BatchNorms with frozen parameters: in eval mode they keep the checkpoint's statistics."""
     return [
         module
         for module in model.modules()
@@ -118,7 +120,7 @@ def frozen_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def describe_trainable(model: nn.Module) -> str:
-    """One line: how many parameters train."""
+    """Describe in one line how many parameters train."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{trainable:,} of {total:,} parameters train ({trainable / total:.1%})"

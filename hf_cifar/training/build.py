@@ -1,4 +1,4 @@
-"""The Trainer of a run, with its stores or features and its augmentation."""
+"""Construction of a run's Trainer, with its stores or features and its augmentation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 def build_trainer(
     model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, config: RunConfig
 ) -> ImageClassificationTrainer:
-    """The Trainer over both splits' pixels; `config` must be resolved, see `resolve_setting`."""
+    """Return the Trainer over both splits; `config` must be resolved, see `resolve_setting`."""
     preprocessing = Preprocessing.from_image_processor(image_processor)
     kind, args = config.data.pixel_store, config.train
     shards = shard_store(splits.train, preprocessing, args)
@@ -63,10 +63,10 @@ def build_trainer(
         dataloader_pin_memory=pinned,
         # Batches are copied to a GPU while it computes.
         accelerator_config=dataclasses.replace(args.accelerator_config, non_blocking=pinned),
-        auto_find_batch_size=False,  # the parent's changes the batch, and mistakes an evaluation for a step
-        push_to_hub=False,  # hub/push.py pushes, once, at the end
-        hub_token=None,  # no logger gets to see it
-        run_name=args.run_name or args.output_dir,  # else trackers make a name up
+        auto_find_batch_size=False,  # the parent's changes the batch
+        push_to_hub=False,  # hub/push.py pushes once, at the end
+        hub_token=None,  # hidden from loggers
+        run_name=args.run_name or args.output_dir,  # else trackers invent a name
     )
     device = args.device if num_workers == 0 else CPU  # a worker process must not touch a GPU
     callbacks = []
@@ -105,12 +105,12 @@ def build_trainer(
 def shard_store(
     train: Split | Stream, preprocessing: Preprocessing, args: FinetuneConfig
 ) -> ShardStore | None:
-    """This process's part of a stream; None for a split that can be read in any order."""
+    """Return this process's part of a stream; None for a split that can be read in any order."""
     if not isinstance(train, Stream):
         return None
     for name in ("auto_find_batch_size", "dataloader_persistent_workers"):
         if getattr(args, name):
-            raise UserError(f"--{name} does not go with --streaming; leave one of them out")
+            raise UserError(f"--{name} cannot be combined with --streaming; leave one of them out")
     logger.info(
         "train: about %s images in %d shards, read as they are needed",
         f"{len(train):,}", train.rows.num_shards,
@@ -128,13 +128,13 @@ def shard_store(
 def trains_on_features(
     config: RunConfig, model: PreTrainedModel, preprocessing: Preprocessing
 ) -> bool:
-    """Whether the head alone trains, on inputs that can be computed beforehand.
+    """Return True if only the head trains, on inputs that can be computed once.
 
-    Raises: UserError if only that would do, but it is not so.
+    Raises: UserError if the run requires that but the options or the model rule it out.
     """
     if config.train.head_solver == "lbfgs" and is_multi_label(model):
         raise UserError(
-            "--head_solver lbfgs solves for one label an image, and the data have several; leave it out"
+            "--head_solver lbfgs is for one label per image, and the data have several; leave it out"
         )
     wanted = config.model.freeze == "backbone" and config.train.feature_views > 0
     wanted = wanted and not config.data.streaming
@@ -156,7 +156,7 @@ def feature_stores(
     preprocessing: Preprocessing,
     config: RunConfig,
 ) -> list[FeatureStore]:
-    """What the head sees of train, in all views, and of validation."""
+    """Return the features of train, in all views, and of validation."""
     options = {
         "preprocessing": preprocessing,
         "augmentation": augmentation(config.augment),
@@ -180,7 +180,7 @@ def feature_stores(
 
 
 def augmentation(options: AugmentConfig) -> Augmentation:
-    """What the options ask to happen to a training batch."""
+    """Return the random transform of training batches that the options describe."""
     view = RandomView(
         padding=options.crop_padding,
         min_area=options.crop_scale,
@@ -210,8 +210,10 @@ def augmentation(options: AugmentConfig) -> Augmentation:
 
 
 def resolve_workers(config: RunConfig, train: Split | Stream) -> RunConfig:
-    """Settle how many loader workers share a stream's shards: its order depends on it, so that a run that is
-    resumed needs as many. Of other data nothing does."""
+    """Settle the number of loader workers of a stream.
+
+    The sample order depends on it, so a resumed run must use the same; it has no effect on other data.
+    """
     args = config.train
     if not isinstance(train, Stream) or args.dataloader_num_workers is not None:
         return config

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: written aside, then summed and renamed into place while training
-goes on; a run goes on from the newest that is whole, to the same bits.
+"""Checkpoints that are complete or absent.
 
-A checkpoint is a folder `checkpoint-STEP` with a list of its files' SHA-256 in the format of `sha256sum -c`.
-Tensors and plain values are kept as safetensors, which run no code when they are read.
+A checkpoint is written to a temporary folder, then summed and renamed while training continues; a run resumes
+from the newest complete one. It is a folder `checkpoint-STEP` with a list of its files' SHA-256 in the format
+of `sha256sum -c`. Tensors and plain values are stored as safetensors, which run no code when they are read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hf_cifar.text import one_line
 logger = logging.getLogger(__name__)
 
 SUMS_FILE = "SHA256SUMS"
-# Of what is being written or removed; whoever finds one finds the rest of a process that was killed.
+# Temporary folders. One found at start-up was left by a killed process.
 STAGING, TRASH = ".checkpoint-staging", ".checkpoint-trash"
 
 
@@ -37,16 +37,17 @@ STAGING, TRASH = ".checkpoint-staging", ".checkpoint-trash"
 def written_aside(
     run_folder: Path, step: int, *, is_main: bool, wait: Callable[[], None]
 ) -> Iterator[Path]:
-    """A folder to write a checkpoint into; `complete_checkpoint` makes it one.
+    """Yield a folder to write a checkpoint into; `complete_checkpoint` turns it into one.
 
-    is_main: whether this process makes the folder, for all that write. wait: until all processes are there.
+    is_main: True in the process that creates the folder for all others. wait: blocks until all processes have
+    called it.
 
-    Raises: UserError if it cannot be written; nothing is left of it then.
+    Raises: UserError if it cannot be written; then nothing of it is left.
     """
     staging = run_folder / STAGING
-    with _told(run_folder, step, is_main):
+    with checkpoint_errors(run_folder, step, is_main):
         if is_main:
-            _remove_rest(run_folder)
+            _remove_temporary(run_folder)
             staging.mkdir(parents=True)
         wait()
         yield staging
@@ -54,38 +55,38 @@ def written_aside(
 
 
 def complete_checkpoint(run_folder: Path, step: int) -> None:
-    """Make what was written aside `checkpoint-STEP`, whole, on the disk.
+    """Sum and flush what was written aside, and rename it to `checkpoint-STEP`.
 
-    A checkpoint of this step that is there already is replaced.
-    Raises: UserError if that fails; what was there before stays as it was.
+    Replaces an older checkpoint of this step.
+    Raises: UserError if that fails; then an older checkpoint stays as it was.
     """
     staging, final = run_folder / STAGING, run_folder / f"checkpoint-{step}"
-    with _told(run_folder, step, is_main=True):
+    with checkpoint_errors(run_folder, step, is_main=True):
         _seal(staging)
         _replace(final, staging, aside=run_folder / TRASH)
         _sync(run_folder)
-        _remove_rest(run_folder)
+        _remove_temporary(run_folder)
 
 
 @contextlib.contextmanager
-def _told(run_folder: Path, step: int, is_main: bool) -> Iterator[None]:
-    """Leave nothing half written, and say in a line what the system did not do."""
+def checkpoint_errors(run_folder: Path, step: int, is_main: bool) -> Iterator[None]:
+    """Remove a half-written checkpoint, and report an OS error as a one-line UserError."""
     try:
         yield
     except BaseException as error:
         if is_main:
-            _remove_rest(run_folder)
+            _remove_temporary(run_folder)
         if not isinstance(error, (OSError, SafetensorError)):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(
-            f"cannot save a checkpoint at step {step} in {run_folder}: {reason}; make room, then go on from "
-            "the one before with --resume_from_checkpoint last"
+            f"cannot save a checkpoint at step {step} in {run_folder}: {reason}; make room, then "
+            "resume from the previous one with --resume_from_checkpoint last"
         ) from None
 
 
 def _replace(folder: Path, new: Path, *, aside: Path) -> None:
-    """Rename `new` to `folder`; what is there goes aside, and comes back if that fails."""
+    """Rename `new` to `folder`. An existing folder is moved aside, and back if that fails."""
     replaced = folder.exists()
     if replaced:
         os.rename(folder, aside)
@@ -98,7 +99,7 @@ def _replace(folder: Path, new: Path, *, aside: Path) -> None:
 
 
 def list_checkpoints(run_folder: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, the newest step first, whole or not."""
+    """List the checkpoint folders of a run, the newest step first, complete or damaged."""
     steps = {
         int(match[1]): path
         for path in Path(run_folder).glob("checkpoint-*")
@@ -108,17 +109,17 @@ def list_checkpoints(run_folder: str | Path) -> list[Path]:
 
 
 def newest_checkpoint(run_folder: str | Path) -> Path | None:
-    """The newest checkpoint that is whole, or None; one line for each newer one that is not."""
+    """Return the newest complete checkpoint, or None. Warns of each newer one that is damaged."""
     for folder in list_checkpoints(run_folder):
         damage = find_damage(folder)
         if damage is None:
             return folder
-        logger.warning("%s is damaged: %s; looking for the one before", folder, damage)
+        logger.warning("%s is damaged: %s; trying the previous one", folder, damage)
     return None
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in a phrase; None if each is what was written."""
+    """Describe what is wrong with a checkpoint's files; None if each is as it was written."""
     try:
         lines = (checkpoint / SUMS_FILE).read_bytes().decode().splitlines(keepends=True)
     except FileNotFoundError:
@@ -129,7 +130,7 @@ def find_damage(checkpoint: Path) -> str | None:
     for line in lines:
         match = re.fullmatch(r"([0-9a-f]{64})  (.+)\n", line)
         if match is None:
-            return f"{SUMS_FILE} is no list of sums"
+            return f"{SUMS_FILE} is not a list of checksums"
         sums[match[2]] = match[1]
     there = set(_files(checkpoint))
     for name in sorted(there ^ sums.keys()):
@@ -147,26 +148,26 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def remove_old_checkpoints(run_folder: Path, *, keep: set[Path], limit: int | None) -> None:
-    """Remove the oldest checkpoints until no more than `limit` are left, or only those of `keep`."""
+    """Remove the oldest checkpoints until at most `limit` are left, or only those of `keep`."""
     checkpoints = list_checkpoints(run_folder)
     surplus = len(checkpoints) - limit if limit else 0
     for folder in [path for path in reversed(checkpoints) if path not in keep][: max(0, surplus)]:
-        # First out of sight: a checkpoint is never seen half removed.
+        # Renamed first: a checkpoint is never seen half removed.
         os.rename(folder, run_folder / TRASH)
-        _remove_rest(run_folder)
+        _remove_temporary(run_folder)
 
 
 def save_state(path: Path, state: Any) -> None:
-    """Write nested dicts, lists and tuples of tensors and plain values, as one safetensors file.
+    """Write nested dicts, lists and tuples of tensors and plain values into one safetensors file.
 
-    Raises: UserError for a value that is neither.
+    Raises: UserError for a value of another type.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_to_plain(state, tensors))
     storages: set[int] = set()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
-        # Not two tensors of one memory, nor a part of a larger one: safetensors refuses them.
+        # safetensors refuses tensors that share memory, or are part of a larger one.
         if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
             tensors[name] = tensor.clone()
         storages.add(storage.data_ptr())
@@ -174,21 +175,24 @@ def save_state(path: Path, state: Any) -> None:
 
 
 def load_state(path: Path) -> Any:
-    """What `save_state` wrote, on the CPU, tensors with their strides. Raises: UserError if it did not."""
+    """Read what `save_state` wrote: tensors on the CPU, with their strides.
+
+    Raises: UserError for any other file.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             tree = json.loads(file.metadata()["tree"])
             return _from_plain(tree, file.get_tensor)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is no saved state: {one_line(error)}") from None
+        raise UserError(f"{path} is not a saved state: {one_line(error)}") from None
 
 
 def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON: what JSON lacks is a list that begins with its kind; tensors go to `tensors`."""
+    """Return the value as JSON: other types are lists that begin with their name, tensors go to `tensors`."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Tensor):
-        # In the order of their memory: an optimiser's moments are laid out like their weights.
+        # In memory order: an optimiser's moments have the layout of their weights.
         order = sorted(range(value.ndim), key=lambda dim: (-value.stride(dim), dim))
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().permute(order).contiguous()
@@ -221,12 +225,12 @@ def file_hash(path: Path) -> str:
 
 
 def _seal(folder: Path) -> None:
-    """Sum and flush all files of a folder; last the list of the sums."""
+    """Sum and flush all files of a folder, and write the list of sums last."""
     names = sorted(_files(folder))
     with ThreadPoolExecutor(4) as pool:
         flushed = pool.map(lambda name: _sync(folder / name), names)
         sums = list(pool.map(lambda name: file_hash(folder / name), names))
-        list(flushed)  # raises what went wrong
+        list(flushed)  # raises an error of the flush
     text = "".join(f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True))
     (folder / SUMS_FILE).write_text(text)
     _sync(folder / SUMS_FILE)
@@ -234,13 +238,13 @@ def _seal(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of all files below a folder, but the list of sums."""
+    """List the names of all files below a folder, except the list of sums."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return [name for name in names if name != SUMS_FILE]
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Flush a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -248,6 +252,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_rest(run_folder: Path) -> None:
+def _remove_temporary(run_folder: Path) -> None:
     for name in (STAGING, TRASH):
         shutil.rmtree(run_folder / name, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Behind a frozen backbone only the head trains: compute its inputs once, and train on them.
+"""Features of a frozen backbone, computed once, and training of the head on them.
 
-A feature is what the head, one linear layer, sees of an image. With `views` above 1, the first view is the
-image as evaluation sees it and the others are augmented; training then draws one for each image and step.
+A feature is the input of the head, one linear layer, for an image. With `views` above 1, the first view is
+the image as in evaluation and the others are augmented; training then draws one for each image and step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
-# Penalties of the linear head, from the strongest: each solution is the start of the next.
+# Penalties of the linear head, the strongest first: each solution is the starting point of the next.
 PENALTIES = tuple(10.0**exponent for exponent in (0, -1, -2, -3, -4, -5, -6))
 
 
@@ -88,7 +88,7 @@ def accepting_features(model: PreTrainedModel, store: Dataset) -> Iterator[None]
 
 @contextmanager
 def _inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what a module is given."""
+    """Collect the inputs of a module."""
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
@@ -98,7 +98,7 @@ def _inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def features_suffice(model: PreTrainedModel, preprocessing: Preprocessing) -> bool:
-    """Whether the model is a frozen backbone and a linear head on one feature an image, and nothing else."""
+    """Return True if the model is just a frozen backbone with a linear head on one feature per image."""
     head = linear_head(model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if head is None or trainable != head_parameter_names(model):
@@ -128,10 +128,10 @@ def feature_store(
     num_workers: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> FeatureStore:
-    """The features of every image of a split, from the disk if they were computed before.
+    """Return the features of every image of a split, from the disk if they were computed before.
 
-    dtype: of the backbone's autocast; the features are float32. They are kept under a hash of images,
-    weights, preprocessing and what the views draw from.
+    dtype: of the backbone's autocast; the features are float32. They are stored under a hash of images,
+    weights, preprocessing and augmentation.
     """
     device = next(model.parameters()).device
     details = [preprocessing, views, dtype, (augmentation, seed) if views > 1 else None]
@@ -177,7 +177,7 @@ def _one_view(
     seed: tuple[int, int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Features [N, D] of every image in order, as evaluation sees it, or augmented."""
+    """Compute the features [N, D] of every image in order, as in evaluation, or augmented."""
     head, device = linear_head(model), next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -201,10 +201,10 @@ def _one_view(
 def solve_head(
     features: Tensor, labels: Tensor, num_classes: int, penalty: float, start: Tensor | None = None
 ) -> Tensor:
-    """The linear head that minimises mean cross-entropy + penalty / 2 * |weights|^2, by L-BFGS.
+    """Minimise mean cross-entropy + penalty / 2 * |weights|^2 of a linear head, by L-BFGS.
 
-    features [N, D]; labels [N]; start: a solution to begin at. Returns [num_classes, D + 1], the last column
-    is the bias, which is not penalised. The problem is convex: there is one solution.
+    features [N, D]; labels [N]; start: a solution to start from. Returns [num_classes, D + 1]; the last
+    column is the bias, which is not penalised. The problem is convex: there is one solution.
     """
     if start is None:
         start = features.new_zeros(num_classes, features.shape[1] + 1)
@@ -227,10 +227,10 @@ def solve_head(
 
 
 def fit_head(model: PreTrainedModel, train: FeatureStore, validation: FeatureStore) -> float:
-    """Solve for the head at each penalty; the one with the best validation accuracy goes into the model.
+    """Solve for the head at each penalty, and give the model the one with the best validation accuracy.
 
-    Penalties are relative to features scaled to a mean square of 1. Of equals the strongest wins.
-    Returns the penalty chosen.
+    Penalties are relative to features scaled to a mean square of 1. Of equally good ones the strongest wins.
+    Returns the chosen penalty.
     """
     head = linear_head(model)
     views, _, width = train.features.shape

@@ -1,22 +1,22 @@
-"""Freed memory, kept by the C library for what a training on a CPU needs next."""
+"""Reuse of freed memory in training on a CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 
-# glibc's, from malloc.h: the size from which free memory goes back to the system, the most mapped blocks, and
-# the most arenas.
+# From glibc's malloc.h: the amount of free memory above which it is returned to the system, and the largest
+# numbers of mapped blocks and of arenas.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, for what this process needs next; for training on a CPU.
+    """Let the C library keep freed memory for this process.
 
-    glibc maps each large block anew and unmaps it when it is freed. But a training step frees what the next
-    asks for again, and the system clears every page in between; docs/speed.md has what that costs. Nothing
-    happens with another C library.
+    glibc maps a large block when it is allocated and unmaps it when it is freed. A training step frees what
+    the next one allocates again, and the system clears every page in between; docs/speed.md has the cost.
+    With another C library this does nothing.
 
     Source: mallopt(3).
     """
@@ -24,4 +24,4 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
-        mallopt(M_ARENA_MAX, 1)  # those of further threads are given back all the same
+        mallopt(M_ARENA_MAX, 1)  # memory of further arenas is returned in any case

@@ -1,4 +1,4 @@
-"""The model and its image processor, as plain transformers files."""
+"""Saving of the model and its image processor as plain transformers files."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from hf_cifar.training.trainer import ImageClassificationTrainer
 
 
 def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
-    """Save model and image processor as plain transformers files, and no pickle.
+    """Save model and image processor as plain transformers files, without any pickle.
 
-    A timm model's weights keep timm's own names: transformers and timm both load such a folder.
+    A timm model's weights have timm's own names: transformers and timm both load such a folder.
     """
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, where sharded
-    # torch.compile puts a prefix of its own before every name.
+    # torch.compile adds a prefix to every name.
     weights = {name.removeprefix("_orig_mod."): value for name, value in weights.items()}
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if model.config.model_type == "timm_wrapper":
             weights = {name.removeprefix("timm_model."): value for name, value in weights.items()}
-        # Aside, so that nobody ever sees half a model.
+        # Written aside first, so that nobody sees half a model.
         with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as aside:
             model.save_pretrained(aside, state_dict=weights)
             trainer.processing_class.save_pretrained(aside)
             files = list(Path(aside).iterdir())
             for path in files:
-                # safetensors keeps its files from everybody but their owner.
+                # safetensors makes its files readable by their owner alone.
                 shutil.copymode(Path(aside, "config.json"), path)
             for path in files:
                 os.replace(path, folder / path.name)

@@ -77,7 +77,7 @@ def test_a_state_that_is_no_plain_value_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"rubbish", b"\x08" + bytes(7) + b"{}      "])
 def test_a_file_that_is_no_state_is_named(tmp_path, content):
     (tmp_path / "state").write_bytes(content)
-    with pytest.raises(UserError, match="state is no saved state"):
+    with pytest.raises(UserError, match="state is not a saved state"):
         load_state(tmp_path / "state")
 
 
