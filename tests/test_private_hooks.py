@@ -26,14 +26,10 @@ SIGNATURES = {
     "trial: 'optuna.Trial | dict[str, Any] | None') -> bool",
     "Trainer._evaluate": "(self, trial: 'optuna.Trial | dict[str, Any] | None', "
     "ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> dict[str, float]",
-    "Trainer._init_training_state": "(self, max_steps, num_update_steps_per_epoch, num_train_epochs, "
-    "resume_from_checkpoint, trial) -> tuple[int, int]",
     "Trainer._issue_warnings_after_load": "(self, load_result: Any) -> None",
     "Trainer._load_best_model": "(self) -> None",
     "Trainer._load_optimizer_and_scheduler": "(self, checkpoint: str | None) -> None",
     "Trainer._load_rng_state": "(self, checkpoint: str | None) -> None",
-    "Trainer._load_scaler": "(self, checkpoint: str | None) -> None",
-    "Trainer._prepare_for_training": "(self, max_steps, train_dataloader, resume_from_checkpoint)",
     "Trainer._prepare_inputs": "(self, inputs: dict[str, torch.Tensor | typing.Any]) "
     "-> dict[str, torch.Tensor | typing.Any]",
     "Trainer._run_epoch": "(self, model, epoch, train_dataloader, steps_in_epoch, "
@@ -43,8 +39,6 @@ SIGNATURES = {
     "Trainer._save_checkpoint": "(self, model: torch.nn.modules.module.Module, "
     "trial: 'optuna.Trial | dict[str, Any] | None') -> None",
     "Trainer._save_optimizer_and_scheduler": "(self, output_dir: str) -> None",
-    "Trainer._save_rng_state": "(self, output_dir: str) -> None",
-    "Trainer._save_scaler": "(self, output_dir: str) -> None",
 }
 # Attributes of a Trainer that ours sets or reads; also one of ours that the parent begins to use.
 TRAINER_ATTRIBUTES = {"_train_batch_size"}

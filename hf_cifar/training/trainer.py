@@ -103,7 +103,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.resuming.checkpoint = self.averaging.checkpoint = resume_from_checkpoint
 
         def train() -> TrainOutput:
-            self._micro_batch = (-1, -1)
+            self._micro_batch, self.lr_scheduler = (-1, -1), None
             return super(ImageClassificationTrainer, self).train(resume_from_checkpoint, **kwargs)
 
         with (
@@ -213,7 +213,6 @@ class ImageClassificationTrainer(ResumableTrainer):
             self.lr_scheduler = build_schedule(
                 self.args, optimizer or self.optimizer, num_training_steps
             )
-            self._created_lr_scheduler = True  # so that another call of `train` creates another
         return self.lr_scheduler
 
     def _save(
