@@ -173,5 +173,9 @@ RATES: dict[str | None, dict[str, Rates]] = {
         "depthwise": Rates(5.66e-3, max_grad_norm=0.0),
     },
     # Without momentum.
-    "sgd": {"head": Rates(0.4)},
+    "sgd": {
+        "head": Rates(0.4),
+        "scratch": Rates(0.05),
+        "depthwise": Rates(0.05, max_grad_norm=0.0),
+    },
 }
