@@ -14,7 +14,7 @@ from hf_cifar.training.checkpoints import load_state, save_state
 
 # The weights in training, where a checkpoint's model file holds their average.
 TRAINED_FILE = "trained_weights.safetensors"
-# The average forgets its first steps as training goes on (timm.utils.ModelEmaV3, for short runs).
+# The average forgets its first steps as the training continues (timm.utils.ModelEmaV3, for short runs).
 WARMUP_POWER = 0.75
 
 
