@@ -62,7 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = str(small_pictures(Path(folder, "data"), num_images=200))
-        task = Task(options.model, 32, 4, STEPS, dataset_name=data)
+        task = Task(options.model, 32, 4, dataset_name=data, num_steps=STEPS)
         config = task.config(
             f"{folder}/ours",
             "--precision",

@@ -28,7 +28,8 @@ MEMORY_STEPS = "200"  # enough for ours to pick its setting
 PLAIN_MEMORY = """
 import resource, sys
 from benchmarks.peers import Task, plain
-plain(Task(sys.argv[2], 96, 32, int(sys.argv[3]), dataset_name=sys.argv[1]), lambda: None, use_cpu=True)
+task = Task(sys.argv[2], 96, 32, dataset_name=sys.argv[1], num_steps=int(sys.argv[3]))
+plain(task, lambda: None, use_cpu=True)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 OURS_MEMORY = """

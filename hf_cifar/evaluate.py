@@ -42,6 +42,7 @@ from hf_cifar.models.problem_type import is_multi_label, thresholds_of
 from hf_cifar.report.card import is_untouched, save_card
 from hf_cifar.runs.folder import CORRUPTIONS_FILE, RUN_FILE, read_json, write_json
 from hf_cifar.text import one_line
+from hf_cifar.training.losses import build_loss
 from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -205,6 +206,7 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
             ),
             processing_class=image_processor,
             preprocessing=preprocessing,
+            evaluation_loss=build_loss(multi_label=is_multi_label(model)),
         )
         evaluation = evaluate_classifier(trainer, split, data.pixel_store, temperature)
         corrupted = None

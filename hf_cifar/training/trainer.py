@@ -33,12 +33,14 @@ from hf_cifar.training.schedules import build_schedule
 from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
 
+DEFAULT_SETTING = Setting()
+
 
 class ImageClassificationTrainer(ResumableTrainer):
     """Trains on uint8 batches: each is transformed on the device, inside the step.
 
-    loss, evaluation_loss: of training and of evaluations. preprocessing: the transform of the saved image
-    processor, applied to evaluation batches. augmentation: the random transform applied to training batches
+    preprocessing: the transform of the saved image processor, applied to evaluation batches. evaluation_loss,
+    loss: of evaluations and of training. augmentation: the random transform applied to training batches
     instead, drawn from a generator seeded by (seed, step, micro-batch, rank), so that a resumed run sees the
     images that an uninterrupted one would. setting: how the model computes while it trains. averaging: of the
     weights that are evaluated and saved. shrink_batch: restart a training that runs out of memory with
@@ -48,16 +50,17 @@ class ImageClassificationTrainer(ResumableTrainer):
     def __init__(
         self,
         *args: Any,
-        loss: Loss,
-        evaluation_loss: Loss,
         preprocessing: Preprocessing,
-        augmentation: Augmentation | None,
-        setting: Setting,
-        averaging: WeightAverage,
+        evaluation_loss: Loss,
+        loss: Loss | None = None,
+        augmentation: Augmentation | None = None,
+        setting: Setting = DEFAULT_SETTING,
+        averaging: WeightAverage | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         shrink_batch: bool = False,
         **kwargs: Any,
     ) -> None:
+        self.averaging = averaging or WeightAverage(0.0)
         # Compile for the sizes that occur: symbolic ones take minutes on some networks.
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
         with warnings.catch_warnings():
@@ -67,7 +70,7 @@ class ImageClassificationTrainer(ResumableTrainer):
                 *args,
                 data_collator=take_batch,
                 compute_metrics=compute_training_metrics,
-                callbacks=[averaging, *callbacks],
+                callbacks=[self.averaging, *callbacks],
                 **kwargs,
             )
         # A model whose forward takes **kwargs but ignores num_items_in_batch inflates its gradients under
@@ -76,7 +79,6 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.loss, self.evaluation_loss = loss, evaluation_loss
         self.preprocessing, self.augmentation = preprocessing, augmentation
         self.setting, self.memory_format = setting, MEMORY_FORMATS[setting.memory_format]
-        self.averaging = averaging
         if self.args.device.type == "cpu":
             keep_freed_memory()
         self._frozen_norms = frozen_norms(self.model)
