@@ -1,11 +1,10 @@
-"""Where data comes from: every source ends as splits with an undecoded `image` and a ClassLabel `label`,
-or lists of them where an image has several."""
+"""Open a data set of any kind as splits with two columns: `image` (encoded) and `label` (ClassLabel, or lists
+of them if an image can have multiple labels)."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import os
 import re
 import shutil
@@ -31,12 +30,10 @@ BUNDLED = "bundled/"
 NUM_DOWNLOADS = 8  # at the same time
 
 
-@functools.lru_cache(maxsize=1)
 def load_source(config: DataConfig) -> DatasetDict:
-    """All splits of a data set, with columns `image` (encoded, not decoded) and `label` (ClassLabel, or lists
-    of them).
+    """Load all splits, with columns `image` (encoded, not decoded) and `label` (ClassLabel, or lists).
 
-    Raises: UserError for an unknown data set, no network, or columns that cannot be told apart.
+    Raises: UserError for an unknown data set, no network, or columns that cannot be identified.
     """
     name = config.dataset_name
     splits = open_data_set(config)
@@ -53,7 +50,8 @@ def load_source(config: DataConfig) -> DatasetDict:
 
 
 def open_data_set(config: DataConfig, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
-    """All splits as their source has them; streaming: unread, which needs a folder or the Hub.
+    """Open all splits with the columns that their source has; streaming: unread, which needs a folder or the
+    Hub.
 
     Raises: UserError for an unknown data set, no network, or a source that cannot be streamed.
     """
@@ -95,7 +93,7 @@ def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | I
         if streaming:
             return datasets.load_dataset(name, config.dataset_config_name, streaming=True)
         with contextlib.suppress(EntryNotFoundError):
-            fetch(name, "README.md", kind="dataset")  # it says what the data set holds
+            fetch(name, "README.md", kind="dataset")  # it names the configurations and splits
         builder = datasets.load_dataset_builder(
             name, config.dataset_config_name, cache_dir=_lockable_cache()
         )
@@ -117,7 +115,7 @@ def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | I
 
 
 def _lockable_cache() -> str | None:
-    """None for the cache of `datasets`; where that cannot be written to, a folder of links to what it holds.
+    """None for the cache of `datasets`; if it is read-only, a writable folder of links to its contents.
 
     `datasets` takes its locks there even to read.
     """
@@ -133,12 +131,12 @@ def _lockable_cache() -> str | None:
 
 
 def _fetch_data_files(builder: datasets.DatasetBuilder) -> None:
-    """Have the files of a Hub data set in the cache, where `datasets` looks for them.
+    """Download the files of a Hub data set into the cache, where `datasets` looks for them.
 
-    Raises: UserError for one that arrives damaged.
+    Raises: UserError for a file that arrives damaged.
     """
     urls = [url for urls in (builder.config.data_files or {}).values() for url in urls]
-    # What lies elsewhere than on the Hub has no hash.
+    # Files outside the Hub have no hash.
     found = [re.fullmatch(r"hf://datasets/(.+)@([0-9a-f]{40})/(.+)", url) for url in urls]
     with ThreadPoolExecutor(NUM_DOWNLOADS) as pool:
         parts = (url.groups() for url in found if url)

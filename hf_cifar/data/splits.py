@@ -1,4 +1,4 @@
-"""Train and validation, never test: the splits that a run may look at."""
+"""Open a data set once and take train and validation from it; test is sealed until the final evaluation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.columns import class_counts, class_label, label_array
+from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.split import Split, find_faults, render_rows, subset
 from hf_cifar.data.stratify import stratified, subsample
@@ -26,7 +27,7 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """What training may see. There is no test split here; see `load_test_split`."""
+    """The splits that training may see. Test is not among them; see `load_test_split`."""
 
     train: Split | Stream
     validation: Split
@@ -37,13 +38,13 @@ class Splits:
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image may have several labels, or none."""
+        """True if an image may have multiple labels, or none."""
         return self.validation.labels.ndim == 2
 
     @functools.cached_property
     def hash(self) -> str:
-        """Identifies the split: SHA-256 over the row ids, labels and label counts of both parts; of a stream,
-        over how many images it has, and which share of them, by which seed, trains."""
+        """SHA-256 over the row ids, labels and label counts of both parts; for a stream, over its number of
+        images, and the share and the seed that decide which of them train."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
             if isinstance(split, Stream):
@@ -58,41 +59,99 @@ class Splits:
         return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=1)
-def load_splits(config: DataConfig) -> Splits:
-    """Train and validation, seeded and stratified; the data set's own validation split if it has one.
+class DataSource:
+    """A data set, opened once. Pass it along, and nothing is loaded or decoded twice.
 
-    The last result is kept: asking twice costs nothing.
+    Its images are freed with it and the splits made from it.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self._pixels: dict[str, Pixels] = {}
+
+    @functools.cached_property
+    def splits(self) -> Splits:
+        """Train and validation, see `load_splits`."""
+        return _streamed_splits(self) if self.config.streaming else _splits(self)
+
+    @functools.cached_property
+    def test_split(self) -> Split:
+        """Test, for the final evaluation alone, see `load_test_split`."""
+        return _test_split(self)
+
+    @functools.cached_property
+    def rows(self) -> Mapping[str, Dataset | IterableDataset]:
+        """All rows by the source's own splits, with columns image (encoded) and label."""
+        return load_streams(self.config) if self.config.streaming else load_source(self.config)
+
+    def pixels(self, source_split: str) -> Pixels:
+        """The images of one of the source's own splits, shared by all splits that are made of it."""
+        if source_split not in self._pixels:
+            self._pixels[source_split] = Pixels(
+                source_split, self.rows[source_split], max_pixels=self.config.max_image_pixels
+            )
+        return self._pixels[source_split]
+
+
+def load_splits(config: DataConfig) -> Splits:
+    """Load train and validation, seeded and stratified; the data set's own validation split if it has one.
+
+    Each call loads the data set; a `DataSource` does once for all.
     Raises: UserError for data that cannot be trained on.
     """
-    if config.streaming:
-        return _load_streamed_splits(config)
-    source = load_source(config)
-    train_name = _train_name(source)
-    train = source[train_name]
-    labels = label_array(train)
-    names = class_label(train.features["label"]).names
+    return DataSource(config).splits
+
+
+def load_test_split(config: DataConfig) -> Split:
+    """Load the test split, labelled. For the final evaluation alone: nothing that is tuned may read it.
+
+    Before, only two questions are allowed: can its images be read, and does train hold them too.
+
+    Raises: UserError if the data set has no labelled test split.
+    """
+    return DataSource(config).test_split
+
+
+def _splits(source: DataSource) -> Splits:
+    config, rows = source.config, source.rows
+    train_name = _train_name(rows)
+    train = source.pixels(train_name)
+    labels = label_array(train.rows)
+    names = class_label(train.rows.features["label"]).names
     _require_classes(names, config)
     _require_every_class(labels, names, "image", train_name)
-    own = _own_validation(source)
+    own = _own_validation(rows)
     if own is not None:
-        validation = _split("validation", source[own], own, np.arange(len(source[own])))
-        train_ids = np.arange(len(train))
+        validation = _whole_split("validation", source.pixels(own))
+        train_rows = np.arange(len(train))
     else:
-        train_ids, validation_ids = stratified(
+        train_rows, validation_rows = stratified(
             labels, config.train_val_split, names, config.split_seed, train_name
         )
-        validation = _split("validation", train, train_name, validation_ids)
-    train = subsample(
-        _split("train", train, train_name, train_ids),
-        config.max_train_samples, config.split_seed, "--max_train_samples",
-    )  # fmt: skip
-    validation = subsample(
-        validation, config.max_eval_samples, config.split_seed, "--max_eval_samples"
-    )
-    splits = Splits(_as_asked(train, config), _as_asked(validation, config))
+        validation = Split("validation", train, validation_rows)
+    train_split = _sampled(Split("train", train, train_rows), "max_train_samples", config)
+    validation = _sampled(validation, "max_eval_samples", config)
+    splits = Splits(_usable(train_split, config), _usable(validation, config))
     _require_every_class(splits.train.labels, names, "readable image", train_name)
     return splits
+
+
+def _test_split(source: DataSource) -> Split:
+    require_test_split(source)
+    config = source.config
+    if config.streaming:
+        rows, row_ids = gather("test", source.rows["test"], config.max_eval_samples)
+        return _whole_split("test", Pixels("test", rows, row_ids, config.max_image_pixels))
+    test = _sampled(_whole_split("test", source.pixels("test")), "max_eval_samples", config)
+    return _usable(test, config)
+
+
+def _whole_split(name: str, pixels: Pixels) -> Split:
+    return Split(name, pixels, np.arange(len(pixels)))
+
+
+def _sampled(split: Split, limit: str, config: DataConfig) -> Split:
+    return subsample(split, getattr(config, limit), config.split_seed, f"--{limit}")
 
 
 def _require_every_class(labels: np.ndarray, names: list[str], what: str, where: str) -> None:
@@ -105,10 +164,8 @@ def _require_every_class(labels: np.ndarray, names: list[str], what: str, where:
         )
 
 
-def _as_asked(split: Split, config: DataConfig) -> Split:
-    """The split with the limit on its images' size, and with --on_bad_image skip without those that cannot be
-    read."""
-    split = replace(split, max_pixels=config.max_image_pixels)
+def _usable(split: Split, config: DataConfig) -> Split:
+    """The split, with --on_bad_image skip without its unreadable images, which the log names."""
     if config.on_bad_image == "error":
         return split
     faults = find_faults(split, config.pixel_store)
@@ -125,17 +182,17 @@ def _as_asked(split: Split, config: DataConfig) -> Split:
     return replace(subset(split, kept), skipped=split.row_ids[bad])
 
 
-def _load_streamed_splits(config: DataConfig) -> Splits:
-    """As `load_splits`, of a data set of which only validation is read here."""
-    source = load_streams(config)
-    train_name = _train_name(source)
-    train = source[train_name]
+def _streamed_splits(source: DataSource) -> Splits:
+    """Make the splits of a data set of which only validation is read here."""
+    config, streams = source.config, source.rows
+    train_name = _train_name(streams)
+    train = streams[train_name]
     _require_classes(train.features["label"].names, config)
-    own = _own_validation(source)
+    own = _own_validation(streams)
     limit, held_out, seed = config.max_eval_samples, config.train_val_split, config.split_seed
     if own is not None:
         held_out = 0.0
-        rows, row_ids = gather(own, source[own], limit)
+        rows, row_ids = gather(own, streams[own], limit)
     elif limit is None:
         raise UserError(
             f"{config.dataset_name} has no validation split, and a stream is not read to the end for one; "
@@ -153,7 +210,9 @@ def _load_streamed_splits(config: DataConfig) -> Splits:
         train=Stream(
             "train", train_name, train, num_images, held_out, end, seed, config.max_image_pixels
         ),
-        validation=Split("validation", rows, row_ids, own or train_name, config.max_image_pixels),
+        validation=_whole_split(
+            "validation", Pixels(own or train_name, rows, row_ids, config.max_image_pixels)
+        ),
     )
 
 
@@ -168,34 +227,16 @@ def _own_validation(source: Mapping) -> str | None:
     return next((name for name in VALIDATION_NAMES if name in source), None)
 
 
-@functools.lru_cache(maxsize=1)
-def load_test_split(config: DataConfig) -> Split:
-    """The test split, labelled. For the final evaluation alone: nothing that is tuned may read it.
-
-    Before, it may only be asked whether its images can be read, and whether train holds them too.
-
-    Raises: UserError if the data set has no labelled test split.
-    """
-    require_test_split(config)
-    if config.streaming:
-        rows, row_ids = gather("test", load_streams(config)["test"], config.max_eval_samples)
-        return Split("test", rows, row_ids, "test", config.max_image_pixels)
-    source = load_source(config)
-    test = _split("test", source["test"], "test", np.arange(len(source["test"])))
-    test = subsample(test, config.max_eval_samples, config.split_seed, "--max_eval_samples")
-    return _as_asked(test, config)
-
-
-def require_test_split(config: DataConfig) -> None:
+def require_test_split(source: DataSource) -> None:
     """Raises: UserError if the data set has no labelled test split."""
-    source = load_streams(config) if config.streaming else load_source(config)
-    if config.streaming and "test" in source:
-        first = next(iter(source["test"]), {"label": None})
+    rows = source.rows
+    if source.config.streaming and "test" in rows:
+        first = next(iter(rows["test"]), {"label": None})
         if first["label"] in (None, -1):
-            source = {name: rows for name, rows in source.items() if name != "test"}
-    if "test" not in source:
+            rows = {name: each for name, each in rows.items() if name != "test"}
+    if "test" not in rows:
         raise UserError(
-            f"data set {config.dataset_name} has no labelled test split, only {list(source)}; leave out "
+            f"data set {source.config.dataset_name} has no labelled test split, only {list(rows)}; leave out "
             "--do_predict and --check_leakage, or evaluate with --split validation"
         )
 
@@ -203,16 +244,9 @@ def require_test_split(config: DataConfig) -> None:
 def _train_name(source: Mapping) -> str:
     if "train" in source:
         return "train"
-    # A lone split is to be trained on, whatever its name, unless the name says that it is not.
+    # A lone split is train, unless its name says otherwise.
     if len(source) == 1 and not {"test", *VALIDATION_NAMES}.intersection(source):
         return next(iter(source))
     raise UserError(
         f"no train split among {list(source)}; name one of them train, or pass its folder alone"
     )
-
-
-def _split(name: str, rows: Dataset, source_split: str, row_ids: Sequence[int]) -> Split:
-    row_ids = np.asarray(row_ids, dtype=np.int64)
-    if len(row_ids) < len(rows):
-        rows = rows.select(row_ids)
-    return Split(name, rows, row_ids, source_split)

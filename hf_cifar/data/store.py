@@ -1,16 +1,15 @@
 """uint8 pixels for the loader: a split resident in memory or on the device, or streamed by workers.
 
-`ResidentStore` has every pixel, `StreamedStore` decodes the rows that it is asked for, and `ShardStore` reads
-what can only be read in order.
+`ResidentStore` has every pixel, `StreamedStore` decodes the rows that are requested, and `ShardStore` reads
+data that can only be read in order.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
-from hf_cifar.data.split import Split, memory_to_spare, require_readable
+from hf_cifar.data.pixels import ImageView, Pixels, memory_to_spare
+from hf_cifar.data.split import Split, require_readable
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -26,7 +26,7 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 logger = logging.getLogger(__name__)
 # Images of mixed sizes are kept this much larger than the model sees them, for random crops to use.
 TRAINING_MARGIN = 8 / 7
-# Share of a device's free memory that one split may take.
+# Share of a device's free memory that the images of one source, or of one split, may take.
 DEVICE_SHARE = 0.25
 CPU = torch.device("cpu")
 
@@ -34,17 +34,25 @@ CPU = torch.device("cpu")
 class ResidentStore(Dataset):
     """Every image of a split in one tensor, where the model runs: the loader moves row numbers alone.
 
-    pixels: uint8 [N, H, W, 3]; labels: int64 [N]; row_ids: int64 [N], positions if not given.
+    pixels: uint8 [M, H, W, 3], which other stores may share; labels: int64 [N]; row_ids: int64 [N],
+    0 to N - 1 if not given; positions: int64 [N], where `pixels` has the images, if not in order.
     A batch is {"pixel_values": uint8 [B, 3, H, W], "labels": int64 [B], "row_ids": int64 [B]}.
     """
 
     resident = True
 
-    def __init__(self, pixels: Tensor, labels: Tensor, row_ids: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        row_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
         self.pixels = pixels
         self.labels = labels
         self.row_ids = torch.arange(len(labels)) if row_ids is None else row_ids
         self.row_ids = self.row_ids.to(pixels.device)
+        self.positions = positions
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,16 +62,17 @@ class ResidentStore(Dataset):
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
         rows = torch.as_tensor(positions).to(self.pixels.device, non_blocking=True)
+        places = rows if self.positions is None else self.positions[rows]
         return {
             # Three times as fast as indexing on a CPU: it copies row by row.
-            "pixel_values": torch.index_select(self.pixels, 0, rows).permute(0, 3, 1, 2),
+            "pixel_values": torch.index_select(self.pixels, 0, places).permute(0, 3, 1, 2),
             "labels": self.labels[rows],
             "row_ids": self.row_ids[rows],
         }
 
 
 class StreamedStore(Dataset):
-    """Images that are decoded, and brought to one size, by the loader's workers.
+    """Images that the loader's workers decode and resize to one size.
 
     A batch is {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B], "row_ids": int64 [B]}, with h x w the
     size that `preprocessing` gives.
@@ -95,8 +104,8 @@ class StreamedStore(Dataset):
 class ShardStore(IterableDataset):
     """Batches from a stream of shards: this process's part, decoded and resized by the loader's workers.
 
-    An item is a whole batch, {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B]}; an epoch has only
-    whole ones, which the workers give in turn. One whose shards hold less begins another pass.
+    An item is a whole batch, {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B]}; an epoch has whole
+    batches only, which the workers give in turn. A worker that runs out of images reads its shards again.
     """
 
     resident = False
@@ -159,7 +168,6 @@ class ShardStore(IterableDataset):
             again += 1
 
 
-@functools.lru_cache(maxsize=4)
 def build_store(
     split: Split,
     preprocessing: Preprocessing,
@@ -168,10 +176,10 @@ def build_store(
     kind: str = "auto",
     device: torch.device = CPU,
 ) -> ResidentStore | StreamedStore:
-    """Hold a split resident if it fits, else stream it. The last stores are kept: nothing is decoded twice.
+    """Hold a split resident if it fits, else stream it. Stores of one split or source share their tensor.
 
-    augmented: mixed sizes keep a margin around the model's size, for random crops. kind: auto, resident or
-    streamed. device: holds resident pixels too, where it has room.
+    augmented: images of mixed sizes keep a margin around the model's size, for random crops. kind: auto,
+    resident or streamed. device: holds resident pixels too, if they fit.
     Raises: UserError that names the row of each image that cannot be read.
     """
     stored = stored_view(preprocessing, augmented)
@@ -180,28 +188,47 @@ def build_store(
         require_readable(split, pixel_store="streamed")
         logger.info("%s: %s, decoded as they are needed", split.name, count)
         return StreamedStore(split, stored)
-    if isinstance(split.images, np.ndarray):
-        pixels = torch.from_numpy(split.images)
+    images, positions = split.images, None
+    if isinstance(images, ImageView):
+        pixels = _placed(
+            images.pixels, None, device, lambda: torch.from_numpy(images.pixels.images)
+        )
+        positions = torch.from_numpy(images.positions).to(pixels.device)
     else:
-        pixels = _resize_all(split, stored)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        device = device if pixels.nbytes < DEVICE_SHARE * free else CPU
-    where = "in memory" if device.type == "cpu" else "on the GPU"
+        pixels = _placed(split, stored, device, lambda: _resize_all(split, stored))
+    where = "in memory" if pixels.device.type == "cpu" else "on the GPU"
     logger.info(
         "%s: %s of %d x %d px %s", split.name, count, pixels.shape[2], pixels.shape[1], where
     )
-    labels = torch.from_numpy(split.labels).to(device)
-    return ResidentStore(pixels.to(device), labels, torch.from_numpy(split.row_ids))
+    labels = torch.from_numpy(split.labels).to(pixels.device)
+    return ResidentStore(pixels, labels, torch.from_numpy(split.row_ids), positions)
+
+
+def _placed(
+    owner: Pixels | Split,
+    stored: Preprocessing | None,
+    device: torch.device,
+    make: Callable[[], Tensor],
+) -> Tensor:
+    """The tensor of `make`, on the device if it fits there; `owner` keeps the last one for the next store."""
+    key = stored, device
+    if key not in owner.tensors:
+        owner.tensors.clear()
+        pixels = make()
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            device = device if pixels.nbytes < DEVICE_SHARE * free else CPU
+        owner.tensors[key] = pixels.to(device)
+    return owner.tensors[key]
 
 
 def stored_view(preprocessing: Preprocessing, augmented: bool) -> Preprocessing:
-    """The form in which images of mixed sizes, or too many, are kept for the model."""
+    """The view in which images are kept whose sizes differ, or which are too large in memory otherwise."""
     return preprocessing.enlarged(TRAINING_MARGIN) if augmented else preprocessing.uncropped()
 
 
 def is_resident(split: Split, stored: Preprocessing, kind: str = "auto") -> bool:
-    """Whether `build_store` holds the split in memory: as it is, or else in its stored form."""
+    """True if `build_store` holds the split in memory: at its original size, or else in its stored view."""
     if kind != "auto":
         return kind == "resident"
     num_bytes = 3 * math.prod(stored.size) * len(split)
@@ -209,7 +236,7 @@ def is_resident(split: Split, stored: Preprocessing, kind: str = "auto") -> bool
 
 
 def default_num_workers(resident: bool) -> int:
-    """Loader processes: none for images in memory, else this process's share of the machine's cores."""
+    """Number of loader workers: none for images in memory, else this process's share of the cores."""
     if resident:
         return 0
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -221,17 +248,17 @@ def to_batch(image) -> Tensor:
 
 
 def resized(image, preprocessing: Preprocessing) -> Tensor:
-    """[H, W, 3] uint8 array -> what the model sees of it, uint8 [1, 3, h, w]."""
+    """[H, W, 3] uint8 array -> the view of it that the model gets, uint8 [1, 3, h, w]."""
     return preprocessing.view(to_batch(image)).round_().to(torch.uint8)
 
 
 def take_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loader's collate function: a store already returns whole batches."""
+    """Return the batch as it is; the loader's collate function, since a store returns whole batches."""
     return batch
 
 
 def _resize_all(split: Split, preprocessing: Preprocessing) -> Tensor:
-    """Images of mixed sizes, brought to one: uint8 [N, h, w, 3]."""
+    """Resize images of mixed sizes to one: uint8 [N, h, w, 3]."""
     pixels = torch.empty((len(split), *preprocessing.size, 3), dtype=torch.uint8)
     images = split.decode_all() if split.images is None else split.images
     for row, image in enumerate(

@@ -1,8 +1,7 @@
-"""Data larger than the machine: train is read shard by shard, never whole; what is evaluated is gathered."""
+"""Data larger than the machine: train is read shard by shard, never whole; evaluation images are gathered."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,15 +18,15 @@ from hf_cifar.data.images import decode_image
 from hf_cifar.data.sources import open_data_set
 from hf_cifar.errors import UserError
 
-# Rows that wait, encoded, in a loader process for a random one of them to go.
+# Encoded rows in the shuffle buffer of each loader process.
 SHUFFLE_BUFFER = 1000
-# Shards that fill the buffer at a time: files sorted by class must mix. Closing them takes `datasets` 5 s.
+# Shards that fill the buffer at the same time, so that files sorted by class mix. `datasets` takes 5 s to
+# close them.
 INTERLEAVED_SHARDS = 10
 
 
-@functools.lru_cache(maxsize=1)
 def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
-    """All splits, unread, with columns `image` (encoded, as in the source) and `label` (ClassLabel).
+    """Open all splits, unread, with columns `image` (encoded, as in the source) and `label` (ClassLabel).
 
     Raises: UserError for a source that cannot be streamed, or that does not declare its columns' types.
     """
@@ -43,7 +42,7 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
                 "cannot mix; leave out --streaming: they are not copied"
             )
         image, label = image_and_label(rows.features, config)
-        # Before all else: a stream that still decodes would hand on re-encoded images.
+        # First of all: a stream that still decodes would pass on re-encoded images.
         rows = with_standard_names(rows.decode(False), split, image, label)
         if holds_lists(rows.features["label"]):
             raise UserError(
@@ -65,11 +64,11 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The images to train on, of a data set that is read in shards and never whole.
+    """The training images of a data set that is read in shards and never whole.
 
-    rows: columns image (encoded), label. num_images: those of an epoch, None if nobody knows. Each image has
-    a place from 0 to 1, a hash of its bytes and `seed`: those below held_out belong to validation, those
-    below `end` train. So it stays, whatever the order of reading, and for a copy as for the image.
+    rows: columns image (encoded), label. num_images: per epoch, None if unknown. Each image has a place from
+    0 to 1, a hash of its bytes and `seed`: those below held_out belong to validation, the others below `end`
+    to train. The place does not depend on the order of reading, and a copy has that of its original.
     """
 
     name: str
@@ -82,7 +81,7 @@ class Stream:
     max_pixels: int = MAX_IMAGE_PIXELS
 
     def __len__(self) -> int:
-        """Images of an epoch, to within the chance of the hash. Raises: UserError if nobody knows."""
+        """Images per epoch (approximate: a hash decides membership). Raises: UserError if it is unknown."""
         if self.num_images is None:
             raise UserError(
                 f"the data set does not say how many images {self.source_split} holds; pass "
@@ -95,22 +94,22 @@ class Stream:
         return dict(enumerate(self.rows.features["label"].names))
 
     def num_shards(self, num_processes: int) -> int:
-        """Shards that each of the processes reads, see `read`."""
+        """Number of shards that each process reads, see `read`."""
         shards = self.rows.num_shards
         return shards // num_processes if shards % num_processes == 0 else shards
 
     def num_workers(self, num_processes: int, most: int) -> int:
-        """Loader workers of a process, at most `most`, that all have as many shards to read."""
+        """The largest number of workers up to `most` that divides the shards of a process evenly."""
         shards = self.num_shards(num_processes)
         return max(n for n in range(1, most + 1) if shards % n == 0)
 
     def read(
         self, epoch: int, rank: int = 0, num_processes: int = 1, seed: int = 0
     ) -> Iterator[tuple[np.ndarray, int]]:
-        """This process's images, [H, W, 3] uint8, and labels, in an order drawn anew for each epoch.
+        """Read this process's images, [H, W, 3] uint8, and labels, in a new random order for each epoch.
 
-        A process reads shards of its own where they can be shared out evenly, else every so manieth row; in
-        a loader's worker, that worker's part of it. Raises: UserError for an image that cannot be read.
+        A process reads its own shards if they divide evenly, else every n-th row; a loader's worker reads its
+        part of that. Raises: UserError for an image that cannot be read.
         """
         rows = self.rows.shuffle(
             seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=INTERLEAVED_SHARDS
@@ -135,7 +134,7 @@ class Stream:
 def gather(
     source_split: str, rows: IterableDataset, limit: int | None, held_out: float = 1, seed: int = 0
 ) -> tuple[Dataset, np.ndarray]:
-    """The first `limit` (None: all) of the held-out rows, in memory as they are, and their positions [N].
+    """Gather the first `limit` (None: all) of the held-out rows in memory, encoded, and their positions [N].
 
     Raises: UserError that names a row whose label is not one of the classes.
     """
@@ -157,13 +156,13 @@ def gather(
 
 
 def num_rows(rows: IterableDataset, split: str) -> int | None:
-    """Rows of a split, as its data set declares them."""
+    """Number of rows of a split that its data set declares; None if it does not."""
     declared = (rows.info.splits or datasets.SplitDict()).get(split)
     return declared.num_examples or None if declared is not None else None
 
 
 def encoded_bytes(cell: dict | None) -> bytes:
-    """The image file in one cell of an undecoded column; empty for an empty cell."""
+    """Read the image file in one cell of an undecoded column; empty for an empty cell."""
     if not cell or not (cell.get("bytes") or cell.get("path")):
         return b""
     if cell.get("bytes"):
@@ -173,13 +172,13 @@ def encoded_bytes(cell: dict | None) -> bytes:
 
 
 def place(encoded: bytes, seed: int) -> float:
-    """Where an image lies between 0 and 1: always there, and evenly spread over all that there are."""
+    """Hash an image to its place from 0 to 1: always the same, and evenly spread over all images."""
     digest = hashlib.sha256(f"{seed} ".encode() + encoded).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def require_every_class(rows: Dataset, what: str) -> None:
-    """Raises: UserError if rows to choose a model by lack a class: then their order is not a random one."""
+    """Raises: UserError if rows that a model is chosen by lack a class: their order is not random then."""
     classes, present = rows.features["label"].names, set(rows["label"][:])
     missing = [name for i, name in enumerate(classes) if i not in present]
     if missing:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data import split as split_module
+from hf_cifar.data import pixels as pixels_module
 from hf_cifar.data import store as store_module
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import ResidentStore, StreamedStore, build_store, take_batch, to_batch
@@ -52,7 +52,7 @@ def test_resident_store_holds_the_pixels(train):
     assert isinstance(store, ResidentStore)
     assert len(store) == len(split) == 20
     found = read(store)
-    assert (found["pixel_values"].permute(0, 2, 3, 1).numpy() == split.images).all()
+    assert (found["pixel_values"].permute(0, 2, 3, 1).numpy() == np.asarray(split.images)).all()
     assert (found["labels"].numpy() == split.labels).all()
 
 
@@ -167,14 +167,13 @@ def test_stores_travel_to_spawned_workers(train):
     assert torch.equal(copy[0]["pixel_values"], store[0]["pixel_values"])
 
 
-def test_the_same_store_is_built_once(train):
-    split = train(MIXED)
-    assert build_store(split, PREPROCESSING, augmented=False) is build_store(
-        split, PREPROCESSING, augmented=False
-    )
-    assert build_store(split, PREPROCESSING, augmented=True) is not build_store(
-        split, PREPROCESSING, augmented=False
-    )
+@pytest.mark.parametrize("sizes", [((8, 8),), MIXED], ids=["one size", "mixed"])
+def test_two_stores_of_a_split_share_their_tensor(train, sizes):
+    split = train(sizes)
+    first, second = (build_store(split, PREPROCESSING, augmented=False) for _ in range(2))
+    assert first.pixels is second.pixels
+    if sizes is MIXED:  # training keeps a margin
+        assert build_store(split, PREPROCESSING, augmented=True).pixels is not first.pixels
 
 
 def test_size_and_free_memory_choose_the_store(train, monkeypatch):
@@ -182,7 +181,7 @@ def test_size_and_free_memory_choose_the_store(train, monkeypatch):
     small = Preprocessing((2, 2), None, "bicubic", (0.5,) * 3, (0.5,) * 3)
     shapes = []
     for spare in (10**6, 20 * 2 * 2 * 3 + 1, 100):
-        monkeypatch.setattr(split_module, "memory_to_spare", lambda spare=spare: spare)
+        monkeypatch.setattr(pixels_module, "memory_to_spare", lambda spare=spare: spare)
         monkeypatch.setattr(store_module, "memory_to_spare", lambda spare=spare: spare)
         store = build_store(train(), small, augmented=False)
         shapes.append(store.pixels.shape[1:3] if store.resident else None)
