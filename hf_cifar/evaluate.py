@@ -19,7 +19,7 @@ from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.run import on_cpu
 from hf_cifar.data.split import Split
-from hf_cifar.data.splits import load_splits, load_test_split
+from hf_cifar.data.splits import DataSource
 from hf_cifar.data.store import (
     CPU,
     ResidentStore,
@@ -54,13 +54,16 @@ def evaluate_classifier(
     split: Split,
     pixel_store: str = "auto",
     temperature: float = 1.0,
+    *,
+    store: Dataset | None = None,
 ) -> Predictions:
     """Predict every image of a split once; on all processes, each row counted once.
 
     pixel_store: auto, resident or streamed. temperature: what the model's logits are already divided by,
-    for the record.
+    for the record. store: of the split's images, if it is built already.
     """
-    store = _store_of(trainer, split, pixel_store)
+    if store is None:
+        store = _store_of(trainer, split, pixel_store)
     return predict_images(trainer, split, store, temperature)
 
 
@@ -156,9 +159,12 @@ def set_thresholds(model: PreTrainedModel, validation: Predictions) -> Predictio
     return fitted
 
 
-def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
+def evaluate_saved(
+    config: EvaluateConfig, data: DataConfig, source: DataSource | None = None
+) -> Predictions:
     """Evaluate a saved model on one split, and update figures, predictions and card in its folder.
 
+    source: of `data`, if it is open already.
     Raises: UserError if the data's classes are not the model's, or an image has several for one.
     """
     if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
@@ -166,7 +172,8 @@ def evaluate_saved(config: EvaluateConfig, data: DataConfig) -> Predictions:
             "--fp16 needs a GPU and there is none; use --bf16 --use_cpu, or leave it out"
         )
     temperature = temperature_of(config.model_name_or_path)
-    split = load_test_split(data) if config.split == "test" else load_splits(data).validation
+    source = source or DataSource(data)
+    split = source.test_split if config.split == "test" else source.splits.validation
     model, image_processor = load_classifier(
         config.model_name_or_path,
         revision=config.model_revision,

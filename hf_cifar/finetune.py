@@ -14,9 +14,10 @@ import torch
 from transformers import set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
+from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.split import require_readable
-from hf_cifar.data.splits import Splits, load_splits, load_test_split
+from hf_cifar.data.splits import DataSource, Splits
 from hf_cifar.evaluate import calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.hub.push import prepare_push, push_run
@@ -38,7 +39,7 @@ from hf_cifar.runs.lock import sole_run
 from hf_cifar.runs.resume import resume_point
 from hf_cifar.runs.signals import deferred_signals
 from hf_cifar.training.build import build_trainer, resolve_workers
-from hf_cifar.training.features import fit_head
+from hf_cifar.training.features import FeatureStore, fit_head
 from hf_cifar.training.saving import save_classifier
 from hf_cifar.training.trainer import ImageClassificationTrainer
 
@@ -55,16 +56,18 @@ class RunResult:
     image_processor: Any
 
 
-def finetune_classifier(config: RunConfig) -> RunResult:
+def finetune_classifier(config: RunConfig, source: DataSource | None = None) -> RunResult:
     """Fine-tune, evaluate and save a classifier; see README for what `output_dir` then holds.
 
+    source: of `config.data`, if it is open already.
     Raises: UserError before anything is written, for options or data that cannot work.
     """
-    check_run(config)
+    source = source or DataSource(config.data)
+    check_run(config, source)
     is_new = resume_point(config) is None
     config = resolve_checkpoint(config)
     set_seed(config.train.seed)
-    splits = load_splits(config.data)  # train and validation; test stays sealed
+    splits = source.splits  # train and validation; test stays sealed
     require_readable(splits.train, splits.validation, pixel_store=config.data.pixel_store)
     model, image_processor = build_model(
         config.model, splits.id2label, multi_label=splits.multi_label
@@ -75,14 +78,15 @@ def finetune_classifier(config: RunConfig) -> RunResult:
         config, model, image_processor, splits.train, resumed=bool(resume_point(config))
     )
     config = resolve_workers(config, splits.train)
-    prepare_push(config.train, draft_card(config, splits))
+    leakage = find_leakage(source) if config.train.check_leakage else None
+    prepare_push(config.train, draft_card(config, splits, leakage))
     check_libraries(config.train, model)
     trainer = build_trainer(model, image_processor, splits, config)
     with claimed_folder(config, is_new=is_new):
         save_config(config)
         fit(trainer, config)
-        evaluations = evaluate_run(trainer, splits, config)
-        return finish_run(trainer, splits, evaluations, config)
+        evaluations = evaluate_run(trainer, source, config)
+        return finish_run(trainer, splits, evaluations, config, leakage)
 
 
 def fit(trainer: ImageClassificationTrainer, config: RunConfig) -> None:
@@ -109,6 +113,7 @@ def finish_run(
     splits: Splits,
     evaluations: list[Predictions],
     config: RunConfig,
+    leakage: dict[str, Any] | None = None,
 ) -> RunResult:
     """Save the model with its figures, facts and card, and push it if asked."""
     folder = Path(config.train.output_dir)
@@ -116,7 +121,10 @@ def finish_run(
     with deferred_signals() as stop_request:
         save_classifier(trainer, folder)
         if trainer.is_world_process_zero():
-            facts, before = run_facts(trainer, splits, evaluations[0].temperature, config), {}
+            facts, before = (
+                run_facts(trainer, splits, evaluations[0].temperature, config, leakage),
+                {},
+            )
             if resume_point(config):
                 before = read_json(folder / RUN_FILE)
             if before.get("steps") == facts["steps"]:
@@ -156,16 +164,17 @@ def save_config(config: RunConfig) -> None:
 
 
 def evaluate_run(
-    trainer: ImageClassificationTrainer, splits: Splits, config: RunConfig
+    trainer: ImageClassificationTrainer, source: DataSource, config: RunConfig
 ) -> list[Predictions]:
     """Validation, by which the model is calibrated, and with --do_predict the test split: shown here for the
     first time, when nothing is left to be chosen."""
-    validation = evaluate_classifier(trainer, splits.validation, config.data.pixel_store)
+    split, store = source.splits.validation, trainer.eval_dataset
+    store = None if isinstance(store, FeatureStore) else store
+    validation = evaluate_classifier(trainer, split, config.data.pixel_store, store=store)
     if config.train.calibrate:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         validation = calibrate_classifier(model, validation)
     if not config.train.do_predict:
         return [validation]
-    test = load_test_split(config.data)
     kind, temperature = config.data.pixel_store, validation.temperature
-    return [validation, evaluate_classifier(trainer, test, kind, temperature)]
+    return [validation, evaluate_classifier(trainer, source.test_split, kind, temperature)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,7 +13,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_cifar.config.run import FinetuneConfig, RunConfig
 from hf_cifar.data.split import require_readable
-from hf_cifar.data.splits import Splits, load_test_split
+from hf_cifar.data.splits import DataSource, Splits
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.hub.push import check_push
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 TRACKERS = {"tensorboard", "trackio"}  # those that the extra `track` brings
 
 
-def check_run(config: RunConfig) -> None:
+def check_run(config: RunConfig, source: DataSource) -> None:
     """Find out now what would otherwise fail at the end of the run.
 
     Raises: UserError if the output folder holds another run, there is nothing to resume from, the
@@ -69,7 +70,7 @@ def check_run(config: RunConfig) -> None:
             "FSDP and DeepSpeed need GPUs and there are none; launch with configs/cpu.yaml"
         )
     if train.do_predict:
-        require_readable(load_test_split(config.data), pixel_store=config.data.pixel_store)
+        require_readable(source.test_split, pixel_store=config.data.pixel_store)
     check_push(train)
 
 
@@ -121,11 +122,11 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def draft_card(config: RunConfig, splits: Splits) -> str:
+def draft_card(config: RunConfig, splits: Splits, leakage: dict[str, Any] | None = None) -> str:
     """The model card as far as it is known before training, with no accuracy yet: what can be wrong with its
     metadata is wrong now."""
     names = ["validation", "test"] if config.train.do_predict else ["validation"]
-    run = known_facts(splits, config)
+    run = known_facts(splits, config, leakage)
     facts = CardFacts(
         repo_id=run["repo_id"],
         options=config.options(),

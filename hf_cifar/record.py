@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.columns import class_counts
 from hf_cifar.data.split import Split
@@ -23,7 +22,9 @@ from hf_cifar.training.resumable import pixel_hashes
 from hf_cifar.training.trainer import ImageClassificationTrainer
 
 
-def known_facts(splits: Splits, config: RunConfig) -> dict[str, Any]:
+def known_facts(
+    splits: Splits, config: RunConfig, leakage: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What is known of a run before it trains, as plain values: whose model and data, the split, versions."""
     model, data = config.model, config.data
     return {
@@ -42,19 +43,23 @@ def known_facts(splits: Splits, config: RunConfig) -> dict[str, Any]:
             for split in (splits.train, splits.validation)
             if isinstance(split, Split) and len(split.skipped)
         },
-        "leakage": find_leakage(splits, config.data) if config.train.check_leakage else None,
+        "leakage": leakage,
         "environment": environment(),
     }
 
 
 def run_facts(
-    trainer: ImageClassificationTrainer, splits: Splits, temperature: float, config: RunConfig
+    trainer: ImageClassificationTrainer,
+    splits: Splits,
+    temperature: float,
+    config: RunConfig,
+    leakage: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What happened in a run, as plain values: data, work, time, machine and versions."""
     state, device = trainer.state, trainer.args.device
     logged = {name: value for log in state.log_history for name, value in log.items()}
     seconds = logged["train_runtime"]
-    return known_facts(splits, config) | {
+    return known_facts(splits, config, leakage) | {
         "label_counts": {
             split.name: {
                 name: int(count)

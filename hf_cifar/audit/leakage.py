@@ -1,8 +1,7 @@
-"""Test images that a run would train on, or be chosen by: found by their pixels before it trains."""
+"""Test images that are also in train or validation: found by their pixels before a run trains."""
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterable
 from itertools import chain
@@ -11,30 +10,29 @@ from typing import Any
 import numpy as np
 
 from hf_cifar.audit.duplicates import find_duplicates
-from hf_cifar.config.data import DataConfig
 from hf_cifar.data.split import Split
-from hf_cifar.data.splits import Splits, load_test_split
+from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 
 logger = logging.getLogger(__name__)
 NUM_NAMED = 10  # pairs in the log; all are in the facts
 
 
-@functools.lru_cache(maxsize=1)
-def find_leakage(splits: Splits, config: DataConfig) -> dict[str, Any]:
-    """Test images that train or validation holds too, exactly or nearly, as plain values; named in the log.
+def find_leakage(source: DataSource) -> dict[str, Any]:
+    """Find the test images that are also in train or validation, exactly or nearly; the log names them.
 
     Returns {"num_test", "num_leaked", "pairs": [{"test_row", "split", "row", "exact", "difference"}, ...]},
-    the exact ones first; `split` and the rows are the data set's own. Labels are not compared.
+    the exact pairs first; `split` and the rows are the data set's own. Labels are not compared.
     Raises: UserError without a labelled test split, or for a stream.
     """
+    splits = source.splits
     if not isinstance(splits.train, Split):
         raise UserError(
             "--check_leakage compares every image of train with test, and a stream is not read beforehand; "
             "leave it out, or --streaming"
         )
-    test, seen = load_test_split(config), (splits.train, splits.validation)
-    held = config.pixel_store != "streamed"
+    test, seen = source.test_split, (splits.train, splits.validation)
+    held = source.config.pixel_store != "streamed"
     pairs = find_duplicates(
         images_of(test, held), chain.from_iterable(images_of(split, held) for split in seen)
     )
@@ -64,6 +62,6 @@ def find_leakage(splits: Splits, config: DataConfig) -> dict[str, Any]:
 
 
 def images_of(split: Split, held: bool) -> Iterable[np.ndarray]:
-    """Every image in order; held: from memory, if they fit."""
+    """Iterate over every image in order; held: from memory, if they fit."""
     images = split.images if held else None
     return split.decode_all() if images is None else images

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.deployment import PredictConfig
@@ -14,6 +15,9 @@ from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.model import BUNDLED, SCRATCH
 from hf_cifar.errors import UserError
 from hf_cifar.models.names import check_model_name
+
+if TYPE_CHECKING:
+    from hf_cifar.data.splits import DataSource
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -43,16 +47,17 @@ def require_model(config: EvaluateConfig | PredictConfig) -> None:
     )
 
 
-def check_images(data: DataConfig, splits: Sequence[str]) -> None:
-    """Load and decode now what the command will ask for; it gets the same splits back, at no cost."""
+def check_images(data: DataConfig, splits: Sequence[str]) -> DataSource:
+    """Load and decode the splits that a command needs; returns the source that holds them."""
     from hf_cifar.data.split import require_readable
-    from hf_cifar.data.splits import load_splits, load_test_split
+    from hf_cifar.data.splits import DataSource
 
+    source = DataSource(data)
     parts = [
-        load_test_split(data) if name == "test" else getattr(load_splits(data), name)
-        for name in splits
+        source.test_split if name == "test" else getattr(source.splits, name) for name in splits
     ]
     require_readable(*parts, pixel_store=data.pixel_store)
+    return source
 
 
 def is_main_process() -> bool:

@@ -30,13 +30,13 @@ def evaluate(argv: Sequence[str]) -> int:
     config, data, unused = parse_dataclasses(classes, tokens, "hf-cifar evaluate")
     _refuse(unused)
     require_model(config)
-    check_images(data, [config.split])
+    source = check_images(data, [config.split])
 
     from hf_cifar.evaluate import evaluate_saved
     from hf_cifar.evaluation.tables import render_metrics
 
     quieten(is_main_process())
-    evaluation = evaluate_saved(config, data)
+    evaluation = evaluate_saved(config, data, source)
     if is_main_process():
         print(render_metrics({evaluation.split: evaluation.metrics}))
     return 0

@@ -64,7 +64,7 @@ def finetune(argv: Sequence[str]) -> int:
     check_model_name(
         model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
     )
-    check_images(data, ["train", "validation"])
+    source = check_images(data, ["train", "validation"])
 
     from hf_cifar.config.run import RunConfig
     from hf_cifar.finetune import finetune_classifier
@@ -74,9 +74,9 @@ def finetune(argv: Sequence[str]) -> int:
     if config.train.seeds > 1:
         from hf_cifar.studies.seeds import finetune_seeds, render_seeds
 
-        summary = render_seeds(finetune_seeds(config))
+        summary = render_seeds(finetune_seeds(config, source))
     else:
-        summary = render_summary(finetune_classifier(config))
+        summary = render_summary(finetune_classifier(config, source))
     if config.train.process_index == 0:
         print(summary)
     return 0

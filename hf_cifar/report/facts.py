@@ -17,7 +17,7 @@ from hf_cifar.audit.duplicates import find_duplicates
 from hf_cifar.audit.properties import image_properties
 from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.data.split import Split
-from hf_cifar.data.splits import load_splits, load_test_split
+from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.calibration import NUM_BINS, reliability
 from hf_cifar.evaluation.intervals import wilson
@@ -84,8 +84,8 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
         role_of(evaluated.split, metrics[evaluated.split], facts["options"]) if run else ""
     )
     try:
-        data = run_data(folder)
-        split = matching_split(data, evaluated)
+        source = DataSource(run_data(folder))
+        split = matching_split(source, evaluated)
     except UserError as error:
         # The reason may name a path, which has no place in a report.
         logger.warning("a report without pictures, slices and duplicates: %s", error)
@@ -97,7 +97,7 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
     }
     pictures = dict(named_pictures(split, facts))
     if config.check_duplicates and split.images is not None:
-        train = load_splits(data).train
+        train = source.splits.train
         if isinstance(train, Split) and train.images is not None:
             facts["duplicates"], of_pairs = duplicates_of(
                 evaluated, split, train, config.gallery_size
@@ -191,17 +191,16 @@ def in_words(answer: np.ndarray, id2label: dict[int, str]) -> str:
     return ", ".join(id2label[int(label)] for label in np.flatnonzero(answer)) or "no label"
 
 
-def matching_split(data: Any, evaluated: Predictions) -> Split:
+def matching_split(source: DataSource, evaluated: Predictions) -> Split:
     """The split that was predicted, read again.
 
     Raises: UserError if it cannot be read, or is another one by now.
     """
-    is_test = evaluated.split == "test"
-    split = load_test_split(data) if is_test else load_splits(data).validation
+    split = source.test_split if evaluated.split == "test" else source.splits.validation
     same = np.array_equal(split.row_ids, evaluated.row_ids)
     if not same or not np.array_equal(split.labels, evaluated.labels):
         raise UserError(
-            f"{data.dataset_name} no longer holds the {evaluated.split} images that were predicted"
+            f"{source.config.dataset_name} no longer holds the {evaluated.split} images that were predicted"
         )
     return split
 

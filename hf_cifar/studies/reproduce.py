@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_cifar.config.run import RunConfig
-from hf_cifar.data.splits import load_splits
+from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.multi_label import headline
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
@@ -58,6 +58,7 @@ def reproduce_run(
     require_finished(folder)
     facts = read_record(folder / RUN_FILE)
     config = config_of_rerun(folder, Path(output_dir), facts)
+    source = DataSource(config.data)
     with as_then(facts):
         if config.train.world_size != facts["processes"]:
             raise UserError(
@@ -65,10 +66,10 @@ def reproduce_run(
                 f"{config.train.world_size}; start as many with accelerate launch"
             )
         if not other_data:
-            check_data(config, facts)
+            check_data(source, config, facts)
         for name, (then, now) in changes(facts["environment"], environment()).items():
             logger.info("%s: %s then, %s now", name, then, now)
-        again = finetune_classifier(config).output_dir
+        again = finetune_classifier(config, source).output_dir
     comparison = compare_reproduction(folder, again)
     if config.train.process_index == 0:
         write_json(again / REPRODUCTION_FILE, comparison)
@@ -101,9 +102,9 @@ def as_then(facts: dict[str, Any]) -> Iterator[None]:
                 os.environ["HF_CIFAR_CACHE"] = cache
 
 
-def check_data(config: RunConfig, facts: dict[str, Any]) -> None:
+def check_data(source: DataSource, config: RunConfig, facts: dict[str, Any]) -> None:
     """Raises: UserError if rows, labels or pixels are not those of the run."""
-    splits = load_splits(config.data)
+    splits = source.splits
     advice = "restore the data, or pass --other_data to see what the change does"
     if splits.hash != facts["split_hash"]:
         raise UserError(

@@ -11,6 +11,7 @@ import numpy as np
 from accelerate.utils import release_memory
 
 from hf_cifar.config.run import RunConfig
+from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.intervals import mean_interval
 from hf_cifar.evaluation.multi_label import headline
@@ -35,10 +36,11 @@ SEEDS_FILE = "seeds.json"
 LENGTHS = ("num_train_epochs", "max_steps")
 
 
-def finetune_seeds(config: RunConfig) -> dict[str, Any]:
+def finetune_seeds(config: RunConfig, source: DataSource | None = None) -> dict[str, Any]:
     """`config.train.seeds` runs with seeds seed, seed + 1, ..., each complete, in output_dir/seed-SEED.
 
-    The data's split stays the same: the spread is that of training. The setting that `--precision auto`
+    The data's split stays the same, and all runs share its pixels: the spread is that of training. source: of
+    `config.data`, if it is open already. The setting that `--precision auto`
     picks for the first run holds for all. With resume_from_checkpoint "last", finished runs are
     kept, and the others go on or begin. Returns what seeds.json holds, see `summarise_seeds`.
 
@@ -46,6 +48,7 @@ def finetune_seeds(config: RunConfig) -> dict[str, Any]:
     """
     configs = [config_of(config, seed) for seed in seeds_of(config)]
     check_series(config)
+    source = source or DataSource(config.data)
     kept = [is_kept(each) for each in configs]
     for each, keep in zip(configs, kept, strict=True):
         check_same(each, keep)
@@ -59,7 +62,7 @@ def finetune_seeds(config: RunConfig) -> dict[str, Any]:
         each = start_or_go_on(each)
         if number > 1:
             each = compute_as(Path(configs[0].train.output_dir), each)
-        finetune_classifier(each)
+        finetune_classifier(each, source)
         release_memory()  # a Trainer and its model refer to each other
     summary = summarise_seeds(configs)
     if config.train.process_index == 0:

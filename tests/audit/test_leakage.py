@@ -1,12 +1,11 @@
 """hf_cifar.audit.leakage: test images in train, by row."""
 
-import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 
 from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data.splits import load_splits
+from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -31,7 +30,7 @@ def leaking(save, photo):
 @pytest.mark.parametrize("kind", ["auto", "streamed"])
 def test_pairs_are_named_by_the_rows_of_the_data_set(leaking, kind, caplog):
     config = DataConfig(dataset_name=str(leaking), pixel_store=kind)
-    found = find_leakage(load_splits(config), config)
+    found = find_leakage(DataSource(config))
     exact = [pair for pair in found["pairs"] if pair["exact"]]
     assert exact == [
         {"test_row": 0, "split": "validation", "row": 2, "exact": True, "difference": 0.0},
@@ -43,18 +42,17 @@ def test_pairs_are_named_by_the_rows_of_the_data_set(leaking, kind, caplog):
 
 def test_rows_of_a_part_of_train(leaking):
     config = DataConfig(dataset_name=str(leaking), max_train_samples=20)
-    splits = load_splits(config)
-    rows = {
-        pair["row"] for pair in find_leakage(splits, config)["pairs"] if pair["split"] == "train"
-    }
-    assert (5 in rows) == (5 in splits.train.row_ids)
-    assert rows <= set(np.asarray(splits.train.row_ids).tolist())
+    source = DataSource(config)
+    train = source.splits.train
+    rows = {pair["row"] for pair in find_leakage(source)["pairs"] if pair["split"] == "train"}
+    assert (5 in rows) == (5 in train.row_ids)
+    assert rows <= set(train.row_ids.tolist())
 
 
 def test_a_stream_and_data_without_test_are_refused(shards, save, make_rows):
     config = DataConfig(dataset_name=str(shards), streaming=True, max_eval_samples=6)
     with pytest.raises(UserError, match="a stream is not read beforehand"):
-        find_leakage(load_splits(config), config)
+        find_leakage(DataSource(config))
     config = DataConfig(dataset_name=str(save(train=make_rows([0, 1] * 5))))
     with pytest.raises(UserError, match="leave out --do_predict and --check_leakage"):
-        find_leakage(load_splits(config), config)
+        find_leakage(DataSource(config))
