@@ -8,6 +8,7 @@ import pytest
 
 from hf_cifar import RunConfig, UserError, finetune_classifier
 from hf_cifar.cli import main
+from hf_cifar.data import pixels as pixels_module
 from hf_cifar.studies.seeds import finetune_seeds, render_seeds
 
 
@@ -55,6 +56,25 @@ def test_a_run_of_a_series_is_the_single_run_with_its_seed(series, single):
     }
     first, second = ((f / "config.yaml").read_text() for f in (series / "seed-8", single))
     assert first.replace(str(series / "seed-8"), str(single)) == second
+
+
+def test_all_runs_decode_their_images_once(tmp_path, stripes, tiny_vit, monkeypatch):
+    """Without a disk cache that could help."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "file" / "cache"))
+    decoded, original = [], pixels_module.decode_cells
+    monkeypatch.setattr(
+        pixels_module,
+        "decode_cells",
+        lambda cells, *options: decoded.append(len(cells)) or original(cells, *options),
+    )
+    flags = ("--seeds", "2", "--do_predict", "--check_leakage")
+    assert main(["finetune", *arguments(tmp_path / "runs", stripes, tiny_vit, *flags)]) == 0
+    assert decoded == [80, 22]  # train and validation before the import of torch, then test
+    decoded.clear()
+    folder = str(tmp_path / "runs" / "seed-7")
+    assert main(["evaluate", "--model_name_or_path", folder, "--split", "test", "--use_cpu"]) == 0
+    assert decoded == [22]
 
 
 def test_all_runs_share_one_split(series):
