@@ -1,7 +1,7 @@
-"""Arrays on disk that are slow to make: decoded pixels, features. The next run finds them.
+"""Keep arrays that are slow to make (decoded images, features) on disk for the next run.
 
 One safetensors file each, in $HF_CIFAR_CACHE or ~/.cache/huggingface/hf_cifar. The key is a hash of all that
-the array was made from, so that other data never meets an old one; a check sum finds a damaged file.
+the array was made from, so that other data never finds it; a checksum detects a damaged file.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 logger = logging.getLogger(__name__)
-# Belongs into the key: raise it when `data.images` decodes differently.
+# Part of the key: raise it when `data.images` decodes differently.
 DECODER = 2
-# Bytes of all files together; the ones not used for longest go first.
+# Bytes of all files together; the least recently used are deleted first.
 SIZE_LIMIT = 20 * 1024**3
 
 
 def cache_folder() -> Path:
-    """Where the files lie."""
+    """The folder of the files."""
     return Path(os.environ.get("HF_CIFAR_CACHE") or Path(constants.HF_HOME, "hf_cifar"))
 
 
 def content_key(rows: Dataset) -> str:
-    """SHA-256 of the encoded images in order; of path, size and time of change where only a path is kept."""
+    """SHA-256 of the encoded images in order; of the path, size and modification time of a file outside."""
     digest = hashlib.sha256(b"%d" % DECODER)
     for table in rows.with_format("arrow").iter(batch_size=1000):
         for chunk in table.column("image").chunks:
@@ -61,13 +61,13 @@ def _file_key(path: str | None) -> bytes:
 
 @contextlib.contextmanager
 def one_process_at_a_time(key: str) -> Iterator[None]:
-    """While one process makes an array, the others on this machine wait, and then find what it kept."""
+    """Let one process make an array while the others on this machine wait, to find it on disk then."""
     lock = FileLock(cache_folder() / f"{key}.lock")
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except (OSError, NotImplementedError):
-        # Nothing to write to, or no locks: there will be nothing to find.
+        # No writable folder, or no locks: nothing will be kept either.
         yield
         return
     try:
@@ -77,7 +77,7 @@ def one_process_at_a_time(key: str) -> Iterator[None]:
 
 
 def load_array(key: str) -> np.ndarray | None:
-    """The array as `save_array` got it, or None if there is no such file, or a damaged one."""
+    """Load the array that `save_array` kept under a key; None if there is no file, or a damaged one."""
     path = cache_folder() / f"{key}.safetensors"
     try:
         with safe_open(path, framework="numpy") as file:
@@ -94,10 +94,10 @@ def load_array(key: str) -> np.ndarray | None:
 
 
 def save_array(key: str, array: np.ndarray) -> None:
-    """Keep an array, in one step; a disk that is full or not writable only costs the cache."""
+    """Keep an array, atomically. If the disk is full or read-only, nothing is kept and the run continues."""
     folder = cache_folder()
     path = folder / f"{key}.safetensors"
-    # A folder, because safetensors writes to a file of a random name first, which a killed process leaves.
+    # A folder, because safetensors first writes a file with a random name, which a killed process leaves.
     staging = folder / f".{key}.tmp"
     try:
         shutil.rmtree(staging, ignore_errors=True)

@@ -77,7 +77,7 @@ def read_pickle(stream: Any, name: str) -> dict[bytes, Any]:
 
 
 def _pixels(value: Any, name: str) -> np.ndarray:
-    """[N, 32, 32, 3] uint8 from the inert record of a batch's `data` array."""
+    """Convert the inert record of a batch's `data` array to [N, 32, 32, 3] uint8."""
     state = value.state if isinstance(value, _Record) else None
     if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[4], (bytes, str)):
         raise UserError(f"{name} is not a CIFAR batch: no pixel array under 'data'")
@@ -160,7 +160,7 @@ class _Files:
 
 
 def cifar_version(path: Path) -> tuple[str, str] | None:
-    """("cifar10" or "cifar100", "python" or "binary") if `path` is an official archive or its folder."""
+    """Detect an official archive or folder: ("cifar10" or "cifar100", "python" or "binary"), else None."""
     if path.is_file() and not path.name.endswith((".tar.gz", ".tgz", ".tar")):
         return None
     names = set(_Files(path).members)

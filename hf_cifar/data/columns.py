@@ -1,6 +1,6 @@
-"""The image and the label column: found by their types and made standard. An image has one label, or a list.
+"""Find the image and label columns by their types and standardize them. An image has one label, or a list.
 
-An empty list is an image of no class; a missing one is a mistake.
+An empty list is an image of no class; a missing list is a mistake.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
 def holds_lists(feature: Any) -> bool:
-    """Whether a column's cells are lists."""
+    """True if a column's cells are lists."""
     return isinstance(feature, (List, LargeList))
 
 
 def class_label(feature: Any) -> Any:
-    """What a label column holds, alone or in lists: a ClassLabel, once columns are standard."""
+    """The type of a label column's values, single or in lists: a ClassLabel, once columns are standard."""
     return feature.feature if holds_lists(feature) else feature
 
 
 def label_array(rows: Dataset) -> np.ndarray:
-    """The standard label column: class ids [N] int64; of lists [N, K] uint8, 1 for each class of an image."""
+    """Read the standard label column: class ids [N] int64; for lists [N, K] uint8, 1 for each class of an
+    image."""
     feature = rows.features["label"]
     if holds_lists(feature):
         return indicators(_column(rows), feature.feature.num_classes)
@@ -51,14 +52,14 @@ def label_array(rows: Dataset) -> np.ndarray:
 
 
 def class_counts(labels: np.ndarray, num_labels: int) -> np.ndarray:
-    """Images of each class [K]. labels: as `label_array` gives them."""
+    """Count the images of each class [K]. labels: as `label_array` returns them."""
     if labels.ndim == 2:
         return labels.sum(axis=0, dtype=np.int64)
     return np.bincount(labels, minlength=num_labels)
 
 
 def indicators(column: pyarrow.ChunkedArray, num_labels: int) -> np.ndarray:
-    """Lists of class ids as [N, K] uint8, 1 for each class of a list."""
+    """Convert lists of class ids to [N, K] uint8, 1 for each class of a list."""
     positions, ids = _flat(column)
     array = np.zeros((len(column), num_labels), np.uint8)
     array[positions, ids.to_numpy()] = 1
@@ -66,15 +67,15 @@ def indicators(column: pyarrow.ChunkedArray, num_labels: int) -> np.ndarray:
 
 
 def entries(rows: Dataset) -> list:
-    """The different entries of a column of lists."""
+    """The distinct entries of a label column of lists."""
     return pc.list_flatten(_column(rows)).unique().to_pylist()
 
 
 def list_class_names(rows: Dataset, split: str) -> list[str]:
     """Names of the classes: declared by the data set, else the strings that occur in train, sorted.
 
-    Raises: UserError for lists of anything but class labels or strings. Integers could as well be 0 and 1,
-    one for each class.
+    Raises: UserError for lists of anything but class labels or strings. Integers are ambiguous: they could be
+    0 and 1, one for each class.
     """
     feature = rows.features["label"]
     if isinstance(feature.feature, ClassLabel):
@@ -91,7 +92,7 @@ def list_class_names(rows: Dataset, split: str) -> list[str]:
 
 
 def check_class_names(names: list[str]) -> None:
-    """Raises: UserError for a name without a letter, or two that differ by white space alone."""
+    """Raises: UserError for an empty name, or two names that differ by white space alone."""
     known: dict[str, str] = {}
     for name in names:
         plain = one_line(name)
@@ -105,7 +106,7 @@ def check_class_names(names: list[str]) -> None:
 
 
 def with_label_lists(rows: Dataset, names: list[str], split: str) -> Dataset:
-    """The rows with lists of class labels. Raises: UserError that names the row of a label that is none."""
+    """Convert labels to lists of class labels. Raises: UserError that names the row of an unknown label."""
     feature = rows.features["label"]
     if not holds_lists(feature):
         raise UserError(
@@ -142,7 +143,7 @@ def _column(rows: Dataset) -> pyarrow.ChunkedArray:
 
 
 def _flat(column: pyarrow.ChunkedArray) -> tuple[np.ndarray, pyarrow.ChunkedArray]:
-    """Every entry of a column of lists [M], and its row [M]."""
+    """The row [M] of every entry of a column of lists, and the entries [M]."""
     lengths = pc.list_value_length(column).to_numpy()
     return np.repeat(np.arange(len(column)), lengths), pc.list_flatten(column)
 
@@ -164,7 +165,7 @@ def _present(rows: Dataset, split: str) -> tuple[np.ndarray, pyarrow.ChunkedArra
 
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Silence the progress bars of `datasets` for work that takes no time."""
+    """Hide the progress bars of `datasets` for work that takes no time."""
     shown = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -196,13 +197,13 @@ def standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
 
 
 def _is_hidden(rows: Dataset) -> bool:
-    """Whether no row of a split says its label."""
+    """True if no row of a split has a label."""
     values = entries(rows) if holds_lists(rows.features["label"]) else rows.unique("label")
     return set(values) <= {-1, None}
 
 
 def image_and_label(features: Features, config: DataConfig) -> tuple[str, str]:
-    """Names of the image and the label column. Raises: UserError if they cannot be told."""
+    """Names of the image and the label column. Raises: UserError if they cannot be identified."""
     image = _find_column(features, Image, config.image_column_name, "image")
     label = _find_column(features, ClassLabel, config.label_column_name, "label")
     if image == label:
@@ -213,12 +214,12 @@ def image_and_label(features: Features, config: DataConfig) -> tuple[str, str]:
 
 
 def with_standard_names(rows: Rows, split: str, image: str, label: str) -> Rows:
-    """Those two columns alone, as `image` and `label`. Raises: UserError if the split lacks one."""
+    """Select the two columns, as `image` and `label`. Raises: UserError if the split lacks one."""
     if image not in rows.features or label not in rows.features:
         raise UserError(f"split {split} has columns {list(rows.features)}, not {image} and {label}")
     rows = rows.select_columns([image, label])
     if (image, label) != ("image", "label"):
-        # Through temporary names, so that columns may trade places.
+        # Through temporary names, in case the two columns swap names.
         rows = rows.rename_columns({image: "_image", label: "_label"})
         rows = rows.rename_columns({"_image": "image", "_label": "label"})
     return rows

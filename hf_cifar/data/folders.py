@@ -1,4 +1,4 @@
-"""Data sets on this machine: CIFAR archives, saved data sets, folders of images or Parquet files."""
+"""Open data sets on this machine: CIFAR archives, saved data sets, folders of images or Parquet files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_cifar.text import first_line
 
 
 def refuse_configuration(config: DataConfig) -> None:
-    """Raises: UserError for a configuration of data that has one alone."""
+    """Raises: UserError if --dataset_config_name is given for data with a single configuration."""
     if config.dataset_config_name is not None:
         raise UserError(
             f"{config.dataset_name} has one configuration; leave out --dataset_config_name"
@@ -27,7 +27,7 @@ def refuse_configuration(config: DataConfig) -> None:
 
 
 def refuse_streaming(name: str, streaming: bool) -> None:
-    """Raises: UserError if data that cannot be streamed are to be."""
+    """Raises: UserError if streaming is requested for data that cannot be streamed."""
     if streaming:
         raise UserError(
             f"{name} cannot be streamed: that takes a Hub id or a folder in Hub layout; leave out --streaming"
@@ -35,7 +35,7 @@ def refuse_streaming(name: str, streaming: bool) -> None:
 
 
 def from_pixels(columns: dict[str, Any], names: dict[str, list[str]]) -> Dataset:
-    """A data set from raw pixels [N, H, W] or [N, H, W, 3] and label columns."""
+    """Make a data set of raw pixels [N, H, W] or [N, H, W, 3] and label columns."""
     features = Features(
         {"image": Image(decode=False)} | {c: ClassLabel(names=n) for c, n in names.items()}
     )
@@ -49,7 +49,7 @@ def from_pixels(columns: dict[str, Any], names: dict[str, list[str]]) -> Dataset
 def load_local(
     path: Path, config: DataConfig, streaming: bool
 ) -> DatasetDict | IterableDatasetDict:
-    """All splits of a file or folder, as they are there. Raises: UserError for one that is no data set."""
+    """Open all splits of a file or folder. Raises: UserError if it is not a data set."""
     if not path.exists():
         raise UserError(f"no data set {config.dataset_name}: there is no such file or folder")
     if cifar_version(path) is not None:
@@ -80,16 +80,16 @@ def load_local(
             ) from None
         except UserError:
             raise
-        except Exception as error:  # a stranger's file can fail in any way
+        except Exception as error:  # a file of unknown origin can fail in any way
             raise UserError(
                 f"cannot load data set {config.dataset_name}: {first_line(error)}"
             ) from error
 
 
 def _check_class_folders(path: Path, splits: DatasetDict | IterableDatasetDict) -> None:
-    """Where plain images were found: each class must be a folder of its own, with images.
+    """Check a folder of plain images: each class must have a folder, with images.
 
-    Raises: UserError that names a lone class, an image outside the class folders, or an empty one.
+    Raises: UserError that names a single class, an image outside the class folders, or an empty folder.
     """
     columns = set(next(iter(splits.values())).features or ())
     if not columns <= {"image", "label"} or "image" not in columns:
@@ -119,9 +119,9 @@ def _check_class_folders(path: Path, splits: DatasetDict | IterableDatasetDict) 
 def _check_parquet_names(
     path: Path, config_name: str | None, splits: DatasetDict | IterableDatasetDict
 ) -> None:
-    """`datasets` takes the class names of the first file for those of all; each must have the same.
+    """Check that all Parquet files have the same class names: `datasets` uses those of the first for all.
 
-    Raises: UserError that names a file with others.
+    Raises: UserError that names a file with different ones.
     """
     features = next(iter(splits.values())).features or {}
     names = {

@@ -1,4 +1,4 @@
-"""Any image file as RGB uint8: the one decoder of training, evaluation and prediction."""
+"""Decode any image file to RGB uint8: the one decoder of training, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hf_cifar.config.data import MAX_IMAGE_PIXELS
 from hf_cifar.errors import UserError
 from hf_cifar.text import one_line
 
-# Icons hold other images, which are decoded before their size can be asked for; EPS is a program to run.
+# Icons contain other images, which are decoded before their size can be checked; EPS is a program to run.
 REFUSED_FORMATS = {"EPS", "ICNS", "ICO"}
 EXIF_MARK, ORIENTATION = b"Exif\0\0", 0x0112
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as a person sees it, in mode RGB.
+    """Convert an image to mode RGB, as a person sees it.
 
     First frame of an animation, upright by its EXIF tag, transparency over white, 16-bit and float
     grey rescaled to 8 bit instead of clipped. Raises: UserError for an EXIF block that is damaged.
@@ -49,9 +49,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _check_exif(exif: bytes) -> None:
-    """Raises: UserError for an EXIF block whose first directory is cut off before it says which way is up.
+    """Raises: UserError for an EXIF block whose first directory is cut off before the orientation.
 
-    Pillow takes such an image as it lies, or refuses it, as the kind of file goes. Broken tags do no harm.
+    Pillow does not rotate such an image, or refuses it, depending on the file format. Broken tags do no harm.
     """
     block = exif.removeprefix(EXIF_MARK).removeprefix(EXIF_MARK)  # some programs write it twice
     if not block:
@@ -100,7 +100,7 @@ def decode_image(
 
 
 def _formats() -> list[str]:
-    """What Pillow can open, but for what would be decoded or run before its size is known."""
+    """The formats that Pillow can open, except those that are decoded or run before their size is known."""
     Image.preinit()  # the common ones first
     Image.init()
     return [name for name in Image.ID if name not in REFUSED_FORMATS]
@@ -119,7 +119,7 @@ def decode_cell(cell: dict | None, max_pixels: int = MAX_IMAGE_PIXELS) -> np.nda
 def decode_cells(
     cells: Sequence[dict], max_pixels: int = MAX_IMAGE_PIXELS
 ) -> Iterator[np.ndarray | UserError]:
-    """Decode many cells, in order, on all cores (Pillow decodes outside the interpreter's lock).
+    """Decode many cells, in order, on all cores (Pillow releases the interpreter's lock).
 
     Yields [H, W, 3] uint8, or the error of a cell that cannot be read.
     """
@@ -135,7 +135,7 @@ def decode_cells(
 
 
 def pnm_bytes(pixels: np.ndarray) -> bytes:
-    """Encode [H, W] grey or [H, W, 3] RGB uint8 as PGM or PPM: a header, then the pixels as they are.
+    """Encode [H, W] grey or [H, W, 3] RGB uint8 as PGM or PPM: a header, then the raw pixels.
 
     Source: https://netpbm.sourceforge.net/doc/ppm.html
     """
@@ -144,7 +144,7 @@ def pnm_bytes(pixels: np.ndarray) -> bytes:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """Files below `folder` whose extension Pillow can open, sorted."""
+    """List the files below `folder` whose extension Pillow can open, sorted."""
     known = set(_formats())
     extensions = {ext for ext, form in Image.registered_extensions().items() if form in known}
     return sorted(

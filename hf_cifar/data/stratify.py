@@ -1,4 +1,4 @@
-"""Choosing rows so that each class keeps its share, of one label an image or several."""
+"""Choose rows so that each class keeps its share, for one label an image or multiple."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_cifar.errors import UserError
 
 
 def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -> Split:
-    """At most `limit` rows, stratified, in their original order."""
+    """Choose at most `limit` rows, stratified, in their original order."""
     if limit is None or limit >= len(split):
         return split
     present = np.count_nonzero(class_counts(split.labels, len(split.id2label)))
@@ -27,9 +27,9 @@ def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -
 def stratified(
     labels: np.ndarray, share: float, names: list[str], seed: int, split: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of the two parts, sorted; each class gives its share to the second."""
+    """Divide rows into two parts: their row numbers, sorted; the second gets its share of each class."""
     counts = class_counts(labels, len(names))
-    # Of labels that share their images, a rare one may stay in train.
+    # With multiple labels an image, a rare label may stay in train alone.
     if len(labels) < 2 or (labels.ndim == 1 and counts.min() < 2):
         raise UserError(
             f"class {names[counts.argmin()]!r} has one image in {split}; train and validation need one each"
@@ -42,9 +42,9 @@ def stratified(
 
 
 def _choose_rows(labels: np.ndarray, size: int, seed: int, spare: int = 0) -> np.ndarray:
-    """`size` row numbers, sorted, with every class present in proportion (largest remainder, at least one).
+    """Choose `size` row numbers, sorted, with each class in proportion (largest remainder, at least one row).
 
-    spare: how many rows of each class are left over, at least.
+    spare: rows of each class that are not chosen, at least.
     """
     if labels.ndim == 2:
         return stratified_choice(labels, size, seed, spare)
@@ -68,21 +68,21 @@ def _choose_rows(labels: np.ndarray, size: int, seed: int, spare: int = 0) -> np
 
 
 def fewest_images(labels: np.ndarray) -> int:
-    """As many images as hold one label for each class, on average. labels [N, K]."""
+    """Average number of images needed to see one label per class. labels [N, K]."""
     return math.ceil(labels.shape[1] / max(1.0, labels.sum(axis=1).mean()))
 
 
 def stratified_choice(labels: np.ndarray, size: int, seed: int, spare: int = 0) -> np.ndarray:
-    """`size` row numbers of labels [N, K], sorted: of each class its share, and at least one, as far as whole
-    images allow it.
+    """Choose `size` row numbers of labels [N, K], sorted: of each class its share, and at least one row, as
+    far as whole images allow.
 
-    spare: how many rows of each class are left over, before any is chosen.
+    spare: rows of each class that are not chosen, which has priority.
 
     Source: Sechidis, Tsoumakas and Vlahavas, On the Stratification of Multi-Label Data, 2011.
     """
     num_rows, labels = len(labels), labels.astype(np.int64)
     counts = labels.sum(axis=0)
-    # Of those left over and those chosen: the images, and the labels of each class, that are still wanted.
+    # Labels of each class, and images, still wanted in the first part (not chosen) and the second (chosen).
     chosen = np.minimum(np.maximum(counts * size / num_rows, 1), np.maximum(counts - spare, 0))
     wanted = np.stack([counts - chosen, chosen])
     room = np.array([num_rows - size, size])
@@ -90,7 +90,7 @@ def stratified_choice(labels: np.ndarray, size: int, seed: int, spare: int = 0) 
     shuffled = np.random.default_rng(seed).permutation(num_rows)
 
     def place(row: int, need: np.ndarray) -> None:
-        """Into the part that needs the row more; of equals, the one with more room."""
+        """Put a row into the part that needs it more; if equal, into the one with more room."""
         first, second = zip(need, room, strict=True)
         into = int(room[1] > 0 and (room[0] == 0 or second > first))
         part[row] = into

@@ -14,7 +14,7 @@ from transformers import ViTImageProcessor
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data import streams
 from hf_cifar.data.images import decode_cell, decode_image
-from hf_cifar.data.splits import load_splits, load_test_split, require_test_split
+from hf_cifar.data.splits import DataSource, load_splits, load_test_split, require_test_split
 from hf_cifar.data.store import ShardStore
 from hf_cifar.data.streams import Stream, load_streams, place
 from hf_cifar.errors import UserError
@@ -206,7 +206,7 @@ def test_hidden_test_labels_are_found_before_training(tmp_path, make_rows):
     make_rows([0, 1] * 20, image="image").to_parquet(str(tmp_path / "train.parquet"))
     make_rows([-1] * 4, image="image").to_parquet(str(tmp_path / "test.parquet"))
     with pytest.raises(UserError, match="has no labelled test split"):
-        require_test_split(stream_of(tmp_path))
+        require_test_split(DataSource(stream_of(tmp_path)))
 
 
 def test_a_label_that_is_no_class_is_named(tmp_path, make_rows):
