@@ -43,7 +43,7 @@ class Pixels:
     rows: columns image (encoded) and label. row_ids: [N] int64, the number of each row in the source's own
     split; all rows in order if not given. max_pixels: an image of more cannot be read.
     images: None until `hold`, then uint8 [N, H, W, 3], or a list of [H, W, 3] if sizes differ. An unreadable
-    image is blank, and `faults` has its position. tensors: see `kept`.
+    image is blank, and `faults` has its position. tensors: made of them, see `store`.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Pixels:
 
     @functools.cached_property
     def key(self) -> str:
-        """SHA-256 of all encoded images, see `cache`."""
-        return content_key(self.rows)
+        """SHA-256 of all encoded images, see `cache`, and the limit on their size."""
+        return f"{content_key(self.rows)}-{self.max_pixels}"
 
     def hold(self, *, decode: bool = True) -> bool:
         """Have all images in memory: those that are kept on disk, or else decode them and keep them there.
@@ -172,7 +172,7 @@ class Pixels:
         return f"{self.key}-without-{hashlib.sha256(blank.tobytes()).hexdigest()[:16]}"
 
     def _faults_key(self) -> str:
-        return f"{self.key}-unreadable-{self.max_pixels}"
+        return f"{self.key}-unreadable"
 
     def _keep_faults(self, faults: dict[int, str]) -> None:
         save_array(self._faults_key(), np.array(list(faults), np.int64))

@@ -13,6 +13,7 @@ from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.split import Split, require_readable, subset
 from hf_cifar.data.splits import DataSource, load_splits
 from hf_cifar.data.stratify import stratified
+from hf_cifar.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +174,10 @@ def test_faults_of_another_limit_on_pixels_are_not_mixed_up(save, make_rows):
     for split in (*parts(few), *parts(load(path))):
         check(split, pictures(rows))
     assert sum(len(split) for split in parts(load(path, on_bad_image="skip"))) == 40
+    path = save(train=make_rows([0, 1] * 20, sizes=((9, 9),)))
+    require_readable(*parts(load(path)))
+    with pytest.raises(UserError, match="40 images cannot be read"):
+        require_readable(*parts(load(path, max_image_pixels=80)))
 
 
 def test_pixel_hash_is_of_the_selected_images_in_order(save, make_rows):
