@@ -29,7 +29,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     grey rescaled to 8 bit instead of clipped. Raises: UserError for an EXIF block that is damaged.
     """
     image.seek(0)
-    _check_exif(image.info.get("exif") or b"")
+    orientation = _exif_orientation(image.info.get("exif") or b"")
+    if orientation is not None:
+        image.getexif().setdefault(ORIENTATION, orientation)  # Pillow 12 stops at a damaged tag before it
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT_MODES:
         # Pillow's own conversion clips at 255. A 16-bit PNG may open as "I", with 16-bit values.
@@ -48,26 +50,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _check_exif(exif: bytes) -> None:
-    """Raises: UserError for an EXIF block whose first directory is cut off before the orientation.
+def _exif_orientation(exif: bytes) -> int | None:
+    """Return the orientation tag, if any. Raises: UserError for a first directory that is cut off before it.
 
     Pillow does not rotate such an image, or refuses it, depending on the file format. Broken tags do no harm.
     """
     block = exif.removeprefix(EXIF_MARK).removeprefix(EXIF_MARK)  # some programs write it twice
     if not block:
-        return
+        return None
     try:
         order = {b"II*\0": "<", b"MM\0*": ">"}[block[:4]]
         (start,) = struct.unpack_from(f"{order}I", block, 4)
         (count,) = struct.unpack_from(f"{order}H", block, start)
         for number in range(count):
-            (tag,) = struct.unpack_from(f"{order}H10x", block, start + 2 + 12 * number)
+            tag, value = struct.unpack_from(f"{order}H6xH2x", block, start + 2 + 12 * number)
             if tag == ORIENTATION:
-                return
+                return value
     except (KeyError, struct.error):
         raise UserError(
             "cannot read image: its EXIF block is damaged, so that nobody can tell which way is up"
         ) from None
+    return None
 
 
 def decode_image(

@@ -14,7 +14,7 @@ import huggingface_hub
 import yaml
 from huggingface_hub import CommitOperationAdd, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
 from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import require_network
@@ -167,7 +167,7 @@ def check_card_on_hub(text: str, target: Target) -> None:
     """
     check_card(text)
     try:
-        ModelCard(text).validate()
+        _validate_card(text)
     except ValueError as error:
         raise UserError(
             f"the Hub refuses the model card's metadata ({one_line(error, 200)}); mend the head of "
@@ -175,6 +175,18 @@ def check_card_on_hub(text: str, target: Target) -> None:
         ) from None
     except Exception as error:  # as above
         raise UserError(f"cannot push to {target.repo_id}: {_reason(error, target)}") from None
+
+
+def _validate_card(text: str) -> None:
+    """Like `ModelCard.validate`, which before huggingface_hub 2 ignores HF_ENDPOINT. Raises: ValueError."""
+    response = get_session().post(
+        f"{constants.ENDPOINT}/api/validate-yaml",
+        json={"repoType": "model", "content": text},
+        headers={"Accept": "text/plain"},
+    )
+    if response.status_code == 400:
+        raise ValueError(response.text)
+    hf_raise_for_status(response)
 
 
 def files_to_push(folder: Path) -> dict[str, Path]:
