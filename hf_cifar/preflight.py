@@ -34,11 +34,13 @@ TRACKERS = {"tensorboard", "trackio"}  # those that the extra `track` brings
 def check_run(config: RunConfig, source: DataSource) -> None:
     """Find out now what would otherwise fail at the end of the run.
 
-    Raises: UserError if the output folder holds another run, there is nothing to resume from, the
-    device cannot compute as asked, there is no test split to predict or an image of it cannot be read, or a
-    push could not work.
+    Raises: UserError if `source` is of other data, the output folder holds another run, there is nothing to
+    resume from, the device cannot compute as requested, there is no test split to predict or an image of it
+    cannot be read, or a push could not work.
     """
     train = config.train
+    if source.config != config.data:
+        raise UserError("the open data set is not the one in config.data; pass one of the same options")
     if train.seeds > 1:
         raise UserError(
             f"--seeds {train.seeds} is for finetune_seeds; finetune_classifier is one run"

@@ -279,6 +279,17 @@ def test_a_model_from_elsewhere_gets_a_mean_loss_too(tmp_path, stripes, tiny_vit
     assert trainer.model_accepts_loss_kwargs is False
 
 
+def test_an_open_data_set_of_other_options_is_refused(tmp_path, stripes):
+    from hf_cifar.data.splits import DataSource
+
+    flags = ["--dataset_name", str(stripes), "--use_cpu", "--output_dir", str(tmp_path / "run")]
+    config = RunConfig.parse(flags)
+    source = DataSource(RunConfig.parse([*flags, "--split_seed", "7"]).data)
+    with pytest.raises(UserError, match=r"the open data set is not the one in config\.data"):
+        finetune_classifier(config, source)
+    assert not (tmp_path / "run").exists()
+
+
 def test_early_stopping(tmp_path, stripes, tiny_vit):
     run(
         tmp_path / "run", stripes, tiny_vit, "--num_train_epochs", "9", "--learning_rate", "1e-9",
