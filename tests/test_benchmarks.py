@@ -162,6 +162,7 @@ def test_a_failed_check_fails_its_part(tmp_path):
         gpu.check("some", lambda _: iter(bad))(bench)
     (record,) = map(json.loads, next(tmp_path.glob("*.jsonl")).open())
     assert not record["passed"]
+    assert "| correctness: some | all checks | 1 of 2 passed |  | 1 |" in table.table([record])
     assert bench.rows[0][0] == "b"
 
 
