@@ -5,6 +5,7 @@ python -m benchmarks.gpu runs these first; without a GPU they compare the CPU wi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -51,7 +52,7 @@ class Check:
 
 
 def device() -> torch.device:
-    """The GPU if there is one."""
+    """Return the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -69,13 +70,14 @@ def check_settings(
         model.to(device())
         for setting in settings or candidates(model, device()):
             found = logits_and_gradients(model, images.to(device()), setting)
-            for what, a, b, c in zip(
+            for what, output, exact, bf16_on_cpu in zip(
                 ("logits", "gradients"), found, reference, rounded, strict=True
             ):
                 limit = FLOAT32_LIMIT
                 if setting.precision != "fp32":
-                    limit = HALF_PRECISION_FACTOR * relative_error(c, b)
-                yield Check(f"{name}, {setting}: {what}", relative_error(a, b), limit)
+                    limit = HALF_PRECISION_FACTOR * relative_error(bf16_on_cpu, exact)
+                difference = relative_error(output, exact)
+                yield Check(f"{name}, {setting}: {what}", difference, limit)
 
 
 def logits_and_gradients(
@@ -91,20 +93,29 @@ def logits_and_gradients(
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     torch.manual_seed(0)  # the same dropout
     images = images.contiguous(memory_format=MEMORY_FORMATS[setting.memory_format])
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    with computing_as(setting, model):
+    with without_tf32(), computing_as(setting, model):
         with torch.autocast(on, dtype, enabled=dtype is not torch.float32):
             logits = network(pixel_values=images).logits
         labels = torch.arange(len(images), device=images.device) % logits.shape[1]
         scale = 2.0**7 if setting.precision == "fp16" else 1.0  # as a gradient scaler would
         (scale * F.cross_entropy(logits.float(), labels)).backward()
     gradients = [p.grad.double().cpu().flatten() / scale for p in model.parameters()]
-    torch.backends.cudnn.allow_tf32 = tf32
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     return logits.detach().double().cpu(), torch.cat(gradients)
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Let convolutions on a GPU compute float32 in float32 until the block ends."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def relative_error(found: Tensor, reference: Tensor) -> float:

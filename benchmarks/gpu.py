@@ -1,4 +1,4 @@
-"""All that one GPU can show in a few minutes, the most valuable first: correctness, training speed, a real
+"""Measure what one GPU can show in a few minutes, by value: correctness, training speed, a real
 fine-tuning, prediction speed, and the settings one by one.
 
 python -m benchmarks.gpu --minutes 8 --output FOLDER [--dataset_name CIFAR10] [--tiny]
@@ -67,7 +67,7 @@ class Bench:
         print(" | ".join(self.rows[-1]), flush=True)
 
     def tasks(self) -> dict[str, Task]:
-        """What is trained, in the setting that is fastest here."""
+        """Tasks by name, on the pictures; each in the default setting."""
         found = TINY if self.tiny else tasks(None)
         return {
             name: dataclasses.replace(task, dataset_name=self.pictures)
@@ -167,7 +167,7 @@ def train(name: str, bench: Bench) -> None:
 
 
 def training_flops(task: Task) -> int:
-    """Floating-point operations of a training step, for each image."""
+    """Count the floating-point operations of a training step, per image."""
     model, processor = build_model(task.config("unused").model, correctness.NAMES)
     size = correctness.Preprocessing.from_image_processor(processor).size
     with FlopCounterMode(display=False) as counter:
@@ -177,7 +177,7 @@ def training_flops(task: Task) -> int:
 
 @functools.cache
 def matrix_rate(side: int = 8192) -> float:
-    """Floating-point operations a second of bfloat16 matrix products: the median of 20."""
+    """Measure the floating-point operations a second of bfloat16 matrix products: the median of 20."""
     on = correctness.device()
     side = side if on.type == "cuda" else 512
     left, right = (torch.randn(side, side, device=on, dtype=torch.bfloat16) for _ in range(2))

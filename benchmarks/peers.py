@@ -38,8 +38,8 @@ AUGMENTATION = ["--crop_padding", "0", "--crop_scale", "0.25", "--flip", "0.5"]
 class Task:
     """A model to be trained in turns, with `batch_size` images a step.
 
-    images: folder of the same images, one a class. setting: how ours computes. num_steps: of a whole run, if
-    nobody ends it before.
+    images: folder of the same images, one a class. setting: how ours computes. num_steps: of a whole run,
+    which usually ends before.
     """
 
     model: str

@@ -121,12 +121,8 @@ def finish_run(
     with deferred_signals() as stop_request:
         save_classifier(trainer, folder)
         if trainer.is_world_process_zero():
-            facts, before = (
-                run_facts(trainer, splits, evaluations[0].temperature, config, leakage),
-                {},
-            )
-            if resume_point(config):
-                before = read_json(folder / RUN_FILE)
+            facts = run_facts(trainer, splits, evaluations[0].temperature, config, leakage)
+            before = read_json(folder / RUN_FILE) if resume_point(config) else {}
             if before.get("steps") == facts["steps"]:
                 # A finished run that is resumed trains nothing: its time and speed are those of then.
                 facts |= before

@@ -39,11 +39,8 @@ def build_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
     """
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     groups: Any = parameter_groups(model, args.weight_decay)
-    for name in (
-        "params",
-        "model",
-        "optimizer_dict",
-    ):  # of GaLore, Apollo and LOMO, which group by themselves
+    # GaLore, Apollo and LOMO make groups of their own.
+    for name in ("params", "model", "optimizer_dict"):
         groups = options.pop(name, groups)
     optimizer = optimizer_class(groups, **options)
     if args.layer_decay != 1:
@@ -99,10 +96,8 @@ def default_rates(
     Source: Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022;
     Goyal et al., Accurate, Large Minibatch SGD, 2017.
     """
-    family, optimizer = (
-        model_family(model, scratch),
-        OPTIMIZER_FAMILIES.get(OptimizerNames(optim).value),
-    )
+    family = model_family(model, scratch)
+    optimizer = OPTIMIZER_FAMILIES.get(OptimizerNames(optim).value)
     clipping = RATES["adamw"][family].max_grad_norm
     rates = RATES.get(optimizer, {}).get(family, Rates(None, clipping))
     if rates.learning_rate is None:
