@@ -40,7 +40,9 @@ def check_run(config: RunConfig, source: DataSource) -> None:
     """
     train = config.train
     if source.config != config.data:
-        raise UserError("the open data set is not the one in config.data; pass one of the same options")
+        raise UserError(
+            "the open data set is not the one in config.data; pass one of the same options"
+        )
     if train.seeds > 1:
         raise UserError(
             f"--seeds {train.seeds} is for finetune_seeds; finetune_classifier is one run"

@@ -31,7 +31,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.seek(0)
     orientation = _exif_orientation(image.info.get("exif") or b"")
     if orientation is not None:
-        image.getexif().setdefault(ORIENTATION, orientation)  # Pillow 12 stops at a damaged tag before it
+        image.getexif().setdefault(
+            ORIENTATION, orientation
+        )  # Pillow 12 stops at a damaged tag before it
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT_MODES:
         # Pillow's own conversion clips at 255. A 16-bit PNG may open as "I", with 16-bit values.
