@@ -1,4 +1,4 @@
-"""Predict every image of a split once, calibrate by what was predicted, and evaluate a saved model."""
+"""Predict every image of a split once, calibrate on the predictions, and evaluate a saved model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
+from hf_cifar.config.metrics import words
 from hf_cifar.config.run import on_cpu
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource
@@ -31,10 +32,8 @@ from hf_cifar.data.store import (
 )
 from hf_cifar.data.stratify import subsample
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.calibration import fit_temperature
 from hf_cifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedStore
 from hf_cifar.evaluation.intervals import wilson
-from hf_cifar.evaluation.multi_label import fit_thresholds, multi_label_training_metrics, sigmoid
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.heads import divide_logits
@@ -59,8 +58,8 @@ def evaluate_classifier(
 ) -> Predictions:
     """Predict every image of a split once; on all processes, each row counted once.
 
-    pixel_store: auto, resident or streamed. temperature: what the model's logits are already divided by,
-    for the record. store: of the split's images, if it is built already.
+    pixel_store: auto, resident or streamed. temperature: the number by which the model already divides
+    its logits, for the record. store: of the split's images, if it is built already.
     """
     if store is None:
         store = _store_of(trainer, split, pixel_store)
@@ -79,7 +78,7 @@ def _store_of(
 def predict_images(
     trainer: ImageClassificationTrainer, split: Split, images: Dataset, temperature: float = 1.0
 ) -> Predictions:
-    """What the model says of `images`, a store of the split's images in their order."""
+    """Predict `images`, a store of the split's images in their order."""
     output = trainer.predict(images)
     return Predictions(
         split=split.name,
@@ -96,7 +95,7 @@ def predict_images(
 def evaluate_corrupted(
     trainer: ImageClassificationTrainer, split: Split, num_images: int, pixel_store: str = "auto"
 ) -> dict[str, Any]:
-    """Accuracy under each corruption at severities 1 to 5, and without any, on up to `num_images` images of
+    """Accuracy under each corruption at severities 1 to 5, and without one, on up to `num_images` images of
     the split, stratified. Images are corrupted at the size at which they are stored."""
     part = subsample(split, max(num_images, len(split.id2label)), seed=0)
     store = _store_of(trainer, part, pixel_store)
@@ -119,53 +118,36 @@ def evaluate_corrupted(
 
 
 def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Predictions:
-    """Fold the temperature that suits the predictions into the model; what it then predicts.
+    """Calibrate a model on its predictions; returns what it then predicts.
 
-    The model stays an ordinary one, and its labels the same. Left as it is where no linear layer gives
-    the logits. A multi-label model has thresholds fitted instead.
+    With one label per image, the temperature that suits the predictions becomes part of the model, which
+    stays an ordinary one and gives the same labels. It stays as it is where no linear layer gives the
+    logits. With any number of labels, a threshold for each class goes into the model's config.
     """
-    if validation.multi_label:
-        return set_thresholds(model, validation)
-    temperature = fit_temperature(validation.logits, validation.labels)
-    if not divide_logits(model, temperature):
+    calibrated = dataclasses.replace(validation, **validation.outcome.calibrate())
+    if calibrated.thresholds is not None:
+        model.config.thresholds = calibrated.thresholds.tolist()
+        change = "a threshold fitted for each class, and no temperature"
+    elif divide_logits(model, calibrated.temperature):
+        change = f"logits divided by {calibrated.temperature:.3f}"
+    else:
         logger.info(
             "no temperature: %s has no linear layer that gives its logits", type(model).__name__
         )
         return validation
-    calibrated = dataclasses.replace(
-        validation,
-        logits=(validation.logits / temperature).astype(np.float32),
-        temperature=temperature,
-    )
-    figures = calibrated.metrics
-    logger.info(
-        "logits divided by %.3f: calibration error on validation %.4f, before %.4f",
-        temperature, figures["ece"], figures["ece_uncalibrated"],
-    )  # fmt: skip
+    name = calibrated.outcome.improved
+    before, after = (each.outcome.metric(name) for each in (validation, calibrated))
+    logger.info("%s: %s on validation %.4f, before %.4f", change, words(name), after, before)
     return calibrated
-
-
-def set_thresholds(model: PreTrainedModel, validation: Predictions) -> Predictions:
-    """Fit a threshold for each class to the predictions, and keep it in the model's config; what it then
-    predicts."""
-    thresholds = fit_thresholds(sigmoid(validation.logits), validation.labels)
-    model.config.thresholds = thresholds.tolist()
-    fitted = dataclasses.replace(validation, thresholds=thresholds)
-    before = multi_label_training_metrics(validation.logits, validation.labels)
-    logger.info(
-        "a threshold fitted for each class, and no temperature: macro F1 on validation %.4f, at 0.5 %.4f",
-        fitted.metrics["f1_macro"], before["f1_macro"],
-    )  # fmt: skip
-    return fitted
 
 
 def evaluate_saved(
     config: EvaluateConfig, data: DataConfig, source: DataSource | None = None
 ) -> Predictions:
-    """Evaluate a saved model on one split, and update figures, predictions and card in its folder.
+    """Evaluate a saved model on one split, and update metrics, predictions and card in its folder.
 
     source: of `data`, if it is open already.
-    Raises: UserError if the data's classes are not the model's, or an image has several for one.
+    Raises: UserError if the data's classes are not the model's, or only one of them has multiple labels.
     """
     if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
         raise UserError(
@@ -182,11 +164,11 @@ def evaluate_saved(
     known = {int(i): name for i, name in model.config.id2label.items()}
     if known != split.id2label:
         raise UserError(
-            f"the model tells {list(known.values())[:5]}..., but the data has "
+            f"the model knows {list(known.values())[:5]}..., but the data has "
             f"{list(split.id2label.values())[:5]}...; pass the --dataset_name that it was trained on"
         )
     if is_multi_label(model) != (split.labels.ndim == 2):
-        kinds = ("one label", "several labels")
+        kinds = ("one label", "multiple labels")
         raise UserError(
             f"the model gives an image {kinds[is_multi_label(model)]}, but the data "
             f"{kinds[split.labels.ndim == 2]}; pass the --label_column_name that it was trained on"
@@ -227,13 +209,13 @@ def evaluate_saved(
         if corrupted is not None:
             path = folder / CORRUPTIONS_FILE
             write_json(path, {**read_json(path), split.name: corrupted})
-        if untouched:  # what somebody wrote into the card stays
+        if untouched:  # keep a card that somebody has edited
             save_card(folder)
     return evaluation
 
 
 def temperature_of(model_name_or_path: str) -> float:
-    """What a run's calibration has divided its model's logits by; 1 for a model without a run.
+    """The number by which a run's calibration has divided its model's logits; 1 for a model without a run.
 
     Raises: UserError if the run's file is damaged.
     """
@@ -249,7 +231,7 @@ def temperature_of(model_name_or_path: str) -> float:
 
 
 def output_folder(config: EvaluateConfig) -> Path | None:
-    """Where the figures go: --output_dir, else the model's folder; None for a Hub model without a folder."""
+    """The folder for the metrics: --output_dir, else the model's; None for a Hub model without one."""
     if config.output_dir is not None:
         return Path(config.output_dir)
     folder = Path(config.model_name_or_path)

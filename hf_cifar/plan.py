@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from hf_cifar.config.fields import MULTI_LABEL_METRICS
+from hf_cifar.config.metrics import best_metrics, metrics_of
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.config.run import FinetuneConfig, RunConfig
 from hf_cifar.data.split import Split
@@ -101,10 +101,9 @@ def best_metric(asked: str | None, model: PreTrainedModel) -> str:
         return (
             asked or "average_precision_macro"
         )  # which needs no thresholds: they are fitted at the end
-    if asked is not None and asked.removeprefix("eval_") in MULTI_LABEL_METRICS:
-        raise UserError(
-            f"--metric_for_best_model {asked} is for multi-label data; pass accuracy or cross_entropy"
-        )
+    if asked is not None and asked.removeprefix("eval_") not in best_metrics(multi_label=False):
+        names = " or ".join(metrics_of(multi_label=False, place="training"))
+        raise UserError(f"--metric_for_best_model {asked} is for multi-label data; pass {names}")
     return asked or "accuracy"
 
 

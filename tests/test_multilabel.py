@@ -81,10 +81,12 @@ def test_the_run_learns_and_leaves_a_multi_label_model(finished):
 
 
 def test_thresholds_are_fitted_on_validation_alone(finished):
-    from hf_cifar.evaluation.multi_label import fit_thresholds, sigmoid
+    from scipy.special import expit
+
+    from hf_cifar.evaluation.multi_label import fit_thresholds
 
     validation, test = (Predictions.load(finished.output_dir, s) for s in ("validation", "test"))
-    fitted = fit_thresholds(sigmoid(validation.logits), validation.labels)
+    fitted = fit_thresholds(expit(np.float64(validation.logits)), validation.labels)
     np.testing.assert_array_equal(validation.thresholds, fitted)
     np.testing.assert_array_equal(test.thresholds, fitted)
 
@@ -120,7 +122,7 @@ def test_report_shows_multi_label_figures(finished):
         assert row["confidence"] == pytest.approx(each.prod()) == row["truth_probability"]
     page = (finished.output_dir / "report.html").read_text()
     assert "All labels right on test" in page and "mean average precision" in page
-    assert "Validation mAP" in page and 'src="data:image/png' in page
+    assert "Validation mean average precision (mAP)" in page and 'src="data:image/png' in page
     assert 'id="calibration"' not in page and "Confusion matrix" not in page
 
 
@@ -142,7 +144,7 @@ def test_evaluate_refuses_data_of_the_other_kind(finished, lights, tmp_path):
         )
     rows.save_to_disk(str(tmp_path / "one"))
     config = EvaluateConfig(model_name_or_path=str(finished.output_dir), use_cpu=True)
-    with pytest.raises(UserError, match="gives an image several labels, but the data one label"):
+    with pytest.raises(UserError, match="gives an image multiple labels, but the data one label"):
         evaluate_saved(config, DataConfig(dataset_name=str(tmp_path / "one")))
 
 

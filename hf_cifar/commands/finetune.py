@@ -84,10 +84,11 @@ def finetune(argv: Sequence[str]) -> int:
 
 def render_summary(result: RunResult) -> str:
     """The table at the end of a run: figures, where the model lies, and the lines that load it."""
-    from hf_cifar.evaluation.multi_label import headline
-    from hf_cifar.evaluation.tables import render_figures
+    from hf_cifar.config.metrics import shown
+    from hf_cifar.evaluation.tables import render_chosen
 
-    return f"""{render_figures(result.metrics, headline(result.metrics["validation"]))}
+    names = ("num_images", *shown("headline", result.metrics["validation"]))
+    return f"""{render_chosen(result.metrics, names)}
 
 model: {result.output_dir}
 report: hf-cifar report {result.output_dir}

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from hf_cifar.config.fields import BEST_METRICS, WITHOUT_EFFECT, check_bounds
+from hf_cifar.config.fields import WITHOUT_EFFECT, check_bounds
+from hf_cifar.config.metrics import BEST_METRICS
 from hf_cifar.errors import UserError
 from hf_cifar.text import nearest_hint
 

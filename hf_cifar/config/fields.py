@@ -17,8 +17,6 @@ BOUNDS = {
     "layer_decay": (0.01, 1), "max_grad_norm": (0, 1e6), "seed": (0, 2**32 - 1), "feature_views": (0, 1000),
     "seeds": (1, 1000), "ema_decay": (0, 0.999999),
 }  # fmt: skip
-MULTI_LABEL_METRICS = ("average_precision_macro", "f1_macro")
-BEST_METRICS = ("accuracy", "cross_entropy", "loss", *MULTI_LABEL_METRICS)
 # The Trainer's, but not ours: the model always trains, hub/push.py pushes once, batches are made to measure.
 WITHOUT_EFFECT = ("do_train", "hub_strategy", "hub_always_push", "remove_unused_columns")
 

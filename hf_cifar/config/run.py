@@ -19,13 +19,13 @@ from hf_cifar.config.augmentation import AugmentConfig
 from hf_cifar.config.command_line import check_option_names, parse_dataclasses
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.fields import (
-    BEST_METRICS,
     BOUNDS,
     WITHOUT_EFFECT,
     check_bounds,
     field_names,
     option,
 )
+from hf_cifar.config.metrics import BEST_METRICS
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.recipes import expand_tokens
 from hf_cifar.config.training import LIGHT_CONFIGS, FinetuneOptions
@@ -117,7 +117,7 @@ class FinetuneConfig(FinetuneOptions, TrainingArguments):
                 f"--metric_for_best_model is {metric}; it takes {', '.join(BEST_METRICS)}"
             )
         if self.greater_is_better is None:
-            self.greater_is_better = metric not in ("cross_entropy", "loss")
+            self.greater_is_better = BEST_METRICS[metric]
         for name in ("bf16", "fp16"):
             if getattr(self, name) and self.precision not in ("auto", name):
                 raise UserError(

@@ -1,1 +1,1 @@
-"""Predictions, and the figures that follow from them."""
+"""Predictions, and the metrics that follow from them."""

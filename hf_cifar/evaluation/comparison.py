@@ -1,4 +1,4 @@
-"""Two models on the same images: is one of them better, or were they lucky?"""
+"""Two models on the same images: is one of them better, or is the difference chance?"""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from hf_cifar.config.metrics import shown
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.intervals import LEVEL, mcnemar, paired_difference
-from hf_cifar.evaluation.multi_label import MULTI_LABEL_HEADLINE
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.evaluation.tables import render_cell
 from hf_cifar.text import listed, render_table
 
-SHOWN = ("num_images", "accuracy", "f1_macro", "cross_entropy", "brier", "ece")
-
 
 def compare_runs(folders: Sequence[str | Path], split: str = "auto") -> dict[str, Any]:
-    """Compare the predictions that two runs left.
+    """Compare the saved predictions of two runs.
 
     split: "validation", "test", or "auto": test if both have it, else validation.
 
@@ -41,7 +39,7 @@ def compare_runs(folders: Sequence[str | Path], split: str = "auto") -> dict[str
 
 
 def compare_predictions(first: Predictions, second: Predictions) -> dict[str, Any]:
-    """Figures of both, and of their difference in accuracy (second less first), as plain values.
+    """Metrics of both, and their difference in accuracy (second less first), as plain values.
 
     Raises: UserError if they are not about the same rows, labels and classes.
     """
@@ -68,7 +66,7 @@ def compare_predictions(first: Predictions, second: Predictions) -> dict[str, An
 def _require_same_images(first: Predictions, second: Predictions) -> None:
     if first.id2label != second.id2label:
         raise UserError(
-            f"the two runs tell different classes: {listed(list(first.id2label.values())[:5])} and "
+            f"the two runs have different classes: {listed(list(first.id2label.values())[:5])} and "
             f"{listed(list(second.id2label.values())[:5])}; compare runs on the same data"
         )
     a, b = (dict(zip(p.row_ids.tolist(), p.labels.tolist(), strict=True)) for p in (first, second))
@@ -86,20 +84,22 @@ def _require_same_images(first: Predictions, second: Predictions) -> None:
 
 
 def render_comparison(comparison: dict[str, Any], names: Sequence[str]) -> str:
-    """The comparison as people read it: both runs' figures, and a sentence on the difference."""
-    shown = MULTI_LABEL_HEADLINE if "f1_micro" in comparison["first"] else SHOWN
+    """The comparison as people read it: both runs' metrics, and a sentence on the difference."""
     table = render_table(
         [f"{comparison['split']}, {LEVEL:.0%} interval", *names],
-        [[key, *(render_cell(comparison[run], key) for run in ("first", "second"))] for key in shown],
-    )  # fmt: skip
+        [
+            [name, *(render_cell(comparison[run], name) for run in ("first", "second"))]
+            for name in ("num_images", *shown("comparison", comparison["first"]))
+        ],
+    )
     difference, (low, high) = (
         comparison["accuracy_difference"], comparison["accuracy_difference_interval"],
     )  # fmt: skip
     p = comparison["mcnemar_p"]
     if p >= 1 - LEVEL:
-        verdict = "the images do not tell which is better"
+        verdict = "the difference may be due to chance"
     else:
-        verdict = f"{names[difference > 0]} is better than chance explains"
+        verdict = f"{names[difference > 0]} is better"
     return (
         f"{table}\n\nright in {names[0]} alone: {comparison['only_first_right']:,}; in {names[1]} alone: "
         f"{comparison['only_second_right']:,}; in both: {comparison['both_right']:,}; in neither: "

@@ -1,123 +1,82 @@
-"""The figures as `evaluate.Metric` classes that need no network."""
+"""The metrics of the table as `evaluate.Metric` classes that need no network."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 
-from hf_cifar.evaluation import metrics
-from hf_cifar.evaluation.multi_label import multi_label_training_metrics
+from hf_cifar.config.metrics import METRICS, metrics_of
+from hf_cifar.errors import UserError
+from hf_cifar.evaluation.metrics import OF_COUNTS
+from hf_cifar.evaluation.predictions import outcome_of
+from hf_cifar.text import nearest_hint
 
-_LABELS = datasets.Features(
-    {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-)
-_PROBABILITIES = datasets.Features(
-    {
-        "predictions": datasets.Sequence(datasets.Value("float64")),
-        "references": datasets.Value("int64"),
-    }
-)
+_CLASS_ID = datasets.Value("int64")
+_LOGITS = datasets.Sequence(datasets.Value("float64"))
 
 
-class ClassificationMetric(evaluate.Metric):
-    """An `evaluate.Metric` that is its own definition: built without a download, kept in memory."""
+class TableMetric(evaluate.Metric):
+    """A metric of the table, kept in memory. Subclasses: see `evaluate_metric`."""
 
-    input_features = _LABELS
+    name: str
+    multi_label: bool
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"keep_in_memory": True, **kwargs})
 
     def _info(self) -> evaluate.MetricInfo:
+        row = METRICS[self.name]
+        labels = datasets.Sequence(datasets.Value("int64")) if self.multi_label else _CLASS_ID
+        predictions = _CLASS_ID if takes_class_ids(self.name, self.multi_label) else _LOGITS
         return evaluate.MetricInfo(
-            description=type(self).__doc__ or "", citation="", features=self.input_features
+            description=f"{row.words}, {row.unit}",
+            citation="",
+            features=datasets.Features({"predictions": predictions, "references": labels}),
         )
 
-
-class Accuracy(ClassificationMetric):
-    """Share of right predictions."""
-
-    def _compute(self, predictions, references):
-        return {"accuracy": metrics.accuracy(predictions, references)}
-
-
-class TopKAccuracy(ClassificationMetric):
-    """Share of images whose class is among the k most probable. Takes probabilities."""
-
-    input_features = _PROBABILITIES
-
-    def _compute(self, predictions, references, k=5):
-        return {f"top_{k}_accuracy": metrics.top_k_accuracy(predictions, references, k)}
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float | None]:
+        logits, labels = np.asarray(predictions), np.asarray(references)
+        if logits.ndim == 1:  # class ids, as logits whose highest is theirs
+            logits = np.eye(max(logits.max(), labels.max()) + 1)[logits]
+        return {self.name: outcome_of(logits, labels).metric(self.name)}
 
 
-class CrossEntropy(ClassificationMetric):
-    """Mean negative log-probability of the true class. Takes probabilities."""
+@functools.cache
+def evaluate_metric(name: str, *, multi_label: bool = False) -> type[TableMetric]:
+    """The `evaluate.Metric` class of a metric, which needs no download; its value has the metric's name.
 
-    input_features = _PROBABILITIES
+    Predictions are class ids [N] for metrics of the answers alone, as accuracy or F1, and logits [N, K] for
+    the others and for all of multi-label data, where a class is given from a probability of 0.5 on.
+    References are class ids [N], or [N, K] of 0 and 1.
 
-    def _compute(self, predictions, references):
-        return {"cross_entropy": metrics.cross_entropy(predictions, references)}
-
-
-class ConfusionMatrix(ClassificationMetric):
-    """Counts: row is the true class, column the predicted one."""
-
-    def _compute(self, predictions, references, num_labels=None):
-        num_labels = num_labels or int(max(np.max(predictions), np.max(references))) + 1
-        return {"confusion_matrix": metrics.confusion_matrix(predictions, references, num_labels)}
-
-
-class _PerClass(ClassificationMetric):
-    """Shared by precision, recall and F1: one value a class, or an average."""
-
-    key = ""
-
-    def _compute(self, predictions, references, average="macro", num_labels=None):
-        num_labels = num_labels or int(max(np.max(predictions), np.max(references))) + 1
-        confusion = metrics.confusion_matrix(predictions, references, num_labels)
-        values = metrics.precision_recall_f1(confusion)[self.key]
-        return {
-            self.key: values if average is None else metrics.average(values, confusion, average)
-        }
+    Raises: UserError for a metric that such data do not have.
+    """
+    names = metrics_of(multi_label=multi_label)
+    if name not in names:
+        hint = nearest_hint(name, names) or f"; there are {', '.join(names)}"
+        raise UserError(f"no metric {name!r}{hint}")
+    return type(name, (TableMetric,), {"name": name, "multi_label": multi_label})
 
 
-class Precision(_PerClass):
-    """Share of the images given a class that are of it. average: "macro", "weighted" or None."""
-
-    key = "precision"
-
-
-class Recall(_PerClass):
-    """Share of the images of a class that are given it. average: "macro", "weighted" or None."""
-
-    key = "recall"
-
-
-class F1(_PerClass):
-    """Harmonic mean of precision and recall. average: "macro", "weighted" or None."""
-
-    key = "f1"
-
-
-class RocAuc(ClassificationMetric):
-    """Area under the ROC curve, one class against the rest. Takes probabilities. average: "macro" or None."""
-
-    input_features = _PROBABILITIES
-
-    def _compute(self, predictions, references, average="macro"):
-        areas = metrics.roc_auc(np.asarray(predictions), references)
-        return {"roc_auc": areas if average is None else float(np.nanmean(areas))}
+def takes_class_ids(name: str, multi_label: bool) -> bool:
+    """True for metrics of one class per image."""
+    return not multi_label and (name == "accuracy" or name in OF_COUNTS)
 
 
 def compute_training_metrics(prediction: Any) -> dict[str, float]:
-    """The figures of every evaluation during training, exact under any number of processes."""
-    labels = prediction.label_ids
-    if labels.ndim == 2:
-        return multi_label_training_metrics(prediction.predictions, labels)
-    probabilities = metrics.softmax(prediction.predictions)
-    return {
-        **Accuracy().compute(predictions=probabilities.argmax(axis=1), references=labels),
-        "cross_entropy": metrics.cross_entropy(probabilities, labels),
-    }
+    """The metrics of every evaluation during training, exact with any number of processes."""
+    outcome = outcome_of(prediction.predictions, prediction.label_ids)
+    metrics = {}
+    for name in metrics_of(multi_label=outcome.multi_label, place="training"):
+        if takes_class_ids(name, outcome.multi_label):
+            metric = evaluate_metric(name)()
+            metrics |= metric.compute(predictions=outcome.answers, references=outcome.labels)
+        else:
+            # Not by `evaluate`, which takes seconds to store millions of logits. Without an image of any
+            # class there is no mean average precision, and no model is better than another.
+            metrics[name] = outcome.metric(name) or 0.0
+    return metrics

@@ -1,11 +1,12 @@
-"""One set of predictions, kept as a file, and every figure from it."""
+"""One set of predictions, kept as a file, and every metric from it."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ import pyarrow.parquet
 
 from hf_cifar.data.columns import class_label, holds_lists, indicators
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.calibration import calibration_error
-from hf_cifar.evaluation.intervals import figure_intervals, multi_label_intervals
-from hf_cifar.evaluation.metrics import compute_metrics, cross_entropy, softmax
-from hf_cifar.evaluation.multi_label import THRESHOLD, decide, multi_label_metrics, sigmoid
+from hf_cifar.evaluation.multi_label import MultiLabel
+from hf_cifar.evaluation.outcome import DRAWS, Outcome
+from hf_cifar.evaluation.single_label import SingleLabel
 from hf_cifar.runs.folder import METRICS_FILE, PREDICTIONS_FOLDER, read_json, write_json
 from hf_cifar.text import one_line
 
@@ -30,16 +30,59 @@ TEMPERATURE, THRESHOLDS, SKIPPED = (
 )  # in the metadata of the file
 
 
+def outcome_of(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    *,
+    temperature: float = 1.0,
+    thresholds: np.ndarray | None = None,
+) -> Outcome:
+    """The outcome of images with one label each, labels [N], or with any number of them, labels [N, K]."""
+    if np.ndim(labels) == 2:
+        return MultiLabel(logits, labels, thresholds=thresholds)
+    return SingleLabel(logits, labels, temperature=temperature)
+
+
+def compute_metrics(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    id2label: Mapping[int, str],
+    thresholds: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Every metric of a final evaluation, as plain JSON values.
+
+    logits [N, K]; labels [N], or [N, K] of 0 and 1. thresholds [K]: probabilities from which on a class is
+    given, of labels [N, K]; 0.5 if not given. `per_class` is keyed by class name, `confusion_matrix` rows are
+    true classes. None stands for an undefined area.
+    """
+    return outcome_of(logits, labels, thresholds=thresholds).compute(id2label)
+
+
+def metric_intervals(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    id2label: Mapping[int, str],
+    thresholds: np.ndarray | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """95% interval [low, high] of every metric of `compute_metrics`, by the same names, as plain values.
+
+    None stands for the interval of an undefined metric. draws: of the bootstrap.
+    """
+    return outcome_of(logits, labels, thresholds=thresholds).intervals(id2label, draws, seed)
+
+
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model said about the images of one split.
+    """A model's logits for the images of one split.
 
     split: "validation" or "test". row_ids, labels [N]; logits [N, K]. Row ids count in
     the data set's own split that a row comes from: train, for a validation split cut out of it.
-    temperature: what calibration has divided the logits by, 1 for none.
-    Of multi-label data, labels are [N, K], 0 or 1, and a class is given from its score in thresholds [K] on;
-    without thresholds, from 0.5. skipped_rows: ids of the rows that were left out, because their images
-    cannot be read.
+    temperature: the number by which calibration has divided the logits, 1 for none.
+    Of multi-label data, labels are [N, K], 0 or 1, and a class is given from its probability in thresholds
+    [K] on; without thresholds, from 0.5. skipped_rows: ids of the rows that were left out, because their
+    images cannot be read. saved_metrics: the split's part of metrics.json, if they were loaded from a folder.
     """
 
     split: str
@@ -50,71 +93,65 @@ class Predictions:
     temperature: float = 1.0
     thresholds: np.ndarray | None = None
     skipped_rows: tuple[int, ...] = ()
+    saved_metrics: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def outcome(self) -> Outcome:
+        """What the metrics are computed from: of one label per image, or of any number."""
+        return outcome_of(
+            self.logits, self.labels, temperature=self.temperature, thresholds=self.thresholds
+        )
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image may have several labels, or none."""
-        return self.labels.ndim == 2
+        """True if an image may have several labels, or none."""
+        return self.outcome.multi_label
 
-    @functools.cached_property
+    @property
     def probabilities(self) -> np.ndarray:
-        """Of each class [N, K], 0..1: one of them, or each by itself."""
-        return (sigmoid if self.multi_label else softmax)(self.logits)
+        """Probability of each class [N, K], 0..1: of one of them, or of each by itself."""
+        return self.outcome.probabilities
 
     @property
     def answers(self) -> np.ndarray:
-        """The most likely class [N] of each image, or whether it was given each class [N, K]."""
-        if self.multi_label:
-            return decide(self.probabilities, self._thresholds)
-        return self.logits.argmax(axis=1)
+        """The most likely class [N] of each image, or True where it is given a class [N, K]."""
+        return self.outcome.answers
 
     def probabilities_of(self, answers: np.ndarray) -> np.ndarray:
-        """What the model gives an answer for each image, 0..1 [N]: a class [N], or just these classes
-        [N, K] and no other, as if each were decided by itself."""
-        if self.multi_label:
-            return np.where(answers, self.probabilities, 1 - self.probabilities).prod(axis=1)
-        return self.probabilities[np.arange(len(answers)), answers]
+        """Probability of an answer for each image, 0..1 [N]: a class [N], or just these classes [N, K] and
+        no other, as if each were decided by itself."""
+        return self.outcome.probabilities_of(answers)
 
     @property
     def right(self) -> np.ndarray:
-        """Whether each image [N] was given its label, or all of its labels and no other."""
-        same = self.answers == self.labels
-        return same.all(axis=1) if self.multi_label else same
-
-    @property
-    def _thresholds(self) -> np.ndarray:
-        if self.thresholds is None:
-            return np.full(len(self.id2label), THRESHOLD)
-        return self.thresholds
+        """True for each image [N] that was given its label, or all of its labels and no other."""
+        return self.outcome.right
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
-        """Every figure, see `compute_metrics` or `multi_label_metrics`; under "intervals" the 95% interval
-        of each; with a temperature, also what two were without; the rows that were left out, if any."""
-        skipped = {SKIPPED: list(self.skipped_rows)} if self.skipped_rows else {}
-        if self.multi_label:
-            seen = (self.logits, self.labels, self.id2label, self._thresholds)
-            figures = multi_label_metrics(*seen) | skipped
-            return figures | {"intervals": multi_label_intervals(*seen)}
-        figures = compute_metrics(self.logits, self.labels, self.id2label) | skipped
-        if self.temperature != 1:
-            before = softmax(self.logits * self.temperature)
-            figures |= {
-                "temperature": self.temperature,
-                "cross_entropy_uncalibrated": cross_entropy(before, self.labels),
-                "ece_uncalibrated": calibration_error(before, self.labels),
-            }
-        return figures | {"intervals": figure_intervals(self.logits, self.labels, self.id2label)}
+        """Every metric, see `compute_metrics`; under "intervals" the 95% interval of each; with a
+        temperature, also two metrics before it; the rows that were left out, if any.
+
+        Intervals take seconds: those of `saved_metrics` are used if all metrics there are the same.
+        """
+        metrics = self.outcome.compute(self.id2label)
+        if self.skipped_rows:
+            metrics[SKIPPED] = list(self.skipped_rows)
+        saved = dict(self.saved_metrics)
+        intervals = saved.pop("intervals", None)
+        if intervals is None or saved != metrics:
+            intervals = self.outcome.intervals(self.id2label)
+        return {**metrics, "intervals": intervals}
 
     def save(self, folder: str | Path) -> None:
-        """Write predictions/SPLIT.parquet, and this split's figures into metrics.json."""
+        """Write predictions/SPLIT.parquet, and this split's metrics into metrics.json."""
         path = _path(folder, self.split)
         path.parent.mkdir(parents=True, exist_ok=True)
         label, labels = datasets.ClassLabel(names=list(self.id2label.values())), self.labels
         note = {TEMPERATURE: str(self.temperature), SKIPPED: json.dumps(self.skipped_rows)}
         if self.multi_label:
             label, labels = datasets.List(label), [np.flatnonzero(row) for row in labels]
-            note[THRESHOLDS] = json.dumps(self._thresholds.tolist())
+            note[THRESHOLDS] = json.dumps(self.outcome.thresholds.tolist())
         features = datasets.Features(
             {
                 "row_id": datasets.Value("int64"),
@@ -135,27 +172,29 @@ class Predictions:
 
     @classmethod
     def load(cls, folder: str | Path, split: str) -> Predictions:
-        """Read what `save` wrote. Raises: UserError if there is no such file, or it holds something else."""
+        """Read what `save` wrote. Raises: UserError if there is no such file, or a damaged one."""
         path = _path(folder, split)
         if not path.is_file():
             raise UserError(
                 f"no predictions in {path}; run: hf-cifar evaluate --model_name_or_path {folder} "
                 f"--split {split}"
             )
+        saved = read_json(Path(folder) / METRICS_FILE).get(split, {})
         try:
             table = pyarrow.parquet.read_table(path)
             label = datasets.Features.from_arrow_schema(table.schema)["label"]
-            names, several = class_label(label).names, holds_lists(label)
+            names, multi_label = class_label(label).names, holds_lists(label)
             note, labels = table.schema.metadata, table["label"]
             return cls(
                 split=split,
                 row_ids=table["row_id"].to_numpy(),
-                labels=indicators(labels, len(names)) if several else labels.to_numpy(),
+                labels=indicators(labels, len(names)) if multi_label else labels.to_numpy(),
                 logits=np.stack(table["logits"].to_numpy()),
                 id2label=dict(enumerate(names)),
                 temperature=float(note.get(TEMPERATURE.encode(), 1)),
-                thresholds=np.array(json.loads(note[THRESHOLDS.encode()])) if several else None,
+                thresholds=np.array(json.loads(note[THRESHOLDS.encode()])) if multi_label else None,
                 skipped_rows=tuple(json.loads(note.get(SKIPPED.encode(), "[]"))),
+                saved_metrics=saved,
             )
         except (KeyError, AttributeError, ValueError, OSError) as error:
             raise UserError(

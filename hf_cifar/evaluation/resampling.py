@@ -1,4 +1,4 @@
-"""The bootstrap: figures of many draws of the same images."""
+"""The bootstrap: counts, means and areas of many draws of the same images."""
 
 from __future__ import annotations
 
@@ -6,46 +6,40 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hf_cifar.evaluation.metrics import figures_of_confusion, precision_recall_f1
+from hf_cifar.evaluation.metrics import Counts
 
 Array = np.ndarray
-# Images x classes x draws: above it, areas and means are drawn less often, down to a tenth.
+# Images x classes x draws; above it, areas and means are drawn less often, down to a tenth.
 AREA_WORK = 2e8
 CHUNK = 100  # draws at a time: small enough to stay in a cache, and in memory for 50,000 images
 
 
-def confusion_figures(
-    confusion: Array, draws: int, generator: np.random.Generator
-) -> tuple[dict[str, Array], Array]:
-    """Drawn values of the figures of a confusion matrix: single ones [draws], and F1 [draws, K].
+def draw_counts(confusion: Array, draws: int, generator: np.random.Generator) -> Counts:
+    """Counts [draws, K] of drawn images, from their confusion matrix [K, K].
 
     To draw images and count them is to draw the counts: one multinomial over the cells that hold any.
     """
     cells = np.flatnonzero(confusion)
     count = confusion.sum()
-    single, f1 = [], []
+    shares = confusion.ravel()[cells] / count
+    parts = []
     for size in chunks(draws, at_once=max(1, 10_000_000 // confusion.size)):
         drawn = np.zeros((size, confusion.size))
-        shares = confusion.ravel()[cells] / count
         drawn[:, cells] = generator.multinomial(count, shares, size=size)
-        drawn = drawn.reshape(size, *confusion.shape)
-        single.append(figures_of_confusion(drawn))
-        f1.append(precision_recall_f1(drawn)["f1"])
-    return {
-        name: np.concatenate([part[name] for part in single]) for name in single[0]
-    }, np.concatenate(f1)
+        parts.append(Counts.of_confusion(drawn.reshape(size, *confusion.shape)))
+    return Counts(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def image_figures(
+def draw_images(
     probabilities: Array,
     positive: Array,
     per_image: Array,
     draws: int,
     generator: np.random.Generator,
 ) -> tuple[Array, dict[str, Array]]:
-    """Drawn values of the figures that need each image: means [draws, M], and areas [draws, K] of each class.
+    """Means [draws, M] of numbers of drawn images, and the areas [draws, K] of each class.
 
-    positive [N, K]: whether an image is of a class. per_image [N, M]: what the means are of.
+    positive [N, K]: True where an image has a class. per_image [N, M]: the numbers of each image.
     """
     rankings = [_Ranking(*column) for column in zip(probabilities.T, positive.T, strict=True)]
     draws = int(np.clip(AREA_WORK / probabilities.size, draws / 10, draws))
@@ -58,10 +52,10 @@ def image_figures(
 
 
 class _Ranking:
-    """The images in the order of one class's score, to find the areas of many draws at once.
+    """The images in the order of one class's score, to compute the areas of many draws at once.
 
-    Where many images of other classes follow one another they count as one step: it changes neither area,
-    and with a good model nearly all of them do.
+    Consecutive images of other classes count as one step: that changes neither area, and with a good model
+    nearly all of them are consecutive.
     """
 
     def __init__(self, scores: Array, positive: Array) -> None:
@@ -94,7 +88,7 @@ class _Ranking:
 
 
 def resamples(count: int, draws: int, generator: np.random.Generator) -> Iterator[Array]:
-    """How often each of `count` images is drawn, [count, <= CHUNK], `draws` times in all."""
+    """Number of times that each of `count` images is drawn, [count, <= CHUNK], for `draws` draws in all."""
     for size in chunks(draws, CHUNK):
         picked = generator.integers(0, count, (count, size)) * size + np.arange(size)
         counts = np.bincount(picked.ravel(), minlength=size * count)
@@ -102,6 +96,6 @@ def resamples(count: int, draws: int, generator: np.random.Generator) -> Iterato
 
 
 def chunks(draws: int, at_once: int) -> Iterator[int]:
-    """Sizes of the parts in which `draws` are made, at most `at_once` each."""
+    """Sizes of the parts into which `draws` are divided, at most `at_once` each."""
     for start in range(0, draws, at_once):
         yield min(at_once, draws - start)

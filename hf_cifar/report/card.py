@@ -14,11 +14,11 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
+from hf_cifar.config.metrics import UNCALIBRATED, shown
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.mistakes import confused_pairs
-from hf_cifar.evaluation.multi_label import headline
-from hf_cifar.evaluation.tables import render_cell, render_figure
+from hf_cifar.evaluation.tables import render_cell, render_number
 from hf_cifar.hub.origin import HUB
 from hf_cifar.hub.push import CARD_FILE, EVAL_RESULTS_FOLDER
 from hf_cifar.report.public import public_options
@@ -47,10 +47,11 @@ OURS = """@software{{hf_cifar,
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All that a card says.
+    """All facts in a card.
 
-    repo_id: what the code in it loads. options: those of config.yaml. run: of run.json, or what is known of
-    it before training. metrics: figures by split, as in metrics.json. class_names: in the order of their ids.
+    repo_id: the repository that its code loads. options: those of config.yaml. run: of run.json, or what is
+    known of it before training. metrics: by split, as in metrics.json. class_names: in the order of their
+    ids.
     """
 
     repo_id: str
@@ -150,7 +151,7 @@ def render_card(facts: CardFacts) -> str:
 
 
 def card_metadata(facts: CardFacts) -> ModelCardData:
-    """What the Hub reads: origin, licence, task, and the accuracy on each split as a model-index."""
+    """The card's metadata for the Hub: origin, licence, task, and each split's accuracy as a model-index."""
     model, dataset = facts.run["model"], facts.run["dataset"]
     base_model = model["hub_id"]
     results = [
@@ -161,10 +162,10 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
             dataset_config=facts.options.get("dataset_config_name"),
             dataset_split=split,
             metric_type="accuracy",
-            metric_value=round(figures["accuracy"], 6),
+            metric_value=round(own["accuracy"], 6),
         )
-        for split, figures in facts.metrics.items()
-        if "accuracy" in figures
+        for split, own in facts.metrics.items()
+        if "accuracy" in own
     ]
     return ModelCardData(
         model_name=facts.repo_id.split("/")[-1],
@@ -185,17 +186,17 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
 def render_eval_results(facts: CardFacts) -> str | None:
     """The accuracy on test as YAML of the Hub's `.eval_results/`; None without one, or where it is no result
     of a data set on the Hub, as on a part of test."""
-    dataset, figures = facts.run["dataset"], facts.metrics.get("test", {})
-    part = facts.options.get("max_eval_samples") or "skipped_rows" in figures
-    if not dataset["hub_id"] or "accuracy" not in figures or part:
+    dataset, metrics = facts.run["dataset"], facts.metrics.get("test", {})
+    part = facts.options.get("max_eval_samples") or "skipped_rows" in metrics
+    if not dataset["hub_id"] or "accuracy" not in metrics or part:
         return None
-    value, interval = figures["accuracy"], figures.get("intervals", {}).get("accuracy")
+    value, interval = metrics["accuracy"], metrics.get("intervals", {}).get("accuracy")
     between = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
     entry = EvalResultEntry(
         dataset_id=dataset["hub_id"],
         task_id=facts.options.get("dataset_config_name") or "default",
         value=round(value, 6),
-        notes=f"accuracy, 0 to 1, of {figures['num_images']:,} images{between}",
+        notes=f"accuracy, 0 to 1, of {metrics['num_images']:,} images{between}",
     )
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
 
@@ -214,7 +215,7 @@ def save_card(folder: Path) -> None:
 
 
 def is_untouched(folder: Path) -> bool:
-    """Whether a run's card is as `save_card` wrote it, for the figures as they are now."""
+    """True if a run's card is as `save_card` writes it, for the current metrics."""
     card = folder / CARD_FILE
     try:
         return card.is_file() and card.read_text() == render_card(CardFacts.load(folder))
@@ -248,48 +249,47 @@ def _headline(metrics: dict[str, dict[str, Any]]) -> str:
     )
     if split is None:
         return ""
-    figures = metrics[split]
-    return f"Accuracy on {split}: {render_cell(figures, 'accuracy')}, of {figures['num_images']:,} images"
+    own = metrics[split]
+    return f"Accuracy on {split}: {render_cell(own, 'accuracy')}, of {own['num_images']:,} images"
 
 
-def _result(split: str, figures: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _result(split: str, metrics: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     rows = []
-    for key in headline(figures):
-        if key in figures and key != "num_images":
-            interval = figures.get("intervals", {}).get(key)
-            between = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-"
-            rows.append((key, render_figure(figures[key]), between))
-    role = role_of(split, figures, options)
-    return {"name": split, "num_images": f"{figures['num_images']:,}", "role": role, "rows": rows}
+    for name in shown("headline", metrics):
+        interval = metrics.get("intervals", {}).get(name)
+        between = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-"
+        rows.append((name, render_number(metrics[name]), between))
+    role = role_of(split, metrics, options)
+    return {"name": split, "num_images": f"{metrics['num_images']:,}", "role": role, "rows": rows}
 
 
 def _temperature(metrics: dict[str, dict[str, Any]]) -> str:
-    found = [figures["temperature"] for figures in metrics.values() if "temperature" in figures]
+    found = [own["temperature"] for own in metrics.values() if "temperature" in own]
     return f"{found[-1]:.3f}" if found else ""
 
 
 def _calibration(metrics: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
-        (split, key, render_figure(figures[f"{key}_uncalibrated"]), render_figure(figures[key]))
-        for split, figures in reversed(metrics.items())
-        for key in ("ece", "cross_entropy")
-        if f"{key}_uncalibrated" in figures
+        (split, name, render_number(own[f"{name}{UNCALIBRATED}"]), render_number(own[name]))
+        for split, own in reversed(metrics.items())
+        for name in ("ece", "cross_entropy")
+        if f"{name}{UNCALIBRATED}" in own
     ]
 
 
-def _ranked(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _ranked(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Classes that have images, by F1 from the lowest."""
     classes = [
-        (name, own) for name, own in figures.get("per_class", {}).items() if own["num_images"]
+        (name, own) for name, own in metrics.get("per_class", {}).items() if own["num_images"]
     ]
     return sorted(classes, key=lambda item: item[1]["f1"])
 
 
-def _per_class(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    classes = list(figures.get("per_class", {}).items())
+def _per_class(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    classes = list(metrics.get("per_class", {}).items())
     if len(classes) > MAX_CLASSES:
-        classes = _ranked(figures)[:MAX_CLASSES]
-    intervals = figures.get("intervals", {}).get("per_class", {})
+        classes = _ranked(metrics)[:MAX_CLASSES]
+    intervals = metrics.get("intervals", {}).get("per_class", {})
     return [
         (
             name,
@@ -303,25 +303,25 @@ def _per_class(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _per_class_note(split: str, figures: dict[str, Any]) -> str:
-    count = len(figures.get("per_class", {}))
+def _per_class_note(split: str, metrics: dict[str, Any]) -> str:
+    count = len(metrics.get("per_class", {}))
     if count > MAX_CLASSES:
         shown = f"the {MAX_CLASSES} classes of {count:,} with the lowest F1"
         return f"On {split}, {shown}; in brackets: 95% intervals."
     return f"On {split}; in brackets: 95% intervals."
 
 
-def _weakest(figures: dict[str, Any]) -> str:
+def _weakest(metrics: dict[str, Any]) -> str:
     return ", ".join(
-        f"{one_line(name)} ({render_figure(own['f1'])})"
-        for name, own in _ranked(figures)[:NUM_WEAKEST]
+        f"{one_line(name)} ({render_number(own['f1'])})"
+        for name, own in _ranked(metrics)[:NUM_WEAKEST]
     )
 
 
-def _confused(figures: dict[str, Any]) -> list[tuple[str, ...]] | None:
-    if "confusion_matrix" not in figures:  # of several labels an image
+def _confused(metrics: dict[str, Any]) -> list[tuple[str, ...]] | None:
+    if "confusion_matrix" not in metrics:  # images with any number of labels
         return None
-    pairs = confused_pairs(figures["confusion_matrix"], list(figures["per_class"]), NUM_PAIRS)
+    pairs = confused_pairs(metrics["confusion_matrix"], list(metrics["per_class"]), NUM_PAIRS)
     return [
         (pair["truth"], pair["prediction"], f"{pair['num_images']:,}", f"{pair['share']:.1%}")
         for pair in pairs

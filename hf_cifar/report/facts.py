@@ -1,6 +1,6 @@
-"""What a run is worth, gathered from the files in its folder: report.json, and the pictures that go with it.
+"""The facts of a report, gathered from the files in a run's folder: report.json, and its pictures.
 
-No model is needed, and no torch. Pictures are read from the run's own data set, if it is still at hand.
+No model is needed, and no torch. Pictures are read from the run's own data set, if it is still available.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from hf_cifar.evaluation.mistakes import (
     confused_pairs,
     most_doubtful_hits,
     slices,
-    suspected_label_errors,
-    suspected_multi_label_errors,
     worst_errors,
 )
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
@@ -54,7 +52,7 @@ class Report:
 
 
 def build_report(folder: str | Path, config: ReportConfig) -> Report:
-    """Everything that the files of a run tell.
+    """All facts that the files of a run hold.
 
     Raises: UserError if the folder holds no predictions, or a damaged file.
     """
@@ -123,12 +121,12 @@ def run_facts(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def single_label_facts(evaluated: Predictions, figures: dict[str, Any]) -> dict[str, Any]:
-    """What only one label an image has: how often confidence is right, and which class is taken for which."""
+def single_label_facts(evaluated: Predictions, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Facts that only one label per image allows: reliability, and the most confused classes."""
     names = list(evaluated.id2label.values())
     return {
         "reliability": reliability_bins(evaluated.probabilities, evaluated.labels),
-        "confused_pairs": confused_pairs(figures["confusion_matrix"], names),
+        "confused_pairs": confused_pairs(metrics["confusion_matrix"], names),
     }
 
 
@@ -152,7 +150,7 @@ def reliability_bins(probabilities: np.ndarray, labels: np.ndarray) -> list[dict
 
 
 def galleries(evaluated: Predictions, size: int) -> dict[str, Any]:
-    """The images worth a look: worst errors, most doubtful right answers, labels that may be wrong."""
+    """Images worth a look: worst errors, least certain right answers, labels that may be wrong."""
     answers, hits = evaluated.answers, evaluated.right
     confidences = evaluated.probabilities_of(answers)
     truth_probabilities = evaluated.probabilities_of(evaluated.labels)
@@ -171,9 +169,8 @@ def galleries(evaluated: Predictions, size: int) -> dict[str, Any]:
         ]
 
     suspects: dict[str, Any] | None = None
-    find = suspected_multi_label_errors if evaluated.multi_label else suspected_label_errors
     try:
-        count, positions = find(evaluated.probabilities, evaluated.labels)
+        count, positions = evaluated.outcome.suspects()
         suspects = {"num_images": count, "images": rows(positions[: min(count, size)])}
     except UserError as error:
         logger.warning("labels are not checked: %s", error)
@@ -185,7 +182,7 @@ def galleries(evaluated: Predictions, size: int) -> dict[str, Any]:
 
 
 def in_words(answer: np.ndarray, id2label: dict[int, str]) -> str:
-    """The name of a class [], or those of several [K], 0 or 1 each."""
+    """The name of a class [], or the names of those that are 1 in [K]."""
     if answer.ndim == 0:
         return id2label[int(answer)]
     return ", ".join(id2label[int(label)] for label in np.flatnonzero(answer)) or "no label"
@@ -194,7 +191,7 @@ def in_words(answer: np.ndarray, id2label: dict[int, str]) -> str:
 def matching_split(source: DataSource, evaluated: Predictions) -> Split:
     """The split that was predicted, read again.
 
-    Raises: UserError if it cannot be read, or is another one by now.
+    Raises: UserError if it cannot be read, or has changed since.
     """
     split = source.test_split if evaluated.split == "test" else source.splits.validation
     same = np.array_equal(split.row_ids, evaluated.row_ids)
@@ -222,7 +219,7 @@ def property_slices(split: Split, hits: np.ndarray) -> dict[str, Any]:
 def duplicates_of(
     evaluated: Predictions, split: Split, train: Split, limit: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Evaluated images that train holds as well, and the accuracy on all others."""
+    """Evaluated images that are in train too, and the accuracy on all others."""
     pairs = find_duplicates(split.images, train.images)
     hits = evaluated.right
     clean = np.ones(len(hits), bool)

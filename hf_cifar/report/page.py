@@ -13,8 +13,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from hf_cifar.config.evaluation import ReportConfig
+from hf_cifar.config.metrics import shown, training_metrics, words
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.tables import render_figure
+from hf_cifar.evaluation.tables import render_number
 from hf_cifar.report import charts
 from hf_cifar.report.facts import Report, build_report
 from hf_cifar.report.wording import render_skipped
@@ -22,28 +23,7 @@ from hf_cifar.runs.folder import write_json
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
 MAX_SIDE = 128  # px, of a picture in the page
-MATRIX_CLASSES = 40  # of more the page shows no confusion matrix, and the lowest recalls alone
-# Beside the accuracy, at the top of the page.
-HEADLINE = ("f1_macro", "roc_auc_macro", "cross_entropy", "ece")
-MULTI_LABEL_HEADLINE = ("f1_micro", "f1_macro", "average_precision_macro", "cross_entropy")
-# A figure's name in words, where it is not the name itself.
-WORDS = {
-    "num_images": "images",
-    "top_5_accuracy": "top-5 accuracy",
-    "matthews": "Matthews' correlation",
-    "f1_micro": "F1, micro",
-    "f1_macro": "F1, macro",
-    "f1_weighted": "F1, weighted",
-    "roc_auc": "ROC AUC",
-    "roc_auc_macro": "ROC AUC, macro",
-    "average_precision_macro": "mean average precision (mAP)",
-    "brier": "Brier score",
-    "ece": "calibration error (ECE)",
-    "ece_equal_mass": "ECE, bins of equal mass",
-    "ece_uncalibrated": "ECE before calibration",
-    "jpeg": "JPEG",
-    "f1": "F1",
-}
+MATRIX_CLASSES = 40  # with more, the page shows no confusion matrix, and only the lowest recalls
 
 
 def write_report(folder: str | Path, config: ReportConfig) -> Path:
@@ -65,8 +45,9 @@ def write_report(folder: str | Path, config: ReportConfig) -> Path:
 
 
 def render_page(report: Report) -> str:
-    """The page. Every figure in it stands in an element that names its place in report.json."""
+    """The page. Every number in it is in an element that names its place in report.json."""
     facts = report.facts
+    metrics = facts["metrics"][facts["split"]]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_cifar"),
         autoescape=True,
@@ -77,29 +58,20 @@ def render_page(report: Report) -> str:
     environment.filters |= {"words": words, "key": pointer_key}
     return environment.get_template("report.html").render(
         report=facts,
-        figure=lambda place, form="plain": figure(facts, place, form),
+        number=lambda place, form="plain": number(facts, place, form),
         interval=lambda place, form="plain": interval(facts, place, form),
         pictures={name: picture(image) for name, image in report.pictures.items()},
         curves=training_curves(facts["history"]),
-        bars=recall_bars(facts["metrics"][facts["split"]]),
-        headline=MULTI_LABEL_HEADLINE if facts["multi_label"] else HEADLINE,
-        reliability=None
-        if facts["multi_label"]
-        else Markup(
-            charts.reliability_diagram(f"Reliability on {facts['split']}", facts["reliability"])
-        ),
+        bars=recall_bars(metrics),
+        headline=[name for name in shown("headline", metrics) if name != "accuracy"],
+        reliability=reliability_diagram(facts),
         matrix_classes=MATRIX_CLASSES,
         skipped=render_skipped(facts["run"], facts["metrics"]),
     )
 
 
-def words(name: str) -> str:
-    """A figure's or option's name as a person says it."""
-    return WORDS.get(name, name.replace("_", " "))
-
-
 def pointer_key(name: str) -> str:
-    """A key as a JSON pointer has it (RFC 6901)."""
+    """A key as part of a JSON pointer (RFC 6901)."""
     return name.replace("~", "~0").replace("/", "~1")
 
 
@@ -113,32 +85,32 @@ def look_up(facts: dict[str, Any], place: str) -> Any:
 
 
 def render_value(value: float | int | None, form: str) -> str:
-    """A figure as the page shows it: four decimals, or in percent with one."""
+    """A number as the page shows it: four decimals, or in percent with one."""
     return (
-        f"{100 * value:.1f}%" if form == "percent" and value is not None else render_figure(value)
+        f"{100 * value:.1f}%" if form == "percent" and value is not None else render_number(value)
     )
 
 
-def figure(facts: dict[str, Any], place: str, form: str = "plain") -> Markup:
-    """An element that shows the figure at a place of report.json, and says which it is."""
+def number(facts: dict[str, Any], place: str, form: str = "plain") -> Markup:
+    """An element that shows the number at a place of report.json, and names the place."""
     text = render_value(look_up(facts, place), form)
     return Markup('<data value="{}" class="{}">{}</data>').format(place, form, text)
 
 
 def interval(facts: dict[str, Any], place: str, form: str = "plain") -> Markup:
-    """The interval [low, high] at a place of report.json, as two figures; nothing where there is none."""
+    """The interval [low, high] at a place of report.json, as two numbers; nothing where there is none."""
     try:
         ends = look_up(facts, place)
     except KeyError:
         return Markup("")
     if ends is None:
         return Markup("")
-    low, high = (figure(facts, f"{place}/{end}", form) for end in (0, 1))
+    low, high = (number(facts, f"{place}/{end}", form) for end in (0, 1))
     return Markup('<span class="interval">[{}, {}]</span>').format(low, high)
 
 
 def picture(image: np.ndarray) -> dict[str, Any]:
-    """A picture [H, W, 3] uint8 as the page embeds it: source, and whether its pixels are to be seen."""
+    """A picture [H, W, 3] uint8 as the page embeds it: source, and `small` where pixels should show."""
     shown = Image.fromarray(image)
     small = max(shown.size) <= 64
     shown.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -149,18 +121,30 @@ def picture(image: np.ndarray) -> dict[str, Any]:
     return {"source": f"data:image/{kind};base64,{encoded}", "small": small}
 
 
+def reliability_diagram(facts: dict[str, Any]) -> Markup | None:
+    """Accuracy against confidence; None for images with any number of labels."""
+    if "reliability" not in facts:
+        return None
+    title = f"Reliability on {facts['split']}"
+    return Markup(charts.reliability_diagram(title, facts["reliability"]))
+
+
 def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
-    """Loss, validation accuracy and learning rate over the epochs, as far as the run kept them."""
+    """Loss, validation metrics and learning rate over the epochs, as far as the run kept them."""
 
     def points(key: str) -> list[tuple[float, float]]:
         logs = (log for log in history if log.get(key) is not None and "epoch" in log)
         return [(log["epoch"], log[key]) for log in logs]
 
     loss = {"train": points("loss"), "validation": points("eval_cross_entropy")}
+    metrics = [
+        (f"Validation {words(name)}", {words(name): points(f"eval_{name}")}, words(name))
+        for name in training_metrics()
+        if name != "cross_entropy"  # which is next to the training loss
+    ]
     curves = [
         ("Loss", {name: line for name, line in loss.items() if line}, "loss"),
-        ("Validation accuracy", {"accuracy": points("eval_accuracy")}, "accuracy"),
-        ("Validation mAP", {"mAP": points("eval_average_precision_macro")}, "mAP"),
+        *metrics,
         ("Learning rate", {"learning rate": points("learning_rate")}, "learning rate"),
     ]
     return [

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_cifar.config.metrics import is_multi_label
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.text import render_numbers
 
 
-def role_of(split: str, figures: dict[str, Any], options: dict[str, Any]) -> str:
-    """What a split was for in a run, so that a reader knows how far to trust its figures."""
+def role_of(split: str, metrics: dict[str, Any], options: dict[str, Any]) -> str:
+    """Use of a split in a run, so that a reader knows how far to trust its metrics."""
     if split == "test":
         return "Not read before the end of the training; nothing was chosen by it."
     chosen = ["the checkpoint"] if options.get("load_best_model_at_end") else []
     chosen = ["the head's penalty"] if options.get("head_solver") == "lbfgs" else chosen
-    chosen += ["the temperature"] if "temperature" in figures else []
-    if "f1_micro" in figures and options.get("calibrate"):
+    chosen += ["the temperature"] if "temperature" in metrics else []
+    if is_multi_label(metrics) and options.get("calibrate"):
         chosen += ["each label's threshold"]
-    flattered = f" It chose {' and '.join(chosen)}, so that its figures flatter the model."
+    flattered = f" It chose {' and '.join(chosen)}, so its metrics flatter the model."
     return "Held out of train." + (flattered if chosen else "")
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hf_cifar.config.metrics import shown
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.multi_label import headline
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
-from hf_cifar.evaluation.tables import render_figure
+from hf_cifar.evaluation.tables import render_number
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.runs.environment import environment
 from hf_cifar.runs.folder import (
@@ -143,7 +143,7 @@ def compare_reproduction(folder: Path, again: Path) -> dict[str, Any]:
         "figures": {
             split: {
                 name: [figures[split].get(name) for figures in metrics]
-                for name in headline(metrics[0][split])
+                for name in ("num_images", *shown("headline", metrics[0][split]))
             }
             for split in splits
         },
@@ -232,7 +232,7 @@ def render_reproduction(comparison: dict[str, Any]) -> str:
         header += [f"{split} then", "now"]
         columns.append(figures)
     rows = [
-        [name, *(render_figure(value) for figures in columns for value in figures[name])]
+        [name, *(render_number(value) for figures in columns for value in figures[name])]
         for name in columns[0]
     ]
     parts.append(render_table(header, rows))

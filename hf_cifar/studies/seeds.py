@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from accelerate.utils import release_memory
 
+from hf_cifar.config.metrics import shown
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.intervals import mean_interval
-from hf_cifar.evaluation.multi_label import headline
-from hf_cifar.evaluation.tables import render_figure
+from hf_cifar.evaluation.tables import render_number
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.plan import compute_as
 from hf_cifar.runs.folder import (
@@ -157,9 +157,8 @@ def summarise_seeds(configs: list[RunConfig]) -> dict[str, Any]:
         "figures": {
             split: {
                 name: _summary([figures[split][name] for figures in metrics])
-                for name in headline(metrics[0][split])
-                if name != "num_images"
-                and all(figures[split].get(name) is not None for figures in metrics)
+                for name in shown("headline", metrics[0][split])
+                if all(figures[split].get(name) is not None for figures in metrics)
             }
             for split in splits
         },
@@ -183,8 +182,8 @@ def render_seeds(summary: dict[str, Any]) -> str:
         rows = [
             [
                 name,
-                render_figure(figure["mean"]),
-                render_figure(figure["std"]),
+                render_number(figure["mean"]),
+                render_number(figure["std"]),
                 "[{:.4f}, {:.4f}]".format(*figure["interval"]),
                 str(figure["num_runs"]),
             ]

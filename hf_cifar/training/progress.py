@@ -1,4 +1,4 @@
-"""What a run shows while it trains."""
+"""Progress of a training: a bar or lines, and its end where the loss diverges."""
 
 from __future__ import annotations
 
@@ -6,32 +6,27 @@ import math
 
 from transformers import ProgressCallback, TrainerCallback
 
+from hf_cifar.config.metrics import training_metrics, words
 from hf_cifar.errors import UserError
-
-# Figures of an evaluation, of which there are those that suit the data.
-SHOWN = {
-    "average_precision_macro": "mAP",
-    "f1_macro": "macro F1",
-    "accuracy": "accuracy",
-    "cross_entropy": "cross-entropy",
-}
 
 
 def evaluation_line(epoch: float | None, logs: dict[str, float]) -> str:
     """One line for an evaluation, from the Trainer's log record."""
-    figures = [
-        f"{name} {logs[f'eval_{key}']:.4f}" for key, name in SHOWN.items() if f"eval_{key}" in logs
+    shown = [
+        f"{words(name)} {logs[f'eval_{name}']:.4f}"
+        for name in training_metrics()
+        if f"eval_{name}" in logs
     ]
-    return f"epoch {epoch or 0:.2f}: validation {', '.join(figures)}"
+    return f"epoch {epoch or 0:.2f}: validation {', '.join(shown)}"
 
 
 def nothing_left(step: int) -> str:
-    """What a resumed run says that was finished before."""
-    return f"all {step} steps are done; raise --num_train_epochs to train on"
+    """The message of a resumed run that has no step left."""
+    return f"all {step} steps are done; raise --num_train_epochs to train longer"
 
 
 class StopAtNaN(TrainerCallback):
-    """Ends a run whose loss on validation is no longer a number: no later step can mend it."""
+    """Ends a run whose validation loss is no longer a number: no later step can fix it."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         value = (logs or {}).get("eval_cross_entropy", 0.0)
@@ -62,7 +57,7 @@ class TrainingProgress(ProgressCallback):
 
 
 class TrainingLines(TrainerCallback):
-    """The same without bars, for logs and pipes."""
+    """One line for each logged loss and each evaluation, for logs and pipes."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and state.global_step >= state.max_steps:

@@ -1,16 +1,15 @@
-"""Drawn logits and labels that every figure is tried on."""
+"""Drawn logits and labels that every metric is tried on."""
 
 from types import SimpleNamespace
 
 import pytest
-
-from hf_cifar.evaluation.metrics import softmax
+from scipy.special import softmax
 
 
 @pytest.fixture(params=("plain", "ties", "missing"))
 def drawn(request, draw):
     logits, labels = draw(request.param)
-    probabilities = softmax(logits)
+    probabilities = softmax(logits, axis=1)
     return SimpleNamespace(
         logits=logits, labels=labels, probabilities=probabilities,
         predictions=probabilities.argmax(axis=1), num_labels=8,

@@ -1,98 +1,141 @@
-"""hf_cifar.evaluation.evaluate_metrics: the classes give what the functions give."""
+"""hf_cifar.evaluation.evaluate_metrics: each class of the table gives scikit-learn's value."""
 
-import math
 from types import SimpleNamespace
 
+import evaluate
 import numpy as np
 import pytest
+from scipy.special import expit, softmax
 from sklearn import metrics as sk
 
+from hf_cifar.config.metrics import metrics_of
+from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluate_metrics import (
-    F1,
-    Accuracy,
-    ConfusionMatrix,
-    CrossEntropy,
-    Precision,
-    Recall,
-    RocAuc,
-    TopKAccuracy,
     compute_training_metrics,
+    evaluate_metric,
+    takes_class_ids,
 )
-from hf_cifar.evaluation.metrics import (
-    accuracy,
-    average,
-    confusion_matrix,
-    cross_entropy,
-    precision_recall_f1,
-    roc_auc,
-    softmax,
-    top_k_accuracy,
-)
+from hf_cifar.evaluation.multi_label import MultiLabel
+from hf_cifar.evaluation.predictions import compute_metrics
+from hf_cifar.evaluation.single_label import SingleLabel
 
 CLOSE = {"rel": 0, "abs": 1e-9}
-PER_CLASS = {"precision": Precision, "recall": Recall, "f1": F1}
+SCORES = {"precision": sk.precision_score, "recall": sk.recall_score, "f1": sk.f1_score}
 
 
-def test_cross_entropy_of_the_article():
-    p = [[0.1, 0.2, 0.4, 0.2, 0.05, 0.01, 0.01, 0.01, 0.01, 0.02]]
-    assert cross_entropy(p, [2]) == pytest.approx(-math.log(0.4), **CLOSE)
-    found = CrossEntropy().compute(predictions=p, references=[2])["cross_entropy"]
-    assert round(found, 3) == 0.916
+def calibration_error_by_a_loop(probabilities, labels, groups):
+    """ECE of groups of images, each an array of positions."""
+    right, sure = probabilities.argmax(axis=1) == labels, probabilities.max(axis=1)
+    gaps = [len(group) * abs(right[group].mean() - sure[group].mean()) for group in groups]
+    return sum(gaps) / len(labels)
 
 
-def test_macro_roc_auc_is_sklearns_one_versus_rest(draw):
+def expected_single_label(logits, labels):
+    answers, scores = logits.argmax(axis=1), softmax(logits, axis=1)
+    sure = scores.max(axis=1)
+    of_width = [np.flatnonzero(np.ceil(sure * 15) == number) for number in range(1, 16)]
+    one_versus_rest = {"multi_class": "ovr", "average": "macro"}
+    return {
+        "accuracy": sk.accuracy_score(labels, answers),
+        "top_5_accuracy": sk.top_k_accuracy_score(labels, scores, k=5),
+        "balanced_accuracy": sk.balanced_accuracy_score(labels, answers),
+        "matthews": sk.matthews_corrcoef(labels, answers),
+        "roc_auc_macro": sk.roc_auc_score(labels, scores, **one_versus_rest),
+        "average_precision_macro": sk.average_precision_score(labels, scores),
+        "cross_entropy": sk.log_loss(labels, scores),
+        "brier": 8 * sk.mean_squared_error(np.eye(8)[labels], scores),
+        "ece": calibration_error_by_a_loop(scores, labels, [g for g in of_width if len(g)]),
+        "ece_equal_mass": calibration_error_by_a_loop(
+            scores, labels, np.split(np.argsort(sure), 15)
+        ),
+        **{
+            f"{name}_{mean}": score(labels, answers, average=mean, zero_division=0)
+            for name, score in SCORES.items()
+            for mean in ("macro", "weighted")
+        },
+    }
+
+
+def expected_multi_label(logits, labels):
+    scores = expit(logits)
+    answers = scores >= 0.5
+    return {
+        "accuracy": sk.accuracy_score(labels, answers),
+        "roc_auc_macro": sk.roc_auc_score(labels, scores),
+        "average_precision_macro": sk.average_precision_score(labels, scores),
+        "cross_entropy": np.mean(
+            [sk.log_loss(labels[:, k], scores[:, k]) for k in range(labels.shape[1])]
+        ),
+        **{
+            f"{name}_{mean}": score(labels, answers, average=mean, zero_division=0)
+            for name, score in SCORES.items()
+            for mean in ("micro", "macro", "weighted")
+        },
+    }
+
+
+def multi_label_draw(count=300):
+    generator = np.random.default_rng(0)
+    labels = (generator.random((count, 4)) < (0.1, 0.2, 0.4, 0.6)).astype(int)
+    return generator.normal(size=(count, 4)) + 2.0 * labels - 1, labels
+
+
+@pytest.mark.parametrize("name", metrics_of(multi_label=False))
+def test_metrics_of_one_label_are_sklearns(name, draw):
     logits, labels = draw("plain")
-    probabilities = softmax(logits)
-    expected = sk.roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
-    found = RocAuc().compute(predictions=probabilities, references=labels)["roc_auc"]
-    assert found == pytest.approx(expected, **CLOSE)
+    predictions = logits.argmax(axis=1) if takes_class_ids(name, multi_label=False) else logits
+    metric = evaluate_metric(name)()
+    assert isinstance(metric, evaluate.Metric) and metric.name == name
+    found = metric.compute(predictions=predictions, references=labels)
+    assert found == {name: pytest.approx(expected_single_label(logits, labels)[name], **CLOSE)}
+    names = {label: str(label) for label in range(8)}
+    assert found[name] == compute_metrics(logits, labels, names)[name]
 
 
-def test_metric_classes_equal_their_functions(drawn):
-    by_label = {"predictions": drawn.predictions, "references": drawn.labels}
-    by_probability = {"predictions": drawn.probabilities, "references": drawn.labels}
-    confusion = confusion_matrix(drawn.predictions, drawn.labels, 8)
-    assert Accuracy().compute(**by_label) == {"accuracy": accuracy(**by_label)}
-    assert TopKAccuracy().compute(**by_probability, k=3) == {
-        "top_3_accuracy": top_k_accuracy(drawn.probabilities, drawn.labels, 3)
-    }
-    assert CrossEntropy().compute(**by_probability) == {
-        "cross_entropy": cross_entropy(drawn.probabilities, drawn.labels)
-    }
-    found = ConfusionMatrix().compute(**by_label, num_labels=8)["confusion_matrix"]
-    np.testing.assert_array_equal(found, confusion)
-    areas = RocAuc().compute(**by_probability, average=None)["roc_auc"]
-    np.testing.assert_array_equal(areas, roc_auc(drawn.probabilities, drawn.labels))
-    for key, metric in PER_CLASS.items():
-        values = precision_recall_f1(confusion)[key]
-        found = metric().compute(**by_label, average=None, num_labels=8)[key]
-        np.testing.assert_array_equal(found, values)
-        for how in ("macro", "weighted"):
-            found = metric().compute(**by_label, average=how)[key]
-            assert found == pytest.approx(average(values, confusion, how), **CLOSE)
+@pytest.mark.parametrize("name", metrics_of(multi_label=True))
+def test_metrics_of_any_number_of_labels_are_sklearns(name):
+    logits, labels = multi_label_draw()
+    found = evaluate_metric(name, multi_label=True)().compute(predictions=logits, references=labels)
+    assert found == {name: pytest.approx(expected_multi_label(logits, labels)[name], **CLOSE)}
 
 
-def test_metrics_add_up_over_batches(drawn):
-    for metric, predictions in (
-        (Accuracy(), drawn.predictions), (F1(), drawn.predictions), (RocAuc(), drawn.probabilities),
-    ):  # fmt: skip
-        whole = type(metric)().compute(predictions=predictions, references=drawn.labels)
-        for start in range(0, len(drawn.labels), 64):
-            part = slice(start, start + 64)
-            metric.add_batch(predictions=predictions[part], references=drawn.labels[part])
-        assert metric.compute() == whole
+@pytest.mark.parametrize("name", ["accuracy", "f1_macro", "roc_auc_macro"])
+def test_metrics_add_up_over_batches(name, drawn):
+    predictions = drawn.predictions if takes_class_ids(name, multi_label=False) else drawn.logits
+    whole = evaluate_metric(name)().compute(predictions=predictions, references=drawn.labels)
+    metric = evaluate_metric(name)()
+    for start in range(0, len(drawn.labels), 64):
+        part = slice(start, start + 64)
+        metric.add_batch(predictions=predictions[part], references=drawn.labels[part])
+    assert metric.compute() == whole
 
 
-def test_unknown_average_is_refused():
-    with pytest.raises(ValueError, match="no average 'micro'; it is macro, weighted, or None"):
-        F1().compute(predictions=[0, 1], references=[0, 1], average="micro")
+def test_metrics_of_the_same_inputs_can_be_combined(drawn):
+    both = evaluate.combine([evaluate_metric("accuracy")(), evaluate_metric("matthews")()])
+    found = both.compute(predictions=drawn.predictions, references=drawn.labels)
+    assert set(found) == {"accuracy", "matthews"}
 
 
-def test_compute_training_metrics(drawn):
-    found = compute_training_metrics(
-        SimpleNamespace(predictions=drawn.logits.astype(np.float32), label_ids=drawn.labels)
-    )
-    assert set(found) == {"accuracy", "cross_entropy"}
-    assert found["accuracy"] == accuracy(drawn.logits.argmax(axis=1), drawn.labels)
-    expected = cross_entropy(drawn.probabilities, drawn.labels)
-    assert found["cross_entropy"] == pytest.approx(expected, abs=1e-5)
+def test_an_unknown_metric_is_refused():
+    with pytest.raises(UserError, match=r"no metric 'acuracy' \(nearest: accuracy\)"):
+        evaluate_metric("acuracy")
+    with pytest.raises(UserError, match="no metric 'brier'"):
+        evaluate_metric("brier", multi_label=True)
+
+
+def test_training_metrics_of_one_label(drawn):
+    logits = drawn.logits.astype(np.float32)
+    found = compute_training_metrics(SimpleNamespace(predictions=logits, label_ids=drawn.labels))
+    assert list(found) == ["accuracy", "cross_entropy"]
+    outcome = SingleLabel(logits, drawn.labels)
+    assert found == {name: outcome.metric(name) for name in found}
+
+
+def test_training_metrics_of_any_number_of_labels_are_those_at_one_half():
+    logits, labels = multi_label_draw()
+    found = compute_training_metrics(SimpleNamespace(predictions=logits, label_ids=labels))
+    assert set(found) == {"accuracy", "f1_macro", "average_precision_macro", "cross_entropy"}
+    outcome = MultiLabel(logits, labels, thresholds=np.full(4, 0.5))
+    assert found == {name: outcome.metric(name) for name in found}
+    nothing = SimpleNamespace(predictions=logits, label_ids=0 * labels)
+    assert compute_training_metrics(nothing)["average_precision_macro"] == 0

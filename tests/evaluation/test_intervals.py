@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import softmax
 from sklearn import metrics as sk
 
 from hf_cifar.evaluation.intervals import (
     calibration_interval,
-    figure_intervals,
     mcnemar,
     mean_interval,
     paired_difference,
     wilson,
 )
-from hf_cifar.evaluation.metrics import compute_metrics, softmax
+from hf_cifar.evaluation.predictions import compute_metrics, metric_intervals
 from hf_cifar.evaluation.resampling import _Ranking
 
 NAMES = {0: "cat", 1: "dog", 2: "frog"}
@@ -44,7 +44,7 @@ def test_wilson_covers(share):
     assert 0.93 <= ((low <= share) & (share <= high)).mean() <= 0.97
 
 
-def test_bootstrapped_figures_cover():
+def test_bootstrapped_metrics_cover():
     generator = np.random.default_rng(1)
     truth = compute_metrics(*draw(200_000, generator), NAMES)
     keys = [
@@ -53,7 +53,7 @@ def test_bootstrapped_figures_cover():
     ]  # fmt: skip
     covered = dict.fromkeys(keys, 0)
     for _ in range(1000):
-        found = figure_intervals(*draw(300, generator), NAMES, draws=119)
+        found = metric_intervals(*draw(300, generator), NAMES, draws=119)
         for key in keys:
             covered[key] += found[key][0] <= truth[key] <= found[key][1]
     assert all(930 <= count <= 970 for count in covered.values()), covered
@@ -83,7 +83,7 @@ def test_interval_of_the_calibration_error_covers(power):
 def test_areas_of_drawn_images_are_sklearns(ties):
     generator = np.random.default_rng(4)
     logits, labels = draw(200, generator)
-    scores = np.round(softmax(logits)[:, 1], 1 if ties else 15)
+    scores = np.round(softmax(logits, axis=1)[:, 1], 1 if ties else 15)
     counts = generator.multinomial(200, np.full(200, 1 / 200), size=5).T.astype(np.float32)
     roc, ap = _Ranking(scores, labels == 1).areas(counts)
     for number in range(5):
@@ -94,19 +94,17 @@ def test_areas_of_drawn_images_are_sklearns(ties):
         assert ap[number] == pytest.approx(expected, abs=1e-5)
 
 
-def test_every_figure_has_an_interval_that_holds_it():
+def test_every_metric_is_in_its_interval():
     logits, labels = draw(400, np.random.default_rng(5), num_labels=7)
     names = {i: f"class {i}" for i in range(7)}
-    figures, intervals = (
-        compute_metrics(logits, labels, names),
-        figure_intervals(logits, labels, names),
-    )
-    single = {k for k, v in figures.items() if isinstance(v, float)}
+    metrics = compute_metrics(logits, labels, names)
+    intervals = metric_intervals(logits, labels, names)
+    single = {k for k, v in metrics.items() if isinstance(v, float)}
     assert set(intervals) == single | {"per_class"}
     for key in single:
         low, high = intervals[key]
-        assert low <= figures[key] <= high and high - low < 0.5, key
-    for name, values in figures["per_class"].items():
+        assert low <= metrics[key] <= high and high - low < 0.5, key
+    for name, values in metrics["per_class"].items():
         assert set(intervals["per_class"][name]) == set(values) - {"num_images"}
         for key, (low, high) in intervals["per_class"][name].items():
             assert low <= values[key] <= high, (name, key)
@@ -114,16 +112,16 @@ def test_every_figure_has_an_interval_that_holds_it():
 
 def test_the_same_predictions_give_the_same_intervals():
     logits, labels = draw(100, np.random.default_rng(6))
-    first, second = (figure_intervals(logits, labels, NAMES, draws=50) for _ in range(2))
+    first, second = (metric_intervals(logits, labels, NAMES, draws=50) for _ in range(2))
     assert first == second
-    assert first != figure_intervals(logits, labels, NAMES, draws=50, seed=1)
+    assert first != metric_intervals(logits, labels, NAMES, draws=50, seed=1)
 
 
-def test_an_undefined_figure_has_no_interval():
+def test_an_undefined_metric_has_no_interval():
     logits, labels = draw(50, np.random.default_rng(7), num_labels=2)
     labels[:] = 0
     logits[:, 0] = 9
-    found = figure_intervals(np.c_[logits, np.full(50, -9)], labels, NAMES, draws=20)
+    found = metric_intervals(np.c_[logits, np.full(50, -9)], labels, NAMES, draws=20)
     assert found["per_class"]["frog"]["recall"] is None
     assert found["per_class"]["cat"]["roc_auc"] is None and found["roc_auc_macro"] is None
     assert found["accuracy"][1] == 1.0

@@ -1,4 +1,4 @@
-"""hf_cifar.evaluation.multi_label: every figure against scikit-learn, thresholds against a search."""
+"""hf_cifar.evaluation.multi_label: every metric against scikit-learn, thresholds against a search."""
 
 import dataclasses
 import json
@@ -6,25 +6,22 @@ import json
 import datasets
 import numpy as np
 import pytest
+from scipy import special
 from sklearn import metrics as sk
 
 from hf_cifar.cli import main
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.comparison import compare_predictions, render_comparison
-from hf_cifar.evaluation.intervals import multi_label_intervals
-from hf_cifar.evaluation.multi_label import (
-    binary_log_losses,
-    decide,
-    fit_thresholds,
-    multi_label_metrics,
-    multi_label_training_metrics,
-    sigmoid,
-)
-from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.evaluation.multi_label import MultiLabel, binary_log_losses, fit_thresholds
+from hf_cifar.evaluation.predictions import Predictions, compute_metrics, metric_intervals
 from hf_cifar.evaluation.tables import render_metrics
 
 NAMES = {0: "cat", 1: "dog", 2: "owl", 3: "bee"}
 THRESHOLDS = np.array([0.5, 0.3, 0.7, 0.4])
+
+
+def expit(logits):
+    return special.expit(np.float64(logits))
 
 
 def draw(count=300, seed=0, ties=False):
@@ -43,10 +40,10 @@ def predictions(seed=0, split="test", **changes):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_figures_agree_with_scikit_learn(ties):
+def test_metrics_agree_with_scikit_learn(ties):
     logits, labels = draw(ties=ties)
-    found = multi_label_metrics(logits, labels, NAMES, THRESHOLDS)
-    scores = sigmoid(logits)
+    found = compute_metrics(logits, labels, NAMES, THRESHOLDS)
+    scores = expit(logits)
     given = scores >= THRESHOLDS
     wanted = {
         "accuracy": sk.accuracy_score(labels, given),
@@ -76,24 +73,23 @@ def test_cross_entropy_stays_finite_for_certain_and_wrong_scores():
     np.testing.assert_allclose(losses, [900])
 
 
+def test_calibration_fits_the_thresholds():
+    logits, labels = draw()
+    fitted = MultiLabel(logits, labels).calibrate()["thresholds"]
+    np.testing.assert_array_equal(fitted, fit_thresholds(expit(logits), labels))
+    before, after = (MultiLabel(logits, labels, thresholds=t) for t in (None, fitted))
+    assert after.metric("f1_macro") > before.metric("f1_macro")
+
+
 def test_a_class_without_images_has_no_area_and_stays_out_of_the_mean():
     logits, labels = draw()
     labels[:, 0], logits[:, 0] = 0, -9
-    found = multi_label_metrics(logits, labels, NAMES, THRESHOLDS)
+    found = compute_metrics(logits, labels, NAMES, THRESHOLDS)
     assert found["per_class"]["cat"]["average_precision"] is None
-    rest = sk.average_precision_score(labels[:, 1:], sigmoid(logits)[:, 1:])
+    rest = sk.average_precision_score(labels[:, 1:], expit(logits)[:, 1:])
     assert found["average_precision_macro"] == pytest.approx(rest, abs=1e-9)
-    given = sigmoid(logits)[:, 1:] >= THRESHOLDS[1:]
+    given = expit(logits)[:, 1:] >= THRESHOLDS[1:]
     assert found["f1_macro"] == pytest.approx(sk.f1_score(labels[:, 1:], given, average="macro"))
-
-
-def test_training_figures_are_those_at_one_half():
-    logits, labels = draw()
-    found = multi_label_training_metrics(logits, labels)
-    final = multi_label_metrics(logits, labels, NAMES, np.full(4, 0.5))
-    assert found == {name: final[name] for name in found}
-    assert set(found) == {"accuracy", "f1_macro", "average_precision_macro", "cross_entropy"}
-    assert multi_label_training_metrics(logits, 0 * labels)["average_precision_macro"] == 0
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -101,7 +97,7 @@ def test_training_figures_are_those_at_one_half():
 def test_thresholds_have_the_best_f1_of_all(ties, seed):
     logits, labels = draw(60, seed, ties)
     labels[0] = 1
-    scores = sigmoid(logits)
+    scores = expit(logits)
     thresholds = fit_thresholds(scores, labels)
     for k in range(4):
         given = scores[:, k, None] >= np.append(thresholds[k], scores[:, k])
@@ -120,7 +116,7 @@ def test_a_threshold_parts_scores_in_the_middle_and_is_one_half_without_images()
     np.testing.assert_allclose(fit_thresholds(scores, np.ones((3, 2), int)), [0.05, 0.05])
 
 
-def test_every_figure_has_its_interval_and_lies_in_it():
+def test_every_metric_is_in_its_interval():
     found = predictions().metrics
     intervals = found["intervals"]
     single = {k for k, v in found.items() if not isinstance(v, dict)} - {"num_images"}
@@ -128,38 +124,38 @@ def test_every_figure_has_its_interval_and_lies_in_it():
     for name in single:
         low, high = intervals[name]
         assert low <= found[name] <= high and high - low < 0.2, name
-    for name, figures in found["per_class"].items():
-        assert set(intervals["per_class"][name]) == set(figures) - {"num_images", "threshold"}
+    for name, own in found["per_class"].items():
+        assert set(intervals["per_class"][name]) == set(own) - {"num_images", "threshold"}
         for key, (low, high) in intervals["per_class"][name].items():
-            assert low <= figures[key] <= high, (name, key)
+            assert low <= own[key] <= high, (name, key)
 
 
 def test_intervals_are_the_same_again_and_none_where_nothing_is_defined():
     logits, labels = draw()
     labels[:, 0] = 0
     first, second = (
-        multi_label_intervals(logits, labels, NAMES, THRESHOLDS, draws=200) for _ in range(2)
+        metric_intervals(logits, labels, NAMES, THRESHOLDS, draws=200) for _ in range(2)
     )
     assert first == second
     assert first["per_class"]["cat"]["roc_auc"] is None
-    assert multi_label_intervals(logits, labels, NAMES, THRESHOLDS, 200, seed=1) != first
+    assert metric_intervals(logits, labels, NAMES, THRESHOLDS, 200, seed=1) != first
 
 
 def test_intervals_cover_what_they_say():
     """F1, mAP and cross-entropy of many samples of one population."""
     wide, wide_labels = draw(100_000, seed=99)
-    truth = multi_label_metrics(wide, wide_labels, NAMES, THRESHOLDS)
+    truth = compute_metrics(wide, wide_labels, NAMES, THRESHOLDS)
     names = ("accuracy", "f1_micro", "f1_macro", "average_precision_macro", "cross_entropy")
     held = dict.fromkeys(names, 0)
     for seed in range(60):
-        found = multi_label_intervals(*draw(200, seed), NAMES, THRESHOLDS, draws=100)
+        found = metric_intervals(*draw(200, seed), NAMES, THRESHOLDS, draws=100)
         for name in names:
             held[name] += found[name][0] <= truth[name] <= found[name][1]
     # 95% less three standard deviations of 60 samples, and the bias of an area of ten images.
     assert all(count >= 50 for count in held.values()), held
 
 
-def test_a_saved_file_gives_the_same_figures_and_is_a_data_set(tmp_path):
+def test_a_saved_file_gives_the_same_metrics_and_is_a_data_set(tmp_path):
     made = predictions()
     made.save(tmp_path)
     loaded = Predictions.load(tmp_path, "test")
@@ -178,7 +174,7 @@ def test_a_saved_file_gives_the_same_figures_and_is_a_data_set(tmp_path):
 def test_predictions_without_thresholds_take_one_half():
     plain = predictions(thresholds=None)
     assert plain.metrics == predictions(thresholds=np.full(4, 0.5)).metrics
-    given = decide(sigmoid(plain.logits))
+    given = plain.logits >= 0
     np.testing.assert_array_equal(plain.right, (given == plain.labels).all(axis=1))
 
 

@@ -1,4 +1,4 @@
-"""hf_cifar.evaluation.predictions: one file, and every figure from it."""
+"""hf_cifar.evaluation.predictions: one file, and every metric from it."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
-from hf_cifar.evaluation.tables import render_figures, render_metrics
+from hf_cifar.evaluation.tables import render_chosen, render_metrics
 
 NAMES = {0: "cat", 1: "dog"}
 
@@ -22,7 +22,7 @@ def predictions():
     return Predictions("test", row_ids, labels, logits.astype(np.float32), NAMES)
 
 
-def test_a_saved_file_gives_the_same_figures(predictions, tmp_path):
+def test_a_saved_file_gives_the_same_metrics(predictions, tmp_path):
     predictions.save(tmp_path)
     loaded = Predictions.load(tmp_path, "test")
     for name in ("row_ids", "labels", "logits"):
@@ -66,11 +66,11 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
         Predictions.load(tmp_path, "test")
 
 
-def test_tables_show_figures_with_intervals(predictions):
+def test_tables_show_metrics_with_intervals(predictions):
     metrics = predictions.metrics
     low, high = metrics["intervals"]["accuracy"]
     cell = f"{metrics['accuracy']:.4f} [{low:.4f}, {high:.4f}]"
-    assert cell in render_figures({"test": metrics}, ["num_images", "accuracy"])
+    assert cell in render_chosen({"test": metrics}, ["num_images", "accuracy"])
     table = render_metrics({"test": metrics})
     assert cell in table and "test, per class" in table
     for name, values in metrics["per_class"].items():

@@ -173,7 +173,7 @@ def test_a_head_that_was_solved_for_took_no_steps_and_chose_a_penalty():
         dataclasses.replace(changed(steps=0), options=OPTIONS | {"head_solver": "lbfgs"})
     )
     assert "train. Solved for in 12 s on CPU" in text
-    assert "It chose the head's penalty, so that" in section(text, "Validation")
+    assert "It chose the head's penalty, so its metrics" in section(text, "Validation")
 
 
 def test_validation_may_be_the_data_sets_own_or_of_a_stream():

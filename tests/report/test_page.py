@@ -16,6 +16,8 @@ import pytest
 from hf_cifar.cli import main
 from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.errors import UserError
+from hf_cifar.evaluation import intervals, resampling
+from hf_cifar.evaluation.comparison import compare_runs
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.report.facts import build_report
 from hf_cifar.report.page import look_up, pointer_key, render_page, render_value, training_curves
@@ -134,6 +136,30 @@ def test_a_folder_without_predictions_is_one_line(tmp_path, capsys):
     assert main(["report", "--gallery_size", "-1", str(tmp_path)]) == 2
 
 
+def test_intervals_are_those_of_the_run_unless_its_metrics_have_changed(run, tmp_path, monkeypatch):
+    draws = []
+
+    def counted(*args, resamples=resampling.resamples):
+        draws.append(args)
+        return resamples(*args)
+
+    monkeypatch.setattr(resampling, "resamples", counted)
+    monkeypatch.setattr(intervals, "resamples", counted)
+    folder = tmp_path / "again"
+    shutil.copytree(run, folder)
+    saved = json.loads((folder / "metrics.json").read_text())
+    assert build_report(folder, ReportConfig()).facts["metrics"] == saved
+    assert compare_runs([run, folder])["second"] == saved["test"]
+    assert draws == []
+    stale = saved | {"test": saved["test"] | {"accuracy": 0.0}}
+    (folder / "metrics.json").write_text(json.dumps(stale))
+    assert build_report(folder, ReportConfig()).facts["metrics"] == saved
+    assert len(draws) == 3  # two calibration errors, and the means and areas, of test alone
+    (folder / "metrics.json").unlink()
+    assert build_report(folder, ReportConfig()).facts["metrics"] == saved
+    assert len(draws) == 9
+
+
 def test_a_damaged_file_is_named(run, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(run, folder)
@@ -195,7 +221,7 @@ def test_the_page_opens_from_disk_whole_and_within_its_width(browser, run, width
     page.close()
 
 
-def test_every_figure_on_the_page_is_that_of_the_report(browser, run, facts):
+def test_every_number_on_the_page_is_that_of_the_report(browser, run, facts):
     page = browser.new_page()
     page.goto(f"file://{run / 'report.html'}")
     shown = page.eval_on_selector_all(

@@ -1,0 +1,163 @@
+"""What a classifier gave a set of images, and every metric of it."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from hf_cifar.config.metrics import metrics_of
+from hf_cifar.evaluation.intervals import by_name, middle, middles, nanmean, wilson
+from hf_cifar.evaluation.metrics import AREAS, OF_CLASS, OF_COUNTS, Counts, f1
+
+Array = np.ndarray
+DRAWS = 1000  # of the bootstrap
+
+
+class Drawn(NamedTuple):
+    """The bootstrap of an outcome.
+
+    counts: [draws, K] each. means: of `Outcome.means`, [draws, M]. areas: of each class [draws, K], by name.
+    intervals: [2] of the other metrics, by name. Counts may have more draws than means and areas.
+    """
+
+    counts: Counts
+    means: Array
+    areas: dict[str, Array]
+    intervals: dict[str, Array]
+
+
+class Outcome(ABC):
+    """The logits [N, K] and the labels of N images, and every metric of them.
+
+    Each metric is computed on request, and what several of them need only once.
+
+    A metric is one of five kinds. shares: the share of images for which a function is True, bool [N]. means:
+    the mean of a function's values [N]. others: a function that gives the metric itself. `OF_COUNTS` and
+    `AREAS`: functions of counts and of rankings. Intervals of `others` are computed by `draw`, of the rest
+    here.
+    """
+
+    shares: ClassVar[Mapping[str, Callable[[Any], Array]]]
+    means: ClassVar[Mapping[str, Callable[[Any], Array]]]
+    others: ClassVar[Mapping[str, Callable[[Any], float]]] = {}
+    multi_label: ClassVar[bool]
+
+    logits: Array
+    labels: Array
+
+    @property
+    @abstractmethod
+    def probabilities(self) -> Array:
+        """Probability of each class [N, K], 0..1."""
+
+    @property
+    @abstractmethod
+    def answers(self) -> Array:
+        """What the model gives each image, in the form of `labels`."""
+
+    @property
+    @abstractmethod
+    def right(self) -> Array:
+        """True for each image [N] that was given its label, or all of its labels and no other."""
+
+    @abstractmethod
+    def probabilities_of(self, answers: Array) -> Array:
+        """Probability [N], 0..1, of one answer for each image, in the form of `labels`."""
+
+    @property
+    @abstractmethod
+    def positive(self) -> Array:
+        """True where an image has a class [N, K]."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> Counts:
+        """Images of each class [K]."""
+
+    @abstractmethod
+    def suspects(self) -> tuple[int, Array]:
+        """How many labels are probably wrong, and the positions of the images to look at, the most suspect
+        first. Raises: UserError if cleanlab is not installed."""
+
+    @abstractmethod
+    def draw(self, draws: int, generator: np.random.Generator) -> Drawn:
+        """The bootstrap: what metrics are computed from, of `draws` draws of the images."""
+
+    @functools.cached_property
+    def areas(self) -> dict[str, Array]:
+        """Each area of each class [K], by name; NaN where it is undefined."""
+        return {name: area(self.probabilities, self.positive) for name, area in AREAS.items()}
+
+    def metric(self, name: str) -> float | None:
+        """One metric by its name in the table; None where it is undefined."""
+        for of_image in (self.shares, self.means):
+            if name in of_image:
+                return float(of_image[name](self).mean())
+        if name in OF_COUNTS:
+            return float(OF_COUNTS[name](self.counts))
+        if name in self.others:
+            return self.others[name](self)
+        areas = self.areas[name.removesuffix("_macro")]
+        return None if np.isnan(areas).all() else float(areas[~np.isnan(areas)].mean())
+
+    def compute(self, id2label: Mapping[int, str]) -> dict[str, Any]:
+        """Every metric, as plain JSON values, in the order of the table.
+
+        `per_class` is keyed by class name. None stands for an undefined area.
+        """
+        names = metrics_of(multi_label=self.multi_label, num_labels=len(id2label))
+        return {
+            "num_images": len(self.labels),
+            **{name: self.metric(name) for name in names},
+            "per_class": self._by_class(id2label),
+        }
+
+    def _by_class(self, id2label: Mapping[int, str]) -> dict[str, dict[str, float | int | None]]:
+        """The images and the metrics of each class by its name, as plain values."""
+        scores = {name: score(self.counts) for name, score in OF_CLASS.items()}
+        values = self._class_settings() | scores | self.areas
+        return {
+            name: {
+                "num_images": int(self.counts.actual[label]),
+                **{
+                    key: None if np.isnan(of_class[label]) else float(of_class[label])
+                    for key, of_class in values.items()
+                },
+            }
+            for label, name in id2label.items()
+        }
+
+    def _class_settings(self) -> dict[str, Array]:
+        """What is set for each class [K], by name."""
+        return {}
+
+    def intervals(
+        self, id2label: Mapping[int, str], draws: int = DRAWS, seed: int = 0
+    ) -> dict[str, Any]:
+        """95% interval [low, high] of every metric that `compute` gives, by the same names, as plain values;
+        None for that of an undefined metric."""
+        names = metrics_of(multi_label=self.multi_label, num_labels=len(id2label))
+        drawn = self.draw(draws, np.random.default_rng(seed))
+        count = len(self.labels)
+        single = {
+            **{n: wilson(self.shares[n](self).sum(), count) for n in names if n in self.shares},
+            **middles({n: OF_COUNTS[n](drawn.counts) for n in names if n in OF_COUNTS}),
+            **drawn.intervals,
+            **middles(
+                {
+                    **dict(zip(self.means, drawn.means.T, strict=True)),
+                    **{f"{name}_macro": nanmean(areas) for name, areas in drawn.areas.items()},
+                }
+            ),
+        }
+        per_class = {
+            "precision": wilson(self.counts.hits, self.counts.predicted),
+            "recall": wilson(self.counts.hits, self.counts.actual),
+            "f1": middle(f1(drawn.counts)),
+            **{name: middle(areas) for name, areas in drawn.areas.items()},
+        }
+        return by_name(single, per_class, id2label)
