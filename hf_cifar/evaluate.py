@@ -135,7 +135,7 @@ def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Pre
             "no temperature: %s has no linear layer that gives its logits", type(model).__name__
         )
         return validation
-    name = calibrated.outcome.improved
+    name = calibrated.outcome.calibration_metric
     before, after = (each.outcome.metric(name) for each in (validation, calibrated))
     logger.info("%s: %s on validation %.4f, before %.4f", change, words(name), after, before)
     return calibrated

@@ -1,4 +1,4 @@
-"""Calibration: how far confidence is from accuracy, and the temperature that brings them together."""
+"""Calibration: the gap between confidence and accuracy, and the temperature that closes it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from scipy.special import log_softmax
 
 Array = np.ndarray
 NUM_BINS = 15  # as in Guo et al. 2017
-SPREAD = 0.5  # standard deviation of the logarithm of temperatures, before any label is seen
+SPREAD = 0.5  # prior standard deviation of the logarithm of the temperature
 
 
 def confidence_bins(confidences: Array, how: str = "equal_width", bins: int = NUM_BINS) -> Array:
     """The bin [N], 0..bins - 1, of each confidence [N], 0..1.
 
-    how: "equal_width" cuts 0..1 into intervals of one length, closed above; "equal_mass" gives each bin
-    as many images, where no confidences are equal.
+    how: "equal_width" cuts 0..1 into intervals of one length, closed above; "equal_mass" puts
+    equally many images into each bin, if no confidences are equal.
     """
     confidences = np.asarray(confidences, dtype=np.float64)
     if how == "equal_width":
@@ -31,7 +31,7 @@ def calibration_error(
     probabilities: Array, references: Array, how: str = "equal_width", bins: int = NUM_BINS
 ) -> float:
     """Expected calibration error, 0..1: the mean distance of confidence from accuracy, by bins of
-    confidence (Naeini et al. 2015, Guo et al. 2017). Never below the truth's noise: few images raise it."""
+    confidence (Naeini et al. 2015, Guo et al. 2017). Noise makes it too high: the fewer images, the more."""
     table = reliability(probabilities, references, how, bins)
     return float(np.abs(table["hits"] - table["confidence"]).sum() / table["num_images"].sum())
 
@@ -39,7 +39,7 @@ def calibration_error(
 def reliability(
     probabilities: Array, references: Array, how: str = "equal_width", bins: int = NUM_BINS
 ) -> dict[str, Array]:
-    """Sums by bin [bins] of what a reliability diagram shows: num_images, hits, confidence."""
+    """Sums by bin [bins] for a reliability diagram: num_images, hits, confidence."""
     confidences, hits = confidences_and_hits(probabilities, references)
     bin_of = confidence_bins(confidences, how, bins)
     sums = {"num_images": np.ones_like(confidences), "hits": hits, "confidence": confidences}
@@ -47,7 +47,7 @@ def reliability(
 
 
 def confidences_and_hits(probabilities: Array, references: Array) -> tuple[Array, Array]:
-    """The highest probability [N] of each image, and whether it is the truth's [N], 0 or 1."""
+    """The highest probability [N] of each image, and 1 where it is that of the true class, else 0 [N]."""
     probabilities = np.asarray(probabilities, dtype=np.float64)
     hits = probabilities.argmax(axis=1) == np.asarray(references)
     return probabilities.max(axis=1), hits.astype(np.float64)
@@ -57,9 +57,9 @@ def fit_temperature(logits: Array, labels: Array) -> float:
     """The number by which to divide logits [N, K] for the lowest cross-entropy on labels [N]
     (Guo et al. 2017): above 1 for an overconfident model.
 
-    Of few images, or where every answer is right, the labels alone would allow any number. So the most
-    probable one is taken, where temperatures far from 1 are rare: see `SPREAD`. Hundreds of images with some
-    wrong answers outweigh that.
+    With few images, or if every answer is right, the labels alone do not determine it. So it is the most
+    probable number under a prior that makes temperatures far from 1 rare, see `SPREAD`. Hundreds of images
+    with some wrong answers outweigh the prior.
     """
     logits = np.asarray(logits, dtype=np.float64)
     rows = np.arange(len(logits))

@@ -21,7 +21,7 @@ def compare_runs(folders: Sequence[str | Path], split: str = "auto") -> dict[str
 
     split: "validation", "test", or "auto": test if both have it, else validation.
 
-    Raises: UserError if they share no split, or the images or classes are not the same.
+    Raises: UserError if they have no split in common, or the images or classes differ.
     """
     first, second = folders
     if Path(first).resolve() == Path(second).resolve():
@@ -41,7 +41,7 @@ def compare_runs(folders: Sequence[str | Path], split: str = "auto") -> dict[str
 def compare_predictions(first: Predictions, second: Predictions) -> dict[str, Any]:
     """Metrics of both, and their difference in accuracy (second less first), as plain values.
 
-    Raises: UserError if they are not about the same rows, labels and classes.
+    Raises: UserError if their rows, labels or classes differ.
     """
     _require_same_images(first, second)
     order = [np.argsort(predictions.row_ids) for predictions in (first, second)]

@@ -1,4 +1,4 @@
-"""Common corruptions of images at five severities, to measure what a classifier stands.
+"""Common corruptions of images at five severities, to measure how robust a classifier is.
 
 Kinds and severities are those of CIFAR-10-C (Hendrycks and Dietterich 2019), with the blur as a share of the
 image side instead of in pixels of a 32 px image. Images are uint8 [N, 3, H, W], in and out.
@@ -23,7 +23,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def gaussian_noise(images: Tensor, severity: int, seeds: Sequence[int]) -> Tensor:
-    """Noise on every pixel and channel; a seed for each image, whatever its batch."""
+    """Noise on every pixel and channel; each image has its own seed, so that batches do not matter."""
     strength = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
     noise = torch.stack(
         [
@@ -35,7 +35,7 @@ def gaussian_noise(images: Tensor, severity: int, seeds: Sequence[int]) -> Tenso
 
 
 def gaussian_blur(images: Tensor, severity: int, seeds: Sequence[int]) -> Tensor:
-    """Blur; the image continues at its edges with its last row."""
+    """Blur; the edge pixels are repeated outside the image."""
     sigma = (0.4, 0.6, 0.7, 0.8, 1.0)[severity - 1] * min(images.shape[-2:]) / 32
     radius = max(1, round(4 * sigma))
     steps = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
@@ -47,7 +47,7 @@ def gaussian_blur(images: Tensor, severity: int, seeds: Sequence[int]) -> Tensor
 
 
 def jpeg(images: Tensor, severity: int, seeds: Sequence[int]) -> Tensor:
-    """JPEG compression, with the colours at half the resolution as is usual."""
+    """JPEG compression, with colours at half the resolution, the usual setting."""
     quality = (80, 65, 58, 50, 40)[severity - 1]
     decoded = []
     for image in images.permute(0, 2, 3, 1).cpu().numpy():
@@ -87,7 +87,7 @@ def _to_uint8(images: Tensor) -> Tensor:
 
 
 class CorruptedStore(Dataset):
-    """A store whose images come out corrupted, each the same in every batch and on every device."""
+    """A store that corrupts its images, each in the same way in every batch and on every device."""
 
     def __init__(
         self, store: ResidentStore | StreamedStore, corruption: str, severity: int

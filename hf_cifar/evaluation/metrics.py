@@ -1,4 +1,4 @@
-"""Metrics of counts and rankings, as functions of numpy arrays, for one label per image and for several.
+"""Metrics of counts and rankings, as functions of numpy arrays, for any number of labels per image.
 
 Shapes: N images, K classes.
 """

@@ -1,4 +1,4 @@
-"""What a classifier gets wrong, from its predictions alone: pairs, images, labels in doubt, slices."""
+"""Mistakes of a classifier, from its predictions alone: pairs, images, suspect labels, slices."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ def confused_pairs(
 
 
 def worst_errors(confidences: Array, hits: Array, limit: int = 24) -> Array:
-    """Positions of the wrong predictions, the most confident first. hits [N]: which are right."""
+    """Positions of the wrong predictions, the most confident first. hits [N]: True where right."""
     wrong = np.flatnonzero(np.logical_not(hits))
     return wrong[np.argsort(-confidences[wrong], kind="stable")][:limit]
 
 
 def most_doubtful_hits(confidences: Array, hits: Array, limit: int = 24) -> Array:
-    """Positions of the right predictions, the least confident first. hits [N]: which are right."""
+    """Positions of the right predictions, the least confident first. hits [N]: True where right."""
     right = np.flatnonzero(hits)
     return right[np.argsort(confidences[right], kind="stable")][:limit]
 
 
 def suspected_label_errors(probabilities: Array, labels: Array) -> tuple[int, Array]:
-    """How many labels are probably wrong, and the positions of those that disagree with the prediction, the
-    least probable label first; by confident learning (Northcutt et al. 2021) as cleanlab does it.
+    """Number of labels that are probably wrong, and the positions of those that disagree with the
+    prediction, the least probable label first; by confident learning (Northcutt et al. 2021) with cleanlab.
 
     probabilities [N, K] must be of a model that was not trained on these labels [N].
     Raises: UserError if cleanlab is not installed.
     """
     count = require("cleanlab.count", extra="report")
     filters = require("cleanlab.filter", extra="report")
-    # It wants classes numbered without gaps: one without an image cannot be a given label.
+    # cleanlab requires classes numbered without gaps, each with an image.
     present, given = np.unique(np.asarray(labels), return_inverse=True)
     if len(present) < 2:
         return 0, np.array([], dtype=np.int64)
@@ -75,8 +75,9 @@ def suspected_label_errors(probabilities: Array, labels: Array) -> tuple[int, Ar
 
 
 def suspected_multi_label_errors(scores: Array, labels: Array) -> tuple[int, Array]:
-    """As `suspected_label_errors`, for scores and labels [N, K]: images of which a label is probably wrong
-    or missing. A class that all images have, or none, is not checked."""
+    """Number of images of which a label is probably wrong or missing, and the positions of those that
+    disagree with the prediction; for scores and labels [N, K], see `suspected_label_errors`. A class that all
+    images have, or none, is not checked."""
     filters = require("cleanlab.multilabel_classification.filter", extra="report")
     varied = np.flatnonzero(np.ptp(labels, axis=0))
     if not len(varied):
@@ -93,11 +94,11 @@ def suspected_multi_label_errors(scores: Array, labels: Array) -> tuple[int, Arr
 
 
 def slices(values: Array, hits: Array, parts: int = 4) -> list[dict[str, Any] | None]:
-    """Accuracy where a property of the images is low, and where it is high.
+    """Accuracy in parts of the images, from those with the lowest value of a property to the highest.
 
-    values, hits [N]: the property, and whether the prediction is right. Parts of as many images, where no
-    values are equal, the lowest first: low, high (of the property), num_images, accuracy, interval; None for
-    a part that equal values leave empty.
+    values, hits [N]: the property, and True where the prediction is right. Parts of equally many images, if
+    no values are equal, the lowest first: low, high (of the property), num_images, accuracy, interval;
+    None for a part that equal values leave empty.
     """
     values, hits = np.asarray(values, np.float64), np.asarray(hits, bool)
     edges = np.quantile(values, np.arange(1, parts) / parts, method="inverted_cdf")

@@ -49,7 +49,9 @@ class MultiLabel(Outcome):
     """Logits and labels [N, K] of images with any number of labels; thresholds [K], 0.5 if not given."""
 
     multi_label = True
-    improved = "f1_macro"  # the metric that calibration is for
+    calibration_metric = "f1_macro"  # which calibration improves
+    shares: ClassVar = {"accuracy": lambda self: self.right}
+    means: ClassVar = {"cross_entropy": lambda self: binary_log_losses(self.logits, self.labels)}
 
     def __init__(self, logits: Array, labels: Array, *, thresholds: Array | None = None) -> None:
         self.logits, self.labels = np.asarray(logits), np.asarray(labels)
@@ -110,6 +112,3 @@ class MultiLabel(Outcome):
         drawn, areas = draw_images(self.probabilities, self.positive, per_image, draws, generator)
         means, decisions = np.split(drawn, [len(self.means)], axis=1)
         return Drawn(Counts(*np.split(decisions, 3, axis=1)), means, areas, intervals={})
-
-    shares: ClassVar = {"accuracy": lambda self: self.right}
-    means: ClassVar = {"cross_entropy": lambda self: binary_log_losses(self.logits, self.labels)}

@@ -1,4 +1,4 @@
-"""What a classifier gave a set of images, and every metric of it."""
+"""The answers of a classifier for a set of images, and every metric of them."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ class Drawn(NamedTuple):
 
 
 class Outcome(ABC):
-    """The logits [N, K] and the labels of N images, and every metric of them.
+    """The logits [N, K] and the labels of N images, and every metric of them, each computed on request.
 
-    Each metric is computed on request, and what several of them need only once.
-
-    A metric is one of five kinds. shares: the share of images for which a function is True, bool [N]. means:
-    the mean of a function's values [N]. others: a function that gives the metric itself. `OF_COUNTS` and
-    `AREAS`: functions of counts and of rankings. Intervals of `others` are computed by `draw`, of the rest
-    here.
+    A metric is of one of five kinds, each a dictionary of functions by the metric's name. `shares`: bool [N],
+    the metric is the share of images for which it is True. `means`: numbers [N], the metric is their mean.
+    `OF_COUNTS`: of the images of each class. `AREAS`: of the ranking of each class. `others`: of the outcome
+    itself. `draw` computes the intervals of `others`; those of the first four kinds need no code.
     """
 
     shares: ClassVar[Mapping[str, Callable[[Any], Array]]]
     means: ClassVar[Mapping[str, Callable[[Any], Array]]]
     others: ClassVar[Mapping[str, Callable[[Any], float]]] = {}
     multi_label: ClassVar[bool]
+    calibration_metric: ClassVar[str]
 
     logits: Array
     labels: Array
@@ -57,7 +56,7 @@ class Outcome(ABC):
     @property
     @abstractmethod
     def answers(self) -> Array:
-        """What the model gives each image, in the form of `labels`."""
+        """The model's answer for each image, in the form of `labels`."""
 
     @property
     @abstractmethod
@@ -80,12 +79,16 @@ class Outcome(ABC):
 
     @abstractmethod
     def suspects(self) -> tuple[int, Array]:
-        """How many labels are probably wrong, and the positions of the images to look at, the most suspect
-        first. Raises: UserError if cleanlab is not installed."""
+        """Number of labels that are probably wrong, and the positions of the images to look at, the most
+        suspect first. Raises: UserError if cleanlab is not installed."""
+
+    @abstractmethod
+    def calibrate(self) -> dict[str, Any]:
+        """Values of `Predictions` that calibration on these labels changes, by the names of its fields."""
 
     @abstractmethod
     def draw(self, draws: int, generator: np.random.Generator) -> Drawn:
-        """The bootstrap: what metrics are computed from, of `draws` draws of the images."""
+        """The bootstrap: counts, means and areas of `draws` draws of the images."""
 
     @functools.cached_property
     def areas(self) -> dict[str, Array]:
@@ -132,7 +135,7 @@ class Outcome(ABC):
         }
 
     def _class_settings(self) -> dict[str, Array]:
-        """What is set for each class [K], by name."""
+        """Settings of each class [K], by name."""
         return {}
 
     def intervals(

@@ -97,14 +97,14 @@ class Predictions:
 
     @functools.cached_property
     def outcome(self) -> Outcome:
-        """What the metrics are computed from: of one label per image, or of any number."""
+        """Logits and labels as metrics see them: with one label per image, or with any number of them."""
         return outcome_of(
             self.logits, self.labels, temperature=self.temperature, thresholds=self.thresholds
         )
 
     @property
     def multi_label(self) -> bool:
-        """True if an image may have several labels, or none."""
+        """True if an image may have any number of labels."""
         return self.outcome.multi_label
 
     @property

@@ -58,7 +58,19 @@ class SingleLabel(Outcome):
     """
 
     multi_label = False
-    improved = "ece"  # the metric that calibration is for
+    calibration_metric = "ece"  # which calibration improves
+    shares: ClassVar = {
+        "accuracy": lambda self: self.right,
+        "top_5_accuracy": lambda self: top_k_hits(self.probabilities, self.labels, k=5),
+    }
+    means: ClassVar = {
+        "cross_entropy": lambda self: log_losses(self.probabilities, self.labels),
+        "brier": lambda self: brier(self.probabilities, self.labels),
+    }
+    others: ClassVar = {
+        name: lambda self, bins=bins: calibration_error(self.probabilities, self.labels, bins)
+        for name, bins in CALIBRATION_ERRORS.items()
+    }
 
     def __init__(self, logits: Array, labels: Array, *, temperature: float = 1.0) -> None:
         self.logits, self.labels = np.asarray(logits), np.asarray(labels)
@@ -132,16 +144,3 @@ class SingleLabel(Outcome):
         per_image = np.stack([values(self) for values in self.means.values()], axis=1)
         means, areas = draw_images(self.probabilities, self.positive, per_image, draws, generator)
         return Drawn(counts, means, areas, intervals)
-
-    shares: ClassVar = {
-        "accuracy": lambda self: self.right,
-        "top_5_accuracy": lambda self: top_k_hits(self.probabilities, self.labels, k=5),
-    }
-    means: ClassVar = {
-        "cross_entropy": lambda self: log_losses(self.probabilities, self.labels),
-        "brier": lambda self: brier(self.probabilities, self.labels),
-    }
-    others: ClassVar = {
-        name: lambda self, bins=bins: calibration_error(self.probabilities, self.labels, bins)
-        for name, bins in CALIBRATION_ERRORS.items()
-    }

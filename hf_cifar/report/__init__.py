@@ -1,1 +1,1 @@
-"""What a run tells people: its report, as facts and as a page, and its model card."""
+"""The report of a run, as facts and as a page, and its model card."""

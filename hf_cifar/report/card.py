@@ -1,4 +1,4 @@
-"""The model card: README.md and its metadata, from the files that a run leaves."""
+"""The model card: README.md and its metadata, from the files of a run."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ class CardFacts:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError,
                 jinja2.UndefinedError) as error:  # fmt: skip
             raise UserError(
-                f"{folder} holds no finished run that a card could be made of "
+                f"{folder} holds no finished run to make a card of "
                 f"({type(error).__name__}: {one_line(error, 200)}); pass the --output_dir of one"
             ) from None
         return facts
 
 
 def _class_names(config: dict[str, Any]) -> list[str]:
-    """Of a saved model's config.json; timm's have a list."""
+    """Class names in a saved model's config.json, where timm's are a list."""
     if "label_names" in config:
         return list(config["label_names"])
     return [config["id2label"][key] for key in sorted(config["id2label"], key=int)]
@@ -224,8 +224,8 @@ def is_untouched(folder: Path) -> bool:
 
 
 def card_for(folder: Path, repo_id: str) -> str:
-    """A run's card for the repo that it goes to: one that somebody edited stays as it is, but for the name
-    that its code loads. Raises: UserError if the folder holds no finished run."""
+    """A run's card for the repository that it is pushed to. An edited card stays as it is, except for the
+    name that its code loads. Raises: UserError if the folder holds no finished run."""
     facts = CardFacts.load(folder)
     card = folder / CARD_FILE
     text = card.read_text() if card.is_file() else None
@@ -235,7 +235,7 @@ def card_for(folder: Path, repo_id: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value as it can stand in a table."""
+    """A value as a cell of a Markdown table."""
     return one_line(value).replace("|", "\\|")
 
 

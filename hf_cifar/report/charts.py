@@ -1,4 +1,4 @@
-"""Plots as SVG that takes its colours from the page around it, so that it is right in light, dark and print.
+"""Plots as SVG with the colours of the page around it, for light, dark and print.
 
 Every plot is one <svg> of class "plot" with a title and a description for screen readers; sizes are in the
 units of its view box, which a phone shows one to one. CSS classes: axis, grid, tick, series-0 to series-3,
@@ -19,7 +19,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 38
 
 
 class Axes:
-    """Where values lie in a plot: x from the left, y from the bottom, both linear."""
+    """Positions of values in a plot: x from the left, y from the bottom, both linear."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float], height: int = HEIGHT):
         self.x_range, self.y_range, self.height = x, y, height
@@ -60,7 +60,7 @@ def line_chart(
     *,
     from_zero: bool = False,
 ) -> str:
-    """Lines through points (x, y) by name, up to four, with a legend if there are several."""
+    """Lines through points (x, y) by name, up to four, with a legend if there is more than one."""
     points = [point for line in series.values() for point in line]
     xs, ys = zip(*points, strict=True)
     low, high = (0.0 if from_zero else min(ys)), max(ys)
@@ -85,7 +85,7 @@ def reliability_diagram(title: str, bins: Sequence[Mapping[str, float]]) -> str:
     """Accuracy against confidence, a bar for each bin: low, high, num_images, accuracy, confidence, 0..1.
 
     A calibrated classifier's bars end at the diagonal. The gap between accuracy and mean confidence has a
-    colour of its own, and the strip below shows how many images lie in each bin.
+    colour of its own, and the strip below shows the number of images in each bin.
     """
     axes = Axes((0, 1), (0, 1), HEIGHT + 60)
     parts = axes.draw("confidence", "accuracy", x_ticks=(0, 0.2, 0.4, 0.6, 0.8, 1))
@@ -126,7 +126,7 @@ def reliability_diagram(title: str, bins: Sequence[Mapping[str, float]]) -> str:
         f"is {worst['accuracy']:.2f}"
     )
     return _svg(title, described, parts, axes.height) + _svg(
-        "How many images at which confidence", f"at most {most:,} in one bin", counts, 70
+        "Images by confidence", f"at most {most:,} in one bin", counts, 70
     )
 
 
@@ -167,7 +167,7 @@ def interval_bars(
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers between low and high, about so many."""
+    """Round numbers between low and high, about `about` of them."""
     step = _step(low, high, about)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
@@ -192,7 +192,7 @@ def _spread(low: float, high: float) -> tuple[float, float]:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = 200) -> list[tuple[float, float]]:
-    """Points in order, averaged in groups until there are no more than `most`."""
+    """Points in order, averaged in groups if there are more than `most`."""
     size = math.ceil(len(points) / most)
     if size <= 1:
         return list(points)

@@ -1,4 +1,4 @@
-"""What of a run's options a stranger may see."""
+"""The options of a run that a stranger may see."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import PureWindowsPath
 from typing import Any
 
-# Where a run lies and goes to, not what it computes; or what the card says in another place.
+# Folders and destinations of a run, or facts that the card has elsewhere.
 HIDDEN_OPTIONS = {
     "output_dir", "dataset_name", "model_name_or_path", "run_name", "push_to_hub", "logging_dir",
 }  # fmt: skip
@@ -23,7 +23,7 @@ def public_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _public(value: Any) -> Any:
-    """An option's value without folders, addresses and whatever else text may hold."""
+    """An option's value without folders, addresses and other private text."""
     if isinstance(value, dict):
         return {key: _public(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -23,24 +23,24 @@ def role_of(split: str, metrics: dict[str, Any], options: dict[str, Any]) -> str
 
 
 def validation_source(run: dict[str, Any], options: dict[str, Any]) -> str:
-    """Where validation comes from."""
+    """Origin of the validation images."""
     if run["source_splits"]["validation"] != run["source_splits"]["train"]:
         return "the data set's own validation split"
     seed = options["split_seed"]
     if options["streaming"]:
-        return f"the first of those that a hash of their bytes holds out, split seed {seed}"
+        return f"the first images that a hash of their bytes holds out, split seed {seed}"
     return f"stratified, split seed {seed}"
 
 
 def hashed(options: dict[str, Any]) -> str:
-    """What the split hash is of."""
+    """Contents of the split hash."""
     if options["streaming"]:
-        return "SHA-256 over validation's row ids and labels, and over how train is drawn"
+        return "SHA-256 over the row ids and labels of validation, and over the choice of train"
     return "SHA-256 over row ids and labels"
 
 
 def render_skipped(run: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> str:
-    """The rows that nothing was trained or measured on, because their images cannot be read."""
+    """The rows that were left out, because their images cannot be read."""
     rows = dict(run.get("skipped_rows", {}))
     rows |= {name: own["skipped_rows"] for name, own in metrics.items() if "skipped_rows" in own}
     return "; ".join(
@@ -50,7 +50,7 @@ def render_skipped(run: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> s
 
 
 def render_leakage(run: dict[str, Any]) -> str:
-    """What --check_leakage found."""
+    """Result of --check_leakage."""
     found = run.get("leakage")
     if not found:
         return ""
@@ -61,7 +61,7 @@ def render_leakage(run: dict[str, Any]) -> str:
 
 
 def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
-    """Work, time and machine of a training that is over."""
+    """Work, time and machine of a finished training."""
     if "steps" not in run:
         return ""
     processes = f"{run['processes']} process{'es' if run['processes'] > 1 else ''}"
@@ -73,7 +73,7 @@ def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
 
 
 def render_energy(energy: dict[str, Any] | None) -> str:
-    """The electricity that the training took; nothing where it was not measured."""
+    """Electricity used by the training; empty if it was not measured."""
     if not energy:
         return ""
     parts = ", ".join(
@@ -83,15 +83,15 @@ def render_energy(energy: dict[str, Any] | None) -> str:
     )
     return (
         f"Training took about {energy['kwh']:.3g} kWh of electricity ({parts}), as {energy['tracker']} "
-        "estimated it for the whole machine (the first of several) while training ran."
+        "estimated it for the whole machine (the first one, if there were more) while training ran."
     )
 
 
 def license_note(model: dict[str, Any]) -> str:
-    """Under which licence the weights may be used, as far as it is known."""
+    """Licence of the weights, as far as it is known."""
     name = model["license_name"] or model["license"]
     if name:
-        return f"The weights it started from are under the licence {name}, which goes for these as well."
+        return f"The weights it started from are under the licence {name}, which applies to these as well."
     if model["name"].startswith(SCRATCH):
         return "No licence was chosen for these weights; the data set's terms apply."
     return "The licence of the weights it started from is not known here: look it up before you use these."

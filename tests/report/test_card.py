@@ -139,8 +139,8 @@ def test_of_many_classes_the_weakest_are_listed():
         name: {"num_images": 5, "precision": 0.5, "recall": 0.5, "f1": i / 200}
         for i, name in enumerate(names)
     }
-    figures = {"num_images": 1000, "accuracy": 0.5, "per_class": per_class}
-    text = render_card(changed(metrics={"test": figures}, class_names=names))
+    metrics = {"num_images": 1000, "accuracy": 0.5, "per_class": per_class}
+    text = render_card(changed(metrics={"test": metrics}, class_names=names))
     table = section(text, "Per class")
     assert table.count("\n| class ") == MAX_CLASSES + 1 and "200 with the lowest F1" in table
     assert "| class 49 |" in table and "| class 50 |" not in table
@@ -181,7 +181,7 @@ def test_validation_may_be_the_data_sets_own_or_of_a_stream():
     text = section(render_card(changed(source_splits=own)), "Data")
     assert "the data set's own validation split" in text and "split seed" not in text
     text = section(render_card(changed(streaming=True)), "Data")
-    assert "hash of their bytes holds out" in text and "how train is drawn" in text
+    assert "hash of their bytes holds out" in text and "the choice of train" in text
 
 
 def test_energy_stands_there_only_if_it_was_measured():
@@ -217,7 +217,7 @@ def test_metadata_link_what_is_on_the_hub_and_nothing_else():
     text = render_card(local)
     data = ModelCard(text).data
     assert data.base_model is None and data.datasets is None and data.license is None
-    assert "`my_model`, fine-tuned to tell 3 classes of `my_birds`: cat, dog, ship." in text
+    assert "`my_model`, fine-tuned for the 3 classes of `my_birds`: cat, dog, ship." in text
     assert "licence of the weights it started from is not known here" in text
 
 
@@ -240,11 +240,11 @@ def test_an_own_licence_keeps_its_name():
 def test_random_weights_and_custom_code_are_said():
     model = MODEL | {"name": "scratch/article_cnn", "hub_id": None, "license": None}
     text = render_card(changed(model=model, custom_code=True))
-    assert "`scratch/article_cnn`, trained from random weights to tell" in text
+    assert "`scratch/article_cnn`, trained from random weights for the" in text
     assert 'model="me/vit", trust_remote_code=True)' in text and "read it first" in text
 
 
-def test_before_training_the_card_is_complete_but_for_its_figures():
+def test_before_training_the_card_is_complete_except_for_its_metrics():
     text = render_card(
         changed(run=KNOWN, metrics={"validation": {"num_images": 0, "accuracy": 0.0}})
     )
@@ -288,8 +288,8 @@ def test_a_name_that_begins_as_a_token_does_stays():
 def test_no_class_name_breaks_table_or_metadata():
     names = ["cat | dog", "a\nb", f"x {TOKEN}"]
     per_class = dict(zip(names, PER_CLASS.values(), strict=True))
-    figures = METRICS["test"] | {"per_class": per_class}
-    text = render_card(changed(class_names=names, metrics={"test": figures}))
+    metrics = METRICS["test"] | {"per_class": per_class}
+    text = render_card(changed(class_names=names, metrics={"test": metrics}))
     assert TOKEN not in text and card_errors(text) == []
     assert "| cat \\| dog | a b | 290 | 48.3% |" in text
 
@@ -357,7 +357,7 @@ def test_what_somebody_wrote_into_the_card_stays(run_folder):
 @pytest.mark.parametrize("damage", ["run.json", "metrics.json", "config.yaml", "config.json"])
 def test_a_folder_without_a_whole_run_is_one_line(run_folder, damage):
     (run_folder / damage).write_text("{")
-    with pytest.raises(UserError, match="holds no finished run that a card could be made of"):
+    with pytest.raises(UserError, match="holds no finished run to make a card of"):
         CardFacts.load(run_folder)
     (run_folder / damage).unlink()
     with pytest.raises(UserError, match="pass the --output_dir of one"):
