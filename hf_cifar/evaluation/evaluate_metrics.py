@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import datasets
@@ -45,7 +44,6 @@ class TableMetric(evaluate.Metric):
         return {self.name: outcome_of(logits, labels).metric(self.name)}
 
 
-@functools.cache
 def evaluate_metric(name: str, *, multi_label: bool = False) -> type[TableMetric]:
     """The `evaluate.Metric` class of a metric, which needs no download; its value has the metric's name.
 

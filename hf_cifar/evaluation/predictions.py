@@ -179,7 +179,7 @@ class Predictions:
                 f"no predictions in {path}; run: hf-cifar evaluate --model_name_or_path {folder} "
                 f"--split {split}"
             )
-        saved = read_json(Path(folder) / METRICS_FILE).get(split, {})
+        saved = read_json(Path(folder) / METRICS_FILE).get(split)
         try:
             table = pyarrow.parquet.read_table(path)
             label = datasets.Features.from_arrow_schema(table.schema)["label"]
@@ -194,7 +194,7 @@ class Predictions:
                 temperature=float(note.get(TEMPERATURE.encode(), 1)),
                 thresholds=np.array(json.loads(note[THRESHOLDS.encode()])) if multi_label else None,
                 skipped_rows=tuple(json.loads(note.get(SKIPPED.encode(), "[]"))),
-                saved_metrics=saved,
+                saved_metrics=saved if isinstance(saved, dict) else {},
             )
         except (KeyError, AttributeError, ValueError, OSError) as error:
             raise UserError(
