@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments
 from benchmarks.measure import compare
 from benchmarks.peers import Task, collate, small_pictures, with_pil_transform
 from hf_cifar import Preprocessing, build_model, build_trainer, load_splits
-from hf_cifar.plan import resolve_defaults
+from hf_cifar.plan import plan_run
 
 STEPS = 1  # the optimiser has its moments
 
@@ -74,7 +74,7 @@ def main() -> None:
         )
         splits = load_splits(config.data)
         model, processor = build_model(config.model, splits.id2label)
-        ours = build_trainer(model, processor, splits, resolve_defaults(config, model))
+        ours = build_trainer(model, processor, splits, plan_run(config, model, processor, splits))
         ours.train()
         stock = []
         for name in ("stock", "flushed"):

@@ -24,8 +24,15 @@ from torchvision import transforms
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.turns import Turn
-from hf_cifar import DataConfig, Preprocessing, RunConfig, build_model, build_trainer, load_splits
-from hf_cifar.plan import resolve_defaults, resolve_setting
+from hf_cifar import (
+    DataConfig,
+    Preprocessing,
+    RunConfig,
+    build_model,
+    build_trainer,
+    load_splits,
+    plan_run,
+)
 from hf_cifar.training.autotune import DTYPES, MEMORY_FORMATS, Setting, computing_as
 from hf_cifar.training.memory import keep_freed_memory
 
@@ -105,7 +112,7 @@ def chosen_setting(task: Task) -> Setting:
     with tempfile.TemporaryDirectory() as folder:
         config = task.config(folder, "--max_steps", "-1", "--num_train_epochs", epochs)
         model, processor = build_model(config.model, splits.id2label)
-        chosen = resolve_setting(config, model, processor, splits.train).train
+        chosen = plan_run(config, model, processor, splits).config.train
     return Setting(
         chosen.precision, chosen.memory_format, chosen.attention, bool(chosen.torch_compile)
     )
@@ -120,7 +127,9 @@ def ours(task: Task, turn: Turn) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = task.config(folder, *flags)
         model, processor = build_model(config.model, splits.id2label)
-        trainer = build_trainer(model, processor, splits, resolve_defaults(config, model))
+        trainer = build_trainer(
+            model, processor, splits, plan_run(config, model, processor, splits)
+        )
         trainer.add_callback(AfterEachStep(turn))
         trainer.train()
 

@@ -1,4 +1,4 @@
-"""`hf-cifar SUBCOMMAND`: a table from name to function. What needs torch is imported by the chosen one."""
+"""`hf-cifar COMMAND`: the table of subcommands, and exit statuses. Torch is imported where it is needed."""
 
 from __future__ import annotations
 
@@ -8,34 +8,37 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
-from hf_cifar.commands.command import is_main_process
-from hf_cifar.commands.compare import compare
-from hf_cifar.commands.evaluate import evaluate
-from hf_cifar.commands.finetune import finetune
-from hf_cifar.commands.predict import predict
-from hf_cifar.commands.push import push
-from hf_cifar.commands.recipes import recipes
-from hf_cifar.commands.report import report
-from hf_cifar.commands.reproduce import reproduce
-from hf_cifar.commands.runs import runs
+from hf_cifar.commands import (
+    compare,
+    evaluate,
+    finetune,
+    predict,
+    push,
+    recipes,
+    report,
+    reproduce,
+    runs,
+)
+from hf_cifar.commands.command import Command
 from hf_cifar.errors import UserError
+from hf_cifar.runs.processes import is_main_process
 from hf_cifar.runs.signals import Stopped, handled_signals, stop_at_once
 from hf_cifar.text import one_line
 
 USER_ERROR = 2
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "finetune": finetune,
-    "evaluate": evaluate,
-    "reproduce": reproduce,
-    "compare": compare,
-    "report": report,
-    "runs": runs,
-    "predict": predict,
-    "push": push,
-    "recipes": recipes,
+COMMANDS: dict[str, Command] = {
+    "finetune": finetune.COMMAND,
+    "evaluate": evaluate.COMMAND,
+    "reproduce": reproduce.COMMAND,
+    "compare": compare.COMMAND,
+    "report": report.COMMAND,
+    "runs": runs.COMMAND,
+    "predict": predict.COMMAND,
+    "push": push.COMMAND,
+    "recipes": recipes.COMMAND,
 }
 
 
@@ -67,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: hf-cifar COMMAND [options]\n")
-        for name, function in COMMANDS.items():
-            print(f"  {name:<11}{function.__doc__}")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<11}{command.summary}")
         print("\nhf-cifar COMMAND --help lists the options of a command.")
         return 0 if argv else USER_ERROR
     if argv[0] == "--version":
@@ -78,7 +81,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise UserError(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
-    return COMMANDS[argv[0]](argv[1:])
+    return COMMANDS[argv[0]](argv[0], argv[1:])
 
 
 def _complain(error: Exception | str) -> int:

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
-from hf_cifar.config.run import on_cpu
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource
 from hf_cifar.data.store import (
@@ -40,6 +39,7 @@ from hf_cifar.models.heads import divide_logits
 from hf_cifar.models.problem_type import is_multi_label, thresholds_of
 from hf_cifar.report.card import is_untouched, save_card
 from hf_cifar.runs.folder import CORRUPTIONS_FILE, RUN_FILE, read_json, write_json
+from hf_cifar.runs.processes import computes_on_cpu
 from hf_cifar.text import one_line
 from hf_cifar.training.losses import build_loss
 from hf_cifar.training.trainer import ImageClassificationTrainer
@@ -188,7 +188,7 @@ def evaluate_saved(
                 dataloader_pin_memory=num_workers > 0,
                 bf16=config.bf16,
                 fp16=config.fp16,
-                use_cpu=on_cpu(config.use_cpu),
+                use_cpu=computes_on_cpu(config.use_cpu),
                 remove_unused_columns=False,
                 label_names=["labels"],
                 report_to="none",

@@ -1,4 +1,4 @@
-"""The main path: from options to a fine-tuned model and the figures that go with it."""
+"""The main path: from options to a fine-tuned model and the metrics that go with it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ import torch
 from transformers import set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
-from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.split import require_readable
-from hf_cifar.data.splits import DataSource, Splits
+from hf_cifar.data.splits import DataSource
 from hf_cifar.evaluate import calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.predictions import Predictions
-from hf_cifar.hub.push import prepare_push, push_run
+from hf_cifar.hub.push import push_run
 from hf_cifar.models.build import build_model
-from hf_cifar.plan import resolve_checkpoint, resolve_defaults, resolve_setting, with_batch_of
-from hf_cifar.preflight import check_libraries, check_run, check_space, draft_card
-from hf_cifar.record import run_facts
+from hf_cifar.plan import Plan, plan_run
+from hf_cifar.preflight import check_plan, check_request
+from hf_cifar.record import Fitted, known_facts, run_facts
 from hf_cifar.report.card import card_for, save_card
 from hf_cifar.runs.energy import measured_energy
 from hf_cifar.runs.folder import (
@@ -36,9 +35,8 @@ from hf_cifar.runs.folder import (
     write_json,
 )
 from hf_cifar.runs.lock import sole_run
-from hf_cifar.runs.resume import resume_point
 from hf_cifar.runs.signals import deferred_signals
-from hf_cifar.training.build import build_trainer, resolve_workers
+from hf_cifar.training.build import build_trainer
 from hf_cifar.training.features import FeatureStore, fit_head
 from hf_cifar.training.saving import save_classifier
 from hf_cifar.training.trainer import ImageClassificationTrainer
@@ -48,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: where it lies, its figures by split, and the loaded model."""
+    """A finished run: its folder, its metrics by split, and the loaded model."""
 
     output_dir: Path
     metrics: dict[str, dict[str, Any]]
@@ -57,74 +55,110 @@ class RunResult:
 
 
 def finetune_classifier(config: RunConfig, source: DataSource | None = None) -> RunResult:
-    """Fine-tune, evaluate and save a classifier; see README for what `output_dir` then holds.
+    """Fine-tune, evaluate and save a classifier; docs/files.md lists what `output_dir` then holds.
 
     source: of `config.data`, if it is open already.
     Raises: UserError before anything is written, for options or data that cannot work.
     """
     source = source or DataSource(config.data)
-    check_run(config, source)
-    is_new = resume_point(config) is None
-    config = resolve_checkpoint(config)
+    check_request(config, source)
     set_seed(config.train.seed)
     splits = source.splits  # train and validation; test stays sealed
     require_readable(splits.train, splits.validation, pixel_store=config.data.pixel_store)
     model, image_processor = build_model(
         config.model, splits.id2label, multi_label=splits.multi_label
     )
-    config = resolve_defaults(config, model)
-    check_space(config, model)
-    config = resolve_setting(
-        config, model, image_processor, splits.train, resumed=bool(resume_point(config))
-    )
-    config = resolve_workers(config, splits.train)
-    leakage = find_leakage(source) if config.train.check_leakage else None
-    prepare_push(config.train, draft_card(config, splits, leakage))
-    check_libraries(config.train, model)
-    trainer = build_trainer(model, image_processor, splits, config)
-    with claimed_folder(config, is_new=is_new):
-        save_config(config)
-        fit(trainer, config)
-        evaluations = evaluate_run(trainer, source, config)
-        return finish_run(trainer, splits, evaluations, config, leakage)
+    plan = plan_run(config, model, image_processor, splits)
+    known = known_facts(source, plan.config)
+    check_plan(plan, model, known)
+    trainer = build_trainer(model, image_processor, splits, plan)
+    with claimed_folder(plan):
+        fitted = fit(trainer, plan)
+        evaluations = evaluate_run(trainer, source, plan)
+        facts = known | run_facts(
+            trainer, splits, fitted, evaluations[0].temperature, config.data.pixel_store
+        )
+        return finish_run(trainer, facts, evaluations, plan)
 
 
-def fit(trainer: ImageClassificationTrainer, config: RunConfig) -> None:
+@contextlib.contextmanager
+def claimed_folder(plan: Plan) -> Iterator[None]:
+    """Hold the output folder, and write the settled options first: a run that is cut off can be repeated.
+
+    Raises: UserError if another run holds the folder, or did since this one began.
+    """
+    if not plan.processes.is_main:
+        yield
+        return
+    with sole_run(plan.folder):
+        if not plan.requested.train.resumes:
+            refuse_occupied(plan.folder)
+        plan.config.save(plan.folder / CONFIG_FILE)
+        yield
+
+
+def fit(trainer: ImageClassificationTrainer, plan: Plan) -> Fitted:
     """Train in epochs, or solve for the head at once."""
-    with measured_energy(trainer.is_world_process_zero()) as energy:
-        if config.train.head_solver == "lbfgs":
-            start = time.perf_counter()
+    train, start = plan.config.train, time.perf_counter()
+    with measured_energy(plan.processes.is_main) as energy:
+        if train.head_solver == "lbfgs":
             fit_head(trainer.model, trainer.train_dataset, trainer.eval_dataset)
             trainer.state.epoch = 0.0
-            trainer.state.log_history.append({"train_runtime": time.perf_counter() - start})
+            seconds = time.perf_counter() - start
         else:
-            trainer.train(resume_from_checkpoint=resume_point(config))
-    if trainer.args.gradient_accumulation_steps != config.train.gradient_accumulation_steps:
-        save_config(with_batch_of(trainer.args, config))
-    if energy:
-        trainer.state.log_history.append({"energy": energy})
+            checkpoint = None if plan.checkpoint is None else str(plan.checkpoint)
+            seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    if trainer.args.gradient_accumulation_steps != train.gradient_accumulation_steps:
+        save_batch(trainer, plan)
     # Curves end here: some trackers would file the final predictions of validation under test.
-    for reporter in get_reporting_integration_callbacks(config.train.report_to):
+    for reporter in get_reporting_integration_callbacks(trainer.args.report_to):
         trainer.remove_callback(reporter)
+    return Fitted(seconds, energy or None)
+
+
+def save_batch(trainer: ImageClassificationTrainer, plan: Plan) -> None:
+    """Write the batch that fitted into memory to config.yaml."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    fitting = plan.config.with_training(**{name: getattr(trainer.args, name) for name in names})
+    if plan.processes.is_main:
+        fitting.save(plan.folder / CONFIG_FILE)
+
+
+def evaluate_run(
+    trainer: ImageClassificationTrainer, source: DataSource, plan: Plan
+) -> list[Predictions]:
+    """Evaluate validation, on which the model is calibrated, and with --do_predict the test split, which is
+    read for the first time, after every choice is made."""
+    kind, split, store = (
+        plan.config.data.pixel_store,
+        source.splits.validation,
+        trainer.eval_dataset,
+    )
+    store = None if isinstance(store, FeatureStore) else store
+    validation = evaluate_classifier(trainer, split, kind, store=store)
+    if plan.config.train.calibrate:
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        validation = calibrate_classifier(model, validation)
+    if not plan.config.train.do_predict:
+        return [validation]
+    test = evaluate_classifier(trainer, source.test_split, kind, validation.temperature)
+    return [validation, test]
 
 
 def finish_run(
     trainer: ImageClassificationTrainer,
-    splits: Splits,
+    facts: dict[str, Any],
     evaluations: list[Predictions],
-    config: RunConfig,
-    leakage: dict[str, Any] | None = None,
+    plan: Plan,
 ) -> RunResult:
-    """Save the model with its figures, facts and card, and push it if asked."""
-    folder = Path(config.train.output_dir)
-    metrics = {evaluation.split: evaluation.metrics for evaluation in evaluations}
+    """Save the model with its metrics, facts and card, and push it if requested."""
+    folder, train = plan.folder, plan.config.train
     with deferred_signals() as stop_request:
         save_classifier(trainer, folder)
-        if trainer.is_world_process_zero():
-            facts = run_facts(trainer, splits, evaluations[0].temperature, config, leakage)
-            before = read_json(folder / RUN_FILE) if resume_point(config) else {}
+        if plan.processes.is_main:
+            before = read_json(folder / RUN_FILE) if train.resumes else {}
             if before.get("steps") == facts["steps"]:
-                # A finished run that is resumed trains nothing: its time and speed are those of then.
+                # Resuming a finished run trains nothing: its time and speed stay those of its training.
                 facts |= before
             else:
                 remove_figures(folder)
@@ -133,44 +167,8 @@ def finish_run(
             write_json(folder / RUN_FILE, facts)
             save_card(folder)
         stop_request.raise_if_requested()
-    if config.train.push_to_hub and trainer.is_world_process_zero():
-        logger.info("pushed to %s", push_run(config.train, card_for))
+    if train.push_to_hub and plan.processes.is_main:
+        logger.info("pushed to %s", push_run(train, card_for))
     trainer.accelerator.wait_for_everyone()
+    metrics = {evaluation.split: evaluation.metrics for evaluation in evaluations}
     return RunResult(folder, metrics, trainer.model, trainer.processing_class)
-
-
-@contextlib.contextmanager
-def claimed_folder(config: RunConfig, *, is_new: bool) -> Iterator[None]:
-    """Hold the output folder. Raises: UserError if another run does, or did since this one began."""
-    if config.train.process_index != 0:
-        yield
-        return
-    folder = Path(config.train.output_dir)
-    with sole_run(folder):
-        if is_new:
-            refuse_occupied(folder)
-        yield
-
-
-def save_config(config: RunConfig) -> None:
-    """Write the resolved options first, so that even a run that is cut off can be repeated."""
-    if config.train.process_index == 0:
-        Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
-        config.save(Path(config.train.output_dir) / CONFIG_FILE)
-
-
-def evaluate_run(
-    trainer: ImageClassificationTrainer, source: DataSource, config: RunConfig
-) -> list[Predictions]:
-    """Validation, by which the model is calibrated, and with --do_predict the test split: shown here for the
-    first time, when nothing is left to be chosen."""
-    split, store = source.splits.validation, trainer.eval_dataset
-    store = None if isinstance(store, FeatureStore) else store
-    validation = evaluate_classifier(trainer, split, config.data.pixel_store, store=store)
-    if config.train.calibrate:
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        validation = calibrate_classifier(model, validation)
-    if not config.train.do_predict:
-        return [validation]
-    kind, temperature = config.data.pixel_store, validation.temperature
-    return [validation, evaluate_classifier(trainer, source.test_split, kind, temperature)]

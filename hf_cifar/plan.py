@@ -1,29 +1,32 @@
-"""What the options left open, settled: checkpoint to resume, rates, clipping, metric, how to compute."""
+"""The plan of a run: what its options leave open, settled once."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
+import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_cifar.config.metrics import best_metrics, metrics_of
 from hf_cifar.config.model import SCRATCH
-from hf_cifar.config.run import FinetuneConfig, RunConfig
-from hf_cifar.data.split import Split
+from hf_cifar.config.run import RunConfig
+from hf_cifar.config.training import TrainingConfig
+from hf_cifar.data.splits import Splits
+from hf_cifar.data.store import default_num_workers
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import block_depths
 from hf_cifar.models.kernels import has_fused_attention
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.folder import CONFIG_FILE
-from hf_cifar.runs.resume import resume_point
-from hf_cifar.training.autotune import Setting, is_sharded, pick_setting
+from hf_cifar.runs.processes import Processes, is_sharded, start_processes
+from hf_cifar.training.autotune import Setting, pick_setting
 from hf_cifar.training.checkpoints import find_damage, list_checkpoints, newest_checkpoint
 from hf_cifar.training.optimizers import default_rates
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -31,170 +34,263 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 logger = logging.getLogger(__name__)
 
 
-def resolve_checkpoint(config: RunConfig) -> RunConfig:
-    """Settle which checkpoint a run goes on from: the one that was named, or the newest that is whole. A run
-    that was stopped before its first begins again.
+@dataclass(frozen=True)
+class Plan:
+    """How a run is carried out.
 
+    requested: the options as they were given. config: the same with what they left open settled; config.yaml
+    holds this one. checkpoint: what the run resumes from. processes: those that train.
+    """
+
+    requested: RunConfig
+    config: RunConfig
+    processes: Processes
+    checkpoint: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.config.train.output_dir)
+
+    @property
+    def setting(self) -> Setting:
+        """How the model computes; the Trainer compiles it."""
+        train = self.config.train
+        return Setting(train.precision, train.memory_format, train.attention)
+
+
+def plan_run(
+    config: RunConfig, model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits
+) -> Plan:
+    """Settle the checkpoint to resume from, learning rate, clipping, when to evaluate and save, the best
+    metric, workers of a stream, and how the model computes.
+
+    Raises: UserError if the options do not go with the model or the data, or there is nothing to resume from.
+    """
+    processes, train = start_processes(config), config.train
+    checkpoint = find_checkpoint(train)
+    before = config_before(train)
+    settled: dict[str, Any] = {
+        **settle_rates(config, model, processes),
+        **settle_evaluation(train),
+        "metric_for_best_model": best_metric(train.metric_for_best_model, model),
+        "dataloader_num_workers": settle_workers(train, splits, processes, before),
+    }
+    if train.layer_decay != 1:
+        block_depths(model)  # raises for a model without blocks
+    config_settled = config.with_training(**settled)
+    setting = settle_setting(config_settled, model, image_processor, splits, processes, before)
+    return Plan(
+        requested=config,
+        config=config_settled.with_training(**setting),
+        processes=processes,
+        checkpoint=checkpoint,
+    )
+
+
+def config_before(train: TrainingConfig) -> RunConfig | None:
+    """Return the settled options of the run that is resumed, or None."""
+    path = Path(train.output_dir) / CONFIG_FILE
+    return RunConfig.load(path) if train.resumes and path.is_file() else None
+
+
+def find_checkpoint(train: TrainingConfig) -> Path | None:
+    """Find the checkpoint to resume from: the one that was named, or the newest that is whole.
+
+    None for a new run, and for one that was stopped before its first checkpoint: it begins again.
     Raises: UserError if there is none, or none that is whole.
     """
-    train, resume = config.train, resume_point(config)
-    if resume is None:
-        return config
-    found, folder = resume, Path(train.output_dir)
-    if resume is True:
-        checkpoint = newest_checkpoint(folder)
-        found = None if checkpoint is None else str(checkpoint)
-        if found is None and (list_checkpoints(folder) or not (folder / CONFIG_FILE).is_file()):
-            what = "whole checkpoint" if list_checkpoints(folder) else "checkpoint"
+    if not train.resumes:
+        return None
+    if not train.resumes_last:
+        found = Path(train.resume_from_checkpoint)
+        if not found.is_dir():
             raise UserError(
-                f"--resume_from_checkpoint: no {what} in {folder}; leave it out to start anew, elsewhere if "
-                "there are files"
+                f"--resume_from_checkpoint: no checkpoint in {found}; pass its folder, or last"
             )
-        logger.info("going on from %s", found or f"the beginning: {folder} has no checkpoint yet")
-    elif not Path(resume).is_dir():
+        if damage := find_damage(found):
+            raise UserError(
+                f"--resume_from_checkpoint: {found} is damaged: {damage}; pass last for the newest that is "
+                "whole"
+            )
+        return found
+    folder = Path(train.output_dir)
+    found = newest_checkpoint(folder)
+    if found is None and (list_checkpoints(folder) or not (folder / CONFIG_FILE).is_file()):
+        what = "whole checkpoint" if list_checkpoints(folder) else "checkpoint"
         raise UserError(
-            f"--resume_from_checkpoint: no checkpoint in {resume}; pass its folder, or last"
+            f"--resume_from_checkpoint: no {what} in {folder}; leave it out to start again, in another "
+            "--output_dir if there are files"
         )
-    elif damage := find_damage(Path(resume)):
-        raise UserError(
-            f"--resume_from_checkpoint: {resume} is damaged: {damage}; pass last for the newest that is whole"
-        )
-    return dataclasses.replace(
-        config, train=dataclasses.replace(train, resume_from_checkpoint=found)
-    )
+    logger.info("resuming from %s", found or f"the beginning: {folder} has no checkpoint yet")
+    return found
 
 
-def with_batch_of(args: FinetuneConfig, config: RunConfig) -> RunConfig:
-    """The config with the batch that fitted into memory."""
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    batch = {name: getattr(args, name) for name in names}
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **batch))
+def settle_rates(
+    config: RunConfig, model: PreTrainedModel, processes: Processes
+) -> dict[str, float]:
+    """Return learning rate and clipping: as requested, or the defaults of optimiser and model family.
 
-
-def resolve_defaults(config: RunConfig, model: PreTrainedModel) -> RunConfig:
-    """Fill in what depends on the model: learning rate, clipping, and what the best checkpoint is best at.
-
-    Raises: UserError for a metric that the data do not have, or a layer decay without layers.
+    Raises: UserError for an optimiser without a known rate.
     """
     train = config.train
-    batch_size = train.train_batch_size * train.gradient_accumulation_steps * train.world_size
+    requested = {"learning_rate": train.learning_rate, "max_grad_norm": train.max_grad_norm}
+    batch_size = images_a_step(train, processes)
     scratch = config.model.model_name_or_path.startswith(SCRATCH)
-    rates = default_rates(
+    defaults = default_rates(
         model, batch_size, optim=train.optim, optim_args=train.optim_args, scratch=scratch
-    )
-    if train.learning_rate is None and rates.learning_rate is None:
+    )._asdict()
+    if train.learning_rate is None and defaults["learning_rate"] is None:
         raise UserError(
-            f"--optim {train.optim.value} has no default learning rate for this model; pass --learning_rate"
+            f"--optim {train.optim} has no default learning rate for this model; pass --learning_rate"
         )
-    defaults = rates._asdict()
-    defaults["metric_for_best_model"] = best_metric(train.metric_for_best_model, model)
-    missing = {name: value for name, value in defaults.items() if getattr(train, name) is None}
-    train = dataclasses.replace(train, **missing)
-    if train.layer_decay != 1:
-        block_depths(model)
-    return dataclasses.replace(config, train=train)
+    return {name: defaults[name] if value is None else value for name, value in requested.items()}
 
 
-def best_metric(asked: str | None, model: PreTrainedModel) -> str:
-    """The metric that says which checkpoint is best. Raises: UserError for one that the data do not have."""
+def images_a_step(train: TrainingConfig, processes: Processes) -> int:
+    """Training images of an optimiser step, on all devices."""
+    batch = train.per_device_train_batch_size * processes.num_devices
+    return batch * train.gradient_accumulation_steps * processes.count
+
+
+def settle_evaluation(train: TrainingConfig) -> dict[str, Any]:
+    """Return when to evaluate and to save: what was left open follows what was set.
+
+    The best checkpoint is loaded at the end where each evaluation has a checkpoint.
+    """
+    evaluates, saves = train.eval_strategy, train.save_strategy
+    evaluates = evaluates or (saves if saves in ("steps", "epoch") else "epoch")
+    saves = saves or (evaluates if evaluates in ("steps", "epoch") else "epoch")
+    save_steps = train.save_steps or train.eval_steps or 500
+    eval_steps = train.eval_steps or save_steps
+    steps_match = evaluates != "steps" or (save_steps % eval_steps == 0)
+    can_load = evaluates != "no" and (saves == "best" or (saves == evaluates and steps_match))
+    load_best = can_load if train.load_best_model_at_end is None else train.load_best_model_at_end
+    if load_best and not can_load:
+        if evaluates != "no":
+            raise UserError(
+                "--load_best_model_at_end needs a checkpoint for each evaluation, and --eval_strategy is "
+                f"{evaluates}, --save_strategy {saves}; leave it out, or let them match"
+            )
+        load_best = False  # without evaluations, the last weights are the result
+    return {
+        "eval_strategy": evaluates, "save_strategy": saves, "load_best_model_at_end": load_best,
+        "save_steps": save_steps, "eval_steps": eval_steps if evaluates == "steps" else train.eval_steps,
+    }  # fmt: skip
+
+
+def best_metric(requested: str | None, model: PreTrainedModel) -> str:
+    """Return the metric that chooses the best checkpoint. Raises: UserError for one that the data lack."""
     if is_multi_label(model):
-        return (
-            asked or "average_precision_macro"
-        )  # which needs no thresholds: they are fitted at the end
-    if asked is not None and asked.removeprefix("eval_") not in best_metrics(multi_label=False):
+        # It needs no thresholds, which are fitted at the end.
+        return requested or "average_precision_macro"
+    known = best_metrics(multi_label=False)
+    if requested is not None and requested.removeprefix("eval_") not in known:
         names = " or ".join(metrics_of(multi_label=False, place="training"))
-        raise UserError(f"--metric_for_best_model {asked} is for multi-label data; pass {names}")
-    return asked or "accuracy"
-
-
-def resolve_setting(
-    config: RunConfig,
-    model: nn.Module,
-    image_processor: BaseImageProcessor,
-    train_split: Split | Stream,
-    *,
-    resumed: bool = False,
-) -> RunConfig:
-    """Settle how the model computes: as the options or the launcher ask, as the run that is resumed, or as is
-    fastest here. The result names it, so that a rerun of its config computes the same way."""
-    if resumed:
-        config = compute_as(Path(config.train.output_dir), config)
-    train = config.train
-    if train.attention == "eager" and not has_fused_attention(model):
         raise UserError(
-            f"--attention eager: {type(model).__name__} has no attention kernel to go without; leave it out"
+            f"--metric_for_best_model {requested} is for multi-label data; pass {names}"
         )
-    if train.precision == "auto":
-        setting = _measured(config, model, image_processor, train_split)
-        train = dataclasses.replace(
-            train,
-            precision=setting.precision,
-            memory_format=setting.memory_format,
-            attention=setting.attention,
-            torch_compile=setting.compiled or train.torch_compile,
-        )
-    return dataclasses.replace(config, train=train)
+    return requested or "accuracy"
 
 
-def compute_as(folder: Path, config: RunConfig) -> RunConfig:
-    """The options, with the setting of the run in `folder` where they leave it open."""
-    before = folder / CONFIG_FILE
-    if config.train.precision != "auto" or not before.is_file():
-        return config
-    saved = RunConfig.load(before).train
-    left_open = {
-        name: getattr(saved, name)
-        for name in ("precision", "memory_format", "attention")
-        if getattr(config.train, name) == "auto"
-    }
-    train = dataclasses.replace(config.train, **left_open, torch_compile=saved.torch_compile)
-    return dataclasses.replace(config, train=train)
+def settle_workers(
+    train: TrainingConfig, splits: Splits, processes: Processes, before: RunConfig | None
+) -> int | None:
+    """Return the number of loader workers of a stream, and for other data what was requested.
+
+    The order of a stream depends on it, so a resumed run must use the same.
+    """
+    if not isinstance(splits.train, Stream) or train.dataloader_num_workers is not None:
+        return train.dataloader_num_workers
+    if before is not None and before.train.dataloader_num_workers is not None:
+        return before.train.dataloader_num_workers
+    return splits.train.num_workers(processes.count, default_num_workers(resident=False))
 
 
-def _measured(
+def settle_setting(
     config: RunConfig,
     model: PreTrainedModel,
     image_processor: BaseImageProcessor,
-    split: Split | Stream,
+    splits: Splits,
+    processes: Processes,
+    before: RunConfig | None,
+) -> dict[str, Any]:
+    """Return how the model computes: as the options or the launcher request, as the resumed run did, or as
+    is fastest here."""
+    found = requested_setting(config.train, before)
+    if found["attention"] == "eager" and not has_fused_attention(model):
+        raise UserError(
+            f"--attention eager: {type(model).__name__} has no attention kernel to go without; leave it out"
+        )
+    if found["precision"] != "auto":
+        return found
+    fixed = {name: found[name] for name in ("memory_format", "attention") if found[name] != "auto"}
+    setting = measured_setting(fixed, config, model, image_processor, splits, processes)
+    return {
+        "precision": setting.precision, "memory_format": setting.memory_format,
+        "attention": setting.attention, "torch_compile": setting.compiled or found["torch_compile"],
+    }  # fmt: skip
+
+
+def requested_setting(train: TrainingConfig, before: RunConfig | None) -> dict[str, Any]:
+    """Return precision, memory format, attention and compilation as the options, then the launcher, then the
+    resumed run have them; "auto" where none does."""
+    names = ("precision", "memory_format", "attention", "torch_compile")
+    found = {name: getattr(train, name) for name in names}
+    for name in ("bf16", "fp16"):
+        if getattr(train, name):
+            found["precision"] = name
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if found["precision"] == "auto" and launcher != "no":
+        found["precision"] = launcher
+    if found["precision"] == "auto" and before is not None:
+        left_open = [name for name, value in found.items() if value == "auto"]
+        found |= {name: getattr(before.train, name) for name in (*left_open, "torch_compile")}
+    return found
+
+
+def measured_setting(
+    fixed: dict[str, str],
+    config: RunConfig,
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    splits: Splits,
+    processes: Processes,
 ) -> Setting:
-    """What the first process finds; one setting for all."""
-    train = config.train
-    asked = {
-        name: getattr(train, name)
-        for name in ("memory_format", "attention")
-        if getattr(train, name) != "auto"
-    }
-    unmeasured = Setting(**asked)
+    """Return the fastest setting that the first process finds, for all; fixed: what it may not choose."""
+    unmeasured = Setting(**fixed)
     if is_sharded():  # the whole model may fit on no single device
         return unmeasured
-    found = [unmeasured]
-    if train.process_index == 0:
+    found, num_images = [unmeasured], len(splits.train)
+    if processes.is_main:
         preprocessing = Preprocessing.from_image_processor(image_processor)
-        size = min(train.train_batch_size, len(split))
+        batch = config.train.per_device_train_batch_size * processes.num_devices
+        size = min(batch, num_images)
         noise = torch.randint(0, 256, (size, 3, *preprocessing.size), dtype=torch.uint8)
-        pixel_values = preprocessing(noise.to(train.device))
-        labels = torch.arange(size, device=train.device) % model.config.num_labels
+        pixel_values = preprocessing(noise.to(processes.device))
+        labels = torch.arange(size, device=processes.device) % model.config.num_labels
         found[0], line = pick_setting(
-            model.to(train.device),
+            model.to(processes.device),
             pixel_values,
             labels,
-            num_batches(config, len(split)),
-            train.memory_format,
-            train.attention,
+            num_batches(config, num_images, processes),
+            fixed.get("memory_format", "auto"),
+            fixed.get("attention", "auto"),
         )
         logger.info(line)
-    if train.world_size > 1:
+    if processes.count > 1:
         broadcast_object_list(found)
     return found[0]
 
 
-def num_batches(config: RunConfig, num_images: int) -> int:
+def num_batches(config: RunConfig, num_images: int, processes: Processes) -> int:
     """Forward and backward passes of a process in the whole run."""
     train = config.train
+    batch = train.per_device_train_batch_size * processes.num_devices
     if config.model.freeze == "backbone" and train.feature_views and not config.data.streaming:
         # Each view goes forward once, which is about a third of a training step.
-        return math.ceil(num_images * train.feature_views / train.train_batch_size / 3)
+        return math.ceil(num_images * train.feature_views / batch / 3)
     if train.max_steps > 0:
         return train.max_steps * train.gradient_accumulation_steps
-    batches = math.ceil(num_images / (train.train_batch_size * train.world_size))
+    batches = math.ceil(num_images / (batch * processes.count))
     return math.ceil(batches * train.num_train_epochs)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
+from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.columns import class_counts
 from hf_cifar.data.split import Split
-from hf_cifar.data.splits import Splits
+from hf_cifar.data.splits import DataSource, Splits
 from hf_cifar.hub.origin import find_origin
 from hf_cifar.hub.push import Target
 from hf_cifar.models.blocks import describe_trainable
@@ -22,11 +23,17 @@ from hf_cifar.training.resumable import pixel_hashes
 from hf_cifar.training.trainer import ImageClassificationTrainer
 
 
-def known_facts(
-    splits: Splits, config: RunConfig, leakage: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """What is known of a run before it trains, as plain values: whose model and data, the split, versions."""
-    model, data = config.model, config.data
+@dataclass(frozen=True)
+class Fitted:
+    """The cost of training: seconds, and energy as in `measured_energy`, None where it is unknown."""
+
+    seconds: float
+    energy: dict[str, float | str] | None
+
+
+def known_facts(source: DataSource, config: RunConfig) -> dict[str, Any]:
+    """Return what is known of a run before it trains, as plain values: model, data, split, versions."""
+    model, data, splits = config.model, config.data, source.splits
     return {
         "repo_id": Target.of_run(config.train).repo_id,  # the folder may get another name
         "model": asdict(find_origin(model.model_name_or_path, "model", model.model_revision)),
@@ -43,7 +50,7 @@ def known_facts(
             for split in (splits.train, splits.validation)
             if isinstance(split, Split) and len(split.skipped)
         },
-        "leakage": leakage,
+        "leakage": find_leakage(source) if config.train.check_leakage else None,
         "environment": environment(),
     }
 
@@ -51,15 +58,13 @@ def known_facts(
 def run_facts(
     trainer: ImageClassificationTrainer,
     splits: Splits,
+    fitted: Fitted,
     temperature: float,
-    config: RunConfig,
-    leakage: dict[str, Any] | None = None,
+    pixel_store: str,
 ) -> dict[str, Any]:
-    """What happened in a run, as plain values: data, work, time, machine and versions."""
-    state, device = trainer.state, trainer.args.device
-    logged = {name: value for log in state.log_history for name, value in log.items()}
-    seconds = logged["train_runtime"]
-    return known_facts(splits, config, leakage) | {
+    """Return what happened in a run, as plain values: data, work, time and machine."""
+    state, device, seconds = trainer.state, trainer.args.device, fitted.seconds
+    return {
         "label_counts": {
             split.name: {
                 name: int(count)
@@ -70,9 +75,9 @@ def run_facts(
                 )
             }
             for split in (splits.train, splits.validation)
-            if isinstance(split, Split)  # nobody has counted a stream's
+            if isinstance(split, Split)  # unknown for a stream
         },
-        "pixel_hashes": pixel_hashes(splits, config),
+        "pixel_hashes": pixel_hashes(splits, pixel_store),
         "trainable": describe_trainable(trainer.model),
         "steps": state.global_step,
         "epochs": state.epoch,
@@ -86,16 +91,15 @@ def run_facts(
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"CPU ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})",
-        "energy": logged.get("energy"),  # None where nothing measured it
+        "energy": fitted.energy,
         "history": plain_history(state.log_history),
     }
 
 
 def plain_history(log_history: list[dict[str, float]]) -> list[dict[str, float | None]]:
-    """The Trainer's log records as JSON can hold them: None for what is no finite number, as the gradient
-    norm of a step that overflows in fp16."""
+    """Return the Trainer's log records as JSON can hold them: None in place of NaN and infinity, as in the
+    gradient norm of a step that overflows in fp16."""
     return [
         {name: value if math.isfinite(value) else None for name, value in record.items()}
         for record in log_history
-        if "energy" not in record
     ]

@@ -4,31 +4,22 @@ import dataclasses
 import re
 from pathlib import Path
 
-from hf_cifar.config.run import FinetuneConfig
-from hf_cifar.config.training import LIGHT_CONFIGS, FinetuneOptions
+from hf_cifar.config.command_line import render_default
+from hf_cifar.config.run import CONFIGS
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- options -->\n).*(<!-- /options -->)", re.DOTALL)
 
 
 def render_option_table() -> str:
-    """Markdown rows of every option of ours, and of the Trainer options whose default we change."""
+    """Return a Markdown row for each option of `hf-cifar finetune` that is declared here."""
     lines = ["| option | default | meaning |", "| --- | --- | --- |"]
-    for config_class in (*LIGHT_CONFIGS, FinetuneOptions, FinetuneConfig):
+    for config_class in CONFIGS:
         for field in dataclasses.fields(config_class):
-            if field.init and field.name in config_class.__annotations__:
-                default = render_default(field.default)
-                lines.append(f"| `--{field.name}` | {default} | {field.metadata['help']} |")
+            default = render_default(field.default)
+            default = f"`{default}`" if default else ""
+            lines.append(f"| `--{field.name}` | {default} | {field.metadata['help']} |")
     return "\n".join(lines) + "\n"
-
-
-def render_default(value: object) -> str:
-    """A default as one would type it; nothing for None."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    return f"`{value:.4g}`" if isinstance(value, float) else f"`{value}`"
 
 
 def with_table(readme: str) -> str:

@@ -84,7 +84,7 @@ def test_evaluate_on_other_data_does_not_replace_the_figures_of_the_run(finished
         "4",
     ]
     assert main(argv) == 2
-    assert "--max_eval_samples asks for other data" in capsys.readouterr().err
+    assert "--max_eval_samples requests other data" in capsys.readouterr().err
     assert main([*argv, "--output_dir", str(tmp_path / "other")]) == 0
     other = json.loads((tmp_path / "other" / "metrics.json").read_text())
     assert other["validation"]["num_images"] == 4
@@ -225,9 +225,9 @@ BAD = {
     ),
     "out of range": (
         ["finetune", "--learning_rate", "-1"],
-        "--learning_rate is -1; it must lie in",
+        "--learning_rate is -1; it must be in",
     ),
-    "seed": (["finetune", "--seed=-1"], "--seed is -1; it must lie in 0..4.29497e+09"),
+    "seed": (["finetune", "--seed=-1"], "--seed is -1; it must be in 0..4294967295"),
     "no effect": (["finetune", "--do_train", "false"], "--do_train has no effect here"),
     "metric": (["finetune", "--metric_for_best_model", "f1"], "it takes accuracy, cross_entropy"),
     "configuration": (

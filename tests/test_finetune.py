@@ -265,7 +265,7 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, stripes, tiny_v
 
 def test_a_model_from_elsewhere_gets_a_mean_loss_too(tmp_path, stripes, tiny_vit):
     """ViT's forward takes **kwargs; the Trainer would hand it num_items_in_batch and scale twice."""
-    from hf_cifar.plan import resolve_defaults
+    from hf_cifar.plan import plan_run
     from hf_cifar.training.build import build_trainer
 
     config = RunConfig.parse(
@@ -274,7 +274,7 @@ def test_a_model_from_elsewhere_gets_a_mean_loss_too(tmp_path, stripes, tiny_vit
     splits = load_splits(config.data)
     model = AutoModelForImageClassification.from_pretrained(tiny_vit)
     processor = AutoImageProcessor.from_pretrained(tiny_vit)
-    trainer = build_trainer(model, processor, splits, resolve_defaults(config, model))
+    trainer = build_trainer(model, processor, splits, plan_run(config, model, processor, splits))
     assert trainer.model_accepts_loss_kwargs is False
 
 

@@ -24,10 +24,10 @@ from hf_cifar import (
 )
 from hf_cifar.cli import main
 from hf_cifar.commands.finetune import render_summary
-from hf_cifar.config.run import FinetuneConfig
+from hf_cifar.config.training import TrainingConfig
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import build_model
-from hf_cifar.plan import resolve_defaults
+from hf_cifar.plan import plan_run
 from hf_cifar.training.build import build_trainer
 
 
@@ -46,7 +46,7 @@ def make_trainer(folder, data, model, *flags):
     splits = load_splits(config.data)
     torch.manual_seed(0)
     model, processor = build_model(config.model, splits.id2label, multi_label=splits.multi_label)
-    return build_trainer(model, processor, splits, resolve_defaults(config, model))
+    return build_trainer(model, processor, splits, plan_run(config, model, processor, splits))
 
 
 @pytest.fixture(scope="module")
@@ -282,4 +282,4 @@ def test_of_one_label_an_image_the_best_checkpoint_stays_that_of_the_accuracy(
 ):
     args = make_trainer(tmp_path, stripes, tiny_vit).args
     assert args.metric_for_best_model == "accuracy" and args.greater_is_better
-    assert FinetuneConfig(output_dir="unused").metric_for_best_model is None
+    assert TrainingConfig(output_dir="unused").metric_for_best_model is None

@@ -1,14 +1,15 @@
-"""What subcommands share: help, folders, models and images that are looked for first, quiet libraries."""
+"""What a subcommand is, and what subcommands share."""
 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_cifar.config.command_line import parse, refuse_options
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.evaluation import EvaluateConfig
@@ -20,20 +21,46 @@ if TYPE_CHECKING:
     from hf_cifar.data.splits import DataSource
 
 
-def wants_help(argv: Sequence[str]) -> bool:
-    """Whether a command line asks for help."""
-    return "-h" in argv or "--help" in argv
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    summary: one line for the list of commands. run: called with an instance of each of `configs` and the
+    arguments that are no options, or, without configs, with the whole command line; returns the exit status.
+    arguments: what those arguments are, for the usage line.
+    """
+
+    summary: str
+    run: Callable[..., int]
+    configs: tuple[type, ...] = ()
+    arguments: str = ""
+    description: str | None = None
+
+    def __call__(self, name: str, argv: Sequence[str]) -> int:
+        """Parse the command line of the subcommand `name`, and run it."""
+        if not self.configs:
+            return self.run(argv)
+        prog = f"hf-cifar {name}"
+        *configs, arguments = parse(
+            self.configs, argv, prog, usage=f"{prog} [options] {self.arguments}",
+            description=self.description, paths_follow=True,
+        )  # fmt: skip
+        refuse_options(arguments, self.configs)
+        return self.run(*configs, arguments)
 
 
 def one_run(command: str, folders: Sequence[str]) -> Path:
-    """The folder that a command is about. Raises: UserError for none, or several."""
+    """Return the folder of the run that a command is about. Raises: UserError unless it is one folder."""
     if len(folders) != 1:
         raise UserError(f"{command} takes the folder of one run, not {len(folders)}")
-    return Path(folders[0])
+    folder = Path(folders[0])
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; pass the --output_dir of a run")
+    return folder
 
 
 def require_model(config: EvaluateConfig | PredictConfig) -> None:
-    """Raises: UserError unless the options name a fine-tuned model that is there."""
+    """Raises: UserError unless the options name an existing fine-tuned model."""
     name = config.model_name_or_path
     if not name:
         raise UserError("--model_name_or_path is missing; pass the folder of a run, or a Hub id")
@@ -60,13 +87,8 @@ def check_images(data: DataConfig, splits: Sequence[str]) -> DataSource:
     return source
 
 
-def is_main_process() -> bool:
-    """Whether this is the first of all processes, by the launcher's environment."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def quieten(main_process: bool) -> None:
-    """Let the libraries report errors alone, and this package its one-line notes on the main process."""
+    """Let the libraries report errors only, and this package its one-line notes in the main process."""
     import datasets
     import transformers
 

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cifar.commands.command import wants_help
-from hf_cifar.config.command_line import check_option_names, parse_dataclasses
+from hf_cifar.commands.command import Command
 from hf_cifar.config.evaluation import CompareConfig
-from hf_cifar.config.fields import field_names
 from hf_cifar.errors import UserError
 
 
-def compare(argv: Sequence[str]) -> int:
-    """compare two runs' predictions of the same images"""
-    if not wants_help(argv):
-        check_option_names(argv, field_names(CompareConfig))
-    config, folders = parse_dataclasses(
-        [CompareConfig], argv, "hf-cifar compare", usage="hf-cifar compare [options] RUN RUN"
-    )
+def compare(config: CompareConfig, folders: Sequence[str]) -> int:
+    """Print whether one of two runs is better, beyond chance."""
     if len(folders) != 2:
         raise UserError(f"compare takes the folders of two runs, not {len(folders)}")
     missing = [folder for folder in folders if not Path(folder).is_dir()]
@@ -29,3 +22,8 @@ def compare(argv: Sequence[str]) -> int:
 
     print(render_comparison(compare_runs(folders, config.split), folders))
     return 0
+
+
+COMMAND = Command(
+    "compare two runs' predictions of the same images", compare, (CompareConfig,), "RUN RUN"
+)

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_cifar.commands.command import one_run, wants_help
-from hf_cifar.config.command_line import check_option_names, parse_dataclasses
+from hf_cifar.commands.command import Command, one_run
 from hf_cifar.config.deployment import PushConfig
-from hf_cifar.config.fields import field_names
-from hf_cifar.errors import UserError
 
 
-def push(argv: Sequence[str]) -> int:
-    """upload a finished run to the Hub, or see what that would do"""
-    if not wants_help(argv):
-        check_option_names(argv, field_names(PushConfig))
-    config, folders = parse_dataclasses(
-        [PushConfig], argv, "hf-cifar push", usage="hf-cifar push RUN --repo_id NAME [options]"
-    )
+def push(config: PushConfig, folders: Sequence[str]) -> int:
+    """Print what would be uploaded, and upload it unless --dry_run is set."""
     folder = one_run("push", folders)
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; pass the --output_dir of a run")
 
     from hf_cifar.hub.push import Target, plan_push, push_planned, render_plan
     from hf_cifar.report.card import card_for
@@ -33,3 +23,9 @@ def push(argv: Sequence[str]) -> int:
     else:
         print(f"pushed to {push_planned(plan)}")
     return 0
+
+
+COMMAND = Command(
+    "upload a finished run to the Hub, or list what that would upload", push, (PushConfig,),
+    "RUN --repo_id NAME",
+)  # fmt: skip

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_cifar.commands.command import wants_help
+from hf_cifar.commands.command import Command
+from hf_cifar.config.command_line import wants_help
 from hf_cifar.config.recipes import read_recipe, recipe_names
 from hf_cifar.errors import UserError
 
 
 def recipes(argv: Sequence[str]) -> int:
-    """list the packaged recipes, or show one"""
+    """Print a line for each packaged recipe, or the text of one."""
     if wants_help(argv):
         print("usage: hf-cifar recipes [NAME]\n\nList the packaged recipes, or show one.")
         return 0
@@ -23,3 +24,6 @@ def recipes(argv: Sequence[str]) -> int:
     for name in recipe_names():
         print(f"{name:<{width}}  {read_recipe(name).splitlines()[0].removeprefix('# ')}")
     return 0
+
+
+COMMAND = Command("list the packaged recipes, or show one", recipes)

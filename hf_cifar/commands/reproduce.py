@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cifar.commands.command import is_main_process, one_run, quieten, wants_help
-from hf_cifar.config.command_line import check_option_names, parse_dataclasses
-from hf_cifar.config.fields import field_names
+from hf_cifar.commands.command import Command, one_run, quieten
 from hf_cifar.config.studies import ReproduceConfig
 from hf_cifar.runs.folder import refuse_occupied, require_finished
+from hf_cifar.runs.processes import is_main_process
 
 
-def reproduce(argv: Sequence[str]) -> int:
-    """make a run again from what it left, and say what differs"""
-    if not wants_help(argv):
-        check_option_names(argv, field_names(ReproduceConfig))
-    config, folders = parse_dataclasses(
-        [ReproduceConfig],
-        argv,
-        "hf-cifar reproduce",
-        usage="hf-cifar reproduce [options] RUN",
-        description="The exit status is 0 if the weights are bit-identical, and 1 if they differ.",
-    )
+def reproduce(config: ReproduceConfig, folders: Sequence[str]) -> int:
+    """Rerun, and print what differs; exit status 1 if the weights do."""
     folder = one_run("reproduce", folders)
     require_finished(folder)
     output_dir = Path(
@@ -38,3 +28,9 @@ def reproduce(argv: Sequence[str]) -> int:
     if is_main_process():
         print(render_reproduction(comparison))
     return 0 if comparison["weights"]["identical"] else 1
+
+
+COMMAND = Command(
+    "rerun a run from what it left, and report what differs", reproduce, (ReproduceConfig,), "RUN",
+    "The exit status is 0 if the weights are bit-identical, and 1 if they differ.",
+)  # fmt: skip

@@ -1,153 +1,243 @@
-"""How a command line is read and checked. Imports no torch."""
+"""Read a command line into configurations. Imports no torch.
+
+argparse splits the tokens and prints the help; values are converted by the fields' types. What is not an
+option of ours is left over, and may be one of transformers' TrainingArguments, see `parse_inherited`.
+"""
 
 from __future__ import annotations
 
-import ast
-import functools
-import importlib.util
+import argparse
+import dataclasses
 import json
-import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from hf_cifar.config.fields import WITHOUT_EFFECT, check_bounds
-from hf_cifar.config.metrics import BEST_METRICS
+from hf_cifar.config.fields import check_bounds, check_choice, field_names, field_types
 from hf_cifar.errors import UserError
-from hf_cifar.text import nearest_hint
+from hf_cifar.text import nearest_hint, one_line
 
-# Words for true and false.
-TRUTH = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
+TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
+# Options of TrainingArguments that would have no effect: the model always trains, hub/push.py pushes once,
+# and batches hold only what the model needs.
+WITHOUT_EFFECT = (
+    "do_train", "do_eval", "hub_strategy", "hub_always_push", "remove_unused_columns", "label_names",
+)  # fmt: skip
 
 
-@functools.cache
-def trainer_options() -> dict[str, str | tuple[str, ...]]:
-    """Options of transformers' TrainingArguments: each with its type, or with the words that it takes.
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors."""
 
-    Read from the source, because importing it would import torch.
+    def error(self, message: str) -> NoReturn:
+        """Raises: UserError, in one line."""
+        name, _, problem = one_line(message).removeprefix("argument ").partition(": ")
+        if problem.startswith("expected"):
+            raise UserError(f"{name} needs a value; see --help")
+        raise UserError(f"{one_line(message)}; see --help")
+
+
+def parse(
+    classes: Sequence[type],
+    tokens: Sequence[str],
+    prog: str,
+    *,
+    usage: str | None = None,
+    description: str | None = None,
+    paths_follow: bool = False,
+) -> tuple[Any, ...]:
+    """Build one instance of each dataclass from command line tokens; the last item is what is left over.
+
+    paths_follow: a word after a bare `--flag` may be a file. `--help` prints the options and exits.
+    Raises: UserError for a missing, malformed or impossible value.
     """
-    folder = Path(importlib.util.find_spec("transformers").origin).parent
-    files = [folder / "trainer_utils.py", folder / "training_args.py"]
-    nodes = [node for path in files for node in ast.parse(path.read_text()).body]
-    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
-    options: dict[str, str | tuple[str, ...]] = {}
-    for field_ in classes["TrainingArguments"].body:
-        if isinstance(field_, ast.AnnAssign) and not field_.target.id.startswith("_"):
-            kind = ast.unparse(field_.annotation)
-            enumeration = classes.get(kind.removesuffix(" | str"))
-            options[field_.target.id] = _words(enumeration) if enumeration else kind
-    return options
+    parser = build_parser(classes, prog, usage, description)
+    if wants_help(tokens):
+        print(parser.format_help())
+        raise SystemExit(0)
+    kinds = {name: kind for each in classes for name, kind in field_types(each).items()}
+    namespace, rest = parser.parse_known_args(explicit_flags(tokens, kinds, paths_follow))
+    given = vars(namespace)
+    configs = [
+        each(**{
+            field.name: convert(field, given[field.name], kinds[field.name])
+            for field in dataclasses.fields(each)
+            if field.name in given
+        })
+        for each in classes
+    ]  # fmt: skip
+    return (*configs, rest)
 
 
-def _words(enumeration: ast.ClassDef) -> tuple[str, ...]:
-    """The values of an enumeration's members."""
-    return tuple(
-        ast.literal_eval(item.value) for item in enumeration.body if isinstance(item, ast.Assign)
-    )
+def wants_help(tokens: Sequence[str]) -> bool:
+    """True if a command line asks for help."""
+    return "-h" in tokens or "--help" in tokens
 
 
-def check_values(tokens: Sequence[str], options: dict[str, str | tuple[str, ...]]) -> None:
-    """Find a mistake in a training option before it is parsed, which takes torch.
-
-    Raises: UserError for the first value that is no number, out of range, or no word that its option
-    takes, and for an option that would have no effect.
-    """
-    options = {
-        **options,
-        "metric_for_best_model": (*BEST_METRICS, *(f"eval_{m}" for m in BEST_METRICS)),
-    }
-    for token, following in zip(tokens, [*tokens[1:], ""], strict=False):
-        flag, has_value, value = token.partition("=")
-        name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
-        kind = options.get(name)
-        value = value if has_value else following
-        if name in WITHOUT_EFFECT and (name, value) != ("remove_unused_columns", "false"):
-            raise UserError(f"--{name} has no effect here; leave it out")
-        if isinstance(kind, tuple) and value not in kind:
-            hint = nearest_hint(value, kind) or f"; it takes {', '.join(kind[:8])}"
-            raise UserError(f"{flag} does not take {value!r}{hint}")
-        if kind in ("int", "float", "int | None", "float | None"):
-            try:
-                check_bounds(name, (int if kind.startswith("int") else float)(value))
-            except UserError:
-                raise
-            except ValueError:
-                number = "a whole number" if kind.startswith("int") else "a number"
-                raise UserError(f"{flag} takes {number}, not {value!r}") from None
-        if "dict" in str(kind) and value.startswith("{"):
-            try:
-                json.loads(value)
-            except ValueError as error:
-                raise UserError(f"{flag} takes JSON, and {value!r} is none: {error}") from None
-
-
-def check_words(tokens: Iterable[str], kinds: dict[str, str | tuple[str, ...]]) -> None:
-    """Raises: UserError for a word that no option takes.
-
-    kinds: each option's type, or the words that it takes.
-    """
-    flag, kind, num_left = "", "", 0
-    for token in tokens:
+def refuse_options(rest: Iterable[str], classes: Sequence[type]) -> None:
+    """Raises: UserError for an unknown option among what `parse` left over; it names the nearest one."""
+    known = [name for each in classes for name in field_names(each)]
+    for token in rest:
         if token.startswith("--"):
-            flag, has_value, value = token.partition("=")
-            kind = str(kinds.get(flag[2:].replace("-", "_"), "nothing"))  # as --no_calibrate
-            num_left = 0 if kind == "nothing" else math.inf if "list" in kind else 1
-        else:
-            has_value, value = "=", token
-        if not has_value:
-            continue
-        if num_left == 0:
-            raise UserError(f"unexpected argument {value!r}; options start with --, see --help")
-        if kind == "bool" and value.lower() not in TRUTH:
-            raise UserError(f"{flag} takes true or false, not {value!r}")
-        num_left -= 1
+            raise unknown_option(token, known)
 
 
-def check_option_names(tokens: Iterable[str], known: Iterable[str]) -> None:
-    """Raises: UserError that names the nearest option for the first unknown one."""
-    known = set(known)
-    for token in tokens:
-        flag = token.partition("=")[0]
-        name = flag[2:].replace("-", "_")
-        if flag.startswith("--") and name not in known and name.removeprefix("no_") not in known:
-            raise UserError(f"no option {flag}{nearest_hint(name, known, '--')}; see --help")
+def unknown_option(token: str, known: Iterable[str]) -> UserError:
+    """Return the error for an option that does not exist."""
+    flag = token.partition("=")[0]
+    return UserError(f"no option {flag}{nearest_hint(flag[2:], known, '--')}; see --help")
 
 
-@functools.cache
-def _argument_parser() -> type:
-    """transformers' HfArgumentParser. Its file needs no other, and the package takes seconds."""
-    path = Path(importlib.util.find_spec("transformers").origin).with_name("hf_argparser.py")
-    spec = importlib.util.spec_from_file_location("hf_argparser", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.HfArgumentParser
+def build_parser(
+    classes: Sequence[type], prog: str, usage: str | None = None, description: str | None = None
+) -> Parser:
+    """Return the parser of the options that the dataclasses declare, grouped as their fields say."""
+    parser = Parser(
+        prog=prog, usage=usage or f"{prog} [options]", description=description,
+        allow_abbrev=False, add_help=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
+    )  # fmt: skip
+    for each in classes:
+        group = parser.add_argument_group(each._argument_group_name)
+        kinds = field_types(each)
+        for field in dataclasses.fields(each):
+            if field.metadata.get("group"):
+                group = parser.add_argument_group(field.metadata["group"])
+            group.add_argument(
+                f"--{field.name}",
+                metavar=metavar(kinds[field.name]),
+                nargs="+" if get_origin(kinds[field.name]) is list else None,
+                help=help_text(field),
+            )
+            if kinds[field.name] is bool:
+                group.add_argument(
+                    f"--no_{field.name}", dest=field.name, action="store_const", const="false",
+                    help=argparse.SUPPRESS,
+                )  # fmt: skip
+    return parser
 
 
-def parse_dataclasses(
-    classes: Sequence[type], tokens: Sequence[str], prog: str, **parser_options: Any
-):
-    """Build one instance of each dataclass from command line tokens; also returns what is left over.
-
-    Raises: UserError for a missing or malformed value.
-    """
-    parser = _argument_parser()(list(classes), prog=prog, allow_abbrev=False, **parser_options)
-
-    def fail(message: str) -> None:
-        raise UserError(message)
-
-    parser.error = fail
-    return parser.parse_args_into_dataclasses(
-        _explicit_flags(classes, tokens), return_remaining_strings=True, look_for_args_file=False
-    )
+def metavar(kind: Any) -> str:
+    """What stands for an option's value in the help: its choices, or its type."""
+    if get_origin(kind) is Literal:
+        choices = [str(choice) for choice in get_args(kind)]
+        return "{" + ",".join(choices) + "}" if len(",".join(choices)) < 40 else "NAME"
+    if get_origin(kind) is list:
+        return "NAME"
+    return {bool: "BOOL", int: "N", float: "X", str: "TEXT"}.get(kind, "JSON")
 
 
-def _explicit_flags(classes: Sequence[type], tokens: Sequence[str]) -> list[str]:
-    """Write a bare `--flag` as `--flag true`: the parser would take a file name behind it for its value."""
-    hints = {name: hint for c in classes for name, hint in get_type_hints(c).items()}
+def help_text(field: dataclasses.Field) -> str:
+    """An option's help with its default."""
+    default = render_default(field.default)
+    text = field.metadata["help"].removesuffix(".").replace("%", "%%")
+    return f"{text} ({default})" if default else text
+
+
+def render_default(value: Any) -> str:
+    """A default as one would type it; nothing for None and an empty text."""
+    if value is None or value == "":
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def explicit_flags(
+    tokens: Sequence[str], kinds: dict[str, Any], paths_follow: bool = False
+) -> list[str]:
+    """Write a bare `--flag` as `--flag true`, and names with underscores. paths_follow: see `parse`."""
     explicit = []
-    for token, following in zip(tokens, [*tokens[1:], ""], strict=False):
-        explicit.append(token)
-        is_flag = token.startswith("--") and hints.get(token[2:].replace("-", "_")) is bool
-        if is_flag and following.lower() not in TRUTH:
+    for token, following in zip(tokens, [*tokens[1:], "--"], strict=False):
+        if not token.startswith("--"):
+            explicit.append(token)
+            continue
+        flag, equals, value = token.partition("=")
+        flag = f"--{flag[2:].replace('-', '_')}"
+        explicit.append(f"{flag}{equals}{value}")
+        has_value = equals or not following.startswith("--")
+        if paths_follow and not equals:
+            has_value = following.lower() in TRUE + FALSE
+        if kinds.get(flag[2:]) is bool and not has_value:
             explicit.append("true")
     return explicit
+
+
+def convert(field: dataclasses.Field, words: str | list[str], kind: Any) -> Any:
+    """The value of an option from its words. Raises: UserError if they are none."""
+    flag = f"--{field.name}"
+    if get_origin(kind) is list:
+        return list(words)
+    word = str(words)
+    if get_origin(kind) is dict:
+        return parse_json(flag, word)
+    if kind is bool:
+        if word.lower() not in TRUE + FALSE:
+            raise UserError(f"{flag} takes true or false, not {word!r}")
+        return word.lower() in TRUE
+    if kind in (int, float):
+        value = parse_number(flag, word, kind)
+        check_bounds(field, value)
+        return value
+    check_choice(field.name, word, kind)
+    return word
+
+
+def parse_number(flag: str, word: str, kind: type) -> float:
+    """Raises: UserError for a word that is not a number."""
+    try:
+        return kind(word)
+    except ValueError:
+        number = "a whole number" if kind is int else "a number"
+        raise UserError(f"{flag} takes {number}, not {word!r}") from None
+
+
+def parse_json(flag: str, word: str) -> dict[str, Any]:
+    """Raises: UserError for a word that is not a JSON object."""
+    try:
+        value = json.loads(word)
+    except ValueError as error:
+        raise UserError(f"{flag} takes a JSON object, not {word!r}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{flag} takes a JSON object, not {word!r}")
+    return value
+
+
+def parse_inherited(tokens: Sequence[str], ours: Sequence[type]) -> dict[str, Any]:
+    """Read the options of transformers' TrainingArguments that `parse` left over: their values by name.
+
+    Imports torch. ours: the classes whose options an unknown one may have been meant to be.
+    Raises: UserError for an unknown option, a bad value, or an option that would have no effect.
+    """
+    if not tokens[0].startswith("--"):
+        raise UserError(f"unexpected argument {tokens[0]!r}; options start with --, see --help")
+    parser = inherited_parser()
+    theirs = {action.dest for action in parser._actions}
+    known = [*theirs, *(name for each in ours for name in field_names(each))]
+    flags = [token.partition("=")[0][2:] for token in tokens if token.startswith("--")]
+    for flag in flags:
+        if flag not in theirs and flag.removeprefix("no_") not in theirs:
+            raise unknown_option(f"--{flag}", known)
+    namespace, rest = parser.parse_known_args(tokens)
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; options start with --, see --help")
+    given = {flag if flag in theirs else flag.removeprefix("no_") for flag in flags}
+    values = {name: value for name, value in vars(namespace).items() if name in given}
+    for name in WITHOUT_EFFECT:
+        if name in values and (name, values[name]) != ("remove_unused_columns", False):
+            raise UserError(f"--{name} has no effect here; leave it out")
+    return {name: value for name, value in values.items() if name not in WITHOUT_EFFECT}
+
+
+def inherited_parser() -> argparse.ArgumentParser:
+    """Return transformers' own parser of its TrainingArguments; imports torch."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False, add_help=False)
+
+    def fail(message: str) -> NoReturn:
+        raise UserError(
+            f"{one_line(message).removeprefix('argument ').rstrip('.')}; see --help_all"
+        )
+
+    parser.error = fail
+    return parser

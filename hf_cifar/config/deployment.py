@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_cifar.config.data import MAX_IMAGE_PIXELS, check_max_image_pixels
-from hf_cifar.config.fields import option, refuse_both_formats
+from hf_cifar.config.data import MAX_IMAGE_PIXELS, PILLOW_PIXELS
+from hf_cifar.config.fields import check_fields, option, refuse_both_formats
 from hf_cifar.errors import UserError
 
 
@@ -19,25 +19,24 @@ class PredictConfig:
         "", "Folder of a run, or a Hub id, of a fine-tuned model. Required."
     )
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
-    top_k: int = option(5, "Number of classes listed for each image.")
-    batch_size: int = option(32, "Images per step of a thread.")
+    top_k: int = option(5, "Number of classes listed for each image.", low=1)
+    batch_size: int = option(32, "Images per step of a thread.", low=1)
     bf16: bool = option(False, "Predict under bfloat16 autocast.")
     fp16: bool = option(False, "Predict under float16 autocast (GPU).")
     use_cpu: bool = option(False, "Predict on the CPU even where there is a GPU.")
     trust_remote_code: bool = option(
         False,
-        "Run code that comes with the checkpoint; of a Hub model, with a full commit as --model_revision.",
+        "Run code that comes with the checkpoint; a Hub model needs a full commit as --model_revision.",
     )
     max_image_pixels: int = option(
         MAX_IMAGE_PIXELS,
-        "An image of more pixels cannot be read: it is refused before it is decoded.",
+        "Images of more pixels count as unreadable, and are not decoded.",
+        low=1,
+        high=PILLOW_PIXELS,
     )
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        check_max_image_pixels(self.max_image_pixels)
+        check_fields(self)
         refuse_both_formats(self)
 
 
@@ -48,14 +47,14 @@ class PushConfig:
     _argument_group_name = "push"
 
     repo_id: str = option(
-        "", "Repository, NAME or NAMESPACE/NAME; made if it is not there. Required."
+        "", "Repository, NAME or NAMESPACE/NAME; created if it does not exist. Required."
     )
     dry_run: bool = option(
         False, "Check everything and list what would be uploaded; upload nothing."
     )
-    private: bool = option(True, "Make a new repository private; one that is there stays as it is.")
+    private: bool = option(True, "Make a new repository private; an existing one stays as it is.")
     revision: str | None = option(
-        None, "Branch to push to, made from main if it is not there; main if not given."
+        None, "Branch to push to, created from main if it does not exist; default: main."
     )
 
     def __post_init__(self) -> None:

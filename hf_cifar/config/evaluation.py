@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_cifar.config.fields import option, refuse_both_formats
-from hf_cifar.errors import UserError
+from hf_cifar.config.fields import check_fields, option, refuse_both_formats
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,14 @@ class EvaluateConfig:
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
     split: Literal["validation", "test"] = option("validation", "Which split to evaluate.")
     output_dir: str | None = option(
-        None, "Where to write metrics and predictions; the model's own folder if not given."
+        None, "Where to write metrics and predictions; default: the model's folder."
     )
-    per_device_eval_batch_size: int = option(128, "Images per step and process.")
+    per_device_eval_batch_size: int = option(128, "Images per step and process.", low=1, high=2**20)
     dataloader_num_workers: int | None = option(
-        None, "Loader processes; if not given, 0 for images held in memory, else one per core."
+        None,
+        "Loader processes; default: 0 for images in memory, else one per core.",
+        low=0,
+        high=1024,
     )
     bf16: bool = option(False, "Evaluate under bfloat16 autocast.")
     fp16: bool = option(False, "Evaluate under float16 autocast (GPU).")
@@ -33,20 +35,16 @@ class EvaluateConfig:
         0,
         "Also measure the accuracy under five common corruptions at five severities, on this many images "
         "(stratified); 0 for none.",
+        low=0,
     )
     use_cpu: bool = option(False, "Evaluate on the CPU even where there is a GPU.")
     trust_remote_code: bool = option(
         False,
-        "Run code that comes with the checkpoint; of a Hub model, with a full commit as --model_revision.",
+        "Run code that comes with the checkpoint; a Hub model needs a full commit as --model_revision.",
     )
 
     def __post_init__(self) -> None:
-        if self.per_device_eval_batch_size < 1:
-            raise UserError(
-                f"--per_device_eval_batch_size is {self.per_device_eval_batch_size}; it must be at least 1"
-            )
-        if self.corruptions < 0:
-            raise UserError(f"--corruptions is {self.corruptions}; it must be at least 0")
+        check_fields(self)
         refuse_both_formats(self)
 
 
@@ -57,8 +55,11 @@ class CompareConfig:
     _argument_group_name = "comparison"
 
     split: Literal["auto", "validation", "test"] = option(
-        "auto", "Which split's predictions; auto: test if both runs have it, else validation."
+        "auto", "Whose predictions to compare; auto: test if both runs have it, else validation."
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,10 @@ class ReportConfig:
 
     _argument_group_name = "report"
 
-    gallery_size: int = option(24, "Pictures in each gallery; 0 for none.")
+    gallery_size: int = option(24, "Pictures in each gallery; 0 for none.", low=0)
     check_duplicates: bool = option(
         True, "Look for evaluated images that are in train too, exactly or nearly."
     )
 
     def __post_init__(self) -> None:
-        if self.gallery_size < 0:
-            raise UserError(f"--gallery_size is {self.gallery_size}; it must be at least 0")
+        check_fields(self)

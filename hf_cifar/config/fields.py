@@ -1,44 +1,89 @@
-"""What an option is: a dataclass field with a help text, and its bounds."""
+"""Options as dataclass fields: default, help, bounds, and whether a resumed run may change them."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import field
-from typing import Any
+import types
+from dataclasses import Field, field
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hf_cifar.errors import UserError
-
-BOUNDS = {
-    "per_device_train_batch_size": (1, 2**20), "per_device_eval_batch_size": (1, 2**20),
-    "gradient_accumulation_steps": (1, 2**20), "num_train_epochs": (1e-6, 1e6),
-    "learning_rate": (1e-12, 1e3), "weight_decay": (0, 1e3), "label_smoothing_factor": (0, 0.999),
-    "dataloader_num_workers": (0, 1024), "early_stopping_patience": (1, 10**6),
-    "layer_decay": (0.01, 1), "max_grad_norm": (0, 1e6), "seed": (0, 2**32 - 1), "feature_views": (0, 1000),
-    "seeds": (1, 1000), "ema_decay": (0, 0.999999),
-}  # fmt: skip
-# The Trainer's, but not ours: the model always trains, hub/push.py pushes once, batches are made to measure.
-WITHOUT_EFFECT = ("do_train", "hub_strategy", "hub_always_push", "remove_unused_columns")
+from hf_cifar.text import listed, nearest_hint
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with its default and the text that `--help` and README show."""
-    return field(default=default, metadata={"help": text})
+def option(
+    default: Any,
+    text: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    group: str | None = None,
+    may_change: bool = False,
+    saved: bool = True,
+    public: bool = True,
+) -> Any:
+    """Declare an option: a dataclass field with all that is known about it.
+
+    text: what `--help` and docs/options.md show. low, high: inclusive bounds of a number. group: heading in
+    `--help` from this option on; the class's name if none was given. may_change: a resumed run may change it.
+    saved: it belongs into config.yaml, that is, it says what a run computes and is no secret. public: it
+    may be shown in a model card.
+    """
+    metadata = {
+        "help": text, "low": low, "high": high, "group": group, "may_change": may_change,
+        "saved": saved, "public": public,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+def check_fields(config: Any) -> None:
+    """Raises: UserError for the first option of a config that is out of bounds, or not one of its choices."""
+    kinds = field_types(type(config))
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if value is not None:
+            check_bounds(each, value)
+            check_choice(each.name, value, kinds[each.name])
+
+
+def check_bounds(each: Field, value: Any) -> None:
+    """Raises: UserError for a number out of bounds."""
+    low, high = each.metadata.get("low"), each.metadata.get("high")
+    if (low is None or low <= value) and (high is None or value <= high):
+        return
+    if low is None or high is None:
+        bound = f"at least {low:g}" if high is None else f"at most {high:g}"
+    else:
+        bound = f"in {low:.10g}..{high:.10g}"
+    raise UserError(f"--{each.name} is {value:g}; it must be {bound}")
+
+
+def check_choice(name: str, value: Any, kind: Any) -> None:
+    """Raises: UserError for a word that is not one of a Literal's."""
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        choices = [str(choice) for choice in get_args(kind)]
+        hint = nearest_hint(str(value), choices) or f"; it takes {listed(choices)}"
+        raise UserError(f"--{name} does not take {value!r}{hint}")
+
+
+def field_types(config_class: type) -> dict[str, Any]:
+    """Types of a configuration's fields by name; that of an optional one without its None."""
+    return {name: _without_none(hint) for name, hint in get_type_hints(config_class).items()}
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    (kind,) = [argument for argument in get_args(hint) if argument is not type(None)]
+    return kind
+
+
+def field_names(config_class: type) -> list[str]:
+    """Names of the options that a configuration class declares."""
+    return [each.name for each in dataclasses.fields(config_class)]
 
 
 def refuse_both_formats(config: Any) -> None:
     """Raises: UserError for --bf16 and --fp16 at once."""
     if config.bf16 and config.fp16:
         raise UserError("--bf16 and --fp16 exclude each other; pass one")
-
-
-def check_bounds(name: str, value: float | None) -> None:
-    """Raises: UserError for a training option out of its range."""
-    low, high = BOUNDS.get(name, (-math.inf, math.inf))
-    if value is not None and not low <= value <= high:
-        raise UserError(f"--{name} is {value:g}; it must lie in {low:g}..{high:g}")
-
-
-def field_names(config_class: type) -> list[str]:
-    """Names of the options that a configuration class declares."""
-    return [f.name for f in dataclasses.fields(config_class) if f.init]

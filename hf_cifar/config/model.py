@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_cifar.config.fields import option
+from hf_cifar.config.fields import check_fields, option
 from hf_cifar.errors import UserError
 
 SCRATCH, BUNDLED = "scratch/", "bundled/"
@@ -20,24 +20,24 @@ class ModelConfig:
         "google/vit-base-patch16-224-in21k",
         "Hub id (transformers or timm), local folder, bundled/efficientnet_lite0, or scratch/NAME "
         "(article_cnn, article_mlp, any timm architecture) for random weights.",
+        public=False,
     )
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
     image_size: int | None = option(
-        None, "Side of the square model input, in pixels; the checkpoint's own if not given."
+        None, "Side of the square model input, in pixels; default: the checkpoint's own.", low=1
     )
     freeze: str = option(
         "none",
-        "What stays fixed: none, backbone (train the head alone), or N: train the head and the last N "
-        "stages or blocks.",
+        "none: train all; backbone: train the head only; N: train the head and the last N stages or blocks.",
     )
     trust_remote_code: bool = option(
         False,
-        "Run code that comes with the checkpoint; of a Hub model, with a full commit as --model_revision.",
+        "Run code that comes with the checkpoint; a Hub model needs a full commit as --model_revision.",
+        may_change=True,
     )
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and self.image_size < 1:
-            raise UserError(f"--image_size is {self.image_size}; it must be at least 1 pixel")
+        check_fields(self)
         if self.freeze not in ("none", "backbone") and not self.freeze.isdigit():
             raise UserError(
                 f"--freeze is {self.freeze!r}; it takes none, backbone, or a number of stages or blocks"

@@ -1,4 +1,4 @@
-"""Options of what takes several runs."""
+"""Options of commands about multiple runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from hf_cifar.config.fields import option
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """Where a run is made again, and whether on other data."""
+    """Where to rerun a run, and whether on other data."""
 
     _argument_group_name = "reproduction"
 
     output_dir: str | None = option(
-        None, "Folder of the new run; that of the old one with -reproduced behind it if not given."
+        None, "Folder of the new run; default: the run's folder plus -reproduced."
     )
-    other_data: bool = option(
-        False, "Go on although rows, labels or pixels are not what they were."
-    )
+    other_data: bool = option(False, "Continue even if rows, labels or pixels have changed.")
+
+
+@dataclass(frozen=True)
+class ListConfig:
+    """How to list runs."""
+
+    _argument_group_name = "list"
+
+    json: bool = option(False, "Print one JSON record a line instead of a table.")

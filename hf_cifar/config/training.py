@@ -1,74 +1,262 @@
-"""Training options that are looked at before torch is imported."""
+"""Options of training, evaluation, checkpoints and output.
+
+Names and meanings are those of transformers' TrainingArguments, where it has them; here are the ones with
+another default, with bounds, or settled by the plan. Every other option of it works too, see `RunConfig`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from hf_cifar.config.augmentation import AugmentConfig
-from hf_cifar.config.data import DataConfig
-from hf_cifar.config.fields import option
-from hf_cifar.config.model import ModelConfig
+from hf_cifar.config.fields import check_fields, option, refuse_both_formats
+from hf_cifar.config.metrics import BEST_METRICS
+from hf_cifar.errors import UserError
 
-LIGHT_CONFIGS = (DataConfig, AugmentConfig, ModelConfig)
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor",
+    "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad",
+    "adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit",
+    "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit",
+    "paged_lion_8bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw",
+    "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise",
+    "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw", "schedule_free_radam",
+    "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
+]  # fmt: skip
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+    "warmup_stable_decay", "greedy",
+]  # fmt: skip
+SAME_FOLDER = ("true", "last", "latest")  # of --resume_from_checkpoint
 
 
-@dataclass
-class FinetuneOptions:
-    """Training options that the Trainer does not have, or that are looked at before it is imported."""
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train, when to evaluate and save, and where everything goes. None: settled by the plan."""
 
-    output_dir: str | None = option(
-        "outputs/finetuned", "Folder of the run: model, figures, checkpoints."
+    _argument_group_name = "training"
+
+    num_train_epochs: float = option(
+        3.0, "Passes over the training images.", low=1e-6, high=1e6, may_change=True
     )
-    resume_from_checkpoint: str | None = option(
-        None, "Go on from a checkpoint: last, or a checkpoint's folder."
+    max_steps: int = option(-1, "Steps in all, in place of epochs; -1 for epochs.", may_change=True)
+    per_device_train_batch_size: int = option(32, "Training images per step and process.", low=1)
+    gradient_accumulation_steps: int = option(1, "Batches whose gradients make one step.", low=1)
+    auto_find_batch_size: bool = option(
+        False, "Out of memory: start again with smaller parts of the same batch."
     )
-    seeds: int = option(
-        1,
-        "Runs with seeds seed, seed + 1, ..., in OUTPUT_DIR/seed-SEED; their figures' mean and spread in "
-        "OUTPUT_DIR/seeds.json.",
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate; default: by optimiser and model family, scaled to the batch.",
+        low=1e-12, high=1e3,
+    )  # fmt: skip
+    lr_scheduler_type: Schedule = option("linear", "Learning rate schedule after the warm-up.")  # noqa: RUF009
+    lr_scheduler_kwargs: dict[str, Any] | None = option(  # noqa: RUF009
+        None, "Arguments of the schedule."
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto",
-        "Number format of training: auto times a few steps of each, in each memory format and attention, and "
-        "keeps the fastest that is sound.",
+    warmup_steps: float = option(
+        0.1, "Warm-up, in steps, or as a share of all steps if below 1.", low=0
     )
-    memory_format: Literal["auto", "contiguous", "channels_last"] = option(
-        "auto", "Memory format of weights and images; auto goes with --precision auto."
+    optim: Optimizer = option("adamw_torch_fused", "Optimiser, by transformers' names.")  # noqa: RUF009
+    optim_args: str | None = option(
+        None, "Arguments of the optimiser, as momentum=0.9,nesterov=true."
     )
-    attention: Literal["auto", "fused", "eager"] = option(
-        "auto",
-        "As the model comes, which is one kernel where there is one, or eager: the products of matrices that "
-        "it stands for; auto goes with --precision auto.",
-    )
-    feature_views: int = option(
-        1,
-        "With --freeze backbone: compute the head's inputs once, of this many views of each image, and "
-        "train on them; 0 runs the backbone in every step.",
-    )
-    head_solver: Literal["optimizer", "lbfgs"] = option(
-        "optimizer",
-        "With --freeze backbone: train the head in epochs, or solve for it exactly, with the penalty that "
-        "does best on validation.",
+    weight_decay: float = option(
+        0.05, "Weight decay, of weight matrices and kernels only.", low=0, high=1e3
     )
     layer_decay: float = option(
-        1.0, "Share of the learning rate that each block has of the block behind it."
+        1.0,
+        "Layer-wise decay: each block's rate is this factor times that of the next one towards the "
+        "head; 1: off.",
+        low=0.01, high=1,
+    )  # fmt: skip
+    max_grad_norm: float | None = option(
+        None,
+        "Norm to which gradients are clipped, 0 for none; default: by model family.",
+        low=0,
+        high=1e6,
+    )
+    label_smoothing_factor: float = option(
+        0.1, "Label smoothing, of the training loss only.", low=0, high=0.999
     )
     ema_decay: float = option(
         0.0,
-        "Evaluate and save an average of the weights that keeps this share of itself in each step (less in "
-        "the first ones), as 0.999; 0 for none.",
-    )
+        "Evaluate and save an exponential moving average of the weights, for example 0.999; 0 turns "
+        "it off.",
+        low=0, high=0.999999,
+    )  # fmt: skip
     early_stopping_patience: int | None = option(
-        None, "Stop after this many evaluations without a better validation accuracy."
+        None,
+        "Stop after this many evaluations without a better metric.",
+        low=1, high=10**6, may_change=True,
+    )  # fmt: skip
+    seed: int = option(
+        42, "Seed of training: new weights, order, augmentation.", low=0, high=2**32 - 1
+    )
+    seeds: int = option(
+        1,
+        "Runs, with seeds seed, seed + 1, ..., in OUTPUT_DIR/seed-SEED; mean and spread in "
+        "OUTPUT_DIR/seeds.json.",
+        low=1, high=1000, saved=False,
+    )  # fmt: skip
+    feature_views: int = option(
+        1,
+        "With --freeze backbone: compute the head's inputs once, for this many views of each image; "
+        "0: in each step.",
+        low=0, high=1000,
+    )  # fmt: skip
+    head_solver: Literal["optimizer", "lbfgs"] = option(
+        "optimizer",
+        "With --freeze backbone: train the head in epochs, or solve for it, with the penalty best on "
+        "validation.",
+    )
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto",
+        "Number format of training; auto times a few steps of each, and keeps the fastest that is sound.",
+        group="computing",
+        may_change=True,
+    )
+    memory_format: Literal["auto", "contiguous", "channels_last"] = option(
+        "auto", "Memory format of weights and images; auto: with --precision auto.", may_change=True
+    )
+    attention: Literal["auto", "fused", "eager"] = option(
+        "auto",
+        "fused: the model's own attention kernel; eager: plain matrix products; auto: with "
+        "--precision auto.",
+        may_change=True,
+    )
+    bf16: bool = option(False, "Short for --precision bf16.", may_change=True, saved=False)
+    fp16: bool = option(False, "Short for --precision fp16.", may_change=True, saved=False)
+    torch_compile: bool = option(
+        False, "Compile the model; --precision auto tries it in long runs.", may_change=True
+    )
+    use_cpu: bool = option(False, "Compute on the CPU even where there is a GPU.", may_change=True)
+    dataloader_num_workers: int | None = option(
+        None,
+        "Loader processes; default: 0 for images in memory, else one per core.",
+        low=0, high=1024, may_change=True,
+    )  # fmt: skip
+
+    eval_strategy: Literal["no", "steps", "epoch"] | None = option(
+        None,
+        "When to evaluate on validation; default: when checkpoints are saved, or each epoch.",
+        group="evaluation and checkpoints",
+        may_change=True,
+    )
+    eval_steps: float | None = option(
+        None, "Steps between evaluations; default: --save_steps.", low=0, may_change=True
+    )
+    per_device_eval_batch_size: int = option(
+        128, "Evaluation images per step and process.", low=1, may_change=True
+    )
+    do_predict: bool = option(
+        False, "After everything is chosen, evaluate on test too.", may_change=True
     )
     calibrate: bool = option(
         True,
-        "At the end, fit a temperature on validation and fold it into the head: the same labels, with "
-        "probabilities that mean what they say. Of multi-label data, a threshold for each class instead.",
+        "At the end, fit a temperature on validation and fold it into the head; with several labels "
+        "an image, "
+        "thresholds for the classes.",
     )
     check_leakage: bool = option(
         False,
-        "Before training, look for test images that are in train or validation too, exactly or nearly, and "
-        "name them. Compares pixels alone, and nothing of test reaches the training.",
+        "Before training, list test images that are in train or validation too, exactly or nearly.",
+        may_change=True,
     )
+    save_strategy: Literal["no", "steps", "epoch", "best"] | None = option(
+        None,
+        "When to save a checkpoint; default: when it evaluates, or each epoch.",
+        may_change=True,
+    )
+    save_steps: float | None = option(
+        None, "Steps between checkpoints; default: --eval_steps, or 500.", low=0, may_change=True
+    )
+    save_total_limit: int | None = option(
+        2, "Checkpoints kept; the best one is always among them.", low=1, may_change=True
+    )
+    load_best_model_at_end: bool | None = option(
+        None,
+        "End with the checkpoint that did best on validation; default: where each evaluation has one.",
+        may_change=True,
+    )
+    metric_for_best_model: str | None = option(
+        None,
+        "Validation metric that chooses the best; default: accuracy, or average_precision_macro "
+        "(mAP) of multi-label "
+        "data.",
+        may_change=True,
+    )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "Resume from a checkpoint: last, or a checkpoint's folder.",
+        may_change=True, saved=False,
+    )  # fmt: skip
+
+    output_dir: str = option(
+        "outputs/finetuned",
+        "Folder of the run: model, metrics, checkpoints.",
+        group="output",
+        may_change=True,
+        public=False,
+    )
+    logging_steps: float = option(
+        50, "Steps between log lines of the training loss.", low=0, may_change=True
+    )
+    report_to: list[str] | None = option(  # noqa: RUF009
+        None, "Trackers, as tensorboard or trackio.", may_change=True
+    )
+    run_name: str | None = option(
+        None, "Name in the trackers; default: --output_dir.", may_change=True, public=False
+    )
+    disable_tqdm: bool | None = option(
+        None, "Log lines in place of bars; default: off a terminal.", may_change=True, saved=False
+    )
+    push_to_hub: bool = option(
+        False, "Push the finished run to the Hub.", may_change=True, public=False
+    )
+    hub_model_id: str | None = option(
+        None, "Repository; default: named after --output_dir.", may_change=True, public=False
+    )
+    hub_private_repo: bool = option(
+        True, "Make a new repository private.", may_change=True, public=False
+    )
+    hub_revision: str | None = option(
+        None, "Branch to push to; default: main.", may_change=True, public=False
+    )
+    hub_token: str | None = option(
+        None,
+        "Token; default: the stored one. Better set HF_TOKEN: a command line is seen by others.",
+        may_change=True, saved=False, public=False,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        refuse_both_formats(self)
+        for name in ("bf16", "fp16"):
+            if getattr(self, name) and self.precision not in ("auto", name):
+                raise UserError(
+                    f"--{name} and --precision {self.precision} differ; pass one of them"
+                )
+        metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
+        if metric not in BEST_METRICS:
+            raise UserError(
+                f"--metric_for_best_model is {metric}; it takes {', '.join(BEST_METRICS)}"
+            )
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise UserError(
+                "--early_stopping_patience needs evaluations; leave out --eval_strategy no"
+            )
+
+    @property
+    def resumes(self) -> bool:
+        """True if the run is to be resumed."""
+        return self.resume_from_checkpoint is not None and (
+            self.resume_from_checkpoint.lower() not in ("false", "no")
+        )
+
+    @property
+    def resumes_last(self) -> bool:
+        """True if the run is to be resumed from the last checkpoint of its own folder."""
+        return self.resumes and self.resume_from_checkpoint.lower() in SAME_FOLDER

@@ -20,8 +20,8 @@ from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import require_network
 from hf_cifar.text import one_line
 
-if TYPE_CHECKING:  # it takes torch
-    from hf_cifar.config.run import FinetuneConfig
+if TYPE_CHECKING:
+    from hf_cifar.config.training import TrainingConfig
 
 CARD_FILE = "README.md"
 EVAL_RESULTS_FOLDER = ".eval_results"
@@ -62,7 +62,7 @@ class Target:
     token: str | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
-    def of_run(cls, train: FinetuneConfig) -> Target:
+    def of_run(cls, train: TrainingConfig) -> Target:
         """What the options of a run with --push_to_hub say."""
         return cls(
             repo_id=train.hub_model_id or Path(train.output_dir).resolve().name,
@@ -286,19 +286,19 @@ def _commit(plan: PushPlan) -> None:
     )
 
 
-def check_push(train: FinetuneConfig) -> None:
+def check_push(train: TrainingConfig) -> None:
     """Raises: UserError if --push_to_hub has no network or no token."""
-    if train.push_to_hub and train.process_index == 0:
+    if train.push_to_hub:
         check_online("--push_to_hub", train.hub_token)
 
 
-def prepare_push(train: FinetuneConfig, card: str) -> None:
+def prepare_push(train: TrainingConfig, card: str) -> None:
     """Fail before training if the push could not work: ask for permission, have the card as it is by then
     checked, and make the repository.
 
     Raises: UserError for a refusal by the Hub.
     """
-    if not train.push_to_hub or train.process_index != 0:
+    if not train.push_to_hub:
         return
     target = Target.of_run(train)
     access = check_access(target)
@@ -311,7 +311,7 @@ def prepare_push(train: FinetuneConfig, card: str) -> None:
         ) from None
 
 
-def push_run(train: FinetuneConfig, card_for: Callable[[Path, str], str]) -> str:
+def push_run(train: TrainingConfig, card_for: Callable[[Path, str], str]) -> str:
     """Push a finished run; returns the repository's URL. card_for: see `plan_push`.
 
     Raises: UserError that says how to retry; the model stays saved in the run's folder.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import PureWindowsPath
 from typing import Any
 
-# Folders and destinations of a run, or facts that the card has elsewhere.
+from hf_cifar.config.run import CONFIGS
+
+# Options that say where a run is stored and goes to, not what it computes, or that the card shows elsewhere.
 HIDDEN_OPTIONS = {
-    "output_dir", "dataset_name", "model_name_or_path", "run_name", "push_to_hub", "logging_dir",
-}  # fmt: skip
+    each.name
+    for config in CONFIGS
+    for each in dataclasses.fields(config)
+    if not each.metadata["public"]
+}
 PLAIN = re.compile(r"[\w .,:;=+%(){}\[\]'\"-]*")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from hf_cifar.config.command_line import parse_dataclasses
+from hf_cifar.config.command_line import parse
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.fields import field_names
 from hf_cifar.config.recipes import yaml_tokens
@@ -66,7 +66,7 @@ def run_data(folder: Path) -> DataConfig:
     """The data of a run. Raises: UserError if the folder has no config.yaml."""
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} has no {CONFIG_FILE} that names its data")
-    data, *_ = parse_dataclasses([DataConfig], run_data_tokens(folder), "hf-cifar", add_help=False)
+    data, *_ = parse([DataConfig], run_data_tokens(folder), "hf-cifar")
     return data
 
 

@@ -1,72 +1,84 @@
-"""Resuming a run: which one, and what may differ."""
+"""Resume a run: which one, and what may differ."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from hf_cifar.config.training import LIGHT_CONFIGS, FinetuneOptions
+from hf_cifar.config.run import CONFIGS, RunConfig
+from hf_cifar.config.training import TrainingConfig
 from hf_cifar.errors import UserError
-from hf_cifar.runs.folder import CONFIG_FILE
+from hf_cifar.runs.folder import CONFIG_FILE, refuse_occupied
+from hf_cifar.runs.lock import refuse_in_use
+from hf_cifar.runs.processes import is_main_process
 
-if TYPE_CHECKING:
-    from hf_cifar.config.run import RunConfig
-
-# What may differ when a run goes on: how long, where, what is shown and kept. All else is the run itself.
-MAY_CHANGE = re.compile(
-    r"num_train_epochs|max_steps|output_dir|resume_.*|early_stopping_.*|(eval|save|logging|log|hub|dataloader)_.*|"
-    r"do_.*|check_leakage|push_to_hub|load_best_.*|metric_.*|greater_.*|report_to|run_name|disable_tqdm|use_cpu|"
-    r"trust_remote_code|per_device_eval_.*|pixel_store|precision|memory_format|attention|torch_compile.*|bf16|fp16|tf32"
-)
+# Beginnings of the names of inherited options that say what is shown and kept, and how fast it computes.
+INHERITED_MAY_CHANGE = (
+    "dataloader_", "eval_", "hub_", "log", "save_", "torch_compile", "tf32", "greater_is_better",
+)  # fmt: skip
 
 
-def check_same_run(folder: Path, options: dict[str, Any]) -> list[str]:
-    """Before a run goes on: the options that make it what it is must be those of its config.yaml.
+def run_to_resume(train: TrainingConfig) -> Path | None:
+    """Return the folder of the run to be resumed, or None for a new run."""
+    if not train.resumes:
+        return None
+    return (
+        Path(train.output_dir) if train.resumes_last else Path(train.resume_from_checkpoint).parent
+    )
 
-    options: by name; None stands for a default. Returns what else differs, as `--NAME NEW, which was OLD`.
-    Raises: UserError for the first that may not differ.
+
+def check_folder(config: RunConfig) -> list[str]:
+    """Find out whether the output folder is free, or holds the run to be resumed; see `check_same_run`.
+
+    Raises: UserError if it is in use, or holds another run.
+    """
+    folder, resumed = Path(config.train.output_dir), run_to_resume(config.train)
+    changes = [] if resumed is None else check_same_run(resumed, config)
+    if is_main_process():
+        refuse_in_use(folder)
+        if resumed is None:
+            refuse_occupied(folder)
+    return changes
+
+
+def check_same_run(folder: Path, config: RunConfig) -> list[str]:
+    """Compare the options of a resumed run with those that its config.yaml holds.
+
+    Options that are left open do not count. Returns the allowed differences, as `--NAME NEW, before: OLD`.
+    Raises: UserError for the first option that may not change: it would be a different run.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         return []
-    changes = []
-    # What a config.yaml does not name had its default.
-    defaults = {
-        f.name: f.default for c in (*LIGHT_CONFIGS, FinetuneOptions) for f in dataclasses.fields(c)
+    fields = {
+        each.name: each for config_class in CONFIGS for each in dataclasses.fields(config_class)
     }
-    saved = yaml.safe_load(path.read_text()) or {}
-    for name, value in options.items():
-        before = saved.get(name, defaults.get(name, "its default"))
-        # The order of a stream depends on how many workers share its shards.
-        fixed = name == "dataloader_num_workers" and options.get("streaming")
-        if value in (None, before):
+    saved, changes = yaml.safe_load(path.read_text()) or {}, []
+    for name, value in config.options().items():
+        default = fields[name].default if name in fields else None
+        before = saved.get(name, default)
+        left_open = value == "auto" or (
+            name == "torch_compile" and config.train.precision == "auto"
+        )
+        if value == before or left_open:
             continue
-        if fixed or not MAY_CHANGE.fullmatch(name):
+        if not _may_change(name, fields, config):
             raise UserError(
                 f"--resume_from_checkpoint: --{name} is {value}, but the run in {folder} began with "
-                f"{before}; go on with --config {path}, or start anew in another --output_dir"
+                f"{'the default' if before is None else before}; resume with --config {path}, or start again "
+                "in another --output_dir"
             )
-        changes.append(f"--{name} {value}, which was {before}")
+        changes.append(f"--{name} {value}, before: {'the default' if before is None else before}")
     return changes
 
 
-def run_to_resume(output_dir: str, resume_from_checkpoint: str | None) -> Path | None:
-    """The folder of the run that is to go on, or None for a new one."""
-    value = resume_from_checkpoint
-    if value is None or value.lower() in ("false", "no"):
-        return None
-    if value.lower() in ("true", "last", "latest"):
-        return Path(output_dir)
-    return Path(value).parent
-
-
-def resume_point(config: RunConfig) -> bool | str | None:
-    """What to resume from, in the Trainer's terms: a folder, True for the last checkpoint, or None."""
-    value = config.train.resume_from_checkpoint
-    if run_to_resume(config.train.output_dir, value) is None:
-        return None
-    return True if value.lower() in ("true", "last", "latest") else value
+def _may_change(name: str, fields: Mapping[str, Any], config: RunConfig) -> bool:
+    if name == "dataloader_num_workers" and config.data.streaming:
+        return False  # the order of a stream depends on how many workers share its shards
+    if name in fields:
+        return fields[name].metadata["may_change"]
+    return name.startswith(INHERITED_MAY_CHANGE)

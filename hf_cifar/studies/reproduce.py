@@ -31,6 +31,7 @@ from hf_cifar.runs.folder import (
     require_finished,
     write_json,
 )
+from hf_cifar.runs.processes import is_main_process, start_processes
 from hf_cifar.text import render_table
 from hf_cifar.training.checkpoints import file_hash
 from hf_cifar.training.resumable import pixel_hashes
@@ -60,10 +61,11 @@ def reproduce_run(
     config = config_of_rerun(folder, Path(output_dir), facts)
     source = DataSource(config.data)
     with as_then(facts):
-        if config.train.world_size != facts["processes"]:
+        num_processes = start_processes(config).count
+        if num_processes != facts["processes"]:
             raise UserError(
-                f"{folder} was trained by {facts['processes']} process(es), here are "
-                f"{config.train.world_size}; start as many with accelerate launch"
+                f"{folder} was trained by {facts['processes']} process(es), here are {num_processes}; start "
+                "as many with accelerate launch"
             )
         if not other_data:
             check_data(source, config, facts)
@@ -71,7 +73,7 @@ def reproduce_run(
             logger.info("%s: %s then, %s now", name, then, now)
         again = finetune_classifier(config, source).output_dir
     comparison = compare_reproduction(folder, again)
-    if config.train.process_index == 0:
+    if is_main_process():
         write_json(again / REPRODUCTION_FILE, comparison)
     return comparison
 
@@ -111,7 +113,7 @@ def check_data(source: DataSource, config: RunConfig, facts: dict[str, Any]) -> 
             f"{config.data.dataset_name} has other rows or labels than then: split hash {splits.hash[:16]}, "
             f"then {facts['split_hash'][:16]}; {advice}"
         )
-    now = pixel_hashes(splits, config)
+    now = pixel_hashes(splits, config.data.pixel_store)
     for split, then in facts.get("pixel_hashes", {}).items():
         if now.get(split, then) != then:
             raise UserError(

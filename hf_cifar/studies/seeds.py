@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluation.intervals import mean_interval
 from hf_cifar.evaluation.tables import render_number
 from hf_cifar.finetune import finetune_classifier
-from hf_cifar.plan import compute_as
+from hf_cifar.plan import requested_setting
 from hf_cifar.runs.folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -26,7 +25,8 @@ from hf_cifar.runs.folder import (
     refuse_occupied,
     write_json,
 )
-from hf_cifar.runs.resume import check_same_run, resume_point
+from hf_cifar.runs.processes import is_main_process, start_processes
+from hf_cifar.runs.resume import check_same_run
 from hf_cifar.text import render_table
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def finetune_seeds(config: RunConfig, source: DataSource | None = None) -> dict[
     kept = [is_kept(each) for each in configs]
     for each, keep in zip(configs, kept, strict=True):
         check_same(each, keep)
-    config.train.distributed_state.wait_for_everyone()  # none may write before all have looked
+    start_processes(config).wait_for_all()  # none may write before all have looked
     for number, (each, keep) in enumerate(zip(configs, kept, strict=True), 1):
         folder, place = each.train.output_dir, f"run {number} of {len(configs)}"
         if keep:
@@ -61,11 +61,11 @@ def finetune_seeds(config: RunConfig, source: DataSource | None = None) -> dict[
         logger.info("%s, seed %d: %s", place, each.train.seed, folder)
         each = start_or_go_on(each)
         if number > 1:
-            each = compute_as(Path(configs[0].train.output_dir), each)
+            each = with_setting_of(configs[0], each)
         finetune_classifier(each, source)
         release_memory()  # a Trainer and its model refer to each other
     summary = summarise_seeds(configs)
-    if config.train.process_index == 0:
+    if is_main_process():
         write_json(Path(config.train.output_dir) / SEEDS_FILE, summary)
     return summary
 
@@ -77,12 +77,12 @@ def check_series(config: RunConfig) -> None:
         raise UserError(
             "--push_to_hub pushes one model; leave it out, or leave out --seeds to make that one"
         )
-    resume = resume_point(config)
-    if isinstance(resume, str):
+    if train.resumes and not train.resumes_last:
         raise UserError(
-            f"--seeds goes on with --resume_from_checkpoint last, not with the one checkpoint {resume}"
+            "--seeds resumes with --resume_from_checkpoint last, not from the one checkpoint "
+            f"{train.resume_from_checkpoint}"
         )
-    if not resume and train.process_index == 0:
+    if not train.resumes and is_main_process():
         refuse_occupied(Path(train.output_dir))
     if (Path(train.output_dir) / CONFIG_FILE).exists():
         raise UserError(f"{train.output_dir} holds a single run; pass another --output_dir")
@@ -103,13 +103,13 @@ def config_of(config: RunConfig, seed: int) -> RunConfig:
     }
     if train.run_name is not None:
         changed["run_name"] = f"{train.run_name}/seed-{seed}"
-    return dataclasses.replace(config, train=dataclasses.replace(train, **changed))
+    return config.with_training(**changed)
 
 
 def is_kept(config: RunConfig) -> bool:
     """Whether a series that goes on has this run already, with every figure that is asked for."""
     folder = Path(config.train.output_dir)
-    if not resume_point(config) or not (folder / RUN_FILE).is_file():
+    if not config.train.resumes or not (folder / RUN_FILE).is_file():
         return False
     wanted = {"validation", "test"} if config.train.do_predict else {"validation"}
     return wanted <= read_record(folder / METRICS_FILE).keys()
@@ -118,7 +118,7 @@ def is_kept(config: RunConfig) -> bool:
 def check_same(config: RunConfig, keep: bool) -> None:
     """Raises: UserError if a run that is there already is not this one, or is kept but was to be longer."""
     folder = Path(config.train.output_dir)
-    check_same_run(folder, config.options())
+    check_same_run(folder, config)
     if not keep:
         return
     before = RunConfig.load(folder / CONFIG_FILE).train
@@ -134,12 +134,17 @@ def check_same(config: RunConfig, keep: bool) -> None:
 def start_or_go_on(config: RunConfig) -> RunConfig:
     """Go on where there is a checkpoint; else begin, also where a run ended before it had saved one."""
     folder = Path(config.train.output_dir)
-    if not resume_point(config) or any(folder.glob("checkpoint-*")):
+    if not config.train.resumes or any(folder.glob("checkpoint-*")):
         return config
-    if config.train.process_index == 0:
+    if is_main_process():
         (folder / CONFIG_FILE).unlink(missing_ok=True)
-    train = dataclasses.replace(config.train, resume_from_checkpoint=None)
-    return dataclasses.replace(config, train=train)
+    return config.with_training(resume_from_checkpoint=None)
+
+
+def with_setting_of(first: RunConfig, config: RunConfig) -> RunConfig:
+    """Return the options of a run with the setting that the first run of the series found the fastest."""
+    before = RunConfig.load(Path(first.train.output_dir) / CONFIG_FILE)
+    return config.with_training(**requested_setting(config.train, before))
 
 
 def summarise_seeds(configs: list[RunConfig]) -> dict[str, Any]:

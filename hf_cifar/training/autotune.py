@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -222,11 +221,6 @@ def pick_setting(
         f"{setting} {part / timing.seconds:.0f}" for setting, timing in timings.items()
     )
     return chosen, f"computing in {chosen}; measured images/s: {speeds}"
-
-
-def is_sharded() -> bool:
-    """Return True if the launcher requests FSDP or DeepSpeed."""
-    return "true" in [os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")]
 
 
 def drop_memory_hungry(

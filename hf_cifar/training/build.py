@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel
+from transformers import (
+    BaseImageProcessor,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
 from hf_cifar.config.augmentation import AugmentConfig
-from hf_cifar.config.run import FinetuneConfig, RunConfig
+from hf_cifar.config.run import RunConfig
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import Splits
 from hf_cifar.data.store import (
@@ -26,9 +30,8 @@ from hf_cifar.data.store import (
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.models.problem_type import is_multi_label
-from hf_cifar.runs.folder import CONFIG_FILE
-from hf_cifar.runs.resume import resume_point
-from hf_cifar.training.autotune import DTYPES, Setting, computing_as
+from hf_cifar.training.arguments import check_libraries, training_arguments
+from hf_cifar.training.autotune import DTYPES, computing_as
 from hf_cifar.training.averaging import WeightAverage
 from hf_cifar.training.features import FeatureStore, feature_store, features_suffice
 from hf_cifar.training.losses import build_loss
@@ -39,77 +42,75 @@ from hf_cifar.transforms.policies import Policy
 from hf_cifar.transforms.preprocessing import Preprocessing
 from hf_cifar.transforms.views import RandomView
 
+if TYPE_CHECKING:  # the plan imports this room
+    from hf_cifar.plan import Plan
+
 logger = logging.getLogger(__name__)
 
 
 def build_trainer(
-    model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, config: RunConfig
+    model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, plan: Plan
 ) -> ImageClassificationTrainer:
-    """Return the Trainer over both splits; `config` must be resolved, see `resolve_setting`."""
+    """Build the Trainer of a planned run, over both splits' pixels or features.
+
+    Raises: UserError for an option whose package is missing, or which the model does not support.
+    """
+    config, train, kind = plan.config, plan.config.train, plan.config.data.pixel_store
     preprocessing = Preprocessing.from_image_processor(image_processor)
-    kind, args = config.data.pixel_store, config.train
-    shards = shard_store(splits.train, preprocessing, args)
-    num_workers = resolve_workers(config, splits.train).train.dataloader_num_workers
+    num_workers = train.dataloader_num_workers
     if num_workers is None:
-        resident = (
-            is_resident(splits.train, stored_view(preprocessing, augmented=True), kind),
-            is_resident(splits.validation, stored_view(preprocessing, augmented=False), kind),
-        )
-        num_workers = default_num_workers(all(resident))
-    pinned = num_workers > 0  # what is on the device cannot be pinned
-    args = dataclasses.replace(
-        args,
-        dataloader_num_workers=num_workers,
-        dataloader_pin_memory=pinned,
-        # Batches are copied to a GPU while it computes.
-        accelerator_config=dataclasses.replace(args.accelerator_config, non_blocking=pinned),
-        auto_find_batch_size=False,  # the parent's changes the batch
-        push_to_hub=False,  # hub/push.py pushes once, at the end
-        hub_token=None,  # hidden from loggers
-        run_name=args.run_name or args.output_dir,  # else trackers invent a name
-    )
+        num_workers = default_num_workers(are_resident(splits, preprocessing, kind))
+    args = training_arguments(config, num_workers)
+    check_libraries(args, model)
     device = args.device if num_workers == 0 else CPU  # a worker process must not touch a GPU
-    callbacks = []
-    if config.train.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(config.train.early_stopping_patience))
-    setting = Setting(args.precision, args.memory_format, args.attention)
     stores = [
-        shards
+        shard_store(splits.train, preprocessing, args, config)
         or build_store(splits.train, preprocessing, augmented=True, kind=kind, device=device),
         build_store(splits.validation, preprocessing, augmented=False, kind=kind, device=device),
     ]
     if trains_on_features(config, model, preprocessing):
-        with computing_as(setting, model.to(args.device)):
+        with computing_as(plan.setting, model.to(args.device)):
             stores = feature_stores(model, splits, stores, preprocessing, config)
-    train_store, validation_store = stores
+    multi_label, patience = is_multi_label(model), train.early_stopping_patience
     return ImageClassificationTrainer(
         model=model,
         args=args,
         processing_class=image_processor,
-        train_dataset=train_store,
-        eval_dataset=validation_store,
-        loss=build_loss(
-            multi_label=is_multi_label(model), label_smoothing=args.label_smoothing_factor
-        ),
-        evaluation_loss=build_loss(multi_label=is_multi_label(model)),
+        train_dataset=stores[0],
+        eval_dataset=stores[1],
+        loss=build_loss(multi_label=multi_label, label_smoothing=train.label_smoothing_factor),
+        evaluation_loss=build_loss(multi_label=multi_label),
         preprocessing=preprocessing,
         augmentation=augmentation(config.augment),
-        setting=setting,
-        averaging=WeightAverage(config.train.ema_decay),
-        shrink_batch=config.train.auto_find_batch_size,
-        identity=identity(splits, config),
-        callbacks=callbacks,
+        setting=plan.setting,
+        averaging=WeightAverage(train.ema_decay),
+        layer_decay=train.layer_decay,
+        shrink_batch=train.auto_find_batch_size,
+        identity=identity(splits, config.data.pixel_store, plan.processes.count),
+        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+    )
+
+
+def are_resident(splits: Splits, preprocessing: Preprocessing, kind: str) -> bool:
+    """Return True if the pixels of train and validation are both held in memory."""
+    return all(
+        is_resident(split, stored_view(preprocessing, augmented=augmented), kind)
+        for split, augmented in ((splits.train, True), (splits.validation, False))
     )
 
 
 def shard_store(
-    train: Split | Stream, preprocessing: Preprocessing, args: FinetuneConfig
+    train: Split | Stream, preprocessing: Preprocessing, args: TrainingArguments, config: RunConfig
 ) -> ShardStore | None:
     """Return this process's part of a stream; None for a split that can be read in any order."""
     if not isinstance(train, Stream):
         return None
-    for name in ("auto_find_batch_size", "dataloader_persistent_workers"):
-        if getattr(args, name):
+    refused = {
+        "auto_find_batch_size": config.train.auto_find_batch_size,
+        "dataloader_persistent_workers": args.dataloader_persistent_workers,
+    }
+    for name in refused:
+        if refused[name]:
             raise UserError(f"--{name} cannot be combined with --streaming; leave one of them out")
     logger.info(
         "train: about %s images in %d shards, read as they are needed",
@@ -206,22 +207,4 @@ def augmentation(options: AugmentConfig) -> Augmentation:
         erasing=options.random_erasing,
         mixup_alpha=options.mixup_alpha,
         cutmix_alpha=options.cutmix_alpha,
-    )
-
-
-def resolve_workers(config: RunConfig, train: Split | Stream) -> RunConfig:
-    """Settle the number of loader workers of a stream.
-
-    The sample order depends on it, so a resumed run must use the same; it has no effect on other data.
-    """
-    args = config.train
-    if not isinstance(train, Stream) or args.dataloader_num_workers is not None:
-        return config
-    before, number = Path(args.output_dir) / CONFIG_FILE, None
-    if resume_point(config) and before.is_file():
-        number = RunConfig.load(before).train.dataloader_num_workers
-    if number is None:
-        number = train.num_workers(args.world_size, default_num_workers(resident=False))
-    return dataclasses.replace(
-        config, train=dataclasses.replace(args, dataloader_num_workers=number)
     )

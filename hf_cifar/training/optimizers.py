@@ -31,8 +31,10 @@ class Rates(NamedTuple):
     max_grad_norm: float = 1.0
 
 
-def build_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
-    """Return the optimiser that `args` name; `args` are a FinetuneConfig with its learning rate set.
+def build_optimizer(
+    model: nn.Module, args: TrainingArguments, layer_decay: float = 1.0
+) -> Optimizer:
+    """Return the optimiser that `args` name.
 
     Every name that transformers' `--optim` takes. Weight decay reaches weight matrices and kernels alone; a
     layer decay other than 1 lowers the learning rate block by block towards the input.
@@ -43,11 +45,11 @@ def build_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
     for name in ("params", "model", "optimizer_dict"):
         groups = options.pop(name, groups)
     optimizer = optimizer_class(groups, **options)
-    if args.layer_decay != 1:
+    if layer_decay != 1:
         classifier = extract_model_from_parallel(model, keep_torch_compile=False)
         depths = block_depths(classifier)
         by_parameter = {p: depths[name] for name, p in classifier.named_parameters()}
-        decay_learning_rates(optimizer, by_parameter, args.layer_decay)
+        decay_learning_rates(optimizer, by_parameter, layer_decay)
     return optimizer
 
 

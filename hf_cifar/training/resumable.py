@@ -23,7 +23,6 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from hf_cifar.config.run import RunConfig
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import Splits
 from hf_cifar.errors import UserError
@@ -273,22 +272,24 @@ def all_finite(model: nn.Module) -> bool:
         return bool(torch.isfinite(torch.stack(sums)).all())
 
 
-def identity(splits: Splits, config: RunConfig) -> dict[str, Any]:
-    """Return the values that must not change between a run and its resumption, by name."""
+def identity(splits: Splits, pixel_store: str, num_processes: int) -> dict[str, Any]:
+    """Return what must be the same when a run is resumed, as plain values."""
     facts: dict[str, Any] = {
         "split": splits.hash,
         "classes": list(splits.id2label.values()),
-        "processes": config.train.world_size,
+        "processes": num_processes,
     }
     for split in (splits.train, splits.validation):
         if isinstance(split, Split):
             facts[f"labels of {split.name}"] = hashlib.sha256(split.labels.tobytes()).hexdigest()
-    return facts | {f"pixels of {name}": sha for name, sha in pixel_hashes(splits, config).items()}
+    return facts | {
+        f"pixels of {name}": sha for name, sha in pixel_hashes(splits, pixel_store).items()
+    }
 
 
-def pixel_hashes(splits: Splits, config: RunConfig) -> dict[str, str]:
+def pixel_hashes(splits: Splits, pixel_store: str) -> dict[str, str]:
     """Return the SHA-256 of the images of both splits, where they are decoded into memory."""
-    if config.data.pixel_store == "streamed":
+    if pixel_store == "streamed":
         return {}
     parts = [s for s in (splits.train, splits.validation) if isinstance(s, Split)]
     return {split.name: split.pixel_hash for split in parts if split.pixel_hash is not None}

@@ -43,8 +43,8 @@ class ImageClassificationTrainer(ResumableTrainer):
     loss: of evaluations and of training. augmentation: the random transform applied to training batches
     instead, drawn from a generator seeded by (seed, step, micro-batch, rank), so that a resumed run sees the
     images that an uninterrupted one would. setting: how the model computes while it trains. averaging: of the
-    weights that are evaluated and saved. shrink_batch: restart a training that runs out of memory with
-    smaller steps, accumulated to the same batch.
+    weights that are evaluated and saved. layer_decay: see `build_optimizer`. shrink_batch: restart a training
+    that runs out of memory with smaller steps, accumulated to the same batch.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         augmentation: Augmentation | None = None,
         setting: Setting = DEFAULT_SETTING,
         averaging: WeightAverage | None = None,
+        layer_decay: float = 1.0,
         callbacks: Sequence[TrainerCallback] = (),
         shrink_batch: bool = False,
         **kwargs: Any,
@@ -79,6 +80,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.loss, self.evaluation_loss = loss, evaluation_loss
         self.preprocessing, self.augmentation = preprocessing, augmentation
         self.setting, self.memory_format = setting, MEMORY_FORMATS[setting.memory_format]
+        self.layer_decay = layer_decay
         if self.args.device.type == "cpu":
             keep_freed_memory()
         self._frozen_norms = frozen_norms(self.model)
@@ -205,7 +207,9 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model if model is None else model, self.args)
+            self.optimizer = build_optimizer(
+                self.model if model is None else model, self.args, self.layer_decay
+            )
         return self.optimizer
 
     def create_scheduler(

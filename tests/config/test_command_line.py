@@ -3,18 +3,20 @@
 import dataclasses
 import importlib
 import pkgutil
+import subprocess
+import sys
+from typing import get_args
 
 import pytest
 import yaml
-from transformers import TrainingArguments
 
 import hf_cifar
-from hf_cifar.config.command_line import check_values, check_words, trainer_options
 from hf_cifar.config.fields import field_names
 from hf_cifar.config.recipes import recipe_names
-from hf_cifar.config.run import FinetuneConfig, RunConfig
-from hf_cifar.config.training import LIGHT_CONFIGS
+from hf_cifar.config.run import CONFIGS, RunConfig
+from hf_cifar.config.training import Optimizer, Schedule
 from hf_cifar.errors import UserError
+from hf_cifar.plan import settle_evaluation
 
 
 def parse(*argv):
@@ -22,7 +24,7 @@ def parse(*argv):
 
 
 def test_option_names_are_unique_across_groups():
-    names = [name for c in (*LIGHT_CONFIGS, FinetuneConfig) for name in field_names(c)]
+    names = [name for c in CONFIGS for name in field_names(c)]
     assert len(names) == len(set(names))
 
 
@@ -41,16 +43,11 @@ def test_every_option_of_ours_has_a_help_text():
         for found in pkgutil.walk_packages(hf_cifar.__path__, "hf_cifar.")
     ]
     classes = {value for m in modules for value in vars(m).values() if is_option_class(value)}
-    assert {c.__name__ for c in classes} > {"DataConfig", "FinetuneConfig", "CompareConfig"}
-    inherited = set(TrainingArguments.__dataclass_fields__.values())
+    assert {c.__name__ for c in classes} > {"DataConfig", "TrainingConfig", "CompareConfig"}
     for config_class in classes:
-        for field in set(dataclasses.fields(config_class)) - inherited:
+        for field in dataclasses.fields(config_class):
             if field.init:
                 assert field.metadata.get("help", "").endswith("."), (config_class, field.name)
-
-
-def test_trainer_options_read_from_source_are_those_of_the_class():
-    assert set(trainer_options()) == set(field_names(TrainingArguments))
 
 
 def test_defaults_are_the_reference_pair():
@@ -153,27 +150,69 @@ def test_a_bad_yaml_file_is_an_error(tmp_path, text):
         (["--flip", "0.1", "0.2"], "unexpected argument '0.2'"),
         (["--streaming", "maybe"], "--streaming takes true or false, not 'maybe'"),
         (["--no_calibrate", "x"], "unexpected argument 'x'"),
+        (["--seed", "1e3"], "--seed takes a whole number, not '1e3'"),
+        (["--lr_scheduler_kwargs", "{x"], "--lr_scheduler_kwargs takes a JSON object"),
+        (["--precision", "b16"], r"--precision does not take 'b16' \(nearest: bf16\)"),
+        (["--learning_rate"], "--learning_rate needs a value"),
+        (["--gradient_checkpointing", "maybe"], "gradient_checkpointing.*maybe"),
     ],
 )
 def test_a_word_that_no_option_takes(tokens, words):
-    kinds = {
-        "flip": "float",
-        "streaming": "bool",
-        "calibrate": "bool",
-        "report_to": "str | list[str]",
-    }
-    check_words(["--report_to", "a", "b", "--streaming", "--flip", "1", "--no_calibrate"], kinds)
     with pytest.raises(UserError, match=words):
-        check_words(tokens, kinds)
+        RunConfig.parse(tokens)
+
+
+def test_lists_flags_and_hyphens():
+    config = RunConfig.parse(
+        ["--report-to", "a", "b", "--streaming", "--flip", "1", "--no_calibrate", "--torch-compile"]
+    )
+    assert config.train.report_to == ["a", "b"]
+    assert config.data.streaming and config.train.torch_compile and not config.train.calibrate
+
+
+def test_an_option_of_training_arguments_goes_to_the_trainer(tmp_path):
+    config = RunConfig.parse(["--gradient_checkpointing", "--adam_beta2", "0.95", "--seed", "3"])
+    assert config.trainer == {"gradient_checkpointing": True, "adam_beta2": 0.95}
+    config.save(tmp_path / "config.yaml")
+    assert RunConfig.load(tmp_path / "config.yaml").trainer == config.trainer
+
+
+def test_our_own_options_are_read_without_torch():
+    code = (
+        "import sys; from hf_cifar.config.run import RunConfig; "
+        "RunConfig.parse(['--recipe', 'quickstart', '--seed', '3']); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_optimisers_and_schedules_are_those_of_transformers():
+    from transformers.training_args import OptimizerNames, SchedulerType
+
+    assert set(get_args(Optimizer)) == {each.value for each in OptimizerNames}
+    assert set(get_args(Schedule)) == {each.value for each in SchedulerType}
 
 
 @pytest.mark.parametrize(
-    ("tokens", "words"),
+    ("flags", "expected"),
     [
-        (["--seed", "1e3"], "--seed takes a whole number, not '1e3'"),
-        (["--lr_scheduler_kwargs", "{x"], "--lr_scheduler_kwargs takes JSON"),
+        ([], ("epoch", "epoch", True)),
+        (["--save_strategy", "steps", "--save_steps", "100"], ("steps", "steps", True)),
+        (["--eval_strategy", "steps", "--eval_steps", "50"], ("steps", "steps", True)),
+        (["--eval_strategy", "no"], ("no", "epoch", False)),
+        (["--save_strategy", "no"], ("epoch", "no", False)),
+        (["--save_strategy", "best"], ("epoch", "best", True)),
+        (["--eval_strategy", "epoch", "--save_strategy", "steps"], ("epoch", "steps", False)),
     ],
 )
-def test_a_value_is_checked_before_torch_is_imported(tokens, words):
-    with pytest.raises(UserError, match=words):
-        check_values(tokens, trainer_options())
+def test_what_is_left_open_follows_what_is_set(flags, expected):
+    settled = settle_evaluation(RunConfig.parse(flags).train)
+    names = ("eval_strategy", "save_strategy", "load_best_model_at_end")
+    assert tuple(settled[name] for name in names) == expected
+    if expected[:2] == ("steps", "steps"):
+        assert settled["eval_steps"] == settled["save_steps"] == float(flags[-1])
+
+
+def test_the_best_checkpoint_needs_one_for_each_evaluation():
+    flags = ["--eval_strategy", "epoch", "--save_strategy", "steps", "--load_best_model_at_end"]
+    with pytest.raises(UserError, match="--load_best_model_at_end needs a checkpoint for each"):
+        settle_evaluation(RunConfig.parse(flags).train)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.models.build import build_model
-from hf_cifar.plan import resolve_defaults
+from hf_cifar.plan import plan_run
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.checkpoints import newest_checkpoint
 
@@ -50,7 +50,7 @@ def make_trainer(folder, data, model, *flags):
     torch.manual_seed(0)
     splits = load_splits(config.data)
     network, processor = build_model(config.model, splits.id2label)
-    return build_trainer(network, processor, splits, resolve_defaults(config, network))
+    return build_trainer(network, processor, splits, plan_run(config, network, processor, splits))
 
 
 def go_on(trainer):

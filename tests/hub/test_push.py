@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from hf_cifar.config.run import FinetuneConfig
+from hf_cifar.config.training import TrainingConfig
 from hf_cifar.errors import UserError
 from hf_cifar.hub.push import Target, check_push, files_to_push, prepare_push
 
@@ -566,17 +566,17 @@ def test_no_network_ends_quickly_and_says_how_to_go_offline(tmp_path):
 def test_push_under_offline_mode_names_both_ways_out(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"--push_to_hub needs the network, but HF_HUB_OFFLINE=1"):
-        check_push(FinetuneConfig(push_to_hub=True, use_cpu=True))
+        check_push(TrainingConfig(push_to_hub=True, use_cpu=True))
 
 
 def test_no_push_asks_nothing_of_the_network(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    train = FinetuneConfig(use_cpu=True)
+    train = TrainingConfig(use_cpu=True)
     assert check_push(train) is None and prepare_push(train, "no card") is None
 
 
 def test_a_target_shows_no_token():
-    train = FinetuneConfig(use_cpu=True, hub_token=TOKEN, hub_model_id="me/x", hub_revision="v2")
+    train = TrainingConfig(use_cpu=True, hub_token=TOKEN, hub_model_id="me/x", hub_revision="v2")
     target = Target.of_run(train)
     assert target == Target("me/x", private=True, revision="v2", token=TOKEN)
     assert TOKEN not in repr(target)

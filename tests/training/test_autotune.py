@@ -19,6 +19,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.models.kernels import has_fused_attention
 from hf_cifar.plan import num_batches
+from hf_cifar.runs.processes import Processes
 from hf_cifar.training.autotune import (
     Setting,
     Timing,
@@ -250,7 +251,7 @@ def test_number_of_batches(tmp_path, flags, expected):
     config = RunConfig.parse(
         ["--output_dir", str(tmp_path), "--per_device_train_batch_size", "16", *flags]
     )
-    assert num_batches(config, 72) == expected
+    assert num_batches(config, 72, Processes(0, 1, CPU)) == expected
 
 
 def run(tmp_path, stripes, tiny_vit, *flags):
@@ -294,8 +295,6 @@ def test_a_run_reports_its_setting_and_a_resumed_one_uses_the_same(
 def test_an_asked_precision_is_kept(tmp_path, stripes, tiny_vit, flags, caplog):
     caplog.set_level("INFO", logger="hf_cifar.plan")
     config = run(tmp_path, stripes, tiny_vit, "--max_steps", "2", *flags)
-    assert config.train.precision == "bf16"
-    assert config.train.mixed_precision == "bf16"
     seen = set()
     hook = torch.nn.modules.module.register_module_forward_hook(
         lambda module, _, output: (
@@ -310,6 +309,7 @@ def test_an_asked_precision_is_kept(tmp_path, stripes, tiny_vit, flags, caplog):
         hook.remove()
     assert seen == {torch.bfloat16}
     assert not measured(caplog)
+    assert RunConfig.load(tmp_path / "run" / "config.yaml").train.precision == "bf16"
 
 
 @pytest.mark.parametrize("steps", [3, 400], ids=["short", "measured"])
@@ -381,13 +381,15 @@ def test_a_run_in_bfloat16_goes_around_slow_kernels_and_gives_back_the_plain_mod
 def test_contiguous_images_stay_so(tmp_path, stripes, tiny_vit):
     from hf_cifar.data.splits import load_splits
     from hf_cifar.models.build import build_model
-    from hf_cifar.plan import resolve_defaults
+    from hf_cifar.plan import plan_run
     from hf_cifar.training.build import build_trainer
 
     for layout, expected in (("contiguous", True), ("channels_last", False)):
         config = run(tmp_path, stripes, tiny_vit, "--memory_format", layout, "--use_cpu")
         splits = load_splits(config.data)
         model, processor = build_model(config.model, splits.id2label)
-        trainer = build_trainer(model, processor, splits, resolve_defaults(config, model))
+        trainer = build_trainer(
+            model, processor, splits, plan_run(config, model, processor, splits)
+        )
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         assert inputs["pixel_values"].is_contiguous() is expected

@@ -17,7 +17,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.models.build import build_model
 from hf_cifar.models.heads import linear_head
-from hf_cifar.plan import resolve_defaults
+from hf_cifar.plan import plan_run
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.features import (
     FeatureStore,
@@ -46,7 +46,9 @@ def make_trainer(config):
     torch.manual_seed(0)
     splits = load_splits(config.data)
     model, processor = build_model(config.model, splits.id2label)
-    return build_trainer(model, processor, splits, resolve_defaults(config, model)), splits
+    return build_trainer(
+        model, processor, splits, plan_run(config, model, processor, splits)
+    ), splits
 
 
 @pytest.mark.parametrize("name", MODELS)

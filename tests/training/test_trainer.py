@@ -11,7 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.models.build import build_model
-from hf_cifar.plan import resolve_defaults
+from hf_cifar.plan import plan_run
 from hf_cifar.training.build import build_trainer
 
 
@@ -28,8 +28,7 @@ def make_trainer(tmp_path, data, model, *flags):
     torch.manual_seed(0)
     splits = load_splits(config.data)
     model, processor = build_model(config.model, splits.id2label)
-    config = resolve_defaults(config, model)
-    return build_trainer(model, processor, splits, config)
+    return build_trainer(model, processor, splits, plan_run(config, model, processor, splits))
 
 
 @pytest.fixture(scope="module")

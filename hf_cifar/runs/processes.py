@@ -1,0 +1,75 @@
+"""The processes of a run, and the device of this one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from hf_cifar.config.run import RunConfig
+
+
+def is_main_process() -> bool:
+    """True in the first of all processes, by the launcher's environment. Imports no torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """index: of this process, from 0. count: of all. device: of this process. num_devices: GPUs that this
+    process drives, where no launcher started one process for each."""
+
+    index: int
+    count: int
+    device: torch.device
+    num_devices: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True in the first process."""
+        return self.index == 0
+
+    def wait_for_all(self) -> None:
+        """Wait until all processes are here."""
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def start_processes(config: RunConfig) -> Processes:
+    """Join the other processes of the run, if a launcher started some, and pick this one's device.
+
+    TrainingArguments later finds the process group that this starts.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    options: dict[str, Any] = {"cpu": True} if computes_on_cpu(config.train.use_cpu) else {}
+    if "ddp_backend" in config.trainer:
+        options["backend"] = config.trainer["ddp_backend"]
+    if "ddp_timeout" in config.trainer:
+        options["timeout"] = timedelta(seconds=config.trainer["ddp_timeout"])
+    state = PartialState(**options)
+    alone = state.distributed_type == DistributedType.NO and state.device.type == "cuda"
+    num_devices = torch.cuda.device_count() if alone else 1
+    return Processes(state.process_index, state.num_processes, state.device, num_devices)
+
+
+def computes_on_cpu(requested: bool) -> bool:
+    """True where the CPU is requested, and where there is nothing else.
+
+    TrainingArguments has to be told: otherwise multiple processes on a CPU would each train alone.
+    """
+    import torch
+
+    return requested or not torch.accelerator.is_available()
+
+
+def is_sharded() -> bool:
+    """True if the launcher requests FSDP or DeepSpeed."""
+    return "true" in [os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")]

@@ -1,0 +1,92 @@
+"""transformers' TrainingArguments of a planned run."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from hf_cifar.config.metrics import BEST_METRICS
+from hf_cifar.config.run import RunConfig
+from hf_cifar.config.training import TrainingConfig
+from hf_cifar.errors import UserError
+from hf_cifar.extras import require
+from hf_cifar.runs.processes import computes_on_cpu
+from hf_cifar.text import one_line
+from hf_cifar.training.schedules import check_schedule
+
+TRACKERS = {"tensorboard", "trackio"}  # those that the extra `track` brings
+# What the Trainer must not do by itself: precision is set below, hub/push.py pushes once at the end, no
+# logger gets to see a token, batches shrink without a change of the step, and the plan finds the checkpoint.
+NOT_PASSED_ON = (
+    "bf16", "fp16", "push_to_hub", "hub_token", "auto_find_batch_size", "resume_from_checkpoint",
+)  # fmt: skip
+
+
+def training_arguments(config: RunConfig, num_workers: int) -> TrainingArguments:
+    """Build the TrainingArguments of a run, from settled options. Raises: UserError for what it refuses."""
+    train = config.train
+    theirs = {each.name for each in dataclasses.fields(TrainingArguments)}
+    values = {
+        each.name: getattr(train, each.name)
+        for each in dataclasses.fields(TrainingConfig)
+        if each.name in theirs and each.name not in NOT_PASSED_ON
+    }
+    values = {name: value for name, value in values.items() if value is not None}
+    metric = train.metric_for_best_model.removeprefix("eval_")
+    values |= {
+        "dataloader_num_workers": num_workers,
+        "dataloader_pin_memory": num_workers > 0,  # images on the device cannot be pinned
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "use_cpu": computes_on_cpu(train.use_cpu),
+        "run_name": train.run_name or train.output_dir,  # otherwise trackers invent one
+        "report_to": train.report_to or "none",
+        "greater_is_better": BEST_METRICS[metric],
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": not sys.stderr.isatty()  # bars for people, lines for logs
+        if train.disable_tqdm is None
+        else train.disable_tqdm,
+    } | dict(config.trainer)
+    try:
+        arguments = TrainingArguments(**values)
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        raise UserError(one_line(error)) from None
+    # Not as a flag: it would require a GPU, and bfloat16 runs on a CPU as well. The options come before the
+    # launcher, which names a precision too.
+    if train.precision != "auto":
+        arguments.mixed_precision = "no" if train.precision == "fp32" else train.precision
+    # Batches are copied to a GPU while it computes.
+    arguments.accelerator_config.non_blocking = arguments.dataloader_pin_memory
+    return arguments
+
+
+def check_libraries(args: TrainingArguments, model: PreTrainedModel) -> None:
+    """Raises: UserError for an option whose package is missing, or which the model does not support."""
+    for tracker in TRACKERS.intersection(args.report_to):
+        require(tracker, extra="track")
+    try:
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"--report_to: {one_line(error)}") from None
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, RuntimeError, ValueError) as error:
+        given = f" with --optim_args {args.optim_args}" if args.optim_args else ""
+        raise UserError(f"--optim {args.optim.value}{given}: {one_line(error)}") from None
+    check_schedule(args)
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"--gradient_checkpointing: {type(model).__name__} does not support it; leave it out"
+        )
+    if args.torch_compile:
+        known = torch.compiler.list_backends(exclude_tags=())
+        if args.torch_compile_backend not in known:
+            raise UserError(
+                f"--torch_compile_backend does not take {args.torch_compile_backend!r}; it takes "
+                f"{', '.join(known)}"
+            )
