@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import tempfile
 from pathlib import Path
@@ -38,9 +37,8 @@ from hf_cifar.models.build import load_classifier
 from hf_cifar.models.heads import divide_logits
 from hf_cifar.models.problem_type import is_multi_label, thresholds_of
 from hf_cifar.report.card import is_untouched, save_card
-from hf_cifar.runs.folder import CORRUPTIONS_FILE, RUN_FILE, read_json, write_json
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import computes_on_cpu
-from hf_cifar.text import one_line
 from hf_cifar.training.losses import build_loss
 from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -207,8 +205,7 @@ def evaluate_saved(
         untouched = is_untouched(folder)
         evaluation.save(folder)
         if corrupted is not None:
-            path = folder / CORRUPTIONS_FILE
-            write_json(path, {**read_json(path), split.name: corrupted})
+            RunFolder(folder).save_corruptions(split.name, corrupted)
         if untouched:  # keep a card that somebody has edited
             save_card(folder)
     return evaluation
@@ -219,15 +216,12 @@ def temperature_of(model_name_or_path: str) -> float:
 
     Raises: UserError if the run's file is damaged.
     """
-    path = Path(model_name_or_path) / RUN_FILE
-    if not path.is_file():
-        return 1.0
+    folder = RunFolder(model_name_or_path)
+    value = folder.facts().get("temperature", 1.0)
     try:
-        return float(json.loads(path.read_text()).get("temperature", 1.0))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is damaged ({one_line(error, 200)}); move it away to evaluate without it"
-        ) from None
+        return float(value)
+    except (ValueError, TypeError):
+        raise UserError(f"{folder.facts_path} is damaged: temperature is {value!r}") from None
 
 
 def output_folder(config: EvaluateConfig) -> Path | None:

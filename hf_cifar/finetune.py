@@ -26,14 +26,7 @@ from hf_cifar.preflight import check_plan, check_request
 from hf_cifar.record import Fitted, known_facts, run_facts
 from hf_cifar.report.card import card_for, save_card
 from hf_cifar.runs.energy import measured_energy
-from hf_cifar.runs.folder import (
-    CONFIG_FILE,
-    RUN_FILE,
-    read_json,
-    refuse_occupied,
-    remove_figures,
-    write_json,
-)
+from hf_cifar.runs.folder import write_json
 from hf_cifar.runs.lock import sole_run
 from hf_cifar.runs.signals import deferred_signals
 from hf_cifar.training.build import build_trainer
@@ -90,10 +83,10 @@ def claimed_folder(plan: Plan) -> Iterator[None]:
     if not plan.processes.is_main:
         yield
         return
-    with sole_run(plan.folder):
+    with sole_run(plan.folder.path):
         if not plan.requested.train.resumes:
-            refuse_occupied(plan.folder)
-        plan.config.save(plan.folder / CONFIG_FILE)
+            plan.folder.refuse_occupied()
+        plan.config.save(plan.folder.config_path)
         yield
 
 
@@ -121,7 +114,7 @@ def save_batch(trainer: ImageClassificationTrainer, plan: Plan) -> None:
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     fitting = plan.config.with_training(**{name: getattr(trainer.args, name) for name in names})
     if plan.processes.is_main:
-        fitting.save(plan.folder / CONFIG_FILE)
+        fitting.save(plan.folder.config_path)
 
 
 def evaluate_run(
@@ -154,21 +147,21 @@ def finish_run(
     """Save the model with its metrics, facts and card, and push it if requested."""
     folder, train = plan.folder, plan.config.train
     with deferred_signals() as stop_request:
-        save_classifier(trainer, folder)
+        save_classifier(trainer, folder.path)
         if plan.processes.is_main:
-            before = read_json(folder / RUN_FILE) if train.resumes else {}
+            before = folder.facts() if train.resumes else {}
             if before.get("steps") == facts["steps"]:
                 # Resuming a finished run trains nothing: its time and speed stay those of its training.
                 facts |= before
             else:
-                remove_figures(folder)
+                folder.remove_results()
             for evaluation in evaluations:
-                evaluation.save(folder)
-            write_json(folder / RUN_FILE, facts)
-            save_card(folder)
+                evaluation.save(folder.path)
+            write_json(folder.facts_path, facts)
+            save_card(folder.path)
         stop_request.raise_if_requested()
     if train.push_to_hub and plan.processes.is_main:
         logger.info("pushed to %s", push_run(train, card_for))
     trainer.accelerator.wait_for_everyone()
     metrics = {evaluation.split: evaluation.metrics for evaluation in evaluations}
-    return RunResult(folder, metrics, trainer.model, trainer.processing_class)
+    return RunResult(folder.path, metrics, trainer.model, trainer.processing_class)

@@ -24,10 +24,10 @@ from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import block_depths
 from hf_cifar.models.kernels import has_fused_attention
 from hf_cifar.models.problem_type import is_multi_label
-from hf_cifar.runs.folder import CONFIG_FILE
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import Processes, is_sharded, start_processes
 from hf_cifar.training.autotune import Setting, pick_setting
-from hf_cifar.training.checkpoints import find_damage, list_checkpoints, newest_checkpoint
+from hf_cifar.training.checkpoints import find_damage, newest_checkpoint
 from hf_cifar.training.optimizers import default_rates
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -48,9 +48,9 @@ class Plan:
     checkpoint: Path | None = None
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> RunFolder:
         """The folder of the run."""
-        return Path(self.config.train.output_dir)
+        return RunFolder(self.config.train.output_dir)
 
     @property
     def setting(self) -> Setting:
@@ -90,15 +90,16 @@ def plan_run(
 
 def config_before(train: TrainingConfig) -> RunConfig | None:
     """Return the settled options of the run that is resumed, or None."""
-    path = Path(train.output_dir) / CONFIG_FILE
-    return RunConfig.load(path) if train.resumes and path.is_file() else None
+    folder = RunFolder(train.output_dir)
+    return folder.load_config() if train.resumes and folder.has_run else None
 
 
 def find_checkpoint(train: TrainingConfig) -> Path | None:
     """Find the checkpoint to resume from: the one that was named, or the newest that is whole.
 
-    None for a new run, and for one that was stopped before its first checkpoint: it begins again.
-    Raises: UserError if there is none, or none that is whole.
+    None for a new run, and for one that stopped before its first checkpoint: it starts from the beginning.
+    So does `last` in a folder without a run: one command line can be repeated until the run is finished.
+    Raises: UserError if the one that was named is missing or damaged, or all are damaged.
     """
     if not train.resumes:
         return None
@@ -114,15 +115,16 @@ def find_checkpoint(train: TrainingConfig) -> Path | None:
                 "whole"
             )
         return found
-    folder = Path(train.output_dir)
-    found = newest_checkpoint(folder)
-    if found is None and (list_checkpoints(folder) or not (folder / CONFIG_FILE).is_file()):
-        what = "whole checkpoint" if list_checkpoints(folder) else "checkpoint"
+    folder = RunFolder(train.output_dir)
+    found = newest_checkpoint(folder.path)
+    if found is None and folder.checkpoints():
         raise UserError(
-            f"--resume_from_checkpoint: no {what} in {folder}; leave it out to start again, in another "
-            "--output_dir if there are files"
+            f"--resume_from_checkpoint: no complete checkpoint in {folder.path}; leave it out to start again "
+            "in another --output_dir"
         )
-    logger.info("resuming from %s", found or f"the beginning: {folder} has no checkpoint yet")
+    if found is None and not folder.has_run:
+        folder.refuse_occupied()
+    logger.info("resuming from %s", found or f"the beginning: {folder.path} has no checkpoint yet")
     return found
 
 

@@ -8,9 +8,6 @@ import hf_cifar
 
 # The caches there are, and the light values that they hold.
 LIGHT = {
-    "hf_cifar.config.command_line.trainer_options",  # names and types of options
-    "hf_cifar.config.command_line._argument_parser",  # a class
-    "hf_cifar.config.run._default_arguments",  # options
     "hf_cifar.hub.origin.find_origin",  # ids and commits
     "hf_cifar.models.names._timm_models",  # names
     "hf_cifar.training.memory.keep_freed_memory",  # None

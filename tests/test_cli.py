@@ -187,7 +187,7 @@ BAD = {
         "does not take 'adamw_torh' (nearest: adamw_torch)",
     ),
     "strategy": (["finetune", "--eval_strategy=never"], "it takes no, steps, epoch"),
-    "batch": (["evaluate", "--per_device_eval_batch_size", "0"], "it must be at least 1"),
+    "batch": (["evaluate", "--per_device_eval_batch_size", "0"], "it must be in 1..1048576"),
     "data set": (["finetune", *MODEL, "--dataset_name", "./nowhere"], "no such file or folder"),
     "bundled data set": (
         ["finetune", *MODEL, "--dataset_name", "bundled/letters"],
@@ -334,7 +334,7 @@ import sys
 import hf_cifar
 from hf_cifar.cli import main
 assert main(["--help"]) == 0
-assert main(["finetune", "--learning_rat", "1"]) == 2
+assert main(["finetune", "--learning_rate", "-1"]) == 2
 assert main(["finetune", "--optim", "adam"]) == 2
 model = ["--model_name_or_path", "scratch/resnet18"]
 assert main(["finetune", *model, "--dataset_name", "./nowhere"]) == 2

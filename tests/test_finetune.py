@@ -14,8 +14,12 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from hf_cifar import RunConfig, UserError, evaluate_saved, finetune_classifier, load_splits
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
+from hf_cifar.data.splits import DataSource
 from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.models.build import load_classifier
 from hf_cifar.preflight import draft_card
+from hf_cifar.record import known_facts
+from hf_cifar.runs.folder import RunFolder
 
 
 def run(output_dir, data, model, *flags):
@@ -138,7 +142,7 @@ def test_a_damaged_record_of_the_run_is_one_line(vit_run, stripes, tmp_path):
     folder = shutil.copytree(vit_run, tmp_path / "run")
     (folder / "run.json").write_text('{"temperature": ')
     config = EvaluateConfig(model_name_or_path=str(folder), use_cpu=True)
-    with pytest.raises(UserError, match=r"run\.json is damaged .*; move it away"):
+    with pytest.raises(UserError, match=r"run\.json is damaged .*; restore it"):
         evaluate_saved(config, DataConfig(dataset_name=str(stripes)))
 
 
@@ -307,7 +311,7 @@ def test_a_folder_with_a_run_is_refused_and_unchanged(vit_run, stripes, tiny_vit
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--resume_from_checkpoint", "last"], "no checkpoint"),
+        (["--resume_from_checkpoint", "nowhere/checkpoint-4"], "no checkpoint in nowhere"),
         (["--fp16"], "fp16 needs a GPU"),
         (["--image_size", "18"], "patch size 4"),
     ],
@@ -316,6 +320,18 @@ def test_what_cannot_work_leaves_nothing_behind(tmp_path, stripes, tiny_vit, fla
     with pytest.raises(UserError, match=message):
         run(tmp_path / "run", stripes, tiny_vit, *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_one_command_line_starts_a_run_and_resumes_it(tmp_path, stripes, tiny_vit):
+    again = ["--resume_from_checkpoint", "last", "--num_train_epochs"]
+    for epochs in (1, 2):
+        run(tmp_path / "run", stripes, tiny_vit, *again, str(epochs))
+        assert RunFolder(tmp_path / "run").facts()["epochs"] == epochs
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(tmp_path / "run" / "config.json", other)
+    with pytest.raises(UserError, match="holds another run"):
+        run(other, stripes, tiny_vit, *again, "1")
 
 
 def test_do_predict_needs_a_test_split(tmp_path, stripes, tiny_vit):
@@ -470,8 +486,11 @@ def test_a_stream_has_no_features_to_keep(tmp_path, shards, tiny_vit):
 
 
 def test_the_card_before_training_is_that_of_the_end_but_for_the_figures(vit_run):
-    config = RunConfig.load(vit_run / "config.yaml")
-    draft = ModelCard(draft_card(config, load_splits(config.data))).data.to_dict()
+    folder = RunFolder(vit_run)
+    config = folder.load_config()
+    model = load_classifier(str(vit_run))[0]
+    draft = draft_card(config, model, known_facts(DataSource(config.data), config))
+    draft = ModelCard(draft).data.to_dict()
     final = ModelCard((vit_run / "README.md").read_text()).data.to_dict()
     results = [metadata.pop("model-index")[0]["results"] for metadata in (draft, final)]
     assert draft == final

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from hf_cifar.commands.command import Command, check_images, quieten, require_model
 from hf_cifar.config.command_line import parse, refuse_options
@@ -11,7 +10,7 @@ from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.fields import field_names
 from hf_cifar.errors import UserError
-from hf_cifar.runs.folder import CONFIG_FILE, run_data_tokens
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process
 
 PROG, CONFIGS = "hf-cifar evaluate", (EvaluateConfig, DataConfig)
@@ -47,8 +46,8 @@ def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str
 
     Raises: UserError if metrics of other data would replace the run's own.
     """
-    path = Path(config.model_name_or_path) / CONFIG_FILE
-    if not config.model_name_or_path or not path.is_file():
+    folder = RunFolder(config.model_name_or_path)
+    if not config.model_name_or_path or not folder.has_run:
         return []
     names = field_names(DataConfig)
     given = [t.partition("=")[0] for t in argv if t.startswith("--")]
@@ -60,4 +59,4 @@ def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str
         )
     if "--dataset_name" in other:
         return []
-    return run_data_tokens(path.parent)
+    return folder.data_tokens()

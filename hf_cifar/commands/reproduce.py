@@ -7,19 +7,19 @@ from pathlib import Path
 
 from hf_cifar.commands.command import Command, one_run, quieten
 from hf_cifar.config.studies import ReproduceConfig
-from hf_cifar.runs.folder import refuse_occupied, require_finished
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process
 
 
 def reproduce(config: ReproduceConfig, folders: Sequence[str]) -> int:
     """Rerun, and print what differs; exit status 1 if the weights do."""
     folder = one_run("reproduce", folders)
-    require_finished(folder)
+    RunFolder(folder).require_finished()
     output_dir = Path(
         config.output_dir or f"{folder if folder.name else folder.resolve()}-reproduced"
     )
     if is_main_process():
-        refuse_occupied(output_dir)
+        RunFolder(output_dir).refuse_occupied()
 
     from hf_cifar.studies.reproduce import render_reproduction, reproduce_run
 

@@ -210,8 +210,10 @@ def parse_inherited(tokens: Sequence[str], ours: Sequence[type]) -> dict[str, An
     """
     if not tokens[0].startswith("--"):
         raise UserError(f"unexpected argument {tokens[0]!r}; options start with --, see --help")
+    from transformers import TrainingArguments
+
     parser = inherited_parser()
-    theirs = {action.dest for action in parser._actions}
+    theirs = {each.name for each in dataclasses.fields(TrainingArguments)}
     known = [*theirs, *(name for each in ours for name in field_names(each))]
     flags = [token.partition("=")[0][2:] for token in tokens if token.startswith("--")]
     for flag in flags:

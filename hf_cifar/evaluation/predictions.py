@@ -20,7 +20,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluation.multi_label import MultiLabel
 from hf_cifar.evaluation.outcome import DRAWS, Outcome
 from hf_cifar.evaluation.single_label import SingleLabel
-from hf_cifar.runs.folder import METRICS_FILE, PREDICTIONS_FOLDER, read_json, write_json
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.text import one_line
 
 TEMPERATURE, THRESHOLDS, SKIPPED = (
@@ -145,7 +145,7 @@ class Predictions:
 
     def save(self, folder: str | Path) -> None:
         """Write predictions/SPLIT.parquet, and this split's metrics into metrics.json."""
-        path = _path(folder, self.split)
+        path = RunFolder(folder).predictions_path(self.split)
         path.parent.mkdir(parents=True, exist_ok=True)
         label, labels = datasets.ClassLabel(names=list(self.id2label.values())), self.labels
         note = {TEMPERATURE: str(self.temperature), SKIPPED: json.dumps(self.skipped_rows)}
@@ -167,19 +167,18 @@ class Predictions:
         temporary = path.with_name(f".{path.name}.tmp")
         pyarrow.parquet.write_table(table, temporary)
         os.replace(temporary, path)
-        path = Path(folder) / METRICS_FILE
-        write_json(path, {**read_json(path), self.split: self.metrics})
+        RunFolder(folder).save_metrics(self.split, self.metrics)
 
     @classmethod
     def load(cls, folder: str | Path, split: str) -> Predictions:
         """Read what `save` wrote. Raises: UserError if there is no such file, or a damaged one."""
-        path = _path(folder, split)
+        path = RunFolder(folder).predictions_path(split)
         if not path.is_file():
             raise UserError(
                 f"no predictions in {path}; run: hf-cifar evaluate --model_name_or_path {folder} "
                 f"--split {split}"
             )
-        saved = read_json(Path(folder) / METRICS_FILE).get(split)
+        saved = RunFolder(folder).metrics().get(split)
         try:
             table = pyarrow.parquet.read_table(path)
             label = datasets.Features.from_arrow_schema(table.schema)["label"]
@@ -205,8 +204,8 @@ class Predictions:
 
 def saved_splits(folder: str | Path) -> list[str]:
     """The splits of which a folder holds predictions."""
-    return [split for split in ("validation", "test") if _path(folder, split).is_file()]
-
-
-def _path(folder: str | Path, split: str) -> Path:
-    return Path(folder) / PREDICTIONS_FOLDER / f"{split}.parquet"
+    return [
+        split
+        for split in ("validation", "test")
+        if RunFolder(folder).predictions_path(split).is_file()
+    ]

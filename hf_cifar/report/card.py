@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -20,7 +19,6 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluation.mistakes import confused_pairs
 from hf_cifar.evaluation.tables import render_cell, render_number
 from hf_cifar.hub.origin import HUB
-from hf_cifar.hub.push import CARD_FILE, EVAL_RESULTS_FOLDER
 from hf_cifar.report.public import public_options
 from hf_cifar.report.wording import (
     hashed,
@@ -32,7 +30,7 @@ from hf_cifar.report.wording import (
     role_of,
     validation_source,
 )
-from hf_cifar.runs.folder import CONFIG_FILE, METRICS_FILE, RUN_FILE
+from hf_cifar.runs.folder import RunFolder, write_text
 from hf_cifar.text import listed, one_line
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # a folder may be called hf_flowers
@@ -64,15 +62,15 @@ class CardFacts:
     @classmethod
     def load(cls, folder: Path) -> CardFacts:
         """The facts of a finished run. Raises: UserError if the folder holds none."""
+        files = RunFolder(folder)
         try:
-            options = yaml.safe_load((folder / CONFIG_FILE).read_text())
-            run = json.loads((folder / RUN_FILE).read_text())
+            run = files.facts()
             facts = cls(
                 repo_id=run["repo_id"],
-                options=options,
+                options=files.options(),
                 run=run,
-                metrics=json.loads((folder / METRICS_FILE).read_text()),
-                class_names=_class_names(json.loads((folder / "config.json").read_text())),
+                metrics=files.metrics(),
+                class_names=_class_names(files.model_config()),
                 custom_code=any(folder.glob("*.py")),
             )
             render_card(facts)
@@ -203,20 +201,18 @@ def render_eval_results(facts: CardFacts) -> str | None:
 
 def save_card(folder: Path) -> None:
     """Write README.md and `.eval_results/` of a finished run, from its other files."""
-    facts = CardFacts.load(folder)
-    (folder / CARD_FILE).write_text(render_card(facts))
+    facts, files = CardFacts.load(folder), RunFolder(folder)
+    write_text(files.card_path, render_card(facts))
     results = render_eval_results(facts)
     if results is not None:
-        path = (
-            folder / EVAL_RESULTS_FOLDER / f"{facts.run['dataset']['hub_id'].split('/')[-1]}.yaml"
-        )
+        path = files.eval_results_path(facts.run["dataset"]["hub_id"].split("/")[-1])
         path.parent.mkdir(exist_ok=True)
-        path.write_text(results)
+        write_text(path, results)
 
 
 def is_untouched(folder: Path) -> bool:
     """True if a run's card is as `save_card` writes it, for the current metrics."""
-    card = folder / CARD_FILE
+    card = RunFolder(folder).card_path
     try:
         return card.is_file() and card.read_text() == render_card(CardFacts.load(folder))
     except UserError:
@@ -227,7 +223,7 @@ def card_for(folder: Path, repo_id: str) -> str:
     """A run's card for the repository that it is pushed to. An edited card stays as it is, except for the
     name that its code loads. Raises: UserError if the folder holds no finished run."""
     facts = CardFacts.load(folder)
-    card = folder / CARD_FILE
+    card = RunFolder(folder).card_path
     text = card.read_text() if card.is_file() else None
     if text in (None, render_card(facts)):
         return render_card(dataclasses.replace(facts, repo_id=repo_id))

@@ -31,14 +31,7 @@ from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.hub.origin import public_name
 from hf_cifar.report.public import public_options
 from hf_cifar.report.wording import role_of
-from hf_cifar.runs.folder import (
-    CONFIG_FILE,
-    CORRUPTIONS_FILE,
-    RUN_FILE,
-    read_json,
-    read_record,
-    run_data,
-)
+from hf_cifar.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +56,7 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
             f"no predictions in {folder}; run: hf-cifar evaluate --model_name_or_path {folder}"
         )
     predictions = {split: Predictions.load(folder, split) for split in found}
-    run = read_json(folder / RUN_FILE)
+    run = RunFolder(folder).facts()
     evaluated = predictions["test" if "test" in found else "validation"]
     metrics = {split: each.metrics for split, each in predictions.items()}
     facts = {
@@ -74,7 +67,7 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
         **(
             {} if evaluated.multi_label else single_label_facts(evaluated, metrics[evaluated.split])
         ),
-        "corruptions": read_json(folder / CORRUPTIONS_FILE).get(evaluated.split),
+        "corruptions": RunFolder(folder).corruptions().get(evaluated.split),
         **run_facts(folder, run),
         **galleries(evaluated, config.gallery_size),
     }
@@ -82,7 +75,7 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
         role_of(evaluated.split, metrics[evaluated.split], facts["options"]) if run else ""
     )
     try:
-        source = DataSource(run_data(folder))
+        source = DataSource(RunFolder(folder).data())
         split = matching_split(source, evaluated)
     except UserError as error:
         # The reason may name a path, which has no place in a report.
@@ -106,10 +99,9 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
 
 def run_facts(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Data, options, work and machine of the run, without a path of the machine; empty without a run."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
+    options = RunFolder(folder).options()
+    if not options:
         return {"dataset": None, "model": None, "options": {}, "run": {}, "history": []}
-    options = read_record(path)
     run = dict(run)
     history = run.pop("history", [])
     return {

@@ -19,9 +19,8 @@ from hf_cifar.evaluation.tables import render_number
 from hf_cifar.report import charts
 from hf_cifar.report.facts import Report, build_report
 from hf_cifar.report.wording import render_skipped
-from hf_cifar.runs.folder import write_json
+from hf_cifar.runs.folder import RunFolder, write_json, write_text
 
-PAGE_FILE, FACTS_FILE = "report.html", "report.json"
 MAX_SIDE = 128  # px, of a picture in the page
 MATRIX_CLASSES = 40  # with more, the page shows no confusion matrix, and only the lowest recalls
 
@@ -31,17 +30,15 @@ def write_report(folder: str | Path, config: ReportConfig) -> Path:
 
     Raises: UserError as `build_report` does, or if the folder cannot be written.
     """
-    folder = Path(folder)
+    folder, files = Path(folder), RunFolder(folder)
     report = build_report(folder, config)
     page = render_page(report)
     try:
-        write_json(folder / FACTS_FILE, report.facts)
-        temporary = folder / f".{PAGE_FILE}.tmp"
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(folder / PAGE_FILE)
+        write_json(files.page_facts_path, report.facts)
+        write_text(files.page_path, page)
     except PermissionError as error:
         raise UserError(f"cannot write the report: {error}; make {folder} writable") from None
-    return folder / PAGE_FILE
+    return files.page_path
 
 
 def render_page(report: Report) -> str:

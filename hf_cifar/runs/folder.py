@@ -1,9 +1,10 @@
-"""The files of a run's folder: their names, reading and writing them."""
+"""The folder of a run: every file in it by name, read and written in one place."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,113 +14,167 @@ from hf_cifar.config.command_line import parse
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.fields import field_names
 from hf_cifar.config.recipes import yaml_tokens
+from hf_cifar.config.run import RunConfig
 from hf_cifar.errors import UserError
+from hf_cifar.text import one_line
 
-CONFIG_FILE = "config.yaml"  # the resolved options in a run's folder
-RUN_FILE = "run.json"  # what happened in it
-METRICS_FILE = "metrics.json"  # the figures of its splits
-WEIGHTS_FILE = "model.safetensors"
-CORRUPTIONS_FILE = "corruptions.json"
-PREDICTIONS_FOLDER = "predictions"
-# All that is said of the model in a folder, and of no other.
-FIGURE_FILES = (
-    METRICS_FILE, CORRUPTIONS_FILE, f"{PREDICTIONS_FOLDER}/*.parquet", ".eval_results/*.yaml",
-    "report.html", "report.json",
+# Files that describe the model in a folder, and no other model.
+RESULT_FILES = (
+    "metrics.json", "corruptions.json", "predictions/*.parquet", ".eval_results/*.yaml", "report.html",
+    "report.json",
 )  # fmt: skip
+NEXT_STEP = "restore it from a copy, or remove it"
 
 
-def refuse_occupied(folder: Path) -> None:
-    """Raises: UserError if an output folder holds a run, finished or not, or is a file."""
-    if folder.is_file():
-        raise UserError(f"--output_dir {folder} is a file; pass a folder")
-    if (folder / "config.json").exists() or any(folder.glob("checkpoint-*")):
-        raise UserError(
-            f"{folder} holds another run; pass another --output_dir, or --resume_from_checkpoint last"
-        )
-    if (folder / CONFIG_FILE).exists():
-        raise UserError(
-            f"{folder} holds another run, which saved no checkpoint; pass another --output_dir, or remove it"
-        )
-    if any(folder.glob(f"seed-*/{CONFIG_FILE}")):
-        raise UserError(
-            f"{folder} holds runs with --seeds; pass another --output_dir, or go on with the same --seeds "
-            "and --resume_from_checkpoint last"
-        )
+class RunFolder:
+    """The folder of a run, which need not exist yet.
+
+    Reading a file that is missing gives {}. Raises: UserError for a damaged one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"  # the settled options
+        self.facts_path = self.path / "run.json"  # what happened; written last, with the card
+        self.metrics_path = self.path / "metrics.json"  # by split
+        self.corruptions_path = self.path / "corruptions.json"  # by split
+        self.weights_path = self.path / "model.safetensors"
+        self.model_config_path = self.path / "config.json"
+        self.card_path = self.path / "README.md"
+        self.page_path = self.path / "report.html"
+        self.page_facts_path = self.path / "report.json"
+        self.reproduction_path = self.path / "reproduction.json"
+
+    def predictions_path(self, split: str) -> Path:
+        """Return the file of a split's predictions."""
+        return self.path / "predictions" / f"{split}.parquet"
+
+    def eval_results_path(self, dataset_name: str) -> Path:
+        """Return the file of results on a data set, in the form that the Hub reads."""
+        return self.path / ".eval_results" / f"{dataset_name}.yaml"
+
+    def checkpoints(self) -> list[Path]:
+        """List the folders of checkpoints, the newest step first, complete or damaged."""
+        steps = {
+            int(match[1]): path
+            for path in self.path.glob("checkpoint-*")
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+        }
+        return [steps[step] for step in sorted(steps, reverse=True)]
+
+    @property
+    def has_run(self) -> bool:
+        """True once a run has started, finished or not."""
+        return self.config_path.is_file()
+
+    def refuse_occupied(self) -> None:
+        """Raises: UserError if the folder holds a run, finished or not, or is a file."""
+        if self.path.is_file():
+            raise UserError(f"--output_dir {self.path} is a file; pass a folder")
+        if self.model_config_path.exists() or self.checkpoints():
+            raise UserError(
+                f"{self.path} holds another run; pass another --output_dir, or --resume_from_checkpoint last"
+            )
+        if self.has_run:
+            raise UserError(
+                f"{self.path} holds another run, which saved no checkpoint; pass another --output_dir, "
+                "--resume_from_checkpoint last, or remove it"
+            )
+        if any(RunFolder(below).has_run for below in self.path.glob("seed-*")):
+            raise UserError(
+                f"{self.path} holds runs with --seeds; pass another --output_dir, or resume with the same "
+                "--seeds and --resume_from_checkpoint last"
+            )
+
+    def require_finished(self) -> None:
+        """Raises: UserError if the folder does not hold a finished run."""
+        needed = (self.config_path, self.facts_path, self.metrics_path, self.weights_path)
+        missing = [path.name for path in needed if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"{self.path} holds no finished run: no {missing[0]}; pass the output folder of one, see "
+                "hf-cifar runs"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """Return the settled options by name."""
+        return _read(self.config_path)
+
+    def load_config(self) -> RunConfig:
+        """Return the settled options. Raises: UserError also if there are none."""
+        return RunConfig.load(self.config_path)
+
+    def model_config(self) -> dict[str, Any]:
+        """Return the saved model's config.json."""
+        return _read(self.model_config_path)
+
+    def data_tokens(self) -> list[str]:
+        """Return the data options as command line tokens; none without config.yaml."""
+        if not self.has_run:
+            return []
+        names, tokens, kept = field_names(DataConfig), [], False
+        for token in yaml_tokens(self.config_path.read_bytes(), str(self.config_path)):
+            if token.startswith("--"):  # its values follow
+                kept = token[2:] in names
+            if kept:
+                tokens.append(token)
+        return tokens
+
+    def data(self) -> DataConfig:
+        """Return the data options. Raises: UserError without config.yaml."""
+        if not self.has_run:
+            raise UserError(f"{self.path} has no {self.config_path.name} that names its data")
+        data, *_ = parse([DataConfig], self.data_tokens(), "hf-cifar")
+        return data
+
+    def facts(self) -> dict[str, Any]:
+        """Return what happened in the run."""
+        return _read(self.facts_path)
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the metrics by split."""
+        return _read(self.metrics_path)
+
+    def corruptions(self) -> dict[str, Any]:
+        """Return the accuracy under corruptions by split."""
+        return _read(self.corruptions_path)
+
+    def save_metrics(self, split: str, metrics: dict[str, Any]) -> None:
+        """Replace the metrics of a split."""
+        write_json(self.metrics_path, self.metrics() | {split: metrics})
+
+    def save_corruptions(self, split: str, result: dict[str, Any]) -> None:
+        """Replace the accuracy under corruptions of a split."""
+        write_json(self.corruptions_path, self.corruptions() | {split: result})
+
+    def remove_results(self) -> None:
+        """Remove what describes a model that another one replaces."""
+        for pattern in RESULT_FILES:
+            for path in self.path.glob(pattern):
+                path.unlink()
 
 
-def run_data_tokens(folder: Path) -> list[str]:
-    """The data options of a run's config.yaml, as tokens; none without the file."""
-    path, names = folder / CONFIG_FILE, field_names(DataConfig)
-    if not path.is_file():
-        return []
-    tokens, kept = yaml_tokens(path.read_bytes(), str(path)), False
-    chosen = []
-    for token in tokens:  # an option, then its values
-        if token.startswith("--"):
-            kept = token[2:] in names
-        if kept:
-            chosen.append(token)
-    return chosen
-
-
-def run_data(folder: Path) -> DataConfig:
-    """The data of a run. Raises: UserError if the folder has no config.yaml."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder} has no {CONFIG_FILE} that names its data")
-    data, *_ = parse([DataConfig], run_data_tokens(folder), "hf-cifar")
-    return data
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """What one of a run's YAML or JSON files holds. Raises: UserError if it is missing or damaged."""
+def _read(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file. Raises: UserError if it is damaged."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, yaml.YAMLError):
-        raise UserError(f"{path} cannot be read") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a run's")
-    return content
-
-
-def require_finished(folder: Path) -> None:
-    """Raises: UserError if there is no run in the folder that has ended."""
-    missing = [
-        name
-        for name in (CONFIG_FILE, RUN_FILE, METRICS_FILE, WEIGHTS_FILE)
-        if not (folder / name).is_file()
-    ]
-    if missing:
-        raise UserError(
-            f"{folder} holds no finished run: no {missing[0]}; pass the output folder of one, see hf-cifar "
-            "runs"
-        )
-
-
-def remove_figures(folder: str | Path) -> None:
-    """Remove what was said of a model that another has replaced."""
-    for pattern in FIGURE_FILES:
-        for path in Path(folder).glob(pattern):
-            path.unlink()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file maps; nothing if there is no such file. Raises: UserError if it is damaged."""
-    if not path.is_file():
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, and evaluate again") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error, 200)}); {NEXT_STEP}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (not a mapping); remove it, and evaluate again")
+        raise UserError(f"{path} is damaged (not a mapping); {NEXT_STEP}")
     return content
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file in one step: a reader sees the old one or the new one, never half."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import looks_like_path
-from hf_cifar.runs.folder import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_record
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.text import render_table
 
 COLUMNS = ("run", "model", "data", "epochs", "seed", "validation", "test", "state", "date")
@@ -34,36 +34,40 @@ def list_runs(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def find_runs(folder: str | Path) -> Iterator[Path]:
-    """The folders of runs, in or below a folder."""
-    for path, below, files in os.walk(folder):
+    """Yield the folders of runs, in or below a folder."""
+    for path, below, _ in os.walk(folder):
         below[:] = [name for name in below if not name.startswith((".", "checkpoint-"))]
-        if CONFIG_FILE in files:
+        if RunFolder(path).has_run:
             yield Path(path)
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """The record of one run, see `list_runs`."""
-    record: dict[str, Any] = {"run": str(folder)} | dict.fromkeys(COLUMNS[1:])
-    dated = next(path for path in (folder / RUN_FILE, folder / CONFIG_FILE) if path.exists())
+def read_run(path: Path) -> dict[str, Any]:
+    """Return the record of one run, see `list_runs`."""
+    folder = RunFolder(path)
+    record: dict[str, Any] = {"run": str(path)} | dict.fromkeys(COLUMNS[1:])
+    finished = folder.facts_path.exists()
+    dated = folder.facts_path if finished else folder.config_path
     date = datetime.fromtimestamp(dated.stat().st_mtime, UTC)
     record["date"] = date.isoformat(timespec="seconds")
     record["state"] = "finished"
     try:
-        options = read_record(folder / CONFIG_FILE)
+        options = folder.options()
         record |= {
             "model": str(options["model_name_or_path"]),
             "data": str(options["dataset_name"]),
             "epochs": float(options["num_train_epochs"]),
             "seed": options["seed"],
         }
-        if not (folder / RUN_FILE).is_file():
+        if not finished:
             return record | {"state": _unfinished(folder)}
-        facts, metrics = read_record(folder / RUN_FILE), read_record(folder / METRICS_FILE)
+        facts, metrics = folder.facts(), folder.metrics()
+        if not metrics:
+            raise UserError(f"{folder.metrics_path.name} is missing")
         record["epochs"] = float(facts["epochs"])
         record["date"] = str(facts.get("finished", record["date"]))
         record |= {split: _score(metrics[split]) for split in SPLITS if split in metrics}
     except UserError as error:
-        record["state"] = f"damaged: {str(error).removeprefix(f'{folder}/')}"
+        record["state"] = f"damaged: {str(error).removeprefix(f'{path}/')}"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         record["state"] = f"damaged: {type(error).__name__} {error}"
     return record
@@ -103,11 +107,9 @@ def _score(figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _unfinished(folder: Path) -> str:
-    """How far a run came that has not ended; it may be going on."""
-    steps = [
-        int(path.name.partition("-")[2])
-        for path in folder.glob("checkpoint-*")
-        if path.name.partition("-")[2].isdigit()
-    ]
-    return f"unfinished at step {max(steps)}" if steps else "unfinished, no checkpoint"
+def _unfinished(folder: RunFolder) -> str:
+    """Return how far a run that has not finished has come; it may still be running."""
+    checkpoints = folder.checkpoints()
+    if not checkpoints:
+        return "unfinished, no checkpoint"
+    return f"unfinished at step {checkpoints[0].name.partition('-')[2]}"

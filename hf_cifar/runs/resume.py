@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_cifar.config.run import CONFIGS, RunConfig
 from hf_cifar.config.training import TrainingConfig
 from hf_cifar.errors import UserError
-from hf_cifar.runs.folder import CONFIG_FILE, refuse_occupied
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.lock import refuse_in_use
 from hf_cifar.runs.processes import is_main_process
 
@@ -41,7 +39,7 @@ def check_folder(config: RunConfig) -> list[str]:
     if is_main_process():
         refuse_in_use(folder)
         if resumed is None:
-            refuse_occupied(folder)
+            RunFolder(folder).refuse_occupied()
     return changes
 
 
@@ -51,13 +49,13 @@ def check_same_run(folder: Path, config: RunConfig) -> list[str]:
     Options that are left open do not count. Returns the allowed differences, as `--NAME NEW, before: OLD`.
     Raises: UserError for the first option that may not change: it would be a different run.
     """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
+    run = RunFolder(folder)
+    if not run.has_run:
         return []
     fields = {
         each.name: each for config_class in CONFIGS for each in dataclasses.fields(config_class)
     }
-    saved, changes = yaml.safe_load(path.read_text()) or {}, []
+    saved, changes = run.options(), []
     for name, value in config.options().items():
         default = fields[name].default if name in fields else None
         before = saved.get(name, default)
@@ -69,8 +67,8 @@ def check_same_run(folder: Path, config: RunConfig) -> list[str]:
         if not _may_change(name, fields, config):
             raise UserError(
                 f"--resume_from_checkpoint: --{name} is {value}, but the run in {folder} began with "
-                f"{'the default' if before is None else before}; resume with --config {path}, or start again "
-                "in another --output_dir"
+                f"{'the default' if before is None else before}; resume with --config {run.config_path}, or "
+                "start again in another --output_dir"
             )
         changes.append(f"--{name} {value}, before: {'the default' if before is None else before}")
     return changes

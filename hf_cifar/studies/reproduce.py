@@ -22,15 +22,7 @@ from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.evaluation.tables import render_number
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.runs.environment import environment
-from hf_cifar.runs.folder import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    RUN_FILE,
-    WEIGHTS_FILE,
-    read_record,
-    require_finished,
-    write_json,
-)
+from hf_cifar.runs.folder import RunFolder, write_json
 from hf_cifar.runs.processes import is_main_process, start_processes
 from hf_cifar.text import render_table
 from hf_cifar.training.checkpoints import file_hash
@@ -38,7 +30,6 @@ from hf_cifar.training.resumable import pixel_hashes
 
 logger = logging.getLogger(__name__)
 
-REPRODUCTION_FILE = "reproduction.json"
 # Of what a run records beside versions and commit, what its result may depend on.
 CONDITIONS = ("device", "processes", "num_threads", "split_hash", "pixel_hashes")
 
@@ -56,8 +47,8 @@ def reproduce_run(
     more or fewer processes than then.
     """
     folder = Path(folder)
-    require_finished(folder)
-    facts = read_record(folder / RUN_FILE)
+    RunFolder(folder).require_finished()
+    facts = RunFolder(folder).facts()
     config = config_of_rerun(folder, Path(output_dir), facts)
     source = DataSource(config.data)
     with as_then(facts):
@@ -74,13 +65,13 @@ def reproduce_run(
         again = finetune_classifier(config, source).output_dir
     comparison = compare_reproduction(folder, again)
     if is_main_process():
-        write_json(again / REPRODUCTION_FILE, comparison)
+        write_json(RunFolder(again).reproduction_path, comparison)
     return comparison
 
 
 def config_of_rerun(folder: Path, output_dir: Path, facts: dict[str, Any]) -> RunConfig:
     """The options that a run saved, for another folder: all that says what it computes, and no more."""
-    tokens = ["--config", str(folder / CONFIG_FILE), "--output_dir", str(output_dir)]
+    tokens = ["--config", str(RunFolder(folder).config_path), "--output_dir", str(output_dir)]
     tokens += ["--report_to", "none", "--push_to_hub", "false"]
     tokens += ["--do_predict", str("test" in saved_splits(folder)).lower()]
     if facts["device"].startswith("CPU"):
@@ -129,15 +120,15 @@ def compare_reproduction(folder: Path, again: Path) -> dict[str, Any]:
     `compare_weights`. `predictions`: by split, see `compare_logits`. `figures`: by split, [then, now] of
     every headline figure.
     """
-    facts = [read_record(path / RUN_FILE) for path in (folder, again)]
-    metrics = [read_record(path / METRICS_FILE) for path in (folder, again)]
+    runs = [RunFolder(path) for path in (folder, again)]
+    facts, metrics = [run.facts() for run in runs], [run.metrics() for run in runs]
     splits = [split for split in saved_splits(folder) if split in saved_splits(again)]
     conditions = [{name: each.get(name) for name in CONDITIONS} for each in facts]
     return {
         "run": str(folder),
         "reproduction": str(again),
         "changed": changes(*(each["environment"] for each in facts)) | changes(*conditions),
-        "weights": compare_weights(folder / WEIGHTS_FILE, again / WEIGHTS_FILE),
+        "weights": compare_weights(*(run.weights_path for run in runs)),
         "predictions": {
             split: compare_logits(*(Predictions.load(path, split) for path in (folder, again)))
             for split in splits

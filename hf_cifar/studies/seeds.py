@@ -17,14 +17,7 @@ from hf_cifar.evaluation.intervals import mean_interval
 from hf_cifar.evaluation.tables import render_number
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.plan import requested_setting
-from hf_cifar.runs.folder import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    RUN_FILE,
-    read_record,
-    refuse_occupied,
-    write_json,
-)
+from hf_cifar.runs.folder import RunFolder, write_json
 from hf_cifar.runs.processes import is_main_process, start_processes
 from hf_cifar.runs.resume import check_same_run
 from hf_cifar.text import render_table
@@ -83,8 +76,8 @@ def check_series(config: RunConfig) -> None:
             f"{train.resume_from_checkpoint}"
         )
     if not train.resumes and is_main_process():
-        refuse_occupied(Path(train.output_dir))
-    if (Path(train.output_dir) / CONFIG_FILE).exists():
+        RunFolder(train.output_dir).refuse_occupied()
+    if RunFolder(train.output_dir).has_run:
         raise UserError(f"{train.output_dir} holds a single run; pass another --output_dir")
 
 
@@ -108,11 +101,11 @@ def config_of(config: RunConfig, seed: int) -> RunConfig:
 
 def is_kept(config: RunConfig) -> bool:
     """Whether a series that goes on has this run already, with every figure that is asked for."""
-    folder = Path(config.train.output_dir)
-    if not config.train.resumes or not (folder / RUN_FILE).is_file():
+    folder = RunFolder(config.train.output_dir)
+    if not config.train.resumes or not folder.facts():
         return False
     wanted = {"validation", "test"} if config.train.do_predict else {"validation"}
-    return wanted <= read_record(folder / METRICS_FILE).keys()
+    return wanted <= folder.metrics().keys()
 
 
 def check_same(config: RunConfig, keep: bool) -> None:
@@ -121,7 +114,7 @@ def check_same(config: RunConfig, keep: bool) -> None:
     check_same_run(folder, config)
     if not keep:
         return
-    before = RunConfig.load(folder / CONFIG_FILE).train
+    before = RunFolder(folder).load_config().train
     for name in LENGTHS:
         then, now = getattr(before, name), getattr(config.train, name)
         if then != now:
@@ -133,17 +126,17 @@ def check_same(config: RunConfig, keep: bool) -> None:
 
 def start_or_go_on(config: RunConfig) -> RunConfig:
     """Go on where there is a checkpoint; else begin, also where a run ended before it had saved one."""
-    folder = Path(config.train.output_dir)
-    if not config.train.resumes or any(folder.glob("checkpoint-*")):
+    folder = RunFolder(config.train.output_dir)
+    if not config.train.resumes or folder.checkpoints():
         return config
     if is_main_process():
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        folder.config_path.unlink(missing_ok=True)
     return config.with_training(resume_from_checkpoint=None)
 
 
 def with_setting_of(first: RunConfig, config: RunConfig) -> RunConfig:
     """Return the options of a run with the setting that the first run of the series found the fastest."""
-    before = RunConfig.load(Path(first.train.output_dir) / CONFIG_FILE)
+    before = RunFolder(first.train.output_dir).load_config()
     return config.with_training(**requested_setting(config.train, before))
 
 
@@ -153,7 +146,7 @@ def summarise_seeds(configs: list[RunConfig]) -> dict[str, Any]:
     `figures` holds, by split and figure, `values` in the order of `seeds`, their `mean`, their standard
     deviation `std` (of a sample: n - 1), the 95% `interval` of the mean by Student's t, and `num_runs`.
     """
-    metrics = [read_record(Path(config.train.output_dir) / METRICS_FILE) for config in configs]
+    metrics = [RunFolder(config.train.output_dir).metrics() for config in configs]
     splits = ["validation", "test"] if configs[0].train.do_predict else ["validation"]
     return {
         "seeds": [config.train.seed for config in configs],

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_cifar.errors import UserError
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -98,19 +99,9 @@ def _replace(folder: Path, new: Path, *, aside: Path) -> None:
         raise
 
 
-def list_checkpoints(run_folder: str | Path) -> list[Path]:
-    """List the checkpoint folders of a run, the newest step first, complete or damaged."""
-    steps = {
-        int(match[1]): path
-        for path in Path(run_folder).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
-    }
-    return [steps[step] for step in sorted(steps, reverse=True)]
-
-
 def newest_checkpoint(run_folder: str | Path) -> Path | None:
     """Return the newest complete checkpoint, or None. Warns of each newer one that is damaged."""
-    for folder in list_checkpoints(run_folder):
+    for folder in RunFolder(run_folder).checkpoints():
         damage = find_damage(folder)
         if damage is None:
             return folder
@@ -149,7 +140,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def remove_old_checkpoints(run_folder: Path, *, keep: set[Path], limit: int | None) -> None:
     """Remove the oldest checkpoints until at most `limit` are left, or only those of `keep`."""
-    checkpoints = list_checkpoints(run_folder)
+    checkpoints = RunFolder(run_folder).checkpoints()
     surplus = len(checkpoints) - limit if limit else 0
     for folder in [path for path in reversed(checkpoints) if path not in keep][: max(0, surplus)]:
         # Renamed first: a checkpoint is never seen half removed.

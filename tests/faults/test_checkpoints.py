@@ -22,10 +22,10 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_cifar.cli import main
 from hf_cifar.errors import UserError
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.training.checkpoints import (
     SUMS_FILE,
     find_damage,
-    list_checkpoints,
     newest_checkpoint,
 )
 
@@ -156,7 +156,7 @@ def test_two_processes_resume_from_every_checkpoint(
 ):
     source, _ = undisturbed_pair
     expected = (source / "digest").read_text()
-    checkpoints = list_checkpoints(source)[1:]
+    checkpoints = RunFolder(source).checkpoints()[1:]
     good = 0
     for checkpoint in checkpoints:
         folder = tmp_path / checkpoint.name

@@ -167,7 +167,6 @@ HEAVY = [
     ([*NEW, "--report_to", "nobody"], "nobody"),
     ([*NEW, "--deepspeed", "nowhere.json"], "deepspeed"),
     ([*NEW, "--warmup_steps", "-3"], "warmup_steps"),
-    ([*NEW, "--resume_from_checkpoint", "last"], "--resume_from_checkpoint"),
     ([*NEW, "--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint"),
     ([*NEW, "--torch_compile_backend", "foo"], "--torch_compile_backend"),
     ([*NEW, "--eval_strategy", "steps", "--save_strategy", "epoch"], "save_strategy"),

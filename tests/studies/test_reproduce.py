@@ -167,7 +167,7 @@ def test_weights_are_compared_tensor_by_tensor(tmp_path):
     ("arguments", "message"),
     [
         ([], "takes the folder of one run, not 0"),
-        (["nowhere"], "nowhere holds no finished run: no config.yaml"),
+        (["nowhere"], "no folder nowhere"),
         (["--outptu_dir", "x", "."], "no option --outptu_dir (nearest: --output_dir)"),
         (["{run}", "--output_dir", "{run}"], "holds another run"),
     ],

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from hf_cifar.errors import UserError
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.training.checkpoints import (
     STAGING,
     SUMS_FILE,
     complete_checkpoint,
     find_damage,
-    list_checkpoints,
     load_state,
     newest_checkpoint,
     remove_old_checkpoints,
@@ -110,7 +110,7 @@ def test_the_newest_whole_checkpoint_is_found_by_its_step(tmp_path, caplog):
         write(tmp_path, step)
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-10" / "a").write_text("other")
-    assert [path.name for path in list_checkpoints(tmp_path)] == [
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == [
         "checkpoint-10", "checkpoint-9", "checkpoint-2",
     ]  # fmt: skip
     assert newest_checkpoint(tmp_path).name == "checkpoint-9"
@@ -163,11 +163,11 @@ def test_old_checkpoints_go_but_for_those_to_keep(tmp_path):
         write(tmp_path, step)
     kept = {tmp_path / "checkpoint-5", tmp_path / "checkpoint-2"}
     remove_old_checkpoints(tmp_path, keep=kept, limit=3)
-    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["5", "4", "2"]
+    assert [path.name[-1] for path in RunFolder(tmp_path).checkpoints()] == ["5", "4", "2"]
     remove_old_checkpoints(tmp_path, keep=kept, limit=1)
-    assert set(list_checkpoints(tmp_path)) == kept
+    assert set(RunFolder(tmp_path).checkpoints()) == kept
     remove_old_checkpoints(tmp_path, keep=kept, limit=None)
-    assert set(list_checkpoints(tmp_path)) == kept
+    assert set(RunFolder(tmp_path).checkpoints()) == kept
 
 
 def test_what_changed_since_a_checkpoint_is_named(tmp_path):

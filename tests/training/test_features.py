@@ -91,7 +91,8 @@ def test_training_on_features_is_training_the_frozen_model(tmp_path, stripes, re
 
 
 def test_the_next_run_computes_no_features(tmp_path, stripes, tiny_vit):
-    config = parse(tmp_path, stripes, tiny_vit, "--seed", "5", "--max_train_samples", "30")
+    flags = ["--seed", "5", "--max_train_samples", "30", "--precision", "fp32"]
+    config = parse(tmp_path, stripes, tiny_vit, *flags)
     first, _ = make_trainer(config)
     calls = []
     hook = torch.nn.modules.module.register_module_forward_hook(

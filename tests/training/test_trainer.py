@@ -1,7 +1,5 @@
 """hf_cifar.training.trainer: what the subclass changes, against plain torch."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -252,10 +250,3 @@ def test_training_metrics_are_those_of_the_predictions(tmp_path, stripes, tiny_v
     assert np.array_equal(output.label_ids, trainer.eval_dataset.labels.numpy())
     right = (output.predictions.argmax(1) == output.label_ids).mean()
     assert output.metrics["test_accuracy"] == pytest.approx(right)
-
-
-def test_options_survive_a_copy(tmp_path):
-    config = RunConfig.parse(["--use_cpu", "--output_dir", str(tmp_path), "--bf16"])
-    copy = dataclasses.replace(config.train, push_to_hub=False)
-    assert copy.mixed_precision == copy.precision == "bf16"
-    assert copy.warmup_steps == config.train.warmup_steps
