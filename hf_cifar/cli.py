@@ -49,17 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     # Read when torch is loaded: DDP warns of parameters that a model might not use.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # What matters of an image file, data/images.py says.
+    # data/images.py reports what matters about an image file.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         return _dispatch(argv)
     except UserError as error:
-        return _complain(error)
+        return _report(error)
     except Exception as error:
         try:
-            return _complain_of_machine(error)
-        except RuntimeError as late:  # torch tells of a dead loader process when its signal arrives
-            return _complain_of_machine(late)
+            return _report_resources(error)
+        except RuntimeError as late:  # torch reports a dead loader process when its signal arrives
+            return _report_resources(late)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         if is_main_process():
@@ -84,26 +84,26 @@ def _dispatch(argv: list[str]) -> int:
     return COMMANDS[argv[0]](argv[0], argv[1:])
 
 
-def _complain(error: Exception | str) -> int:
+def _report(error: Exception | str) -> int:
     if is_main_process():
         print(f"hf-cifar: error: {one_line(error)}", file=sys.stderr)
     return USER_ERROR
 
 
-def _complain_of_machine(error: Exception) -> int:
-    """Say in a line that disk or memory gave out, or that a process was killed. Raises: any other error."""
+def _report_resources(error: Exception) -> int:
+    """Report in one line that disk or memory ran out, or a process was killed. Raises: any other error."""
     # safetensors and torch wrap the system's error in their own.
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return _complain(
+        return _report(
             "no space left on the disk; free some, and start again or resume from the last checkpoint"
         )
     if "DataLoader worker" in str(error):
-        return _complain(
+        return _report(
             "a loader process was killed, which the system does when memory runs out; pass fewer "
-            "--dataloader_num_workers, and --resume_from_checkpoint last to go on"
+            "--dataloader_num_workers, and --resume_from_checkpoint last to continue"
         )
     if type(error).__name__ == "OutOfMemoryError":
-        return _complain(
+        return _report(
             f"{str(error).splitlines()[0]} Pass a smaller --per_device_train_batch_size (or "
             "--auto_find_batch_size true) or --per_device_eval_batch_size"
         )

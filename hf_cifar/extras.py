@@ -1,4 +1,4 @@
-"""Optional dependencies, asked for where they are used."""
+"""Optional dependencies, imported where they are used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_cifar.errors import UserError
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import `module`, or say which extra of hf_cifar brings it.
+    """Import `module`, or report which extra of hf_cifar installs it.
 
     Raises: UserError if the module is not installed.
     """

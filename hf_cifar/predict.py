@@ -49,7 +49,7 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
         trust_remote_code=config.trust_remote_code,
     )
     preprocessing = Preprocessing.from_image_processor(image_processor)
-    # Folded on the CPU: a GPU's convolutions round too much to tell whether the logits stay.
+    # Folded on the CPU: on a GPU, rounding of convolutions would hide a change of the logits.
     noise = torch.Generator().manual_seed(0)
     model = fold_norms(model, torch.randn(2, 3, *preprocessing.size, generator=noise))
     model = model.to(device, memory_format=torch.channels_last).eval()

@@ -1,4 +1,4 @@
-"""What is checked before the first step: folder, device, libraries, disk, the card."""
+"""Checks before the first step: folder, device, disk, card and push."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_request(config: RunConfig, source: DataSource) -> None:
-    """Find out now what would otherwise fail at the end of the run, as far as it needs no model.
+    """Check what would otherwise fail at the end of the run, as far as that needs no model.
 
     Raises: UserError if `source` is of other data, the output folder holds another run, the device cannot
     compute as requested, there is no test split to predict or an image of it cannot be read, or a push could
@@ -52,7 +52,7 @@ def check_request(config: RunConfig, source: DataSource) -> None:
 
 
 def check_device(train: TrainingConfig) -> None:
-    """Raises: UserError for what this device or this number of processes cannot do."""
+    """Raises: UserError for options that this device or number of processes rules out."""
     on_cpu, launcher = computes_on_cpu(train.use_cpu), os.environ.get("ACCELERATE_MIXED_PRECISION")
     fp16 = train.fp16 or train.precision == "fp16"
     fp16 = fp16 or (train.precision == "auto" and not train.bf16 and launcher == "fp16")
@@ -67,7 +67,7 @@ def check_device(train: TrainingConfig) -> None:
             "--per_device_train_batch_size"
         )
     if train.ema_decay and is_sharded():
-        raise UserError("--ema_decay does not go with FSDP or DeepSpeed; leave it out")
+        raise UserError("--ema_decay cannot be combined with FSDP or DeepSpeed; leave it out")
     if on_cpu and is_sharded():
         raise UserError(
             "FSDP and DeepSpeed need GPUs and there are none; launch with configs/cpu.yaml"
@@ -75,7 +75,7 @@ def check_device(train: TrainingConfig) -> None:
 
 
 def check_plan(plan: Plan, model: PreTrainedModel, known: dict[str, Any]) -> None:
-    """Find out now what would otherwise fail during or after training: disk, card, and push.
+    """Check what would otherwise fail during or after training: disk, card and push.
 
     known: see `known_facts`.
 

@@ -1,1 +1,1 @@
-"""The subcommands of hf-cifar, a file each. What needs torch is imported inside their functions."""
+"""The subcommands of hf-cifar, one file each. Their functions import torch when they need it."""

@@ -1,4 +1,4 @@
-"""What a subcommand is, and what subcommands share."""
+"""The `Command` value, and the checks that subcommands share."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Command:
     """A subcommand.
 
     summary: one line for the list of commands. run: called with an instance of each of `configs` and the
-    arguments that are no options, or, without configs, with the whole command line; returns the exit status.
-    arguments: what those arguments are, for the usage line.
+    other arguments, or, without configs, with the whole command line; returns the exit status. arguments:
+    what the other arguments are, for the usage line.
     """
 
     summary: str

@@ -11,7 +11,7 @@ from hf_cifar.errors import UserError
 
 
 def compare(config: CompareConfig, folders: Sequence[str]) -> int:
-    """Print whether one of two runs is better, beyond chance."""
+    """Compare two runs, with tests of significance."""
     if len(folders) != 2:
         raise UserError(f"compare takes the folders of two runs, not {len(folders)}")
     missing = [folder for folder in folders if not Path(folder).is_dir()]

@@ -17,7 +17,7 @@ PROG, CONFIGS = "hf-cifar evaluate", (EvaluateConfig, DataConfig)
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """Evaluate a saved model, on its run's data if no other is named."""
+    """Evaluate a saved model, by default on the data of its run."""
     config, *_ = parse([EvaluateConfig], [t for t in argv if t not in ("-h", "--help")], PROG)
     config, data, rest = parse(
         CONFIGS, [*_data_tokens_of_run(config, argv), *argv], PROG, usage=f"{PROG} [options]"
@@ -54,8 +54,8 @@ def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str
     other = [flag for flag in given if flag[2:].replace("-", "_") in names]
     if other and config.output_dir is None:
         raise UserError(
-            f"{other[0]} requests other data than the run's own; pass --output_dir too, so that the run's "
-            "metrics stay true"
+            f"{other[0]} requests other data than the run's own; pass --output_dir too, so that the "
+            "run keeps its own metrics"
         )
     if "--dataset_name" in other:
         return []

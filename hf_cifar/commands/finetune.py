@@ -63,7 +63,7 @@ def print_help(*, everything: bool) -> None:
 
 
 def render_summary(result: RunResult) -> str:
-    """The table at the end of a run: figures, where the model lies, and the lines that load it."""
+    """Render the end of a run: metrics, the folder, and the lines that load the model."""
     from hf_cifar.config.metrics import shown
     from hf_cifar.evaluation.tables import render_chosen
 

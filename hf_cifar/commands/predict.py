@@ -33,7 +33,7 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
         try:
             print(json.dumps(record, ensure_ascii=False), flush=True)
         except BrokenPipeError:
-            # The reader has seen enough, as `head`; what is left must not go there at exit.
+            # The reader, such as `head`, closed the pipe. Python must not flush what is left into it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         failed += "error" in record

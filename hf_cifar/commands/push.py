@@ -26,6 +26,6 @@ def push(config: PushConfig, folders: Sequence[str]) -> int:
 
 
 COMMAND = Command(
-    "upload a finished run to the Hub, or list what that would upload", push, (PushConfig,),
+    "push a finished run to the Hub, or list what would be uploaded", push, (PushConfig,),
     "RUN --repo_id NAME",
 )  # fmt: skip

@@ -12,7 +12,7 @@ from hf_cifar.runs.processes import is_main_process
 
 
 def reproduce(config: ReproduceConfig, folders: Sequence[str]) -> int:
-    """Rerun, and print what differs; exit status 1 if the weights do."""
+    """Rerun, and print the differences; exit status 1 if the weights differ."""
     folder = one_run("reproduce", folders)
     RunFolder(folder).require_finished()
     output_dir = Path(
@@ -31,6 +31,6 @@ def reproduce(config: ReproduceConfig, folders: Sequence[str]) -> int:
 
 
 COMMAND = Command(
-    "rerun a run from what it left, and report what differs", reproduce, (ReproduceConfig,), "RUN",
+    "rerun a finished run, and report differences", reproduce, (ReproduceConfig,), "RUN",
     "The exit status is 0 if the weights are bit-identical, and 1 if they differ.",
 )  # fmt: skip

@@ -1,1 +1,1 @@
-"""What can be asked: options by room, and the command line and YAML files that give them."""
+"""Every option, and the command line and YAML files that set them."""

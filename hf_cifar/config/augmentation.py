@@ -43,11 +43,11 @@ class AugmentConfig:
         0.0, "Brightness, contrast and saturation each change by up to this share.", low=0, high=10
     )
     hue: float = option(
-        0.0, "Largest random turn of the colours; 0.5 is the opposite colour.", low=0, high=0.5
+        0.0, "Largest random shift of the hue; 0.5 gives the opposite colour.", low=0, high=0.5
     )
-    grayscale: float = option(0.0, "Probability of an image without colours.", low=0, high=1)
+    grayscale: float = option(0.0, "Probability that an image loses its colours.", low=0, high=1)
     auto_augment: Literal["none", "trivial_augment", "rand_augment"] = option(
-        "none", "Policy that draws among 14 operations of colour and geometry for each image."
+        "none", "Policy that draws from 14 colour and geometry operations for each image."
     )
     rand_augment_ops: int = option(
         2, "Operations that rand_augment applies to an image.", low=1, high=14

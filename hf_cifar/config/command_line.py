@@ -68,7 +68,7 @@ def parse(
 
 
 def wants_help(tokens: Sequence[str]) -> bool:
-    """True if a command line asks for help."""
+    """Return True if a command line requests help."""
     return "-h" in tokens or "--help" in tokens
 
 
@@ -89,7 +89,7 @@ def unknown_option(token: str, known: Iterable[str]) -> UserError:
 def build_parser(
     classes: Sequence[type], prog: str, usage: str | None = None, description: str | None = None
 ) -> Parser:
-    """Return the parser of the options that the dataclasses declare, grouped as their fields say."""
+    """Return the parser of the options that the dataclasses declare, in the groups that their fields name."""
     parser = Parser(
         prog=prog, usage=usage or f"{prog} [options]", description=description,
         allow_abbrev=False, add_help=False,
@@ -117,7 +117,7 @@ def build_parser(
 
 
 def metavar(kind: Any) -> str:
-    """What stands for an option's value in the help: its choices, or its type."""
+    """Return the placeholder of an option's value in the help: its choices, or its type."""
     if get_origin(kind) is Literal:
         choices = [str(choice) for choice in get_args(kind)]
         return "{" + ",".join(choices) + "}" if len(",".join(choices)) < 40 else "NAME"

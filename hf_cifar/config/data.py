@@ -30,9 +30,8 @@ class DataConfig:
     image_column_name: str | None = option(None, "Image column; default: found by its type.")
     label_column_name: str | None = option(
         None,
-        "Label column; default: found by its type. Class labels, strings or integers; lists of class "
-        "labels or "
-        "strings where an image has several.",
+        "Label column; default: found by its type. Class labels, strings or integers; for multi-label data, "
+        "lists of class labels or strings.",
     )
     train_val_split: float = option(
         0.1,
@@ -61,9 +60,8 @@ class DataConfig:
     )
     on_bad_image: Literal["error", "skip"] = option(
         "error",
-        "Unreadable images: error stops before training and lists every row; skip leaves them out, "
-        "and the model "
-        "card records them.",
+        "Unreadable images: error stops before training and lists every row; skip leaves them out, and the "
+        "model card records them.",
     )
     max_image_pixels: int = option(
         MAX_IMAGE_PIXELS,
@@ -82,7 +80,6 @@ class DataConfig:
             raise UserError("--streaming and --pixel_store resident exclude each other")
         if self.streaming and self.on_bad_image == "skip":
             raise UserError(
-                "--on_bad_image skip does not go with --streaming, since the rows left out would be "
-                "unknown; "
+                "--on_bad_image skip cannot be combined with --streaming: the skipped rows would be unknown; "
                 "leave one of them out"
             )

@@ -11,7 +11,7 @@ from hf_cifar.errors import UserError
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Which saved model is to classify which files."""
+    """Which saved model to classify with, and how."""
 
     _argument_group_name = "prediction"
 

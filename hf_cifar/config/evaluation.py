@@ -55,7 +55,7 @@ class CompareConfig:
     _argument_group_name = "comparison"
 
     split: Literal["auto", "validation", "test"] = option(
-        "auto", "Whose predictions to compare; auto: test if both runs have it, else validation."
+        "auto", "Split to compare; auto: test if both runs have its predictions, else validation."
     )
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What a report shows."""
+    """Contents of a report."""
 
     _argument_group_name = "report"
 

@@ -1,4 +1,4 @@
-"""Options as dataclass fields: default, help, bounds, and whether a resumed run may change them."""
+"""Options as dataclass fields: default, help, bounds, and the right to change on resume."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def option(
 
     text: what `--help` and docs/options.md show. low, high: inclusive bounds of a number. group: heading in
     `--help` from this option on; the class's name if none was given. may_change: a resumed run may change it.
-    saved: it belongs into config.yaml, that is, it says what a run computes and is no secret. public: it
+    saved: config.yaml records it, because it decides what a run computes and is no secret. public: it
     may be shown in a model card.
     """
     metadata = {

@@ -84,7 +84,7 @@ _CLASS_WORDS = {"num_images": "images", "f1": "F1", "roc_auc": "ROC AUC"}
 
 
 def words(name: str) -> str:
-    """The name of a metric, or of a class's metric, as people say it."""
+    """Return the name of a metric, or of a class's metric, in words."""
     if name.endswith(UNCALIBRATED):
         return f"{words(name.removesuffix(UNCALIBRATED))} before calibration"
     if name in METRICS:

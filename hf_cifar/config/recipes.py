@@ -14,13 +14,13 @@ from hf_cifar.text import nearest_hint, one_line
 
 
 def recipe_names() -> list[str]:
-    """Names that `--recipe` takes."""
+    """List the names that `--recipe` takes."""
     folder = resources.files("hf_cifar") / "recipes"
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def read_recipe(name: str) -> str:
-    """Text of a packaged recipe. Raises: UserError for an unknown name."""
+    """Return the text of a packaged recipe. Raises: UserError for an unknown name."""
     if name not in recipe_names():
         raise UserError(
             f"no recipe {name!r}{nearest_hint(name, recipe_names())}; see: hf-cifar recipes"
@@ -29,7 +29,7 @@ def read_recipe(name: str) -> str:
 
 
 def yaml_tokens(text: str | bytes, source: str) -> list[str]:
-    """A YAML file as a command line: null keeps the default, a list is several tokens.
+    """Read a YAML file as a command line: null keeps the default, a list becomes multiple tokens.
 
     Raises: UserError for anything but option names with their values.
     """

@@ -9,7 +9,7 @@ from hf_cifar.config.fields import option
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """Where to rerun a run, and whether on other data."""
+    """Where to rerun a run, and on which data."""
 
     _argument_group_name = "reproduction"
 
@@ -25,4 +25,4 @@ class ListConfig:
 
     _argument_group_name = "list"
 
-    json: bool = option(False, "Print one JSON record a line instead of a table.")
+    json: bool = option(False, "Print a JSON record per line instead of a table.")

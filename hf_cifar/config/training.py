@@ -40,7 +40,7 @@ class TrainingConfig:
     num_train_epochs: float = option(
         3.0, "Passes over the training images.", low=1e-6, high=1e6, may_change=True
     )
-    max_steps: int = option(-1, "Steps in all, in place of epochs; -1 for epochs.", may_change=True)
+    max_steps: int = option(-1, "Total steps, in place of epochs; -1 for epochs.", may_change=True)
     per_device_train_batch_size: int = option(32, "Training images per step and process.", low=1)
     gradient_accumulation_steps: int = option(1, "Batches whose gradients make one step.", low=1)
     auto_find_batch_size: bool = option(
@@ -58,17 +58,17 @@ class TrainingConfig:
     warmup_steps: float = option(
         0.1, "Warm-up, in steps, or as a share of all steps if below 1.", low=0
     )
-    optim: Optimizer = option("adamw_torch_fused", "Optimiser, by transformers' names.")  # noqa: RUF009
+    optim: Optimizer = option("adamw_torch_fused", "Optimiser, by its name in transformers.")  # noqa: RUF009
     optim_args: str | None = option(
-        None, "Arguments of the optimiser, as momentum=0.9,nesterov=true."
+        None, "Arguments of the optimiser, for example momentum=0.9,nesterov=true."
     )
     weight_decay: float = option(
         0.05, "Weight decay, of weight matrices and kernels only.", low=0, high=1e3
     )
     layer_decay: float = option(
         1.0,
-        "Layer-wise decay: each block's rate is this factor times that of the next one towards the "
-        "head; 1: off.",
+        "Layer-wise decay: each block's rate is this factor times that of the next one towards the head; 1 "
+        "turns it off.",
         low=0.01, high=1,
     )  # fmt: skip
     max_grad_norm: float | None = option(
@@ -82,8 +82,7 @@ class TrainingConfig:
     )
     ema_decay: float = option(
         0.0,
-        "Evaluate and save an exponential moving average of the weights, for example 0.999; 0 turns "
-        "it off.",
+        "Evaluate and save an exponential moving average of the weights, for example 0.999; 0 turns it off.",
         low=0, high=0.999999,
     )  # fmt: skip
     early_stopping_patience: int | None = option(
@@ -96,7 +95,7 @@ class TrainingConfig:
     )
     seeds: int = option(
         1,
-        "Runs, with seeds seed, seed + 1, ..., in OUTPUT_DIR/seed-SEED; mean and spread in "
+        "Number of runs, with seeds SEED, SEED + 1, ..., in OUTPUT_DIR/seed-SEED; mean and spread go to "
         "OUTPUT_DIR/seeds.json.",
         low=1, high=1000, saved=False,
     )  # fmt: skip
@@ -114,7 +113,7 @@ class TrainingConfig:
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto",
-        "Number format of training; auto times a few steps of each, and keeps the fastest that is sound.",
+        "Number format of training; auto times a few steps of each, and keeps the fastest correct one.",
         group="computing",
         may_change=True,
     )
@@ -141,7 +140,7 @@ class TrainingConfig:
 
     eval_strategy: Literal["no", "steps", "epoch"] | None = option(
         None,
-        "When to evaluate on validation; default: when checkpoints are saved, or each epoch.",
+        "When to evaluate on validation; default: with each checkpoint, or each epoch.",
         group="evaluation and checkpoints",
         may_change=True,
     )
@@ -152,22 +151,21 @@ class TrainingConfig:
         128, "Evaluation images per step and process.", low=1, may_change=True
     )
     do_predict: bool = option(
-        False, "After everything is chosen, evaluate on test too.", may_change=True
+        False, "Evaluate on test too, after every choice is made.", may_change=True
     )
     calibrate: bool = option(
         True,
-        "At the end, fit a temperature on validation and fold it into the head; with several labels "
-        "an image, "
-        "thresholds for the classes.",
+        "At the end, fit a temperature on validation and fold it into the head; for multi-label data, fit a "
+        "threshold for each class.",
     )
     check_leakage: bool = option(
         False,
-        "Before training, list test images that are in train or validation too, exactly or nearly.",
+        "Before training, list test images that train or validation contains too, exactly or nearly.",
         may_change=True,
     )
     save_strategy: Literal["no", "steps", "epoch", "best"] | None = option(
         None,
-        "When to save a checkpoint; default: when it evaluates, or each epoch.",
+        "When to save a checkpoint; default: with each evaluation, or each epoch.",
         may_change=True,
     )
     save_steps: float | None = option(
@@ -183,9 +181,8 @@ class TrainingConfig:
     )
     metric_for_best_model: str | None = option(
         None,
-        "Validation metric that chooses the best; default: accuracy, or average_precision_macro "
-        "(mAP) of multi-label "
-        "data.",
+        "Validation metric that chooses the best checkpoint; default: accuracy, or average_precision_macro "
+        "(mAP) for multi-label data.",
         may_change=True,
     )
     resume_from_checkpoint: str | None = option(
@@ -205,7 +202,7 @@ class TrainingConfig:
         50, "Steps between log lines of the training loss.", low=0, may_change=True
     )
     report_to: list[str] | None = option(  # noqa: RUF009
-        None, "Trackers, as tensorboard or trackio.", may_change=True
+        None, "Trackers, for example tensorboard or trackio.", may_change=True
     )
     run_name: str | None = option(
         None, "Name in the trackers; default: --output_dir.", may_change=True, public=False
@@ -227,7 +224,7 @@ class TrainingConfig:
     )
     hub_token: str | None = option(
         None,
-        "Token; default: the stored one. Better set HF_TOKEN: a command line is seen by others.",
+        "Token; default: the stored one. HF_TOKEN is safer: other users can see a command line.",
         may_change=True, saved=False, public=False,
     )  # fmt: skip
 
@@ -251,12 +248,12 @@ class TrainingConfig:
 
     @property
     def resumes(self) -> bool:
-        """True if the run is to be resumed."""
+        """Return True if a run is to be resumed."""
         return self.resume_from_checkpoint is not None and (
             self.resume_from_checkpoint.lower() not in ("false", "no")
         )
 
     @property
     def resumes_last(self) -> bool:
-        """True if the run is to be resumed from the last checkpoint of its own folder."""
+        """Return True if it is to be resumed from the last checkpoint of its own folder."""
         return self.resumes and self.resume_from_checkpoint.lower() in SAME_FOLDER

@@ -64,12 +64,14 @@ class CardFacts:
         """The facts of a finished run. Raises: UserError if the folder holds none."""
         files = RunFolder(folder)
         try:
-            run = files.facts()
+            run, metrics = files.facts(), files.metrics()
+            if not metrics:
+                raise KeyError(files.metrics_path.name)
             facts = cls(
                 repo_id=run["repo_id"],
                 options=files.options(),
                 run=run,
-                metrics=files.metrics(),
+                metrics=metrics,
                 class_names=_class_names(files.model_config()),
                 custom_code=any(folder.glob("*.py")),
             )

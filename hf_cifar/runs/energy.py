@@ -1,4 +1,4 @@
-"""The electricity that a computation takes, as codecarbon measures it, where that is installed."""
+"""Electricity of a computation, measured by codecarbon where it is installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def measured_energy(wanted: bool = True) -> Iterator[dict[str, float | str]]:
         return
     from codecarbon import OfflineEmissionsTracker
 
-    # It speaks of countries and other instances at every level below, and before it looks at its own.
+    # At lower levels it logs about countries and other instances, before it reads its own log level.
     logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
     tracker = OfflineEmissionsTracker(
         output_methods=[], allow_multiple_runs=True, log_level="critical"
@@ -31,7 +31,7 @@ def measured_energy(wanted: bool = True) -> Iterator[dict[str, float | str]]:
     try:
         yield energy
     finally:
-        measured = tracker.stop() is not None  # None: its own failure, which it keeps to itself
+        measured = tracker.stop() is not None  # None: it failed without an error
     if measured:
         data = tracker.final_emissions_data
         energy |= {

@@ -1,4 +1,4 @@
-"""What runs here: versions, platform and commit."""
+"""Versions of Python and the packages, and this package's commit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, str]:
-    """Versions of Python and of the packages, and this package's commit where it is a checkout."""
+    """Return the versions of Python and the packages, and the commit of a checkout."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that this package runs from, with -dirty; None outside a checkout."""
+    """Return the commit of the checkout that this package runs from, with -dirty; None outside a checkout."""
     folder = Path(__file__).parent
     command = [
         "git",

@@ -1,4 +1,4 @@
-"""The runs in a folder, as a table: read from what each left, with neither torch nor transformers."""
+"""A table of the runs in folders, read from their files. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SPLITS = ("validation", "test")
 
 
 def list_runs(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """One record for each run in or below the folders: by data, the best on validation first.
+    """Return one record for each run in or below the folders: by data, the best on validation first.
 
     Keys: `run` (its folder), `model`, `data`, `epochs`, `seed`, `validation` and `test` (None, or accuracy
     and its 95% interval), `state` and `date` (ISO 8601, UTC). A damaged run has None for what cannot be read,
-    and a state that says so.
+    and a state that names the damage.
 
     Raises: UserError if a folder is missing.
     """
@@ -67,14 +67,14 @@ def read_run(path: Path) -> dict[str, Any]:
         record["date"] = str(facts.get("finished", record["date"]))
         record |= {split: _score(metrics[split]) for split in SPLITS if split in metrics}
     except UserError as error:
-        record["state"] = f"damaged: {str(error).removeprefix(f'{path}/')}"
+        record["state"] = str(error).removeprefix(f"{path}/").partition(";")[0]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         record["state"] = f"damaged: {type(error).__name__} {error}"
     return record
 
 
 def render_runs(records: Sequence[dict[str, Any]]) -> str:
-    """The records of `list_runs` as a table of text."""
+    """Render the records of `list_runs` as a text table."""
     return render_table(COLUMNS, [_cells(record) for record in records], left=3)
 
 
@@ -99,10 +99,10 @@ def _order(record: dict[str, Any]) -> tuple:
     return record["data"] is None, record["data"] or "", -accuracy, record["run"]
 
 
-def _score(figures: dict[str, Any]) -> dict[str, Any]:
-    interval = figures.get("intervals", {}).get("accuracy")
+def _score(metrics: dict[str, Any]) -> dict[str, Any]:
+    interval = metrics.get("intervals", {}).get("accuracy")
     return {
-        "accuracy": float(figures["accuracy"]),
+        "accuracy": float(metrics["accuracy"]),
         "interval": interval and [float(end) for end in interval],
     }
 

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
 
 def is_main_process() -> bool:
-    """True in the first of all processes, by the launcher's environment. Imports no torch."""
+    """Return True in the first process, by the launcher's environment. Imports no torch."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)
 class Processes:
-    """index: of this process, from 0. count: of all. device: of this process. num_devices: GPUs that this
+    """The processes of a run.
+
+    index: of this process, from 0. count: of all. device: of this process. num_devices: GPUs that this
     process drives, where no launcher started one process for each."""
 
     index: int
@@ -30,7 +32,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """True in the first process."""
+        """Return True in the first process."""
         return self.index == 0
 
     def wait_for_all(self) -> None:
@@ -61,9 +63,9 @@ def start_processes(config: RunConfig) -> Processes:
 
 
 def computes_on_cpu(requested: bool) -> bool:
-    """True where the CPU is requested, and where there is nothing else.
+    """Return True if the CPU is requested, or there is nothing else.
 
-    TrainingArguments has to be told: otherwise multiple processes on a CPU would each train alone.
+    TrainingArguments needs the answer: otherwise each of multiple processes on a CPU would train by itself.
     """
     import torch
 
@@ -71,5 +73,5 @@ def computes_on_cpu(requested: bool) -> bool:
 
 
 def is_sharded() -> bool:
-    """True if the launcher requests FSDP or DeepSpeed."""
+    """Return True if the launcher requests FSDP or DeepSpeed."""
     return "true" in [os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")]

@@ -1,4 +1,4 @@
-"""Resume a run: which one, and what may differ."""
+"""Which run to resume, and which options may differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.lock import refuse_in_use
 from hf_cifar.runs.processes import is_main_process
 
-# Beginnings of the names of inherited options that say what is shown and kept, and how fast it computes.
+# Prefixes of inherited options that change what is shown and kept, or the speed, but not the result.
 INHERITED_MAY_CHANGE = (
     "dataloader_", "eval_", "hub_", "log", "save_", "torch_compile", "tf32", "greater_is_better",
 )  # fmt: skip
@@ -30,7 +30,7 @@ def run_to_resume(train: TrainingConfig) -> Path | None:
 
 
 def check_folder(config: RunConfig) -> list[str]:
-    """Find out whether the output folder is free, or holds the run to be resumed; see `check_same_run`.
+    """Check that the output folder is free, or holds the run to be resumed; see `check_same_run`.
 
     Raises: UserError if it is in use, or holds another run.
     """

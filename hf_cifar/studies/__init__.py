@@ -1,1 +1,1 @@
-"""Many runs: one recipe with several seeds, and a run made again."""
+"""Multiple runs: a recipe with different seeds, and the reproduction of a run."""

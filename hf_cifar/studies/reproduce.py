@@ -1,4 +1,4 @@
-"""Make a run again from what it left, and tell what differs: versions, data, weights, figures."""
+"""Rerun a finished run, and compare the two: versions, data, weights, metrics."""
 
 from __future__ import annotations
 
@@ -30,38 +30,39 @@ from hf_cifar.training.resumable import pixel_hashes
 
 logger = logging.getLogger(__name__)
 
-# Of what a run records beside versions and commit, what its result may depend on.
+# Recorded conditions, besides versions and commit, on which the result of a run may depend.
 CONDITIONS = ("device", "processes", "num_threads", "split_hash", "pixel_hashes")
 
 
 def reproduce_run(
     folder: str | Path, output_dir: str | Path, *, other_data: bool = False
 ) -> dict[str, Any]:
-    """Make a finished run again in `output_dir`, from what it left in `folder`, and compare the two.
+    """Rerun the finished run in `folder` in `output_dir`, and compare the two.
 
-    It computes as then: in the saved setting, on the CPU if the run did, with as many threads. Neither pixels
-    nor features come from the disk cache. It reports to no tracker and pushes nothing. other_data: go on if
-    the data has changed. Returns `compare_reproduction` of both, also in output_dir/reproduction.json.
+    It computes as the original did: in the saved setting, on the CPU if that was its device, with as many
+    threads. Neither pixels nor features come from the disk cache. It reports to no tracker and pushes
+    nothing. other_data: continue even if the data has changed. Returns `compare_reproduction` of both, also
+    in output_dir/reproduction.json.
 
-    Raises: UserError before training if `folder` holds no finished run, the data has changed, or there are
-    more or fewer processes than then.
+    Raises: UserError before training if `folder` holds no finished run, the data has changed, or the number
+    of processes differs.
     """
     folder = Path(folder)
     RunFolder(folder).require_finished()
     facts = RunFolder(folder).facts()
     config = config_of_rerun(folder, Path(output_dir), facts)
     source = DataSource(config.data)
-    with as_then(facts):
+    with original_conditions(facts):
         num_processes = start_processes(config).count
         if num_processes != facts["processes"]:
             raise UserError(
-                f"{folder} was trained by {facts['processes']} process(es), here are {num_processes}; start "
-                "as many with accelerate launch"
+                f"{folder} was trained by {facts['processes']} process(es), and {num_processes} are running; "
+                f"start {facts['processes']} with accelerate launch"
             )
         if not other_data:
             check_data(source, config, facts)
-        for name, (then, now) in changes(facts["environment"], environment()).items():
-            logger.info("%s: %s then, %s now", name, then, now)
+        for name, (original, now) in changes(facts["environment"], environment()).items():
+            logger.info("%s: original %s, now %s", name, original, now)
         again = finetune_classifier(config, source).output_dir
     comparison = compare_reproduction(folder, again)
     if is_main_process():
@@ -70,7 +71,7 @@ def reproduce_run(
 
 
 def config_of_rerun(folder: Path, output_dir: Path, facts: dict[str, Any]) -> RunConfig:
-    """The options that a run saved, for another folder: all that says what it computes, and no more."""
+    """Return the saved options of a run for another folder: only those that decide what it computes."""
     tokens = ["--config", str(RunFolder(folder).config_path), "--output_dir", str(output_dir)]
     tokens += ["--report_to", "none", "--push_to_hub", "false"]
     tokens += ["--do_predict", str("test" in saved_splits(folder)).lower()]
@@ -80,8 +81,8 @@ def config_of_rerun(folder: Path, output_dir: Path, facts: dict[str, Any]) -> Ru
 
 
 @contextlib.contextmanager
-def as_then(facts: dict[str, Any]) -> Iterator[None]:
-    """As many threads as the run had, and a disk cache without what it kept there."""
+def original_conditions(facts: dict[str, Any]) -> Iterator[None]:
+    """Compute with as many threads as the run did, and with an empty disk cache."""
     num_threads, cache = torch.get_num_threads(), os.environ.get("HF_CIFAR_CACHE")
     with tempfile.TemporaryDirectory() as empty:
         torch.set_num_threads(facts.get("num_threads", num_threads))
@@ -96,29 +97,29 @@ def as_then(facts: dict[str, Any]) -> Iterator[None]:
 
 
 def check_data(source: DataSource, config: RunConfig, facts: dict[str, Any]) -> None:
-    """Raises: UserError if rows, labels or pixels are not those of the run."""
+    """Raises: UserError if rows, labels or pixels differ from the run's."""
     splits = source.splits
-    advice = "restore the data, or pass --other_data to see what the change does"
+    advice = "restore the data, or pass --other_data to see the effect of the change"
     if splits.hash != facts["split_hash"]:
         raise UserError(
-            f"{config.data.dataset_name} has other rows or labels than then: split hash {splits.hash[:16]}, "
-            f"then {facts['split_hash'][:16]}; {advice}"
+            f"rows or labels of {config.data.dataset_name} have changed: split hash {splits.hash[:16]}, "
+            f"originally {facts['split_hash'][:16]}; {advice}"
         )
     now = pixel_hashes(splits, config.data.pixel_store)
-    for split, then in facts.get("pixel_hashes", {}).items():
-        if now.get(split, then) != then:
+    for split, original in facts.get("pixel_hashes", {}).items():
+        if now.get(split, original) != original:
             raise UserError(
-                f"the {split} images of {config.data.dataset_name} are not those of then: pixel hash "
-                f"{now[split][:16]}, then {then[:16]}; {advice}"
+                f"the {split} images of {config.data.dataset_name} have changed: pixel hash "
+                f"{now[split][:16]}, originally {original[:16]}; {advice}"
             )
 
 
 def compare_reproduction(folder: Path, again: Path) -> dict[str, Any]:
-    """What differs between two finished runs of the same options, as plain values.
+    """Return the differences between two finished runs of the same options, as plain values.
 
-    `changed`: [then, now] of each version, condition, and hash that differs. `weights`: see
-    `compare_weights`. `predictions`: by split, see `compare_logits`. `figures`: by split, [then, now] of
-    every headline figure.
+    `changed`: [original, now] of each version, condition and hash that differs. `weights`: see
+    `compare_weights`. `predictions`: by split, see `compare_logits`. `metrics`: by split, [original, now] of
+    every headline metric.
     """
     runs = [RunFolder(path) for path in (folder, again)]
     facts, metrics = [run.facts() for run in runs], [run.metrics() for run in runs]
@@ -133,9 +134,9 @@ def compare_reproduction(folder: Path, again: Path) -> dict[str, Any]:
             split: compare_logits(*(Predictions.load(path, split) for path in (folder, again)))
             for split in splits
         },
-        "figures": {
+        "metrics": {
             split: {
-                name: [figures[split].get(name) for figures in metrics]
+                name: [each[split].get(name) for each in metrics]
                 for name in ("num_images", *shown("headline", metrics[0][split]))
             }
             for split in splits
@@ -143,44 +144,47 @@ def compare_reproduction(folder: Path, again: Path) -> dict[str, Any]:
     }
 
 
-def changes(then: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    """[then, now] of what differs by name; None for what one of them lacks."""
+def changes(original: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return [original, now] of the values that differ, by name; None where one of them has no value."""
     return {
-        name: [then.get(name), now.get(name)]
-        for name in {**then, **now}
-        if then.get(name) != now.get(name)
+        name: [original.get(name), now.get(name)]
+        for name in {**original, **now}
+        if original.get(name) != now.get(name)
     }
 
 
-def compare_weights(then: Path, now: Path) -> dict[str, Any]:
-    """Whether two safetensors files hold the same bits, else how many tensors differ, and how far.
+def compare_weights(original: Path, now: Path) -> dict[str, Any]:
+    """Compare two safetensors files: identical to the bit, or how many tensors differ, and by how much.
 
-    `unlike` counts tensors that one file lacks, or of another shape; `largest_difference` is over the others.
+    `unmatched` counts tensors that only one file has, or with another shape; `largest_difference` is over the
+    others.
     Raises: UserError for a file that cannot be read.
     """
-    hashes = [file_hash(path) for path in (then, now)]
-    differing, unlike, largest = 0, 0, 0.0
+    hashes = [file_hash(path) for path in (original, now)]
+    differing, unmatched, largest = 0, 0, 0.0
     try:
-        with safe_open(then, "pt") as first, safe_open(now, "pt") as second:
+        with safe_open(original, "pt") as first, safe_open(now, "pt") as second:
             names = set(first.keys()) | set(second.keys())
             if hashes[0] != hashes[1]:
                 common = set(first.keys()) & set(second.keys())
-                unlike = len(names) - len(common)
+                unmatched = len(names) - len(common)
                 for name in sorted(common):
                     a, b = first.get_tensor(name), second.get_tensor(name)
                     if a.shape != b.shape:
-                        unlike += 1
+                        unmatched += 1
                     elif not torch.equal(_bits(a), _bits(b)):
                         differing += 1
                         largest = max(largest, (a.double() - b.double()).abs().max().item())
     except SafetensorError as error:
-        raise UserError(f"{then} or {now} is damaged ({error}); nothing can be compared") from None
+        raise UserError(
+            f"{original} or {now} is damaged ({error}); restore it to compare the weights"
+        ) from None
     return {
-        "identical": differing == unlike == 0,
+        "identical": differing == unmatched == 0,
         "sha256": hashes,
         "num_tensors": len(names),
         "differing": differing,
-        "unlike": unlike,
+        "unmatched": unmatched,
         "largest_difference": largest,
     }
 
@@ -189,43 +193,43 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1).view(torch.uint8)
 
 
-def compare_logits(then: Predictions, now: Predictions) -> dict[str, Any]:
-    """Whether two files of predictions hold the same bits, else how far the logits are apart, and how many
-    images were told otherwise."""
+def compare_logits(original: Predictions, now: Predictions) -> dict[str, Any]:
+    """Compare two predictions of a split: identical to the bit, or how far the logits are apart, and how many
+    images have another predicted label."""
     same_images = (
-        np.array_equal(then.row_ids, now.row_ids)
-        and np.array_equal(then.labels, now.labels)
-        and then.logits.shape == now.logits.shape
+        np.array_equal(original.row_ids, now.row_ids)
+        and np.array_equal(original.labels, now.labels)
+        and original.logits.shape == now.logits.shape
     )
     if not same_images:
         return {"identical": False, "same_images": False}
-    told = (then.answers != now.answers).reshape(len(then.row_ids), -1).any(axis=1)
+    changed = (original.answers != now.answers).reshape(len(original.row_ids), -1).any(axis=1)
     return {
-        "identical": bool(np.array_equal(then.logits, now.logits)),
+        "identical": bool(np.array_equal(original.logits, now.logits)),
         "same_images": True,
-        "num_images": len(then.row_ids),
-        "told_otherwise": int(told.sum()),
-        "largest_difference": float(np.abs(then.logits - now.logits).max()),
+        "num_images": len(original.row_ids),
+        "changed_labels": int(changed.sum()),
+        "largest_difference": float(np.abs(original.logits - now.logits).max()),
     }
 
 
 def render_reproduction(comparison: dict[str, Any]) -> str:
-    """What differs, as people read it."""
-    parts = [f"{comparison['run']}, and again in {comparison['reproduction']}"]
+    """Render the differences as text."""
+    parts = [f"{comparison['run']}, rerun in {comparison['reproduction']}"]
     if comparison["changed"]:
         rows = [
             [name, *(_short(value) for value in values)]
             for name, values in comparison["changed"].items()
         ]
-        parts.append(render_table(["changed", "then", "now"], rows))
+        parts.append(render_table(["changed", "original", "now"], rows))
     else:
         parts.append("versions, commit, device, threads and data: the same")
     header, columns = [""], []
-    for split, figures in comparison["figures"].items():
-        header += [f"{split} then", "now"]
-        columns.append(figures)
+    for split, metrics in comparison["metrics"].items():
+        header += [f"{split}, original", "now"]
+        columns.append(metrics)
     rows = [
-        [name, *(render_number(value) for figures in columns for value in figures[name])]
+        [name, *(render_number(value) for metrics in columns for value in metrics[name])]
         for name in columns[0]
     ]
     parts.append(render_table(header, rows))
@@ -239,27 +243,28 @@ def render_reproduction(comparison: dict[str, Any]) -> str:
 
 def _render_logits(found: dict[str, Any]) -> str:
     if not found["same_images"]:
-        return "of other images or classes"
+        return "different images or classes"
     if found["identical"]:
         return f"bit-identical, {found['num_images']:,} images"
     return (
-        f"logits differ by up to {found['largest_difference']:.2g}; {found['told_otherwise']:,} of "
-        f"{found['num_images']:,} images are told otherwise"
+        f"logits differ by up to {found['largest_difference']:.2g}; {found['changed_labels']:,} of "
+        f"{found['num_images']:,} images have another predicted label"
     )
 
 
 def _render_weights(found: dict[str, Any]) -> str:
     if found["identical"]:
         return f"bit-identical, {found['num_tensors']} tensors, SHA-256 {found['sha256'][1]}"
-    unlike = f", {found['unlike']} are in one alone or of another shape" if found["unlike"] else ""
+    unmatched = found["unmatched"]
+    rest = f", {unmatched} are in one run only or of another shape" if unmatched else ""
     return (
         f"{found['differing']} of {found['num_tensors']} tensors differ, by up to "
-        f"{found['largest_difference']:.2g}{unlike}"
+        f"{found['largest_difference']:.2g}{rest}"
     )
 
 
 def _short(value: Any) -> str:
-    """A value for a table; of a hash, or of several, the beginning."""
+    """Shorten a value for a table: the beginning of a hash, or of each of multiple hashes."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_short(each)}" for name, each in value.items()) or "-"
     return "-" if value is None else str(value)[:40]

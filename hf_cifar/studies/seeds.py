@@ -1,4 +1,4 @@
-"""One recipe with several seeds: complete runs, and the mean and spread of their figures."""
+"""One recipe with different seeds: complete runs, and the mean and spread of their metrics."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from hf_cifar.text import render_table
 logger = logging.getLogger(__name__)
 
 SEEDS_FILE = "seeds.json"
-# What a run that is resumed may change, and one that is finished and kept must not.
+# A resumed run may change these; a finished run that is kept must not.
 LENGTHS = ("num_train_epochs", "max_steps")
 
 
 def finetune_seeds(config: RunConfig, source: DataSource | None = None) -> dict[str, Any]:
-    """`config.train.seeds` runs with seeds seed, seed + 1, ..., each complete, in output_dir/seed-SEED.
+    """Run `config.train.seeds` complete runs with seeds seed, seed + 1, ..., in output_dir/seed-SEED.
 
     The data's split stays the same, and all runs share its pixels: the spread is that of training. source: of
-    `config.data`, if it is open already. The setting that `--precision auto`
-    picks for the first run holds for all. With resume_from_checkpoint "last", finished runs are
-    kept, and the others go on or begin. Returns what seeds.json holds, see `summarise_seeds`.
+    `config.data`, if it is open already. All runs compute in the setting that `--precision auto` picks for
+    the first. With resume_from_checkpoint "last", finished runs are kept, and the others resume or start.
+    Returns the content of seeds.json, see `summarise_seeds`.
 
     Raises: UserError before the first run for options or folders that hold other runs.
     """
@@ -52,7 +52,7 @@ def finetune_seeds(config: RunConfig, source: DataSource | None = None) -> dict[
             logger.info("%s, seed %d: finished before, in %s", place, each.train.seed, folder)
             continue
         logger.info("%s, seed %d: %s", place, each.train.seed, folder)
-        each = start_or_go_on(each)
+        each = start_or_resume(each)
         if number > 1:
             each = with_setting_of(configs[0], each)
         finetune_classifier(each, source)
@@ -64,7 +64,7 @@ def finetune_seeds(config: RunConfig, source: DataSource | None = None) -> dict[
 
 
 def check_series(config: RunConfig) -> None:
-    """Raises: UserError for options that are about one run, or a folder that holds one."""
+    """Raises: UserError for options of a single run, or a folder that holds one."""
     train = config.train
     if train.push_to_hub:
         raise UserError(
@@ -82,12 +82,12 @@ def check_series(config: RunConfig) -> None:
 
 
 def seeds_of(config: RunConfig) -> range:
-    """The seeds of a series."""
+    """Return the seeds of a series."""
     return range(config.train.seed, config.train.seed + config.train.seeds)
 
 
 def config_of(config: RunConfig, seed: int) -> RunConfig:
-    """The options of one run of a series: those of the single run with its seed."""
+    """Return the options of one run of a series: those of a single run with its seed."""
     train = config.train
     changed: dict[str, Any] = {
         "seeds": 1,
@@ -100,7 +100,7 @@ def config_of(config: RunConfig, seed: int) -> RunConfig:
 
 
 def is_kept(config: RunConfig) -> bool:
-    """Whether a series that goes on has this run already, with every figure that is asked for."""
+    """Return True if a resumed series has this run already, with every requested metric."""
     folder = RunFolder(config.train.output_dir)
     if not config.train.resumes or not folder.facts():
         return False
@@ -109,7 +109,7 @@ def is_kept(config: RunConfig) -> bool:
 
 
 def check_same(config: RunConfig, keep: bool) -> None:
-    """Raises: UserError if a run that is there already is not this one, or is kept but was to be longer."""
+    """Raises: UserError if the folder holds a different run, or a finished one of another length."""
     folder = Path(config.train.output_dir)
     check_same_run(folder, config)
     if not keep:
@@ -124,8 +124,8 @@ def check_same(config: RunConfig, keep: bool) -> None:
             )
 
 
-def start_or_go_on(config: RunConfig) -> RunConfig:
-    """Go on where there is a checkpoint; else begin, also where a run ended before it had saved one."""
+def start_or_resume(config: RunConfig) -> RunConfig:
+    """Resume from a checkpoint if there is one; else start, also after a run without a checkpoint."""
     folder = RunFolder(config.train.output_dir)
     if not config.train.resumes or folder.checkpoints():
         return config
@@ -141,9 +141,9 @@ def with_setting_of(first: RunConfig, config: RunConfig) -> RunConfig:
 
 
 def summarise_seeds(configs: list[RunConfig]) -> dict[str, Any]:
-    """Mean, spread and interval of the headline figures of several finished runs, as plain values.
+    """Return mean, spread and interval of the headline metrics of finished runs, as plain values.
 
-    `figures` holds, by split and figure, `values` in the order of `seeds`, their `mean`, their standard
+    `metrics` holds, by split and metric, `values` in the order of `seeds`, their `mean`, their standard
     deviation `std` (of a sample: n - 1), the 95% `interval` of the mean by Student's t, and `num_runs`.
     """
     metrics = [RunFolder(config.train.output_dir).metrics() for config in configs]
@@ -152,11 +152,11 @@ def summarise_seeds(configs: list[RunConfig]) -> dict[str, Any]:
         "seeds": [config.train.seed for config in configs],
         "runs": [Path(config.train.output_dir).name for config in configs],
         "num_images": {split: metrics[0][split]["num_images"] for split in splits},
-        "figures": {
+        "metrics": {
             split: {
-                name: _summary([figures[split][name] for figures in metrics])
+                name: _summary([each[split][name] for each in metrics])
                 for name in shown("headline", metrics[0][split])
-                if all(figures[split].get(name) is not None for figures in metrics)
+                if all(each[split].get(name) is not None for each in metrics)
             }
             for split in splits
         },
@@ -174,18 +174,18 @@ def _summary(values: list[float]) -> dict[str, Any]:
 
 
 def render_seeds(summary: dict[str, Any]) -> str:
-    """A table of text for each split: every headline figure's mean, spread and interval."""
+    """Render a text table for each split: mean, spread and interval of every headline metric."""
     tables = []
-    for split, figures in summary["figures"].items():
+    for split, metrics in summary["metrics"].items():
         rows = [
             [
                 name,
-                render_number(figure["mean"]),
-                render_number(figure["std"]),
-                "[{:.4f}, {:.4f}]".format(*figure["interval"]),
-                str(figure["num_runs"]),
+                render_number(found["mean"]),
+                render_number(found["std"]),
+                "[{:.4f}, {:.4f}]".format(*found["interval"]),
+                str(found["num_runs"]),
             ]
-            for name, figure in figures.items()
+            for name, found in metrics.items()
         ]
         title = f"{split}, {summary['num_images'][split]:,} images"
         header = [title, "mean", "standard deviation", "95% interval of the mean", "runs"]

@@ -19,8 +19,8 @@ from hf_cifar.text import one_line
 from hf_cifar.training.schedules import check_schedule
 
 TRACKERS = {"tensorboard", "trackio"}  # those that the extra `track` brings
-# What the Trainer must not do by itself: precision is set below, hub/push.py pushes once at the end, no
-# logger gets to see a token, batches shrink without a change of the step, and the plan finds the checkpoint.
+# Options that the Trainer must not see: precision is set below, hub/push.py pushes once at the end, no logger
+# may record a token, a smaller batch must not change the step, and the plan has found the checkpoint.
 NOT_PASSED_ON = (
     "bf16", "fp16", "push_to_hub", "hub_token", "auto_find_batch_size", "resume_from_checkpoint",
 )  # fmt: skip

@@ -36,7 +36,7 @@ def build_optimizer(
 ) -> Optimizer:
     """Return the optimiser that `args` name.
 
-    Every name that transformers' `--optim` takes. Weight decay reaches weight matrices and kernels alone; a
+    Every name that transformers' `--optim` takes. Weight decay reaches weight matrices and kernels only; a
     layer decay other than 1 lowers the learning rate block by block towards the input.
     """
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)

@@ -22,7 +22,7 @@ def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if model.config.model_type == "timm_wrapper":
             weights = {name.removeprefix("timm_model."): value for name, value in weights.items()}
-        # Written aside first, so that nobody sees half a model.
+        # Written aside first, so that no reader sees half a model.
         with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as aside:
             model.save_pretrained(aside, state_dict=weights)
             trainer.processing_class.save_pretrained(aside)

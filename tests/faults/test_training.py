@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 from hf_cifar.cli import main
 from hf_cifar.errors import UserError
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.lock import LOCK_FILE, refuse_in_use
-from hf_cifar.training.checkpoints import find_damage, list_checkpoints, newest_checkpoint
+from hf_cifar.training.checkpoints import find_damage, newest_checkpoint
 
 
 class AtStep(TrainerCallback):
@@ -83,7 +84,7 @@ def test_numbers_that_are_none(tmp_path, stripes, tiny_vit, kind, figure):
             if "rng" not in path.name
             for value in load_file(path).values()
         )
-        good += named and finite and len(list_checkpoints(folder)) == min(2, step // 2)
+        good += named and finite and len(RunFolder(folder).checkpoints()) == min(2, step // 2)
     figure(1, f"{kind} at a random step", "stops in that step, names the row, no such checkpoint",
            good, 10)  # fmt: skip
 

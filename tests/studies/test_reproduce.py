@@ -59,9 +59,9 @@ def test_a_run_is_made_again_bit_for_bit(finished, tmp_path, capsys):
     ).read_bytes()
     found = record(again, "reproduction.json")
     assert found["changed"] == {} and found["weights"]["identical"]
-    assert list(found["figures"]) == ["validation", "test"]
-    assert found["predictions"]["test"]["told_otherwise"] == 0
-    for then, now in found["figures"]["validation"].values():
+    assert list(found["metrics"]) == ["validation", "test"]
+    assert found["predictions"]["test"]["changed_labels"] == 0
+    for then, now in found["metrics"]["validation"].values():
         assert then == now
     settings = [(folder / "config.yaml").read_text() for folder in (finished, again)]
     assert all("precision: fp32" in text for text in settings)
@@ -73,7 +73,9 @@ def test_another_seed_gives_other_weights_and_the_exit_status_says_so(copied, ca
     out = capsys.readouterr().out
     again = copied.with_name("run-reproduced")
     found = record(again, "reproduction.json")["weights"]
-    assert found["differing"] > 30 and found["unlike"] == 0 and found["largest_difference"] > 1e-3
+    assert (
+        found["differing"] > 30 and found["unmatched"] == 0 and found["largest_difference"] > 1e-3
+    )
     assert (
         f"weights: {found['differing']} of {found['num_tensors']} tensors differ, by up to" in out
     )
@@ -117,8 +119,8 @@ def fewer_rows(stripes, tmp_path_factory):
 @pytest.mark.parametrize(
     ("fixture", "message"),
     [
-        ("other_pixels", "the train images of .* are not those of then: pixel hash .*--other_data"),
-        ("fewer_rows", "has other rows or labels than then: split hash .*--other_data"),
+        ("other_pixels", "the train images of .* have changed: pixel hash .*--other_data"),
+        ("fewer_rows", "rows or labels of .* have changed: split hash .*--other_data"),
     ],
 )
 def test_other_data_is_refused_before_training(copied, stripes, fixture, message, request):
@@ -138,7 +140,7 @@ def test_other_data_is_tried_if_asked(copied, stripes, other_pixels, capsys):
 
 def test_another_number_of_processes_is_refused(copied):
     edit(copied / "run.json", '"processes": 1', '"processes": 2')
-    with pytest.raises(UserError, match=r"trained by 2 process\(es\), here are 1"):
+    with pytest.raises(UserError, match=r"trained by 2 process\(es\), and 1 are running"):
         reproduce_run(copied, copied.with_name("again"))
 
 
@@ -151,7 +153,7 @@ def test_weights_are_compared_tensor_by_tensor(tmp_path):
     save_file(tensors, files[2], {"written": "later"})
     found = compare_weights(files[0], files[1])
     assert not found["identical"]
-    assert (found["num_tensors"], found["differing"], found["unlike"]) == (4, 1, 3)
+    assert (found["num_tensors"], found["differing"], found["unmatched"]) == (4, 1, 3)
     assert found["largest_difference"] == 0.5
     found = compare_weights(files[0], files[2])  # another header alone
     assert found["identical"] and found["sha256"][0] != found["sha256"][1]

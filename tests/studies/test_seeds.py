@@ -88,7 +88,7 @@ def test_mean_spread_and_interval_are_those_of_the_runs(series):
     assert summary["num_images"] == {"validation": 8, "test": 22}
     for split in ("validation", "test"):
         values = [metrics(series / f"seed-{n}")[split]["cross_entropy"] for n in (7, 8)]
-        figure = summary["figures"][split]["cross_entropy"]
+        figure = summary["metrics"][split]["cross_entropy"]
         assert figure["values"] == values and figure["num_runs"] == 2
         assert figure["mean"] == pytest.approx(np.mean(values))
         assert figure["std"] == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2))
@@ -96,7 +96,7 @@ def test_mean_spread_and_interval_are_those_of_the_runs(series):
         assert high - low == pytest.approx(2 * 12.7062 * figure["std"] / np.sqrt(2), rel=1e-4)
     table = render_seeds(summary)
     assert "test, 22 images" in table and "seeds: 7, 8" in table
-    assert f"{summary['figures']['test']['accuracy']['mean']:.4f}" in table
+    assert f"{summary['metrics']['test']['accuracy']['mean']:.4f}" in table
 
 
 def test_a_series_goes_on_where_it_was_cut_off(series, tmp_path, stripes, tiny_vit, capsys):
