@@ -117,7 +117,7 @@ def test_metrics_of_the_same_inputs_can_be_combined(drawn):
 
 
 def test_an_unknown_metric_is_refused():
-    with pytest.raises(UserError, match=r"no metric 'acuracy' \(nearest: accuracy\)"):
+    with pytest.raises(UserError, match=r"no metric 'accurcy' \(nearest: accuracy\)"):
         evaluate_metric("accurcy")
     with pytest.raises(UserError, match="no metric 'brier'"):
         evaluate_metric("brier", multi_label=True)
