@@ -9,7 +9,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    TrainingArguments,
+    pipeline,
+)
 
 from hf_cifar import RunConfig, UserError, evaluate_saved, finetune_classifier, load_splits
 from hf_cifar.config.data import DataConfig
@@ -495,3 +500,15 @@ def test_the_card_before_training_is_that_of_the_end_but_for_the_figures(vit_run
     results = [metadata.pop("model-index")[0]["results"] for metadata in (draft, final)]
     assert draft == final
     assert [r["dataset"] for r in results[0]] == [r["dataset"] for r in results[1]]
+
+
+def test_a_run_constructs_its_training_arguments_once(tmp_path, stripes, tiny_vit, monkeypatch):
+    counted, original = [], TrainingArguments.__post_init__
+
+    def count(self):
+        counted.append(type(self).__name__)
+        original(self)
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", count)
+    run(tmp_path / "run", stripes, tiny_vit, "--do_predict", "--adam_beta2", "0.95")
+    assert counted == ["TrainingArguments"]
