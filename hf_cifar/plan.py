@@ -95,26 +95,26 @@ def config_before(train: TrainingConfig) -> RunConfig | None:
 
 
 def find_checkpoint(train: TrainingConfig) -> Path | None:
-    """Find the checkpoint to resume from: the one that was named, or the newest that is whole.
+    """Find the checkpoint to resume from: the requested one, or the newest complete one.
 
     None for a new run, and for one that stopped before its first checkpoint: it starts from the beginning.
     So does `last` in a folder without a run: one command line can be repeated until the run is finished.
-    Raises: UserError if the one that was named is missing or damaged, or all are damaged.
+    Raises: UserError if the requested one is missing or damaged, or all are damaged.
     """
-    if not train.resumes:
+    if not train.resumes or train.resume_from_checkpoint is None:
         return None
     if not train.resumes_last:
-        found = Path(train.resume_from_checkpoint)
-        if not found.is_dir():
+        requested = Path(train.resume_from_checkpoint)
+        if not requested.is_dir():
             raise UserError(
-                f"--resume_from_checkpoint: no checkpoint in {found}; pass its folder, or last"
+                f"--resume_from_checkpoint: no checkpoint in {requested}; pass its folder, or last"
             )
-        if damage := find_damage(found):
+        if damage := find_damage(requested):
             raise UserError(
-                f"--resume_from_checkpoint: {found} is damaged: {damage}; pass last for the newest that is "
-                "whole"
+                f"--resume_from_checkpoint: {requested} is damaged: {damage}; pass last for the newest "
+                "complete one"
             )
-        return found
+        return requested
     folder = RunFolder(train.output_dir)
     found = newest_checkpoint(folder.path)
     if found is None and folder.checkpoints():
@@ -252,7 +252,7 @@ def requested_setting(train: TrainingConfig, before: RunConfig | None) -> dict[s
 
 
 def measured_setting(
-    fixed: dict[str, str],
+    fixed: dict[str, Any],
     config: RunConfig,
     model: PreTrainedModel,
     image_processor: BaseImageProcessor,

@@ -146,7 +146,7 @@ def _predict_batch(
         if isinstance(image, UserError):
             yield {"path": str(file), "error": str(image)}
             continue
-        scores = next(rows)
+        scores: torch.Tensor = next(rows)
         ranked = _listed(
             scores, scores.topk(min(top_k, len(scores))).indices, model.config.id2label
         )

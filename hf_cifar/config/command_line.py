@@ -87,7 +87,7 @@ def unknown_option(token: str, known: Iterable[str]) -> UserError:
 
 
 def build_parser(
-    classes: Sequence[type], prog: str, usage: str | None = None, description: str | None = None
+    classes: Sequence[Any], prog: str, usage: str | None = None, description: str | None = None
 ) -> Parser:
     """Return the parser of the options that the dataclasses declare, in the groups that their fields name."""
     parser = Parser(

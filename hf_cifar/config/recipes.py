@@ -55,7 +55,9 @@ def yaml_tokens(text: str | bytes, source: str) -> list[str]:
 
 def expand_tokens(argv: Sequence[str]) -> list[str]:
     """Replace `--recipe NAME` and `--config FILE` by their tokens, in this order and before all flags."""
-    rest, recipe, config = [], [], []
+    rest: list[str] = []
+    recipe: list[str] = []
+    config: list[str] = []
     tokens = iter(argv)
     for token in tokens:
         name, has_value, value = token.partition("=")
@@ -63,9 +65,9 @@ def expand_tokens(argv: Sequence[str]) -> list[str]:
             rest.append(token)
             continue
         if not has_value:
-            value = next(tokens, None)
-            if value is None:
-                raise UserError(f"{name} needs a value; see: hf-cifar recipes")
+            value = next(tokens, "")
+        if not value:
+            raise UserError(f"{name} needs a value; see: hf-cifar recipes")
         if name == "--recipe":
             recipe += yaml_tokens(read_recipe(value), f"recipe {value}")
         else:

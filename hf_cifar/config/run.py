@@ -41,8 +41,9 @@ class RunConfig:
         Imports torch only if there are options of TrainingArguments that are not ours.
         Raises: UserError for an unknown option or a bad value.
         """
-        *configs, rest = parse(CONFIGS, expand_tokens(argv), prog)
-        return cls(*configs, trainer=parse_inherited(rest, CONFIGS) if rest else {})
+        data, augment, model, train, rest = parse(CONFIGS, expand_tokens(argv), prog)
+        trainer = parse_inherited(rest, CONFIGS) if rest else {}
+        return cls(data, augment, model, train, trainer)
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
@@ -50,7 +51,7 @@ class RunConfig:
         return cls.parse(["--config", str(path)])
 
     def options(self) -> dict[str, Any]:
-        """All options by name, as config.yaml holds them: without tokens, and without what is not set."""
+        """Return all options by name, as in config.yaml: without tokens and unset ones."""
         values = {
             each.name: getattr(config, each.name)
             for config in (self.data, self.augment, self.model, self.train)

@@ -249,11 +249,9 @@ class TrainingConfig:
     @property
     def resumes(self) -> bool:
         """Return True if a run is to be resumed."""
-        return self.resume_from_checkpoint is not None and (
-            self.resume_from_checkpoint.lower() not in ("false", "no")
-        )
+        return (self.resume_from_checkpoint or "no").lower() not in ("false", "no")
 
     @property
     def resumes_last(self) -> bool:
         """Return True if it is to be resumed from the last checkpoint of its own folder."""
-        return self.resumes and self.resume_from_checkpoint.lower() in SAME_FOLDER
+        return (self.resume_from_checkpoint or "").lower() in SAME_FOLDER

@@ -22,11 +22,11 @@ INHERITED_MAY_CHANGE = (
 
 def run_to_resume(train: TrainingConfig) -> Path | None:
     """Return the folder of the run to be resumed, or None for a new run."""
-    if not train.resumes:
+    if not train.resumes or train.resume_from_checkpoint is None:
         return None
-    return (
-        Path(train.output_dir) if train.resumes_last else Path(train.resume_from_checkpoint).parent
-    )
+    if train.resumes_last:
+        return Path(train.output_dir)
+    return Path(train.resume_from_checkpoint).parent
 
 
 def check_folder(config: RunConfig) -> list[str]:

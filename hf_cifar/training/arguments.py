@@ -36,6 +36,7 @@ def training_arguments(config: RunConfig, num_workers: int) -> TrainingArguments
         if each.name in theirs and each.name not in NOT_PASSED_ON
     }
     values = {name: value for name, value in values.items() if value is not None}
+    assert train.metric_for_best_model is not None  # settled by the plan
     metric = train.metric_for_best_model.removeprefix("eval_")
     values |= {
         "dataloader_num_workers": num_workers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -19,9 +19,7 @@ from hf_cifar.data.split import Split
 from hf_cifar.data.splits import Splits
 from hf_cifar.data.store import (
     CPU,
-    ResidentStore,
     ShardStore,
-    StreamedStore,
     build_store,
     default_num_workers,
     is_resident,
@@ -63,9 +61,10 @@ def build_trainer(
     args = training_arguments(config, num_workers)
     check_libraries(args, model)
     device = args.device if num_workers == 0 else CPU  # a worker process must not touch a GPU
-    stores = [
+    stores: list[Any] = [
         shard_store(splits.train, preprocessing, args, config)
-        or build_store(splits.train, preprocessing, augmented=True, kind=kind, device=device),
+        if isinstance(splits.train, Stream)
+        else build_store(splits.train, preprocessing, augmented=True, kind=kind, device=device),
         build_store(splits.validation, preprocessing, augmented=False, kind=kind, device=device),
     ]
     if trains_on_features(config, model, preprocessing):
@@ -93,18 +92,17 @@ def build_trainer(
 
 def are_resident(splits: Splits, preprocessing: Preprocessing, kind: str) -> bool:
     """Return True if the pixels of train and validation are both held in memory."""
-    return all(
-        is_resident(split, stored_view(preprocessing, augmented=augmented), kind)
-        for split, augmented in ((splits.train, True), (splits.validation, False))
+    return (
+        isinstance(splits.train, Split)
+        and is_resident(splits.train, stored_view(preprocessing, augmented=True), kind)
+        and is_resident(splits.validation, stored_view(preprocessing, augmented=False), kind)
     )
 
 
 def shard_store(
-    train: Split | Stream, preprocessing: Preprocessing, args: TrainingArguments, config: RunConfig
-) -> ShardStore | None:
-    """Return this process's part of a stream; None for a split that can be read in any order."""
-    if not isinstance(train, Stream):
-        return None
+    train: Stream, preprocessing: Preprocessing, args: TrainingArguments, config: RunConfig
+) -> ShardStore:
+    """Return this process's part of a stream. Raises: UserError for options that rule it out."""
     refused = {
         "auto_find_batch_size": config.train.auto_find_batch_size,
         "dataloader_persistent_workers": args.dataloader_persistent_workers,
@@ -153,11 +151,12 @@ def trains_on_features(
 def feature_stores(
     model: PreTrainedModel,
     splits: Splits,
-    stores: list[ResidentStore | StreamedStore],
+    stores: list[Any],
     preprocessing: Preprocessing,
     config: RunConfig,
 ) -> list[FeatureStore]:
     """Return the features of train, in all views, and of validation."""
+    assert isinstance(splits.train, Split)  # see `trains_on_features`
     options = {
         "preprocessing": preprocessing,
         "augmentation": augmentation(config.augment),

@@ -75,6 +75,7 @@ def accepting_features(model: PreTrainedModel, store: Dataset) -> Iterator[None]
 
     def forward(pixel_values: Tensor, **kwargs) -> ImageClassifierOutput:
         if pixel_values.ndim == 2:
+            assert head is not None  # the store was made with its inputs
             return ImageClassifierOutput(logits=head(pixel_values))
         return whole(pixel_values=pixel_values, **kwargs)
 
@@ -233,16 +234,18 @@ def fit_head(model: PreTrainedModel, train: FeatureStore, validation: FeatureSto
     Returns the chosen penalty.
     """
     head = linear_head(model)
+    assert head is not None  # the store was made with its inputs
     views, _, width = train.features.shape
     features, labels = train.features.reshape(-1, width), train.labels.repeat(views)
     scale = features.square().mean().sqrt()
-    best, solution, chosen = -1.0, None, None
+    best, strength = -1.0, PENALTIES[0]
+    solution = solved = features.new_zeros(head.out_features, width + 1)
     for penalty in PENALTIES:
-        chosen = solve_head(features / scale, labels, head.out_features, penalty, chosen)
-        logits = validation.features[0] / scale @ chosen[:, :-1].T + chosen[:, -1]
+        solved = solve_head(features / scale, labels, head.out_features, penalty, solved)
+        logits = validation.features[0] / scale @ solved[:, :-1].T + solved[:, -1]
         accuracy = (logits.argmax(dim=1) == validation.labels).float().mean().item()
         if accuracy > best:
-            best, solution, strength = accuracy, chosen, penalty
+            best, solution, strength = accuracy, solved, penalty
     with torch.no_grad():
         head.weight.copy_(solution[:, :-1] / scale)
         if head.bias is not None:

@@ -70,7 +70,7 @@ class FiniteLoss(TrainerCallback):
 
     def _check_pending(self) -> None:
         watched, self._pending = self._pending, None
-        if watched is not None:
+        if watched is not None and watched.arrived is not None:
             watched.arrived.synchronize()
             self._require_finite(watched)
 

@@ -23,7 +23,10 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float
 
 
 # Functions of logits [N, K], targets and label_smoothing. Targets are class ids [N] or probabilities [N, K].
-LOSSES = {"cross_entropy": F.cross_entropy, "binary_cross_entropy": binary_cross_entropy}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": F.cross_entropy,
+    "binary_cross_entropy": binary_cross_entropy,
+}
 
 
 def build_loss(*, multi_label: bool, label_smoothing: float = 0.0) -> Loss:

@@ -229,7 +229,8 @@ def evaluation_due(args: TrainingArguments, state: TrainerState) -> bool:
 
 def random_states(device: torch.device) -> dict[str, Any]:
     """Return the states of all random generators, for `set_random_states`."""
-    kind, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, keys, *rest = state
     states = {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),

@@ -47,6 +47,8 @@ class ImageClassificationTrainer(ResumableTrainer):
     that runs out of memory with smaller steps, accumulated to the same batch.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         *args: Any,
@@ -200,6 +202,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         """Return the mean loss of the batch, with soft targets if it was mixed."""
         logits = model(pixel_values=inputs["pixel_values"]).logits
         loss_function = self.loss if self.model.training else self.evaluation_loss
+        assert loss_function is not None  # a trainer without `loss` only evaluates
         loss = loss_function(logits.float(), inputs.get("targets", inputs["labels"]))
         if self.model.training:
             self.finite_loss.watch(self.state.global_step + 1, loss, logits, self._row_ids)
