@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_options
 
 from hf_cifar.cli import COMMANDS, main
 from hf_cifar.evaluation.predictions import Predictions
@@ -17,13 +18,8 @@ from hf_cifar.evaluation.predictions import Predictions
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, stripes, tiny_vit):
     folder = tmp_path_factory.mktemp("cli") / "run"
-    status = main(
-        [
-            "finetune", "--dataset_name", str(stripes), "--model_name_or_path", str(tiny_vit),
-            "--output_dir", str(folder), "--use_cpu", "--num_train_epochs", "15",
-            "--per_device_train_batch_size", "8", "--learning_rate", "3e-3",
-        ]
-    )  # fmt: skip
+    flags = ("--num_train_epochs", "15", "--learning_rate", "3e-3")
+    status = main(["finetune", *tiny_options(folder, stripes, tiny_vit, *flags)])
     assert status == 0
     return folder
 

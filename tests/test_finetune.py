@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from tiny import tiny_run
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -27,22 +28,10 @@ from hf_cifar.record import known_facts
 from hf_cifar.runs.folder import RunFolder
 
 
-def run(output_dir, data, model, *flags):
-    return finetune_classifier(
-        RunConfig.parse(
-            [
-                "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
-                "--output_dir", str(output_dir), "--per_device_train_batch_size", "8",
-                "--learning_rate", "5e-3", "--disable_tqdm", "true", "--num_train_epochs", "2", *flags,
-            ]
-        )
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def vit_run(tmp_path_factory, stripes, tiny_vit):
     folder = tmp_path_factory.mktemp("runs") / "vit"
-    run(
+    tiny_run(
         folder,
         stripes,
         tiny_vit,
@@ -58,7 +47,7 @@ def vit_run(tmp_path_factory, stripes, tiny_vit):
 @pytest.fixture(scope="module")
 def timm_run(tmp_path_factory, stripes):
     folder = tmp_path_factory.mktemp("runs") / "timm"
-    run(folder, stripes, "scratch/test_efficientnet", "--image_size", "32")
+    tiny_run(folder, stripes, "scratch/test_efficientnet", "--image_size", "32")
     return folder
 
 
@@ -107,7 +96,7 @@ def test_metrics_follow_from_the_saved_predictions(vit_run, stripes):
 def test_the_model_is_calibrated_on_validation_and_its_labels_stay(
     vit_run, stripes, tiny_vit, tmp_path
 ):
-    run(
+    tiny_run(
         tmp_path / "plain", stripes, tiny_vit, "--num_train_epochs", "15", "--learning_rate", "3e-3",
         "--do_predict", "--calibrate", "false",
     )  # fmt: skip
@@ -131,7 +120,7 @@ def test_the_model_is_calibrated_on_validation_and_its_labels_stay(
 def test_final_figures_are_those_of_the_saved_model_in_fp32_whatever_trained_it(
     stripes, tiny_vit, tmp_path
 ):
-    run(tmp_path, stripes, tiny_vit, "--bf16", "--do_predict")
+    tiny_run(tmp_path, stripes, tiny_vit, "--bf16", "--do_predict")
     model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     images = [Image.open(path).convert("RGB") for path in stripe_images(stripes)]
@@ -231,7 +220,7 @@ def test_a_saved_config_repeats_the_run_bit_for_bit(tmp_path, vit_run):
 
 def test_the_best_checkpoint_is_kept(tmp_path, stripes, tiny_vit):
     """A learning rate that grows wrecks the model in the end; the saved one is the best, not the last."""
-    result = run(
+    result = tiny_run(
         tmp_path / "run", stripes, tiny_vit, "--num_train_epochs", "8", "--learning_rate", "1",
         "--warmup_steps", "0.99", "--lr_scheduler_type", "constant_with_warmup",
     )  # fmt: skip
@@ -245,7 +234,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, stripes, tiny_vit):
 
 @pytest.mark.parametrize("metric", ["cross_entropy", "eval_loss"])
 def test_the_best_by_a_loss_is_the_lowest(tmp_path, stripes, tiny_vit, metric):
-    run(
+    tiny_run(
         tmp_path / "run",
         stripes,
         tiny_vit,
@@ -264,7 +253,7 @@ def test_the_best_by_a_loss_is_the_lowest(tmp_path, stripes, tiny_vit, metric):
 def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, stripes, tiny_vit):
     flags = ["--torch_compile", "--torch_compile_backend", "eager", "--num_train_epochs", "1"]
     flags += ["--layer_decay", "0.5"]  # which asks for the names too
-    result = run(tmp_path / "run", stripes, tiny_vit, *flags)
+    result = tiny_run(tmp_path / "run", stripes, tiny_vit, *flags)
     assert not any("_orig_mod" in name for name in weights(result.output_dir))
     _, loading = AutoModelForImageClassification.from_pretrained(
         result.output_dir, output_loading_info=True
@@ -299,7 +288,7 @@ def test_an_open_data_set_of_other_options_is_refused(tmp_path, stripes):
 
 
 def test_early_stopping(tmp_path, stripes, tiny_vit):
-    run(
+    tiny_run(
         tmp_path / "run", stripes, tiny_vit, "--num_train_epochs", "9", "--learning_rate", "1e-9",
         "--early_stopping_patience", "2",
     )  # fmt: skip
@@ -309,7 +298,7 @@ def test_early_stopping(tmp_path, stripes, tiny_vit):
 def test_a_folder_with_a_run_is_refused_and_unchanged(vit_run, stripes, tiny_vit):
     before = {p: p.stat().st_mtime_ns for p in vit_run.rglob("*")}
     with pytest.raises(UserError, match=r"holds another run.*--resume_from_checkpoint"):
-        run(vit_run, stripes, tiny_vit)
+        tiny_run(vit_run, stripes, tiny_vit)
     assert {p: p.stat().st_mtime_ns for p in vit_run.rglob("*")} == before
 
 
@@ -323,25 +312,25 @@ def test_a_folder_with_a_run_is_refused_and_unchanged(vit_run, stripes, tiny_vit
 )
 def test_what_cannot_work_leaves_nothing_behind(tmp_path, stripes, tiny_vit, flags, message):
     with pytest.raises(UserError, match=message):
-        run(tmp_path / "run", stripes, tiny_vit, *flags)
+        tiny_run(tmp_path / "run", stripes, tiny_vit, *flags)
     assert not (tmp_path / "run").exists()
 
 
 def test_one_command_line_starts_a_run_and_resumes_it(tmp_path, stripes, tiny_vit):
     again = ["--resume_from_checkpoint", "last", "--num_train_epochs"]
     for epochs in (1, 2):
-        run(tmp_path / "run", stripes, tiny_vit, *again, str(epochs))
+        tiny_run(tmp_path / "run", stripes, tiny_vit, *again, str(epochs))
         assert RunFolder(tmp_path / "run").facts()["epochs"] == epochs
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(tmp_path / "run" / "config.json", other)
     with pytest.raises(UserError, match="holds another run"):
-        run(other, stripes, tiny_vit, *again, "1")
+        tiny_run(other, stripes, tiny_vit, *again, "1")
 
 
 def test_do_predict_needs_a_test_split(tmp_path, stripes, tiny_vit):
     with pytest.raises(UserError, match="no labelled test split"):
-        run(tmp_path / "run", stripes / "train", tiny_vit, "--do_predict")
+        tiny_run(tmp_path / "run", stripes / "train", tiny_vit, "--do_predict")
     assert not (tmp_path / "run").exists()
 
 
@@ -358,14 +347,14 @@ def test_images_of_mixed_sizes_train(tmp_path, stripes, tiny_vit):
         target = mixed / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.open(path).resize((16 + i, 20)).save(target)
-    result = run(tmp_path / "run", mixed, tiny_vit, "--dataloader_num_workers", "2")
+    result = tiny_run(tmp_path / "run", mixed, tiny_vit, "--dataloader_num_workers", "2")
     assert result.metrics["validation"]["num_images"] == 2
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, stripes, tiny_vit, capsys):
-    run(tmp_path / "run", stripes, tiny_vit)
+    tiny_run(tmp_path / "run", stripes, tiny_vit)
     first, facts = weights(tmp_path / "run"), (tmp_path / "run" / "run.json").read_text()
-    run(tmp_path / "run", stripes, tiny_vit, "--resume_from_checkpoint", "last")
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--resume_from_checkpoint", "last")
     second = weights(tmp_path / "run")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (tmp_path / "run" / "run.json").read_text() == facts
@@ -374,9 +363,9 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, stripes, tiny_vit, ca
 
 def test_a_run_that_trains_on_says_nothing_of_the_model_that_it_was(tmp_path, stripes, tiny_vit):
     folder = tmp_path / "run"
-    run(folder, stripes, tiny_vit, "--max_steps", "2", "--do_predict")
+    tiny_run(folder, stripes, tiny_vit, "--max_steps", "2", "--do_predict")
     (folder / "report.html").write_text("of the first model")
-    run(folder, stripes, tiny_vit, "--max_steps", "4", "--resume_from_checkpoint", "last")
+    tiny_run(folder, stripes, tiny_vit, "--max_steps", "4", "--resume_from_checkpoint", "last")
     assert list(json.loads((folder / "metrics.json").read_text())) == ["validation"]
     assert [path.name for path in (folder / "predictions").iterdir()] == ["validation.parquet"]
     assert not (folder / "report.html").exists()
@@ -386,12 +375,12 @@ def test_a_run_that_trains_on_says_nothing_of_the_model_that_it_was(tmp_path, st
     "change", [["--freeze", "backbone"], ["--flip", "0.25"], ["--max_train_samples", "20"]]
 )
 def test_a_resumed_run_is_the_same_run(tmp_path, stripes, tiny_vit, change):
-    run(tmp_path / "run", stripes, tiny_vit, "--max_steps", "2")
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--max_steps", "2")
     config = (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(
         UserError, match=rf"{change[0]} is {change[1]}, but the run in .* began with"
     ):
-        run(
+        tiny_run(
             tmp_path / "run", stripes, tiny_vit, "--max_steps", "4", *change,
             "--resume_from_checkpoint", "last",
         )  # fmt: skip
@@ -401,7 +390,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, stripes, tiny_vit, change):
 @pytest.mark.parametrize("strategy", ["epoch", "no"])
 def test_a_run_that_diverges_says_so(tmp_path, stripes, tiny_vit, strategy):
     with pytest.raises(UserError, match=r"^training diverged: .* is (nan|inf) at step .* lower"):
-        run(
+        tiny_run(
             tmp_path / "run", stripes, tiny_vit, "--learning_rate", "900", "--optim", "sgd",
             "--warmup_steps", "0", "--max_grad_norm", "0", "--logging_steps", "2",
             "--eval_strategy", strategy, "--num_train_epochs", "4",
@@ -418,7 +407,7 @@ THREE_EPOCHS = (
 @pytest.fixture(scope="module")
 def streamed_run(tmp_path_factory, shards, tiny_vit):
     folder = tmp_path_factory.mktemp("runs") / "streamed"
-    run(folder, shards, tiny_vit, *STREAMED, *THREE_EPOCHS)
+    tiny_run(folder, shards, tiny_vit, *STREAMED, *THREE_EPOCHS)
     return folder
 
 
@@ -438,7 +427,7 @@ def test_a_stream_resumes_to_the_same_weights(tmp_path, streamed_run, shards, ti
     for path in [*folder.glob("checkpoint-27"), *folder.glob("*.safetensors")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert (folder / "checkpoint-18").is_dir()
-    run(folder, shards, tiny_vit, *STREAMED, *THREE_EPOCHS, "--resume_from_checkpoint", "last")
+    tiny_run(folder, shards, tiny_vit, *STREAMED, *THREE_EPOCHS, "--resume_from_checkpoint", "last")
     before, after = weights(streamed_run), weights(folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -456,16 +445,16 @@ def test_a_stream_resumes_in_mid_epoch_with_its_own_number_of_workers(
         "3",
     )
     monkeypatch.setattr("hf_cifar.training.build.default_num_workers", lambda resident: 2)
-    run(tmp_path / "whole", shards, tiny_vit, *flags)
+    tiny_run(tmp_path / "whole", shards, tiny_vit, *flags)
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     for path in [tmp_path / "part/checkpoint-8", tmp_path / "part/checkpoint-9"]:
         shutil.rmtree(path)
     (tmp_path / "part/model.safetensors").unlink()
     resumed = (*flags, "--resume_from_checkpoint", "last")
     with pytest.raises(UserError, match="--dataloader_num_workers is 0, but the run"):
-        run(tmp_path / "part", shards, tiny_vit, *resumed, "--dataloader_num_workers", "0")
+        tiny_run(tmp_path / "part", shards, tiny_vit, *resumed, "--dataloader_num_workers", "0")
     monkeypatch.setattr("hf_cifar.training.build.default_num_workers", lambda resident: 1)
-    run(tmp_path / "part", shards, tiny_vit, *resumed)
+    tiny_run(tmp_path / "part", shards, tiny_vit, *resumed)
     before, after = weights(tmp_path / "whole"), weights(tmp_path / "part")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -473,7 +462,7 @@ def test_a_stream_resumes_in_mid_epoch_with_its_own_number_of_workers(
 @pytest.mark.parametrize("name", ["auto_find_batch_size", "dataloader_persistent_workers"])
 def test_options_that_a_stream_cannot_honour_are_refused(tmp_path, shards, tiny_vit, name):
     with pytest.raises(UserError, match=f"--{name} cannot be combined with --streaming"):
-        run(
+        tiny_run(
             tmp_path / "run",
             shards,
             tiny_vit,
@@ -487,7 +476,7 @@ def test_options_that_a_stream_cannot_honour_are_refused(tmp_path, shards, tiny_
 def test_a_stream_has_no_features_to_keep(tmp_path, shards, tiny_vit):
     flags = (*STREAMED, "--freeze", "backbone", "--head_solver", "lbfgs")
     with pytest.raises(UserError, match="no mixup, cutmix or --streaming"):
-        run(tmp_path / "run", shards, tiny_vit, *flags)
+        tiny_run(tmp_path / "run", shards, tiny_vit, *flags)
 
 
 def test_the_card_before_training_is_that_of_the_end_but_for_the_figures(vit_run):
@@ -510,5 +499,5 @@ def test_a_run_constructs_its_training_arguments_once(tmp_path, stripes, tiny_vi
         original(self)
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", count)
-    run(tmp_path / "run", stripes, tiny_vit, "--do_predict", "--adam_beta2", "0.95")
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--do_predict", "--adam_beta2", "0.95")
     assert counted == ["TrainingArguments"]

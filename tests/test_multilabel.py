@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
 from PIL import Image
+from tiny import tiny_config, tiny_trainer
 from transformers import AutoModelForImageClassification, pipeline
 
 from hf_cifar import (
@@ -19,7 +20,6 @@ from hf_cifar import (
     UserError,
     evaluate_saved,
     finetune_classifier,
-    load_splits,
     predict_files,
 )
 from hf_cifar.cli import main
@@ -27,33 +27,13 @@ from hf_cifar.commands.finetune import render_summary
 from hf_cifar.config.training import TrainingConfig
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import build_model
-from hf_cifar.plan import plan_run
-from hf_cifar.training.build import build_trainer
-
-
-def config_of(folder, data, model, *flags):
-    return RunConfig.parse(
-        [
-            "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
-            "--output_dir", str(folder), "--per_device_train_batch_size", "8",
-            "--learning_rate", "3e-3", "--disable_tqdm", "true", "--num_train_epochs", "2", *flags,
-        ]
-    )  # fmt: skip
-
-
-def make_trainer(folder, data, model, *flags):
-    config = config_of(folder, data, model, *flags)
-    splits = load_splits(config.data)
-    torch.manual_seed(0)
-    model, processor = build_model(config.model, splits.id2label, multi_label=splits.multi_label)
-    return build_trainer(model, processor, splits, plan_run(config, model, processor, splits))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, lights, tiny_vit):
     folder = tmp_path_factory.mktemp("runs") / "lights"
     flags = ("--num_train_epochs", "8", "--do_predict", "--train_val_split", "0.2")
-    return finetune_classifier(config_of(folder, lights, tiny_vit, *flags))
+    return finetune_classifier(tiny_config(folder, lights, tiny_vit, *flags))
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +170,7 @@ def test_thresholds_of_another_number_of_labels_are_refused(finished, tmp_path):
 
 
 def test_a_run_from_a_multi_label_model_starts_without_its_thresholds(finished, lights, stripes):
-    config = config_of("unused", lights, finished.output_dir)
+    config = tiny_config("unused", lights, finished.output_dir)
     several = build_model(config.model, dict(enumerate("rgb")), multi_label=True).model
     assert several.config.thresholds is None
     one = build_model(config.model, {0: "across", 1: "down"}).model
@@ -201,7 +181,7 @@ def test_a_run_from_a_multi_label_model_starts_without_its_thresholds(finished, 
 def test_timm_and_article_models_train_on_several_labels(tmp_path, lights, model):
     size = () if "article" in model else ("--image_size", "32")
     result = finetune_classifier(
-        config_of(tmp_path, lights, model, "--num_train_epochs", "4", *size)
+        tiny_config(tmp_path, lights, model, "--num_train_epochs", "4", *size)
     )
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert loaded.config.problem_type == "multi_label_classification"
@@ -211,13 +191,13 @@ def test_timm_and_article_models_train_on_several_labels(tmp_path, lights, model
 
 def test_without_calibration_every_threshold_is_one_half(tmp_path, lights, tiny_vit):
     flags = ("--num_train_epochs", "1", "--calibrate", "false", "--freeze", "backbone")
-    result = finetune_classifier(config_of(tmp_path, lights, tiny_vit, *flags))
+    result = finetune_classifier(tiny_config(tmp_path, lights, tiny_vit, *flags))
     figures = result.metrics["validation"]["per_class"].values()
     assert [one["threshold"] for one in figures] == [0.5] * 3
 
 
 def test_loss_is_binary_cross_entropy_smoothed_in_training_alone(tmp_path, lights, tiny_vit):
-    trainer = make_trainer(tmp_path, lights, tiny_vit, "--label_smoothing_factor", "0.2")
+    trainer = tiny_trainer(tmp_path, lights, tiny_vit, "--label_smoothing_factor", "0.2")
     batch = next(iter(trainer.get_train_dataloader()))
     labels = batch["labels"].float()
     for mode, targets in (
@@ -233,7 +213,7 @@ def test_loss_is_binary_cross_entropy_smoothed_in_training_alone(tmp_path, light
 
 @pytest.mark.parametrize("flag", ["--mixup_alpha", "--cutmix_alpha"])
 def test_a_mixed_batch_trains_on_mixed_labels(tmp_path, lights, tiny_vit, flag):
-    trainer = make_trainer(
+    trainer = tiny_trainer(
         tmp_path, lights, tiny_vit, flag, "1", "--crop_padding", "0", "--flip", "0"
     )
     trainer.model.train()
@@ -251,7 +231,7 @@ def test_a_mixed_batch_trains_on_mixed_labels(tmp_path, lights, tiny_vit, flag):
 def test_gradients_are_the_same_with_and_without_accumulation(tmp_path, lights, tiny_vit):
     gradients = []
     for size, steps in (("16", "1"), ("4", "4")):
-        trainer = make_trainer(
+        trainer = tiny_trainer(
             tmp_path / size, lights, tiny_vit, "--per_device_train_batch_size", size,
             "--gradient_accumulation_steps", steps, "--crop_padding", "0", "--flip", "0",
             "--max_steps", "1", "--optim", "sgd", "--warmup_steps", "0", "--max_grad_norm", "0",
@@ -267,19 +247,19 @@ def test_gradients_are_the_same_with_and_without_accumulation(tmp_path, lights, 
 def test_the_exact_solver_is_refused(tmp_path, lights, tiny_vit):
     flags = ("--head_solver", "lbfgs", "--freeze", "backbone")
     with pytest.raises(UserError, match="lbfgs is for one label per image"):
-        make_trainer(tmp_path, lights, tiny_vit, *flags)
+        tiny_trainer(tmp_path, lights, tiny_vit, *flags)
 
 
 def test_metrics_of_multi_label_data_are_refused_elsewhere(tmp_path, stripes, tiny_vit, lights):
     flags = ("--metric_for_best_model", "f1_macro")
     with pytest.raises(UserError, match="f1_macro is for multi-label data"):
-        make_trainer(tmp_path, stripes, tiny_vit, *flags)
-    assert make_trainer(tmp_path, lights, tiny_vit, *flags).args.metric_for_best_model == "f1_macro"
+        tiny_trainer(tmp_path, stripes, tiny_vit, *flags)
+    assert tiny_trainer(tmp_path, lights, tiny_vit, *flags).args.metric_for_best_model == "f1_macro"
 
 
 def test_of_one_label_an_image_the_best_checkpoint_stays_that_of_the_accuracy(
     tmp_path, stripes, tiny_vit
 ):
-    args = make_trainer(tmp_path, stripes, tiny_vit).args
+    args = tiny_trainer(tmp_path, stripes, tiny_vit).args
     assert args.metric_for_best_model == "accuracy" and args.greater_is_better
     assert TrainingConfig(output_dir="unused").metric_for_best_model is None

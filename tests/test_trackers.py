@@ -6,22 +6,14 @@ import shutil
 import sys
 
 import pytest
+from tiny import tiny_run
 
-from hf_cifar import RunConfig, UserError, finetune_classifier
+from hf_cifar import UserError
 from hf_cifar.record import plain_history
 
 
-def run(output_dir, data, model, *flags):
-    return finetune_classifier(
-        RunConfig.parse(
-            [
-                "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
-                "--output_dir", str(output_dir), "--per_device_train_batch_size", "8",
-                "--disable_tqdm", "true", "--num_train_epochs", "2", "--logging_steps", "3",
-                "--do_predict", *flags,
-            ]
-        )
-    )  # fmt: skip
+def run(folder, data, model, *flags):
+    return tiny_run(folder, data, model, "--logging_steps", "3", "--do_predict", *flags)
 
 
 def history_of(folder):

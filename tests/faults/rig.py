@@ -11,15 +11,10 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors import safe_open
+from tiny import tiny_trainer
 
-from hf_cifar.config.run import RunConfig
-from hf_cifar.data.splits import load_splits
-from hf_cifar.models.build import build_model
-from hf_cifar.plan import plan_run
-from hf_cifar.training.build import build_trainer
 from hf_cifar.training.checkpoints import newest_checkpoint
 
 # Everything that draws at random: augmentation, mixing, dropout; and an average of the weights.
@@ -37,20 +32,12 @@ def leave_none():
 
 
 def make_trainer(folder, data, model, *flags):
-    """A trainer of 16 steps at most that saves every second one."""
-    config = RunConfig.parse(
-        [
-            "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
-            "--output_dir", str(folder), "--per_device_train_batch_size", "8", "--learning_rate", "1e-3",
-            "--disable_tqdm", "true", "--eval_strategy", "no", "--save_strategy", "steps",
-            "--save_steps", "2", "--save_total_limit", "2", "--max_steps", "6", "--logging_steps", "1000",
-            *RANDOM, *flags,
-        ]
+    """A trainer of 6 steps that saves every second one."""
+    return tiny_trainer(
+        folder, data, model, "--learning_rate", "1e-3", "--eval_strategy", "no", "--save_strategy", "steps",
+        "--save_steps", "2", "--save_total_limit", "2", "--max_steps", "6", "--logging_steps", "1000",
+        *RANDOM, *flags,
     )  # fmt: skip
-    torch.manual_seed(0)
-    splits = load_splits(config.data)
-    network, processor = build_model(config.model, splits.id2label)
-    return build_trainer(network, processor, splits, plan_run(config, network, processor, splits))
 
 
 def go_on(trainer):

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Features, Value
 from PIL import Image
+from tiny import tiny_options
 
 from hf_cifar.cli import main
 from hf_cifar.evaluation.predictions import Predictions
@@ -49,14 +50,10 @@ def write_split(folder, split, files, labels, feature=NAMES):
 
 
 def finetune(data, output_dir, model, *flags):
-    return main(
-        [
-            "finetune", "--dataset_name", str(data), "--output_dir", str(output_dir),
-            "--model_name_or_path", str(model), "--use_cpu", "--num_train_epochs", "1",
-            "--per_device_train_batch_size", "64", "--precision", "fp32", "--memory_format", "contiguous",
-            "--dataloader_num_workers", "0", "--disable_tqdm", "true", *flags,
-        ]
-    )  # fmt: skip
+    return main(["finetune", *tiny_options(
+        output_dir, data, model, "--num_train_epochs", "1", "--per_device_train_batch_size", "64",
+        "--precision", "fp32", "--memory_format", "contiguous", "--dataloader_num_workers", "0", *flags,
+    )])  # fmt: skip
 
 
 # --- 13: rows that cannot be read

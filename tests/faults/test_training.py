@@ -12,6 +12,7 @@ import pytest
 import torch
 from faults.rig import digest, ended, in_child, make_trainer, start, wait_for
 from safetensors.torch import load_file
+from tiny import tiny_options
 from transformers import TrainerCallback
 
 from hf_cifar.cli import main
@@ -34,12 +35,11 @@ class AtStep(TrainerCallback):
 
 def command(folder, data, model, *flags):
     """A command line of a run with evaluations and checkpoints every third step."""
-    return [
-        "finetune", "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
-        "--output_dir", str(folder), "--per_device_train_batch_size", "8", "--learning_rate", "1e-3",
+    return ["finetune", *tiny_options(
+        folder, data, model, "--num_train_epochs", "3", "--learning_rate", "1e-3",
         "--eval_strategy", "steps", "--eval_steps", "3", "--save_strategy", "steps", "--save_steps", "3",
-        "--logging_steps", "1", "--disable_tqdm", "true", "--precision", "fp32", *flags,
-    ]  # fmt: skip
+        "--logging_steps", "1", "--precision", "fp32", *flags,
+    )]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["NaN image", "infinite loss"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import tiny_options
 
 from hf_cifar import UserError, reproduce_run
 from hf_cifar.cli import main
@@ -17,13 +18,10 @@ from hf_cifar.studies.reproduce import compare_weights, render_reproduction
 def finished(tmp_path_factory, stripes, tiny_vit):
     """A run with all kinds of chance in it, whose precision was picked, and which was tested afterwards."""
     folder = tmp_path_factory.mktemp("reproduce") / "run"
-    argv = [
-        "finetune", "--dataset_name", str(stripes), "--model_name_or_path", str(tiny_vit),
-        "--output_dir", str(folder), "--use_cpu", "--num_train_epochs", "2",
-        "--per_device_train_batch_size", "8", "--learning_rate", "3e-3",
-        "--rotation", "10", "--color_jitter", "0.2",
+    argv = ["finetune", *tiny_options(
+        folder, stripes, tiny_vit, "--rotation", "10", "--color_jitter", "0.2",
         "--auto_augment", "rand_augment", "--random_erasing", "0.2", "--mixup_alpha", "0.2",
-    ]  # fmt: skip
+    )]  # fmt: skip
     assert main(argv) == 0
     argv = ["evaluate", "--model_name_or_path", str(folder), "--split", "test", "--use_cpu"]
     assert main(argv) == 0

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from tiny import tiny_options
 
 from hf_cifar import RunConfig, UserError, finetune_classifier
 from hf_cifar.cli import main
@@ -12,12 +13,8 @@ from hf_cifar.data import pixels as pixels_module
 from hf_cifar.studies.seeds import finetune_seeds, render_seeds
 
 
-def arguments(output_dir, data, model, *flags):
-    return [
-        "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
-        "--output_dir", str(output_dir), "--per_device_train_batch_size", "8", "--seed", "7",
-        "--learning_rate", "5e-3", "--disable_tqdm", "true", "--num_train_epochs", "2", *flags,
-    ]  # fmt: skip
+def arguments(folder, data, model, *flags):
+    return tiny_options(folder, data, model, "--seed", "7", *flags)
 
 
 def config(*args):

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from tiny import tiny_config
 from torch import nn
 from transformers import (
     TimmWrapperConfig,
@@ -254,15 +255,9 @@ def test_number_of_batches(tmp_path, flags, expected):
     assert num_batches(config, 72, Processes(0, 1, CPU)) == expected
 
 
-def run(tmp_path, stripes, tiny_vit, *flags):
-    return RunConfig.parse(
-        [
-            "--dataset_name", str(stripes), "--model_name_or_path", str(tiny_vit),
-            "--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "8",
-            "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no",
-            "--disable_tqdm", "true", *flags,
-        ]
-    )  # fmt: skip
+def run(folder, data, model, *flags):
+    saving = ("--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no")
+    return tiny_config(folder / "run", data, model, "--num_train_epochs", "3", *saving, *flags)
 
 
 def measured(caplog):

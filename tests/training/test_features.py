@@ -7,10 +7,10 @@ import pytest
 import timm
 import torch
 from sklearn.linear_model import LogisticRegression
+from tiny import tiny_config
 from transformers import AutoModelForImageClassification
 
 from hf_cifar.cli import main
-from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import ResidentStore
 from hf_cifar.errors import UserError
@@ -31,15 +31,9 @@ from hf_cifar.training.features import (
 MODELS = ["tiny_vit", "scratch/resnet10t", "scratch/densenet121", "scratch/efficientnet_lite0"]
 
 
-def parse(tmp_path, data, model, *flags):
-    return RunConfig.parse(
-        [
-            "--dataset_name", str(data), "--model_name_or_path", str(model),
-            "--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "8",
-            "--use_cpu", "--disable_tqdm", "true", "--freeze", "backbone", "--learning_rate", "0.05",
-            *flags,
-        ]
-    )  # fmt: skip
+def parse(folder, data, model, *flags):
+    head = ("--freeze", "backbone", "--learning_rate", "0.05", "--num_train_epochs", "3")
+    return tiny_config(folder / "run", data, model, *head, *flags)
 
 
 def make_trainer(config):

@@ -4,29 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_trainer
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from hf_cifar.config.run import RunConfig
-from hf_cifar.data.splits import load_splits
-from hf_cifar.models.build import build_model
-from hf_cifar.plan import plan_run
-from hf_cifar.training.build import build_trainer
 
-
-def make_trainer(tmp_path, data, model, *flags):
-    config = RunConfig.parse(
-        [
-            "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
-            "--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "8",
-            "--learning_rate", "1e-3", "--disable_tqdm", "true",
-            "--eval_strategy", "no", "--save_strategy", "no",
-            "--max_steps", "2", *flags,
-        ]
-    )  # fmt: skip
-    torch.manual_seed(0)
-    splits = load_splits(config.data)
-    model, processor = build_model(config.model, splits.id2label)
-    return build_trainer(model, processor, splits, plan_run(config, model, processor, splits))
+def make_trainer(folder, data, model, *flags):
+    brief = ("--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no")
+    return tiny_trainer(folder / "run", data, model, "--learning_rate", "1e-3", *brief, *flags)
 
 
 @pytest.fixture(scope="module")
