@@ -1,4 +1,4 @@
-"""Command lines in a process of their own, whose environment is read at its start."""
+"""Run command lines in a separate process, because the environment is read at its start."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-# One after the other; the end of each is marked in both streams.
+# Runs the commands in sequence and marks the end of each in both streams.
 COMMANDS = """
 import json, os, sys, time, traceback
 from hf_cifar.cli import main
@@ -29,7 +29,7 @@ for token, argv in json.loads(sys.argv[1]):
 
 @dataclasses.dataclass
 class Command:
-    """What one command line did."""
+    """Result of one command line."""
 
     status: int
     seconds: float

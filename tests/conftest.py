@@ -1,4 +1,4 @@
-"""Shared by the tests: no network, few threads, tiny real models and data."""
+"""Shared fixtures: no network, few threads, tiny real models and data."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from PIL import Image
 
 @pytest.fixture(scope="session", autouse=True)
 def own_disk_cache(tmp_path_factory):
-    """What is kept for the next run lies inside the tests' own folder."""
+    """Keep the disk cache inside the tests' own folder."""
     os.environ["HF_CIFAR_CACHE"] = str(tmp_path_factory.mktemp("disk_cache"))
 
 
@@ -46,7 +46,7 @@ def shards(stripes, tmp_path_factory):
     root = tmp_path_factory.mktemp("shards")
     features = Features({"img": ImageFeature(), "label": ClassLabel(names=["across", "down"])})
     for split, files in (("train", 4), ("test", 1)):
-        # The classes take turns, as in shuffled files.
+        # The classes alternate, as in shuffled files.
         images = sorted((stripes / split).rglob("*.png"), key=lambda path: path.name)
         for part in range(files):
             chosen = images[part * len(images) // files : (part + 1) * len(images) // files]
@@ -82,8 +82,8 @@ def colours(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lights(tmp_path_factory):
-    """A multi-label data set that can be learned in seconds, saved to disk: 16 x 16 px, in which red, green
-    and blue light is on or off, each by itself."""
+    """A multi-label data set that can be learned in seconds, saved to disk: 16 x 16 px, with red, green and
+    blue light on or off independently."""
     from datasets import ClassLabel, Dataset, DatasetDict, Features, List
     from datasets import Image as ImageFeature
 
@@ -103,7 +103,7 @@ def lights(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def save_vit(tmp_path_factory):
-    """A function that saves a ViT as transformers does and returns its folder; options: of its config."""
+    """Return a function that saves a ViT with transformers and returns its folder; options: of its config."""
     import torch
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 

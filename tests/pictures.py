@@ -1,4 +1,4 @@
-"""Image files for the tests, and what is to be seen in them."""
+"""Image files for the tests, and their expected pixels."""
 
 import io
 

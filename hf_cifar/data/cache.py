@@ -1,7 +1,7 @@
-"""Keep arrays that are slow to make (decoded images, features) on disk for the next run.
+"""Cache arrays that are slow to compute (decoded images, features) on disk for later runs.
 
-One safetensors file each, in $HF_CIFAR_CACHE or ~/.cache/huggingface/hf_cifar. The key is a hash of all that
-the array was made from, so that other data never finds it; a checksum detects a damaged file.
+One safetensors file each, in $HF_CIFAR_CACHE or ~/.cache/huggingface/hf_cifar. The key hashes everything that
+determines the array, so other data has another key; a checksum detects a damaged file.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 logger = logging.getLogger(__name__)
-# Part of the key: raise it when `data.images` decodes differently.
+# Part of the key: increment it when `data.images` decodes differently.
 DECODER = 2
-# Bytes of all files together; the least recently used are deleted first.
+# Total bytes of all files; the least recently used are deleted first.
 SIZE_LIMIT = 20 * 1024**3
 
 
 def cache_folder() -> Path:
-    """The folder of the files."""
+    """The folder of the cached files."""
     return Path(os.environ.get("HF_CIFAR_CACHE") or Path(constants.HF_HOME, "hf_cifar"))
 
 
 def content_key(rows: Dataset) -> str:
-    """SHA-256 of the encoded images in order; of the path, size and modification time of a file outside."""
+    """SHA-256 of the encoded images in order; of a file that is only referenced, its path, size and time."""
     digest = hashlib.sha256(b"%d" % DECODER)
     for table in rows.with_format("arrow").iter(batch_size=1000):
         for chunk in table.column("image").chunks:
@@ -61,13 +61,13 @@ def _file_key(path: str | None) -> bytes:
 
 @contextlib.contextmanager
 def one_process_at_a_time(key: str) -> Iterator[None]:
-    """Let one process make an array while the others on this machine wait, to find it on disk then."""
+    """Hold a lock, so that one process makes an array and the others on this machine wait to load it."""
     lock = FileLock(cache_folder() / f"{key}.lock")
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except (OSError, NotImplementedError):
-        # No writable folder, or no locks: nothing will be kept either.
+        # No writable folder, or no support for locks: nothing will be cached either.
         yield
         return
     try:
@@ -77,7 +77,7 @@ def one_process_at_a_time(key: str) -> Iterator[None]:
 
 
 def load_array(key: str) -> np.ndarray | None:
-    """Load the array that `save_array` kept under a key; None if there is no file, or a damaged one."""
+    """Load the array that `save_array` stored under a key; None if the file is missing or damaged."""
     path = cache_folder() / f"{key}.safetensors"
     try:
         with safe_open(path, framework="numpy") as file:
@@ -86,18 +86,18 @@ def load_array(key: str) -> np.ndarray | None:
     except (OSError, SafetensorError, KeyError, TypeError):
         return None
     if f"{zlib.crc32(array):08x}" != checksum:
-        logger.warning("%s is damaged; making it again", path)
+        logger.warning("%s is damaged and will be recomputed", path)
         return None
     with contextlib.suppress(OSError):
-        os.utime(path)  # used now
+        os.utime(path)  # marks it as recently used
     return array
 
 
 def save_array(key: str, array: np.ndarray) -> None:
-    """Keep an array, atomically. If the disk is full or read-only, nothing is kept and the run continues."""
+    """Save an array atomically. If the disk is full or read-only, log a warning and continue."""
     folder = cache_folder()
     path = folder / f"{key}.safetensors"
-    # A folder, because safetensors first writes a file with a random name, which a killed process leaves.
+    # A folder, because safetensors first writes to a random file name, which a killed process leaves behind.
     staging = folder / f".{key}.tmp"
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -106,7 +106,7 @@ def save_array(key: str, array: np.ndarray) -> None:
         save_file({"array": array}, staging / "array", {"crc32": f"{zlib.crc32(array):08x}"})
         os.replace(staging / "array", path)
     except (OSError, SafetensorError) as error:
-        logger.warning("nothing is kept in %s for the next run: %s", folder, error)
+        logger.warning("cannot cache in %s for later runs: %s", folder, error)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

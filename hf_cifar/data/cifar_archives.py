@@ -22,7 +22,7 @@ PIXELS = 3 * SIDE * SIDE
 
 
 class _Record:
-    """Stands in for numpy's array and dtype while a batch is read: keeps the state, does nothing."""
+    """Inert stand-in for numpy's array and dtype while a batch is read: it stores the state."""
 
     def __init__(self, *args: Any) -> None:
         self.args, self.state = args, None
@@ -53,18 +53,18 @@ class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in SAFE_NAMES:
             raise UserError(
-                f"a CIFAR batch asks for {module}.{name}; this is not the official file, not read"
+                f"a CIFAR batch refers to {module}.{name}; this is not an official file and was not loaded"
             )
         return SAFE_NAMES[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         raise UserError(
-            "a CIFAR batch refers to another object; this is not the official file, not read"
+            "a CIFAR batch refers to an outside object; this is not an official file and was not loaded"
         )
 
 
 def read_pickle(stream: Any, name: str) -> dict[bytes, Any]:
-    """Read one pickled batch or meta file as plain values, executing nothing of it."""
+    """Read one pickled batch or meta file as plain values, without executing any of it."""
     try:
         content = _InertUnpickler(stream, encoding="bytes").load()
     except UserError as error:
@@ -195,12 +195,12 @@ def read_cifar(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, list[st
         names = read_names(files, layout)
         parts = {part: read_part(files, layout, layout[part]) for part in ("train", "test")}
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read to its end ({error}); download it again") from None
+        raise UserError(f"{path} cannot be read completely ({error}); download it again") from None
     for part in parts.values():
         for column, class_names in names.items():
             if part[column] and not 0 <= min(part[column]) <= max(part[column]) < len(class_names):
                 raise UserError(
-                    f"{path}: a {column} lies outside its {len(class_names)} class names"
+                    f"{path}: a {column} is not one of the {len(class_names)} class names"
                 )
     return parts, names
 
@@ -212,7 +212,7 @@ def _python_names(files: _Files, layout: dict) -> dict[str, list[str]]:
     names = {column: content.get(key) for column, key in columns.items()}
     for column, values in names.items():
         if not isinstance(values, list):
-            raise UserError(f"{meta_file} holds no class names for {column}")
+            raise UserError(f"{meta_file} has no class names for {column}")
     return {
         c: [v.decode() if isinstance(v, bytes) else str(v) for v in values]
         for c, values in names.items()
@@ -230,7 +230,7 @@ def _read_python(files: _Files, layout: dict, batches: list[str]) -> dict[str, A
         for column, key in layout["labels"].items():
             if len(labels[key]) != len(pixels[-1]):
                 raise UserError(
-                    f"{batch}: {len(pixels[-1])} images, but {len(labels[key])} of {column}"
+                    f"{batch}: {len(pixels[-1])} images, but {len(labels[key])} values of {column}"
                 )
             columns[column] += labels[key]
     return {"pixels": np.concatenate(pixels), **columns}

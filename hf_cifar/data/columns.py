@@ -1,6 +1,6 @@
-"""Find the image and label columns by their types and standardize them. An image has one label, or a list.
+"""Find the image and label columns by type and standardize them. A label is one class or a list of classes.
 
-An empty list is an image of no class; a missing list is a mistake.
+An empty list means that the image has no class; a missing list is an error.
 """
 
 from __future__ import annotations
@@ -38,13 +38,12 @@ def holds_lists(feature: Any) -> bool:
 
 
 def class_label(feature: Any) -> Any:
-    """The type of a label column's values, single or in lists: a ClassLabel, once columns are standard."""
+    """The type of a label, alone or inside a list; always a ClassLabel after `standard_columns`."""
     return feature.feature if holds_lists(feature) else feature
 
 
 def label_array(rows: Dataset) -> np.ndarray:
-    """Read the standard label column: class ids [N] int64; for lists [N, K] uint8, 1 for each class of an
-    image."""
+    """Read the standard label column: class ids [N] int64; for lists [N, K] uint8, 1 for each class."""
     feature = rows.features["label"]
     if holds_lists(feature):
         return indicators(_column(rows), feature.feature.num_classes)
@@ -74,16 +73,16 @@ def entries(rows: Dataset) -> list:
 def list_class_names(rows: Dataset, split: str) -> list[str]:
     """Names of the classes: declared by the data set, else the strings that occur in train, sorted.
 
-    Raises: UserError for lists of anything but class labels or strings. Integers are ambiguous: they could be
-    0 and 1, one for each class.
+    Raises: UserError for lists of other types. Integers are ambiguous: they could be class ids, or a 0 or 1
+    for each class.
     """
     feature = rows.features["label"]
     if isinstance(feature.feature, ClassLabel):
         return feature.feature.names
     if feature.feature not in (Value("string"), Value("large_string")):
         raise UserError(
-            f"the label column holds {feature}; it must hold class labels, strings or integers, or lists of "
-            "class labels or strings: cast it to List(ClassLabel(names=[...]))"
+            f"the type of the label column is {feature}; it must be class labels, strings or integers, or "
+            "lists of class labels or strings: cast it to List(ClassLabel(names=[...]))"
         )
     _, values = _present(rows, split)
     names = sorted(values.unique().to_pylist())
@@ -92,15 +91,15 @@ def list_class_names(rows: Dataset, split: str) -> list[str]:
 
 
 def check_class_names(names: list[str]) -> None:
-    """Raises: UserError for an empty name, or two names that differ by white space alone."""
+    """Raises: UserError for an empty name, or two names that differ only in white space."""
     known: dict[str, str] = {}
     for name in names:
         plain = one_line(name)
         if not plain:
-            raise UserError(f"a label is {name!r}; give it a name, or remove its rows")
+            raise UserError(f"a label is {name!r}, which is empty; name it, or remove its rows")
         if plain in known:
             raise UserError(
-                f"labels {known[plain]!r} and {name!r} differ by white space alone; make them one"
+                f"labels {known[plain]!r} and {name!r} differ only in white space; merge or rename them"
             )
         known[plain] = name
 
@@ -110,12 +109,12 @@ def with_label_lists(rows: Dataset, names: list[str], split: str) -> Dataset:
     feature = rows.features["label"]
     if not holds_lists(feature):
         raise UserError(
-            f"split {split} labels its images by {feature}, but the first split by lists"
+            f"the labels of split {split} are {feature}, but those of the first split are lists"
         )
     declared = isinstance(feature.feature, ClassLabel)
     if declared and feature.feature.names != names:
         raise UserError(
-            f"split {split} names its classes {feature.feature.names}, but the first split {names}"
+            f"split {split} has the classes {feature.feature.names}, but the first split has {names}"
         )
     positions, values = _present(rows, split)
     if declared:
@@ -143,18 +142,18 @@ def _column(rows: Dataset) -> pyarrow.ChunkedArray:
 
 
 def _flat(column: pyarrow.ChunkedArray) -> tuple[np.ndarray, pyarrow.ChunkedArray]:
-    """The row [M] of every entry of a column of lists, and the entries [M]."""
+    """Flatten a column of lists to the entries [M] and the row [M] of each."""
     lengths = pc.list_value_length(column).to_numpy()
     return np.repeat(np.arange(len(column)), lengths), pc.list_flatten(column)
 
 
 def _present(rows: Dataset, split: str) -> tuple[np.ndarray, pyarrow.ChunkedArray]:
-    """`_flat` of the label column. Raises: UserError that names the row of a missing list or entry."""
+    """Return `_flat` of the label column. Raises: UserError that names the row of a missing list or entry."""
     column = _column(rows)
     if column.null_count:
         row = np.flatnonzero(column.is_null().to_numpy())[0]
         raise UserError(
-            f"{split} row {row}: the labels are missing; an image without labels has an empty list"
+            f"{split} row {row}: the list of labels is missing; use an empty list for an image without labels"
         )
     positions, values = _flat(column)
     if values.null_count:
@@ -165,7 +164,7 @@ def _present(rows: Dataset, split: str) -> tuple[np.ndarray, pyarrow.ChunkedArra
 
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Hide the progress bars of `datasets` for work that takes no time."""
+    """Hide the progress bars of `datasets` for work that takes an instant."""
     shown = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -225,34 +224,32 @@ def with_standard_names(rows: Rows, split: str, image: str, label: str) -> Rows:
     return rows
 
 
-def _find_column(features: Features, kind: type, asked: str | None, role: str) -> str:
+def _find_column(features: Features, kind: type, requested: str | None, role: str) -> str:
     flag = f"--{role}_column_name"
-    if asked is not None:
-        if asked not in features:
+    if requested is not None:
+        if requested not in features:
             raise UserError(
-                f"no column {asked!r} in {list(features)}; pass {flag} with one of them"
+                f"no column {requested!r} in {list(features)}; pass {flag} with one of them"
             )
-        if role == "image" and not isinstance(features[asked], Image):
+        if role == "image" and not isinstance(features[requested], Image):
             raise UserError(
-                f"column {asked!r} holds {features[asked]}, not images; pass another {flag}"
+                f"column {requested!r} holds {features[requested]}, not images; pass another {flag}"
             )
-        return asked
+        return requested
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if not found and role == "label":  # lists of them, where no column holds one alone
+    if not found and role == "label":  # fall back to lists of class labels
         found = [
             name for name, feature in features.items() if isinstance(class_label(feature), kind)
         ]
     if len(found) > 1:
-        raise UserError(f"several {role} columns: {found}; choose one with {flag}")
+        raise UserError(f"multiple {role} columns: {found}; choose one with {flag}")
     if not found:
         word, advice = (
             ("an image column", "")
             if role == "image"
             else ("a class label column", ", or put images into one folder per class")
         )
-        raise UserError(
-            f"none of the columns {list(features)} is {word}; name it with {flag}{advice}"
-        )
+        raise UserError(f"none of the columns {list(features)} is {word}; pass {flag}{advice}")
     return found[0]
 
 
@@ -263,7 +260,7 @@ def _class_names(rows: Dataset, split: str) -> list[str]:
         return feature.names
     if not isinstance(feature, Value):
         raise UserError(
-            f"the label column holds {feature}; it must hold class labels, strings or integers"
+            f"the type of the label column is {feature}; it must be class labels, strings or integers"
         )
     values = rows.unique("label")
     for value in values:
@@ -271,13 +268,13 @@ def _class_names(rows: Dataset, split: str) -> list[str]:
             raise UserError(f"{_row_of(rows, value, split)}: the label is missing")
     if not all(isinstance(value, (str, int)) for value in values):
         raise UserError(
-            f"the label column holds {feature.dtype}; it must hold class labels, strings or integers"
+            f"the type of the label column is {feature.dtype}; it must be class labels, strings or integers"
         )
     names = sorted(values)
     if not isinstance(names[0], str) and names[0] < 0:
         raise UserError(
-            f"{_row_of(rows, names[0], split)}: label {names[0]} is negative, as where a label is missing; "
-            "remove such rows, or name the class"
+            f"{_row_of(rows, names[0], split)}: label {names[0]} is negative, which usually means that it is "
+            "missing; remove such rows, or turn the labels into names"
         )
     names = [str(name) for name in names]
     check_class_names(names)
@@ -294,7 +291,7 @@ def _with_class_labels(rows: Dataset, names: list[str], split: str) -> Dataset:
     if isinstance(feature, ClassLabel):
         if feature.names != names:
             raise UserError(
-                f"split {split} names its classes {feature.names}, but the first split {names}"
+                f"split {split} has the classes {feature.names}, but the first split has {names}"
             )
         ids = rows["label"][:]
     else:

@@ -30,7 +30,7 @@ def refuse_streaming(name: str, streaming: bool) -> None:
     """Raises: UserError if streaming is requested for data that cannot be streamed."""
     if streaming:
         raise UserError(
-            f"{name} cannot be streamed: that takes a Hub id or a folder in Hub layout; leave out --streaming"
+            f"{name} cannot be streamed, only a Hub data set or a folder in Hub layout; leave out --streaming"
         )
 
 
@@ -74,9 +74,9 @@ def load_local(
             _check_class_folders(path, splits)
             _check_parquet_names(path, config.dataset_config_name, splits)
             return splits
-        except IndexError:  # what load_from_disk makes of a split without rows
+        except IndexError:  # raised by load_from_disk for a split without rows
             raise UserError(
-                f"a split of {config.dataset_name} holds no images; save it without empty splits"
+                f"a split of {config.dataset_name} has no images; save it without empty splits"
             ) from None
         except UserError:
             raise
@@ -87,9 +87,9 @@ def load_local(
 
 
 def _check_class_folders(path: Path, splits: DatasetDict | IterableDatasetDict) -> None:
-    """Check a folder of plain images: each class must have a folder, with images.
+    """Check a folder of images: it must have one non-empty folder for each class.
 
-    Raises: UserError that names a single class, an image outside the class folders, or an empty folder.
+    Raises: UserError that names the only class, an image outside the class folders, or an empty folder.
     """
     columns = set(next(iter(splits.values())).features or ())
     if not columns <= {"image", "label"} or "image" not in columns:
@@ -102,9 +102,7 @@ def _check_class_folders(path: Path, splits: DatasetDict | IterableDatasetDict) 
         stray = next((image for image in images if image.parent == path), None)
         others = [folder for folder in folders if folder != path]
         if stray is not None and others:
-            raise UserError(
-                f"{stray} lies outside the class folders; move it into one, or remove it"
-            )
+            raise UserError(f"{stray} is not in a class folder; move it into one, or remove it")
         if len({folder.name for folder in others}) == 1:
             raise UserError(
                 f"{path} has one class folder, {others[0].name}; a classifier needs two or more"
@@ -113,15 +111,15 @@ def _check_class_folders(path: Path, splits: DatasetDict | IterableDatasetDict) 
     for parent in {folder.parent for folder in folders}:
         for folder in sorted(parent.iterdir()):
             if folder.is_dir() and not any(folder.iterdir()):
-                raise UserError(f"class folder {folder} holds no images; add some or remove it")
+                raise UserError(f"class folder {folder} has no images; add some or remove it")
 
 
 def _check_parquet_names(
     path: Path, config_name: str | None, splits: DatasetDict | IterableDatasetDict
 ) -> None:
-    """Check that all Parquet files have the same class names: `datasets` uses those of the first for all.
+    """Check that all Parquet files have the same class names, since `datasets` uses those of the first.
 
-    Raises: UserError that names a file with different ones.
+    Raises: UserError that names a file with other class names.
     """
     features = next(iter(splits.values())).features or {}
     names = {
@@ -141,5 +139,5 @@ def _check_parquet_names(
     for file in (str(file) for files in builder.config.data_files.values() for file in files):
         if file in different:
             raise UserError(
-                "{} names its classes {}, but the first file {}".format(file, *different[file])
+                "{} has the classes {}, but the first file has {}".format(file, *different[file])
             )

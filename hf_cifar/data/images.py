@@ -1,4 +1,4 @@
-"""Decode any image file to RGB uint8: the one decoder of training, evaluation and prediction."""
+"""Decode any image file to RGB uint8: the decoder shared by training, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to mode RGB, as a person sees it.
+    """Convert an image to mode RGB, as a viewer shows it.
 
-    First frame of an animation, upright by its EXIF tag, transparency over white, 16-bit and float
-    grey rescaled to 8 bit instead of clipped. Raises: UserError for an EXIF block that is damaged.
+    First frame of an animation, rotated by its EXIF tag, transparency over white, 16-bit and float
+    grey rescaled to 8 bit instead of clipped. Raises: UserError for a damaged EXIF block.
     """
     image.seek(0)
     orientation = _exif_orientation(image.info.get("exif") or b"")
     if orientation is not None:
-        image.getexif().setdefault(
-            ORIENTATION, orientation
-        )  # Pillow 12 stops at a damaged tag before it
+        # Pillow 12 stops reading at a damaged tag before this one.
+        image.getexif().setdefault(ORIENTATION, orientation)
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT_MODES:
         # Pillow's own conversion clips at 255. A 16-bit PNG may open as "I", with 16-bit values.
@@ -43,7 +42,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image)
         scale = 255.0 if grey.max() <= 1 else 1.0
         return Image.fromarray((grey * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "La":  # Pillow brings it to LA and to nothing else
+    if image.mode == "La":  # Pillow can convert it to LA only
         image = image.convert("LA")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -53,9 +52,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _exif_orientation(exif: bytes) -> int | None:
-    """Return the orientation tag, if any. Raises: UserError for a first directory that is cut off before it.
+    """Return the orientation tag, if any. Raises: UserError if the first directory is truncated before it.
 
-    Pillow does not rotate such an image, or refuses it, depending on the file format. Broken tags do no harm.
+    Depending on the file format, Pillow rejects such an image or does not rotate it. Other damaged tags are
+    harmless.
     """
     block = exif.removeprefix(EXIF_MARK).removeprefix(EXIF_MARK)  # some programs write it twice
     if not block:
@@ -70,7 +70,7 @@ def _exif_orientation(exif: bytes) -> int | None:
                 return value
     except (KeyError, struct.error):
         raise UserError(
-            "cannot read image: its EXIF block is damaged, so that nobody can tell which way is up"
+            "cannot read image: its EXIF block is damaged, so its orientation is unknown"
         ) from None
     return None
 
@@ -80,8 +80,8 @@ def decode_image(
 ) -> np.ndarray:
     """Decode encoded bytes, a file, or a Pillow image to [H, W, 3] uint8, RGB.
 
-    Raises: UserError if the source is not an image that can be read to its end, or, before it is decoded,
-    if it has more than `max_pixels` pixels.
+    Raises: UserError if the source is not a complete image, or, before decoding, if it has more than
+    `max_pixels` pixels.
     """
     try:
         if isinstance(source, Image.Image):
@@ -90,7 +90,7 @@ def decode_image(
         with Image.open(file, formats=_formats()) as image:
             if image.width * image.height > max_pixels:
                 raise UserError(
-                    f"cannot read image: {image.width} x {image.height} pixels are more than "
+                    f"cannot read image: {image.width} x {image.height} pixels exceed the limit of "
                     f"{max_pixels:,}, see --max_image_pixels"
                 )
             return np.asarray(to_rgb(image))
@@ -105,7 +105,7 @@ def decode_image(
 
 
 def _formats() -> list[str]:
-    """The formats that Pillow can open, except those that are decoded or run before their size is known."""
+    """List the formats that Pillow can open, except those decoded or run before their size is known."""
     Image.preinit()  # the common ones first
     Image.init()
     return [name for name in Image.ID if name not in REFUSED_FORMATS]
@@ -124,9 +124,9 @@ def decode_cell(cell: dict | None, max_pixels: int = MAX_IMAGE_PIXELS) -> np.nda
 def decode_cells(
     cells: Sequence[dict], max_pixels: int = MAX_IMAGE_PIXELS
 ) -> Iterator[np.ndarray | UserError]:
-    """Decode many cells, in order, on all cores (Pillow releases the interpreter's lock).
+    """Decode many cells, in order, on all cores (Pillow releases the GIL).
 
-    Yields [H, W, 3] uint8, or the error of a cell that cannot be read.
+    Yields [H, W, 3] uint8, or the error for an unreadable cell.
     """
 
     def attempt(cell: dict) -> np.ndarray | UserError:

@@ -1,8 +1,8 @@
 """The images of a source, decoded once: splits, subsamples, folds and seeds are row numbers into one array.
 
-The rule: a split of at least half of a source's images decodes them all, into an array that every other split
-of the source uses too, and that stays on disk for the next run, under a key of the source's images. A smaller
-split uses that array if it is there, in memory or on disk, and otherwise decodes its own rows alone.
+A split of at least half of a source's images decodes all of them, into an array that every other split of the
+source uses too. It stays on disk for later runs, under a key made from the source's images. A smaller split
+uses that array if it exists, in memory or on disk, and otherwise decodes only its own rows.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from hf_cifar.data.cache import content_key, load_array, one_process_at_a_time, 
 from hf_cifar.data.images import decode_cell, decode_cells
 from hf_cifar.errors import UserError
 
-# Share of the free memory that the decoded images may take.
+# Share of the free memory that decoded images may take.
 MEMORY_SHARE = 0.25
-# A split of a smaller share of its source decodes its own rows alone.
-SHARED_FROM = 0.5
+# A split with a smaller share of its source decodes only its own rows.
+SHARED_FRACTION = 0.5
 # Takes the place of an unreadable image among images of mixed sizes.
 BLANK = np.zeros((0, 0, 3), np.uint8)
 
 
 def memory_to_spare() -> int:
-    """Bytes of memory that this process may fill with decoded images."""
+    """Bytes of memory that this process may use for decoded images."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return int(psutil.virtual_memory().available * MEMORY_SHARE / processes)
 
 
 class Pixels:
-    """The images of one split of a source, or of some of its rows, decoded when they are first needed.
+    """The images of one split of a source, or of some of its rows, decoded on first use.
 
     rows: columns image (encoded) and label. row_ids: [N] int64, the number of each row in the source's own
-    split; all rows in order if not given. max_pixels: an image of more cannot be read.
+    split; all rows in order if not given. max_pixels: larger images count as unreadable.
     images: None until `hold`, then uint8 [N, H, W, 3], or a list of [H, W, 3] if sizes differ. An unreadable
-    image is blank, and `faults` has its position. tensors: made of them, see `store`.
+    image is blank, and its position is in `faults`. tensors: made from the images, see `store`.
     """
 
     def __init__(
@@ -66,20 +66,20 @@ class Pixels:
         return len(self.row_ids)
 
     def select(self, positions: np.ndarray) -> Pixels:
-        """Some of the rows, to be decoded on their own."""
+        """Select some of the rows, to be decoded on their own."""
         rows, row_ids = self.rows.select(positions), self.row_ids[positions]
         return Pixels(self.source_split, rows, row_ids, self.max_pixels)
 
     @functools.cached_property
     def key(self) -> str:
-        """SHA-256 of all encoded images, see `cache`, and the limit on their size."""
+        """Cache key: SHA-256 of all encoded images, and the limit on their size."""
         return f"{content_key(self.rows)}-{self.max_pixels}"
 
     def hold(self, *, decode: bool = True) -> bool:
-        """Have all images in memory: those that are kept on disk, or else decode them and keep them there.
+        """Load all images into memory, from the disk cache, or else decode them and cache them.
 
-        Images of mixed sizes are not kept on disk. decode=False only looks for what is there already.
-        Returns False if the images are not there, or take more memory than there is to spare.
+        Images of mixed sizes are not cached on disk. decode=False: only use what is decoded already.
+        Returns False if the images are not available, or exceed the memory budget.
         """
         if self.images is not None or self._too_large:
             return not self._too_large
@@ -105,7 +105,7 @@ class Pixels:
 
     @property
     def faults(self) -> dict[int, str]:
-        """Why an image cannot be read, by position. If no image is held, all are decoded to find out."""
+        """Map the position of each unreadable image to the reason. Decodes all images if not known yet."""
         if self._faults is None:
             with one_process_at_a_time(self.key):
                 faults = self._known_faults()
@@ -117,12 +117,12 @@ class Pixels:
 
     @property
     def is_examined(self) -> bool:
-        """True once it is known which images cannot be read."""
+        """True once the unreadable images are known."""
         return self._faults is not None
 
     def attempts(self) -> Iterator[np.ndarray | UserError]:
-        """Each image in order, or the error of one that cannot be read; decoded on all cores, with a progress
-        bar on a terminal."""
+        """Yield each image in order, or the error for an unreadable one; decoded on all cores, with a
+        progress bar on a terminal."""
         with tqdm(
             total=len(self), desc=f"decoding {self.source_split}", disable=None, leave=False
         ) as progress:
@@ -133,15 +133,15 @@ class Pixels:
                     yield image
 
     def _bytes_expected(self) -> int:
-        """Bytes of all images if they are as large as the first; 0 if that one cannot be read."""
+        """Estimate the bytes of all images from the first; 0 if that one cannot be read."""
         try:
             return decode_cell(self.rows[0]["image"], self.max_pixels).nbytes * len(self)
         except UserError:
             return 0
 
     def _decode(self, budget: int) -> tuple[np.ndarray | list[np.ndarray] | None, dict[int, str]]:
-        """Decode every image into one array, or into a list from the first that has another size; None if
-        they take more than `budget` bytes."""
+        """Decode every image into one array, or into a list once an image has another size; None if they take
+        more than `budget` bytes."""
         images: np.ndarray | list[np.ndarray] | None = None
         faults: dict[int, str] = {}
         for position, image in enumerate(self.attempts()):
@@ -164,8 +164,7 @@ class Pixels:
         return [BLANK] * len(self) if images is None else images, faults
 
     def _array_key(self, faults: dict[int, str]) -> str:
-        """The key of the array on disk. It says which images are blank, so that no other run takes them for
-        pictures."""
+        """Cache key of the array. It includes which images are blank, so that no run takes them for real."""
         if not faults:
             return self.key
         blank = np.array(sorted(faults), np.int64)
@@ -178,11 +177,11 @@ class Pixels:
         save_array(self._faults_key(), np.array(list(faults), np.int64))
 
     def _known_faults(self) -> dict[int, str] | None:
-        """The faults that an earlier run found; None if none has looked for them."""
+        """Return the faults found by an earlier run; None if no run has checked."""
         positions = load_array(self._faults_key())
         if positions is None:
             return None
-        # Tried again: the disk may have failed the earlier run.
+        # Retry them, because the cause may have been a disk error.
         again = self._faults_of(self.select(positions).attempts())
         return {int(positions[number]): fault for number, fault in again.items()}
 
@@ -192,7 +191,7 @@ class Pixels:
 
 
 class ImageView(Sequence):
-    """Some images of an array that is shared: views [H, W, 3] of single ones, copies of several."""
+    """Selected images of a shared array. An integer gives a view [H, W, 3]; a slice or list gives a copy."""
 
     def __init__(self, pixels: Pixels, positions: np.ndarray) -> None:
         self.pixels = pixels

@@ -1,5 +1,5 @@
 """Open a data set of any kind as splits with two columns: `image` (encoded) and `label` (ClassLabel, or lists
-of them if an image can have multiple labels)."""
+of them for multi-label data)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hf_cifar.hub.reach import looks_like_path, require_network
 from hf_cifar.text import first_line
 
 BUNDLED = "bundled/"
-NUM_DOWNLOADS = 8  # at the same time
+NUM_DOWNLOADS = 8  # in parallel
 
 
 def load_source(config: DataConfig) -> DatasetDict:
@@ -40,9 +40,9 @@ def load_source(config: DataConfig) -> DatasetDict:
     empty = [split for split, rows in splits.items() if not len(rows)]
     if empty or not splits:
         raise UserError(
-            f"split {(empty or ['train'])[0]} of {name} holds no images; add some or remove it"
+            f"split {(empty or ['train'])[0]} of {name} has no images; add some or remove it"
         )
-    # Train comes first: it says which columns and classes there are.
+    # Train comes first, because it defines the columns and classes.
     splits = DatasetDict(
         {split: splits[split] for split in sorted(splits, key=lambda s: s != "train")}
     )
@@ -50,8 +50,7 @@ def load_source(config: DataConfig) -> DatasetDict:
 
 
 def open_data_set(config: DataConfig, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
-    """Open all splits with the columns that their source has; streaming: unread, which needs a folder or the
-    Hub.
+    """Open all splits with their original columns. streaming: without reading them, for a folder or the Hub.
 
     Raises: UserError for an unknown data set, no network, or a source that cannot be streamed.
     """
@@ -67,10 +66,10 @@ def open_data_set(config: DataConfig, streaming: bool = False) -> DatasetDict | 
 
 def _load_bundled(name: str) -> DatasetDict:
     if name != "digits":
-        raise UserError(f"no bundled data set {name!r}; there is bundled/digits")
+        raise UserError(f"no bundled data set {name!r}; the only one is bundled/digits")
     digits = require("sklearn.datasets", extra="bundled").load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-    # A fixed fifth is the test part: every fifth image of each class, in the file's order.
+    # Test is every fifth image of each class, in file order.
     occurrence = np.zeros(len(digits.target), int)
     for digit in range(10):
         rows = np.flatnonzero(digits.target == digit)
@@ -93,7 +92,7 @@ def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | I
         if streaming:
             return datasets.load_dataset(name, config.dataset_config_name, streaming=True)
         with contextlib.suppress(EntryNotFoundError):
-            fetch(name, "README.md", kind="dataset")  # it names the configurations and splits
+            fetch(name, "README.md", kind="dataset")  # declares the configurations and splits
         builder = datasets.load_dataset_builder(
             name, config.dataset_config_name, cache_dir=_lockable_cache()
         )
@@ -103,7 +102,7 @@ def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | I
         return builder.as_dataset()
     except UserError:
         raise
-    except Exception as error:  # a client of the network can fail in any way
+    except Exception as error:  # a network client can fail in any way
         from huggingface_hub import constants
 
         if constants.HF_HUB_OFFLINE:
@@ -115,9 +114,9 @@ def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | I
 
 
 def _lockable_cache() -> str | None:
-    """None for the cache of `datasets`; if it is read-only, a writable folder of links to its contents.
+    """Return None to use the cache of `datasets`; if it is read-only, a writable folder of links into it.
 
-    `datasets` takes its locks there even to read.
+    `datasets` creates lock files there even for reading.
     """
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     if not cache.is_dir() or os.access(cache, os.W_OK):
@@ -131,9 +130,9 @@ def _lockable_cache() -> str | None:
 
 
 def _fetch_data_files(builder: datasets.DatasetBuilder) -> None:
-    """Download the files of a Hub data set into the cache, where `datasets` looks for them.
+    """Download the files of a Hub data set into the cache, where `datasets` finds them.
 
-    Raises: UserError for a file that arrives damaged.
+    Raises: UserError for a damaged download.
     """
     urls = [url for urls in (builder.config.data_files or {}).values() for url in urls]
     # Files outside the Hub have no hash.

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from hf_cifar.data.columns import class_label, label_array
 from hf_cifar.data.images import decode_cell
-from hf_cifar.data.pixels import SHARED_FROM, ImageView, Pixels
+from hf_cifar.data.pixels import SHARED_FRACTION, ImageView, Pixels
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.text import render_numbers
@@ -27,9 +27,9 @@ class Split:
     name: str
     pixels: Pixels
     positions: np.ndarray  # [N] int64
-    # Row ids that --on_bad_image skip has left out.
+    # Ids of the rows left out by --on_bad_image skip.
     skipped: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    # Tensors made of the images, see `store`.
+    # Tensors made from the images, see `store`.
     tensors: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class Split:
 
     @property
     def source_split(self) -> str:
-        """The name of the source's own split that `row_ids` count in."""
+        """Name of the source's own split that `row_ids` refer to."""
         return self.pixels.source_split
 
     @functools.cached_property
@@ -60,7 +60,7 @@ class Split:
         return dict(enumerate(class_label(self.pixels.rows.features["label"]).names))
 
     def describe_row(self, position: int) -> str:
-        """A row as error messages name it: the source's own split, the row number, and the file if any."""
+        """Identify a row in an error message: the source's own split, the row number, and the file if any."""
         row = f"{self.source_split} row {self.row_ids[position]}"
         path = (self.rows[int(position)]["image"] or {}).get("path")
         return f"{row} ({path})" if path and os.path.exists(path) else row
@@ -76,8 +76,8 @@ class Split:
     def images(self) -> ImageView | list[np.ndarray] | None:
         """All images, decoded once: a view of uint8 [N, H, W, 3], or a list of [H, W, 3] if sizes differ.
 
-        None if they take more memory than there is to spare: then they are decoded as they are needed.
-        Raises: UnreadableImages that names the row of each image that cannot be read.
+        None if they do not fit into the memory budget; they are then decoded on demand.
+        Raises: UnreadableImages that names the row of each unreadable image.
         """
         if self._held is None:
             return None
@@ -100,12 +100,12 @@ class Split:
         return digest.hexdigest()
 
     def decode_all(self) -> Iterator[np.ndarray]:
-        """Decode every image in order, on all cores, with a progress bar on a terminal, and keep none.
+        """Yield every image in order, decoded on all cores, with a progress bar on a terminal.
 
-        Raises: UnreadableImages, once all the others are decoded too.
+        Raises: UnreadableImages, after all rows have been tried.
         """
         faults: dict[int, str] = {}
-        for position, image in enumerate(self._alone.attempts()):
+        for position, image in enumerate(self._own_pixels.attempts()):
             if isinstance(image, UserError):
                 faults[position] = str(image)
             elif not faults:
@@ -114,15 +114,16 @@ class Split:
             raise UnreadableImages([(self, faults)])
 
     def faults(self, *, hold: bool) -> dict[int, str]:
-        """Why an image cannot be read, by position; hold: have the images in memory, if they fit."""
+        """Map the position of each unreadable image to the reason. hold: keep the images in memory if they
+        fit."""
         return _faults_at(*((hold and self._held) or self._examined))
 
     @property
     def decoded(self) -> tuple[Pixels, np.ndarray]:
-        """The pixels that know the most about the images at this time, and the positions there."""
-        alone = self.__dict__.get("_alone")
-        if alone is not None and alone.is_examined:
-            return alone, np.arange(len(self))
+        """The pixels in which most of this split is decoded already, and its positions in them."""
+        own = self.__dict__.get("_own_pixels")
+        if own is not None and own.is_examined:
+            return own, np.arange(len(self))
         return self.pixels, self.positions
 
     @functools.cached_property
@@ -131,26 +132,26 @@ class Split:
 
     @property
     def _decodes_all(self) -> bool:
-        return len(self) >= SHARED_FROM * len(self.pixels)
+        return len(self) >= SHARED_FRACTION * len(self.pixels)
 
     @functools.cached_property
-    def _alone(self) -> Pixels:
-        """The pixels of these rows and no others."""
+    def _own_pixels(self) -> Pixels:
+        """The pixels of these rows only."""
         return self.pixels if self._is_whole else self.pixels.select(self.positions)
 
     @functools.cached_property
     def _held(self) -> tuple[Pixels, np.ndarray] | None:
-        """The decoded pixels that have the images, and the positions there; None if they do not fit."""
+        """The pixels that hold the decoded images, and the positions in them; None if they do not fit."""
         if self.pixels.hold(decode=self._decodes_all):
             return self.pixels, self.positions
-        return (self._alone, np.arange(len(self))) if self._alone.hold() else None
+        return (self._own_pixels, np.arange(len(self))) if self._own_pixels.hold() else None
 
     @property
     def _examined(self) -> tuple[Pixels, np.ndarray]:
-        """The pixels whose faults say which images cannot be read, and the positions there."""
+        """The pixels to check for unreadable images, and the positions in them."""
         if self._decodes_all or self.pixels.is_examined:
             return self.pixels, self.positions
-        return self._alone, np.arange(len(self))
+        return self._own_pixels, np.arange(len(self))
 
 
 def _faults_at(pixels: Pixels, positions: np.ndarray) -> dict[int, str]:
@@ -160,7 +161,7 @@ def _faults_at(pixels: Pixels, positions: np.ndarray) -> dict[int, str]:
 
 
 class UnreadableImages(UserError):
-    """Names the unreadable images of some splits. found: each split with its faults by position."""
+    """Unreadable images in one or more splits. found: each split with its faults by position."""
 
     def __init__(self, found: Sequence[tuple[Split, dict[int, str]]]) -> None:
         self.found = found
@@ -169,11 +170,11 @@ class UnreadableImages(UserError):
         first = f"{split.describe_row(position)}: {faults[position]}"
         count = sum(len(faults) for _, faults in found)
         if count == 1:
-            message = f"{first}; mend or remove it"
+            message = f"{first}; fix or remove it"
         else:
             rows = render_rows(found)
             message = (
-                f"{count:,} images cannot be read, {rows}; the first: {first}; mend or remove them"
+                f"{count:,} images cannot be read, {rows}; the first: {first}; fix or remove them"
             )
         super().__init__(f"{message}, or pass --on_bad_image skip")
 
@@ -187,17 +188,17 @@ def render_rows(found: Sequence[tuple[Split, dict[int, str]]]) -> str:
 
 
 def find_faults(split: Split, pixel_store: str = "auto") -> dict[int, str]:
-    """Find the images that cannot be read: why, by position. The next run finds the answer on disk.
+    """Map the position of each unreadable image to the reason. The result is cached on disk for later runs.
 
-    pixel_store: unless it is "streamed", the images stay in memory if they fit, see `Split.images`.
+    pixel_store: unless "streamed", the images stay in memory if they fit, see `Split.images`.
     """
     return split.faults(hold=pixel_store != "streamed")
 
 
 def require_readable(*splits: Split | Stream, pixel_store: str = "auto") -> None:
-    """Decode every image, except those of a stream, which is not read beforehand.
+    """Decode every image of the splits; streams are not read in advance.
 
-    Raises: UserError that names the row of each image that cannot be read.
+    Raises: UserError that names the row of each unreadable image.
     """
     parts = [split for split in splits if isinstance(split, Split)]
     found = [(split, find_faults(split, pixel_store)) for split in parts]
@@ -207,6 +208,6 @@ def require_readable(*splits: Split | Stream, pixel_store: str = "auto") -> None
 
 
 def subset(split: Split, positions: np.ndarray) -> Split:
-    """Some rows of a split, by position; nothing that the split has decoded is decoded again."""
+    """Select rows of a split by position, reusing what it has decoded already."""
     pixels, own = split.decoded
     return replace(split, pixels=pixels, positions=own[positions])

@@ -1,4 +1,4 @@
-"""Open a data set once and take train and validation from it; test is sealed until the final evaluation."""
+"""Open a data set once and split it into train and validation; test is kept for the final evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.split import Split, find_faults, render_rows, subset
 from hf_cifar.data.stratify import stratified, subsample
-from hf_cifar.data.streams import Stream, gather, load_streams, num_rows, require_every_class
+from hf_cifar.data.streams import Stream, collect, load_streams, num_rows, require_every_class
 from hf_cifar.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class Splits:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 over the row ids, labels and label counts of both parts; for a stream, over its number of
-        images, and the share and the seed that decide which of them train."""
+        """SHA-256 of the row ids, labels and label counts of both parts; for a stream, of its number of
+        images and of the shares and the seed that determine which images train."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
             if isinstance(split, Stream):
@@ -60,9 +60,9 @@ class Splits:
 
 
 class DataSource:
-    """A data set, opened once. Pass it along, and nothing is loaded or decoded twice.
+    """A data set that is opened and decoded once: pass it on instead of loading the data again.
 
-    Its images are freed with it and the splits made from it.
+    Its images are freed together with it and the splits made from it.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -76,7 +76,7 @@ class DataSource:
 
     @functools.cached_property
     def test_split(self) -> Split:
-        """Test, for the final evaluation alone, see `load_test_split`."""
+        """Test, for the final evaluation only, see `load_test_split`."""
         return _test_split(self)
 
     @functools.cached_property
@@ -85,7 +85,7 @@ class DataSource:
         return load_streams(self.config) if self.config.streaming else load_source(self.config)
 
     def pixels(self, source_split: str) -> Pixels:
-        """The images of one of the source's own splits, shared by all splits that are made of it."""
+        """The images of one of the source's own splits, shared by all splits made from it."""
         if source_split not in self._pixels:
             self._pixels[source_split] = Pixels(
                 source_split, self.rows[source_split], max_pixels=self.config.max_image_pixels
@@ -94,18 +94,18 @@ class DataSource:
 
 
 def load_splits(config: DataConfig) -> Splits:
-    """Load train and validation, seeded and stratified; the data set's own validation split if it has one.
+    """Load train and validation: a seeded, stratified split, or the data set's own validation if it has one.
 
-    Each call loads the data set; a `DataSource` does once for all.
+    Each call loads the data set again; a `DataSource` loads it once.
     Raises: UserError for data that cannot be trained on.
     """
     return DataSource(config).splits
 
 
 def load_test_split(config: DataConfig) -> Split:
-    """Load the test split, labelled. For the final evaluation alone: nothing that is tuned may read it.
+    """Load the labelled test split, for the final evaluation only: nothing may be tuned on it.
 
-    Before, only two questions are allowed: can its images be read, and does train hold them too.
+    Before that, only two checks may read it: are its images readable, and does train contain them.
 
     Raises: UserError if the data set has no labelled test split.
     """
@@ -140,7 +140,7 @@ def _test_split(source: DataSource) -> Split:
     require_test_split(source)
     config = source.config
     if config.streaming:
-        rows, row_ids = gather("test", source.rows["test"], config.max_eval_samples)
+        rows, row_ids = collect("test", source.rows["test"], config.max_eval_samples)
         return _whole_split("test", Pixels("test", rows, row_ids, config.max_image_pixels))
     test = _sampled(_whole_split("test", source.pixels("test")), "max_eval_samples", config)
     return _usable(test, config)
@@ -160,12 +160,12 @@ def _require_every_class(labels: np.ndarray, names: list[str], what: str, where:
     if missing:
         raise UserError(
             f"class {missing[0]!r} has no {what} in {where} ({len(missing)} of {len(names)} classes are "
-            "missing); add images or drop its name"
+            "missing); add images or remove the class"
         )
 
 
 def _usable(split: Split, config: DataConfig) -> Split:
-    """The split, with --on_bad_image skip without its unreadable images, which the log names."""
+    """With --on_bad_image skip, leave out unreadable images and log their rows."""
     if config.on_bad_image == "error":
         return split
     faults = find_faults(split, config.pixel_store)
@@ -183,7 +183,7 @@ def _usable(split: Split, config: DataConfig) -> Split:
 
 
 def _streamed_splits(source: DataSource) -> Splits:
-    """Make the splits of a data set of which only validation is read here."""
+    """Make the splits of a streamed data set; only validation is read here."""
     config, streams = source.config, source.rows
     train_name = _train_name(streams)
     train = streams[train_name]
@@ -192,14 +192,14 @@ def _streamed_splits(source: DataSource) -> Splits:
     limit, held_out, seed = config.max_eval_samples, config.train_val_split, config.split_seed
     if own is not None:
         held_out = 0.0
-        rows, row_ids = gather(own, streams[own], limit)
+        rows, row_ids = collect(own, streams[own], limit)
     elif limit is None:
         raise UserError(
-            f"{config.dataset_name} has no validation split, and a stream is not read to the end for one; "
-            "pass --max_eval_samples, say 5000, to hold out that many of its first images"
+            f"{config.dataset_name} has no validation split, and drawing one would read the whole stream; "
+            "pass --max_eval_samples 5000, for example, to hold out that many of its first images"
         )
     else:
-        rows, row_ids = gather(train_name, train, limit, held_out, seed)
+        rows, row_ids = collect(train_name, train, limit, held_out, seed)
     require_every_class(rows, "validation")
     size, most, end = num_rows(train, train_name), config.max_train_samples, 1.0
     num_images = most if size is None else round(size * (1 - held_out))
@@ -219,7 +219,7 @@ def _streamed_splits(source: DataSource) -> Splits:
 def _require_classes(names: Sequence[str], config: DataConfig) -> None:
     if len(names) < 2:
         raise UserError(
-            f"{config.dataset_name} has {len(names)} class; a classifier needs two or more"
+            f"{config.dataset_name} has {len(names)} class; a classifier needs at least two"
         )
 
 
@@ -244,9 +244,9 @@ def require_test_split(source: DataSource) -> None:
 def _train_name(source: Mapping) -> str:
     if "train" in source:
         return "train"
-    # A lone split is train, unless its name says otherwise.
+    # A single split is train, unless its name says otherwise.
     if len(source) == 1 and not {"test", *VALIDATION_NAMES}.intersection(source):
         return next(iter(source))
     raise UserError(
-        f"no train split among {list(source)}; name one of them train, or pass its folder alone"
+        f"no train split among {list(source)}; rename one to train, or pass only its folder"
     )

@@ -1,7 +1,7 @@
 """uint8 pixels for the loader: a split resident in memory or on the device, or streamed by workers.
 
-`ResidentStore` has every pixel, `StreamedStore` decodes the rows that are requested, and `ShardStore` reads
-data that can only be read in order.
+`ResidentStore` holds every pixel, `StreamedStore` decodes rows on demand, and `ShardStore` reads data that
+can only be read in order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
-# Images of mixed sizes are kept this much larger than the model sees them, for random crops to use.
+# Images of mixed sizes are stored this much larger than the model's input, as a margin for random crops.
 TRAINING_MARGIN = 8 / 7
 # Share of a device's free memory that the images of one source, or of one split, may take.
 DEVICE_SHARE = 0.25
@@ -32,10 +32,10 @@ CPU = torch.device("cpu")
 
 
 class ResidentStore(Dataset):
-    """Every image of a split in one tensor, where the model runs: the loader moves row numbers alone.
+    """Every image of a split in one tensor, on the model's device; the loader only passes row numbers.
 
     pixels: uint8 [M, H, W, 3], which other stores may share; labels: int64 [N]; row_ids: int64 [N],
-    0 to N - 1 if not given; positions: int64 [N], where `pixels` has the images, if not in order.
+    0 to N - 1 if not given; positions: int64 [N], the index of each image in `pixels`, if not in order.
     A batch is {"pixel_values": uint8 [B, 3, H, W], "labels": int64 [B], "row_ids": int64 [B]}.
     """
 
@@ -64,7 +64,7 @@ class ResidentStore(Dataset):
         rows = torch.as_tensor(positions).to(self.pixels.device, non_blocking=True)
         places = rows if self.positions is None else self.positions[rows]
         return {
-            # Three times as fast as indexing on a CPU: it copies row by row.
+            # On a CPU three times as fast as indexing, because it copies whole rows.
             "pixel_values": torch.index_select(self.pixels, 0, places).permute(0, 3, 1, 2),
             "labels": self.labels[rows],
             "row_ids": self.row_ids[rows],
@@ -74,8 +74,8 @@ class ResidentStore(Dataset):
 class StreamedStore(Dataset):
     """Images that the loader's workers decode and resize to one size.
 
-    A batch is {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B], "row_ids": int64 [B]}, with h x w the
-    size that `preprocessing` gives.
+    A batch is {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B], "row_ids": int64 [B]}, with (h, w) =
+    `preprocessing.size`.
     """
 
     resident = False
@@ -104,8 +104,8 @@ class StreamedStore(Dataset):
 class ShardStore(IterableDataset):
     """Batches from a stream of shards: this process's part, decoded and resized by the loader's workers.
 
-    An item is a whole batch, {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B]}; an epoch has whole
-    batches only, which the workers give in turn. A worker that runs out of images reads its shards again.
+    An item is a whole batch, {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B]}; an epoch has full
+    batches only, which the workers yield in turn. A worker that runs out of images rereads its shards.
     """
 
     resident = False
@@ -129,7 +129,7 @@ class ShardStore(IterableDataset):
         self.epoch = 0
         if len(self) == 0:
             raise UserError(
-                f"the {len(stream)} images to train on do not fill one batch of {batch_size} in each of "
+                f"the {len(stream)} training images do not fill one batch of {batch_size} in each of "
                 f"{num_processes} processes; pass a smaller --per_device_train_batch_size"
             )
 
@@ -153,7 +153,7 @@ class ShardStore(IterableDataset):
     def _images(self) -> Iterator[tuple[np.ndarray, int]]:
         again = 0
         while True:
-            # Numbers that no other pass has: the epochs of a run stay far below the factor.
+            # Unique for each pass, because a run has far fewer epochs than the factor.
             number = self.epoch + again * 100_000
             part = self.stream.read(number, self.rank, self.num_processes, self.seed)
             empty = True
@@ -162,7 +162,7 @@ class ShardStore(IterableDataset):
                 yield image
             if empty:
                 raise UserError(
-                    f"a shard of {self.stream.source_split} holds no image to train on; use fewer "
+                    f"a shard of {self.stream.source_split} has no training images; use fewer "
                     "--dataloader_num_workers"
                 )
             again += 1
@@ -176,17 +176,17 @@ def build_store(
     kind: str = "auto",
     device: torch.device = CPU,
 ) -> ResidentStore | StreamedStore:
-    """Hold a split resident if it fits, else stream it. Stores of one split or source share their tensor.
+    """Make a resident store if the split fits, else a streamed one. Stores of one split share their tensor.
 
     augmented: images of mixed sizes keep a margin around the model's size, for random crops. kind: auto,
-    resident or streamed. device: holds resident pixels too, if they fit.
-    Raises: UserError that names the row of each image that cannot be read.
+    resident or streamed. device: resident pixels are moved there if they fit.
+    Raises: UserError that names the row of each unreadable image.
     """
     stored = stored_view(preprocessing, augmented)
     count = f"{len(split):,} images"
     if not is_resident(split, stored, kind):
         require_readable(split, pixel_store="streamed")
-        logger.info("%s: %s, decoded as they are needed", split.name, count)
+        logger.info("%s: %s, decoded on demand", split.name, count)
         return StreamedStore(split, stored)
     images, positions = split.images, None
     if isinstance(images, ImageView):
@@ -210,7 +210,7 @@ def _placed(
     device: torch.device,
     make: Callable[[], Tensor],
 ) -> Tensor:
-    """The tensor of `make`, on the device if it fits there; `owner` keeps the last one for the next store."""
+    """Call `make` and move its tensor to the device if it fits; `owner` keeps the last one for reuse."""
     key = stored, device
     if key not in owner.tensors:
         owner.tensors.clear()
@@ -223,12 +223,12 @@ def _placed(
 
 
 def stored_view(preprocessing: Preprocessing, augmented: bool) -> Preprocessing:
-    """The view in which images are kept whose sizes differ, or which are too large in memory otherwise."""
+    """The view in which images are stored if their sizes differ, or if the originals do not fit in memory."""
     return preprocessing.enlarged(TRAINING_MARGIN) if augmented else preprocessing.uncropped()
 
 
 def is_resident(split: Split, stored: Preprocessing, kind: str = "auto") -> bool:
-    """True if `build_store` holds the split in memory: at its original size, or else in its stored view."""
+    """True if `build_store` holds the split in memory, at its original size or in its stored view."""
     if kind != "auto":
         return kind == "resident"
     num_bytes = 3 * math.prod(stored.size) * len(split)
@@ -243,22 +243,22 @@ def default_num_workers(resident: bool) -> int:
 
 
 def to_batch(image) -> Tensor:
-    """[H, W, 3] uint8 array -> [1, 3, H, W] uint8 tensor."""
+    """Convert a [H, W, 3] uint8 array to a [1, 3, H, W] uint8 tensor."""
     return torch.tensor(image).permute(2, 0, 1)[None]
 
 
 def resized(image, preprocessing: Preprocessing) -> Tensor:
-    """[H, W, 3] uint8 array -> the view of it that the model gets, uint8 [1, 3, h, w]."""
+    """Convert a [H, W, 3] uint8 array to its preprocessed view, uint8 [1, 3, h, w]."""
     return preprocessing.view(to_batch(image)).round_().to(torch.uint8)
 
 
 def take_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the batch as it is; the loader's collate function, since a store returns whole batches."""
+    """Return the batch unchanged: the loader's collate function, since a store returns whole batches."""
     return batch
 
 
 def _resize_all(split: Split, preprocessing: Preprocessing) -> Tensor:
-    """Resize images of mixed sizes to one: uint8 [N, h, w, 3]."""
+    """Resize images of mixed sizes to one size, uint8 [N, h, w, 3]."""
     pixels = torch.empty((len(split), *preprocessing.size, 3), dtype=torch.uint8)
     images = split.decode_all() if split.images is None else split.images
     for row, image in enumerate(

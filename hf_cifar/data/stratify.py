@@ -1,4 +1,4 @@
-"""Choose rows so that each class keeps its share, for one label an image or multiple."""
+"""Choose rows so that each class keeps its share, for one or multiple labels per image."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hf_cifar.errors import UserError
 
 
 def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -> Split:
-    """Choose at most `limit` rows, stratified, in their original order."""
+    """Choose at most `limit` rows, stratified, in the original order."""
     if limit is None or limit >= len(split):
         return split
     present = np.count_nonzero(class_counts(split.labels, len(split.id2label)))
     if limit < present:
         raise UserError(
-            f"{flag} {limit} is less than the {present} classes of {split.name}; use more"
+            f"{flag} {limit} is less than the {present} classes of {split.name}; raise it"
         )
     kept = _choose_rows(split.labels, limit, seed)
     return subset(split, kept)
@@ -27,14 +27,15 @@ def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -
 def stratified(
     labels: np.ndarray, share: float, names: list[str], seed: int, split: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Divide rows into two parts: their row numbers, sorted; the second gets its share of each class."""
+    """Divide rows into two sorted arrays of row numbers; the second gets `share` of each class."""
     counts = class_counts(labels, len(names))
-    # With multiple labels an image, a rare label may stay in train alone.
+    # With multiple labels per image, a rare label may be in train only.
     if len(labels) < 2 or (labels.ndim == 1 and counts.min() < 2):
         raise UserError(
-            f"class {names[counts.argmin()]!r} has one image in {split}; train and validation need one each"
+            f"class {names[counts.argmin()]!r} has one image in {split}; train and validation need one each, "
+            "so add another"
         )
-    # At least one validation image a class, and one left for training.
+    # At least one image of each class in both parts.
     fewest = len(names) if labels.ndim == 1 else min(fewest_images(labels), len(labels) // 2)
     size = min(max(round(len(labels) * share), fewest), len(labels) - fewest)
     second = _choose_rows(labels, size, seed, spare=1)
@@ -44,7 +45,7 @@ def stratified(
 def _choose_rows(labels: np.ndarray, size: int, seed: int, spare: int = 0) -> np.ndarray:
     """Choose `size` row numbers, sorted, with each class in proportion (largest remainder, at least one row).
 
-    spare: rows of each class that are not chosen, at least.
+    spare: minimum number of rows of each class that are not chosen.
     """
     if labels.ndim == 2:
         return stratified_choice(labels, size, seed, spare)
@@ -73,16 +74,16 @@ def fewest_images(labels: np.ndarray) -> int:
 
 
 def stratified_choice(labels: np.ndarray, size: int, seed: int, spare: int = 0) -> np.ndarray:
-    """Choose `size` row numbers of labels [N, K], sorted: of each class its share, and at least one row, as
-    far as whole images allow.
+    """Choose `size` row numbers of labels [N, K], sorted, with each class in proportion and, where possible,
+    at least one row of each.
 
-    spare: rows of each class that are not chosen, which has priority.
+    spare: minimum number of rows of each class that are not chosen; takes priority.
 
     Source: Sechidis, Tsoumakas and Vlahavas, On the Stratification of Multi-Label Data, 2011.
     """
     num_rows, labels = len(labels), labels.astype(np.int64)
     counts = labels.sum(axis=0)
-    # Labels of each class, and images, still wanted in the first part (not chosen) and the second (chosen).
+    # Labels per class, and images, still needed in the first part (not chosen) and the second (chosen).
     chosen = np.minimum(np.maximum(counts * size / num_rows, 1), np.maximum(counts - spare, 0))
     wanted = np.stack([counts - chosen, chosen])
     room = np.array([num_rows - size, size])

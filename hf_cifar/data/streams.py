@@ -1,4 +1,4 @@
-"""Data larger than the machine: train is read shard by shard, never whole; evaluation images are gathered."""
+"""Stream data sets larger than the machine: train is read by shards, evaluation images are kept in memory."""
 
 from __future__ import annotations
 
@@ -38,26 +38,28 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
             )
         if rows.info.builder_name == "imagefolder":
             raise UserError(
-                f"{config.dataset_name} holds single image files, one class after the other, which a stream "
-                "cannot mix; leave out --streaming: they are not copied"
+                f"{config.dataset_name} is a folder of image files, sorted by class, which a stream cannot "
+                "shuffle; leave out --streaming (the files are read in place, not copied)"
             )
         image, label = image_and_label(rows.features, config)
-        # First of all: a stream that still decodes would pass on re-encoded images.
+        # Before anything else: a stream that decodes would return re-encoded images.
         rows = with_standard_names(rows.decode(False), split, image, label)
         if holds_lists(rows.features["label"]):
             raise UserError(
-                f"column {label!r} holds several labels an image, and such data is not streamed; leave out "
+                f"column {label!r} holds multiple labels per image, which cannot be streamed; leave out "
                 "--streaming"
             )
         if not isinstance(rows.features["label"], ClassLabel):
             raise UserError(
-                f"column {label!r} does not declare its classes, and a stream is not read to find them; "
+                f"column {label!r} does not declare its classes, and a stream is not scanned to find them; "
                 "leave out --streaming, or cast the column to ClassLabel"
             )
         names = rows.features["label"].names
         first = next(iter(standard.values()), rows).features["label"].names
         if names != first:
-            raise UserError(f"split {split} names its classes {names}, but the first split {first}")
+            raise UserError(
+                f"split {split} has the classes {names}, but the first split has {first}"
+            )
         standard[split] = rows
     return standard
 
@@ -66,9 +68,9 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
 class Stream:
     """The training images of a data set that is read in shards and never whole.
 
-    rows: columns image (encoded), label. num_images: per epoch, None if unknown. Each image has a place from
-    0 to 1, a hash of its bytes and `seed`: those below held_out belong to validation, the others below `end`
-    to train. The place does not depend on the order of reading, and a copy has that of its original.
+    rows: columns image (encoded), label. num_images: per epoch, None if unknown. Each image's bytes and
+    `seed` are hashed to a number from 0 to 1: images below held_out belong to validation, those from there up
+    to `end` to train. The number does not depend on the reading order, and identical images share it.
     """
 
     name: str
@@ -84,8 +86,8 @@ class Stream:
         """Images per epoch (approximate: a hash decides membership). Raises: UserError if it is unknown."""
         if self.num_images is None:
             raise UserError(
-                f"the data set does not say how many images {self.source_split} holds; pass "
-                "--max_train_samples with the number that makes an epoch"
+                f"the data set does not declare how many images {self.source_split} has; pass "
+                "--max_train_samples with the number of images per epoch"
             )
         return self.num_images
 
@@ -98,10 +100,10 @@ class Stream:
         shards = self.rows.num_shards
         return shards // num_processes if shards % num_processes == 0 else shards
 
-    def num_workers(self, num_processes: int, most: int) -> int:
-        """The largest number of workers up to `most` that divides the shards of a process evenly."""
+    def num_workers(self, num_processes: int, limit: int) -> int:
+        """The largest number of workers up to `limit` that divides the shards of a process evenly."""
         shards = self.num_shards(num_processes)
-        return max(n for n in range(1, most + 1) if shards % n == 0)
+        return max(n for n in range(1, limit + 1) if shards % n == 0)
 
     def read(
         self, epoch: int, rank: int = 0, num_processes: int = 1, seed: int = 0
@@ -117,9 +119,9 @@ class Stream:
         rows = split_dataset_by_node(rows, rank, num_processes)
         rows.set_epoch(epoch)
         for row in rows:
-            encoded = encoded_bytes(row["image"])
+            encoded = read_encoded(row["image"])
             if (self.held_out or self.end < 1) and not (
-                self.held_out <= place(encoded, self.seed) < self.end
+                self.held_out <= unit_hash(encoded, self.seed) < self.end
             ):
                 continue
             try:
@@ -131,10 +133,10 @@ class Stream:
                 raise UserError(f"{self.source_split}, {where}: {error}") from None
 
 
-def gather(
+def collect(
     source_split: str, rows: IterableDataset, limit: int | None, held_out: float = 1, seed: int = 0
 ) -> tuple[Dataset, np.ndarray]:
-    """Gather the first `limit` (None: all) of the held-out rows in memory, encoded, and their positions [N].
+    """Collect the first `limit` (None: all) held-out rows in memory, encoded, with their positions [N].
 
     Raises: UserError that names a row whose label is not one of the classes.
     """
@@ -143,8 +145,8 @@ def gather(
     for position, row in enumerate(rows):
         if limit is not None and len(positions) == limit:
             break
-        encoded = encoded_bytes(row["image"])
-        if held_out == 1 or place(encoded, seed) < held_out:
+        encoded = read_encoded(row["image"])
+        if held_out == 1 or unit_hash(encoded, seed) < held_out:
             try:
                 found["label"].append(checked_label(row["label"], rows.features))
             except UserError as error:
@@ -161,7 +163,7 @@ def num_rows(rows: IterableDataset, split: str) -> int | None:
     return declared.num_examples or None if declared is not None else None
 
 
-def encoded_bytes(cell: dict | None) -> bytes:
+def read_encoded(cell: dict | None) -> bytes:
     """Read the image file in one cell of an undecoded column; empty for an empty cell."""
     if not cell or not (cell.get("bytes") or cell.get("path")):
         return b""
@@ -171,20 +173,20 @@ def encoded_bytes(cell: dict | None) -> bytes:
         return file.read()
 
 
-def place(encoded: bytes, seed: int) -> float:
-    """Hash an image to its place from 0 to 1: always the same, and evenly spread over all images."""
+def unit_hash(encoded: bytes, seed: int) -> float:
+    """Hash an image to a number from 0 to 1, uniformly distributed and the same in every run."""
     digest = hashlib.sha256(f"{seed} ".encode() + encoded).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def require_every_class(rows: Dataset, what: str) -> None:
-    """Raises: UserError if rows that a model is chosen by lack a class: their order is not random then."""
+    """Raises: UserError if the rows for model selection lack a class, as in a source sorted by class."""
     classes, present = rows.features["label"].names, set(rows["label"][:])
     missing = [name for i, name in enumerate(classes) if i not in present]
     if missing:
         raise UserError(
-            f"{what}, {len(rows)} images, shows {len(classes) - len(missing)} of {len(classes)} classes, "
-            f"none of {missing[0]!r}; raise --max_eval_samples, or leave out --streaming"
+            f"the {len(rows)} images of {what} cover {len(classes) - len(missing)} of {len(classes)} "
+            f"classes, not {missing[0]!r}; raise --max_eval_samples, or leave out --streaming"
         )
 
 

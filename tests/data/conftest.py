@@ -1,8 +1,8 @@
-"""Shared by the data tests: an empty `datasets` cache."""
+"""Fixtures of the data tests: an empty `datasets` cache."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def own_cache(datasets_cache):
-    """Keeps what `datasets` prepares inside the test's folder."""
+    """Keep the cache of `datasets` inside the test's folder."""

@@ -1,4 +1,4 @@
-"""hf_cifar.data.cache: the next run finds the same pixels, and never others."""
+"""hf_cifar.data.cache: a later run finds the same pixels, and never wrong ones."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def load():
-    """A function (folder) -> train split, as a new process would load it."""
+    """Return a function (folder) -> train split that loads like a new process."""
 
     return lambda path: load_splits(DataConfig(dataset_name=str(path))).train
 
@@ -48,10 +48,10 @@ def test_the_next_run_decodes_nothing(save, make_rows, load, monkeypatch):
         )
     again = load(path).images
     assert (np.asarray(again) == first).all()
-    assert len(decoded) == 1  # the first image, for its size
+    assert len(decoded) == 1  # the first image, to get its size
 
 
-def test_other_data_in_the_same_place_are_decoded_anew(tmp_path, make_rows, load):
+def test_changed_data_at_the_same_path_are_decoded_again(tmp_path, make_rows, load):
     from datasets import DatasetDict
 
     path = tmp_path / "data"
@@ -63,7 +63,7 @@ def test_other_data_in_the_same_place_are_decoded_anew(tmp_path, make_rows, load
             assert (image == np.asarray(rows[int(row)]["img"])).all()
 
 
-def test_the_key_is_of_content_and_order(make_rows):
+def test_key_depends_on_content_and_order(make_rows):
     rows = undecoded(make_rows([0, 1] * 5))
     assert content_key(rows) == content_key(undecoded(make_rows([0, 1] * 5)))
     others = [rows.select(range(9)), rows.select([1, 0, *range(2, 10)])]
@@ -72,7 +72,7 @@ def test_the_key_is_of_content_and_order(make_rows):
     assert content_key(others[1].select([1, 0, *range(2, 10)])) == content_key(rows)
 
 
-def test_an_image_file_that_changes_changes_the_key(tmp_path, make_rows):
+def test_changed_image_file_changes_the_key(tmp_path, make_rows):
     from datasets import Dataset, Features
 
     path = tmp_path / "image.png"
@@ -101,31 +101,31 @@ def test_a_damaged_file_is_decoded_again(save, make_rows, load, folder, damage, 
     assert (np.asarray(load(path).images) == first).all()
     array = load_array(name.removesuffix(".safetensors"))  # written again
     assert (array[load(path).row_ids] == first).all()
-    assert ("is damaged; making it again" in caplog.text) == (damage == "flipped")
+    assert (f"{name} is damaged" in caplog.text) == (damage == "flipped")
 
 
-def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
+def test_read_only_cache_folder_only_costs_time(
     save, make_rows, load, tmp_path, monkeypatch, caplog
 ):
     (tmp_path / "a_file").write_text("")
     monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "a_file" / "cache"))
     assert load(save(train=make_rows([0, 1] * 5))).images[:].shape == (8, 8, 8, 3)
-    assert "nothing is kept in" in caplog.text
+    assert f"cannot cache in {tmp_path / 'a_file' / 'cache'}" in caplog.text
 
 
-def test_the_oldest_file_goes_first(folder, monkeypatch):
+def test_least_recently_used_file_is_deleted_first(folder, monkeypatch):
     pixels = np.zeros((10, 4, 4, 3), np.uint8)
     monkeypatch.setattr(cache, "SIZE_LIMIT", 1500)
     for age, key in ((300, "a"), (200, "b")):
         save_array(key, pixels)
         os.utime(folder / f"{key}.safetensors", (time.time() - age,) * 2)
-    assert load_array("a") is not None  # used now: b is the older one
+    assert load_array("a") is not None  # recently used: b is the older one
     save_array("c", pixels)
     assert files(folder) == ["a.safetensors", "c.safetensors"]
     assert not list(folder.glob(".*tmp"))
 
 
-def test_what_a_killed_process_left_is_removed(folder):
+def test_leftovers_of_a_killed_process_are_removed(folder):
     (folder / ".a.tmp").mkdir(parents=True)
     (folder / ".a.tmp" / ".tmp1234").write_bytes(b"half")
     save_array("a", np.zeros((2, 2, 2, 3), np.uint8))
@@ -144,7 +144,7 @@ print(len(decoded), int(pixels.sum()))
 """
 
 
-def test_of_several_processes_one_decodes(save, make_rows):
+def test_only_one_of_many_processes_decodes(save, make_rows):
     path = save(train=make_rows([0, 1] * 100))
     command = [sys.executable, "-c", COUNT_DECODED, str(path)]
     workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -19,7 +19,7 @@ ROWS10, ROWS100 = 10, 200
 
 
 def text(value):
-    """As Python 2 pickled a str, and as the real files hold every string: SHORT_BINSTRING."""
+    """Pickle a string as SHORT_BINSTRING, as Python 2 did and as the real files contain it."""
     raw = value.encode()
     return b"U" + struct.pack("<B", len(raw)) + raw
 
@@ -33,7 +33,7 @@ def texts(values):
 
 
 def array(pixels):
-    """A uint8 matrix as numpy pickled it under Python 2."""
+    """Pickle a uint8 matrix as numpy did under Python 2."""
     raw = pixels.tobytes()
     rebuild = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text("b")
     dtype = b"cnumpy\ndtype\n" + text("u1") + b"K\x00K\x01\x87R"
@@ -49,7 +49,7 @@ def python2_pickle(**entries):
 
 
 def python3_pickle(**entries):
-    """What people write who repack the archive with Python 3 and a new numpy."""
+    """Write the batch as Python 3 and a new numpy repack it."""
     return pickle.dumps({k.encode(): v for k, v in entries.items()}, protocol=2)
 
 
@@ -136,7 +136,7 @@ def write_archive(root, files, name="cifar-10-python.tar.gz"):
 
 
 def as_images(pixels):
-    """[N, 32, 32, 3] as the CIFAR page has it: 1024 red, then green, then blue, by rows."""
+    """Flatten [N, 32, 32, 3] as the CIFAR page specifies: 1024 red, then green, then blue, by rows."""
     images = np.empty((len(pixels), 32, 32, 3), np.uint8)
     for n, row in enumerate(pixels):
         for y in range(32):
@@ -147,8 +147,8 @@ def as_images(pixels):
 WRITERS = [write_folder, write_archive]
 
 
-def test_python_pickles_are_format_true():
-    """Python's own unpickler reads the tiny files as it does the real ones."""
+def test_generated_python_pickles_have_the_official_format():
+    """Python's own unpickler reads the tiny files like the real ones."""
     content = pickle.loads(python10()["data_batch_2"], encoding="bytes")
     pixels, labels = cifar10_batches()["data_batch_2"]
     assert (content[b"data"] == pixels).all()
@@ -194,7 +194,7 @@ def test_batch_repacked_by_python_3(tmp_path, order):
 
 
 @pytest.mark.parametrize("files", [python10, binary10])
-def test_archive_through_the_data_options(tmp_path, files):
+def test_archive_is_loaded_through_the_data_options(tmp_path, files):
     data = DataConfig(dataset_name=str(write_archive(tmp_path, files())))
     splits = load_splits(data)
     test = load_test_split(data)
@@ -205,7 +205,7 @@ def test_archive_through_the_data_options(tmp_path, files):
     assert (test.images[:] == as_images(everything[-ROWS10:])).all()
 
 
-def test_cifar100_asks_which_labels(tmp_path):
+def test_cifar100_requires_a_choice_of_labels(tmp_path):
     path = str(write_archive(tmp_path, python100()))
     with pytest.raises(
         UserError, match=r"\['fine_label', 'coarse_label'\]; choose one with --label_column_name"
@@ -223,7 +223,7 @@ def test_other_folders_and_files_are_not_cifar(tmp_path):
 
 
 class Reduce:
-    """Pickles as a call of `function` with `arguments`."""
+    """Pickled as a call of `function` with `arguments`."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -233,7 +233,7 @@ class Reduce:
 
 
 def global_call(module, name, argument):
-    """A protocol 0 pickle that calls module.name(argument): hand-written, needs no such module."""
+    """Write a protocol 0 pickle that calls module.name(argument), by hand, since the module may not exist."""
     return f"c{module}\n{name}\n(V{argument}\ntR.".encode()
 
 
@@ -277,8 +277,8 @@ def test_malicious_pickles_execute_nothing(tmp_path, name):
     assert not list(tmp_path.glob("canary*"))
 
 
-def test_the_payloads_would_work_elsewhere(tmp_path):
-    """Guards the test above: the ordinary unpickler does create the canary."""
+def test_payloads_are_effective_with_plain_pickle(tmp_path):
+    """Guard of the test above: the plain unpickler does create the canary."""
     canary = tmp_path / "canary"
     pickle.loads(payloads(canary)["eval"])
     assert canary.exists()
@@ -292,7 +292,7 @@ def test_inert_records_cannot_be_called_into_objects():
     assert isinstance(read_pickle(io.BytesIO(pickle.dumps({}, 2)), "meta"), dict)
 
 
-def test_build_on_a_safe_name_leaves_it_as_it_was():
+def test_build_on_a_safe_name_does_not_change_it():
     """A pickle may give state to the class itself; the next batch must not notice."""
     poison = b"\x80\x02}U\x04datacnumpy\nndarray\n}U\x0c__setstate__U\x01xsbs."
     with pytest.raises(UserError):
@@ -319,7 +319,7 @@ BAD10 = {
     ),
     "fewer labels": (
         lambda f: replace(f, data_batch_2=python2_pickle(data=PIXELS, labels=integers([1, 2]))),
-        "10 images, but 2 of label",
+        "10 images, but 2 values of label",
     ),
     "half a row": (
         lambda f: replace(
@@ -329,7 +329,7 @@ BAD10 = {
     ),
     "label 12": (
         lambda f: replace(f, data_batch_2=python2_pickle(data=PIXELS, labels=integers([12] * 10))),
-        "lies outside its 10 class names",
+        "a label is not one of the 10 class names",
     ),
     "no names": (lambda f: replace(f, batches__meta=python2_pickle(x=text("y"))), "no class names"),
     "missing": (lambda f: {k: f[k] for k in f if k != "data_batch_4"}, "data_batch_4 is missing"),
@@ -337,13 +337,13 @@ BAD10 = {
 
 
 @pytest.mark.parametrize("fault", BAD10)
-def test_damaged_python_version_says_what_is_wrong(tmp_path, fault):
+def test_damaged_python_version_is_a_clear_error(tmp_path, fault):
     change, message = BAD10[fault]
     with pytest.raises(UserError, match=message):
         read_cifar(write_folder(tmp_path, change(python10())))
 
 
-def test_damaged_binary_version_says_what_is_wrong(tmp_path):
+def test_damaged_binary_version_is_a_clear_error(tmp_path):
     cut = write_folder(tmp_path, binary10() | {"data_batch_1.bin": bytes(100)}, "cut")
     with pytest.raises(UserError, match="100 bytes, not a multiple of 3073; download it again"):
         read_cifar(cut)
@@ -356,7 +356,7 @@ def test_damaged_binary_version_says_what_is_wrong(tmp_path):
         read_cifar(write_folder(tmp_path, files, "names"))
 
 
-def test_cut_archive_is_a_user_error(tmp_path):
+def test_truncated_archive_is_a_user_error(tmp_path):
     path = write_archive(tmp_path, python10())
     for share in (0.2, 0.6, 0.99):
         cut = tmp_path / f"cut{share}.tar.gz"
@@ -367,7 +367,7 @@ def test_cut_archive_is_a_user_error(tmp_path):
             load_splits(DataConfig(dataset_name=str(cut)))
 
 
-def test_file_that_is_no_archive(tmp_path):
+def test_file_that_is_not_an_archive_is_refused(tmp_path):
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(b"<html>404</html>")
     with pytest.raises(UserError, match="not a readable tar archive"):

@@ -26,7 +26,7 @@ def test_rgb_is_unchanged(form):
     assert close(decode_image(encode(Image.fromarray(RGB), form)), RGB)
 
 
-def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
+def test_all_kinds_of_sources_have_the_same_pixels(tmp_path):
     path = tmp_path / "image.png"
     Image.fromarray(RGB).save(path)
     sources = [path, str(path), path.read_bytes(), Image.open(path), Image.fromarray(RGB)]
@@ -69,18 +69,18 @@ def test_transparent_colour_of_an_rgb_image_is_white():
     assert close(decode_image(encode(Image.fromarray(RGB), transparency=colour)), expected)
 
 
-def test_rgba_lies_over_white():
+def test_rgba_is_composited_over_white():
     image = Image.fromarray(np.dstack((RGB, ALPHA)))
     assert close(decode_image(encode(image)), over_white(RGB, ALPHA), 1)
 
 
-def test_grey_with_alpha_lies_over_white():
+def test_grey_with_alpha_is_composited_over_white():
     image = Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(ALPHA)))
     assert close(decode_image(encode(image)), over_white(grey_rgb(GREY), ALPHA), 1)
 
 
 @pytest.mark.parametrize("mode", ["RGBa", "La", "PA"])
-def test_rare_alpha_modes_lie_over_white(mode):
+def test_rare_alpha_modes_are_composited_over_white(mode):
     if mode == "PA":
         image = Image.fromarray(RGB).quantize(16).convert("PA")
         image.putalpha(0)
@@ -142,7 +142,7 @@ def test_exif_orientation_of_a_jpeg_is_applied():
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
-def test_animation_gives_its_first_frame(form):
+def test_first_frame_of_an_animation_is_used(form):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     lossless = {"lossless": True} if form == "WEBP" else {}
     raw = encode(frames[0], form, save_all=True, append_images=frames[1:], duration=50, **lossless)
@@ -153,7 +153,7 @@ def test_animation_gives_its_first_frame(form):
     assert close(decode_image(raw), np.full((8, 8, 3), (255, 0, 0)))
 
 
-def test_decoding_leaves_the_callers_image_alone():
+def test_decoding_does_not_change_the_callers_image():
     image = Image.fromarray(np.dstack((RGB, ALPHA)))
     decode_image(image)
     assert image.mode == "RGBA"
@@ -161,7 +161,7 @@ def test_decoding_leaves_the_callers_image_alone():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_damaged_files_give_user_errors_and_no_other():
+def test_damaged_files_raise_only_user_errors():
     generator = np.random.default_rng(1)
     image = Image.fromarray(RGB)
     refused = 0
@@ -181,14 +181,14 @@ def test_damaged_files_give_user_errors_and_no_other():
 
 
 def test_unknown_dds_pixels_are_a_user_error():
-    # Pillow raises NotImplementedError here, which is no OSError.
+    # Pillow raises NotImplementedError here, not an OSError.
     raw = bytearray(encode(Image.fromarray(RGB), "DDS"))
     raw[80:84] = (17).to_bytes(4, "little")
     with pytest.raises(UserError, match="cannot read image: Unknown pixel format"):
         decode_image(bytes(raw))
 
 
-def test_text_is_not_an_image():
+def test_text_file_is_refused():
     with pytest.raises(UserError, match="cannot read image: not a known image format"):
         decode_image(b"<html>not found</html>")
 
@@ -213,15 +213,17 @@ def test_decompression_bomb_is_refused(monkeypatch):
 def test_an_image_above_the_limit_is_refused_before_it_is_decoded():
     raw = encode(Image.fromarray(RGB))
     assert decode_image(raw, max_pixels=60).shape == (6, 10, 3)
-    cut = raw[:60]  # most pixels are missing: they are not asked for
-    with pytest.raises(UserError, match=r"10 x 6 pixels are more than 59, see --max_image_pixels"):
+    cut = raw[:60]  # most pixels are missing, but are not read
+    with pytest.raises(
+        UserError, match=r"10 x 6 pixels exceed the limit of 59, see --max_image_pixels"
+    ):
         decode_image(cut, max_pixels=59)
     assert [str(each) for each in decode_cells([{"bytes": cut}], 59)] == [
-        "cannot read image: 10 x 6 pixels are more than 59, see --max_image_pixels"
+        "cannot read image: 10 x 6 pixels exceed the limit of 59, see --max_image_pixels"
     ]
 
 
-def test_what_is_decoded_before_its_size_is_known_is_no_image(tmp_path):
+def test_formats_without_a_size_check_are_refused(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "icon.ico")
     with pytest.raises(UserError, match="not a known image format"):
         decode_image(tmp_path / "icon.ico")
@@ -229,7 +231,7 @@ def test_what_is_decoded_before_its_size_is_known_is_no_image(tmp_path):
 
 
 def exif_of(*tags, count=None):
-    """A block with these (tag, type, count, value), which says that it has `count` of them."""
+    """Make an EXIF block with these (tag, type, count, value), which claims to have `count` of them."""
     head = struct.pack("<4sIH", b"II*\0", 8, len(tags) if count is None else count)
     return b"Exif\0\0" + head + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
 
@@ -243,8 +245,8 @@ TURNED, CAMERA = (0x0112, 3, 1, 6), (0x010F, 2, 4, 0)
     ("exif", "turned"),
     [
         (exif_of(TURNED), True),
-        (exif_of((0x010F, 2, 4000, 5000), TURNED), True),  # another tag leads nowhere
-        (exif_of(TURNED, count=60_000), True),  # cut off behind it
+        (exif_of((0x010F, 2, 4000, 5000), TURNED), True),  # another tag is damaged
+        (exif_of(TURNED, count=60_000), True),  # truncated after it
         (exif_of(CAMERA), False),
         (b"Exif\0\0", False),
         (exif_of(CAMERA, count=60_000), None),
@@ -252,7 +254,7 @@ TURNED, CAMERA = (0x0112, 3, 1, 6), (0x010F, 2, 4, 0)
         (b"Exif\0\0no header", None),
     ],
 )
-def test_damaged_exif_is_refused_where_it_hides_which_way_is_up(form, exif, turned):
+def test_damaged_exif_is_refused_if_the_orientation_is_unknown(form, exif, turned):
     raw = encode(Image.fromarray(RGB), form, exif=exif)
     if turned is None:
         with pytest.raises(UserError, match="its EXIF block is damaged"):
@@ -274,7 +276,7 @@ def test_empty_cell_is_refused(cell):
         decode_cell(cell)
 
 
-def test_cells_keep_their_order_and_errors_their_place():
+def test_cells_and_errors_keep_their_order():
     images = [np.full((4, 4, 3), value, np.uint8) for value in range(40)]
     cells = [{"bytes": encode(Image.fromarray(image)), "path": None} for image in images]
     cells[17] = {"bytes": b"broken", "path": None}
@@ -293,7 +295,7 @@ def test_pnm_bytes_decode_to_themselves(pixels):
     assert close(decode_image(pnm_bytes(pixels)), expected)
 
 
-def test_list_images_finds_images_alone_sorted(tmp_path):
+def test_list_images_finds_only_images_sorted(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("z.PNG", "a.jpg", "b/c.webp"):
         Image.fromarray(RGB).save(tmp_path / name)

@@ -1,4 +1,4 @@
-"""hf_cifar.data.pixels: the images of a source are decoded once, whatever rows of it are used."""
+"""hf_cifar.data.pixels: the images of a source are decoded once, whichever rows are used."""
 
 import gc
 import os
@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The number of images in each batch that is decoded, in order; the first image, for its size, is not
+    """Record the number of images in each decoded batch; the first image, decoded for its size, is not
     counted."""
     counts, original = [], pixels_module.decode_cells
 
@@ -91,7 +91,7 @@ def test_folds_are_row_numbers_into_one_array(save, make_rows, decoded):
     assert decoded == [40]
 
 
-def test_a_small_part_is_decoded_alone_and_only_once(save, make_rows, decoded, folder):
+def test_small_part_is_decoded_on_its_own_and_only_once(save, make_rows, decoded, folder):
     rows = make_rows([0, 1] * 50)
     path = save(train=rows)
     options = {"max_train_samples": 20, "max_eval_samples": 4}
@@ -132,11 +132,11 @@ def test_bad_images_are_skipped_and_found_again(save, make_rows, decoded, folder
         assert sorted(row for split in parts(splits) for row in split.skipped) == [0, 7]
         for split in parts(splits):
             check(split, pictures(rows))
-    # The next run tries the two once more.
+    # The next run retries the two.
     assert decoded == [40, 2] and len(arrays(folder)) == 1
 
 
-def test_an_image_that_can_be_read_again_is_no_blank(tmp_path, save, make_rows, decoded):
+def test_image_that_becomes_readable_is_decoded(tmp_path, save, make_rows, decoded):
     from datasets import Dataset, Features, Image
 
     files = []
@@ -151,7 +151,7 @@ def test_an_image_that_can_be_read_again_is_no_blank(tmp_path, save, make_rows, 
     first = readable.images.copy()
 
     def rewrite(data):
-        """The same size and time of change: the key stays."""
+        """Write a file of the same size and modification time, so that the key stays the same."""
         files[3].write_bytes(data)
         os.utime(files[3], ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -166,7 +166,7 @@ def test_an_image_that_can_be_read_again_is_no_blank(tmp_path, save, make_rows, 
     assert (mended.images == first).all()
 
 
-def test_faults_of_another_limit_on_pixels_are_not_mixed_up(save, make_rows):
+def test_faults_depend_on_the_limit_on_pixels(save, make_rows):
     rows = make_rows([0, 1] * 20, sizes=((8, 8), (8, 8), (9, 9)))
     path = save(train=rows)
     few = load(path, max_image_pixels=80, on_bad_image="skip")

@@ -25,7 +25,7 @@ MIXED = ((8, 8), (20, 13), (9, 30))
 
 @pytest.fixture
 def train(save, make_rows):
-    """A function (sizes) -> the train split of 22 images, two of them taken for validation."""
+    """Return a function (sizes) -> train split of 22 images, two of which are used for validation."""
 
     def load(sizes=((8, 8),)):
         folder = save(train=make_rows([0, 1] * 11, sizes=sizes))
@@ -59,7 +59,7 @@ def test_resident_store_holds_the_pixels(train):
 @pytest.mark.parametrize(
     ("kind", "store_class"), [("auto", ResidentStore), ("streamed", StreamedStore)]
 )
-def test_images_of_mixed_sizes_become_one(train, kind, store_class):
+def test_mixed_sizes_are_resized_to_one(train, kind, store_class):
     split = train(MIXED)
     store = build_store(split, PREPROCESSING, augmented=False, kind=kind)
     assert isinstance(store, store_class)
@@ -73,7 +73,7 @@ def test_images_of_mixed_sizes_become_one(train, kind, store_class):
 
 @pytest.mark.parametrize("sizes", [((8, 8),), MIXED], ids=["one size", "mixed"])
 @pytest.mark.parametrize("kind", ["resident", "streamed"])
-def test_workers_change_no_pixel(train, sizes, kind):
+def test_pixels_do_not_depend_on_workers(train, sizes, kind):
     store = build_store(train(sizes), PREPROCESSING, augmented=True, kind=kind)
     alone, shared = read(store), read(store, num_workers=2)
     assert torch.equal(alone["pixel_values"], shared["pixel_values"])
@@ -81,7 +81,7 @@ def test_workers_change_no_pixel(train, sizes, kind):
 
 
 @pytest.mark.parametrize("preprocessing", [PREPROCESSING, CROPPING], ids=["whole", "crop"])
-def test_streamed_and_resident_show_the_model_the_same(train, preprocessing):
+def test_streamed_and_resident_stores_agree(train, preprocessing):
     split = train()
     resident, streamed = (
         read(build_store(split, preprocessing, augmented=False, kind=kind))
@@ -92,8 +92,8 @@ def test_streamed_and_resident_show_the_model_the_same(train, preprocessing):
     assert (views[0] - views[1]).abs().max() <= 1
 
 
-def test_crop_is_cut_once(train):
-    """A batch of stored views comes to the model through `view`, like any other."""
+def test_crop_is_applied_once(train):
+    """A batch of stored views passes through `view` like any other."""
     split = train(((16, 16), (20, 10), (8, 24)))
     store = build_store(split, CROPPING, augmented=False, kind="streamed")
     found = CROPPING.view(read(store)["pixel_values"])
@@ -109,7 +109,7 @@ def test_training_images_of_mixed_sizes_keep_a_margin(train, kind):
 
 
 @pytest.mark.parametrize("kind", ["resident", "streamed"])
-def test_one_item_is_a_batch_of_one(train, kind):
+def test_single_item_is_a_batch_of_one(train, kind):
     split = train(MIXED)
     store = build_store(split, PREPROCESSING, augmented=False, kind=kind)
     item = store[3]
@@ -138,11 +138,11 @@ def test_broken_image_in_a_stream_names_its_row_in_one_line(save, make_rows):
     split = load_splits(DataConfig(dataset_name=str(folder))).train
     with pytest.raises(UserError, match=r"^train row 12: cannot read image"):
         build_store(split, PREPROCESSING, augmented=True, kind="streamed")
-    with pytest.raises(UserError) as raised:  # one that broke since
+    with pytest.raises(UserError) as raised:  # one that has broken since
         read(StreamedStore(split, PREPROCESSING))
     assert str(raised.value).startswith("train row 12: cannot read image: ")
     assert "\n" not in str(raised.value)
-    # What a loader does with an error of its worker process.
+    # A loader re-raises an error of its worker process like this.
     with pytest.raises(UserError) as passed_on:
         ExceptionWrapper((UserError, raised.value, raised.tb), "in worker process 0").reraise()
     assert str(passed_on.value) == str(raised.value)
@@ -161,7 +161,7 @@ def test_broken_image_in_a_resident_split_is_found_at_once(save, make_rows):
         build_store(split, PREPROCESSING, augmented=True)
 
 
-def test_stores_travel_to_spawned_workers(train):
+def test_stores_can_be_sent_to_spawned_workers(train):
     store = build_store(train(MIXED), PREPROCESSING, augmented=False, kind="streamed")
     copy = pickle.loads(pickle.dumps(store))
     assert torch.equal(copy[0]["pixel_values"], store[0]["pixel_values"])
@@ -176,8 +176,8 @@ def test_two_stores_of_a_split_share_their_tensor(train, sizes):
         assert build_store(split, PREPROCESSING, augmented=True).pixels is not first.pixels
 
 
-def test_size_and_free_memory_choose_the_store(train, monkeypatch):
-    """22 images of 8 x 8 px: in memory as they are, as views of 2 x 2 px, or not at all."""
+def test_size_and_free_memory_determine_the_store(train, monkeypatch):
+    """22 images of 8 x 8 px: in memory at that size, as views of 2 x 2 px, or not at all."""
     small = Preprocessing((2, 2), None, "bicubic", (0.5,) * 3, (0.5,) * 3)
     shapes = []
     for spare in (10**6, 20 * 2 * 2 * 3 + 1, 100):
@@ -189,11 +189,11 @@ def test_size_and_free_memory_choose_the_store(train, monkeypatch):
     assert build_store(train(), small, augmented=False, kind="resident").pixels.shape[1:3] == (2, 2)
 
 
-def test_the_choice_is_said_in_one_line(train, caplog):
+def test_choice_of_store_is_logged_in_one_line(train, caplog):
     caplog.set_level("INFO", logger="hf_cifar.data.store")
     build_store(train(), PREPROCESSING, augmented=False)
     build_store(train(), PREPROCESSING, augmented=False, kind="streamed")
     assert caplog.messages == [
         "train: 20 images of 8 x 8 px in memory",
-        "train: 20 images, decoded as they are needed",
+        "train: 20 images, decoded on demand",
     ]

@@ -1,4 +1,4 @@
-"""hf_cifar.data.stratify: a fair division of images with several labels."""
+"""hf_cifar.data.stratify: a stratified split of multi-label images."""
 
 import numpy as np
 import pytest
@@ -16,18 +16,18 @@ def config(folder, **options):
 
 
 def drawn_labels(seed, num_rows=400, num_labels=12):
-    """Labels [N, K] of all frequencies, from one in a hundred images to one in two; some images have none."""
+    """Make labels [N, K] with frequencies from one in a hundred images to one in two; some have none."""
     shares = np.geomspace(0.01, 0.5, num_labels)
     return (np.random.default_rng(seed).random((num_rows, num_labels)) < shares).astype(np.uint8)
 
 
-def test_the_division_has_its_size_its_seed_and_the_shares_of_its_classes():
+def test_stratified_choice_has_its_size_seed_and_class_shares():
     labels = drawn_labels(0)
     chosen = stratified_choice(labels, 100, seed=1, spare=1)
     assert len(chosen) == 100 == len(np.unique(chosen)) and (np.diff(chosen) > 0).all()
     np.testing.assert_array_equal(chosen, stratified_choice(labels, 100, seed=1, spare=1))
     assert not np.array_equal(chosen, stratified_choice(labels, 100, seed=2, spare=1))
-    # A plain draw is off by a standard deviation of 4.3 for 100 images of a class.
+    # Without stratification, the standard deviation would be 4.3 for 100 images of a class.
     assert np.abs(labels[chosen].sum(axis=0) - labels.sum(axis=0) / 4).max() <= 2
 
 
@@ -40,7 +40,7 @@ def test_every_class_that_has_two_images_is_in_both_parts(seed):
     assert (counts - inside)[counts > 0].all()
 
 
-def test_validation_is_cut_out_of_train(save, make_rows):
+def test_validation_is_taken_from_train(save, make_rows):
     lists = [
         np.flatnonzero(row).tolist() for row in drawn_labels(0, 200, 3) | drawn_labels(1, 200, 3)
     ]

@@ -1,4 +1,4 @@
-"""hf_cifar.data.streams and ShardStore: data that is read in shards, in order, and never whole."""
+"""hf_cifar.data.streams and ShardStore: data that is read shard by shard, in order, never whole."""
 
 import io
 import itertools
@@ -16,7 +16,7 @@ from hf_cifar.data import streams
 from hf_cifar.data.images import decode_cell, decode_image
 from hf_cifar.data.splits import DataSource, load_splits, load_test_split, require_test_split
 from hf_cifar.data.store import ShardStore
-from hf_cifar.data.streams import Stream, load_streams, place
+from hf_cifar.data.streams import Stream, load_streams, unit_hash
 from hf_cifar.errors import UserError
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -31,7 +31,7 @@ def stream_of(folder, **options):
 
 @pytest.fixture(autouse=True)
 def one_shard_at_a_time(request, monkeypatch):
-    """Closing interleaved shards takes `datasets` 5 s; only the tests that are about them need it."""
+    """Avoid the 5 s in which `datasets` closes interleaved shards, except in the tests about them."""
     if "interleaved" not in request.keywords:
         monkeypatch.setattr(streams, "INTERLEAVED_SHARDS", 1)
 
@@ -57,7 +57,7 @@ def test_train_and_validation_share_no_image(splits, shards):
     }
     assert train | validation <= everything
     assert len(everything) == 80
-    assert len(splits.train) == 72  # the declared number, less a tenth
+    assert len(splits.train) == 72  # the declared number minus a tenth
 
 
 def test_row_ids_are_positions_in_train(splits, shards):
@@ -69,7 +69,7 @@ def test_row_ids_are_positions_in_train(splits, shards):
         assert (splits.validation.decode(position) == all_rows[row]).all()
 
 
-def test_labels_stay_with_their_images(splits):
+def test_labels_match_their_images(splits):
     for image, label in splits.train.read(0):
         rows, columns = (image.astype(float).mean(axis=(1 - axis, 2)).std() for axis in (0, 1))
         assert label == int(columns > rows)  # 0: stripes across
@@ -83,15 +83,15 @@ def test_each_epoch_has_its_own_order_and_the_same_images(splits):
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 4])
-def test_processes_share_the_images_out(splits, num_processes):
-    """By shards where these can be shared out evenly (2, 4), by rows otherwise (3)."""
+def test_processes_divide_the_images(splits, num_processes):
+    """By shards if they divide evenly (2, 4), otherwise by rows (3)."""
     parts = [pixels_of(splits.train.read(0, rank, num_processes)) for rank in range(num_processes)]
     assert all(parts)
     assert sorted(itertools.chain(*parts)) == pixels_of(splits.train.read(0))
 
 
 @pytest.mark.interleaved
-def test_shards_that_are_sorted_by_class_mix(tmp_path, make_rows):
+def test_shards_sorted_by_class_are_mixed(tmp_path, make_rows):
     for number, label in enumerate((0, 0, 1, 1)):
         target = tmp_path / "data" / f"train-{number}.parquet"
         target.parent.mkdir(exist_ok=True)
@@ -102,12 +102,12 @@ def test_shards_that_are_sorted_by_class_mix(tmp_path, make_rows):
     assert 4 <= sum(labels[:20]) <= 16
 
 
-def test_places_are_spread_evenly_and_anew_for_each_seed():
+def test_unit_hash_is_uniform_and_depends_on_the_seed():
     images = [str(i).encode() for i in range(20_000)]
-    found = np.array([place(image, seed=0) for image in images])
+    found = np.array([unit_hash(image, seed=0) for image in images])
     counts, _ = np.histogram(found, bins=10, range=(0, 1))
     assert np.abs(counts / len(images) - 0.1).max() < 0.01
-    other = np.array([place(image, seed=1) for image in images])
+    other = np.array([unit_hash(image, seed=1) for image in images])
     assert abs(np.corrcoef(found, other)[0, 1]) < 0.03
 
 
@@ -117,7 +117,7 @@ def read_store(store, num_workers):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [0, 2, 3])
-def test_store_gives_whole_batches_whatever_the_workers(splits, num_workers):
+def test_store_yields_full_batches_for_any_number_of_workers(splits, num_workers):
     store = ShardStore(splits.train, PREPROCESSING, batch_size=8, seed=0)
     batches = read_store(store, num_workers)
     assert len(batches) == len(store) == 9
@@ -148,7 +148,7 @@ def test_a_stream_shorter_than_the_epoch_starts_again(splits):
     assert len(read_store(store, 0)) == 33
 
 
-def test_samples_are_a_share_that_stays_the_same(shards, splits):
+def test_samples_are_a_fixed_share(shards, splits):
     few = load_splits(stream_of(shards, max_eval_samples=6, max_train_samples=36))
     assert len(few.train) == 36
     images = pixels_of(few.train.read(0))
@@ -158,8 +158,8 @@ def test_samples_are_a_share_that_stays_the_same(shards, splits):
     assert few.hash != splits.hash
 
 
-def test_bytes_are_those_of_the_file(tmp_path):
-    """A JPEG that is decoded and encoded again on the way is another image."""
+def test_encoded_bytes_equal_the_file(tmp_path):
+    """A JPEG that is decoded and re-encoded on the way becomes another image."""
     files = []
     generator = np.random.default_rng(0)
     for _ in range(40):
@@ -173,32 +173,32 @@ def test_bytes_are_those_of_the_file(tmp_path):
     rows.to_parquet(str(tmp_path / "train.parquet"))
     splits = load_splits(stream_of(tmp_path, max_eval_samples=4, train_val_split=0.3))
     assert {cell["bytes"] for cell in splits.validation.rows["image"]} <= set(files)
-    expected = sorted(decode_image(file).tobytes() for file in files if place(file, 42) >= 0.3)
+    expected = sorted(decode_image(file).tobytes() for file in files if unit_hash(file, 42) >= 0.3)
     assert pixels_of(splits.train.read(0)) == expected
 
 
 @pytest.mark.parametrize(
     ("processes", "most", "expected"), [(1, 8, 4), (1, 3, 2), (1, 1, 1), (2, 8, 2), (3, 8, 4)]
 )
-def test_workers_have_as_many_shards_each(splits, processes, most, expected):
+def test_workers_have_equal_numbers_of_shards(splits, processes, most, expected):
     assert splits.train.num_workers(processes, most) == expected
 
 
-def test_test_is_gathered_whole_or_its_first_rows(shards):
+def test_test_is_collected_whole_or_its_first_rows(shards):
     assert len(load_test_split(stream_of(shards))) == 22
     few = load_test_split(stream_of(shards, max_eval_samples=5))
     assert few.row_ids.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_the_hash_tells_splits_apart(shards, splits):
+def test_hash_differs_between_splits(shards, splits):
     same = load_splits(stream_of(shards, max_eval_samples=6))
     assert same.hash == splits.hash
     assert load_splits(stream_of(shards, max_eval_samples=6, split_seed=1)).hash != splits.hash
     assert load_splits(stream_of(shards, max_eval_samples=7)).hash != splits.hash
 
 
-def test_single_image_files_are_refused(stripes):
-    with pytest.raises(UserError, match="one class after the other"):
+def test_folders_of_image_files_are_refused(stripes):
+    with pytest.raises(UserError, match=r"folder of image files.*leave out --streaming"):
         load_splits(stream_of(stripes, max_eval_samples=6))
 
 
@@ -209,7 +209,7 @@ def test_hidden_test_labels_are_found_before_training(tmp_path, make_rows):
         require_test_split(DataSource(stream_of(tmp_path)))
 
 
-def test_a_label_that_is_no_class_is_named(tmp_path, make_rows):
+def test_invalid_label_is_named(tmp_path, make_rows):
     make_rows([0, 1] * 20, image="image").to_parquet(str(tmp_path / "train.parquet"))
     make_rows([0, 1, -1], image="image").to_parquet(str(tmp_path / "test.parquet"))
     with pytest.raises(UserError, match="test row 2: label -1 is not one of the 2 classes"):
@@ -220,22 +220,22 @@ def test_a_label_that_is_no_class_is_named(tmp_path, make_rows):
     ("options", "message"),
     [
         ({}, "pass --max_eval_samples"),
-        ({"max_eval_samples": 1}, "1 images, shows 1 of 2 classes"),
+        ({"max_eval_samples": 1}, "the 1 images of validation cover 1 of 2 classes"),
         ({"max_eval_samples": 6, "label_column_name": "nothing"}, "no column 'nothing'"),
     ],
 )
-def test_what_a_stream_cannot_give_is_said(shards, options, message):
+def test_unsupported_stream_options_are_refused(shards, options, message):
     with pytest.raises(UserError, match=message):
         load_splits(stream_of(shards, **options))
 
 
-def test_sources_that_are_no_shards_are_refused(save, make_rows):
+def test_sources_without_shards_are_refused(save, make_rows):
     for name in ("bundled/digits", str(save(train=make_rows([0, 1] * 4)))):
         with pytest.raises(UserError, match="cannot be streamed"):
             load_splits(DataConfig(dataset_name=name, streaming=True))
 
 
-def test_columns_may_trade_places(tmp_path, make_rows):
+def test_columns_may_swap_names(tmp_path, make_rows):
     rows = make_rows([0, 1] * 20, image="label", label="image")
     rows.to_parquet(str(tmp_path / "train.parquet"))
     streamed = load_splits(stream_of(tmp_path, max_eval_samples=4, train_val_split=0.3))
@@ -251,7 +251,7 @@ def test_undeclared_classes_are_refused(tmp_path, make_rows):
         load_splits(stream_of(tmp_path, label_column_name="label", max_eval_samples=2))
 
 
-def test_an_unknown_number_of_images_is_asked_for(tmp_path, make_rows):
+def test_unknown_number_of_images_is_requested(tmp_path, make_rows):
     make_rows([0, 1] * 20, image="image").to_parquet(str(tmp_path / "train.parquet"))
     splits = load_splits(stream_of(tmp_path, max_eval_samples=2))
     with pytest.raises(UserError, match="pass --max_train_samples"):
@@ -259,7 +259,7 @@ def test_an_unknown_number_of_images_is_asked_for(tmp_path, make_rows):
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_a_broken_image_is_named(tmp_path, make_rows, decode):
+def test_broken_image_is_named(tmp_path, make_rows, decode):
     rows = make_rows([0, 1] * 20, image="image").cast_column("image", Image(decode=False))
     cells = rows["image"][:]
     cells[30] = {"bytes": b"no image", "path": "broken.png"}
@@ -267,6 +267,6 @@ def test_a_broken_image_is_named(tmp_path, make_rows, decode):
     broken = Dataset.from_dict({"image": cells, "label": rows["label"][:]}, features=features)
     broken.to_parquet(str(tmp_path / "train.parquet"))
     splits = load_splits(stream_of(tmp_path, max_eval_samples=4, train_val_split=0.2))
-    assert place(b"no image", 42) >= 0.2
+    assert unit_hash(b"no image", 42) >= 0.2
     with pytest.raises(UserError, match=r"train, broken\.png: cannot read image"):
         list(splits.train.read(0))

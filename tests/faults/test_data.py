@@ -165,10 +165,10 @@ TURNED, THREE = ClassLabel(names=["down", "across"]), ClassLabel(names=["across"
 TRUE = [0, 1] * 10
 # What is wrong: train's labels and feature; those of another split; what the line says; flags.
 LABEL_FAULTS = {
-    "validation's names permuted": (TRUE, NAMES, "validation", TRUE, TURNED, "names its classes", ()),
-    "test's names permuted": (TRUE, NAMES, "test", TRUE, TURNED, "names its classes", ()),
+    "validation's names permuted": (TRUE, NAMES, "validation", TRUE, TURNED, "has the classes", ()),
+    "test's names permuted": (TRUE, NAMES, "test", TRUE, TURNED, "has the classes", ()),
     "names permuted, of a stream": (
-        TRUE, NAMES, "validation", TRUE, TURNED, "names its classes", ("--streaming",),
+        TRUE, NAMES, "validation", TRUE, TURNED, "has the classes", ("--streaming",),
     ),
     "a class without images": (TRUE, THREE, "test", TRUE, THREE, "'up' has no image in train", ()),
     "beyond the last class": ([*TRUE, 2], NAMES, "test", TRUE, NAMES, "train row 20: label 2", ()),
@@ -178,7 +178,7 @@ LABEL_FAULTS = {
     "NaN": ([0.0, 1.0, float("nan")], REALS, "test", [0.0], REALS, "train row 2: the label is missing", ()),
     "-1 in a column of integers": ([3, 4, -1], NUMBERS, "test", [3], NUMBERS, "train row 2: label -1", ()),
     "empty text": (["a", "", "b"], WORDS, "test", ["a"], WORDS, "train row 1: the label is missing", ()),
-    "a space too many": (["a", "b", "a "], WORDS, "test", ["a"], WORDS, "differ by white space", ()),
+    "a space too many": (["a", "b", "a "], WORDS, "test", ["a"], WORDS, "differ only in white space", ()),
     "a class that train lacks": (["a", "b"], WORDS, "test", ["c"], WORDS, "test row 0: label 'c'", ()),
     "numbers for words": (["a", "b"], WORDS, "test", [0, 1], NUMBERS, "test row 0: label '0'", ()),
 }  # fmt: skip
@@ -240,7 +240,7 @@ def test_planted_test_images(tmp_path, tiny_vit, caplog, figure):
     assert {pair["split"] for pair in found["pairs"]} == {"train"}
     first = found["pairs"][0]
     card = (output / "README.md").read_text()
-    assert f"Of 110 test images {found['num_leaked']} are in train or validation too" in card
+    assert f"110 test images, {found['num_leaked']} are also in train" in card
     assert f"test row {first['test_row']} is train row {first['row']}" in caplog.text
     assert not (output / "predictions" / "test.parquet").exists()
     figure(15, "50 test images in train, `--check_leakage`", "found and named", exact, 50)
