@@ -1,6 +1,6 @@
-"""Transforms of a batch of pixels, on the device where the model runs."""
+"""Transforms for batches of pixels, on the model's device."""
 
 from __future__ import annotations
 
-# What red, green and blue add to brightness: ITU-R 601-2, as Pillow's conversion to "L" has it.
+# Weights of red, green and blue in brightness: ITU-R 601-2, as in Pillow's conversion to "L".
 LUMA = (0.299, 0.587, 0.114)

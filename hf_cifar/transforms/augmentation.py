@@ -1,8 +1,8 @@
-"""Random augmentation of a training batch: every image draws its own, from one seeded generator.
+"""Random augmentation of a training batch: each image gets its own, from one seeded generator.
 
-All draws happen on the CPU, so that every device sees the same ones; all pixels move on the images' device.
-The draws are copied there without waiting: a blocking copy would wait for all kernels that a GPU has queued.
-Colours change first, at the stored size. All geometry is then one resampling, with the upscale in it.
+Random numbers are drawn on the CPU, so that they are the same for every device; pixels are processed on the
+images' device. The numbers are copied there asynchronously; a blocking copy waits for all queued kernels.
+Colour operations come first, at the stored size. All geometry is then one resampling, including the upscale.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hf_cifar.transforms.views import Affine, RandomView, uniform
 
 @dataclass(frozen=True)
 class Augmentation:
-    """All that happens to a training batch, from stored pixels to the model's input.
+    """The augmentation of a training batch, from stored pixels to the model's input.
 
     color_jitter, hue: see the function of that name. grayscale, erasing: probabilities. mixup_alpha,
     cutmix_alpha: see `mix`.
@@ -47,7 +47,7 @@ class Augmentation:
         generator: Generator,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> tuple[Tensor, Tensor]:
-        """images [N, 3, H, W] uint8 and labels [N] -> pixel_values [N, 3, h, w] and targets.
+        """Transform images [N, 3, H, W] uint8 and labels [N] to pixel_values [N, 3, h, w] and targets.
 
         The targets are the labels, or with mixup or cutmix probabilities [N, num_classes]. Labels may also be
         [N, num_classes], 0 or 1.
@@ -62,8 +62,8 @@ class Augmentation:
         return mix(pixel_values, targets, self.mixup_alpha, self.cutmix_alpha, generator)
 
     @property
-    def _leaves_images_alone(self) -> bool:
-        """Whether each image is shown as evaluation shows it."""
+    def _keeps_pixels(self) -> bool:
+        """True if no augmentation that changes pixels is on before erasing and mixing."""
         still = self.view == RandomView(max_ratio=self.view.max_ratio)
         return still and not (self.policy or self.color_jitter or self.hue or self.grayscale)
 
@@ -74,14 +74,14 @@ class Augmentation:
         generator: Generator,
         memory_format: torch.memory_format,
     ) -> Tensor:
-        """A random view of each image, in new colours: `pixel_values` [N, 3, h, w]."""
-        if self._leaves_images_alone:
+        """Draw a random view of each image, with random colours: `pixel_values` [N, 3, h, w]."""
+        if self._keeps_pixels:
             return preprocessing(images, memory_format)
         num_images, _, height, width = images.shape
         boxes, linear = self.view.draw(num_images, height, width, preprocessing.size, generator)
         if self.policy is not None:
             images, affine = self.policy(images.to(torch.float32), generator)
-            boxes, linear = move(boxes, linear, affine, height, width)
+            boxes, linear = combine_views(boxes, linear, affine, height, width)
         if self.color_jitter or self.hue:
             images = images.to(torch.float32)
             images = color_jitter(images, self.color_jitter, self.hue, generator)
@@ -92,13 +92,13 @@ class Augmentation:
         levels = preprocessing.levels(images.device)
         if linear is None:
             return resample(images, boxes, size, interpolation, levels, memory_format)
-        return levels(sample(images, boxes, linear, size, interpolation))
+        return levels(sample_views(images, boxes, linear, size, interpolation))
 
 
-def move(
+def combine_views(
     boxes: Tensor, linear: Tensor | None, affine: Affine, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """The view (boxes, linear) of images that `affine` has changed, as a view of the images themselves."""
+    """Combine `affine` with a view (boxes, linear) of its result into one view of the original images."""
     middle = torch.tensor([height / 2, width / 2])
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2 - middle
     half = (boxes[:, 2:] - boxes[:, :2]) / 2
@@ -107,10 +107,10 @@ def move(
     return torch.cat((centre - half, centre + half), dim=1), linear
 
 
-def sample(
+def sample_views(
     images: Tensor, boxes: Tensor, linear: Tensor | None, size: tuple[int, int], interpolation: str
 ) -> Tensor:
-    """Show each box: by `resample` where it lies straight, by `affine_sample` where it does not."""
+    """Sample each box: axis-aligned ones by `resample`, rotated or sheared ones by `affine_sample`."""
     if linear is None:
         return resample(images, boxes, size, interpolation)
     straight = (linear == torch.eye(2)).all(dim=(1, 2))

@@ -1,7 +1,7 @@
-"""Colour operations on batches of images; every image has its own strength.
+"""Colour operations on batches of images, with one strength per image.
 
-Images are float [N, 3, H, W] with values 0..255 and come back so, strengths [N]. The operations are
-Pillow's (`ImageEnhance`, `ImageOps`), on tensors of any device and without rounding in between.
+Images are float [N, 3, H, W] with values 0..255, in and out; strengths are [N]. The operations are Pillow's
+(`ImageEnhance`, `ImageOps`), on tensors of any device and without intermediate rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _per_image(strength: Tensor, images: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, others: Tensor | float, factor: Tensor) -> Tensor:
-    """`others` at factor 0, `images` at 1, beyond both outside 0..1."""
+    """Interpolate from `others` (factor 0) to `images` (factor 1); extrapolate outside 0..1."""
     factor = _per_image(factor, images)
     return (images * factor + others * (1 - factor)).clamp_(0, 255)
 
@@ -34,24 +34,24 @@ def luma(images: Tensor) -> Tensor:
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Black at factor 0."""
+    """Scale brightness; black at factor 0."""
     return blend(images, 0.0, factor)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """The image's mean grey at factor 0."""
+    """Scale contrast; the image's mean grey at factor 0."""
     return blend(images, luma(images).mean(dim=(1, 2, 3), keepdim=True).round_(), factor)
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Greyscale at factor 0."""
+    """Scale saturation; greyscale at factor 0."""
     return blend(images, luma(images), factor)
 
 
 def hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Turn the colours by `turn` of the colour circle (-0.5..0.5) at the same luma.
+    """Rotate hues by `turn` of the colour circle (-0.5..0.5) at constant luma.
 
-    A rotation of the chroma plane of YIQ: one 3 x 3 matrix an image, where HSV needs a branch a pixel.
+    This rotates the chroma plane of YIQ, one 3 x 3 matrix per image; HSV would need a branch per pixel.
     """
     to_yiq = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
     angle = 2 * math.pi * turn.to("cpu", torch.float32)
@@ -65,7 +65,7 @@ def hue(images: Tensor, turn: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """Pillow's smoothing filter at factor 0; the outermost pixels stay as they are."""
+    """Sharpen; Pillow's smoothing filter at factor 0. Border pixels do not change."""
     if min(images.shape[-2:]) < 3:
         return images
     kernel = torch.ones(3, 1, 3, 3, dtype=images.dtype, device=images.device)
@@ -76,7 +76,7 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """Invert the values at and above `threshold` (0..256)."""
+    """Invert values at or above `threshold` (0..256)."""
     return torch.where(images >= _per_image(threshold, images), 255 - images, images)
 
 
@@ -87,14 +87,14 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 
 
 def autocontrast(images: Tensor) -> Tensor:
-    """Stretch every channel to 0..255; one of a single value stays as it is."""
+    """Stretch every channel to 0..255, except a constant one."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     scale = torch.where(high > low, 255 / (high - low).clamp_min(1e-6), torch.ones_like(high))
     return (images - torch.where(high > low, low, torch.zeros_like(low))) * scale
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Even out the histogram of every channel."""
+    """Equalize the histogram of every channel."""
     from torchvision.transforms.v2.functional import equalize as equalize_uint8
 
     return equalize_uint8(images.round().to(torch.uint8)).to(images.dtype)

@@ -12,7 +12,7 @@ from hf_cifar.transforms.views import uniform
 
 
 def box_mask(boxes: Tensor, height: int, width: int, device: torch.device) -> Tensor:
-    """[N, 1, H, W] bool: True in the boxes [N, 4] (top, left, bottom, right), in pixels."""
+    """Mask [N, 1, H, W] that is True inside the boxes [N, 4] (top, left, bottom, right), in pixels."""
     top, left, bottom, right = boxes.to(device, non_blocking=True)[:, :, None, None].unbind(dim=1)
     y = torch.arange(height, device=device)[:, None]
     x = torch.arange(width, device=device)
@@ -20,7 +20,7 @@ def box_mask(boxes: Tensor, height: int, width: int, device: torch.device) -> Te
 
 
 def erase(pixel_values: Tensor, probability: float, generator: Generator) -> Tensor:
-    """Random erasing: a box of 2 to 33% of the area becomes 0, the mean colour, with this probability.
+    """Random erasing: with this probability, a box of 2 to 33% of the area becomes 0, the mean colour.
 
     Source: Zhong et al., Random Erasing Data Augmentation, 2017.
     """
@@ -43,10 +43,10 @@ def mix(
     cutmix_alpha: float,
     generator: Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Mixup and cutmix: each image is blended with, or has a box of, another of the batch.
+    """Mixup and cutmix: each image is blended with another image of the batch, or gets a box of it.
 
-    pixel_values [N, C, H, W]; targets [N, K], 0..1, are mixed by the share of pixels. The shares
-    are Beta(alpha, alpha), one for each image; alpha 0 turns a kind off; with both on, each image draws one.
+    pixel_values [N, C, H, W]; targets [N, K], 0..1, are mixed by the share of pixels. The shares follow
+    Beta(alpha, alpha), one per image; alpha 0 turns a kind off; with both on, each image draws one of them.
 
     Source: Zhang et al., mixup, 2017; Yun et al., CutMix, 2019.
     """

@@ -1,4 +1,4 @@
-"""Operations of colour and geometry that are drawn for each image: TrivialAugment, RandAugment, jitter."""
+"""Random operations of colour and geometry for each image: TrivialAugment, RandAugment, colour jitter."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hf_cifar.transforms.views import Affine, uniform
 
 
 class Strengths(NamedTuple):
-    """The strongest form of each operation of a policy.
+    """The maximum strength of each operation of a policy.
 
-    shear: pixels per row. translate: share of the side. rotate: degrees. enhance: away from factor 1.
-    posterize: bits that go.
+    shear: pixels per row. translate: share of the side. rotate: degrees. enhance: distance from factor 1.
+    posterize: number of bits removed.
     """
 
     shear: float
@@ -35,7 +35,7 @@ TRIVIAL_AUGMENT = Strengths(0.99, 32 / 224, 135.0, 0.99, 6)
 RAND_AUGMENT = Strengths(0.3, 150 / 331, 30.0, 0.9, 4)
 
 
-# Of images, their amounts -1..1 (0: no change), and the strengths at 1.
+# Arguments: images, one amount in -1..1 per image (0: no change), and the strengths at amount 1.
 COLOR_OPS: dict[str, Callable[[Tensor, Tensor, Strengths], Tensor]] = {
     "brightness": lambda images, amount, top: color.brightness(images, 1 + amount * top.enhance),
     "contrast": lambda images, amount, top: color.contrast(images, 1 + amount * top.enhance),
@@ -48,7 +48,7 @@ COLOR_OPS: dict[str, Callable[[Tensor, Tensor, Strengths], Tensor]] = {
     "autocontrast": lambda images, amount, top: color.autocontrast(images),
     "equalize": lambda images, amount, top: color.equalize(images),
 }
-# Of amounts and strengths: the linear part, and the shift as a share of the sides.
+# Arguments: amounts and strengths. Result: the linear part, and the shift as a share of the sides.
 GEOMETRIC_OPS: dict[str, Callable[[Tensor, Strengths], Affine]] = {
     "shear_y": lambda amount, top: _linear(shear(amount * top.shear, torch.zeros_like(amount))),
     "shear_x": lambda amount, top: _linear(shear(torch.zeros_like(amount), amount * top.shear)),
@@ -69,9 +69,10 @@ def _shift(y: Tensor, x: Tensor) -> Affine:
 
 @dataclass(frozen=True)
 class Policy:
-    """Draws `num_ops` of 14 operations for each image, each with its own strength and direction.
+    """Draws `num_ops` of 14 operations for each image, each with a random strength and direction.
 
-    magnitude: mean share (0..1) of the strongest form, spread by `deviation`; None draws it evenly.
+    magnitude: mean share (0..1) of the maximum strength, with standard deviation `deviation`; None draws it
+    uniformly.
     """
 
     strengths: Strengths
@@ -81,16 +82,16 @@ class Policy:
 
     @classmethod
     def trivial_augment(cls) -> Policy:
-        """One operation at any strength. Source: Mueller and Hutter, TrivialAugment, 2021."""
+        """One operation at a uniform strength. Source: Mueller and Hutter, TrivialAugment, 2021."""
         return cls(TRIVIAL_AUGMENT, num_ops=1)
 
     @classmethod
     def rand_augment(cls, num_ops: int = 2, magnitude: float = 9 / 30) -> Policy:
-        """Operations of about one strength. Source: Cubuk et al., RandAugment, 2020; timm's spread of 0.5."""
+        """Operations near one strength. Source: Cubuk et al., RandAugment, 2020; timm's deviation of 0.5."""
         return cls(RAND_AUGMENT, num_ops, magnitude)
 
     def __call__(self, images: Tensor, generator: Generator) -> tuple[Tensor, Affine]:
-        """Float images [N, 3, H, W], 0..255, in their new colours, and the geometry still to be done."""
+        """Apply the colour operations to float images [N, 3, H, W], 0..255; also returns the geometry."""
         num_images, _, height, width = images.shape
         sides = torch.tensor([height, width], dtype=torch.float32)
         affine = Affine.identity(num_images)
@@ -120,7 +121,7 @@ class Policy:
 
 
 def color_jitter(images: Tensor, strength: float, hue: float, generator: Generator) -> Tensor:
-    """Brightness, contrast and saturation by factors of 1 +- strength each, and hue by +- `hue` turns."""
+    """Scale brightness, contrast and saturation by 1 +- strength each, and shift hue by +- `hue` turns."""
     for change in (color.brightness, color.contrast, color.saturation):
         if strength:
             factor = uniform(len(images), max(0.0, 1 - strength), 1 + strength, generator)

@@ -1,4 +1,4 @@
-"""What a checkpoint's image processor does to an image, as one batched tensor function."""
+"""A checkpoint's image processor as one batched tensor function."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ RESAMPLE_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "b
 class Preprocessing:
     """Resize, crop and normalise, as read from an image processor.
 
-    resize: (height, width) in pixels, or the length of the shorter side, which keeps the shape of the
-    image; None leaves the size alone. crop: (height, width) of the central crop, or None. mean, std: per
-    channel, of pixels times `rescale_factor`.
+    resize: (height, width) in pixels, or the length of the shorter side, which keeps the aspect ratio; None
+    keeps the size. crop: (height, width) of the central crop, or None. mean, std: per channel, of pixels
+    times `rescale_factor`.
     """
 
     resize: tuple[int, int] | int | None
@@ -34,13 +34,13 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     rescale_factor: float = 1 / 255
-    library: str = "pillow"  # that resizes: "pillow" or "torchvision"
-    crop_rounds_down: bool = False  # where an odd number of pixels is cut off: else to even
+    library: str = "pillow"  # used for resizing: "pillow" or "torchvision"
+    crop_rounds_down: bool = False  # when cropping an odd number of pixels; else half to even
 
     def __post_init__(self) -> None:
         if self.interpolation not in KERNELS:
             raise UserError(
-                f"the checkpoint resizes with {self.interpolation!r}; known are {sorted(KERNELS)}"
+                f"the checkpoint resizes with {self.interpolation!r}; supported are {sorted(KERNELS)}"
             )
         if not (len(self.mean) == len(self.std) == 3 and all(map(math.isfinite, self.mean))):
             raise UserError(
@@ -57,7 +57,7 @@ class Preprocessing:
     def from_image_processor(cls, processor) -> Preprocessing:
         """Read the geometry and statistics of a transformers or timm image processor.
 
-        Raises: UserError for a processor that does something this class cannot repeat.
+        Raises: UserError for a processor that this class cannot reproduce.
         """
         if hasattr(processor, "data_config"):  # TimmWrapperImageProcessor
             return cls._from_timm(processor.data_config)
@@ -71,11 +71,11 @@ class Preprocessing:
         mode = config.get("crop_mode", "center")
         if mode not in ("center", "squash"):
             raise UserError(
-                f"the checkpoint crops with mode {mode!r}; only center and squash are known"
+                f"the checkpoint crops with mode {mode!r}; only center and squash are supported"
             )
         if mode == "center" and height != width:
             raise UserError(
-                f"the checkpoint cuts {height} x {width} pixels out; only square crops are known"
+                f"the checkpoint crops to {height} x {width} pixels; only square crops are supported"
             )
         resize = tuple(scale) if mode == "squash" else scale[0]
         mean, std = tuple(config["mean"]), tuple(config["std"])
@@ -87,7 +87,7 @@ class Preprocessing:
         for unknown in ("do_flip_channel_order", "rescale_offset"):
             if options.get(unknown):
                 raise UserError(
-                    f"the checkpoint's image processor sets {unknown}, which is not known here"
+                    f"the checkpoint's image processor sets {unknown}, which is not supported"
                 )
         size = options.get("size") or {}
         crop = None
@@ -106,7 +106,7 @@ class Preprocessing:
             resize = (size["height"], size["width"])
         else:
             raise UserError(
-                f"the checkpoint's image processor resizes by {size}, which is not known here"
+                f"the checkpoint's image processor resizes by {size}, which is not supported"
             )
         do_normalize = options.get("do_normalize", True)
         mean = tuple(options["image_mean"]) if do_normalize else (0.0, 0.0, 0.0)
@@ -125,9 +125,9 @@ class Preprocessing:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of what the model sees, in pixels.
+        """(height, width) of the model's input, in pixels.
 
-        Raises: UserError if the processor leaves the size to the image.
+        Raises: UserError if it depends on the image.
         """
         final = self.crop or self.resize
         if not isinstance(final, tuple):
@@ -137,7 +137,7 @@ class Preprocessing:
         return final
 
     def enlarged(self, factor: float) -> Preprocessing:
-        """The same view of an image with `factor` times as many pixels a side."""
+        """The same view of an image with `factor` times as many pixels per side."""
 
         def scaled(value):
             if value is None:
@@ -151,7 +151,7 @@ class Preprocessing:
         return replace(self, resize=scaled(self.resize), crop=scaled(self.crop))
 
     def uncropped(self) -> Preprocessing:
-        """The same resizing before its crop: `view` of its view is `view` of the image, to a pixel."""
+        """The same resizing without the crop: applying `view` to its result equals `view` of the image."""
         if self.crop is None or self.resize is None:
             return self
         if isinstance(self.resize, tuple):
@@ -159,7 +159,7 @@ class Preprocessing:
         return replace(self, crop=tuple(max(self.resize, side) for side in self.crop))
 
     def box(self, height: int, width: int) -> Tensor:
-        """The part [1, 4] of a height x width image that the model sees: (top, left, bottom, right)."""
+        """The box [1, 4] of a height x width image that the model sees: (top, left, bottom, right)."""
         if self.resize is None:
             resized = (height, width)
         elif isinstance(self.resize, int):
@@ -179,20 +179,20 @@ class Preprocessing:
             dtype=torch.float64,
         )
 
-    def _is_shown_whole(self, height: int, width: int) -> bool:
-        """Whether the model sees every pixel of such an image as it is."""
+    def _is_unchanged(self, height: int, width: int) -> bool:
+        """True if the model sees an image of this size unchanged."""
         return (height, width) == self.size and self.resize in (None, self.size, min(self.size))
 
     def view(self, images: Tensor) -> Tensor:
         """Resize and crop [N, C, H, W] uint8 to float [N, C, *size], whole numbers 0..255."""
         height, width = images.shape[-2:]
-        if self._is_shown_whole(height, width):
+        if self._is_unchanged(height, width):
             return images.to(torch.float32)
         box = self.box(height, width)
         return resize_exactly(images, box, self.size, self.interpolation, self.library)
 
     def view_each(self, images: Sequence[np.ndarray], device: torch.device) -> Tensor:
-        """`view` of images [H, W, 3] uint8 of any sizes, those of one size at once: [N, 3, *size]."""
+        """Apply `view` to images [H, W, 3] uint8 of any sizes, batched by size: [N, 3, *size]."""
 
         def same_size(images: Sequence[np.ndarray]) -> Tensor:
             batch = torch.from_numpy(np.stack(images)).to(device)
@@ -209,17 +209,17 @@ class Preprocessing:
         return views
 
     def levels(self, device: torch.device) -> Levels:
-        """From pixel values 0..255 to the model's."""
+        """The map from pixel values 0..255 to model inputs."""
         mean = torch.tensor(self.mean).to(device, non_blocking=True)
         std = torch.tensor(self.std).to(device, non_blocking=True)
         return Levels.normalizing(mean, std, self.rescale_factor)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Float pixels 0..255 to the model's `pixel_values`."""
+        """Map float pixels 0..255 to the model's `pixel_values`."""
         return self.levels(images.device)(images)
 
     def __call__(
         self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format
     ) -> Tensor:
-        """`pixel_values` [N, C, *size] for evaluation, from uint8 [N, C, H, W]."""
+        """Compute `pixel_values` [N, C, *size] for evaluation from uint8 [N, C, H, W]."""
         return self.normalize(self.view(images)).contiguous(memory_format=memory_format)

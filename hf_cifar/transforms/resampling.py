@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def _bicubic(x: Tensor) -> Tensor:
-    """Keys' cubic kernel with a = -0.5, as Pillow has it (torch's own uses -0.75)."""
+    """Keys' cubic kernel with a = -0.5, as in Pillow (torch uses -0.75)."""
     x = x.abs()
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -46,26 +46,26 @@ KERNELS = {
 
 
 class Levels(NamedTuple):
-    """What becomes of a pixel value 0..255 of each channel: value * scale + shift; both [C], scale > 0."""
+    """Per-channel map from pixels 0..255 to model inputs, value * scale + shift; both [C], scale > 0."""
 
     scale: Tensor
     shift: Tensor
 
     @classmethod
     def normalizing(cls, mean: Tensor, std: Tensor, rescale_factor: float = 1 / 255) -> Levels:
-        """(value * rescale_factor - mean) / std; mean and std [C]."""
+        """Map values to (value * rescale_factor - mean) / std; mean and std are [C]."""
         return cls(rescale_factor / std, -mean / std)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images [N, C, H, W] -> float, the same shape."""
+        """Map images [N, C, H, W] to float of the same shape."""
         shape = (1, -1, 1, 1)
         return (images.to(torch.float32) * self.scale.view(shape)).add_(self.shift.view(shape))
 
 
 class Taps(NamedTuple):
-    """The pixels of a line that each resampled pixel is the weighted sum of.
+    """Input pixels and weights for each output pixel of a resampled line.
 
-    index: int64 [N, out_size, T], 0..in_size - 1; weights: [N, out_size, T], sums of 1 over T.
+    index: int64 [N, out_size, T], 0..in_size - 1; weights: [N, out_size, T], which sum to 1 over T.
     """
 
     index: Tensor
@@ -82,17 +82,17 @@ class Taps(NamedTuple):
         interpolation: str = "bicubic",
         device: torch.device | None = None,
     ) -> Taps:
-        """Taps that resample the interval [start, stop) of a line of pixels.
+        """Compute the taps that resample the interval [start, stop) of a line of pixels.
 
         `start` and `stop` [N] are in input pixels; `stop < start` mirrors. When the interval shrinks, the
-        kernel widens, so there is no aliasing. Inside the image the weights are Pillow's: taps outside it
-        are dropped and the rest renormalised. A sample that lies outside is mirrored back in.
-        device: of the result, that of `start` if not given.
+        kernel widens to avoid aliasing. Inside the image the weights are Pillow's: taps outside it are
+        dropped and the rest renormalised. Samples outside the image are mirrored back in.
+        device: of the result; default: that of `start`.
 
         Source: Pillow, src/libImaging/Resample.c (`precompute_coeffs`).
         """
         kernel, support = KERNELS[interpolation]
-        # Read before the move: a GPU need not be waited for where the boxes were drawn on the CPU.
+        # Read before the copy, so that boxes drawn on the CPU need no synchronization with the GPU.
         widest = max(1.0, float((stop - start).abs().max()) / out_size)
         num_taps = math.ceil(2 * support * widest) + 1
         start, stop = start.to(device, non_blocking=True), stop.to(device, non_blocking=True)
@@ -104,7 +104,7 @@ class Taps(NamedTuple):
         centers = torch.where(centers > in_size, period - centers, centers)[:, :, None]
 
         stretch = scale.abs().clamp_min(1.0)[:, None, None]
-        # Pillow gives a weight to the pixels whose centre rounds into the support, and to no others.
+        # Pillow gives weight only to pixels whose centre rounds into the support.
         reach = support * stretch
         first = (centers - reach + 0.5).floor()
         last = (centers + reach + 0.5).floor()
@@ -115,23 +115,23 @@ class Taps(NamedTuple):
         return cls(index.clamp_(0, in_size - 1).to(torch.int64), weights, in_size)
 
     def halves(self) -> tuple[Taps, Taps]:
-        """Those of the first N / 2 lines and of the others."""
+        """Split into the taps of the first N / 2 lines and those of the rest."""
         indices, weights = self.index.chunk(2), self.weights.chunk(2)
         return tuple(Taps(*half, self.in_size) for half in zip(indices, weights, strict=True))
 
     @property
     def matrix(self) -> Tensor:
-        """[N, out_size, in_size], mostly zeros."""
+        """The taps as a mostly zero matrix [N, out_size, in_size]."""
         matrix = self.weights.new_zeros((*self.weights.shape[:2], self.in_size))
         return matrix.scatter_add_(2, self.index, self.weights)
 
     def __call__(self, lines: Tensor) -> Tensor:
-        """Resample the last axis but one: [N, ..., in_size, L] float -> [N, ..., out_size, L]."""
+        """Resample the second to last axis: [N, ..., in_size, L] float -> [N, ..., out_size, L]."""
         *images, _, length = lines.shape
         if lines.device.type != "cpu":
             matrix = self.matrix
             return matrix.view(len(matrix), *[1] * len(images[1:]), *matrix.shape[1:]) @ lines
-        # The same product without its zeros, which on a CPU take most of the time: a sum of rows of a table.
+        # The same product as a sum of table rows, without the zeros that take most of the time on a CPU.
         num_planes = math.prod(images)
         each = num_planes // len(self.index)
         starts = torch.arange(num_planes).view(-1, each, 1, 1) * self.in_size
@@ -150,27 +150,27 @@ def resample(
     levels: Levels | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Cut a box out of every image and bring it to `size` in one pass.
+    """Crop a box from every image and resize it to `size` in one pass.
 
     images [N, C, H, W] uint8 or float, values 0 to 255; boxes [N, 4] or [1, 4] as (top, left, bottom,
-    right) in pixels, right < left flips. Returns float [N, C, h, w], clamped to 0..255 and then brought to
-    `levels`, in the memory format that is asked for; neither costs a pass of its own.
+    right) in pixels, right < left flips. Returns float [N, C, h, w], clamped to 0..255 and then mapped by
+    `levels`, in the requested memory format; neither costs an extra pass.
     """
     (height, width), (out_height, out_width) = images.shape[-2:], size
     device = images.device
     top, left, bottom, right = boxes.to(torch.float32).unbind(dim=1)
     if (height, out_height) == (width, out_width):
-        # Both directions at once, in half the operations.
+        # Both directions at once need half as many operations.
         start, stop = torch.cat((top, left)), torch.cat((bottom, right))
         rows, columns = Taps.of(start, stop, height, out_height, interpolation, device).halves()
     else:
         rows = Taps.of(top, bottom, height, out_height, interpolation, device)
         columns = Taps.of(left, right, width, out_width, interpolation, device)
-    # A clamp between the passes, as Pillow does: a cubic overshoot is cut off twice.
+    # Clamp between the passes, as Pillow does; a cubic kernel overshoots in each.
     pixels = along_width(images, columns).clamp_(0, 255)
     low, high = 0.0, 255.0
     if levels is not None:
-        # Weights sum to 1, so that levels may as well change here, where there is less of them.
+        # Weights sum to 1, so the levels can be applied here, where there are fewer pixels.
         pixels = levels(pixels)
         ends = torch.tensor([0.0, 255.0]).to(device, non_blocking=True).view(2, 1, 1, 1)
         low, high = levels(ends.expand(2, images.shape[1], 1, out_width))
@@ -183,30 +183,30 @@ def resample(
 
 
 def along_width(images: Tensor, columns: Callable[[Tensor], Tensor]) -> Tensor:
-    """Resample the lines of images: [N, C, H, W] -> float [N, C, H, w]."""
+    """Resample the rows of images: [N, C, H, W] -> float [N, C, H, w]."""
     lines = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return columns(lines.flatten(2)).unflatten(2, lines.shape[2:]).permute(0, 2, 3, 1)
 
 
 def affine_sample(images: Tensor, boxes: Tensor, linear: Tensor, size: tuple[int, int]) -> Tensor:
-    """As `resample`, with the content of each box turned or sheared about its centre; one grid sample.
+    """Resample like `resample`, with the content of each box rotated or sheared about its centre.
 
-    images [N, C, H, W]; boxes [N, 4]; linear [N, 2, 2] takes an offset (y, x) from the centre of the box,
-    in input pixels, to the offset that is shown there: see `rotation` and `shear`. What lies outside the
-    image is its mirror image. Returns float [N, C, h, w], 0..255.
+    images [N, C, H, W]; boxes [N, 4]; linear [N, 2, 2] maps an offset (y, x) from the centre of the box, in
+    input pixels, to the offset that is sampled there: see `rotation` and `shear`. The image continues as its
+    mirror image outside. Returns float [N, C, h, w], 0..255.
     """
     height, width = images.shape[-2:]
     top, left, bottom, right = boxes.to(images.device, torch.float32, non_blocking=True).unbind(
         dim=1
     )
     linear = linear.to(images.device, torch.float32, non_blocking=True)[..., None, None]
-    # A grid sample takes single pixels: shrink first where it would skip some.
+    # grid_sample does not average: shrink first if it would skip pixels.
     ratio = min(height / size[0], width / size[1])
     pixels = images.to(torch.float32)
     if ratio > 1:
         shrunk = (math.ceil(height / ratio), math.ceil(width / ratio))
         pixels = resample(images, whole_image(height, width), shrunk)
-    # Output pixels as offsets from the centre of the box, in input pixels (so that a turn does not shear) ...
+    # Output pixels as offsets from the centre of the box, in input pixels (else a rotation would shear) ...
     y = torch.linspace(-1 + 1 / size[0], 1 - 1 / size[0], size[0], device=images.device)
     x = torch.linspace(-1 + 1 / size[1], 1 - 1 / size[1], size[1], device=images.device)
     dy = y[None, :, None] * ((bottom - top) / 2)[:, None, None]
@@ -222,13 +222,13 @@ def affine_sample(images: Tensor, boxes: Tensor, linear: Tensor, size: tuple[int
 
 
 def rotation(angles: Tensor) -> Tensor:
-    """[N] radians -> [N, 2, 2] for `affine_sample`: the content turns counter-clockwise on the screen."""
+    """Maps [N, 2, 2] for `affine_sample` that rotate by [N] radians, counter-clockwise on the screen."""
     sin, cos = angles.sin(), angles.cos()
     return torch.stack((torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)), dim=-2)
 
 
 def shear(y: Tensor, x: Tensor) -> Tensor:
-    """[N] -> [N, 2, 2] for `affine_sample`: pixels a row moves down per column (y), and right per row (x)."""
+    """Maps [N, 2, 2] for `affine_sample` that shift pixels down per column (y) and right per row (x)."""
     one = torch.ones_like(y)
     return torch.stack((torch.stack((one, -y), -1), torch.stack((-x, one), -1)), dim=-2)
 

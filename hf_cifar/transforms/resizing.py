@@ -1,5 +1,5 @@
-"""Resizing of uint8 images, to the bit as Pillow or torchvision does it: a model sees in a batch what its
-image processor shows it one by one."""
+"""Bit-exact batched versions of Pillow's and torchvision's resizing of uint8 images, as used by image
+processors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hf_cifar.transforms.resampling import Taps, along_width
 
-# Since 13, Pillow begins with the height where that shrinks by more than twice as many pixels as the width
-# (`ImagingResampleInner` in src/libImaging/Resample.c).
-PILLOW_BEGINS_WITH_HEIGHT = int(PIL.__version__.split(".")[0]) >= 13
+# From version 13, Pillow resizes vertically first if the height loses more than twice as many pixels as the
+# width (`ImagingResampleInner` in src/libImaging/Resample.c).
+PILLOW_MAY_START_VERTICALLY = int(PIL.__version__.split(".")[0]) >= 13
 
 
 def resize_exactly(
@@ -23,13 +23,13 @@ def resize_exactly(
     interpolation: str = "bicubic",
     library: str = "pillow",
 ) -> Tensor:
-    """As `resample` with one box for all, and to the bit what "pillow" or "torchvision" makes of each image.
+    """Resize like `resample` with one box for all images, bit-identical to "pillow" or "torchvision".
 
     images [N, C, H, W] uint8; box [1, 4] as for `resample`. Returns float [N, C, h, w], whole numbers 0..255.
     """
     (height, width), (out_height, out_width) = images.shape[-2:], size
     top, left, bottom, right = box.to("cpu", torch.float64).unbind(dim=1)
-    # The size that the whole image is brought to, of which `size` is a part.
+    # The size to which the whole image is resized, before the crop to `size`.
     whole_height = round(out_height * height / (bottom - top).item())
     whole_width = round(out_width * width / (right - left).item())
 
@@ -40,16 +40,16 @@ def resize_exactly(
     rows = taps(top, bottom, height, out_height, whole_height)
     columns = taps(left, right, width, out_width, whole_width)
     shrinks_most = height - whole_height > max(0, 2 * (width - whole_width))
-    if shrinks_most and library == "pillow" and PILLOW_BEGINS_WITH_HEIGHT:
+    if shrinks_most and library == "pillow" and PILLOW_MAY_START_VERTICALLY:
         return along_width(rows(images.to(torch.float32)), columns)
     return rows(along_width(images, columns))
 
 
 def _fraction_bits(library: str, side: int, whole_size: int, interpolation: str) -> int:
-    """How many bits behind the point a library's weights have when it resizes uint8.
+    """Number of fractional bits of a library's weights when it resizes uint8.
 
     Sources: Pillow, src/libImaging/Resample.c (`PRECISION_BITS`); torch, aten/src/ATen/native/cpu/
-    UpSampleKernel.cpp, where the largest weight has to fit in 16 bits.
+    UpSampleKernel.cpp, where the largest weight must fit in 16 bits.
     """
     if library == "pillow":
         return 22
@@ -59,8 +59,9 @@ def _fraction_bits(library: str, side: int, whole_size: int, interpolation: str)
 
 
 class FixedPoint(NamedTuple):
-    """Taps whose weights are whole multiples of a power of 2, in two parts, so that float32 holds the sum of
-    either, of whole pixels, exactly: surely for 64 taps, a bicubic shrinking by 16, and in practice beyond.
+    """Taps with fixed-point weights, in two parts, so that float32 sums each over integer pixels exactly.
+
+    Guaranteed for up to 64 taps (bicubic, shrinking by 16), and true beyond that in practice.
     """
 
     coarse: Taps
@@ -68,7 +69,7 @@ class FixedPoint(NamedTuple):
 
     @classmethod
     def of(cls, taps: Taps, bits: int) -> FixedPoint:
-        """Of taps in float64: weights with so many bits behind the point, halves away from zero."""
+        """Round the weights of float64 taps to `bits` fractional bits, halves away from zero."""
         fine = taps.weights.sign() * (taps.weights.abs() * 2**bits + 0.5).floor()
         low = 2 ** max(0, bits - 11)
         coarse = (fine / low).round() * low
@@ -76,7 +77,7 @@ class FixedPoint(NamedTuple):
         return cls(*(taps._replace(weights=part) for part in parts))
 
     def __call__(self, lines: Tensor) -> Tensor:
-        """As `Taps.__call__`, to whole numbers 0..255; a half goes up."""
+        """Resample like `Taps.__call__`, rounded half up to whole numbers 0..255."""
         found, rest = (
             Taps(
                 taps.index.to(lines.device, non_blocking=True),

@@ -1,4 +1,4 @@
-"""What part of an image is shown, and how it is turned: one view for each image of a batch."""
+"""Random views: which part of each image is shown, flipped, rotated or sheared."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hf_cifar.transforms.resampling import rotation, shear
 
 
 def uniform(num: int, low: float, high: float, generator: Generator) -> Tensor:
-    """[num] values in low..high."""
+    """Draw [num] values in low..high."""
     return torch.rand(num, generator=generator) * (high - low) + low
 
 
 class Affine(NamedTuple):
-    """Where each pixel comes from: `linear` [N, 2, 2] @ its offset from the centre + `shift` [N, 2].
+    """The source of each pixel: `linear` [N, 2, 2] @ its offset from the centre + `shift` [N, 2].
 
-    In (y, x) and input pixels.
+    Offsets are (y, x), in input pixels.
     """
 
     linear: Tensor
@@ -31,7 +31,7 @@ class Affine(NamedTuple):
         return cls(torch.eye(2).repeat(num_images, 1, 1), torch.zeros(num_images, 2))
 
     def then(self, following: Affine) -> Affine:
-        """This map, and `following` applied to its result."""
+        """Compose this map with `following`, applied to its result."""
         moved = torch.einsum("nij,nj->ni", self.linear, following.shift) + self.shift
         return Affine(self.linear @ following.linear, moved)
 
@@ -40,10 +40,10 @@ class Affine(NamedTuple):
 class RandomView:
     """Draws one view per image: pad-and-crop, random resized crop, flip, rotation, shear, zoom.
 
-    padding: largest shift, as a share of the side; in whole pixels of the result, because a shift by a
-    part of one would blur what evaluation shows sharp. min_area: smallest share of the area kept; 1 keeps
-    it all. max_ratio: largest aspect ratio of the crop. flip: probability. rotation: largest angle, in
-    degrees. shear: largest shift of a row per row. zoom: largest relative change of size.
+    padding: largest shift, as a share of the side, in whole pixels of the result, because a fractional shift
+    would blur images that are sharp in evaluation. min_area: smallest share of the area kept; 1 keeps
+    everything. max_ratio: largest aspect ratio of the crop. flip: probability. rotation: largest angle, in
+    degrees. shear: largest shift per row. zoom: largest relative change of size.
     """
 
     padding: float = 0.0
@@ -62,9 +62,9 @@ class RandomView:
         size: tuple[int, int],
         generator: Generator,
     ) -> tuple[Tensor, Tensor | None]:
-        """Views of height x width images that will be resampled to `size`.
+        """Draw views of height x width images that will be resampled to `size`.
 
-        Boxes [N, 4], and what turns or shears their content: [N, 2, 2] for `affine_sample`, or None.
+        Returns boxes [N, 4], and the rotation and shear [N, 2, 2] for `affine_sample`, or None.
         """
 
         def draw(low: float, high: float) -> Tensor:
@@ -84,7 +84,7 @@ class RandomView:
         if self.zoom:
             factor = torch.exp(draw(-1, 1) * math.log1p(self.zoom))
             box_height, box_width = box_height * factor, box_width * factor
-        # A smaller box lies anywhere inside the image, plus the padding's shift.
+        # A smaller box is anywhere inside the image, plus the shift for padding.
         middle_y = height / 2 + draw(-0.5, 0.5) * (height - box_height).abs()
         middle_x = width / 2 + draw(-0.5, 0.5) * (width - box_width).abs()
         if self.padding:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
 from hf_cifar.transforms import color
-from hf_cifar.transforms.augmentation import Augmentation, move, sample
+from hf_cifar.transforms.augmentation import Augmentation, combine_views, sample_views
 from hf_cifar.transforms.mixing import erase, mix
 from hf_cifar.transforms.policies import (
     COLOR_OPS,
@@ -31,7 +31,7 @@ ALL_VIEWS = {
     "shear": RandomView(shear=0.2),
     "everything": RandomView(0.125, 0.5, 4 / 3, 0.5, 15, 0.1, 0.2),
 }
-CROP_FLIP = RandomView(min_area=0.6, flip=0.5)  # no two crops are alike
+CROP_FLIP = RandomView(min_area=0.6, flip=0.5)  # no two crops are equal
 ALL_AUGMENTATIONS = {
     "trivial_augment": Augmentation(CROP_FLIP, Policy.trivial_augment()),
     "rand_augment": Augmentation(CROP_FLIP, Policy.rand_augment()),
@@ -64,7 +64,7 @@ def seeded(seed):
 
 def show(view, images, size, seed=0):
     boxes, linear = view.draw(len(images), *images.shape[-2:], size, seeded(seed))
-    return sample(images, boxes, linear, size, "bicubic")
+    return sample_views(images, boxes, linear, size, "bicubic")
 
 
 def augment(augmentation, images, seed=0):
@@ -73,7 +73,7 @@ def augment(augmentation, images, seed=0):
 
 
 @pytest.mark.parametrize("view", [v for k, v in ALL_VIEWS.items() if k not in ("flip", "shift")])
-def test_every_image_of_a_batch_draws_its_own_view(view):
+def test_every_image_of_a_batch_has_its_own_view(view):
     images = noise(1, 32, 32).expand(64, -1, -1, -1)
     found = show(view, images, (32, 32))
     assert len({image.numpy().tobytes() for image in found}) == 64
@@ -89,27 +89,27 @@ def test_flip_is_drawn_per_image():
 
 
 @pytest.mark.parametrize("view", ALL_VIEWS.values(), ids=ALL_VIEWS)
-def test_the_generator_decides_every_bit(view):
+def test_generator_determines_every_bit(view):
     images = noise(16, 32, 32)
     first = show(view, images, (48, 48), 7)
-    torch.rand(3)  # the global generator plays no part
+    torch.rand(3)  # the global generator must not matter
     assert torch.equal(first, show(view, images, (48, 48), 7))
     assert not torch.equal(first, show(view, images, (48, 48), 8))
 
 
-def test_drawing_leaves_the_global_generator_alone():
+def test_drawing_does_not_use_the_global_generator():
     state = torch.get_rng_state()
     show(ALL_VIEWS["everything"], noise(4), (12, 16))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_quiet_view_is_resampling():
+def test_default_view_is_plain_resampling():
     images = noise(4)
     found = show(RandomView(), images, (30, 30))
     assert torch.allclose(found, resample(images, whole_image(12, 16), (30, 30)), atol=1e-2)
 
 
-def test_random_crops_keep_to_their_limits():
+def test_random_crops_are_within_their_limits():
     view = RandomView(min_area=0.3, max_ratio=2.0)
     boxes, linear = view.draw(2000, 32, 32, (32, 32), seeded(0))
     top, left, bottom, right = boxes.unbind(1)
@@ -131,7 +131,7 @@ def test_shifts_are_whole_pixels_of_the_result_up_to_the_padding():
     assert torch.allclose(boxes[:, 2] - boxes[:, 0], torch.tensor(32.0))
     assert sorted(boxes[:, 0].unique().tolist()) == list(range(-4, 5))
     assert sorted(boxes[:, 1].unique().tolist()) == list(range(-6, 7))
-    images = noise(50, 32, 32)  # at its own size a shifted image is the image, shifted
+    images = noise(50, 32, 32)  # at the original size, a shift moves whole pixels
     found = show(view, images, (32, 32))
     assert torch.equal(found, found.round())
     upscaled, _ = view.draw(2000, 32, 32, (96, 96), seeded(0))
@@ -139,7 +139,7 @@ def test_shifts_are_whole_pixels_of_the_result_up_to_the_padding():
     assert torch.allclose((upscaled * 3).round(), upscaled * 3, atol=1e-4)
 
 
-def test_angles_keep_to_their_limit():
+def test_angles_are_within_their_limit():
     _, linear = RandomView(rotation=15).draw(2000, 32, 32, (32, 32), seeded(0))
     angles = linear[:, 0, 1].asin()
     assert math.radians(14.5) < angles.abs().max() <= math.radians(15)
@@ -155,7 +155,7 @@ def test_64_equal_images_become_64_different_ones(photo, name):
 
 
 @pytest.mark.parametrize("name", ALL_AUGMENTATIONS)
-def test_the_generator_decides_every_augmentation(photo, name):
+def test_generator_determines_every_augmentation(photo, name):
     images = batch(*(photo(32, 32, seed) for seed in range(8)))
     state = torch.get_rng_state()
     first = augment(ALL_AUGMENTATIONS[name], images, 7)
@@ -175,7 +175,7 @@ def test_augmented_pixels_stay_in_the_models_range(photo, name):
     assert (pixel_values <= high + 1e-4).all()
 
 
-def test_no_augmentation_is_preprocessing(photo):
+def test_no_augmentation_equals_preprocessing(photo):
     images = batch(*(photo(32, 32, seed) for seed in range(4)))
     pixel_values, targets = augment(Augmentation(), images)
     assert torch.equal(pixel_values, PREPROCESSING(images))
@@ -183,8 +183,8 @@ def test_no_augmentation_is_preprocessing(photo):
 
 
 @pytest.mark.parametrize("policy", [Policy.trivial_augment(), Policy.rand_augment()])
-def test_a_policy_draws_every_operation_for_some_image(photo, policy):
-    """All images are one: each result must be one operation's, and each operation must occur."""
+def test_policy_draws_every_operation(photo, policy):
+    """All images are equal: each result must come from one operation, and every operation must occur."""
     policy = Policy(policy.strengths, 1, policy.magnitude, deviation=0.0)
     images = batch(photo(32, 32)).expand(300, -1, -1, -1).float()
     changed, affine = policy(images, seeded(0))
@@ -196,7 +196,7 @@ def test_a_policy_draws_every_operation_for_some_image(photo, policy):
     assert len(OPS) == 14
 
 
-def test_magnitudes_of_rand_augment_are_near_its_own(photo):
+def test_rand_augment_magnitudes_are_near_their_mean(photo):
     _, affine = Policy.rand_augment(1, 0.3)(noise(2000).float(), seeded(0))
     angles = affine.linear[:, 0, 1].asin().rad2deg()
     turned = angles[(affine.linear[:, 0, 0] - 1).abs() > 1e-6].abs()
@@ -206,8 +206,8 @@ def test_magnitudes_of_rand_augment_are_near_its_own(photo):
 
 @pytest.mark.parametrize("name", GEOMETRIC_OPS)
 @pytest.mark.parametrize("amount", [0.5, -0.5])
-def test_geometric_operations_are_pillows(photo, name, amount):
-    """Against Image.transform, which asks the same question: where does this pixel come from?"""
+def test_geometric_operations_equal_pillow(photo, name, amount):
+    """Compare with Image.transform, which also maps output pixels to their sources."""
     picture = photo(32, 32)
     top = TRIVIAL_AUGMENT
     expected = {
@@ -230,8 +230,8 @@ def test_geometric_operations_are_pillows(photo, name, amount):
         "rotate": picture.rotate(amount * top.rotate, Image.Resampling.BICUBIC),
     }[name]  # fmt: skip
     linear, shift = GEOMETRIC_OPS[name](torch.tensor([amount]), top)
-    boxes, linear = move(whole_image(32, 32), None, Affine(linear, shift * 32), 32, 32)
-    found = sample(batch(picture), boxes, linear, (32, 32), "bicubic")
+    boxes, linear = combine_views(whole_image(32, 32), None, Affine(linear, shift * 32), 32, 32)
+    found = sample_views(batch(picture), boxes, linear, (32, 32), "bicubic")
     inside = batch(np.asarray(expected)).sum(dim=1, keepdim=True) > 0  # Pillow fills with black
     inside = F.max_pool2d((~inside).float(), 7, 1, 3) == 0
     assert inside.float().mean() > 0.2
@@ -252,11 +252,11 @@ COLOR_IN_PILLOW = {
 
 
 @pytest.mark.parametrize("name", COLOR_OPS)
-def test_color_operations_are_pillows(photo, name):
+def test_color_operations_equal_pillow(photo, name):
     pictures = [photo(24, 32, seed) for seed in range(3)]
     expected = batch(*(COLOR_IN_PILLOW[name](picture) for picture in pictures))
     found = COLOR_OPS[name](batch(*pictures).float(), torch.full((3,), 0.5), RAND_AUGMENT)
-    # Pillow rounds what it blends with, and cuts the result off.
+    # Pillow rounds the other image and truncates the result.
     assert (found - expected).abs().max() <= 1.5
 
 
@@ -277,7 +277,7 @@ def test_strength_zero_changes_nothing(photo, name):
     assert torch.allclose(found, images, atol=1e-3)
 
 
-def test_a_flat_image_survives_every_color_operation():
+def test_constant_image_survives_every_color_operation():
     flat = torch.full((2, 3, 8, 8), 77.0)
     for name, change in COLOR_OPS.items():
         found = change(flat, torch.tensor([0.4, -0.4]), TRIVIAL_AUGMENT)
@@ -286,7 +286,7 @@ def test_a_flat_image_survives_every_color_operation():
 
 
 def test_hue_keeps_grey_and_luma(photo):
-    images = batch(photo(16, 16), photo(16, 16, 1)).float() * 0.3 + 90  # away from the ends
+    images = batch(photo(16, 16), photo(16, 16, 1)).float() * 0.3 + 90  # away from 0 and 255
     found = color.hue(images, torch.tensor([0.25, -0.4]))
     assert torch.allclose(color.luma(found), color.luma(images), atol=0.6)
     assert (found - images).abs().max() > 3
@@ -295,26 +295,26 @@ def test_hue_keeps_grey_and_luma(photo):
     assert torch.allclose(color.hue(grey, torch.tensor([0.3])), grey, atol=0.2)
 
 
-def test_color_jitter_keeps_to_its_strength():
+def test_color_jitter_is_within_its_strength():
     white = torch.full((500, 3, 4, 4), 100.0)
     found = color_jitter(white, 0.3, 0.0, seeded(0))[:, 0, 0, 0] / 100
-    assert 0.69 < found.min() < 0.75  # of a flat image only the brightness changes
+    assert 0.69 < found.min() < 0.75  # only the brightness of a constant image changes
     assert 1.25 < found.max() < 1.31
 
 
-def test_a_view_of_a_changed_image_is_one_view_of_the_image(photo):
-    """Two passes, a policy's turn and then a crop, against the one that does both."""
+def test_view_of_a_transformed_image_is_one_view_of_the_image(photo):
+    """Compare two passes, a policy's rotation and then a crop, with one pass that does both."""
     images = batch(photo(64, 64), photo(64, 64, 1))
     turn = Affine(rotation(torch.tensor([0.2, -0.3])), torch.tensor([[2.0, -3.0], [4.0, 1.0]]))
-    boxes, linear = move(whole_image(64, 64).expand(2, 4), None, turn, 64, 64)
-    turned = sample(images, boxes, linear, (64, 64), "bicubic")
+    boxes, linear = combine_views(whole_image(64, 64).expand(2, 4), None, turn, 64, 64)
+    turned = sample_views(images, boxes, linear, (64, 64), "bicubic")
     crop = torch.tensor([[20.0, 18.0, 44.0, 42.0], [22.0, 46.0, 46.0, 22.0]])
     expected = resample(turned, crop, (24, 24))
-    found = sample(images, *move(crop, None, turn, 64, 64), (24, 24), "bicubic")
+    found = sample_views(images, *combine_views(crop, None, turn, 64, 64), (24, 24), "bicubic")
     assert (found - expected).abs().mean() < 1.0
 
 
-def test_maps_follow_each_other():
+def test_affine_maps_compose():
     first = Affine(rotation(torch.tensor([0.3])), torch.tensor([[1.0, 2.0]]))
     second = Affine(shear(torch.tensor([0.1]), torch.tensor([0.2])), torch.tensor([[3.0, -1.0]]))
     point = torch.tensor([5.0, 7.0])
@@ -324,7 +324,7 @@ def test_maps_follow_each_other():
     assert torch.allclose(both.linear[0] @ point + both.shift[0], through, atol=1e-5)
 
 
-def test_erasing_cuts_boxes_of_the_stated_size():
+def test_erased_boxes_have_the_configured_sizes():
     ones = torch.ones(1000, 3, 32, 32)
     found = erase(ones, 0.4, seeded(0))
     erased = 1 - found[:, 0].mean(dim=(1, 2))
@@ -338,8 +338,8 @@ def test_erasing_cuts_boxes_of_the_stated_size():
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_targets_are_the_shares_of_the_pixels(mixup, cutmix):
-    """Image n is full of the number n: the mean of a mixed one tells both its shares."""
+def test_targets_equal_the_shares_of_pixels(mixup, cutmix):
+    """Every pixel of image n is n, so the mean of a mixed image determines both shares."""
     values = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 3, 24, 24)
     mixed, targets = mix(values, torch.eye(10), mixup, cutmix, seeded(1))
     assert torch.allclose(targets.sum(dim=1), torch.ones(10), atol=1e-5)

@@ -56,7 +56,7 @@ def tensor(image):
 
 
 def levels(preprocessing):
-    """What one level of 0..255 is worth in normalised units, by channel."""
+    """Size of one level of 0..255 in normalised units, by channel."""
     return preprocessing.rescale_factor / torch.tensor(preprocessing.std).view(1, 3, 1, 1)
 
 
@@ -74,7 +74,7 @@ def test_agrees_with_the_image_processor(photo, name, size):
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_agrees_on_noise(name):
+def test_agrees_with_the_image_processor_on_noise(name):
     generator = np.random.default_rng(0)
     image = torch.tensor(generator.integers(0, 256, (1, 3, 32, 32), dtype=np.uint8))
     preprocessing = Preprocessing.from_image_processor(PROCESSORS[name])
@@ -95,22 +95,22 @@ def test_batches_are_processed_image_by_image(photo):
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_uncropped_loses_nothing(photo, name, size):
-    """A view of the uncropped view is the view of the image: streaming relies on it."""
+    """A view of the uncropped view equals the view of the image; streaming relies on this."""
     image = tensor(photo(*size))
     preprocessing = Preprocessing.from_image_processor(PROCESSORS[name])
     early = preprocessing.uncropped().view(image).round().to(torch.uint8)
-    # Two odd margins, each rounded to whole pixels, may come to another pixel than their sum.
+    # Two odd margins, each rounded to whole pixels, may differ by a pixel from their rounded sum.
     tolerance = 10 if name in ("convnext crop", "clip crop") else 2
     assert (preprocessing.view(early) - preprocessing.view(image)).abs().max() <= tolerance
 
 
-def test_image_of_the_right_size_is_left_alone(photo):
+def test_image_of_the_right_size_is_unchanged(photo):
     image = tensor(photo(64, 64))
     preprocessing = Preprocessing.from_image_processor(PROCESSORS["vit"])
     assert torch.equal(preprocessing.view(image), image.float())
 
 
-def test_enlarged_sees_the_same_part():
+def test_enlarged_shows_the_same_part():
     for name in ("timm crop", "clip", "vit"):
         preprocessing = Preprocessing.from_image_processor(PROCESSORS[name])
         large = preprocessing.enlarged(2)
@@ -121,25 +121,25 @@ def test_enlarged_sees_the_same_part():
 def test_unknown_processors_are_refused():
     with pytest.raises(UserError, match="crops with mode 'border'; only center and squash"):
         Preprocessing.from_image_processor(timm(crop_mode="border"))
-    with pytest.raises(UserError, match="cuts 48 x 80 pixels out; only square crops are known"):
+    with pytest.raises(UserError, match="crops to 48 x 80 pixels; only square crops are supported"):
         Preprocessing.from_image_processor(timm(input_size=[3, 48, 80]))
-    with pytest.raises(UserError, match="resizes with 'nearest'; known are"):
+    with pytest.raises(UserError, match="resizes with 'nearest'; supported are"):
         Preprocessing.from_image_processor(ViTImageProcessor(size=SQUARE, resample=0))
     odd = ViTImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
-    with pytest.raises(UserError, match=r"resizes by .*longest_edge.*not known here"):
+    with pytest.raises(UserError, match=r"resizes by .*longest_edge.*not supported"):
         Preprocessing.from_image_processor(odd)
     offset = EfficientNetImageProcessor(size=SQUARE, rescale_offset=True)
-    with pytest.raises(UserError, match="sets rescale_offset, which is not known here"):
+    with pytest.raises(UserError, match="sets rescale_offset, which is not supported"):
         Preprocessing.from_image_processor(offset)
 
 
-def test_size_left_to_the_image_is_refused():
+def test_image_dependent_size_is_refused():
     processor = CLIPImageProcessor(size={"shortest_edge": 64}, do_center_crop=False)
     with pytest.raises(UserError, match="no fixed output size; pass --image_size"):
         Preprocessing.from_image_processor(processor).size  # noqa: B018
 
 
-def test_images_of_many_sizes_are_viewed_as_one_by_one(photo):
+def test_view_each_equals_view_of_single_images(photo):
     preprocessing = Preprocessing(18, (16, 16), "bicubic", (0.5,) * 3, (0.5,) * 3)
     sizes = [(20, 30), (16, 16), (20, 30), (50, 24), (16, 16)]
     images = [np.asarray(photo(*size, seed)) for seed, size in enumerate(sizes)]

@@ -46,8 +46,8 @@ def test_matrix_rows_are_weights_that_sum_to_one(interpolation, in_size, out_siz
 
 
 @pytest.mark.parametrize("num_boxes", [1, 3])
-def test_a_sum_over_taps_is_the_product_of_matrices(num_boxes):
-    """The one is what a CPU computes, the other a GPU."""
+def test_sum_over_taps_equals_the_matrix_product(num_boxes):
+    """A CPU computes the first, a GPU the second."""
     start = torch.tensor([0.0, 9.5, -3.0])[:num_boxes]
     taps = Taps.of(start, torch.tensor([12.0, 2.5, 25.0])[:num_boxes], 12, 7)
     lines = noise(3).float()
@@ -56,7 +56,7 @@ def test_a_sum_over_taps_is_the_product_of_matrices(num_boxes):
 
 @pytest.mark.parametrize("interpolation", KERNELS)
 @pytest.mark.parametrize("size", [(96, 96), (224, 150), (19, 13), (41, 60)])
-def test_resample_is_pillows_resize(photo, interpolation, size):
+def test_resample_equals_pillow(photo, interpolation, size):
     image = photo(41, 60)
     expected = image.resize(size[::-1], PILLOW[interpolation])
     found = resample(batch(image), whole_image(41, 60), size, interpolation)
@@ -65,8 +65,8 @@ def test_resample_is_pillows_resize(photo, interpolation, size):
 
 
 @pytest.mark.parametrize("interpolation", KERNELS)
-def test_resample_of_noise_is_pillows_resize(interpolation):
-    """The hard case: overshoot everywhere. Pillow rounds between its two passes."""
+def test_resample_of_noise_equals_pillow(interpolation):
+    """A hard case, with overshoot everywhere. Pillow rounds between its two passes."""
     images = noise(1, 32, 32)
     picture = Image.fromarray(images[0].permute(1, 2, 0).numpy())
     for size in ((80, 96), (20, 13)):
@@ -75,13 +75,13 @@ def test_resample_of_noise_is_pillows_resize(interpolation):
         assert (found - expected).abs().max() <= 2.0
 
 
-def test_resample_of_a_box_is_pillows_resize_of_a_box(photo):
+def test_resample_of_a_box_equals_pillow(photo):
     image = photo(40, 50)
     boxes = torch.tensor([[4.5, 6.0, 30.25, 44.0], [0.0, 0.0, 20.0, 20.0]])
     found = resample(batch(image, image), boxes, (64, 48))
     for view, (top, left, bottom, right) in zip(found, boxes.tolist(), strict=True):
         expected = image.resize((48, 64), PILLOW["bicubic"], box=(left, top, right, bottom))
-        # Pillow drops what lies outside the box, resample looks past its border.
+        # Pillow ignores pixels outside the box, resample uses them.
         inner = (slice(None), slice(8, -8), slice(8, -8))
         assert (view - batch(expected)[0])[inner].abs().max() <= 1.5
 
@@ -94,7 +94,7 @@ def test_identity_changes_nothing():
 
 
 @pytest.mark.parametrize("interpolation", KERNELS)
-def test_flip_is_torch_flip(photo, interpolation):
+def test_flip_equals_torch_flip(photo, interpolation):
     images = batch(photo(24, 32), photo(24, 32, 1))
     flipped = torch.tensor([[0.0, 32.0, 24.0, 0.0]])
     found = resample(images, flipped, (50, 40), interpolation)
@@ -102,7 +102,7 @@ def test_flip_is_torch_flip(photo, interpolation):
     assert torch.allclose(found, plain.flip(-1), atol=1e-2)
 
 
-def test_whole_pixel_shifts_are_a_slow_loop_with_mirroring():
+def test_whole_pixel_shifts_equal_a_loop_with_mirroring():
     images = noise(5)
     shifts = [(0, 0), (3, -4), (-2, 5), (-4, -1), (4, 4)]
     boxes = torch.tensor([[dy, dx, dy + 12, dx + 16] for dy, dx in shifts], dtype=torch.float32)
@@ -118,7 +118,7 @@ def test_whole_pixel_shifts_are_a_slow_loop_with_mirroring():
                 assert torch.allclose(found[n, :, y, x], pixel.float(), atol=1e-2)
 
 
-def test_boxes_of_a_batch_act_one_by_one(photo):
+def test_boxes_of_a_batch_are_independent(photo):
     images = batch(*(photo(20, 20, seed) for seed in range(6)))
     boxes = torch.rand(6, 4, generator=torch.Generator().manual_seed(3)) * 24 - 2
     together = resample(images, boxes, (30, 30))
@@ -140,7 +140,7 @@ def test_values_stay_in_range():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (80, 80), (16, 16)])
-def test_affine_without_an_angle_is_resample(photo, size):
+def test_affine_sample_without_an_angle_equals_resample(photo, size):
     images = batch(photo(32, 32), photo(32, 32, 1))
     whole = whole_image(32, 32).expand(2, 4)
     found = affine_sample(images, whole, rotation(torch.zeros(2)), size)
@@ -172,7 +172,7 @@ def test_rotation_outside_the_image_is_mirrored():
     assert torch.allclose(found, torch.full_like(found, 200), atol=1e-2)
 
 
-def test_normalizing_is_torchvisions():
+def test_normalization_equals_torchvision():
     from torchvision.transforms.v2 import functional
 
     images = noise(3)
@@ -198,7 +198,7 @@ def test_shear_moves_rows_and_columns():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_levels_and_memory_format_on_the_way_are_those_of_passes_of_their_own(memory_format):
+def test_fused_levels_and_memory_format_equal_separate_passes(memory_format):
     images = torch.randint(0, 256, (4, 3, 20, 24), dtype=torch.uint8)
     boxes = torch.tensor([[0.0, 0, 20, 24], [2, 20, 15, 3], [-3, -2, 18, 20], [5, 5, 9, 9]])
     levels = Levels.normalizing(torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.25, 0.5]))

@@ -1,4 +1,4 @@
-"""hf_cifar.transforms.resizing: no pixel differs from what the libraries give."""
+"""hf_cifar.transforms.resizing: every pixel equals that of the libraries."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,11 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as torchvision
 
-from hf_cifar.transforms.resizing import PILLOW_BEGINS_WITH_HEIGHT, resize_exactly
+from hf_cifar.transforms.resizing import PILLOW_MAY_START_VERTICALLY, resize_exactly
 
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR,
           "box": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}  # fmt: skip
-# Small, large, wide; and so tall that Pillow may begin with the height.
+# Small, large, wide, and so tall that Pillow may start vertically.
 SIZES = [(32, 32), (28, 28), (41, 60), (60, 41), (333, 480), (800, 1000)]
 TALL = [(480, 333), (64, 43), (100, 90)]
 
@@ -36,7 +36,7 @@ def by_pillow(images, size, interpolation):
 
 @pytest.mark.parametrize("interpolation", PILLOW)
 @pytest.mark.parametrize("size", [(96, 96), (224, 224), (24, 24), (90, 160)], ids=str)
-def test_every_pixel_is_pillows(interpolation, size):
+def test_every_pixel_equals_pillow(interpolation, size):
     for sides in SIZES + TALL:
         images = noise(*sides)
         found = resize_exactly(images, whole(*sides), size, interpolation)
@@ -45,7 +45,7 @@ def test_every_pixel_is_pillows(interpolation, size):
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(96, 96), (224, 224), (24, 24), (90, 160)], ids=str)
-def test_every_pixel_is_torchvisions(interpolation, size):
+def test_every_pixel_equals_torchvision(interpolation, size):
     mode = InterpolationMode(interpolation)
     for sides in SIZES + TALL:
         images = noise(*sides)
@@ -56,8 +56,8 @@ def test_every_pixel_is_torchvisions(interpolation, size):
 
 @pytest.mark.parametrize("library", ["pillow", "torchvision"])
 @pytest.mark.parametrize("sides", [(32, 32), (60, 41), (300, 180)], ids=str)
-def test_a_crop_of_the_resized_image(library, sides):
-    """Resized to 73 x 80 pixels and cut to 64 x 48, in one go."""
+def test_crop_of_the_resized_image_equals_pillow(library, sides):
+    """Resize to 73 x 80 pixels and crop to 64 x 48 in one step."""
     images, (height, width) = noise(*sides), sides
     rows, columns = height / 73, width / 80
     box = torch.tensor([[4 * rows, 16 * columns, 68 * rows, 64 * columns]], dtype=torch.float64)
@@ -70,8 +70,10 @@ def test_a_crop_of_the_resized_image(library, sides):
     assert torch.equal(found, resized[:, :, 4:68, 16:64].float())
 
 
-@pytest.mark.skipif(not PILLOW_BEGINS_WITH_HEIGHT, reason="Pillow before 13 begins with the width")
-def test_tall_images_are_a_test_of_the_direction_that_is_first(monkeypatch):
-    monkeypatch.setattr("hf_cifar.transforms.resizing.PILLOW_BEGINS_WITH_HEIGHT", False)
+@pytest.mark.skipif(
+    not PILLOW_MAY_START_VERTICALLY, reason="Pillow before 13 always starts horizontally"
+)
+def test_tall_images_depend_on_the_order_of_directions(monkeypatch):
+    monkeypatch.setattr("hf_cifar.transforms.resizing.PILLOW_MAY_START_VERTICALLY", False)
     found = resize_exactly(noise(480, 333), whole(480, 333), (224, 224))
     assert not torch.equal(found, by_pillow(noise(480, 333), (224, 224), "bicubic").float())
