@@ -200,7 +200,7 @@ BAD = {
     ),
     "hub model offline": (
         ["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "someone/nothing"],
-        "no folder someone/nothing, nor such a model in the cache, and HF_HUB_OFFLINE",
+        "someone/nothing is neither a folder nor in the cache, and HF_HUB_OFFLINE",
     ),
     "no hub id": (
         ["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "a model"],

@@ -1,1 +1,1 @@
-"""Building classifiers, and choosing what of them trains."""
+"""Build classifiers and choose which of their parameters train."""

@@ -1,7 +1,7 @@
 """The articles' two networks, as transformers models: a small CNN (row A1) and a three-layer network (A2).
 
-This one file goes along with a saved model, so that `from_pretrained(..., trust_remote_code=True)` loads it
-without hf_cifar; it imports nothing of the package.
+This file is saved with a model, so that `from_pretrained(..., trust_remote_code=True)` works without
+hf_cifar; it imports nothing from the package.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class ArticleConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-# transformers gives a configuration class without an `__init__` of its own a new one, which would
-# not call the one above.
+# transformers generates an `__init__` for a configuration class that has none, and it would not call the one
+# above.
 class ArticleCNNConfig(ArticleConfig):
     """The small CNN (row A1)."""
 
@@ -51,7 +51,7 @@ class ArticleMLPConfig(ArticleConfig):
 
 
 class ArticleModel(PreTrainedModel):
-    """A backbone and one linear head. Weights start as Keras has them: Glorot uniform, zero biases."""
+    """A backbone and one linear head. Weights are initialised as in Keras: Glorot uniform, zero biases."""
 
     config_class = ArticleConfig
     base_model_prefix = "backbone"
@@ -77,7 +77,7 @@ class ArticleModel(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None
     ) -> ImageClassifierOutputWithNoAttention:
-        """pixel_values [N, C, S, S], labels [N] -> logits [N, K] and, with labels, the mean cross-entropy."""
+        """Compute logits [N, K] of pixel_values [N, C, S, S] and, with labels [N], the mean cross-entropy."""
         logits = self.head(self.backbone(pixel_values))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)

@@ -40,7 +40,7 @@ def _children_with_weights(module: nn.Module) -> list[str]:
 
 
 def _timm_blocks(model: PreTrainedModel) -> list[str]:
-    """List the blocks of timm's own `group_matcher`: the first prefix of each number that its `blocks` match.
+    """List the blocks by timm's own `group_matcher`: the first matching prefix for each block number.
 
     DenseNet's `denseblock1` and `transition1` are one stage.
     """
@@ -63,7 +63,7 @@ def _timm_blocks(model: PreTrainedModel) -> list[str]:
 
 def _no_blocks(what: str) -> UserError:
     return UserError(
-        f"{what} has no stages or blocks; use --freeze none or backbone, and no --layer_decay"
+        f"{what} has no stages or blocks; use --freeze none or backbone, and leave out --layer_decay"
     )
 
 
@@ -87,7 +87,7 @@ def block_depths(model: PreTrainedModel) -> dict[str, int]:
 
 
 def freeze(model: PreTrainedModel, what: str) -> None:
-    """Freeze "none" of the parameters, the whole "backbone", or all of it but its last N blocks.
+    """Freeze "none" of the parameters, the whole "backbone", or all of it except the last N blocks.
 
     Layers after the blocks (a final norm, a pooler) train with them.
     Raises: UserError if N exceeds the number of blocks.
@@ -109,7 +109,7 @@ def freeze(model: PreTrainedModel, what: str) -> None:
 
 
 def frozen_norms(model: nn.Module) -> list[_BatchNorm]:
-    """List the BatchNorms with frozen parameters: in eval mode they keep the checkpoint's statistics."""
+    """List the BatchNorms with frozen parameters, which keep the checkpoint's statistics in eval mode."""
     return [
         module
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""A pretrained classifier with a head for the data's labels, and its image processor."""
+"""Build a pretrained classifier with a head for the data's labels, and its image processor."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from hf_cifar.models.article import (
 from hf_cifar.models.blocks import describe_trainable, freeze
 from hf_cifar.models.classifier import Classifier, label2id
 from hf_cifar.models.files import count_weights, model_folder
-from hf_cifar.models.guards import check_forward, check_labels, library_errors, no_larger_than
-from hf_cifar.models.heads import draw_head, head_parameter_names, start_from_zero
+from hf_cifar.models.guards import check_forward, check_labels, library_errors, limit_model_size
+from hf_cifar.models.heads import head_parameter_names, reset_head, zero_head
 from hf_cifar.models.names import check_model_name
 from hf_cifar.models.problem_type import set_problem
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
 from hf_cifar.models.resizing import native_size, resize_transformers
-from hf_cifar.models.timm_models import build_bundled, build_timm, draw_timm_head, resize_timm
+from hf_cifar.models.timm_models import build_bundled, build_timm, reset_timm_head, resize_timm
 from hf_cifar.text import listed
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,9 @@ def build_model(
 ) -> Classifier:
     """Load or create the model, relabel its head to `id2label`, set its input size, and freeze layers.
 
-    The head is new unless the checkpoint already has these very labels. multi_label: an image may have
-    several of them, or none.
-    Raises: UserError for an unknown model, no network, or a size that the model cannot take.
+    The head is new unless the checkpoint has exactly these labels. multi_label: an image may have multiple
+    labels, or none.
+    Raises: UserError for an unknown model, no network, or an unsupported image size.
     """
     name = config.model_name_or_path
     check_model_name(name, config.model_revision, trust_remote_code=config.trust_remote_code)
@@ -63,7 +63,7 @@ def build_model(
             classifier, new = _load_pretrained(config, id2label)
         model = classifier.model
         if config.freeze == "backbone" and new < set(model.state_dict()):
-            start_from_zero(model, new)
+            zero_head(model, new)
         check_forward(classifier, name, "pass another --image_size")
     set_problem(model, multi_label)
     freeze(model, config.freeze)
@@ -74,15 +74,15 @@ def build_model(
 def load_classifier(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Classifier:
-    """A fine-tuned model as it was saved, for evaluation and prediction.
+    """Load a saved fine-tuned model for evaluation and prediction.
 
-    Raises: UserError if there is no such model, or it is damaged.
+    Raises: UserError for a missing or damaged model.
     """
     check_model_name(name, revision, trust_remote_code=trust_remote_code)
     with library_errors(name):
         folder = model_folder(name, revision, trust_remote_code)
         config = _read_config(folder, trust_remote_code)
-        with no_larger_than(count_weights(folder)):
+        with limit_model_size(count_weights(folder)):
             model, loading = AutoModelForImageClassification.from_pretrained(
                 folder,
                 config=config,
@@ -97,14 +97,14 @@ def load_classifier(
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
         classifier = Classifier(model, processor)
         check_labels(model)
-        check_forward(classifier, name, "its config.json and its image processor do not agree")
+        check_forward(classifier, name, "its config.json and its image processor disagree")
     return classifier
 
 
 def _read_config(folder: Path, trust_remote_code: bool, **labels: Any) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **labels)
     if config.model_type == "timm_wrapper" and config.model_args:
-        # timm.create_model(num_classes=...) leaves it there, and transformers would pass it twice.
+        # Stored there by timm.create_model(num_classes=...); transformers would pass it twice.
         config.model_args = {k: v for k, v in config.model_args.items() if k != "num_classes"}
     return config
 
@@ -116,11 +116,11 @@ def _load_pretrained(config: ModelConfig, id2label: dict[int, str]) -> tuple[Cla
     old_labels = dict(_read_config(folder, trust).id2label)
     labels = {"id2label": id2label, "label2id": label2id(id2label)}
     target = _read_config(folder, trust, num_labels=len(id2label), **labels)
-    with no_larger_than(count_weights(folder)):
+    with limit_model_size(count_weights(folder)):
         model, loading = AutoModelForImageClassification.from_pretrained(
             folder,
             config=target,
-            dtype=torch.float32,  # training in the float16 of a checkpoint would lose small steps
+            dtype=torch.float32,  # a float16 checkpoint would lose small updates in training
             ignore_mismatched_sizes=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -131,14 +131,14 @@ def _load_pretrained(config: ModelConfig, id2label: dict[int, str]) -> tuple[Cla
     head = head_parameter_names(model)
     if mismatched - head:
         raise ValueError(
-            "its config.json and its weights do not agree on the size of "
+            "its config.json and its weights disagree on the size of "
             f"{listed(sorted(mismatched - head), 4)}"
         )
     if old_labels != id2label or head & new:
         if target.model_type == "timm_wrapper":
-            draw_timm_head(model, head)
+            reset_timm_head(model, head)
         elif not head <= new:
-            draw_head(model, head)
+            reset_head(model, head)
         new |= head
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust)
     if target.model_type == "timm_wrapper":

@@ -1,4 +1,4 @@
-"""A classifier: a model, its image processor, its labels."""
+"""A classifier: a model, its image processor and its labels."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 
 class Classifier(NamedTuple):
-    """A model and the image processor that belongs to it."""
+    """A model and its image processor."""
 
     model: PreTrainedModel
     image_processor: BaseImageProcessor
 
 
 def label2id(id2label: dict[int, str]) -> dict[str, int]:
-    """The labels with their ids, as a model's config holds them besides `id2label`."""
+    """Invert `id2label`, for a model's config, which stores both."""
     return {label: i for i, label in id2label.items()}

@@ -1,4 +1,4 @@
-"""The files of a saved model: at hand, whole, and plain, before any library reads them. Imports no torch."""
+"""Fetch and check the files of a saved model before any library reads them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hf_cifar.models.names import check_code_is_pinned, hub_errors
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-LARGEST = 2**18  # no width, depth or number of classes of an image classifier comes near it
+MAX_NUMBER = 2**18  # far above any width, depth or number of classes of an image classifier
 
 
 def model_folder(name: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """The folder that a model's files lie in, fetched from the Hub if that is where it is.
+    """The folder of a model's files, fetched from the Hub if necessary.
 
-    Raises: UserError for files that are missing, damaged or no plain data, or code that may not run.
+    Raises: UserError for files that are missing, damaged or not plain data, or code that may not run.
     """
     check_code_is_pinned(name, revision, trust_remote_code)
     if looks_like_path(name):
@@ -37,7 +37,7 @@ def model_folder(name: str, revision: str | None, trust_remote_code: bool) -> Pa
 
 
 def _fetch_model(name: str, revision: str, trust_remote_code: bool) -> Path:
-    """All files of a Hub model that are read, of one commit."""
+    """Fetch the required files of a Hub model, all from one commit."""
     from huggingface_hub import snapshot_download
 
     require_network(f"model {name}")
@@ -45,9 +45,9 @@ def _fetch_model(name: str, revision: str, trust_remote_code: bool) -> Path:
         folder = fetch(name, CONFIG, revision=revision).parent
         commit = folder.name
         for file in PROCESSOR_FILES:
-            _fetch_if_there(name, file, commit)
-        if _fetch_if_there(name, WEIGHTS, commit) is None:
-            index = _fetch_if_there(name, INDEX, commit)
+            _fetch_if_present(name, file, commit)
+        if _fetch_if_present(name, WEIGHTS, commit) is None:
+            index = _fetch_if_present(name, INDEX, commit)
             if index is None:
                 raise UserError(_no_weights(name))
             for shard in _shards(index):
@@ -59,7 +59,7 @@ def _fetch_model(name: str, revision: str, trust_remote_code: bool) -> Path:
     return folder
 
 
-def _fetch_if_there(name: str, file: str, commit: str) -> Path | None:
+def _fetch_if_present(name: str, file: str, commit: str) -> Path | None:
     from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -72,7 +72,7 @@ def _fetch_if_there(name: str, file: str, commit: str) -> Path | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Where a model's weights lie. Raises: UserError unless that is in safetensors files."""
+    """List a model's weight files. Raises: UserError unless they are safetensors files."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -81,12 +81,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def count_weights(folder: Path) -> int:
-    """Numbers in a model's weights, by the headers of their files alone."""
+    """Count the numbers in a model's weights, reading only the file headers."""
     count = 0
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="numpy") as file:
-                for tensor in file.keys():  # noqa: SIM118  no mapping
+                for tensor in file.keys():  # noqa: SIM118  not a mapping
                     count += math.prod(file.get_slice(tensor).get_shape())
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the weights in {path}: {error}") from None
@@ -95,51 +95,51 @@ def count_weights(folder: Path) -> int:
 
 def _no_weights(where: str) -> str:
     return (
-        f"no file named {WEIGHTS} in {where}; a pytorch_model.bin is a pickle, which could run any code, and "
-        "is not read: convert it, or pass as --model_revision the refs/pr/N on the Hub that has"
+        f"no file named {WEIGHTS} in {where}; a pytorch_model.bin is not read, because it is a pickle, which "
+        "can run any code: convert it, or pass a --model_revision that has it (often refs/pr/N on the Hub)"
     )
 
 
 def _shards(index: Path) -> list[str]:
-    """Names of the files that an index lists. Raises: UserError for any but safetensors beside it."""
+    """Names of the files in an index. Raises: UserError for other files than safetensors next to it."""
     listed = read_object(index).get("weight_map")
     names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
     if not names or any(Path(n).name != n or not n.endswith(".safetensors") for n in names):
-        raise UserError(f"{index} must list .safetensors files in its own folder; not read")
+        raise UserError(f"{index} must list only .safetensors files in its own folder; fix it")
     return names
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises: UserError if it does not."""
+    """Read a JSON file that contains an object. Raises: UserError if it does not."""
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is not a valid JSON file ({error})") from None
     if not isinstance(values, dict):
-        raise UserError(f"'{path}' holds a {type(values).__name__}; it must hold an object")
+        raise UserError(f"'{path}' contains a {type(values).__name__}; it must contain an object")
     return values
 
 
 def _check_values(values: dict[str, Any], path: Path, trust_remote_code: bool) -> None:
-    """Raises: UserError for a number that no model has, or a name by which other code would be fetched."""
+    """Raises: UserError for an implausible number, or a reference to code in another repository."""
     for key, value in _entries(values):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and abs(value) > LARGEST:
+        if is_number and abs(value) > MAX_NUMBER:
             raise UserError(
-                f"{path}: {key} is {str(value)[:20]}; no image classifier is that large"
+                f"{path}: {key} is {str(value)[:20]}; it must not exceed {MAX_NUMBER:,}"
             )
         if trust_remote_code and key == "auto_map" and "--" in str(value):
             raise UserError(
-                f"{path}: the code lies in another repository, where it may change; copy it into the folder"
+                f"{path}: the code is in another repository, where it may change; copy it into the folder"
             )
         if key.endswith("_implementation") and "/" in str(value) and not trust_remote_code:
             raise UserError(
-                f"{path}: {key} asks for code of {value}; read it, then pass --trust_remote_code"
+                f"{path}: {key} requires code from {value}; review it, then pass --trust_remote_code"
             )
 
 
 def _entries(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Each key of nested objects with its value, or with each value of its list."""
+    """Yield each key of nested objects with its value, and with each item of a list."""
     pending: list[tuple[str, Any]] = list(values.items())
     while pending:
         key, value = pending.pop()

@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them: what a classifier computes, in fewer passes."""
+"""Fold batch norms into the preceding convolutions, for faster inference with the same results."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import PreTrainedModel
 
-# How far logits may move, relative to the largest: by rounding, and no more.
+# Largest change of the logits, relative to the largest logit, that counts as rounding.
 TOLERANCE = 1e-3
 
 
 def fold_norms(model: PreTrainedModel, pixel_values: Tensor) -> PreTrainedModel:
-    """The model for inference, with each batch norm that follows a convolution made part of it.
+    """Fold each batch norm that follows a convolution into it, for inference.
 
-    pixel_values [N, C, h, w]: an example, on the model's device; a fold that changes its logits by more than
-    rounding is not done. Returns a copy in evaluation mode, or the model itself where nothing can be folded.
+    pixel_values [N, C, h, w]: an example, on the model's device; if folding changes its logits by more than
+    rounding, it is undone. Returns a copy in eval mode, or the model itself if nothing was folded.
     """
     model.eval()
     pairs, logits = _pairs(model, pixel_values)
@@ -37,8 +37,8 @@ def fold_norms(model: PreTrainedModel, pixel_values: Tensor) -> PreTrainedModel:
 
 
 def _pairs(model: PreTrainedModel, pixel_values: Tensor) -> tuple[list[tuple[str, str]], Tensor]:
-    """Names of convolutions and of the norms that take just what they give; and the logits."""
-    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no number comes twice
+    """Names of convolutions and the norms that directly follow them, and the logits."""
+    made: dict[int, tuple[str, Tensor]] = {}  # keeps the tensors alive, so that ids stay unique
     pairs: list[tuple[str, str]] = []
     calls: list[str] = []
 

@@ -1,4 +1,4 @@
-"""The head of a classifier: which parameters it has, new weights for it, its logits divided."""
+"""The head of a classifier: find its parameters, initialise them, scale its logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_cifar.errors import UserError
 def head_parameter_names(model: PreTrainedModel) -> set[str]:
     """Names of the classification head's parameters.
 
-    Raises: UserError for a model whose head cannot be told from its backbone.
+    Raises: UserError for a model whose head cannot be distinguished from its backbone.
     """
     if model.config.model_type == "timm_wrapper":
         classifier = model.timm_model.get_classifier()
@@ -24,13 +24,13 @@ def head_parameter_names(model: PreTrainedModel) -> set[str]:
         names = {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
     if not names:
         raise UserError(
-            f"{type(model).__name__} has no classification head that can be told from its backbone"
+            f"{type(model).__name__} has no classification head separate from its backbone; use another model"
         )
     return names
 
 
 def linear_head(model: PreTrainedModel) -> nn.Linear | None:
-    """The head, if it is one linear layer: all that trains behind a frozen backbone. Else None."""
+    """The head if it is a single linear layer, the only one to train after a frozen backbone; else None."""
     linear = _linear_layers_of_head(model)
     if len(linear) != 1 or len(head_parameter_names(model)) != len(list(linear[0].parameters())):
         return None
@@ -38,8 +38,8 @@ def linear_head(model: PreTrainedModel) -> nn.Linear | None:
 
 
 def output_layers(model: PreTrainedModel) -> list[nn.Linear]:
-    """The linear layers that give the logits: one, or two of a model that averages two heads; none if
-    the logits come from something else."""
+    """The linear layers that compute the logits: one, two for a model that averages two heads, or none if
+    other layers compute them."""
     layers = _linear_layers_of_head(model)
     return [layer for layer in layers if layer.out_features == model.config.num_labels]
 
@@ -54,7 +54,7 @@ def _linear_layers_of_head(model: PreTrainedModel) -> list[nn.Linear]:
 
 
 def divide_logits(model: PreTrainedModel, divisor: float) -> bool:
-    """Fold a division of the logits into the layers that give them; False if that cannot be done."""
+    """Divide the logits by scaling the layers that compute them. Returns False if that is impossible."""
     layers = output_layers(model)
     with torch.no_grad():
         for parameter in (p for layer in layers for p in layer.parameters()):
@@ -62,8 +62,8 @@ def divide_logits(model: PreTrainedModel, divisor: float) -> bool:
     return bool(layers)
 
 
-def draw_head(model: PreTrainedModel, head: set[str]) -> None:
-    """New weights for a head of the right shape that was trained for other labels."""
+def reset_head(model: PreTrainedModel, head: set[str]) -> None:
+    """Reinitialise a head of the right shape that was trained for other labels."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in head and parameter.ndim > 1:
@@ -72,12 +72,12 @@ def draw_head(model: PreTrainedModel, head: set[str]) -> None:
                 nn.init.zeros_(parameter)
 
 
-def start_from_zero(model: PreTrainedModel, new: set[str]) -> None:
-    """Let a new head on a pretrained backbone that stays as it is give every class the logit 0 at first.
+def zero_head(model: PreTrainedModel, new: set[str]) -> None:
+    """Zero a new head on a frozen pretrained backbone, so that every logit is 0 at first.
 
-    What is drawn would only have to be unlearnt: of EfficientNet-Lite0, timm's head gives first logits with a
-    standard deviation of 8. Where the backbone trains too, it learns faster from wide weights, see
-    `timm_models.draw_timm_head`.
+    Random weights would only have to be unlearnt: with timm's head, the first logits of EfficientNet-Lite0
+    have a standard deviation of 8. If the backbone trains too, wide weights make it learn faster, see
+    `timm_models.reset_timm_head`.
 
     Source: Kolesnikov et al., Big Transfer, 2020.
     """

@@ -1,4 +1,4 @@
-"""What a model's name means, and whether there is such a model. Imports no torch."""
+"""Interpret a model's name and check that the model exists. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def check_model_name(
     trust_remote_code: bool = False,
     purpose: str = "a local folder or bundled/efficientnet_lite0",
 ) -> None:
-    """Find out now, at the cost of one small file at most, whether there is a model to load.
+    """Check that a model exists, reading at most one small file.
 
-    purpose: what the error for an unreachable Hub tells the user to pass instead.
-    Raises: UserError if there is none, the Hub is needed and cannot be reached, or code from it could be
-    other code tomorrow.
+    purpose: the alternative that the error for an unreachable Hub suggests.
+    Raises: UserError if the model does not exist, the Hub is needed and cannot be reached, or its code is not
+    pinned to a commit.
     """
     check_code_is_pinned(name, revision, trust_remote_code)
     if name.startswith(SCRATCH):
@@ -39,11 +39,12 @@ def check_model_name(
     elif name.startswith(BUNDLED):
         if name.removeprefix(BUNDLED) not in BUNDLED_NAMES:
             raise UserError(
-                f"no bundled model {name.removeprefix(BUNDLED)!r}; there is {BUNDLED}{BUNDLED_NAMES[0]}"
+                f"no bundled model {name.removeprefix(BUNDLED)!r}; the only one is "
+                f"{BUNDLED}{BUNDLED_NAMES[0]}"
             )
     elif looks_like_path(name):
         if not (Path(name).expanduser() / "config.json").is_file():
-            raise UserError(f"no model in {name}: there is no config.json in such a folder")
+            raise UserError(f"no model in {name}: {Path(name) / 'config.json'} does not exist")
     else:
         require_network(f"model {name}")
         with hub_errors(name, revision or "main", purpose):
@@ -51,32 +52,32 @@ def check_model_name(
 
 
 def check_code_is_pinned(name: str, revision: str | None, trust_remote_code: bool) -> None:
-    """Raises: UserError if code from the Hub may run, but not that of one commit alone."""
+    """Raises: UserError if code from the Hub may run and is not pinned to one commit."""
     local = name.startswith((SCRATCH, BUNDLED)) or looks_like_path(name)
     if trust_remote_code and not local and not COMMIT.fullmatch(revision or ""):
         raise UserError(
-            f"--trust_remote_code runs code of {name}: {revision or 'main'} may hold other code tomorrow; "
-            "read it, and pass the 40 digits of its commit as --model_revision"
+            f"--trust_remote_code runs code from {name}, and that of {revision or 'main'} may change; review "
+            "it, and pass its full 40-digit commit hash as --model_revision"
         )
 
 
 def _check_architecture(name: str) -> None:
-    """Raises: UserError for a name that is neither an article's network nor one of timm's."""
+    """Raises: UserError for a name that is neither an article model nor a timm architecture."""
     if name in ARTICLE_NAMES:
         return
     source, registered = _timm_models()
     architecture = name.partition(".")[0]
     if architecture in registered or re.search(rf"""['"]{re.escape(architecture)}['"]:""", source):
-        return  # the second: a model's former name, which timm still knows
+        return  # the second test finds former names that timm still accepts
     hint = nearest_hint(architecture, [*ARTICLE_NAMES, *sorted(registered)])
     raise UserError(
-        f"no architecture {name!r}{hint}; scratch/ takes {', '.join(ARTICLE_NAMES)} or timm's"
+        f"no architecture {name!r}{hint}; scratch/ takes {', '.join(ARTICLE_NAMES)} or a timm name"
     )
 
 
 @functools.lru_cache(maxsize=1)
 def _timm_models() -> tuple[str, frozenset[str]]:
-    """timm's source, and the architectures that it registers: its registry would take torch to fill."""
+    """Read timm's source and the architectures it registers; its own registry would import torch."""
     folder = Path(importlib.util.find_spec("timm").origin).parent / "models"
     source = "\n".join(path.read_text() for path in folder.glob("*.py"))
     names = re.findall(r"^@register_model\s+def (\w+)\(", source, flags=re.MULTILINE)
@@ -84,7 +85,7 @@ def _timm_models() -> tuple[str, frozenset[str]]:
 
 
 def _other_name(name: str) -> str:
-    """What a bare name may have been meant for."""
+    """Suggest the full name that a bare name may stand for."""
     if name in ARTICLE_NAMES:
         return f", or {SCRATCH}{name}"
     return f", or {BUNDLED}{name}" if name in BUNDLED_NAMES else ""
@@ -94,7 +95,7 @@ def _other_name(name: str) -> str:
 def hub_errors(
     name: str, revision: str, purpose: str = "a local folder or bundled/efficientnet_lite0"
 ) -> Iterator[None]:
-    """What goes wrong with a model on the Hub, as a UserError that says what to do."""
+    """Turn an error about a model on the Hub into a UserError that says what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -109,15 +110,15 @@ def hub_errors(
     except UserError:
         raise
     except HFValidationError:
-        raise UserError(f"{name!r} is no model: neither a local folder nor a Hub id") from None
+        raise UserError(f"no model {name!r}: it is neither a local folder nor a Hub id") from None
     except LocalEntryNotFoundError:
         if not constants.HF_HUB_OFFLINE:
             raise UserError(
                 f"model {name}: {constants.ENDPOINT} did not answer; try again"
             ) from None
         raise UserError(
-            f"no folder {name}, nor such a model in the cache, and HF_HUB_OFFLINE=1 forbids the network; "
-            f"unset it, or pass {purpose}{_other_name(name)}"
+            f"{name} is neither a folder nor in the cache, and HF_HUB_OFFLINE=1 forbids the network; unset "
+            f"it, or pass {purpose}{_other_name(name)}"
         ) from None
     except RevisionNotFoundError:
         raise UserError(
@@ -125,7 +126,7 @@ def hub_errors(
         ) from None
     except EntryNotFoundError as error:
         raise UserError(
-            f"{name} on the Hub is no transformers or timm model, or not whole: "
+            f"{name} on the Hub is not a transformers or timm model, or is incomplete: "
             f"{one_line(error, 200)}"
         ) from None
     except RepositoryNotFoundError:

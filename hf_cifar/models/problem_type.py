@@ -1,4 +1,4 @@
-"""One label an image, or several: what a model's config says of it."""
+"""Single-label or multi-label: how a model's config records it."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from transformers import PreTrainedModel
 
 from hf_cifar.errors import UserError
 
-MULTI_LABEL = "multi_label_classification"  # by which `pipeline` takes each class's sigmoid
+MULTI_LABEL = "multi_label_classification"  # makes `pipeline` apply a sigmoid to each logit
 
 
 def is_multi_label(model: PreTrainedModel) -> bool:
-    """Whether the model may give an image several labels, or none."""
+    """True if the model may assign multiple labels to an image, or none."""
     return model.config.problem_type == MULTI_LABEL
 
 
 def set_problem(model: PreTrainedModel, multi_label: bool) -> None:
-    """Say in the model's config what it is trained for; thresholds of a former training go."""
+    """Set the problem type in the model's config, and drop the thresholds of an earlier training."""
     if multi_label or is_multi_label(model):
         model.config.problem_type = MULTI_LABEL if multi_label else None
         model.config.thresholds = None
 
 
 def thresholds_of(model: PreTrainedModel) -> np.ndarray | None:
-    """Scores [K] from which on a multi-label model gives each class: as its config has them, or 0.5.
+    """Score thresholds [K] of a multi-label model, from its config or else 0.5; None for a single-label one.
 
-    None of a model that gives one label. Raises: UserError for as many thresholds as there are no labels.
+    Raises: UserError unless there is one threshold per label.
     """
     if not is_multi_label(model):
         return None
     thresholds = model.config.to_dict().get("thresholds") or [0.5] * model.config.num_labels
     if len(thresholds) != model.config.num_labels:
         raise UserError(
-            f"the model's config.json holds {len(thresholds)} thresholds for {model.config.num_labels} "
-            "labels; mend or remove them"
+            f"the model's config.json has {len(thresholds)} thresholds for {model.config.num_labels} "
+            "labels; fix or remove them"
         )
     return np.asarray(thresholds, dtype=np.float64)

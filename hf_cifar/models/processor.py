@@ -1,4 +1,4 @@
-"""Image processors: the checkpoint's own, set to show the whole image at the size trained on."""
+"""Image processors: the checkpoint's own, set to the training size and without cropping."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def timm_processor(config: PreTrainedConfig, size: int) -> BaseImageProcessor:
         TimmWrapperImageProcessor,
     )
 
-    config.model_args = config.model_args or {}  # timm refuses a null in a local folder's config
+    config.model_args = config.model_args or {}  # timm rejects a null in a local folder's config
     config.pretrained_cfg = {
         **config.pretrained_cfg,
         "input_size": [3, size, size],
@@ -26,7 +26,7 @@ def timm_processor(config: PreTrainedConfig, size: int) -> BaseImageProcessor:
 
 
 def transformers_processor(processor: BaseImageProcessor, size: int) -> BaseImageProcessor:
-    """The processor set to `size`, without the crop that would cut the border off."""
+    """Copy a processor with its size set to `size`, without the crop that would remove the border."""
     options = processor.to_dict()
     square = {"height": size, "width": size}
     changes: dict[str, Any] = {"do_resize": True}
@@ -44,7 +44,7 @@ def transformers_processor(processor: BaseImageProcessor, size: int) -> BaseImag
 
 
 def plain_processor(size: int) -> BaseImageProcessor:
-    """Pixels / 255 at `size`: for networks that are trained from scratch."""
+    """Make a processor that resizes to `size` and divides by 255, for networks trained from scratch."""
     return ViTImageProcessor(
         size={"height": size, "width": size},
         resample=3,

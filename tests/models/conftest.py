@@ -1,4 +1,4 @@
-"""Tiny models of the real architectures, saved as people save them: transformers, timm."""
+"""Tiny models of the real architectures, saved as by transformers and timm."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def _save_resnet(folder: Path) -> None:
 def _save_timm(folder: Path, architecture: str) -> None:
     model_args = TIMM_ARGS.get(architecture, {})
     model = timm.create_model(architecture, num_classes=5, **model_args)
-    # `num_classes` among the arguments, as timm.create_model(num_classes=5) and a push leave it.
+    # `num_classes` in model_args, as stored by timm.create_model(num_classes=5) and a push.
     save_for_hf(model, folder, model_args={"num_classes": 5, **model_args}, safe_serialization=True)
 
 
@@ -71,5 +71,5 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """New heads draw the same weights in every run."""
+    """Seed the weights of new heads."""
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def test_cnn_is_the_articles_sequence_of_layers():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_weights_start_as_keras_has_them(name):
+def test_weights_are_initialised_as_in_keras(name):
     state = new_model(name).state_dict()
     for key, value in state.items():
         if key.endswith("bias"):
@@ -98,19 +98,19 @@ def test_cnn_learns():
 
 
 @pytest.mark.parametrize("size", [18, 28, 64])
-def test_cnn_takes_other_sizes(size):
+def test_cnn_accepts_other_image_sizes(size):
     model = new_model("article_cnn", image_size=size)
     assert model(pixel_values=torch.rand(1, 3, size, size)).logits.shape == (1, 10)
 
 
-def test_cnn_refuses_images_that_vanish():
+def test_cnn_refuses_too_small_images():
     with pytest.raises(ValueError, match="at least 18 px, not 17"):
         new_model("article_cnn", image_size=17)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Both models on disk, and the logits that they must give."""
+    """Both models on disk, and their expected logits."""
     root, logits = tmp_path_factory.mktemp("article"), {}
     pixels = torch.linspace(0, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
     for name in MODELS:
@@ -127,7 +127,7 @@ def check_logits(answer, logits):
 
 
 @pytest.mark.slow
-def test_loads_without_hf_cifar_by_its_own_code(saved, tmp_path):
+def test_loads_without_hf_cifar_through_its_saved_code(saved, tmp_path):
     root, logits = saved
     code = f"""
 import json, sys, torch

@@ -27,7 +27,7 @@ def test_registers_when_the_table_is_loaded_from_within_transformers():
     code = """
 import sys
 import hf_cifar
-import transformers.modeling_layers  # imports AutoModel on its way
+import transformers.modeling_layers  # imports AutoModel indirectly
 from transformers import AutoConfig, AutoModelForImageClassification
 config = AutoConfig.for_model("article_mlp", num_labels=3)
 model = AutoModelForImageClassification.from_config(config)

@@ -1,4 +1,4 @@
-"""Folded models compute what they did; where a fold would change that, it is not done."""
+"""Folded models have the same outputs; a fold that would change them is undone."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ LABELS = {0: "cat", 1: "dog", 2: "owl"}
 
 
 def with_statistics(model, images):
-    """Weights and running statistics that a wrong fold would not get away with."""
+    """Set weights and running statistics with which a wrong fold changes the logits."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -42,7 +42,7 @@ def images():
         ("transformers", 6, 0),
     ],
 )
-def test_a_folded_model_gives_the_same_logits(images, architecture, norms, left):
+def test_folded_model_has_the_same_logits(images, architecture, norms, left):
     if architecture == "transformers":
         config = ResNetConfig(
             embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
@@ -61,13 +61,13 @@ def test_a_folded_model_gives_the_same_logits(images, architecture, norms, left)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
-def test_a_model_without_norms_stays_itself(tiny_vit):
+def test_model_without_norms_is_returned_unchanged(tiny_vit):
     model, _ = build_model(ModelConfig(model_name_or_path=str(tiny_vit)), LABELS)
     assert fold_norms(model, torch.randn(1, 3, 16, 16)) is model
 
 
 class SharedOutput(nn.Module):
-    """The convolution's output goes past the norm too."""
+    """The convolution's output also bypasses the norm."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class SharedOutput(nn.Module):
 
 
 class TwoPasses(SharedOutput):
-    """The same layers twice; a folded convolution would still be right, a dropped norm would not."""
+    """The layers are used twice; a folded convolution would still be correct, a removed norm would not."""
 
     def forward(self, pixel_values):
         features = self.norm(self.convolution(pixel_values))
@@ -89,6 +89,6 @@ class TwoPasses(SharedOutput):
 
 
 @pytest.mark.parametrize("kind", [SharedOutput, TwoPasses])
-def test_a_fold_that_would_change_the_logits_is_not_done(images, kind):
+def test_fold_that_changes_the_logits_is_undone(images, kind):
     model = with_statistics(kind(), images)
     assert fold_norms(model, images) is model

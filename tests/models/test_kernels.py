@@ -7,8 +7,8 @@ from transformers import TimmWrapperConfig
 from hf_cifar.models.kernels import restore_kernels, use_float32_depthwise
 
 
-def test_slow_depthwise_gradients_are_spared_bfloat16():
-    """Gradients of a sum are those of float32 where the layer is computed in it."""
+def test_slow_depthwise_layers_train_in_float32():
+    """Return True if the gradients of a sum are those of a layer computed in float32."""
     convolutions = nn.ModuleDict(
         {
             "stride": nn.Conv2d(4, 4, 3, stride=2, groups=4),
@@ -45,7 +45,7 @@ def test_slow_depthwise_gradients_are_spared_bfloat16():
 
 
 def test_a_frozen_depthwise_layer_computes_in_bfloat16():
-    """It has no gradients to spare, unless something before it trains."""
+    """It needs no gradients, unless an earlier layer trains."""
     layer = nn.Conv2d(4, 4, 3, stride=2, groups=4).requires_grad_(False)
     images = torch.randn(2, 4, 9, 9)
     with torch.autocast("cpu", torch.bfloat16):

@@ -24,7 +24,7 @@ PROCESSORS = {
 
 
 def border_seen(processor, size):
-    """Whether a mark on the outermost pixels of an image reaches the model."""
+    """True if a mark on the outermost pixels of an image reaches the model."""
     image = Image.new("RGB", (size, size))
     image.paste((255, 255, 255), (0, 0, size, 1))
     pixels = processor(image, return_tensors="pt")["pixel_values"]
@@ -48,7 +48,7 @@ def test_processor_shows_the_whole_image_at_the_size(name, size, tmp_path):
     assert AutoImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
 
 
-def test_original_processor_is_left_alone():
+def test_original_processor_is_not_changed():
     original = PROCESSORS["bit"]()
     before = original.to_dict()
     transformers_processor(original, 48)
