@@ -1,7 +1,7 @@
-"""A Hub on the loopback: enough of its protocol for the unmodified huggingface_hub client.
+"""A local Hub server: enough of the protocol for the unmodified huggingface_hub client.
 
 Create, validate, preupload (regular and LFS), commit, branch; resolve, info, revision, tree, paths-info,
-auth-check. It refuses, fails and drops connections as it is told to.
+auth-check. It refuses, fails and drops connections on request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROLES = {TOKEN: "write", READ_TOKEN: "read"}
 USER = "me"
 ORGANISATIONS = {"team": "write", "audience": "read"}
 DROP = "drop"  # a fault: the connection breaks
-CUT, FLIP = "cut", "flip"  # faults of a file: it breaks off half-way; one bit of it is another
+CUT, FLIP = "cut", "flip"  # faults of a file: truncated half-way; one bit flipped
 LFS_SUFFIXES = (".safetensors", ".parquet")
 LFS_BYTES = 1 << 20
 REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -34,7 +34,7 @@ REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass
 class Repo:
-    """Files by path, as of the last commit on main; the same for other branches."""
+    """Files by path at the last commit on main, and on other branches."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     lfs: set[str] = field(default_factory=set)
@@ -50,7 +50,7 @@ class Repo:
         return digest.hexdigest()
 
     def oid(self, path: str) -> str:
-        """Git's name of a blob, or the SHA-256 of an LFS file: what the ETag is."""
+        """The ETag: Git's hash of a blob, or the SHA-256 of an LFS file."""
         content = self.files[path]
         if path in self.lfs:
             return hashlib.sha256(content).hexdigest()
@@ -64,13 +64,13 @@ class Repo:
 
 
 class Hub:
-    """The server, its repos by ("models" or "datasets", id), and what it is told to refuse.
+    """The server, its repos by ("models" or "datasets", id), and its configured refusals and faults.
 
     refused: (action, repo id) -> HTTP status. faults: (action, repo id) -> statuses or DROP, one for each
     request until none is left. Actions: whoami and validate, which name no repo (""), write, create, branch,
-    preupload, lfs, upload, commit, and answer, which fails after the commit; info, and download, of a
-    path behind the repo id. A fault of None is none, this time. refused_cards: model names
-    that validate takes offence at. requests: what was asked for.
+    preupload, lfs, upload, commit, and answer, which fails after the commit; info and download, of a
+    path after the repo id. A fault of None lets one request pass. refused_cards: model names
+    that validate rejects. requests: the log of requests.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Hub:
 
 
 def hub_environment(home, endpoint):
-    """The environment of a process that has a Hub at `endpoint`, a cache in `home`, and a token."""
+    """Environment of a process with a Hub at `endpoint`, a cache in `home`, and a token."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE"))}
     return kept | {
         "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
@@ -111,7 +111,7 @@ def hub_environment(home, endpoint):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. Routes are tried in order; what none takes is a 404."""
+    """Handler of one request. Routes are tried in order; an unmatched request is a 404."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -234,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 repo.files.pop(value["path"], None)
         repo.num_commits += 1
-        # The commit is there, and nobody hears of it.
+        # The commit exists, but the client gets no answer.
         if self.fails("answer", repo_id):
             return
         url = f"{self.hub.endpoint}/{repo_id}/commit/{repo.sha}"
@@ -305,7 +305,7 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def at(self, kind: str, repo_id: str, revision: str | None) -> Repo | None:
-        """A repo as of a branch or a commit."""
+        """A repo at a branch or commit."""
         repo = self.repo(kind, repo_id)
         if repo is None or revision in (None, "main", repo.sha):
             return repo
@@ -326,7 +326,7 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def refuses(self, action: str, repo_id: str) -> bool:
-        """Whether a write was refused: for want of permission, or as the tests wish."""
+        """True if a write is refused, by permissions or by the test's configuration."""
         namespace = repo_id.split("/")[0]
         may_write = namespace == USER or ORGANISATIONS.get(namespace) == "write"
         if ROLES.get(self.token) != "write" or not may_write:
@@ -370,12 +370,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def upload_mode(file: dict) -> str:
-    """How the Hub wants a file: in the commit itself, or LFS for weights, tables, big files."""
+    """Upload mode of a file: in the commit, or LFS for weights, tables and large files."""
     return "lfs" if file["path"].endswith(LFS_SUFFIXES) or file["size"] > LFS_BYTES else "regular"
 
 
 def card_errors(content: str) -> list[str]:
-    """What is wrong with the metadata on top of a README.md, as far as this server looks."""
+    """Errors in the metadata of a README.md, as far as this server checks."""
     found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
     if not found:
         return ["no metadata"]

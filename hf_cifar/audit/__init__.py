@@ -1,1 +1,1 @@
-"""What may be wrong with data: the same picture twice, test images in train, properties of images."""
+"""Audits of data: duplicate images, test images in train, image properties."""

@@ -1,4 +1,4 @@
-"""The same picture twice: pairs of images that are equal, or nearly, between two sets or within one."""
+"""Find duplicates: pairs of equal or nearly equal images, between two sets or within one."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from scipy.fft import dct
 from hf_cifar.transforms import LUMA
 
 Array = np.ndarray
-SIDE = 32  # px, of the thumbnails that are hashed and compared
-HASH_SIDE = (
-    8  # lowest frequencies kept in each direction: 63 bits, for the constant one says nothing
-)
-# How far two hashes may be apart, of 63 bits, for their thumbnails to be compared.
+SIDE = 32  # px per side of the thumbnails that are hashed and compared
+# Lowest frequencies kept in each direction: 63 bits, without the constant one, which has no information.
+HASH_SIDE = 8
+# Maximum number of different bits, of 63, for two thumbnails to be compared.
 MAX_BITS = 10
-# Two thumbnails are one picture if, brought to one mean and contrast, they differ by no more than this share
-# of the contrast (root mean square). On 6,187 lossless images of CIFAR-10, JPEG at quality 75 costs at most
-# 0.32 and 4 bits; the six pairs that both limits then leave are all of one scene each.
+# Two thumbnails are the same picture if, standardised to the same mean and contrast, they differ by at most
+# this share of the contrast (root mean square). On 6,187 lossless images of CIFAR-10, JPEG at quality 75
+# costs at most 0.32 and 4 bits; the six pairs within both limits each show the same scene.
 MAX_DIFFERENCE = 0.4
-# Of smaller pictures (px a side) many are alike without being one: only equal ones count.
+# Many smaller images (px per side) look alike without being duplicates, so only equal ones count.
 MIN_SIDE = 16
-# A thumbnail of less contrast (standard deviation of 0..255) holds nothing that could be told from another.
+# A thumbnail with less contrast (standard deviation of 0..255) cannot be distinguished from others.
 MIN_CONTRAST = 4.0
-BATCH = 256  # images of one size that are made into thumbnails at once
-CHUNK = 16  # images of the first set at a time: the numbers of bits stay in the processor's cache
+BATCH = 256  # thumbnails of images of one size that are computed at once
+CHUNK = (
+    16  # images of the first set at a time, so that the bit counts stay in the processor's cache
+)
 
 
 class Duplicate(NamedTuple):
-    """A pair of images, by position in the first and in the second set.
+    """A pair of images, by their positions in the first and second set.
 
-    exact: every pixel is equal. difference: of the thumbnails (root mean square), as a share of contrast.
+    exact: every pixel is equal. difference: root mean square between the thumbnails, as a share of contrast.
     """
 
     first: int
@@ -46,17 +47,17 @@ class Duplicate(NamedTuple):
 def find_duplicates(
     first: Iterable[Array], second: Iterable[Array] | None = None
 ) -> list[Duplicate]:
-    """Pairs of equal and of nearly equal images, the exact ones first, then the most alike.
+    """Find pairs of equal or nearly equal images: exact ones first, then by increasing difference.
 
     first, second: uint8 [N, H, W, 3], or images [H, W, 3] of any sizes; without a second set, pairs within
     the first. Near duplicates are found by a perceptual hash, the signs of the lowest frequencies (Zauner
-    2010), and confirmed by their thumbnails: re-encoded, resized or evenly brightened copies, not crops or
-    mirror images.
+    2010), and confirmed by their thumbnails. This finds re-encoded, resized or uniformly brightened copies,
+    not crops or mirror images.
     """
     within = second is None
     sets = [_fingerprints(images) for images in ([first] if within else [first, second])]
-    exact = _equal_pairs(sets[0].digests, sets[-1].digests, within=within)
-    near = _alike_pairs(sets[0].thumbnails, sets[-1].thumbnails, within=within)
+    exact = _exact_pairs(sets[0].digests, sets[-1].digests, within=within)
+    near = _near_pairs(sets[0].thumbnails, sets[-1].thumbnails, within=within)
     pairs = [Duplicate(a, b, True, 0.0) for a, b in exact]
     pairs += sorted(
         (
@@ -70,7 +71,7 @@ def find_duplicates(
 
 
 class _Fingerprints(NamedTuple):
-    """What images [N] are told by: a hash of all pixels, and thumbnails [N, 32, 32]."""
+    """Fingerprints of N images: a hash of all pixels, and thumbnails [N, 32, 32]."""
 
     digests: list[bytes]
     thumbnails: Array
@@ -82,7 +83,7 @@ def _fingerprints(images: Iterable[Array]) -> _Fingerprints:
         for start in range(0, len(images), BATCH):
             digests += map(_digest, images[start : start + BATCH])
             thumbnails.append(thumbnail_of(images[start : start + BATCH]))
-    else:  # decoded one by one, and not kept
+    else:  # decoded one by one, to save memory
         for image in images:
             digests.append(_digest(image))
             thumbnails.append(thumbnail_of(image)[None])
@@ -90,8 +91,10 @@ def _fingerprints(images: Iterable[Array]) -> _Fingerprints:
 
 
 def thumbnail_of(image: Array) -> Array:
-    """Brightness [32, 32], float32 0..255, of an image [H, W, 3]; 0 of one that is too small to be told from
-    others. Of images [N, 32, 32, 3] at once: [N, 32, 32]."""
+    """Brightness [32, 32], float32 0..255, of an image [H, W, 3]; all 0 if the image is too small to compare.
+
+    Images [N, 32, 32, 3] give [N, 32, 32].
+    """
     if image.shape[-3:-1] == (SIDE, SIDE):
         return image @ np.array(LUMA, np.float32)
     if min(image.shape[:2]) < MIN_SIDE:
@@ -102,8 +105,8 @@ def thumbnail_of(image: Array) -> Array:
 
 
 def perceptual_hashes(thumbnails: Array) -> Array:
-    """Which of the 63 lowest frequencies of thumbnails [N, 32, 32] lie above their median: the bits of
-    uint64 [N]."""
+    """Hash thumbnails [N, 32, 32] to uint64 [N]: a bit for each of the 63 lowest frequencies above their
+    median."""
     basis = dct(np.eye(SIDE, dtype=np.float32), axis=0, norm="ortho")[:HASH_SIDE]
     low = (basis @ thumbnails @ basis.T).reshape(-1, HASH_SIDE**2)[:, 1:]
     above = low > np.median(low, axis=1, keepdims=True)
@@ -114,10 +117,10 @@ def _digest(image: Array) -> bytes:
     return hashlib.blake2b(b"%d %d " % image.shape[:2] + image.tobytes(), digest_size=32).digest()
 
 
-def _equal_pairs(
+def _exact_pairs(
     first: list[bytes], second: list[bytes], *, within: bool
 ) -> dict[tuple[int, int], None]:
-    """Every pair of equal digests, in order; within one set each pair once."""
+    """List every pair of equal digests, in order; within one set, each pair once."""
     where: dict[bytes, list[int]] = {}
     for position, digest in enumerate(second):
         where.setdefault(digest, []).append(position)
@@ -129,23 +132,23 @@ def _equal_pairs(
     }
 
 
-def _alike_pairs(first: Array, second: Array, *, within: bool) -> dict[tuple[int, int], float]:
-    """Pairs whose hashes and whose thumbnails agree, with the difference of the thumbnails."""
-    # An even thumbnail is like any other.
+def _near_pairs(first: Array, second: Array, *, within: bool) -> dict[tuple[int, int], float]:
+    """Find pairs with similar hashes and thumbnails, and the difference between the thumbnails."""
+    # Leave out thumbnails without contrast, which resemble any other.
     contrasts = [each.std(axis=(1, 2)) for each in (first, second)]
-    told = [np.flatnonzero(contrast >= MIN_CONTRAST) for contrast in contrasts]
-    first, second = first[told[0]], second[told[1]]
+    kept = [np.flatnonzero(contrast >= MIN_CONTRAST) for contrast in contrasts]
+    first, second = first[kept[0]], second[kept[1]]
     hashes = perceptual_hashes(first), perceptual_hashes(second)
     standard = [
         _standardised(each, contrast[rows])
-        for each, contrast, rows in zip((first, second), contrasts, told, strict=True)
+        for each, contrast, rows in zip((first, second), contrasts, kept, strict=True)
     ]
     near = {}
     for start in range(0, len(first), CHUNK):
         apart = np.bitwise_count(hashes[0][start : start + CHUNK, None] ^ hashes[1])
         rows, columns = np.divmod(np.flatnonzero(apart <= MAX_BITS), len(second))
         for a, b in zip((rows + start).tolist(), columns.tolist(), strict=True):
-            pair = int(told[0][a]), int(told[1][b])
+            pair = int(kept[0][a]), int(kept[1][b])
             if within and pair[0] >= pair[1]:
                 continue
             difference = float(np.sqrt(np.mean((standard[0][a] - standard[1][b]) ** 2)))
@@ -155,6 +158,6 @@ def _alike_pairs(first: Array, second: Array, *, within: bool) -> dict[tuple[int
 
 
 def _standardised(thumbnails: Array, contrasts: Array) -> Array:
-    """Thumbnails [N, 1024] of mean 0 and standard deviation 1; contrasts [N]: the one that they have."""
+    """Scale thumbnails to mean 0 and standard deviation 1, [N, 1024]. contrasts [N]: their deviations."""
     flat = thumbnails.reshape(-1, SIDE**2)
     return (flat - flat.mean(axis=1, keepdims=True)) / contrasts[:, None]

@@ -1,4 +1,4 @@
-"""Test images that are also in train or validation: found by their pixels before a run trains."""
+"""Find test images that are also in train or validation, by their pixels, before training."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 
 logger = logging.getLogger(__name__)
-NUM_NAMED = 10  # pairs in the log; all are in the facts
+NUM_LOGGED = 10  # pairs in the log; the result has all
 
 
 def find_leakage(source: DataSource) -> dict[str, Any]:
-    """Find the test images that are also in train or validation, exactly or nearly; the log names them.
+    """Find and log the test images that are also in train or validation, exactly or nearly.
 
     Returns {"num_test", "num_leaked", "pairs": [{"test_row", "split", "row", "exact", "difference"}, ...]},
-    the exact pairs first; `split` and the rows are the data set's own. Labels are not compared.
+    exact pairs first; `split` and the rows are the data set's own. Labels are not compared.
     Raises: UserError without a labelled test split, or for a stream.
     """
     splits = source.splits
     if not isinstance(splits.train, Split):
         raise UserError(
-            "--check_leakage compares every image of train with test, and a stream is not read beforehand; "
-            "leave it out, or --streaming"
+            "--check_leakage compares every image of train with test, and a stream is not read in advance; "
+            "leave out one of --check_leakage and --streaming"
         )
     test, seen = source.test_split, (splits.train, splits.validation)
     held = source.config.pixel_store != "streamed"
@@ -51,10 +51,10 @@ def find_leakage(source: DataSource) -> dict[str, Any]:
     leaked = len({pair["test_row"] for pair in found})
     if found:
         named = [f"test row {p['test_row']} is {p['split']} row {p['row']}" for p in found]
-        more = f" and {len(found) - NUM_NAMED:,} more pairs" if len(found) > NUM_NAMED else ""
+        more = f" and {len(found) - NUM_LOGGED:,} more pairs" if len(found) > NUM_LOGGED else ""
         logger.warning(
-            "--check_leakage: %s of %s test images are in train or validation too: %s%s",
-            f"{leaked:,}", f"{len(test):,}", ", ".join(named[:NUM_NAMED]), more,
+            "--check_leakage: %s of %s test images are also in train or validation: %s%s",
+            f"{leaked:,}", f"{len(test):,}", ", ".join(named[:NUM_LOGGED]), more,
         )  # fmt: skip
     else:
         logger.info("--check_leakage: no test image is in train or validation")
@@ -62,6 +62,6 @@ def find_leakage(source: DataSource) -> dict[str, Any]:
 
 
 def images_of(split: Split, held: bool) -> Iterable[np.ndarray]:
-    """Iterate over every image in order; held: from memory, if they fit."""
+    """Iterate over every image in order. held: from memory, if they fit."""
     images = split.images if held else None
     return split.decode_all() if images is None else images

@@ -1,4 +1,4 @@
-"""Properties of images by which an evaluation is sliced."""
+"""Image properties used to slice an evaluation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Array = np.ndarray
 
 
 def image_properties(images: Array | Iterable[Array]) -> dict[str, Array]:
-    """Brightness, contrast and sharpness [N] of each image, uint8 [N, H, W, 3] or of any sizes.
+    """Measure brightness, contrast and sharpness [N] of images, uint8 [N, H, W, 3] or of any sizes.
 
-    brightness: mean, 0..1. contrast: standard deviation of brightness, 0..0.5. sharpness: mean size of the
-    Laplacian of brightness as a share of the contrast; 0 for an even image.
+    brightness: mean, 0..1. contrast: standard deviation of brightness, 0..0.5. sharpness: mean absolute
+    Laplacian of brightness, as a share of the contrast; 0 for a uniform image.
     """
     rows = [_properties(image @ np.array(LUMA, np.float32) / 255) for image in images]
     return dict(zip(("brightness", "contrast", "sharpness"), np.array(rows).T, strict=True))

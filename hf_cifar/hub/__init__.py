@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: reached, read from, named as an origin, pushed to."""
+"""The Hugging Face Hub: check the connection, fetch files, identify origins, push models."""

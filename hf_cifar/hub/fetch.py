@@ -1,4 +1,4 @@
-"""Files from the Hub: what does not have the hash that the Hub gives it is not read."""
+"""Fetch files from the Hub and check them against the Hub's hashes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 from hf_cifar.errors import UserError
 
-# The cache names a file by what the Hub says of it: Git's SHA-1 of a small one, the SHA-256 of an LFS file.
+# The cache names a file by the Hub's hash: Git's SHA-1 of a small file, the SHA-256 of an LFS file.
 SHA1_LENGTH, SHA256_LENGTH = 40, 64
 
 
 def fetch(repo_id: str, file: str, *, kind: str = "model", revision: str = "main") -> Path:
-    """A file of a repository, from the cache or the Hub; fetched again, once, if it is damaged.
+    """Fetch a file of a repository from the cache or the Hub; a damaged file is fetched again, once.
 
-    kind: "model" or "dataset". Raises: UserError if it is damaged still; huggingface_hub's errors for all
-    other reasons.
+    kind: "model" or "dataset". Raises: UserError if the file is still damaged; huggingface_hub's own errors
+    otherwise.
     """
     from huggingface_hub import constants, hf_hub_download
 
@@ -26,27 +26,27 @@ def fetch(repo_id: str, file: str, *, kind: str = "model", revision: str = "main
         path = Path(hf_hub_download(repo_id, file, repo_type=kind, revision=revision))
         if not is_damaged(path):
             return path
-        where = f"{file} of {repo_id} in the cache is damaged, its hash is not the Hub's"
+        where = f"{file} of {repo_id} in the cache is damaged: its hash differs from the Hub's"
         if constants.HF_HUB_OFFLINE:
-            raise UserError(f"{where}; unset HF_HUB_OFFLINE to fetch it again, or remove {path}")
+            raise UserError(f"{where}; unset HF_HUB_OFFLINE to fetch it again, or delete {path}")
         if again:
             break
         try:
             discard(path)
         except OSError as error:
-            raise UserError(f"{where}, and it cannot be removed ({error}); remove {path}") from None
+            raise UserError(f"{where}, and it cannot be deleted ({error}); delete {path}") from None
     discard(path)
     raise UserError(
-        f"{file} of {repo_id} arrived damaged twice: its hash is not the Hub's; try again, or look at your "
-        "proxy or mirror"
+        f"{file} of {repo_id} was damaged in two downloads: its hash differs from the Hub's; try again, or "
+        "check your proxy or mirror"
     )
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether a file in the cache has another hash than its name there; False where that is no hash."""
+    """True if a cached file's hash differs from its name in the cache; False if that name is not a hash."""
     try:
         expected = Path(os.readlink(path)).name
-    except OSError:  # a cache without links keeps no names
+    except OSError:  # a cache without symbolic links does not store the hash
         return False
     if not re.fullmatch(r"[0-9a-f]+", expected):
         return False
@@ -62,6 +62,6 @@ def is_damaged(path: Path) -> bool:
 
 
 def discard(path: Path) -> None:
-    """Remove a file from the cache, and its link; another process may have done so."""
+    """Delete a cached file and its link, if another process has not done so."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Where a model and its data come from: a name without folders, a licence, citations."""
+"""The origin of a model or data set: a name without local folders, a licence, citations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_cifar.hub.fetch import fetch
 from hf_cifar.hub.reach import looks_like_path
 
 HUB = "https://huggingface.co"
-# Licences that the Hub knows by these names; any other is called `other` there, with a name of its own.
+# Licence ids that the Hub accepts; any other licence is `other` there, with a `license_name`.
 LICENSES = {
     "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0",
     "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc", "cc-by-2.0",
@@ -49,16 +49,16 @@ EFFICIENTNET = """@inproceedings{tan2019efficientnet,
   booktitle = {International Conference on Machine Learning},
   year = {2019}
 }"""
-# For data sets whose own card is not at hand.
+# For data sets whose own card is not available.
 CITATIONS = {"uoft-cs/cifar10": (CIFAR,), "uoft-cs/cifar100": (CIFAR,)}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Who made a model or a data set.
+    """The origin of a model or data set.
 
-    name: for people, without the folders of the machine that it lay on. hub_id: None if it is not on the Hub.
-    license: as the Hub names it, None if unknown; "other" has a license_name. citations: BibTeX entries.
+    name: for display, without local folders. hub_id: None if it is not on the Hub. license: the Hub's id,
+    None if unknown; "other" has a license_name. citations: BibTeX entries.
     """
 
     name: str
@@ -81,15 +81,15 @@ BUNDLED_ORIGINS = {
 
 
 def public_name(name: str) -> str:
-    """A data set or model name without the folders of the machine that it lay on."""
+    """Strip local folders from the name of a data set or model."""
     return Path(name).expanduser().resolve().name if looks_like_path(name) else name
 
 
 @functools.lru_cache
 def find_origin(name: str, kind: str, revision: str | None = None) -> Origin:
-    """Who made what `--model_name_or_path` or `--dataset_name` names, by its own card.
+    """Find the origin of a `--model_name_or_path` or `--dataset_name` by its card.
 
-    kind: "model" or "dataset". Cached: what was asked of the Hub before a run is known at its end.
+    kind: "model" or "dataset". Cached, so that the answers before a run are still available at its end.
     """
     if name in BUNDLED_ORIGINS:
         return BUNDLED_ORIGINS[name]
@@ -112,25 +112,25 @@ def find_origin(name: str, kind: str, revision: str | None = None) -> Origin:
 
 
 def _find_file(name: str, file: str, kind: str, revision: str | None) -> Path | None:
-    """One file of a local folder or a Hub repo; None where there is none, or the Hub does not answer."""
+    """Find a file of a local folder or a Hub repository; None if it is missing or the Hub does not answer."""
     if looks_like_path(name):
         path = Path(name).expanduser() / file
         return path if path.is_file() else None
     try:
         return fetch(name, file, kind=kind, revision=revision or "main")
-    except (OSError, ValueError):  # the client's own errors are either, and ours
+    except (OSError, ValueError):  # base classes of the client's errors and of ours
         return None
 
 
 def _metadata(card: Path) -> dict[str, Any]:
     try:
         return metadata_load(card) or {}
-    except (ValueError, yaml.YAMLError):  # somebody's README, which need not be a card
+    except (ValueError, yaml.YAMLError):  # a README that is not a model or data set card
         return {}
 
 
 def _timm_license(config: Path | None) -> str | None:
-    """What a timm checkpoint says of itself."""
+    """Read the licence from a timm checkpoint's config."""
     try:
         return (
             json.loads(config.read_text()).get("pretrained_cfg", {}).get("license")
@@ -142,7 +142,7 @@ def _timm_license(config: Path | None) -> str | None:
 
 
 def _license(found: Any, metadata: dict[str, Any], hub_id: str | None) -> dict[str, str]:
-    """A licence in the Hub's terms: `license`, and for another than it knows `license_name` and `_link`."""
+    """Express a licence in the Hub's fields: `license`, and for an unlisted one its name and link."""
     names = [str(name).lower() for name in (found if isinstance(found, list) else [found])]
     if found in (None, []) or names == ["unknown"]:
         return {}

@@ -1,4 +1,4 @@
-"""The push of a finished run to the Hub: everything is checked first, then one commit."""
+"""Push a finished run to the Hub in one commit, after checking everything."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CARD_FILE = "README.md"
 EVAL_RESULTS_FOLDER = ".eval_results"
-# What a stranger needs to use and judge the model; no checkpoint, pickle, or config with paths.
+# The files needed to use and judge the model; no checkpoints, pickles, or configs with local paths.
 PUSHED_FILES = (
     CARD_FILE,
     "config.json",
@@ -39,22 +39,22 @@ PUSHED_FILES = (
     "report.json",
 )
 COMMIT_MESSAGE = "Fine-tuned with hf_cifar"
-# Seconds before a push is tried again that the Hub failed to answer; the client itself retries all but the
-# commit. What has arrived is not sent again.
+# Seconds to wait before each retry of a failed commit; the client itself retries everything else. Uploaded
+# files are not sent again.
 WAITS_S = (1.0, 3.0)
 NEXT_STEPS = {
-    401: "the token is not valid (any more): run hf auth login",
-    402: "the account has to pay for this: see its settings on the Hub",
-    403: "the token may not write there: choose another repository, or a token that may",
-    409: "somebody else changes the repository right now: try again",
-    413: "the Hub finds a file too large",
-    429: "the Hub asks for a pause: try again in some minutes",
+    401: "the token is invalid or expired: run hf auth login",
+    402: "this requires a paid account: see its settings on the Hub",
+    403: "the token has no write access: choose another repository or token",
+    409: "the repository is being changed by another client: try again",
+    413: "a file is too large for the Hub",
+    429: "the Hub limits the rate of requests: try again in a few minutes",
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a push goes. repo_id: with or without a namespace. token: the stored one if None."""
+    """The destination of a push. repo_id: with or without a namespace. token: the stored one if None."""
 
     repo_id: str
     private: bool = True
@@ -77,7 +77,7 @@ class Target:
 
 
 class Access(NamedTuple):
-    """What the Hub says of a target. repo_id: with its namespace. visibility: private or public."""
+    """The Hub's answer about a target. repo_id: with its namespace. visibility: private or public."""
 
     repo_id: str
     user: str
@@ -86,7 +86,7 @@ class Access(NamedTuple):
 
 
 class PushPlan(NamedTuple):
-    """A push that has passed its checks. folder: of the run. files: by path in the repository."""
+    """A push that has passed all checks. folder: of the run. files: by path in the repository."""
 
     folder: Path
     target: Target
@@ -95,7 +95,7 @@ class PushPlan(NamedTuple):
 
 
 def check_online(what: str, token: str | None) -> None:
-    """Raises: UserError if `what` has no network or no token."""
+    """Raises: UserError if there is no network or no token for `what`."""
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{what} needs the network, but HF_HUB_OFFLINE=1 forbids it; unset it")
     require_network(what)
@@ -104,9 +104,9 @@ def check_online(what: str, token: str | None) -> None:
 
 
 def check_access(target: Target) -> Access:
-    """Ask the Hub who the token's owner is, and whether they may write to the repository.
+    """Ask the Hub who owns the token and whether they may write to the repository.
 
-    Raises: UserError for a name that cannot be, a token that is not valid, or no permission.
+    Raises: UserError for an invalid name, an invalid token, or no permission.
     """
     try:
         who = target.api.whoami()
@@ -123,31 +123,31 @@ def check_access(target: Target) -> Access:
         raise
     except HFValidationError as error:
         raise UserError(
-            f"{target.repo_id!r} is no name for a repository ({one_line(error, 200)}); pass another"
+            f"{target.repo_id!r} is not a valid repository name ({one_line(error, 200)}); pass another"
         ) from None
     except Exception as error:  # the client raises its own, httpx's and OS errors
         raise UserError(f"cannot push to {target.repo_id}: {_reason(error, target)}") from None
 
 
 def _check_namespace(repo_id: str, who: dict[str, Any]) -> None:
-    """Raises: UserError if the token cannot make a new repository there, as far as its owner's page says."""
+    """Raises: UserError if, by the account's data, the token cannot create a repository in its namespace."""
     namespace = repo_id.split("/")[0]
     token = who.get("auth", {}).get("accessToken", {})
     roles = {org["name"]: org.get("roleInOrg") for org in who.get("orgs", [])}
     if token.get("role") == "read":
         raise UserError(
-            f"cannot push to {repo_id}: the token of {who['name']} may only read; make one that may write, "
-            "at https://huggingface.co/settings/tokens"
+            f"cannot push to {repo_id}: the token of {who['name']} is read-only; create one with write "
+            "access at https://huggingface.co/settings/tokens"
         )
     if namespace not in {who["name"], *roles} or roles.get(namespace) == "read":
         raise UserError(
-            f"cannot push to {repo_id}: {who['name']} may not write to {namespace}; choose a name in "
+            f"cannot push to {repo_id}: {who['name']} has no write access to {namespace}; choose a name in "
             f"{' or '.join([who['name'], *(org for org, role in roles.items() if role != 'read')])}"
         )
 
 
 def check_card(text: str) -> None:
-    """Raises: UserError for metadata that the Hub would refuse, as far as its client can tell."""
+    """Raises: UserError for metadata that the Hub would reject, as far as the client can check."""
     try:
         data = ModelCard(text).data
         for repo_id in (data.base_model, *(data.datasets or [])):
@@ -155,22 +155,22 @@ def check_card(text: str) -> None:
                 validate_repo_id(repo_id)
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(
-            f"the model card's metadata is not valid ({one_line(error, 300)}); mend the head of "
+            f"the model card's metadata is not valid ({one_line(error, 300)}); fix the top of "
             f"{CARD_FILE}"
         ) from None
 
 
 def check_card_on_hub(text: str, target: Target) -> None:
-    """Let the Hub check a card's metadata, as it does before it takes a commit.
+    """Let the Hub check a card's metadata, as it does before accepting a commit.
 
-    Raises: UserError if it refuses them.
+    Raises: UserError if it rejects them.
     """
     check_card(text)
     try:
         _validate_card(text)
     except ValueError as error:
         raise UserError(
-            f"the Hub refuses the model card's metadata ({one_line(error, 200)}); mend the head of "
+            f"the Hub rejects the model card's metadata ({one_line(error, 200)}); fix the top of "
             f"{CARD_FILE}"
         ) from None
     except Exception as error:  # as above
@@ -178,7 +178,10 @@ def check_card_on_hub(text: str, target: Target) -> None:
 
 
 def _validate_card(text: str) -> None:
-    """Like `ModelCard.validate`, which before huggingface_hub 2 ignores HF_ENDPOINT. Raises: ValueError."""
+    """Check like `ModelCard.validate`, which ignores HF_ENDPOINT before huggingface_hub 2.
+
+    Raises: ValueError for invalid metadata.
+    """
     response = get_session().post(
         f"{constants.ENDPOINT}/api/validate-yaml",
         json={"repoType": "model", "content": text},
@@ -190,7 +193,7 @@ def _validate_card(text: str) -> None:
 
 
 def files_to_push(folder: Path) -> dict[str, Path]:
-    """A run's files by their path in the repository. Raises: UserError if there is no model."""
+    """Map paths in the repository to a run's files. Raises: UserError if there is no model."""
     files = {
         path.relative_to(folder).as_posix(): path
         for pattern in PUSHED_FILES
@@ -202,10 +205,10 @@ def files_to_push(folder: Path) -> dict[str, Path]:
 
 
 def plan_push(folder: Path, target: Target, card_for: Callable[[Path, str], str]) -> PushPlan:
-    """Everything that can be known of a push beforehand.
+    """Check everything about a push that can be checked in advance.
 
-    card_for: gives the card of a run for the name of a repository.
-    Raises: UserError for what would make it fail, or would upload what must stay here.
+    card_for: returns the card of a run for the name of a repository.
+    Raises: UserError for anything that would make it fail, or would upload private data.
     """
     files: dict[str, Path | bytes] = dict(files_to_push(folder))
     check_online("a push", target.token)
@@ -218,25 +221,25 @@ def plan_push(folder: Path, target: Target, card_for: Callable[[Path, str], str]
 
 
 def _refuse_secrets(files: dict[str, Path | bytes], folder: Path, token: str) -> None:
-    """Raises: UserError if a text names the token or the folder that the run lies in."""
+    """Raises: UserError if a text file contains the token or the path of the run's folder."""
     for name, file in files.items():
         if name.endswith(".safetensors"):
             continue
         content = file if isinstance(file, bytes) else file.read_bytes()
         for what, secret in (("the token", token), ("a local path", str(folder.resolve()))):
             if secret.encode() in content:
-                raise UserError(f"{folder / name} holds {what}; remove it there before you push")
+                raise UserError(f"{folder / name} contains {what}; remove it before pushing")
 
 
 def render_plan(plan: PushPlan) -> str:
-    """What a push would do, for people."""
+    """Describe the effect of a push."""
     access, revision = plan.access, plan.target.revision
     sizes = {
         name: len(file) if isinstance(file, bytes) else file.stat().st_size
         for name, file in plan.files.items()
     }
     lines = [
-        f"repository  {access.repo_id}, {'new' if access.is_new else 'there already'}, {access.visibility}"
+        f"repository  {access.repo_id}, {'new' if access.is_new else 'existing'}, {access.visibility}"
         + (f", branch {revision}" if revision else ""),
         f"token       of {access.user}, not shown",
         "permission  to create it" if access.is_new else "permission  to write",
@@ -249,7 +252,7 @@ def render_plan(plan: PushPlan) -> str:
 
 
 def push_planned(plan: PushPlan) -> str:
-    """Upload in one commit; what the Hub has already is not sent again. Returns the repository's URL.
+    """Upload in one commit, skipping files that the Hub already has. Returns the repository's URL.
 
     Raises: UserError that says how to retry.
     """
@@ -264,7 +267,7 @@ def push_planned(plan: PushPlan) -> str:
                 _commit(plan)
                 break
             except Exception as error:
-                if not _may_pass(error):
+                if not _is_transient(error):
                     raise
                 time.sleep(wait_s)
         else:
@@ -277,7 +280,7 @@ def push_planned(plan: PushPlan) -> str:
 
 
 def _commit(plan: PushPlan) -> None:
-    """One commit of what the Hub lacks. Its operations are new each time: they remember what it lacked."""
+    """Commit the files that the Hub lacks. Operations store upload state, so each attempt makes new ones."""
     plan.target.api.create_commit(
         plan.access.repo_id,
         [CommitOperationAdd(name, file) for name, file in plan.files.items()],
@@ -325,7 +328,7 @@ def push_run(train: TrainingConfig, card_for: Callable[[Path, str], str]) -> str
 
 
 def _retry(folder: Path, target: Target) -> str:
-    """The end of an error message: the command line that goes on where a push failed, without the token."""
+    """End an error message with the command that retries the push, without the token."""
     parts = ["hf-cifar", "push", str(folder), "--repo_id", target.repo_id]
     parts += ["--revision", target.revision] if target.revision else []
     parts += [] if target.private else ["--private", "false"]
@@ -333,15 +336,15 @@ def _retry(folder: Path, target: Target) -> str:
     return f"; the model is saved in {folder}; {token}retry with: {shlex.join(parts)}"
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether trying again may help: after a busy or failing Hub or a broken connection, not a refusal."""
+def _is_transient(error: Exception) -> bool:
+    """True if a retry may help: the Hub was busy or failed, or the connection broke; not after a refusal."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code == 429 or error.response.status_code >= 500
     return not isinstance(error, ValueError)
 
 
 def _reason(error: Exception, target: Target) -> str:
-    """An error in one line, with what to do next; never with the token."""
+    """Format an error as one line, with what to do next and without the token."""
     text = f"{type(error).__name__}: {one_line(error, 200)}"
     for token in (target.token, huggingface_hub.get_token()):
         text = text.replace(token, "...") if token else text

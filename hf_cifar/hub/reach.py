@@ -1,4 +1,4 @@
-"""Is a name local or on the Hub, and can the Hub be reached?"""
+"""Decide whether a name is local or on the Hub, and check that the Hub can be reached."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hf_cifar.errors import UserError
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a data set or model name means a local file or folder rather than a Hub id."""
+    """True if a data set or model name is a local file or folder rather than a Hub id."""
     return (
         Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
     )
 
 
 def require_network(what: str, timeout_s: float = 3.0) -> None:
-    """Fail at once where the Hub cannot be reached, instead of after the client's minutes of retries.
+    """Fail at once if the Hub cannot be reached, not after minutes of retries by the client.
 
-    Does nothing under HF_HUB_OFFLINE=1: then the cache answers.
+    Does nothing under HF_HUB_OFFLINE=1, when the cache is used.
     Raises: UserError that says how to go offline.
     """
     from huggingface_hub import constants
@@ -42,14 +42,14 @@ def require_network(what: str, timeout_s: float = 3.0) -> None:
     thread.join(timeout_s)
     if not reached.is_set():
         raise UserError(
-            f"{what} needs {constants.ENDPOINT}, which cannot be reached; set HF_HUB_OFFLINE=1 to use what "
-            "is cached, or pass a local folder (offline: --model_name_or_path bundled/efficientnet_lite0 "
+            f"{what} needs {constants.ENDPOINT}, which cannot be reached; set HF_HUB_OFFLINE=1 to use the "
+            "cache, or pass a local folder (offline: --model_name_or_path bundled/efficientnet_lite0 "
             "--dataset_name bundled/digits)"
         )
 
 
 def _first_hop(endpoint: str) -> tuple[str, int]:
-    """Host and port that a connection to `endpoint` goes to first: a proxy, where one is set."""
+    """Host and port of the first hop of a connection to `endpoint`: its proxy, if one is set."""
     url = urlsplit(endpoint)
     proxy = urllib.request.getproxies().get(url.scheme)
     if proxy and not urllib.request.proxy_bypass(url.hostname):

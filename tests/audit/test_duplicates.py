@@ -12,7 +12,7 @@ from hf_cifar.audit.duplicates import find_duplicates, perceptual_hashes, thumbn
 
 @pytest.fixture(scope="module")
 def patches():
-    """Real pictures, uint8 [N, 32, 32, 3]: patches of two photographs, without sky and shadow."""
+    """Real images, uint8 [N, 32, 32, 3]: patches of two photographs, without sky and shadow."""
     photographs = load_sample_images().images
     cut = [
         image[y : y + 32, x : x + 32]
@@ -24,7 +24,7 @@ def patches():
 
 
 def encoded(image, side=None, **options):
-    """The picture after a trip through a file, and through another size if `side` is given."""
+    """Save and reload a picture, resized to `side` in between if given."""
     picture = Image.fromarray(image)
     if side:
         picture = picture.resize((side, side), Image.Resampling.BICUBIC)
@@ -33,7 +33,7 @@ def encoded(image, side=None, **options):
     return np.asarray(Image.open(file).convert("RGB"))
 
 
-def test_copies_are_found_and_nothing_else(patches):
+def test_exactly_the_duplicates_are_found(patches):
     generator = np.random.default_rng(0)
     order = generator.permutation(len(patches))
     train, test, planted = patches[order[:90]], patches[order[90:]], generator.permutation(90)[:50]
@@ -55,19 +55,19 @@ def test_re_encoded_and_resized_copies_are_found(patches, how):
     assert [pair.difference for pair in pairs] == sorted(pair.difference for pair in pairs)
 
 
-def test_pairs_within_one_set_are_named_once(patches):
+def test_pairs_within_one_set_are_listed_once(patches):
     images = np.concatenate([patches[:20], patches[3:5]])
     assert [pair[:3] for pair in find_duplicates(images)] == [(3, 20, True), (4, 21, True)]
 
 
-def test_even_images_are_equal_but_never_alike():
+def test_uniform_images_match_only_if_equal():
     white, grey = np.full((32, 32, 3), 255, np.uint8), np.full((32, 32, 3), 128, np.uint8)
     assert find_duplicates(np.stack([white, grey]), np.stack([white, grey + 1])) == [
         (0, 0, True, 0.0)
     ]
 
 
-def test_a_hash_does_not_depend_on_size_or_brightness(patches):
+def test_hash_is_invariant_to_size_and_brightness(patches):
     picture = Image.fromarray(patches[5])
     larger = np.asarray(picture.resize((96, 96), Image.Resampling.BICUBIC))
     darker = (patches[5] * 0.7).astype(np.uint8)
@@ -77,12 +77,12 @@ def test_a_hash_does_not_depend_on_size_or_brightness(patches):
     assert hashes.shape == (3,) and hashes.dtype == np.uint64
     assert all(
         25 <= bits <= 38 for bits in np.bitwise_count(hashes)
-    )  # half of 63 lie above the median
+    )  # half of 63 are above the median
     assert np.bitwise_count(hashes[0] ^ hashes[1]) <= 4
     assert np.bitwise_count(hashes[0] ^ hashes[2]) <= 4
 
 
-def test_small_pictures_are_found_only_if_equal(patches):
+def test_small_images_match_only_if_equal(patches):
     small = patches[:10, 12:20, 12:20]
     brighter = np.clip(small.astype(int) + 3, 0, 255).astype(np.uint8)
     assert [pair[:3] for pair in find_duplicates(small, np.concatenate([brighter, small]))] == [

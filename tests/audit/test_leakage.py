@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 @pytest.fixture
 def leaking(save, photo):
-    """Smooth pictures; train row 5 is test row 1, validation row 2 is test row 0."""
+    """Smooth images; train row 5 equals test row 1, validation row 2 equals test row 0."""
     pictures = [photo(32, 32, seed) for seed in range(40)]
 
     def rows(chosen, turned=0):
@@ -28,7 +28,7 @@ def leaking(save, photo):
 
 
 @pytest.mark.parametrize("kind", ["auto", "streamed"])
-def test_pairs_are_named_by_the_rows_of_the_data_set(leaking, kind, caplog):
+def test_pairs_have_row_numbers_of_the_data_set(leaking, kind, caplog):
     config = DataConfig(dataset_name=str(leaking), pixel_store=kind)
     found = find_leakage(DataSource(config))
     exact = [pair for pair in found["pairs"] if pair["exact"]]
@@ -40,7 +40,7 @@ def test_pairs_are_named_by_the_rows_of_the_data_set(leaking, kind, caplog):
     assert "test row 0 is validation row 2, test row 1 is train row 5" in caplog.text
 
 
-def test_rows_of_a_part_of_train(leaking):
+def test_rows_of_a_subsample_refer_to_train(leaking):
     config = DataConfig(dataset_name=str(leaking), max_train_samples=20)
     source = DataSource(config)
     train = source.splits.train
@@ -49,9 +49,9 @@ def test_rows_of_a_part_of_train(leaking):
     assert rows <= set(train.row_ids.tolist())
 
 
-def test_a_stream_and_data_without_test_are_refused(shards, save, make_rows):
+def test_streams_and_data_without_test_are_refused(shards, save, make_rows):
     config = DataConfig(dataset_name=str(shards), streaming=True, max_eval_samples=6)
-    with pytest.raises(UserError, match="a stream is not read beforehand"):
+    with pytest.raises(UserError, match=r"--check_leakage .*--streaming"):
         find_leakage(DataSource(config))
     config = DataConfig(dataset_name=str(save(train=make_rows([0, 1] * 5))))
     with pytest.raises(UserError, match="leave out --do_predict and --check_leakage"):

@@ -1,4 +1,4 @@
-"""hf_cifar.hub.fetch: what has another hash than its name in the cache is told."""
+"""hf_cifar.hub.fetch: a cached file whose hash differs from its name is detected."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from hf_cifar.hub.fetch import discard, is_damaged
 
 
 def cached(root, content, name):
-    """A file as the Hub's client keeps it: a link to a blob that is named by its hash."""
+    """Store a file like the Hub's client: as a link to a blob that is named by its hash."""
     (root / "blobs").mkdir(parents=True)
     (root / "blobs" / name).write_bytes(content)
     link = root / "file"
@@ -18,7 +18,7 @@ def cached(root, content, name):
 
 @pytest.mark.parametrize("length", [0, 1, 5 << 20])
 @pytest.mark.parametrize("kind", ["git", "lfs"])
-def test_one_bit_is_told(kind, length, tmp_path):
+def test_one_flipped_bit_is_detected(kind, length, tmp_path):
     content = bytes(length)
     header = b"blob %d\0" % length
     name = (
@@ -31,7 +31,7 @@ def test_one_bit_is_told(kind, length, tmp_path):
     assert not path.is_symlink() and not list((tmp_path / "good/blobs").iterdir())
 
 
-def test_where_nobody_gives_a_hash_nothing_is_told(tmp_path):
+def test_files_without_a_known_hash_count_as_intact(tmp_path):
     plain = tmp_path / "plain"
     plain.write_bytes(b"x")
     assert not is_damaged(plain)

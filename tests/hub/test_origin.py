@@ -1,4 +1,4 @@
-"""Whose model and data a run builds on, by their own cards."""
+"""hf_cifar.hub.origin: the origin of a run's model and data, from their cards."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_public_name_keeps_ids_and_strips_folders(tmp_path, monkeypatch):
     assert public_name(".") == tmp_path.name
 
 
-def test_a_local_model_is_what_its_own_card_says(tmp_path):
+def test_origin_of_a_local_model_comes_from_its_card(tmp_path):
     assert model_folder(tmp_path / "vit") == Origin(
         "vit", license="apache-2.0", citations=("@article{one, title={One}}",)
     )
@@ -75,7 +75,7 @@ def test_a_local_model_is_what_its_own_card_says(tmp_path):
         ("other", "license_link: LICENSE\n", {"license": "other"}),
     ],
 )
-def test_a_licence_is_named_as_the_hub_names_it(tmp_path, license_, more, expected):
+def test_licences_use_the_hubs_ids(tmp_path, license_, more, expected):
     origin = model_folder(tmp_path / "m", license_, more)
     found = {
         "license": origin.license,
@@ -85,7 +85,7 @@ def test_a_licence_is_named_as_the_hub_names_it(tmp_path, license_, more, expect
     assert {key: value for key, value in found.items() if value is not None} == expected
 
 
-def test_a_timm_checkpoint_without_a_card_says_its_licence_in_its_config(tmp_path):
+def test_licence_of_a_timm_checkpoint_without_card_comes_from_its_config(tmp_path):
     for name, content in {
         "named": {"pretrained_cfg": {"license": "apache-2.0"}},
         "silent": {"pretrained_cfg": {}},
@@ -100,12 +100,12 @@ def test_a_timm_checkpoint_without_a_card_says_its_licence_in_its_config(tmp_pat
 
 
 @pytest.mark.parametrize("text", ["# Photos", "---\n- a list\n---\n", "---\na: [\n---\n", ""])
-def test_any_readme_beside_the_data_will_do(tmp_path, text):
+def test_any_readme_next_to_the_data_is_accepted(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
     assert find_origin(str(tmp_path), "dataset") == Origin(tmp_path.name)
 
 
-def test_bundled_things_are_known_and_scratch_is_nobodys():
+def test_bundled_origins_are_known_and_scratch_has_none():
     digits = find_origin("bundled/digits", "dataset")
     assert digits.hub_id is None and "Alpaydin" in digits.citations[0]
     model = find_origin("bundled/efficientnet_lite0", "model")
@@ -113,7 +113,7 @@ def test_bundled_things_are_known_and_scratch_is_nobodys():
     assert find_origin("scratch/article_cnn", "model") == Origin("scratch/article_cnn")
 
 
-def test_a_hub_data_set_that_is_not_at_hand_is_still_named_and_cited():
+def test_unavailable_hub_data_set_is_still_named_and_cited():
     origin = find_origin("uoft-cs/cifar10", "dataset")
     assert origin.hub_id == origin.name == "uoft-cs/cifar10"
     assert "Krizhevsky" in origin.citations[0] and origin.license is None

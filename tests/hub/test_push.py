@@ -1,4 +1,4 @@
-"""The push: the unmodified client against a Hub on the loopback."""
+"""hf_cifar.hub.push: the unmodified client against a local Hub server."""
 
 import ast
 import dataclasses
@@ -35,9 +35,9 @@ EVAL_RESULTS = ".eval_results/cifar10.yaml"
 ARTICLE_FILES = MODEL_FILES | {PROCESSOR, "article.py"}
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
 
-# What a stranger does with a model: transformers alone, no import of hf_cifar; and the code of the cards,
+# Use of a model by others: only transformers, without importing hf_cifar; and the code of the cards,
 # which opens image.png.
-STRANGER = """
+OUTSIDE_USE = """
 import contextlib, io, json, sys
 import torch
 from PIL import Image
@@ -80,7 +80,7 @@ def cifar_layout(folder):
 
 
 def pretrained_vit(folder):
-    """A headless ViT for 224 px, as google/vit-base-patch16-224-in21k is, but tiny."""
+    """A tiny headless ViT for 224 px, like google/vit-base-patch16-224-in21k."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     ViTModel(ViTConfig(**sizes, intermediate_size=64)).save_pretrained(folder)
@@ -92,7 +92,7 @@ def pretrained_vit(folder):
 
 @dataclasses.dataclass
 class Published:
-    """A Hub, a private folder with one run per command, and what each command did."""
+    """A Hub, a private folder with one run per command, and the result of each command."""
 
     hub: Hub
     root: Path
@@ -104,7 +104,7 @@ class Published:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The default data set and model on a Hub, and runs that push to it, or try to."""
+    """The default data set and model on a Hub, and runs that push to it or try to."""
     root = tmp_path_factory.mktemp("private")
     cifar_layout(root / "cifar10")
     pretrained_vit(root / "pretrained")
@@ -131,7 +131,7 @@ def published(tmp_path_factory):
         (token, ["finetune", *argv, "--output_dir", str(root / name)])
         for name, (token, argv) in runs.items()
     ]
-    # Tested later than the run that could not be pushed: its card tells of it all the same.
+    # Tested after the failed push: the card must still include it.
     folder = str(root / "full disk")
     commands.append((TOKEN, ["evaluate", "--model_name_or_path", folder, "--split", "test"]))
     with Hub() as hub:
@@ -143,23 +143,23 @@ def published(tmp_path_factory):
         yield Published(hub, root, dict(zip([*runs, "evaluate"], done, strict=True)))
 
 
-# Pushes of the article run's folder by hand: token, and what follows `hf-cifar push FOLDER --repo_id`.
+# Manual pushes of the article run's folder: token, and the arguments after `hf-cifar push FOLDER --repo_id`.
 PUSHES = {
     "dry run": (TOKEN, ["dry", "--dry_run"]),
     "new": (TOKEN, ["me/new"]),
-    "same again": (TOKEN, ["me/new"]),
-    "dry run of a known one": (TOKEN, ["me/new", "--dry_run"]),
+    "repeated": (TOKEN, ["me/new"]),
+    "dry run for an existing repository": (TOKEN, ["me/new", "--dry_run"]),
     "branch": (TOKEN, ["me/new", "--revision", "v2"]),
     "public": (TOKEN, ["me/public", "--private", "false"]),
     "organisation": (TOKEN, ["team/model"]),
     "rate limit": (TOKEN, ["me/busy"]),
-    "passing failure": (TOKEN, ["me/failing"]),
+    "transient failure": (TOKEN, ["me/failing"]),
     "dropped connection": (TOKEN, ["me/dropped"]),
-    "unheard commit": (TOKEN, ["me/unheard"]),
+    "unanswered commit": (TOKEN, ["me/unanswered"]),
     "foreign": (TOKEN, ["them/model"]),
-    "read in an organisation": (TOKEN, ["audience/model"]),
-    "known, but read": (TOKEN, ["audience/known"]),
-    "token that reads": (READ_TOKEN, ["me/read"]),
+    "read-only organisation": (TOKEN, ["audience/model"]),
+    "read-only repository": (TOKEN, ["audience/known"]),
+    "read-only token": (READ_TOKEN, ["me/read"]),
     "wrong token": ("hf_wrongWrongWrongWrong", ["me/wrong"]),
     "no token": (None, ["me/none"]),
     "no such name": (TOKEN, ["me/a b"]),
@@ -174,14 +174,14 @@ FAULTS = {
     ("preupload", "me/busy"): [429], ("commit", "me/busy"): [429],
     ("lfs", "me/failing"): [500], ("commit", "me/failing"): [500],
     ("upload", "me/dropped"): [DROP], ("commit", "me/dropped"): [DROP],
-    ("answer", "me/unheard"): [DROP],
+    ("answer", "me/unanswered"): [DROP],
     ("create", "me/forbidden"): [403], ("commit", "me/conflict"): [409],
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def pushes(published):
-    """What `hf-cifar push` did, by the names of PUSHES, and what was asked of the Hub meanwhile."""
+    """Results of `hf-cifar push` by the names of PUSHES, and the requests to the Hub."""
     root, hub = published.root, published.hub
     folders = dict.fromkeys(PUSHES, root / "article")
     for name in (
@@ -189,15 +189,15 @@ def pushes(published):
         "broken card",
         "secret",
         "empty",
-        "passing failure",
+        "transient failure",
         "dropped connection",
     ):
         folders[name] = root / name
         shutil.copytree(
             root / "article", root / name, ignore=shutil.ignore_patterns("checkpoint-*")
         )
-    # Weights that the Hub does not have yet: it keeps them by their content.
-    for name in ("passing failure", "dropped connection"):
+    # Weights that the Hub does not have yet; it stores them by content.
+    for name in ("transient failure", "dropped connection"):
         weights = load_file(root / name / "model.safetensors")
         weights["head.bias"] += len(name)
         save_file(weights, root / name / "model.safetensors", metadata={"format": "pt"})
@@ -216,7 +216,7 @@ def pushes(published):
         (token, ["push", str(folders[name]), "--repo_id", *argv])
         for name, (token, argv) in PUSHES.items()
     ]
-    # What the run that could not be pushed said to do.
+    # The retry command printed by the run whose push failed.
     del hub.refused["commit", "me/full"]
     program, *retry = shlex.split(
         published.commands["full disk"].stderr.partition("retry with: ")[2]
@@ -229,8 +229,8 @@ def pushes(published):
 
 
 @pytest.fixture(scope="module")
-def strangers_answers(published, pushes):
-    """What transformers makes of one image, for each pushed repo and its folder, and the code in its card."""
+def outside_predictions(published, pushes):
+    """Predictions of transformers for one image: for each pushed repo, its folder, and its card's code."""
     names, code = [], {}
     for name in ("vit", "timm", "article", "new"):
         options = {"trust_remote_code": True} if name in ("article", "new") else {}
@@ -242,7 +242,7 @@ def strangers_answers(published, pushes):
     pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(image)
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(image), json.dumps(names), json.dumps(code)],
+        [sys.executable, "-c", OUTSIDE_USE, str(image), json.dumps(names), json.dumps(code)],
         env=hub_environment(published.root / "another_home", published.hub.endpoint),
         cwd=published.root, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -253,7 +253,7 @@ def strangers_answers(published, pushes):
 
 
 def error_line(command, after_start=False):
-    """The one line that a failed command said, behind its notes on model and training if it got there."""
+    """The one-line error of a failed command, after its log of model and training, if any."""
     assert command.status == 2, command.stderr
     *before, line = command.stderr.splitlines()
     assert line.startswith("hf-cifar: error: ")
@@ -268,14 +268,14 @@ def error_line(command, after_start=False):
     ("name", "more"),
     [("vit", {PROCESSOR, EVAL_RESULTS}), ("timm", set()), ("article", {PROCESSOR, "article.py"})],
 )
-def test_pushes_what_a_stranger_needs_and_nothing_else(published, name, more):
+def test_exactly_the_public_files_are_pushed(published, name, more):
     assert published.commands[name].status == 0, published.commands[name].stderr
     assert set(published.files(f"me/{name}")) == MODEL_FILES | more
     local = published.root / name
     for path, content in published.files(f"me/{name}").items():
         if path != "README.md":
             assert (local / path).read_bytes() == content, path
-    # What stays at home is there to be left out.
+    # The private files exist, so they can be left out.
     assert (local / "config.yaml").exists() and (local / "predictions").is_dir()
     assert list(local.glob("checkpoint-*"))
 
@@ -300,15 +300,15 @@ def test_no_local_path_and_no_token_in_what_is_pushed_or_printed(published, push
         ("no such revision", "has no revision 'v7'"),
     ],
 )
-def test_a_hub_model_that_is_not_there_is_found_out_first(published, name, words):
+def test_missing_hub_model_fails_first(published, name, words):
     assert words in error_line(published.commands[name])
     assert not (published.root / name).exists()
 
 
 @pytest.mark.parametrize("name", ["vit", "timm", "article", "new"])
-def test_from_pretrained_gives_the_same_logits(published, strangers_answers, name):
+def test_from_pretrained_has_the_same_logits(published, outside_predictions, name):
     folder = published.root / ("article" if name == "new" else name)
-    pushed, local = strangers_answers[f"me/{name}"], strangers_answers[str(folder)]
+    pushed, local = outside_predictions[f"me/{name}"], outside_predictions[str(folder)]
     assert pushed["logits"] == local["logits"] and pushed["score"] == local["score"]
     assert len(set(pushed["logits"])) == 10
     labels = list(pushed["labels"].values())
@@ -317,8 +317,8 @@ def test_from_pretrained_gives_the_same_logits(published, strangers_answers, nam
 
 
 @pytest.mark.parametrize("name", ["vit", "timm", "article", "new"])
-def test_the_code_in_the_card_runs(strangers_answers, name):
-    answer = strangers_answers[f"me/{name}"]
+def test_the_code_in_the_card_runs(outside_predictions, name):
+    answer = outside_predictions[f"me/{name}"]
     first = ast.literal_eval(answer["card"])[0]
     assert (first["label"], first["score"]) == (answer["top"], answer["score"])
 
@@ -335,21 +335,21 @@ def test_default_command_line_reads_data_and_model_from_the_hub(published):
 
 
 @pytest.mark.parametrize("name", ["vit", "timm", "article"])
-def test_pushed_card_is_valid_and_true(published, name):
+def test_pushed_card_is_valid_and_correct(published, name):
     text = published.files(f"me/{name}")["README.md"].decode()
     facts = json.loads((published.root / name / "run.json").read_text())
     metrics = json.loads(published.files(f"me/{name}")["metrics.json"])
     assert card_errors(text) == []
     card = ModelCard(text)
     assert {r.dataset_split: r.metric_value for r in card.data.eval_results} == {
-        split: pytest.approx(figures["accuracy"], abs=1e-6) for split, figures in metrics.items()
+        split: pytest.approx(own["accuracy"], abs=1e-6) for split, own in metrics.items()
     }
     assert facts["split_hash"] in text
     code = ", trust_remote_code=True" if name == "article" else ""
     assert f'pipeline("image-classification", model="me/{name}"{code})' in text
 
 
-def test_card_links_data_set_and_base_model_only_where_they_are_on_the_hub(published):
+def test_card_links_data_set_and_base_model_only_if_they_are_on_the_hub(published):
     cards = {n: ModelCard(published.files(f"me/{n}")["README.md"].decode()).data for n in
              ("vit", "timm", "article")}  # fmt: skip
     assert cards["vit"].base_model == "google/vit-base-patch16-224-in21k"
@@ -365,7 +365,7 @@ def test_licence_and_citations_are_those_of_the_base_models_card(published):
     assert ModelCard(texts["timm"]).data.license is None
 
 
-def test_figures_on_test_are_eval_results_of_the_hubs_data_set(published):
+def test_test_metrics_are_eval_results_of_the_hub_data_set(published):
     content = yaml.safe_load(published.files("me/vit")[EVAL_RESULTS])
     (entry,) = parse_eval_result_entries(content)
     metrics = json.loads(published.files("me/vit")["metrics.json"])
@@ -373,7 +373,7 @@ def test_figures_on_test_are_eval_results_of_the_hubs_data_set(published):
     assert entry.value == pytest.approx(metrics["test"]["accuracy"], abs=1e-6)
 
 
-def test_one_commit_a_push_to_a_private_repo(published):
+def test_push_is_one_commit_to_a_private_repo(published):
     for name in ("vit", "timm", "article"):
         repo = published.hub.repos["models", f"me/{name}"]
         assert repo.num_commits == 1 and repo.private
@@ -382,15 +382,18 @@ def test_one_commit_a_push_to_a_private_repo(published):
 def test_refused_repo_fails_before_training(published):
     command = published.commands["foreign"]
     line = error_line(command, after_start=True)
-    assert "cannot push to them/vit: me may not write to them; choose a name in me or team" in line
+    assert (
+        "cannot push to them/vit: me has no write access to them; choose a name in me or team"
+        in line
+    )
     assert not (published.root / "foreign").exists()
 
 
 def test_refused_name_and_card_fail_before_training(published):
     line = error_line(published.commands["no such name"], after_start=True)
-    assert "'me/a b' is no name for a repository" in line
+    assert "'me/a b' is not a valid repository name" in line
     line = error_line(published.commands["refused card"], after_start=True)
-    assert "the Hub refuses the model card's metadata" in line and "not this one" in line
+    assert "the Hub rejects the model card's metadata" in line and "not this one" in line
     for name in ("no such name", "refused card"):
         assert not (published.root / name).exists()
 
@@ -409,15 +412,15 @@ def test_failed_push_keeps_the_model(published):
     assert (folder / "model.safetensors").exists() and (folder / "metrics.json").exists()
 
 
-def test_the_line_that_retries_a_failed_push_works(published, pushes):
+def test_retry_command_of_a_failed_push_works(published, pushes):
     assert pushes[0]["retry"].status == 0, pushes[0]["retry"].stderr
     assert set(published.files("me/full")) == MODEL_FILES | {PROCESSOR}
     assert published.hub.repos["models", "me/full"].num_commits == 1
-    # The weights had arrived before the commit failed.
+    # The weights were uploaded before the commit failed.
     assert not [request for request in pushes[1] if request.startswith("PUT /lfs/me/full/")]
 
 
-def test_a_later_evaluation_renews_the_card(published):
+def test_later_evaluation_updates_the_card(published):
     assert published.commands["evaluate"].status == 0, published.commands["evaluate"].stderr
     text = (published.root / "full disk/README.md").read_text()
     metrics = json.loads((published.root / "full disk/metrics.json").read_text())
@@ -428,7 +431,7 @@ def test_a_later_evaluation_renews_the_card(published):
 # hf-cifar push
 
 
-def test_a_dry_run_tells_all_and_uploads_nothing(published, pushes):
+def test_dry_run_reports_everything_and_uploads_nothing(published, pushes):
     command = pushes[0]["dry run"]
     assert command.status == 0 and not command.loaded_torch
     lines = command.stdout.splitlines()
@@ -447,7 +450,7 @@ def test_a_dry_run_tells_all_and_uploads_nothing(published, pushes):
     assert ("models", "me/dry") not in published.hub.repos
 
 
-def test_a_push_by_hand_is_one_private_commit_with_the_same_checks(published, pushes):
+def test_manual_push_is_one_private_commit_with_the_same_checks(published, pushes):
     command = pushes[0]["new"]
     assert command.status == 0, command.stderr
     assert command.stdout.startswith("repository  me/new, new, private\n")
@@ -458,24 +461,25 @@ def test_a_push_by_hand_is_one_private_commit_with_the_same_checks(published, pu
     assert 'model="me/new", trust_remote_code=True)' in card and card_errors(card) == []
 
 
-def test_what_the_hub_has_is_not_sent_again(published, pushes):
-    again, requests = pushes[0]["same again"], pushes[1]
+def test_files_on_the_hub_are_not_sent_again(published, pushes):
+    again, requests = pushes[0]["repeated"], pushes[1]
     assert again.status == 0, again.stderr
     assert published.hub.repos["models", "me/new"].num_commits == 1
     assert (
-        "repository  me/new, there already, private" in pushes[0]["dry run of a known one"].stdout
+        "repository  me/new, existing, private"
+        in pushes[0]["dry run for an existing repository"].stdout
     )
-    # The run itself had sent the weights; another repo needs them no second time.
+    # The run itself has uploaded the weights; another repo does not need them again.
     assert not [request for request in requests if request.startswith("PUT /lfs/me/new")]
 
 
-def test_a_branch_is_made_where_it_is_missing(published, pushes):
+def test_missing_branch_is_created(published, pushes):
     assert pushes[0]["branch"].status == 0, pushes[0]["branch"].stderr
     repo = published.hub.repos["models", "me/new"]
     assert set(repo.branches) == {"v2"} and set(repo.branches["v2"].files) == set(repo.files)
 
 
-def test_public_and_an_organisations_repo_are_for_the_asking(published, pushes):
+def test_push_to_a_public_repo_of_an_organisation(published, pushes):
     for name, repo_id in (("public", "me/public"), ("organisation", "team/model")):
         assert pushes[0][name].status == 0, pushes[0][name].stderr
         assert set(published.files(repo_id)) == ARTICLE_FILES | {"report.html"}
@@ -487,39 +491,39 @@ def test_public_and_an_organisations_repo_are_for_the_asking(published, pushes):
     ("name", "repo_id"),
     [
         ("rate limit", "me/busy"),
-        ("passing failure", "me/failing"),
+        ("transient failure", "me/failing"),
         ("dropped connection", "me/dropped"),
-        ("unheard commit", "me/unheard"),
+        ("unanswered commit", "me/unanswered"),
     ],
 )
-def test_a_fault_that_passes_is_survived_in_one_commit(published, pushes, name, repo_id):
+def test_transient_fault_is_retried_with_one_commit(published, pushes, name, repo_id):
     assert pushes[0][name].status == 0, pushes[0][name].stderr
     repo = published.hub.repos["models", repo_id]
     assert repo.num_commits == 1 and "model.safetensors" in repo.files
     left = [faults for (_, owner), faults in published.hub.faults.items() if owner == repo_id]
     assert left and not any(left)
     sent = [r for r in pushes[1] if r.startswith(f"PUT /lfs/{repo_id}/") and r.endswith(" 200")]
-    assert len(sent) == (1 if name in ("passing failure", "dropped connection") else 0)
+    assert len(sent) == (1 if name in ("transient failure", "dropped connection") else 0)
 
 
 REFUSALS = {
-    "foreign": "cannot push to them/model: me may not write to them; choose a name in me or team",
-    "read in an organisation": "me may not write to audience",
-    "known, but read": "cannot push to audience/known: the token may not write there",
-    "token that reads": "the token of me may only read; make one that may write",
-    "wrong token": "cannot push to me/wrong: the token is not valid (any more): run hf auth login",
+    "foreign": "cannot push to them/model: me has no write access to them; choose a name in me or team",
+    "read-only organisation": "me has no write access to audience",
+    "read-only repository": "cannot push to audience/known: the token has no write access",
+    "read-only token": "cannot push to me/read: the token of me is read-only",
+    "wrong token": "cannot push to me/wrong: the token is invalid or expired: run hf auth login",
     "no token": "a push needs a token; run: hf auth login, or set HF_TOKEN",
-    "no such name": "'me/a b' is no name for a repository",
-    "forbidden": "push to me/forbidden failed: the token may not write there",
-    "conflict": "push to me/conflict failed: somebody else changes the repository right now: try again",
-    "broken card": "the Hub refuses the model card's metadata",
-    "secret": "secret/report.json holds a local path; remove it there before you push",
+    "no such name": "'me/a b' is not a valid repository name",
+    "forbidden": "push to me/forbidden failed: the token has no write access",
+    "conflict": "push to me/conflict failed: the repository is being changed by another client: try again",
+    "broken card": "the Hub rejects the model card's metadata",
+    "secret": "secret/report.json contains a local path",
     "empty": "no finished model in",
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_push_that_cannot_work_is_one_line(published, pushes, name):
+def test_impossible_push_is_a_one_line_error(published, pushes, name):
     line = error_line(pushes[0][name], after_start=True)
     assert REFUSALS[name] in line
     repo_id = PUSHES[name][1][0]
@@ -530,13 +534,13 @@ def test_a_push_that_cannot_work_is_one_line(published, pushes, name):
         )
 
 
-def test_what_somebody_wrote_into_the_card_is_pushed(published, pushes):
+def test_edited_card_is_pushed(published, pushes):
     assert pushes[0]["edited"].status == 0, pushes[0]["edited"].stderr
     card = published.files("me/edited")["README.md"].decode()
     assert card.endswith("Thanks to Ann.\n") and 'model="me/edited"' in card
 
 
-def test_no_network_ends_quickly_and_says_how_to_go_offline(tmp_path):
+def test_missing_network_fails_quickly_and_explains_offline_mode(tmp_path):
     home, output = (
         hub_environment(tmp_path / "home", CLOSED),
         ["--output_dir", str(tmp_path / "run")],
@@ -550,7 +554,7 @@ def test_no_network_ends_quickly_and_says_how_to_go_offline(tmp_path):
         "model google/vit-base-patch16-224-in21k": [*output, *digits],
         "--push_to_hub": [*output, *digits, *scratch, "--push_to_hub"],
     }
-    # The first mistake is another one: it has torch imported, which is not to be timed here.
+    # The first command imports torch, which must not be timed here.
     lines = [[*output, *digits, *scratch, "--fp16"], *needs.values()]
     first, *done = run_commands([(TOKEN, ["finetune", *argv]) for argv in lines], home)
     assert "fp16 needs a GPU" in error_line(first)
@@ -558,31 +562,31 @@ def test_no_network_ends_quickly_and_says_how_to_go_offline(tmp_path):
         line = error_line(command)
         assert f"{what} needs {CLOSED}, which cannot be reached" in line
         assert "set HF_HUB_OFFLINE=1" in line and "bundled/" in line
-    # The client alone would retry for 23 s and more.
+    # The client alone would retry for at least 23 s.
     assert max(command.seconds for command in done) < 10
     assert not (tmp_path / "run").exists()
 
 
-def test_push_under_offline_mode_names_both_ways_out(monkeypatch):
+def test_push_in_offline_mode_is_refused(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"--push_to_hub needs the network, but HF_HUB_OFFLINE=1"):
         check_push(TrainingConfig(push_to_hub=True, use_cpu=True))
 
 
-def test_no_push_asks_nothing_of_the_network(monkeypatch):
+def test_no_network_without_push(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     train = TrainingConfig(use_cpu=True)
     assert check_push(train) is None and prepare_push(train, "no card") is None
 
 
-def test_a_target_shows_no_token():
+def test_repr_of_a_target_has_no_token():
     train = TrainingConfig(use_cpu=True, hub_token=TOKEN, hub_model_id="me/x", hub_revision="v2")
     target = Target.of_run(train)
     assert target == Target("me/x", private=True, revision="v2", token=TOKEN)
     assert TOKEN not in repr(target)
 
 
-def test_files_are_those_that_a_stranger_needs(tmp_path):
+def test_files_to_push_are_the_public_ones(tmp_path):
     kept = [
         "README.md", "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
         "report.html", "report.json", ".eval_results/x.yaml",
