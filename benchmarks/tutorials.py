@@ -63,13 +63,13 @@ class Laboratory:
 
     def accuracy(self, *args: object, **options: object) -> float:
         """Its share of right answers."""
-        return float(self.predictions(*args, **options).right.mean())
+        return float(self.predictions(*args, **options).correct.mean())
 
 
 def trained_on_test(lab: Laboratory, seed: int) -> dict[str, float]:
     """Fit on the images that are then reported; and the same model on images that it has not seen."""
     both = concatenate_datasets([lab.test, lab.fresh])
-    right = lab.predictions(lab.test, both, seed).right
+    right = lab.predictions(lab.test, both, seed).correct
     return {
         "reported: the images it was trained on": float(right[: len(lab.test)].mean()),
         "the truth: images it has not seen": float(right[len(lab.test) :].mean()),
@@ -84,7 +84,7 @@ def tuned_on_test(lab: Laboratory, seed: int, num_runs: int = 10) -> dict[str, f
             lab.predictions(
                 small, lab.test, 100 * seed + run, num_train_epochs=5,
                 model_name_or_path="scratch/article_mlp",
-            ).right
+            ).correct
             for run in range(num_runs)
         ]
     )  # fmt: skip

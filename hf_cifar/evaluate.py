@@ -99,7 +99,7 @@ def evaluate_corrupted(
     store = _store_of(trainer, part, pixel_store)
 
     def hits(images: Dataset) -> int:
-        return int(predict_images(trainer, part, images).right.sum())
+        return int(predict_images(trainer, part, images).correct.sum())
 
     clean, count = hits(store), len(part)
     work = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]

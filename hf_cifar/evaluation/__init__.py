@@ -1,1 +1,1 @@
-"""Predictions, and the metrics that follow from them."""
+"""Predictions and their metrics."""

@@ -12,10 +12,10 @@ SPREAD = 0.5  # prior standard deviation of the logarithm of the temperature
 
 
 def confidence_bins(confidences: Array, how: str = "equal_width", bins: int = NUM_BINS) -> Array:
-    """The bin [N], 0..bins - 1, of each confidence [N], 0..1.
+    """Assign each confidence [N], 0..1, to a bin [N], 0..bins - 1.
 
-    how: "equal_width" cuts 0..1 into intervals of one length, closed above; "equal_mass" puts
-    equally many images into each bin, if no confidences are equal.
+    how: "equal_width" cuts 0..1 into intervals of equal length, closed above; "equal_mass" puts the same
+    number of images into each bin, if no confidences are equal.
     """
     confidences = np.asarray(confidences, dtype=np.float64)
     if how == "equal_width":
@@ -23,15 +23,15 @@ def confidence_bins(confidences: Array, how: str = "equal_width", bins: int = NU
     elif how == "equal_mass":
         edges = np.quantile(confidences, np.arange(1, bins) / bins, method="inverted_cdf")
     else:
-        raise ValueError(f"no bins {how!r}; they are equal_width or equal_mass")
+        raise ValueError(f"no bins {how!r}; use equal_width or equal_mass")
     return np.searchsorted(edges, confidences, side="left")
 
 
 def calibration_error(
     probabilities: Array, references: Array, how: str = "equal_width", bins: int = NUM_BINS
 ) -> float:
-    """Expected calibration error, 0..1: the mean distance of confidence from accuracy, by bins of
-    confidence (Naeini et al. 2015, Guo et al. 2017). Noise makes it too high: the fewer images, the more."""
+    """Expected calibration error, 0..1: the mean distance between confidence and accuracy over bins of
+    confidence (Naeini et al. 2015, Guo et al. 2017). It is biased upwards, more so with fewer images."""
     table = reliability(probabilities, references, how, bins)
     return float(np.abs(table["hits"] - table["confidence"]).sum() / table["num_images"].sum())
 
@@ -47,19 +47,18 @@ def reliability(
 
 
 def confidences_and_hits(probabilities: Array, references: Array) -> tuple[Array, Array]:
-    """The highest probability [N] of each image, and 1 where it is that of the true class, else 0 [N]."""
+    """The highest probability [N] of each image, and 1 if it is that of the true class, else 0 [N]."""
     probabilities = np.asarray(probabilities, dtype=np.float64)
     hits = probabilities.argmax(axis=1) == np.asarray(references)
     return probabilities.max(axis=1), hits.astype(np.float64)
 
 
 def fit_temperature(logits: Array, labels: Array) -> float:
-    """The number by which to divide logits [N, K] for the lowest cross-entropy on labels [N]
-    (Guo et al. 2017): above 1 for an overconfident model.
+    """Fit the divisor of logits [N, K] that minimises the cross-entropy on labels [N] (Guo et al. 2017).
 
-    With few images, or if every answer is right, the labels alone do not determine it. So it is the most
-    probable number under a prior that makes temperatures far from 1 rare, see `SPREAD`. Hundreds of images
-    with some wrong answers outweigh the prior.
+    It is above 1 for an overconfident model. With few images, or no wrong predictions, the labels do not
+    determine it. So it is the most probable value under a prior against temperatures far from 1, see
+    `SPREAD`. Hundreds of images with some wrong predictions outweigh the prior.
     """
     logits = np.asarray(logits, dtype=np.float64)
     rows = np.arange(len(logits))

@@ -1,4 +1,4 @@
-"""Two models on the same images: is one of them better, or is the difference chance?"""
+"""Compare two models on the same images: is one better, or is the difference due to chance?"""
 
 from __future__ import annotations
 
@@ -30,22 +30,21 @@ def compare_runs(folders: Sequence[str | Path], split: str = "auto") -> dict[str
         common = [s for s in ("test", "validation") if all(s in saved_splits(f) for f in folders)]
         if not common:
             raise UserError(
-                f"{first} has predictions of {listed(saved_splits(first)) or 'nothing'}, {second} of "
-                f"{listed(saved_splits(second)) or 'nothing'}; run hf-cifar evaluate for the split that is "
-                "missing"
+                f"{first} has predictions for {listed(saved_splits(first)) or 'no split'}, {second} for "
+                f"{listed(saved_splits(second)) or 'no split'}; run hf-cifar evaluate for the missing split"
             )
         split = common[0]
     return compare_predictions(Predictions.load(first, split), Predictions.load(second, split))
 
 
 def compare_predictions(first: Predictions, second: Predictions) -> dict[str, Any]:
-    """Metrics of both, and their difference in accuracy (second less first), as plain values.
+    """Compute the metrics of both and the difference in accuracy (second minus first), as plain values.
 
     Raises: UserError if their rows, labels or classes differ.
     """
     _require_same_images(first, second)
     order = [np.argsort(predictions.row_ids) for predictions in (first, second)]
-    hits = [p.right[rows] for p, rows in zip((first, second), order, strict=True)]
+    hits = [p.correct[rows] for p, rows in zip((first, second), order, strict=True)]
     only_first, only_second = int((hits[0] & ~hits[1]).sum()), int((hits[1] & ~hits[0]).sum())
     count = len(hits[0])
     return {
@@ -53,9 +52,9 @@ def compare_predictions(first: Predictions, second: Predictions) -> dict[str, An
         "num_images": count,
         "first": first.metrics,
         "second": second.metrics,
-        "both_right": int((hits[0] & hits[1]).sum()),
-        "only_first_right": only_first,
-        "only_second_right": only_second,
+        "both_correct": int((hits[0] & hits[1]).sum()),
+        "only_first_correct": only_first,
+        "only_second_correct": only_second,
         "both_wrong": int((~hits[0] & ~hits[1]).sum()),
         "accuracy_difference": (only_second - only_first) / count,
         "accuracy_difference_interval": paired_difference(only_first, only_second, count).tolist(),
@@ -72,19 +71,19 @@ def _require_same_images(first: Predictions, second: Predictions) -> None:
     a, b = (dict(zip(p.row_ids.tolist(), p.labels.tolist(), strict=True)) for p in (first, second))
     if a.keys() != b.keys():
         raise UserError(
-            f"the two runs predicted different {first.split} images: {len(a):,} and {len(b):,}, of which "
-            f"{len(a.keys() & b.keys()):,} are the same; evaluate both with one --split_seed and limit"
+            f"the two runs predicted different {first.split} images: {len(a):,} and {len(b):,}, with "
+            f"{len(a.keys() & b.keys()):,} in common; evaluate both with the same --split_seed and limit"
         )
     differing = sum(a[row] != b[row] for row in a)
     if differing:
         raise UserError(
-            f"{differing:,} of {len(a):,} {first.split} images have another label in the second run; "
+            f"{differing:,} of {len(a):,} {first.split} images have different labels in the two runs; "
             "compare runs on the same data"
         )
 
 
 def render_comparison(comparison: dict[str, Any], names: Sequence[str]) -> str:
-    """The comparison as people read it: both runs' metrics, and a sentence on the difference."""
+    """Format a comparison for people: the metrics of both runs, and a sentence about the difference."""
     table = render_table(
         [f"{comparison['split']}, {LEVEL:.0%} interval", *names],
         [
@@ -101,9 +100,9 @@ def render_comparison(comparison: dict[str, Any], names: Sequence[str]) -> str:
     else:
         verdict = f"{names[difference > 0]} is better"
     return (
-        f"{table}\n\nright in {names[0]} alone: {comparison['only_first_right']:,}; in {names[1]} alone: "
-        f"{comparison['only_second_right']:,}; in both: {comparison['both_right']:,}; in neither: "
+        f"{table}\n\ncorrect only in {names[0]}: {comparison['only_first_correct']:,}; only in {names[1]}: "
+        f"{comparison['only_second_correct']:,}; in both: {comparison['both_correct']:,}; in neither: "
         f"{comparison['both_wrong']:,}\n"
-        f"accuracy of {names[1]} less {names[0]}: {difference:+.4f} [{low:+.4f}, {high:+.4f}], McNemar's "
+        f"accuracy of {names[1]} minus {names[0]}: {difference:+.4f} [{low:+.4f}, {high:+.4f}], McNemar's "
         f"exact p = {p:.2g}: {verdict}"
     )

@@ -1,7 +1,7 @@
-"""Common corruptions of images at five severities, to measure how robust a classifier is.
+"""Common corruptions of images at five severities, to measure the robustness of a classifier.
 
-Kinds and severities are those of CIFAR-10-C (Hendrycks and Dietterich 2019), with the blur as a share of the
-image side instead of in pixels of a 32 px image. Images are uint8 [N, 3, H, W], in and out.
+Kinds and severities are those of CIFAR-10-C (Hendrycks and Dietterich 2019), except that the blur scales with
+the image side. Images are uint8 [N, 3, H, W], in and out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def gaussian_noise(images: Tensor, severity: int, seeds: Sequence[int]) -> Tensor:
-    """Noise on every pixel and channel; each image has its own seed, so that batches do not matter."""
+    """Add noise to every pixel and channel; each image has its own seed, so batching does not matter."""
     strength = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
     noise = torch.stack(
         [
@@ -35,7 +35,7 @@ def gaussian_noise(images: Tensor, severity: int, seeds: Sequence[int]) -> Tenso
 
 
 def gaussian_blur(images: Tensor, severity: int, seeds: Sequence[int]) -> Tensor:
-    """Blur; the edge pixels are repeated outside the image."""
+    """Blur, with edge pixels repeated outside the image."""
     sigma = (0.4, 0.6, 0.7, 0.8, 1.0)[severity - 1] * min(images.shape[-2:]) / 32
     radius = max(1, round(4 * sigma))
     steps = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
@@ -47,7 +47,7 @@ def gaussian_blur(images: Tensor, severity: int, seeds: Sequence[int]) -> Tensor
 
 
 def jpeg(images: Tensor, severity: int, seeds: Sequence[int]) -> Tensor:
-    """JPEG compression, with colours at half the resolution, the usual setting."""
+    """Compress as JPEG, with colours at half the resolution, the usual setting."""
     quality = (80, 65, 58, 50, 40)[severity - 1]
     decoded = []
     for image in images.permute(0, 2, 3, 1).cpu().numpy():
@@ -58,14 +58,14 @@ def jpeg(images: Tensor, severity: int, seeds: Sequence[int]) -> Tensor:
 
 
 def low_contrast(images: Tensor, severity: int, seeds: Sequence[int]) -> Tensor:
-    """Pixels move towards the mean of their image and channel."""
+    """Move pixels towards the mean of their image and channel."""
     share = (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1]
     mean = images.float().mean(dim=(2, 3), keepdim=True)
     return _to_uint8(mean + (images - mean) * share)
 
 
 def brightness(images: Tensor, severity: int, seeds: Sequence[int]) -> Tensor:
-    """Brighter, with hue and saturation kept until white."""
+    """Brighten, keeping hue and saturation until white."""
     added = (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1] * 255
     value = images.amax(dim=1, keepdim=True).float()
     brighter = (value + added).clamp(max=255)
@@ -87,7 +87,7 @@ def _to_uint8(images: Tensor) -> Tensor:
 
 
 class CorruptedStore(Dataset):
-    """A store that corrupts its images, each in the same way in every batch and on every device."""
+    """A store that corrupts its images, each the same way in every batch and on every device."""
 
     def __init__(
         self, store: ResidentStore | StreamedStore, corruption: str, severity: int

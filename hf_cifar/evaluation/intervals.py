@@ -1,8 +1,8 @@
 """95% intervals of metrics, and of the difference between two models on the same images.
 
-Wilson's interval for shares of a known number of images; for all else the bootstrap, from a fixed seed, so
-that the same predictions always give the same interval. They show how much another draw of as many images
-would change a metric, not how much another training would.
+Shares of a known number of images have Wilson's interval; everything else has bootstrap intervals with a
+fixed seed, so that the same predictions always give the same interval. Intervals show how much a metric would
+vary with another sample of as many images, not between training runs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LEVEL = 0.95
 
 
 def wilson(hits: Array, count: Array, level: float = LEVEL) -> Array:
-    """Interval [..., 2] of a share, from `hits` [...] of `count` [...] images (Wilson 1927); NaN of
-    no image."""
+    """Interval [..., 2] of a share of `hits` [...] among `count` [...] images (Wilson 1927); NaN for no
+    images."""
     hits, count = np.asarray(hits, np.float64), np.asarray(count, np.float64)
     z = stats.norm.ppf((1 + level) / 2)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -31,16 +31,16 @@ def wilson(hits: Array, count: Array, level: float = LEVEL) -> Array:
         centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
         spread = np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
         spread *= z / (1 + z**2 / count)
-    # Exactly 0 and 1 at the ends, which rounding would miss.
+    # Exactly 0 and 1 at the ends, despite rounding.
     low = np.where(hits == 0, np.minimum(centre, 0), centre - spread)
     high = np.where(hits == count, np.maximum(centre, 1), centre + spread)
     return np.stack([low, high], axis=-1)
 
 
-def by_name(
+def plain_intervals(
     single: dict[str, Array], per_class: dict[str, Array], id2label: Mapping[int, str]
 ) -> dict[str, Any]:
-    """Intervals [2], and under "per_class" those of each class [K, 2], as plain values."""
+    """Convert intervals [2] to plain values, with those of each class [K, 2] under "per_class"."""
     plain: dict[str, Any] = {name: _plain(interval) for name, interval in single.items()}
     plain["per_class"] = {
         name: {key: _plain(values[label]) for key, values in per_class.items()}
@@ -50,15 +50,15 @@ def by_name(
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """p-value, 0..1, of McNemar's exact test (McNemar 1947): how likely two equally good models are to
-    differ as much on images that one alone gets right. 1 if there is no such image."""
+    """p-value, 0..1, of McNemar's exact test (McNemar 1947): the probability that two equally good models
+    differ at least this much on the images that only one of them gets right. 1 if there are none."""
     if only_first + only_second == 0:
         return 1.0
     return float(stats.binomtest(int(only_first), int(only_first + only_second)).pvalue)
 
 
 def paired_difference(only_first: int, only_second: int, count: int, level: float = LEVEL) -> Array:
-    """Interval [2] of the second accuracy less the first, -1..1, on the same `count` images.
+    """Interval [2] of the second accuracy minus the first, -1..1, on the same `count` images.
 
     Wald's interval with half an image added to each of the four outcomes (Agresti and Min 2005).
     """
@@ -70,34 +70,34 @@ def paired_difference(only_first: int, only_second: int, count: int, level: floa
 
 
 def mean_interval(values: Array, level: float = LEVEL) -> Array:
-    """Interval [2] of the mean of a metric over trainings, from its `values` [n] in n of them, 2 or more
+    """Interval [2] of the mean of a metric over training runs, from its `values` [n] in n >= 2 runs
     (Student's t)."""
     values = np.asarray(values, np.float64)
     half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
     return values.mean() + np.array([-half, half])
 
 
-def middle(values: Array, level: float = LEVEL) -> Array:
-    """Interval [..., 2] of drawn values [draws, ...] between equal tails; NaN where none is defined.
+def equal_tailed(values: Array, level: float = LEVEL) -> Array:
+    """Equal-tailed interval [..., 2] of bootstrap values [draws, ...]; NaN if all values are NaN.
 
-    By the quantiles that leave out 5 in 100 of further draws, however few were drawn ("weibull").
+    The "weibull" quantiles exclude 5% of further draws even if the number of draws is small.
     """
     tails = [(1 - level) / 2, (1 + level) / 2]
-    # numpy's function for NaN loops in Python, and warns where all values are NaN.
+    # np.nanquantile loops in Python, and warns if all values are NaN.
     quantile = np.nanquantile if np.isnan(values).any() else np.quantile
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice")
         return np.moveaxis(quantile(values, tails, axis=0, method="weibull"), 0, -1)
 
 
-def middles(drawn: dict[str, Array]) -> dict[str, Array]:
-    """Interval [2] by name of values [draws] by name."""
-    intervals = middle(np.stack(list(drawn.values()), axis=1))
+def equal_tailed_by_name(drawn: dict[str, Array]) -> dict[str, Array]:
+    """Map names to the interval [2] of their bootstrap values [draws]."""
+    intervals = equal_tailed(np.stack(list(drawn.values()), axis=1))
     return dict(zip(drawn, intervals, strict=True))
 
 
 def nanmean(values: Array) -> Array:
-    """Mean [draws] over the classes of [draws, K] that are defined."""
+    """Mean [draws] of [draws, K] over the classes that are not NaN."""
     defined = ~np.isnan(values)
     count = defined.sum(axis=1)
     total = np.where(defined, values, 0).sum(axis=1)
@@ -113,10 +113,10 @@ def calibration_interval(
 ) -> Array:
     """Interval [2] of the expected calibration error.
 
-    The error of a sample is larger than the true one, and that of a sample of the sample larger still, so
-    that the bootstrap's percentiles would exclude even the 0 of a perfectly calibrated model. So the low end
-    is mirrored at the error found (the "basic" bootstrap), and 0 where a calibrated model with these
-    confidences would give as large an error in 2.5% of samples or more; the high end is the percentile.
+    The error of a sample is larger than the true one, and that of a resample larger still, so percentiles of
+    the bootstrap would exclude even the 0 of a perfectly calibrated model. The low end is therefore mirrored
+    at the observed error (the "basic" bootstrap), and 0 if a calibrated model with these confidences would
+    have as large an error in at least 2.5% of samples; the high end is the percentile.
     """
     confidences, hits = confidences_and_hits(probabilities, labels)
     bin_of = confidence_bins(confidences, how)

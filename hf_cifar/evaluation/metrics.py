@@ -1,4 +1,4 @@
-"""Metrics of counts and rankings, as functions of numpy arrays, for any number of labels per image.
+"""Metrics of counts and rankings, as functions of numpy arrays, for single- and multi-label data.
 
 Shapes: N images, K classes.
 """
@@ -16,31 +16,31 @@ Array = np.ndarray
 
 
 def ratio(a: Array, b: Array) -> Array:
-    """a / b, and 0 where b is 0."""
+    """Divide a by b, with 0 where b is 0."""
     return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=np.asarray(b) > 0)
 
 
 class Counts(NamedTuple):
-    """Images of each class [..., K]: predicted rightly, predicted, and actual."""
+    """Numbers of images of each class [..., K]: correctly predicted, predicted, and actual."""
 
     hits: Array
     predicted: Array
     actual: Array
 
     @classmethod
-    def of_confusion(cls, confusion: Array) -> Counts:
-        """Those of confusion matrices [..., K, K], whose rows are the true classes."""
+    def from_confusion(cls, confusion: Array) -> Counts:
+        """Counts from confusion matrices [..., K, K], whose rows are the true classes."""
         hits = np.diagonal(confusion, axis1=-2, axis2=-1)
         return cls(hits, confusion.sum(axis=-2), confusion.sum(axis=-1))
 
 
 def precision(counts: Counts) -> Array:
-    """Share [..., K] of a class's predictions that are right, 0..1; 0 without predictions."""
+    """Share [..., K] of a class's predictions that are correct, 0..1; 0 without predictions."""
     return ratio(counts.hits, counts.predicted)
 
 
 def recall(counts: Counts) -> Array:
-    """Share [..., K] of a class's images that are predicted rightly, 0..1; 0 without images."""
+    """Share [..., K] of a class's images that are predicted correctly, 0..1; 0 without images."""
     return ratio(counts.hits, counts.actual)
 
 
@@ -50,7 +50,7 @@ def f1(counts: Counts) -> Array:
 
 
 def micro(score: Callable[[Counts], Array], counts: Counts) -> Array:
-    """The score [...] of all classes' counts together."""
+    """The score [...] of the counts summed over all classes."""
     return score(Counts(*(each.sum(axis=-1) for each in counts)))
 
 
@@ -74,8 +74,8 @@ def balanced_accuracy(counts: Counts) -> Array:
 
 
 def matthews(counts: Counts) -> Array:
-    """Matthews correlation [...] of truth and prediction, -1..1, for any number of classes
-    (Gorodkin 2004); 0 where either of them is one class alone."""
+    """Matthews correlation [...] of truth and prediction, -1..1, for any number of classes (Gorodkin 2004);
+    0 if either of them is a single class."""
     hits, predicted, actual = (np.asarray(each, dtype=np.float64) for each in counts)
     count = actual.sum(axis=-1)
     covariance = hits.sum(axis=-1) * count - (predicted * actual).sum(axis=-1)
@@ -84,9 +84,9 @@ def matthews(counts: Counts) -> Array:
 
 
 def roc_auc(scores: Array, positive: Array) -> Array:
-    """Area under the ROC curve of each class [K], 0..1; NaN for a class that no image has, or all.
+    """Area under the ROC curve of each class [K], 0..1; NaN for a class that all images have, or none.
 
-    scores [N, K]. positive: True where an image has a class [N, K].
+    scores [N, K]. positive [N, K]: True where an image has a class.
     """
     return _areas(sk.roc_auc_score, scores, positive, positive.any(axis=0) & ~positive.all(axis=0))
 
@@ -103,20 +103,20 @@ def _areas(area: Callable[..., float], scores: Array, positive: Array, defined: 
     return areas
 
 
-# Of each class's counts; their intervals come by drawing the counts.
-OF_CLASS: dict[str, Callable[[Counts], Array]] = {
+# Functions of each class's counts; their intervals come from resampled counts.
+CLASS_METRICS: dict[str, Callable[[Counts], Array]] = {
     "precision": precision,
     "recall": recall,
     "f1": f1,
 }
-OF_COUNTS: dict[str, Callable[[Counts], Array]] = {
+COUNT_METRICS: dict[str, Callable[[Counts], Array]] = {
     "balanced_accuracy": balanced_accuracy,
     "matthews": matthews,
     **{
         f"{name}_{mean.__name__}": functools.partial(mean, score)
-        for name, score in OF_CLASS.items()
+        for name, score in CLASS_METRICS.items()
         for mean in (micro, macro, weighted)
     },
 }
-# Of each class's ranking [K]; `_macro` is the mean over the classes where they are defined.
-AREAS = {"roc_auc": roc_auc, "average_precision": average_precision}
+# Functions of each class's ranking [K]; `_macro` is the mean over the classes for which they are defined.
+AREA_METRICS = {"roc_auc": roc_auc, "average_precision": average_precision}

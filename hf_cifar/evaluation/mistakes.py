@@ -1,4 +1,4 @@
-"""Mistakes of a classifier, from its predictions alone: pairs, images, suspect labels, slices."""
+"""Mistakes of a classifier, from its predictions: confused pairs, images, suspect labels, slices."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Array = np.ndarray
 def confused_pairs(
     confusion: Sequence[Sequence[int]] | Array, names: Sequence[str], limit: int = 10
 ) -> list[dict[str, Any]]:
-    """The most frequent mistakes: truth, prediction, num_images, and `share`, 0..1, of the truth's images.
+    """The most frequent mistakes: truth, prediction, num_images, and `share`, 0..1, of the true class.
 
-    confusion [K, K]: rows are true classes. Ties in the order of the classes; no pair without an image.
+    confusion [K, K]: rows are true classes. Ties are in class order; pairs without images are left out.
     """
     confusion = np.asarray(confusion)
     wrong = confusion.copy()
@@ -38,22 +38,22 @@ def confused_pairs(
 
 
 def worst_errors(confidences: Array, hits: Array, limit: int = 24) -> Array:
-    """Positions of the wrong predictions, the most confident first. hits [N]: True where right."""
+    """Positions of the wrong predictions, the most confident first. hits [N]: True if correct."""
     wrong = np.flatnonzero(np.logical_not(hits))
     return wrong[np.argsort(-confidences[wrong], kind="stable")][:limit]
 
 
-def most_doubtful_hits(confidences: Array, hits: Array, limit: int = 24) -> Array:
-    """Positions of the right predictions, the least confident first. hits [N]: True where right."""
-    right = np.flatnonzero(hits)
-    return right[np.argsort(confidences[right], kind="stable")][:limit]
+def least_confident_hits(confidences: Array, hits: Array, limit: int = 24) -> Array:
+    """Positions of the correct predictions, the least confident first. hits [N]: True if correct."""
+    correct = np.flatnonzero(hits)
+    return correct[np.argsort(confidences[correct], kind="stable")][:limit]
 
 
 def suspected_label_errors(probabilities: Array, labels: Array) -> tuple[int, Array]:
-    """Number of labels that are probably wrong, and the positions of those that disagree with the
-    prediction, the least probable label first; by confident learning (Northcutt et al. 2021) with cleanlab.
+    """Estimate the number of wrong labels by confident learning (Northcutt et al. 2021, cleanlab), and list
+    the positions of labels that disagree with the prediction, the least probable first.
 
-    probabilities [N, K] must be of a model that was not trained on these labels [N].
+    probabilities [N, K] must be from a model that was not trained on these labels [N].
     Raises: UserError if cleanlab is not installed.
     """
     count = require("cleanlab.count", extra="report")
@@ -75,9 +75,11 @@ def suspected_label_errors(probabilities: Array, labels: Array) -> tuple[int, Ar
 
 
 def suspected_multi_label_errors(scores: Array, labels: Array) -> tuple[int, Array]:
-    """Number of images of which a label is probably wrong or missing, and the positions of those that
-    disagree with the prediction; for scores and labels [N, K], see `suspected_label_errors`. A class that all
-    images have, or none, is not checked."""
+    """Estimate the number of images with a wrong or missing label, and list the positions of those that
+    disagree with the prediction; like `suspected_label_errors`, for scores and labels [N, K].
+
+    A class that all images have, or none, is not checked.
+    """
     filters = require("cleanlab.multilabel_classification.filter", extra="report")
     varied = np.flatnonzero(np.ptp(labels, axis=0))
     if not len(varied):
@@ -94,11 +96,11 @@ def suspected_multi_label_errors(scores: Array, labels: Array) -> tuple[int, Arr
 
 
 def slices(values: Array, hits: Array, parts: int = 4) -> list[dict[str, Any] | None]:
-    """Accuracy in parts of the images, from those with the lowest value of a property to the highest.
+    """Accuracy in parts of the images, from the lowest values of a property to the highest.
 
-    values, hits [N]: the property, and True where the prediction is right. Parts of equally many images, if
-    no values are equal, the lowest first: low, high (of the property), num_images, accuracy, interval;
-    None for a part that equal values leave empty.
+    values, hits [N]: the property, and True if the prediction is correct. The parts have equal numbers of
+    images, if no values are equal. Each has low, high (of the property), num_images, accuracy and interval;
+    a part that is empty because of equal values is None.
     """
     values, hits = np.asarray(values, np.float64), np.asarray(hits, bool)
     edges = np.quantile(values, np.arange(1, parts) / parts, method="inverted_cdf")

@@ -1,7 +1,7 @@
-"""Every metric of a classifier that gives an image any number of labels. Offers the names of `single_label`.
+"""Every metric of a multi-label classifier, with the interface of `single_label`.
 
-Shapes: N images, K classes; `probabilities` [N, K], 0..1, each class by itself; `labels` [N, K], 0 or 1;
-`thresholds` [K], probabilities from which on a class is given.
+Shapes: N images, K classes; `probabilities` [N, K], 0..1, independent for each class; `labels` [N, K], 0 or
+1; `thresholds` [K], the probabilities from which a class is predicted.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from hf_cifar.evaluation.outcome import Drawn, Outcome
 from hf_cifar.evaluation.resampling import draw_images
 
 Array = np.ndarray
-THRESHOLD = 0.5  # where none was fitted
+THRESHOLD = 0.5  # unless fitted
 
 
 def fit_thresholds(probabilities: Array, labels: Array) -> Array:
-    """The thresholds [K] with the highest F1 of each class: halfway between the two probabilities that they
-    separate.
+    """Fit the thresholds [K] that maximise the F1 of each class, halfway between neighbouring probabilities.
 
-    Of equals the highest; 0.5 for a class without images.
+    Ties go to the highest threshold; a class without images gets 0.5.
     """
     thresholds = np.full(probabilities.shape[1], THRESHOLD)
     for k in np.flatnonzero(np.any(labels, axis=0)):
@@ -33,7 +32,7 @@ def fit_thresholds(probabilities: Array, labels: Array) -> Array:
         ranked = np.append(probabilities[order, k], 0.0)
         hits = np.cumsum(labels[order, k], dtype=np.int64)
         scores = 2 * hits / (np.arange(1, len(hits) + 1) + hits[-1])
-        scores[:-1][ranked[1:-1] == ranked[:-2]] = 0  # images of one probability stay together
+        scores[:-1][ranked[1:-1] == ranked[:-2]] = 0  # no threshold separates equal probabilities
         best = scores.argmax()
         thresholds[k] = (ranked[best] + ranked[best + 1]) / 2
     return thresholds
@@ -46,11 +45,11 @@ def binary_log_losses(logits: Array, labels: Array) -> Array:
 
 
 class MultiLabel(Outcome):
-    """Logits and labels [N, K] of images with any number of labels; thresholds [K], 0.5 if not given."""
+    """Logits and labels [N, K] of multi-label data; thresholds [K], 0.5 if not given."""
 
     multi_label = True
     calibration_metric = "f1_macro"  # which calibration improves
-    shares: ClassVar = {"accuracy": lambda self: self.right}
+    shares: ClassVar = {"accuracy": lambda self: self.correct}
     means: ClassVar = {"cross_entropy": lambda self: binary_log_losses(self.logits, self.labels)}
 
     def __init__(self, logits: Array, labels: Array, *, thresholds: Array | None = None) -> None:
@@ -60,23 +59,22 @@ class MultiLabel(Outcome):
 
     @functools.cached_property
     def probabilities(self) -> Array:
-        """Probability of each class [N, K], 0..1, each by itself."""
+        """Independent probability of each class [N, K], 0..1."""
         return expit(self.logits.astype(np.float64))
 
     @functools.cached_property
-    def answers(self) -> Array:
-        """True where an image is given a class [N, K]."""
+    def predicted(self) -> Array:
+        """True where a class is predicted for an image [N, K]."""
         return self.probabilities >= self.thresholds
 
     @property
-    def right(self) -> Array:
-        """True for each image [N] that was given all of its labels and no other."""
-        return (self.answers == self.labels).all(axis=1)
+    def correct(self) -> Array:
+        """True for each image [N] whose prediction has all of its labels and no others."""
+        return (self.predicted == self.labels).all(axis=1)
 
-    def probabilities_of(self, answers: Array) -> Array:
-        """Probability [N], 0..1, of just these classes [N, K] and no other, as if each were decided by
-        itself."""
-        return np.where(answers, self.probabilities, 1 - self.probabilities).prod(axis=1)
+    def probabilities_of(self, labels: Array) -> Array:
+        """Probability [N], 0..1, of exactly these classes [N, K], taken as independent."""
+        return np.where(labels, self.probabilities, 1 - self.probabilities).prod(axis=1)
 
     @functools.cached_property
     def positive(self) -> Array:
@@ -86,26 +84,26 @@ class MultiLabel(Outcome):
     @functools.cached_property
     def counts(self) -> Counts:
         """Images of each class [K]."""
-        return Counts(*(given.sum(axis=0) for given in self._decisions))
+        return Counts(*(each.sum(axis=0) for each in self._decisions))
 
     @property
     def _decisions(self) -> tuple[Array, Array, Array]:
-        """True where a class is rightly given, given, and actual, [N, K] each."""
-        return self.answers & self.positive, self.answers, self.positive
+        """True where a class is correctly predicted, predicted, and actual, [N, K] each."""
+        return self.predicted & self.positive, self.predicted, self.positive
 
     def suspects(self) -> tuple[int, Array]:
-        """Images of which a label is probably wrong or missing, see `suspected_multi_label_errors`."""
+        """Images with a probably wrong or missing label, see `suspected_multi_label_errors`."""
         return suspected_multi_label_errors(self.probabilities, self.labels)
 
     def calibrate(self) -> dict[str, Any]:
-        """Thresholds that suit the labels."""
+        """Fit thresholds to the labels."""
         return {"thresholds": fit_thresholds(self.probabilities, self.labels)}
 
     def _class_settings(self) -> dict[str, Array]:
         return {"threshold": self.thresholds}
 
     def draw(self, draws: int, generator: np.random.Generator) -> Drawn:
-        """See `Outcome.draw`. The thresholds are taken as given."""
+        """Draw the bootstrap, see `Outcome.draw`. The thresholds are fixed."""
         per_image = np.column_stack(
             [*(values(self) for values in self.means.values()), *self._decisions]
         )

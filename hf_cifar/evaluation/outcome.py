@@ -1,4 +1,4 @@
-"""The answers of a classifier for a set of images, and every metric of them."""
+"""The predictions of a classifier for a set of images, and every metric of them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from hf_cifar.config.metrics import metrics_of
-from hf_cifar.evaluation.intervals import by_name, middle, middles, nanmean, wilson
-from hf_cifar.evaluation.metrics import AREAS, OF_CLASS, OF_COUNTS, Counts, f1
+from hf_cifar.evaluation.intervals import (
+    equal_tailed,
+    equal_tailed_by_name,
+    nanmean,
+    plain_intervals,
+    wilson,
+)
+from hf_cifar.evaluation.metrics import AREA_METRICS, CLASS_METRICS, COUNT_METRICS, Counts, f1
 
 Array = np.ndarray
-DRAWS = 1000  # of the bootstrap
+DRAWS = 1000  # bootstrap samples
 
 
 class Drawn(NamedTuple):
-    """The bootstrap of an outcome.
+    """Bootstrap samples of an outcome.
 
     counts: [draws, K] each. means: of `Outcome.means`, [draws, M]. areas: of each class [draws, K], by name.
     intervals: [2] of the other metrics, by name. Counts may have more draws than means and areas.
@@ -31,12 +37,13 @@ class Drawn(NamedTuple):
 
 
 class Outcome(ABC):
-    """The logits [N, K] and the labels of N images, and every metric of them, each computed on request.
+    """The logits [N, K] and labels of N images, and every metric of them, computed on request.
 
-    A metric is of one of five kinds, each a dictionary of functions by the metric's name. `shares`: bool [N],
-    the metric is the share of images for which it is True. `means`: numbers [N], the metric is their mean.
-    `OF_COUNTS`: of the images of each class. `AREAS`: of the ranking of each class. `others`: of the outcome
-    itself. `draw` computes the intervals of `others`; those of the first four kinds need no code.
+    There are five kinds of metrics, each a dictionary from a metric's name to a function. `shares` return
+    bool [N]; the metric is the share of True. `means` return numbers [N]; the metric is their mean.
+    `COUNT_METRICS` are functions of the class counts, `AREA_METRICS` of each class's ranking, `others` of the
+    outcome itself. `draw` computes the intervals of `others`; those of the first four kinds need no further
+    code.
     """
 
     shares: ClassVar[Mapping[str, Callable[[Any], Array]]]
@@ -55,17 +62,17 @@ class Outcome(ABC):
 
     @property
     @abstractmethod
-    def answers(self) -> Array:
-        """The model's answer for each image, in the form of `labels`."""
+    def predicted(self) -> Array:
+        """The prediction for each image, in the form of `labels`."""
 
     @property
     @abstractmethod
-    def right(self) -> Array:
-        """True for each image [N] that was given its label, or all of its labels and no other."""
+    def correct(self) -> Array:
+        """True for each image [N] whose predicted labels are all of its labels and no others."""
 
     @abstractmethod
-    def probabilities_of(self, answers: Array) -> Array:
-        """Probability [N], 0..1, of one answer for each image, in the form of `labels`."""
+    def probabilities_of(self, labels: Array) -> Array:
+        """Probability [N], 0..1, of the given labels of each image, in the form of `labels`."""
 
     @property
     @abstractmethod
@@ -79,29 +86,31 @@ class Outcome(ABC):
 
     @abstractmethod
     def suspects(self) -> tuple[int, Array]:
-        """Number of labels that are probably wrong, and the positions of the images to look at, the most
-        suspect first. Raises: UserError if cleanlab is not installed."""
+        """Estimated number of wrong labels, and the positions of the images to check, the most suspicious
+        first. Raises: UserError if cleanlab is not installed."""
 
     @abstractmethod
     def calibrate(self) -> dict[str, Any]:
-        """Values of `Predictions` that calibration on these labels changes, by the names of its fields."""
+        """Calibrate on these labels: the fields of `Predictions` that change, by name."""
 
     @abstractmethod
     def draw(self, draws: int, generator: np.random.Generator) -> Drawn:
-        """The bootstrap: counts, means and areas of `draws` draws of the images."""
+        """Draw bootstrap samples: counts, means and areas of `draws` resamples of the images."""
 
     @functools.cached_property
     def areas(self) -> dict[str, Array]:
-        """Each area of each class [K], by name; NaN where it is undefined."""
-        return {name: area(self.probabilities, self.positive) for name, area in AREAS.items()}
+        """Each area of each class [K], by name; NaN if undefined."""
+        return {
+            name: area(self.probabilities, self.positive) for name, area in AREA_METRICS.items()
+        }
 
     def metric(self, name: str) -> float | None:
-        """One metric by its name in the table; None where it is undefined."""
+        """One metric by its name in the table; None if undefined."""
         for of_image in (self.shares, self.means):
             if name in of_image:
                 return float(of_image[name](self).mean())
-        if name in OF_COUNTS:
-            return float(OF_COUNTS[name](self.counts))
+        if name in COUNT_METRICS:
+            return float(COUNT_METRICS[name](self.counts))
         if name in self.others:
             return self.others[name](self)
         areas = self.areas[name.removesuffix("_macro")]
@@ -120,8 +129,8 @@ class Outcome(ABC):
         }
 
     def _by_class(self, id2label: Mapping[int, str]) -> dict[str, dict[str, float | int | None]]:
-        """The images and the metrics of each class by its name, as plain values."""
-        scores = {name: score(self.counts) for name, score in OF_CLASS.items()}
+        """The number of images and the metrics of each class by name, as plain values."""
+        scores = {name: score(self.counts) for name, score in CLASS_METRICS.items()}
         values = self._class_settings() | scores | self.areas
         return {
             name: {
@@ -141,16 +150,18 @@ class Outcome(ABC):
     def intervals(
         self, id2label: Mapping[int, str], draws: int = DRAWS, seed: int = 0
     ) -> dict[str, Any]:
-        """95% interval [low, high] of every metric that `compute` gives, by the same names, as plain values;
-        None for that of an undefined metric."""
+        """95% interval [low, high] of every metric of `compute`, by the same names, as plain values; None for
+        an undefined metric."""
         names = metrics_of(multi_label=self.multi_label, num_labels=len(id2label))
         drawn = self.draw(draws, np.random.default_rng(seed))
         count = len(self.labels)
         single = {
             **{n: wilson(self.shares[n](self).sum(), count) for n in names if n in self.shares},
-            **middles({n: OF_COUNTS[n](drawn.counts) for n in names if n in OF_COUNTS}),
+            **equal_tailed_by_name(
+                {n: COUNT_METRICS[n](drawn.counts) for n in names if n in COUNT_METRICS}
+            ),
             **drawn.intervals,
-            **middles(
+            **equal_tailed_by_name(
                 {
                     **dict(zip(self.means, drawn.means.T, strict=True)),
                     **{f"{name}_macro": nanmean(areas) for name, areas in drawn.areas.items()},
@@ -160,7 +171,7 @@ class Outcome(ABC):
         per_class = {
             "precision": wilson(self.counts.hits, self.counts.predicted),
             "recall": wilson(self.counts.hits, self.counts.actual),
-            "f1": middle(f1(drawn.counts)),
-            **{name: middle(areas) for name, areas in drawn.areas.items()},
+            "f1": equal_tailed(f1(drawn.counts)),
+            **{name: equal_tailed(areas) for name, areas in drawn.areas.items()},
         }
-        return by_name(single, per_class, id2label)
+        return plain_intervals(single, per_class, id2label)

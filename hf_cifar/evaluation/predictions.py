@@ -1,4 +1,4 @@
-"""One set of predictions, kept as a file, and every metric from it."""
+"""A set of predictions, stored as a file, and every metric of it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,8 @@ from hf_cifar.evaluation.single_label import SingleLabel
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.text import one_line
 
-TEMPERATURE, THRESHOLDS, SKIPPED = (
-    "temperature",
-    "thresholds",
-    "skipped_rows",
-)  # in the metadata of the file
+# Keys in the metadata of the file.
+TEMPERATURE, THRESHOLDS, SKIPPED = "temperature", "thresholds", "skipped_rows"
 
 
 def outcome_of(
@@ -37,7 +34,7 @@ def outcome_of(
     temperature: float = 1.0,
     thresholds: np.ndarray | None = None,
 ) -> Outcome:
-    """The outcome of images with one label each, labels [N], or with any number of them, labels [N, K]."""
+    """Make the outcome of single-label data, labels [N], or of multi-label data, labels [N, K]."""
     if np.ndim(labels) == 2:
         return MultiLabel(logits, labels, thresholds=thresholds)
     return SingleLabel(logits, labels, temperature=temperature)
@@ -49,11 +46,11 @@ def compute_metrics(
     id2label: Mapping[int, str],
     thresholds: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Every metric of a final evaluation, as plain JSON values.
+    """Compute every metric of a final evaluation, as plain JSON values.
 
-    logits [N, K]; labels [N], or [N, K] of 0 and 1. thresholds [K]: probabilities from which on a class is
-    given, of labels [N, K]; 0.5 if not given. `per_class` is keyed by class name, `confusion_matrix` rows are
-    true classes. None stands for an undefined area.
+    logits [N, K]; labels [N], or [N, K] of 0 and 1. thresholds [K]: probabilities from which a class is
+    predicted, for labels [N, K]; 0.5 if not given. `per_class` is keyed by class name; the rows of
+    `confusion_matrix` are true classes. An undefined area is None.
     """
     return outcome_of(logits, labels, thresholds=thresholds).compute(id2label)
 
@@ -66,9 +63,9 @@ def metric_intervals(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """95% interval [low, high] of every metric of `compute_metrics`, by the same names, as plain values.
+    """Compute the 95% interval [low, high] of every metric of `compute_metrics`, by the same names.
 
-    None stands for the interval of an undefined metric. draws: of the bootstrap.
+    The interval of an undefined metric is None. draws: number of bootstrap samples.
     """
     return outcome_of(logits, labels, thresholds=thresholds).intervals(id2label, draws, seed)
 
@@ -77,12 +74,12 @@ def metric_intervals(
 class Predictions:
     """A model's logits for the images of one split.
 
-    split: "validation" or "test". row_ids, labels [N]; logits [N, K]. Row ids count in
-    the data set's own split that a row comes from: train, for a validation split cut out of it.
+    split: "validation" or "test". row_ids, labels [N]; logits [N, K]. Row ids are row numbers in the data
+    set's own split: train, for a validation split taken from it.
     temperature: the number by which calibration has divided the logits, 1 for none.
-    Of multi-label data, labels are [N, K], 0 or 1, and a class is given from its probability in thresholds
-    [K] on; without thresholds, from 0.5. skipped_rows: ids of the rows that were left out, because their
-    images cannot be read. saved_metrics: the split's part of metrics.json, if they were loaded from a folder.
+    For multi-label data, labels are [N, K], 0 or 1, and a class is predicted from its probability in
+    thresholds [K], or from 0.5 without thresholds. skipped_rows: ids of the rows that were left out because
+    their images cannot be read. saved_metrics: the split's part of metrics.json, if loaded from a folder.
     """
 
     split: str
@@ -97,42 +94,42 @@ class Predictions:
 
     @functools.cached_property
     def outcome(self) -> Outcome:
-        """Logits and labels as metrics see them: with one label per image, or with any number of them."""
+        """Logits and labels with their metrics, single-label or multi-label."""
         return outcome_of(
             self.logits, self.labels, temperature=self.temperature, thresholds=self.thresholds
         )
 
     @property
     def multi_label(self) -> bool:
-        """True if an image may have any number of labels."""
+        """True if an image may have multiple labels, or none."""
         return self.outcome.multi_label
 
     @property
     def probabilities(self) -> np.ndarray:
-        """Probability of each class [N, K], 0..1: of one of them, or of each by itself."""
+        """Probability of each class [N, K], 0..1; independent of the other classes for multi-label data."""
         return self.outcome.probabilities
 
     @property
-    def answers(self) -> np.ndarray:
-        """The most likely class [N] of each image, or True where it is given a class [N, K]."""
-        return self.outcome.answers
+    def predicted(self) -> np.ndarray:
+        """The most likely class [N] of each image, or True where a class is predicted [N, K]."""
+        return self.outcome.predicted
 
-    def probabilities_of(self, answers: np.ndarray) -> np.ndarray:
-        """Probability of an answer for each image, 0..1 [N]: a class [N], or just these classes [N, K] and
-        no other, as if each were decided by itself."""
-        return self.outcome.probabilities_of(answers)
+    def probabilities_of(self, labels: np.ndarray) -> np.ndarray:
+        """Probability [N], 0..1, of a class [N] for each image, or of exactly these classes [N, K], taken as
+        independent."""
+        return self.outcome.probabilities_of(labels)
 
     @property
-    def right(self) -> np.ndarray:
-        """True for each image [N] that was given its label, or all of its labels and no other."""
-        return self.outcome.right
+    def correct(self) -> np.ndarray:
+        """True for each image [N] whose predicted labels are all of its labels and no others."""
+        return self.outcome.correct
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
         """Every metric, see `compute_metrics`; under "intervals" the 95% interval of each; with a
-        temperature, also two metrics before it; the rows that were left out, if any.
+        temperature, also two metrics without it; the rows that were left out, if any.
 
-        Intervals take seconds: those of `saved_metrics` are used if all metrics there are the same.
+        Intervals take seconds, so those of `saved_metrics` are reused if all metrics there are the same.
         """
         metrics = self.outcome.compute(self.id2label)
         if self.skipped_rows:
@@ -144,7 +141,7 @@ class Predictions:
         return {**metrics, "intervals": intervals}
 
     def save(self, folder: str | Path) -> None:
-        """Write predictions/SPLIT.parquet, and this split's metrics into metrics.json."""
+        """Write predictions/SPLIT.parquet, and this split's metrics to metrics.json."""
         path = RunFolder(folder).predictions_path(self.split)
         path.parent.mkdir(parents=True, exist_ok=True)
         label, labels = datasets.ClassLabel(names=list(self.id2label.values())), self.labels
@@ -171,7 +168,7 @@ class Predictions:
 
     @classmethod
     def load(cls, folder: str | Path, split: str) -> Predictions:
-        """Read what `save` wrote. Raises: UserError if there is no such file, or a damaged one."""
+        """Load predictions written by `save`. Raises: UserError if the file is missing or damaged."""
         path = RunFolder(folder).predictions_path(split)
         if not path.is_file():
             raise UserError(
@@ -197,13 +194,13 @@ class Predictions:
             )
         except (KeyError, AttributeError, ValueError, OSError) as error:
             raise UserError(
-                f"{path} does not hold predictions ({type(error).__name__}: "
+                f"{path} does not contain predictions ({type(error).__name__}: "
                 f"{one_line(error, 200)}); run hf-cifar evaluate again"
             ) from None
 
 
 def saved_splits(folder: str | Path) -> list[str]:
-    """The splits of which a folder holds predictions."""
+    """List the splits with predictions in a folder."""
     return [
         split
         for split in ("validation", "test")

@@ -1,4 +1,4 @@
-"""The bootstrap: counts, means and areas of many draws of the same images."""
+"""The bootstrap: counts, means and areas of many resamples of the same images."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 from hf_cifar.evaluation.metrics import Counts
 
 Array = np.ndarray
-# Images x classes x draws; above it, areas and means are drawn less often, down to a tenth.
+# Images x classes x draws; above this, areas and means get fewer draws, down to a tenth.
 AREA_WORK = 2e8
 CHUNK = 100  # draws at a time: small enough to stay in a cache, and in memory for 50,000 images
 
 
 def draw_counts(confusion: Array, draws: int, generator: np.random.Generator) -> Counts:
-    """Counts [draws, K] of drawn images, from their confusion matrix [K, K].
+    """Draw counts [draws, K] of resampled images, given their confusion matrix [K, K].
 
-    To draw images and count them is to draw the counts: one multinomial over the cells that hold any.
+    Resampling images and counting them equals one multinomial draw over the non-empty cells.
     """
     cells = np.flatnonzero(confusion)
     count = confusion.sum()
@@ -26,7 +26,7 @@ def draw_counts(confusion: Array, draws: int, generator: np.random.Generator) ->
     for size in chunks(draws, at_once=max(1, 10_000_000 // confusion.size)):
         drawn = np.zeros((size, confusion.size))
         drawn[:, cells] = generator.multinomial(count, shares, size=size)
-        parts.append(Counts.of_confusion(drawn.reshape(size, *confusion.shape)))
+        parts.append(Counts.from_confusion(drawn.reshape(size, *confusion.shape)))
     return Counts(*map(np.concatenate, zip(*parts, strict=True)))
 
 
@@ -37,7 +37,7 @@ def draw_images(
     draws: int,
     generator: np.random.Generator,
 ) -> tuple[Array, dict[str, Array]]:
-    """Means [draws, M] of numbers of drawn images, and the areas [draws, K] of each class.
+    """Draw means [draws, M] of per-image numbers, and the areas [draws, K] of each class.
 
     positive [N, K]: True where an image has a class. per_image [N, M]: the numbers of each image.
     """
@@ -52,23 +52,25 @@ def draw_images(
 
 
 class _Ranking:
-    """The images in the order of one class's score, to compute the areas of many draws at once.
+    """The images sorted by one class's score, to compute the areas of many draws at once.
 
-    Consecutive images of other classes count as one step: that changes neither area, and with a good model
-    nearly all of them are consecutive.
+    Consecutive images of other classes are merged into one step. That changes neither area, and with a good
+    model nearly all of them are consecutive.
     """
 
     def __init__(self, scores: Array, positive: Array) -> None:
         self.order = np.argsort(scores, kind="stable")
         ranked, positive = scores[self.order], positive[self.order]
-        first = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])  # of the images of one score
+        first = np.flatnonzero(
+            np.r_[True, ranked[1:] != ranked[:-1]]
+        )  # of the images with equal scores
         mixed = np.logical_or.reduceat(positive, first)
         self.starts = first[np.r_[True, mixed[1:] | mixed[:-1]]]
         self.positive = np.flatnonzero(positive)
         self.step = np.searchsorted(self.starts, self.positive, side="right") - 1
 
     def areas(self, counts: Array) -> Array:
-        """ROC AUC and average precision [2, draws] of draws `counts` [N, draws]; NaN if undefined."""
+        """ROC AUC and average precision [2, draws] for draws `counts` [N, draws]; NaN if undefined."""
         weights = counts[self.order]
         positives = np.zeros((len(self.starts), counts.shape[1]), counts.dtype)
         np.add.at(positives, self.step, weights[self.positive])
@@ -88,7 +90,7 @@ class _Ranking:
 
 
 def resamples(count: int, draws: int, generator: np.random.Generator) -> Iterator[Array]:
-    """Number of times that each of `count` images is drawn, [count, <= CHUNK], for `draws` draws in all."""
+    """Yield how often each of `count` images is drawn, [count, <= CHUNK], for `draws` draws in total."""
     for size in chunks(draws, CHUNK):
         picked = generator.integers(0, count, (count, size)) * size + np.arange(size)
         counts = np.bincount(picked.ravel(), minlength=size * count)
@@ -96,6 +98,6 @@ def resamples(count: int, draws: int, generator: np.random.Generator) -> Iterato
 
 
 def chunks(draws: int, at_once: int) -> Iterator[int]:
-    """Sizes of the parts into which `draws` are divided, at most `at_once` each."""
+    """Yield the sizes of the parts into which `draws` are divided, at most `at_once` each."""
     for start in range(0, draws, at_once):
         yield min(at_once, draws - start)

@@ -1,4 +1,4 @@
-"""Every metric of a classifier that gives an image one label. Offers the names of `multi_label`.
+"""Every metric of a single-label classifier, with the interface of `multi_label`.
 
 Shapes: N images, K classes; `probabilities` [N, K] with rows that sum to 1, `labels` [N] class ids.
 """
@@ -38,16 +38,16 @@ def log_losses(probabilities: Array, labels: Array) -> Array:
 
 
 def brier(probabilities: Array, labels: Array) -> Array:
-    """Squared distance [N] of each image's probabilities from its truth, 0..2; the mean of them is the
+    """Squared distance [N], 0..2, between each image's probabilities and its one-hot label; their mean is the
     Brier score (Brier 1950)."""
     probabilities, labels = np.asarray(probabilities), np.asarray(labels)
     true = probabilities[np.arange(len(probabilities)), labels]
     return (probabilities**2).sum(axis=1) - 2 * true + 1
 
 
-def confusion_matrix(answers: Array, labels: Array, num_labels: int) -> Array:
-    """Counts [K, K]: row is the true class, column the predicted one."""
-    flat = np.asarray(labels) * num_labels + np.asarray(answers)
+def confusion_matrix(predicted: Array, labels: Array, num_labels: int) -> Array:
+    """Count images by true class (row) and predicted class (column), [K, K]."""
+    flat = np.asarray(labels) * num_labels + np.asarray(predicted)
     return np.bincount(flat, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
@@ -60,7 +60,7 @@ class SingleLabel(Outcome):
     multi_label = False
     calibration_metric = "ece"  # which calibration improves
     shares: ClassVar = {
-        "accuracy": lambda self: self.right,
+        "accuracy": lambda self: self.correct,
         "top_5_accuracy": lambda self: top_k_hits(self.probabilities, self.labels, k=5),
     }
     means: ClassVar = {
@@ -78,22 +78,22 @@ class SingleLabel(Outcome):
 
     @functools.cached_property
     def probabilities(self) -> Array:
-        """Probability of each class [N, K], 0..1, of which one is true."""
+        """Probability of each class [N, K], 0..1, in rows that sum to 1."""
         return softmax(self.logits.astype(np.float64), axis=1)
 
     @functools.cached_property
-    def answers(self) -> Array:
+    def predicted(self) -> Array:
         """The most likely class [N] of each image."""
         return self.logits.argmax(axis=1)
 
     @property
-    def right(self) -> Array:
-        """True for each image [N] that was given its label."""
-        return self.answers == self.labels
+    def correct(self) -> Array:
+        """True for each image [N] whose predicted class is its label."""
+        return self.predicted == self.labels
 
-    def probabilities_of(self, answers: Array) -> Array:
+    def probabilities_of(self, labels: Array) -> Array:
         """Probability [N], 0..1, of one class [N] for each image."""
-        return self.probabilities[np.arange(len(answers)), answers]
+        return self.probabilities[np.arange(len(labels)), labels]
 
     @functools.cached_property
     def positive(self) -> Array:
@@ -103,19 +103,19 @@ class SingleLabel(Outcome):
     @functools.cached_property
     def confusion(self) -> Array:
         """The confusion matrix [K, K]."""
-        return confusion_matrix(self.answers, self.labels, self.logits.shape[1])
+        return confusion_matrix(self.predicted, self.labels, self.logits.shape[1])
 
     @functools.cached_property
     def counts(self) -> Counts:
         """Images of each class [K]."""
-        return Counts.of_confusion(self.confusion)
+        return Counts.from_confusion(self.confusion)
 
     def suspects(self) -> tuple[int, Array]:
-        """Labels that are probably wrong, see `suspected_label_errors`."""
+        """Probably wrong labels, see `suspected_label_errors`."""
         return suspected_label_errors(self.probabilities, self.labels)
 
     def calibrate(self) -> dict[str, Any]:
-        """Temperature that suits the labels, and the logits divided by it."""
+        """Fit a temperature to the labels, and divide the logits by it."""
         temperature = fit_temperature(self.logits, self.labels)
         return {
             "logits": (self.logits / temperature).astype(np.float32),
@@ -123,8 +123,8 @@ class SingleLabel(Outcome):
         }
 
     def compute(self, id2label: Mapping[int, str]) -> dict[str, Any]:
-        """Every metric, and `confusion_matrix`, whose rows are the true classes; with a temperature, also
-        what two metrics were without it."""
+        """Compute every metric, and `confusion_matrix`, whose rows are the true classes; with a temperature,
+        also two metrics without it."""
         metrics = super().compute(id2label) | {"confusion_matrix": self.confusion.tolist()}
         if self.temperature == 1:
             return metrics
@@ -135,7 +135,7 @@ class SingleLabel(Outcome):
         }
 
     def draw(self, draws: int, generator: np.random.Generator) -> Drawn:
-        """See `Outcome.draw`."""
+        """Draw the bootstrap, see `Outcome.draw`."""
         counts = draw_counts(self.confusion, draws, generator)
         intervals = {
             name: calibration_interval(self.probabilities, self.labels, bins, draws, generator)

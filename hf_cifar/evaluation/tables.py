@@ -1,4 +1,4 @@
-"""Metrics as people read them: a cell, a table."""
+"""Format metrics for people, as cells and tables."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from hf_cifar.text import render_table
 
 
 def render_number(value: float | int | None) -> str:
-    """One number as people read it: four decimals, thousands separated, a dash for an undefined one."""
+    """Format a number with four decimals, or an integer with thousands separators; a dash for None."""
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def render_cell(metrics: dict[str, Any], name: str) -> str:
-    """One metric and, where it has one, its 95% interval."""
+    """Format a metric with its 95% interval, if it has one."""
     interval = metrics.get("intervals", {}).get(name)
     value = render_number(metrics.get(name))
     return f"{value} [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else value
 
 
 def render_chosen(metrics: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
-    """The named metrics with their intervals as a table of text: a row each, a column for each split."""
+    """Format the named metrics with their intervals as a text table: one row each, one column per split."""
     rows = [[name, *(render_cell(own, name) for own in metrics.values())] for name in names]
     return render_table(["", *metrics], rows)
 
 
 def render_metrics(metrics: dict[str, dict[str, Any]]) -> str:
-    """All metrics of one or more splits as a table of text, and the per-class metrics of the last."""
+    """Format all metrics of one or more splits as a text table, and the per-class metrics of the last."""
     splits = list(metrics)
     single = [k for k, v in metrics[splits[0]].items() if not isinstance(v, (dict, list))]
     per_class = metrics[splits[-1]]["per_class"]

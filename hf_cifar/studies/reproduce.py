@@ -203,7 +203,7 @@ def compare_logits(original: Predictions, now: Predictions) -> dict[str, Any]:
     )
     if not same_images:
         return {"identical": False, "same_images": False}
-    changed = (original.answers != now.answers).reshape(len(original.row_ids), -1).any(axis=1)
+    changed = (original.predicted != now.predicted).reshape(len(original.row_ids), -1).any(axis=1)
     return {
         "identical": bool(np.array_equal(original.logits, now.logits)),
         "same_images": True,

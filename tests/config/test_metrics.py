@@ -23,7 +23,7 @@ from hf_cifar.config.metrics import (
 )
 from hf_cifar.evaluation.comparison import compare_predictions, render_comparison
 from hf_cifar.evaluation.evaluate_metrics import compute_training_metrics, evaluate_metric
-from hf_cifar.evaluation.metrics import OF_COUNTS, ratio
+from hf_cifar.evaluation.metrics import COUNT_METRICS, ratio
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.report.facts import Report, build_report
 from hf_cifar.report.page import render_page
@@ -116,7 +116,7 @@ def test_a_metric_is_added_by_a_function_and_a_row(multi_label, monkeypatch, tmp
 
     row = Metric("jaccard_micro", "micro Jaccard", single_label=table.EVERYWHERE,
                  multi_label=table.EVERYWHERE)  # fmt: skip
-    monkeypatch.setitem(OF_COUNTS, "jaccard_micro", jaccard_micro)
+    monkeypatch.setitem(COUNT_METRICS, "jaccard_micro", jaccard_micro)
     monkeypatch.setitem(METRICS, "jaccard_micro", row)
     made = predictions(multi_label)
     low, high = made.metrics["intervals"]["jaccard_micro"]

@@ -1,4 +1,4 @@
-"""Drawn logits and labels that every metric is tried on."""
+"""Random logits and labels for testing every metric."""
 
 from types import SimpleNamespace
 

@@ -44,7 +44,7 @@ def test_error_of_bins_of_equal_mass_equals_a_loop_over_sorted_parts():
     assert found == pytest.approx(expected, rel=0, abs=1e-12)
 
 
-def test_error_of_known_cases():
+def test_calibration_error_of_known_cases():
     sure = np.array([[1.0, 0.0]] * 4)
     assert calibration_error(sure, [0, 0, 0, 0]) == 0
     assert calibration_error(sure, [0, 0, 1, 1]) == 0.5
@@ -52,7 +52,7 @@ def test_error_of_known_cases():
     assert calibration_error(half_sure, [0, 0, 0, 1]) == 0
 
 
-def test_bins_are_closed_above_and_hold_everything():
+def test_bins_are_closed_above_and_cover_everything():
     edges = np.array([0.0, 0.1, 0.100001, 0.2, 0.95, 1.0])
     np.testing.assert_array_equal(confidence_bins(edges, bins=10), [0, 0, 1, 1, 9, 9])
     with pytest.raises(ValueError, match="no bins 'round'"):
@@ -96,7 +96,7 @@ def test_the_temperature_has_the_lowest_cross_entropy():
     assert after < before / 2
 
 
-def test_the_temperature_of_answers_that_are_all_right_or_all_wrong_is_finite():
+def test_temperature_of_all_correct_or_all_wrong_predictions_is_finite():
     logits, labels = 2 * np.eye(3), np.arange(3)
     assert 0.5 < fit_temperature(logits, labels) < 1
     assert 1 < fit_temperature(logits, (labels + 1) % 3) < 3

@@ -14,22 +14,22 @@ NAMES = {0: "cat", 1: "dog", 2: "frog"}
 
 
 def predictions(hits, split="test", seed=0):
-    """Predictions of 100 images that are right where `hits` [100] says so."""
+    """Predictions for 100 images that are correct where `hits` [100] is True."""
     labels = np.random.default_rng(0).integers(0, 3, 100)
-    said = np.where(hits, labels, (labels + 1) % 3)
-    logits = np.random.default_rng(seed).random((100, 3)) + 3 * np.eye(3)[said]
+    predicted = np.where(hits, labels, (labels + 1) % 3)
+    logits = np.random.default_rng(seed).random((100, 3)) + 3 * np.eye(3)[predicted]
     return Predictions(split, np.arange(100) * 7, labels, logits.astype(np.float32), NAMES)
 
 
-def right_in(*parts):
+def correct_in(*parts):
     return np.isin(np.arange(100) // 10, parts)
 
 
-def test_images_that_one_alone_gets_right_decide():
-    first, second = predictions(right_in(0, 1, 2, 3)), predictions(right_in(2, 3, 4, 5, 6, 7))
+def test_images_that_only_one_model_gets_right_decide():
+    first, second = predictions(correct_in(0, 1, 2, 3)), predictions(correct_in(2, 3, 4, 5, 6, 7))
     found = compare_predictions(first, second)
-    assert (found["both_right"], found["both_wrong"]) == (20, 20)
-    assert (found["only_first_right"], found["only_second_right"]) == (20, 40)
+    assert (found["both_correct"], found["both_wrong"]) == (20, 20)
+    assert (found["only_first_correct"], found["only_second_correct"]) == (20, 40)
     assert found["accuracy_difference"] == pytest.approx(0.2)
     low, high = found["accuracy_difference_interval"]
     assert 0 < low < 0.2 < high < 0.4
@@ -40,14 +40,16 @@ def test_images_that_one_alone_gets_right_decide():
     assert "p = 0.013: b is better" in render_comparison(swapped, ["b", "a"])
 
 
-def test_equal_models_are_not_told_apart():
-    found = compare_predictions(predictions(right_in(0, 1)), predictions(right_in(1, 2), seed=1))
+def test_equal_models_are_not_distinguished():
+    found = compare_predictions(
+        predictions(correct_in(0, 1)), predictions(correct_in(1, 2), seed=1)
+    )
     assert found["mcnemar_p"] == 1.0 and found["accuracy_difference"] == 0
     assert "may be due to chance" in render_comparison(found, ["a", "b"])
 
 
 def test_the_order_of_rows_does_not_matter():
-    first, second = predictions(right_in(0, 1, 2, 3)), predictions(right_in(2, 3, 4))
+    first, second = predictions(correct_in(0, 1, 2, 3)), predictions(correct_in(2, 3, 4))
     order = np.random.default_rng(1).permutation(100)
     shuffled = dataclasses.replace(
         second,
@@ -56,7 +58,7 @@ def test_the_order_of_rows_does_not_matter():
         logits=second.logits[order],
     )
     straight, mixed = compare_predictions(first, second), compare_predictions(first, shuffled)
-    assert mixed["only_second_right"] == straight["only_second_right"] == 10
+    assert mixed["only_second_correct"] == straight["only_second_correct"] == 10
 
 
 @pytest.mark.parametrize(
@@ -68,13 +70,13 @@ def test_the_order_of_rows_does_not_matter():
         ),
         (
             {"row_ids": np.arange(100)},
-            "different test images: 100 and 100, of which 15 are the same",
+            "different test images: 100 and 100, with 15 in common",
         ),
-        ({"labels": np.zeros(100, int)}, "of 100 test images have another label in the second run"),
+        ({"labels": np.zeros(100, int)}, "of 100 test images have different labels"),
     ],
 )
-def test_other_images_are_refused(change, message):
-    first = predictions(right_in(0))
+def test_runs_on_other_images_are_refused(change, message):
+    first = predictions(correct_in(0))
     with pytest.raises(UserError, match=message):
         compare_predictions(first, dataclasses.replace(first, **change))
 
@@ -82,16 +84,20 @@ def test_other_images_are_refused(change, message):
 def test_runs_are_compared_on_test_if_both_have_it(tmp_path, capsys):
     for name, splits in (("a", ("validation", "test")), ("b", ("validation",)), ("c", ("test",))):
         for split in splits:
-            predictions(right_in(0, 1), split).save(tmp_path / name)
+            predictions(correct_in(0, 1), split).save(tmp_path / name)
     a, b, c = (str(tmp_path / name) for name in "abc")
     assert compare_runs([a, c])["split"] == "test"
     assert compare_runs([a, b])["split"] == "validation"
-    with pytest.raises(UserError, match=r"has predictions of validation, .* of test; run hf-cifar"):
+    with pytest.raises(
+        UserError, match=r"has predictions for validation, .* for test; run hf-cifar"
+    ):
         compare_runs([b, c])
     assert main(["compare", a, b]) == 0
     out = capsys.readouterr().out
     assert (
-        "validation, 95% interval" in out and "right in" in out and "0.2000 [0.1334, 0.2888]" in out
+        "validation, 95% interval" in out
+        and "in both: 20" in out
+        and "0.2000 [0.1334, 0.2888]" in out
     )
     assert main(["compare", "--split", "test", a, b]) == 2
     assert "no predictions in" in capsys.readouterr().err
@@ -106,6 +112,6 @@ def test_runs_are_compared_on_test_if_both_have_it(tmp_path, capsys):
         (["--spilt", "test", "a", "b"], "no option --spilt (nearest: --split)"),
     ],
 )
-def test_mistakes_of_the_command_line(arguments, message, capsys):
+def test_command_line_errors(arguments, message, capsys):
     assert main(["compare", *arguments]) == 2
     assert message in capsys.readouterr().err

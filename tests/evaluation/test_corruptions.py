@@ -13,7 +13,7 @@ from hf_cifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedSt
 
 @pytest.fixture
 def images():
-    """Smooth random pictures, uint8 [8, 3, 32, 32]."""
+    """Smooth random images, uint8 [8, 3, 32, 32]."""
     generator = np.random.default_rng(0)
     small = [generator.integers(40, 200, (6, 6, 3)).astype(np.uint8) for _ in range(8)]
     large = [Image.fromarray(s).resize((32, 32), Image.Resampling.BICUBIC) for s in small]
@@ -21,7 +21,7 @@ def images():
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_each_severity_takes_the_image_further_away(images, name):
+def test_higher_severity_changes_the_image_more(images, name):
     distances = []
     for severity in SEVERITIES:
         corrupted = CORRUPTIONS[name](images, severity, range(8))
@@ -30,7 +30,7 @@ def test_each_severity_takes_the_image_further_away(images, name):
     assert distances[0] > 0 and distances == sorted(distances)
 
 
-def test_noise_has_the_stated_strength_and_is_the_images_own(images):
+def test_noise_has_its_strength_and_depends_on_the_image_seed(images):
     grey = torch.full((64, 3, 32, 32), 128, dtype=torch.uint8)
     noisy = CORRUPTIONS["gaussian_noise"](grey, 5, range(64)).float()
     assert noisy.std().item() / 255 == pytest.approx(0.10, rel=0.02)
@@ -40,7 +40,7 @@ def test_noise_has_the_stated_strength_and_is_the_images_own(images):
     )
 
 
-def test_jpeg_is_of_the_stated_quality(images):
+def test_jpeg_has_its_quality(images):
     ours = CORRUPTIONS["jpeg"](images, 5, range(8))
     for image, decoded in zip(images, ours, strict=True):
         file = io.BytesIO()
@@ -57,7 +57,7 @@ def test_blur_is_a_gaussian(images):
         assert (ours.permute(1, 2, 0) - torch.from_numpy(pillows.copy()).float()).abs().max() < 6
 
 
-def test_brightness_reaches_black_and_keeps_the_hue(images):
+def test_brightness_changes_black_and_keeps_the_hue(images):
     black = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     assert CORRUPTIONS["brightness"](black, 5, [0]).unique().tolist() == [76]
     colour = torch.tensor([100, 50, 0], dtype=torch.uint8).view(1, 3, 1, 1)
@@ -70,7 +70,7 @@ def test_low_contrast_keeps_the_mean_of_each_channel(images):
     assert pale.std() < images.float().std()
 
 
-def test_a_corrupted_store_gives_the_same_images_in_every_batch(images):
+def test_corrupted_store_does_not_depend_on_batching(images):
     store = ResidentStore(images.permute(0, 2, 3, 1).contiguous(), torch.arange(8))
     corrupted = CorruptedStore(store, "gaussian_noise", 3)
     assert len(corrupted) == 8

@@ -1,4 +1,4 @@
-"""hf_cifar.evaluation.evaluate_metrics: each class of the table gives scikit-learn's value."""
+"""hf_cifar.evaluation.evaluate_metrics: every metric equals scikit-learn's."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ SCORES = {"precision": sk.precision_score, "recall": sk.recall_score, "f1": sk.f
 
 
 def calibration_error_by_a_loop(probabilities, labels, groups):
-    """ECE of groups of images, each an array of positions."""
+    """Compute the ECE over groups of images, each an array of positions."""
     right, sure = probabilities.argmax(axis=1) == labels, probabilities.max(axis=1)
     gaps = [len(group) * abs(right[group].mean() - sure[group].mean()) for group in groups]
     return sum(gaps) / len(labels)
@@ -81,7 +81,7 @@ def multi_label_draw(count=300):
 
 
 @pytest.mark.parametrize("name", metrics_of(multi_label=False))
-def test_metrics_of_one_label_are_sklearns(name, draw):
+def test_single_label_metrics_equal_sklearn(name, draw):
     logits, labels = draw("plain")
     predictions = logits.argmax(axis=1) if takes_class_ids(name, multi_label=False) else logits
     metric = evaluate_metric(name)()
@@ -93,7 +93,7 @@ def test_metrics_of_one_label_are_sklearns(name, draw):
 
 
 @pytest.mark.parametrize("name", metrics_of(multi_label=True))
-def test_metrics_of_any_number_of_labels_are_sklearns(name):
+def test_multi_label_metrics_equal_sklearn(name):
     logits, labels = multi_label_draw()
     found = evaluate_metric(name, multi_label=True)().compute(predictions=logits, references=labels)
     assert found == {name: pytest.approx(expected_multi_label(logits, labels)[name], **CLOSE)}
@@ -116,14 +116,14 @@ def test_metrics_of_the_same_inputs_can_be_combined(drawn):
     assert set(found) == {"accuracy", "matthews"}
 
 
-def test_an_unknown_metric_is_refused():
+def test_unknown_metric_is_refused():
     with pytest.raises(UserError, match=r"no metric 'accurcy' \(nearest: accuracy\)"):
         evaluate_metric("accurcy")
     with pytest.raises(UserError, match="no metric 'brier'"):
         evaluate_metric("brier", multi_label=True)
 
 
-def test_training_metrics_of_one_label(drawn):
+def test_single_label_training_metrics(drawn):
     logits = drawn.logits.astype(np.float32)
     found = compute_training_metrics(SimpleNamespace(predictions=logits, label_ids=drawn.labels))
     assert list(found) == ["accuracy", "cross_entropy"]
@@ -131,7 +131,7 @@ def test_training_metrics_of_one_label(drawn):
     assert found == {name: outcome.metric(name) for name in found}
 
 
-def test_training_metrics_of_any_number_of_labels_are_those_at_one_half():
+def test_multi_label_training_metrics_use_a_threshold_of_one_half():
     logits, labels = multi_label_draw()
     found = compute_training_metrics(SimpleNamespace(predictions=logits, label_ids=labels))
     assert set(found) == {"accuracy", "f1_macro", "average_precision_macro", "cross_entropy"}

@@ -1,4 +1,4 @@
-"""hf_cifar.evaluation.intervals: do 95% intervals hold the truth in 95 of 100 samples?"""
+"""hf_cifar.evaluation.intervals: 95% intervals contain the true value in 95% of samples."""
 
 import numpy as np
 import pytest
@@ -20,31 +20,31 @@ NAMES = {0: "cat", 1: "dog", 2: "frog"}
 
 
 def draw(count, generator, num_labels=3):
-    """Logits [N, K] and labels [N] of a model that is right in about four of five images."""
+    """Logits [N, K] and labels [N] of a model with an accuracy of about 80%."""
     labels = generator.choice(
         num_labels, count, p=np.arange(1, num_labels + 1) / sum(range(num_labels + 1))
     )
     return generator.normal(size=(count, num_labels)) + 1.8 * np.eye(num_labels)[labels], labels
 
 
-def test_wilson_is_scipys():
+def test_wilson_equals_scipy():
     for hits, count in ((0, 7), (3, 7), (7, 7), (450, 5000)):
         expected = stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
         np.testing.assert_allclose(wilson(hits, count), expected, atol=1e-9, rtol=0)
 
 
-def test_wilson_of_no_image_is_undefined():
+def test_wilson_without_images_is_undefined():
     assert np.isnan(wilson([0, 1], [0, 2])[0]).all()
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.89])
-def test_wilson_covers(share):
+def test_wilson_has_its_nominal_coverage(share):
     hits = np.random.default_rng(0).binomial(1000, share, 1000)
     low, high = wilson(hits, 1000).T
     assert 0.93 <= ((low <= share) & (share <= high)).mean() <= 0.97
 
 
-def test_bootstrapped_metrics_cover():
+def test_bootstrap_intervals_have_their_nominal_coverage():
     generator = np.random.default_rng(1)
     truth = compute_metrics(*draw(200_000, generator), NAMES)
     keys = [
@@ -60,8 +60,8 @@ def test_bootstrapped_metrics_cover():
 
 
 @pytest.mark.parametrize("power", [1.0, 1.3, 2.0])
-def test_interval_of_the_calibration_error_covers(power):
-    """power: the truth of confidence c is c ** power; 1 is a perfectly calibrated model."""
+def test_calibration_interval_has_its_nominal_coverage(power):
+    """power: the accuracy at confidence c is c ** power; 1 is a perfectly calibrated model."""
     generator = np.random.default_rng(2)
 
     def sample(count):
@@ -71,7 +71,7 @@ def test_interval_of_the_calibration_error_covers(power):
 
     probabilities, _ = sample(500_000)
     confidences = probabilities.max(axis=1)
-    truth = np.abs(confidences - confidences**power).mean()  # of one sign: bins do not matter
+    truth = np.abs(confidences - confidences**power).mean()  # gaps of one sign: bins do not matter
     covered = 0
     for _ in range(300):
         low, high = calibration_interval(*sample(400), "equal_width", 200, generator)
@@ -80,7 +80,7 @@ def test_interval_of_the_calibration_error_covers(power):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_areas_of_drawn_images_are_sklearns(ties):
+def test_areas_of_resampled_images_equal_sklearn(ties):
     generator = np.random.default_rng(4)
     logits, labels = draw(200, generator)
     scores = np.round(softmax(logits, axis=1)[:, 1], 1 if ties else 15)
@@ -133,7 +133,7 @@ def test_mcnemar_is_the_binomial_test():
     assert mcnemar(9, 1) == mcnemar(1, 9)
 
 
-def test_paired_difference_covers():
+def test_paired_difference_has_its_nominal_coverage():
     generator = np.random.default_rng(8)
     outcomes = generator.multinomial(500, [0.8, 0.08, 0.05, 0.07], size=1000)
     covered = 0
@@ -143,7 +143,7 @@ def test_paired_difference_covers():
     assert 930 <= covered <= 970
 
 
-def test_the_interval_of_a_mean_is_scipys():
+def test_interval_of_a_mean_equals_scipy():
     values = [0.91, 0.93, 0.90, 0.94, 0.915]
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     np.testing.assert_allclose(mean_interval(values), expected, rtol=1e-12)

@@ -9,7 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from hf_cifar.evaluation.intervals import wilson
 from hf_cifar.evaluation.mistakes import (
     confused_pairs,
-    most_doubtful_hits,
+    least_confident_hits,
     slices,
     suspected_label_errors,
     suspected_multi_label_errors,
@@ -19,7 +19,7 @@ from hf_cifar.evaluation.mistakes import (
 NAMES = ["cat", "dog", "frog"]
 
 
-def test_the_most_confused_pairs_come_first_with_their_share_of_the_truth():
+def test_most_confused_pairs_come_first_with_their_share():
     confusion = np.array([[6, 3, 1], [4, 16, 0], [0, 0, 5]])
     assert confused_pairs(confusion, NAMES) == [
         {"truth": "dog", "prediction": "cat", "num_images": 4, "share": 0.2},
@@ -28,13 +28,13 @@ def test_the_most_confused_pairs_come_first_with_their_share_of_the_truth():
     ]
 
 
-def test_confused_pairs_are_limited_and_leave_the_matrix_alone():
+def test_confused_pairs_are_limited_and_do_not_change_the_matrix():
     confusion = np.array([[6, 3, 1], [4, 16, 0], [0, 0, 5]])
     assert len(confused_pairs(confusion, NAMES, limit=2)) == 2
     assert confusion.trace() == 27
 
 
-def test_no_mistake_is_no_pair_and_equal_pairs_keep_the_order_of_the_classes():
+def test_confused_pairs_have_images_and_ties_are_in_class_order():
     assert confused_pairs(np.diag([3, 4, 5]), NAMES) == []
     pairs = confused_pairs([[1, 2, 2], [0, 1, 0], [2, 0, 1]], NAMES)
     assert [(p["truth"], p["prediction"]) for p in pairs] == [
@@ -47,7 +47,7 @@ def test_errors_and_hits_are_ordered_by_confidence():
     hits = np.array([False, True, False, True, True])
     assert worst_errors(confidences, hits).tolist() == [0, 2]
     assert worst_errors(confidences, hits, limit=1).tolist() == [0]
-    assert most_doubtful_hits(confidences, hits).tolist() == [3, 1, 4]
+    assert least_confident_hits(confidences, hits).tolist() == [3, 1, 4]
 
 
 def test_planted_label_errors_are_found_on_real_images():
@@ -66,10 +66,10 @@ def test_planted_label_errors_are_found_on_real_images():
     )
     count, order = suspected_label_errors(probabilities, labels)
     assert len(np.intersect1d(order[:60], planted)) >= 45
-    assert 30 <= count <= 60  # it estimates with care
+    assert 30 <= count <= 60  # the estimate is conservative
 
 
-def test_planted_errors_among_several_labels_are_found_on_real_images():
+def test_planted_multi_label_errors_are_found_on_real_images():
     digits = load_digits()
     generator = np.random.default_rng(0)
     truth = np.stack(
@@ -91,12 +91,12 @@ def test_planted_errors_among_several_labels_are_found_on_real_images():
     count, order = suspected_multi_label_errors(scores, labels)
     assert len(np.intersect1d(order[:60], planted)) >= 45
     assert 30 <= count <= 80
-    labels[:, 0] = 1  # says nothing of any image
+    labels[:, 0] = 1  # not informative
     assert suspected_multi_label_errors(scores[:, :1], labels[:, :1])[0] == 0
     assert suspected_multi_label_errors(scores, labels)[0] > 0
 
 
-def test_labels_in_doubt_keep_their_positions_when_a_class_has_no_image():
+def test_suspect_positions_are_right_if_a_class_has_no_images():
     generator = np.random.default_rng(0)
     labels = np.repeat([0, 2, 3], 40)  # class 1 is missing
     probabilities = np.full((120, 4), 0.01)
@@ -105,12 +105,12 @@ def test_labels_in_doubt_keep_their_positions_when_a_class_has_no_image():
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     count, order = suspected_label_errors(probabilities, labels)
     assert (count, order.tolist()) == (1, [7])
-    assert suspected_label_errors(probabilities[:5], labels[:5])[0] == 0  # one class alone
+    assert suspected_label_errors(probabilities[:5], labels[:5])[0] == 0  # a single class
 
 
-def test_slices_hold_as_many_images_each_and_give_their_accuracy():
+def test_slices_have_equal_sizes_and_their_accuracy():
     values = np.arange(100.0)[::-1]
-    hits = values < 75  # right but for the highest quarter
+    hits = values < 75  # correct except in the highest quarter
     parts = slices(values, hits)
     assert [part["num_images"] for part in parts] == [25] * 4
     assert [part["accuracy"] for part in parts] == [1, 1, 1, 0]
@@ -123,7 +123,7 @@ def test_slices_hold_as_many_images_each_and_give_their_accuracy():
     assert parts[3]["interval"] == pytest.approx(wilson(0, 25).tolist())
 
 
-def test_slices_of_equal_values_are_one():
+def test_equal_values_form_one_slice():
     part, *empty = slices(np.zeros(10), np.ones(10))
     assert (part["num_images"], part["accuracy"]) == (10, 1)
     assert empty == [None] * 3

@@ -50,7 +50,7 @@ def test_metrics_agree_with_scikit_learn(ties):
         "roc_auc_macro": sk.roc_auc_score(labels, scores),
         "average_precision_macro": sk.average_precision_score(labels, scores),
         "cross_entropy": np.mean(
-            [sk.log_loss(labels[:, k], scores[:, k]) for k in range(4)]  # of one class at a time
+            [sk.log_loss(labels[:, k], scores[:, k]) for k in range(4)]  # one class at a time
         ),
     }
     for how in ("micro", "macro", "weighted"):
@@ -81,7 +81,7 @@ def test_calibration_fits_the_thresholds():
     assert after.metric("f1_macro") > before.metric("f1_macro")
 
 
-def test_a_class_without_images_has_no_area_and_stays_out_of_the_mean():
+def test_class_without_images_has_no_area_and_is_not_in_the_mean():
     logits, labels = draw()
     labels[:, 0], logits[:, 0] = 0, -9
     found = compute_metrics(logits, labels, NAMES, THRESHOLDS)
@@ -94,7 +94,7 @@ def test_a_class_without_images_has_no_area_and_stays_out_of_the_mean():
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_thresholds_have_the_best_f1_of_all(ties, seed):
+def test_thresholds_maximise_f1(ties, seed):
     logits, labels = draw(60, seed, ties)
     labels[0] = 1
     scores = expit(logits)
@@ -104,15 +104,15 @@ def test_thresholds_have_the_best_f1_of_all(ties, seed):
         truth = labels[:, k, None]
         f1 = 2 * (given & truth).sum(axis=0) / (given.sum(axis=0) + truth.sum())
         assert f1[0] == pytest.approx(f1.max())
-        assert not np.isin(thresholds[k], scores[:, k])  # so that rounding decides nothing
+        assert not np.isin(thresholds[k], scores[:, k])  # so that rounding does not matter
 
 
-def test_a_threshold_parts_scores_in_the_middle_and_is_one_half_without_images():
+def test_threshold_is_halfway_between_scores_and_one_half_without_images():
     scores = np.array([[0.9, 0.2], [0.7, 0.1], [0.1, 0.3]])
     np.testing.assert_allclose(
         fit_thresholds(scores, np.array([[1, 0], [1, 0], [0, 0]])), [0.4, 0.5]
     )
-    # Every image has the class: whatever the score.
+    # Every image has the class, whatever its score.
     np.testing.assert_allclose(fit_thresholds(scores, np.ones((3, 2), int)), [0.05, 0.05])
 
 
@@ -130,7 +130,7 @@ def test_every_metric_is_in_its_interval():
             assert low <= own[key] <= high, (name, key)
 
 
-def test_intervals_are_the_same_again_and_none_where_nothing_is_defined():
+def test_intervals_are_deterministic_and_none_if_undefined():
     logits, labels = draw()
     labels[:, 0] = 0
     first, second = (
@@ -141,7 +141,7 @@ def test_intervals_are_the_same_again_and_none_where_nothing_is_defined():
     assert metric_intervals(logits, labels, NAMES, THRESHOLDS, 200, seed=1) != first
 
 
-def test_intervals_cover_what_they_say():
+def test_intervals_have_their_nominal_coverage():
     """F1, mAP and cross-entropy of many samples of one population."""
     wide, wide_labels = draw(100_000, seed=99)
     truth = compute_metrics(wide, wide_labels, NAMES, THRESHOLDS)
@@ -151,7 +151,7 @@ def test_intervals_cover_what_they_say():
         found = metric_intervals(*draw(200, seed), NAMES, THRESHOLDS, draws=100)
         for name in names:
             held[name] += found[name][0] <= truth[name] <= found[name][1]
-    # 95% less three standard deviations of 60 samples, and the bias of an area of ten images.
+    # 95% minus three standard deviations for 60 samples, and the bias of an area of ten images.
     assert all(count >= 50 for count in held.values()), held
 
 
@@ -171,11 +171,11 @@ def test_a_saved_file_gives_the_same_metrics_and_is_a_data_set(tmp_path):
     assert rows[5]["label"] == np.flatnonzero(made.labels[5]).tolist()
 
 
-def test_predictions_without_thresholds_take_one_half():
+def test_default_threshold_is_one_half():
     plain = predictions(thresholds=None)
     assert plain.metrics == predictions(thresholds=np.full(4, 0.5)).metrics
     given = plain.logits >= 0
-    np.testing.assert_array_equal(plain.right, (given == plain.labels).all(axis=1))
+    np.testing.assert_array_equal(plain.correct, (given == plain.labels).all(axis=1))
 
 
 def test_tables_show_thresholds_and_averages():
@@ -186,21 +186,21 @@ def test_tables_show_thresholds_and_averages():
     )
 
 
-def test_two_runs_are_compared_by_images_with_all_labels_right(tmp_path, capsys):
+def test_runs_are_compared_by_images_with_all_labels_correct(tmp_path, capsys):
     first, second = predictions(seed=1), predictions(seed=2)
     found = compare_predictions(first, second)
-    assert found["only_first_right"] == (first.right & ~second.right).sum()
-    assert found["first"]["accuracy"] == first.right.mean()
+    assert found["only_first_correct"] == (first.correct & ~second.correct).sum()
+    assert found["first"]["accuracy"] == first.correct.mean()
     text = render_comparison(found, ["a", "b"])
     assert "average_precision_macro" in text and "brier" not in text
     for folder, made in (("a", first), ("b", second)):
         made.save(tmp_path / folder)
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    assert "right in" in capsys.readouterr().out
+    assert "in neither" in capsys.readouterr().out
 
 
-def test_a_run_with_one_label_an_image_is_not_compared_with_one_of_several():
+def test_single_label_run_is_not_compared_with_a_multi_label_run():
     several = predictions()
     one = dataclasses.replace(several, labels=several.labels.argmax(axis=1), thresholds=None)
-    with pytest.raises(UserError, match="have another label"):
+    with pytest.raises(UserError, match="have different labels"):
         compare_predictions(several, one)

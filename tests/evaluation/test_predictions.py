@@ -1,4 +1,4 @@
-"""hf_cifar.evaluation.predictions: one file, and every metric from it."""
+"""hf_cifar.evaluation.predictions: the file and every metric from it."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_a_saved_file_gives_the_same_metrics(predictions, tmp_path):
     assert saved_splits(tmp_path) == ["test"]
 
 
-def test_the_file_is_a_data_set_with_class_names(predictions, tmp_path):
+def test_file_is_a_data_set_with_class_names(predictions, tmp_path):
     predictions.save(tmp_path)
     rows = datasets.Dataset.from_parquet(
         str(tmp_path / "predictions" / "test.parquet"), cache_dir=str(tmp_path / "cache")
@@ -51,7 +51,7 @@ def test_a_second_split_joins_the_first(predictions, tmp_path):
     assert saved_splits(tmp_path) == ["validation", "test"]
 
 
-def test_missing_and_foreign_files_are_refused(tmp_path):
+def test_missing_and_unrelated_files_are_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"no predictions in .*; run: hf-cifar evaluate .*--split test"
     ):
@@ -59,10 +59,10 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "predictions" / "test.parquet"
     path.parent.mkdir()
     path.write_bytes(b"no parquet")
-    with pytest.raises(UserError, match="does not hold predictions"):
+    with pytest.raises(UserError, match="does not contain predictions"):
         Predictions.load(tmp_path, "test")
     datasets.Dataset.from_dict({"label": [0, 1]}).to_parquet(str(path))
-    with pytest.raises(UserError, match="does not hold predictions"):
+    with pytest.raises(UserError, match="does not contain predictions"):
         Predictions.load(tmp_path, "test")
 
 

@@ -1,4 +1,4 @@
-"""hf_cifar.evaluation.single_label: the metrics are scikit-learn's."""
+"""hf_cifar.evaluation.single_label: the metrics equal scikit-learn's."""
 
 import math
 import warnings
@@ -28,8 +28,8 @@ def test_probabilities_sum_to_one_and_do_not_overflow():
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("kind", ["plain", "missing"])
-def test_top_k_is_sklearns_without_ties(kind, k, draw):
-    # Normal draws tie with probability 0; the columns that "missing" sets equal are last for all.
+def test_top_k_equals_sklearn_without_ties(kind, k, draw):
+    # Normal draws have no ties; the columns that "missing" sets equal are last for all metrics.
     logits, labels = draw(kind)
     probabilities = SingleLabel(logits, labels).probabilities
     expected = sk.top_k_accuracy_score(labels, probabilities, k=k, labels=range(8))
@@ -59,7 +59,7 @@ def test_cross_entropy_of_an_impossible_class_is_finite():
     assert 700 < log_losses([[1.0, 0.0]], [1]) < 750
 
 
-def test_confusion_matrix_is_sklearns(drawn):
+def test_confusion_matrix_equals_sklearn(drawn):
     found = confusion_matrix(drawn.predictions, drawn.labels, 8)
     np.testing.assert_array_equal(
         found, sk.confusion_matrix(drawn.labels, drawn.predictions, labels=range(8))
@@ -67,7 +67,7 @@ def test_confusion_matrix_is_sklearns(drawn):
     assert found.sum() == len(drawn.labels)
 
 
-def test_brier_is_sklearns(drawn):
+def test_brier_equals_sklearn(drawn):
     expected = np.mean((drawn.probabilities - np.eye(8)[drawn.labels]) ** 2) * 8
     assert brier(drawn.probabilities, drawn.labels).mean() == pytest.approx(expected, **CLOSE)
     binary = np.array([[0.8, 0.2], [0.4, 0.6], [0.9, 0.1]])
@@ -92,19 +92,19 @@ def test_each_class_has_its_metrics(drawn):
     assert sum(map(sum, found["confusion_matrix"])) == len(drawn.labels)
 
 
-def test_one_class_alone_has_no_area_and_two_no_top_5_accuracy():
+def test_undefined_areas_and_top_5_accuracy():
     found = compute_metrics(np.array([[2.0, 1.0], [3.0, 0.0]]), np.array([0, 0]), {0: "a", 1: "b"})
     assert found["roc_auc_macro"] is None
     assert (found["accuracy"], found["f1_macro"]) == (1.0, 1.0)
     assert "top_5_accuracy" not in found
 
 
-def test_calibration_keeps_the_answers_and_lowers_the_error(draw):
+def test_calibration_keeps_the_predictions_and_lowers_the_error(draw):
     logits, labels = draw("plain", count=2000)
     plain = SingleLabel(3 * logits, labels)
     changed = plain.calibrate()
     calibrated = SingleLabel(changed["logits"], labels, temperature=changed["temperature"])
-    np.testing.assert_array_equal(calibrated.answers, plain.answers)
+    np.testing.assert_array_equal(calibrated.predicted, plain.predicted)
     found = calibrated.compute(dict(enumerate("abcdefgh")))
     assert found["temperature"] == changed["temperature"] > 1
     assert found["ece"] < found["ece_uncalibrated"] == pytest.approx(plain.metric("ece"), abs=1e-6)
