@@ -1,4 +1,4 @@
-"""Multi-label data from one end to the other: what the single-label path does not have."""
+"""Multi-label data end to end: everything that differs from single-label data."""
 
 import json
 import re
@@ -80,33 +80,33 @@ def test_the_best_checkpoint_is_that_of_the_highest_map(finished):
     assert options.metric_for_best_model == "average_precision_macro"
 
 
-def test_summary_and_card_show_multi_label_figures(finished):
+def test_summary_and_card_show_multi_label_metrics(finished):
     card = (finished.output_dir / "README.md").read_text()
     for text in (render_summary(finished), card):
         words = set(re.findall(r"\w+", text))  # a commit's hash may contain "ece"
         assert {"f1_micro", "average_precision_macro"} <= words and "ece" not in words
-    assert "No image was mistaken" not in card
+    assert "There were no mistakes" not in card
 
 
-def test_report_shows_multi_label_figures(finished):
+def test_report_shows_multi_label_metrics(finished):
     assert main(["report", str(finished.output_dir), "--gallery_size", "5"]) == 0
     facts = json.loads((finished.output_dir / "report.json").read_text())
     predictions = Predictions.load(finished.output_dir, "test")
     scores = dict(zip(predictions.row_ids.tolist(), predictions.probabilities, strict=True))
     assert facts["multi_label"] and facts["metrics"] == finished.metrics
-    assert "reliability" not in facts and len(facts["doubtful_hits"]) == 5
-    for row in facts["doubtful_hits"]:
+    assert "reliability" not in facts and len(facts["least_confident_hits"]) == 5
+    for row in facts["least_confident_hits"]:
         given = np.isin(list("rgb"), row["truth"].split(", "))
         each = np.where(given, scores[row["row_id"]], 1 - scores[row["row_id"]])
         assert row["prediction"] == row["truth"]
-        assert row["confidence"] == pytest.approx(each.prod()) == row["truth_probability"]
+        assert row["confidence"] == pytest.approx(each.prod()) == row["label_probability"]
     page = (finished.output_dir / "report.html").read_text()
-    assert "All labels right on test" in page and "mean average precision" in page
+    assert "All labels correct on test" in page and "mean average precision" in page
     assert "Validation mean average precision (mAP)" in page and 'src="data:image/png' in page
     assert 'id="calibration"' not in page and "Confusion matrix" not in page
 
 
-def test_evaluate_gives_the_figures_of_the_run_again(finished, capsys):
+def test_evaluate_reproduces_the_metrics_of_the_run(finished, capsys):
     assert main(["evaluate", "--model_name_or_path", str(finished.output_dir), "--use_cpu"]) == 0
     assert "average_precision_macro" in capsys.readouterr().out
     again = json.loads((finished.output_dir / "metrics.json").read_text())["validation"]
@@ -165,7 +165,7 @@ def test_thresholds_of_another_number_of_labels_are_refused(finished, tmp_path):
     model.save_pretrained(tmp_path)
     from hf_cifar.models.problem_type import thresholds_of
 
-    with pytest.raises(UserError, match="holds 1 thresholds for 3 labels"):
+    with pytest.raises(UserError, match="has 1 thresholds for 3 labels"):
         thresholds_of(AutoModelForImageClassification.from_pretrained(tmp_path))
 
 
@@ -192,8 +192,8 @@ def test_timm_and_article_models_train_on_several_labels(tmp_path, lights, model
 def test_without_calibration_every_threshold_is_one_half(tmp_path, lights, tiny_vit):
     flags = ("--num_train_epochs", "1", "--calibrate", "false", "--freeze", "backbone")
     result = finetune_classifier(tiny_config(tmp_path, lights, tiny_vit, *flags))
-    figures = result.metrics["validation"]["per_class"].values()
-    assert [one["threshold"] for one in figures] == [0.5] * 3
+    per_class = result.metrics["validation"]["per_class"].values()
+    assert [own["threshold"] for own in per_class] == [0.5] * 3
 
 
 def test_loss_is_binary_cross_entropy_smoothed_in_training_alone(tmp_path, lights, tiny_vit):
@@ -221,7 +221,7 @@ def test_a_mixed_batch_trains_on_mixed_labels(tmp_path, lights, tiny_vit, flag):
     inputs = trainer._prepare_inputs(batch)
     targets, labels = inputs["targets"], batch["labels"].float()
     assert targets.shape == labels.shape and not torch.equal(targets, labels)
-    # A light that is on in a share of an image brightens that share: the mean colour tells the target.
+    # A light that is on brightens its share of an image, so the mean colour determines the target.
     colours = inputs["pixel_values"].mean(dim=(2, 3))
     plain = trainer.preprocessing(batch["pixel_values"]).mean(dim=(2, 3))
     dark, bright = plain[labels == 0].mean(), plain[labels == 1].mean()

@@ -1,1 +1,1 @@
-"""The report of a run, as facts and as a page, and its model card."""
+"""The report of a run, as JSON and as a page, and its model card."""

@@ -1,4 +1,4 @@
-"""The model card: README.md and its metadata, from the files of a run."""
+"""The model card: render README.md and its metadata from the files of a run."""
 
 from __future__ import annotations
 
@@ -45,11 +45,10 @@ OURS = """@software{{hf_cifar,
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All facts in a card.
+    """The facts in a model card.
 
-    repo_id: the repository that its code loads. options: those of config.yaml. run: of run.json, or what is
-    known of it before training. metrics: by split, as in metrics.json. class_names: in the order of their
-    ids.
+    repo_id: the repository loaded by the example code. options: from config.yaml. run: from run.json, or the
+    part known before training. metrics: by split, as in metrics.json. class_names: in the order of their ids.
     """
 
     repo_id: str
@@ -59,41 +58,40 @@ class CardFacts:
     class_names: list[str]
     custom_code: bool = False
 
-    @classmethod
-    def load(cls, folder: Path) -> CardFacts:
-        """The facts of a finished run. Raises: UserError if the folder holds none."""
-        files = RunFolder(folder)
-        try:
-            run, metrics = files.facts(), files.metrics()
-            if not metrics:
-                raise KeyError(files.metrics_path.name)
-            facts = cls(
-                repo_id=run["repo_id"],
-                options=files.options(),
-                run=run,
-                metrics=metrics,
-                class_names=_class_names(files.model_config()),
-                custom_code=any(folder.glob("*.py")),
-            )
-            render_card(facts)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError,
-                jinja2.UndefinedError) as error:  # fmt: skip
-            raise UserError(
-                f"{folder} holds no finished run to make a card of "
-                f"({type(error).__name__}: {one_line(error, 200)}); pass the --output_dir of one"
-            ) from None
-        return facts
+
+def load_card(folder: Path) -> tuple[CardFacts, str]:
+    """Read the facts of a finished run and render its card. Raises: UserError if they are incomplete."""
+    files = RunFolder(folder)
+    try:
+        run, metrics = files.facts(), files.metrics()
+        if not metrics:
+            raise KeyError(files.metrics_path.name)
+        facts = CardFacts(
+            repo_id=run["repo_id"],
+            options=files.options(),
+            run=run,
+            metrics=metrics,
+            class_names=_class_names(files.model_config()),
+            custom_code=any(folder.glob("*.py")),
+        )
+        return facts, render_card(facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError,
+            jinja2.UndefinedError) as error:  # fmt: skip
+        raise UserError(
+            f"{folder} has no finished run to make a card from "
+            f"({type(error).__name__}: {one_line(error, 200)}); pass the --output_dir of one"
+        ) from None
 
 
 def _class_names(config: dict[str, Any]) -> list[str]:
-    """Class names in a saved model's config.json, where timm's are a list."""
+    """Class names in a saved model's config.json; timm models store them as a list."""
     if "label_names" in config:
         return list(config["label_names"])
     return [config["id2label"][key] for key in sorted(config["id2label"], key=int)]
 
 
 def render_card(facts: CardFacts) -> str:
-    """README.md of a run, metadata and text; holds no local path and no token."""
+    """Render the README.md of a run, metadata and text, without local paths or tokens."""
     run, options, metrics = facts.run, facts.options, facts.metrics
     model, dataset = run["model"], run["dataset"]
     last_split = list(metrics)[-1] if metrics else "validation"
@@ -184,8 +182,8 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
 
 
 def render_eval_results(facts: CardFacts) -> str | None:
-    """The accuracy on test as YAML of the Hub's `.eval_results/`; None without one, or where it is no result
-    of a data set on the Hub, as on a part of test."""
+    """Render the test accuracy as YAML for the Hub's `.eval_results/`; None unless it was measured on the
+    whole test split of a data set on the Hub."""
     dataset, metrics = facts.run["dataset"], facts.metrics.get("test", {})
     part = facts.options.get("max_eval_samples") or "skipped_rows" in metrics
     if not dataset["hub_id"] or "accuracy" not in metrics or part:
@@ -202,9 +200,9 @@ def render_eval_results(facts: CardFacts) -> str | None:
 
 
 def save_card(folder: Path) -> None:
-    """Write README.md and `.eval_results/` of a finished run, from its other files."""
-    facts, files = CardFacts.load(folder), RunFolder(folder)
-    write_text(files.card_path, render_card(facts))
+    """Write README.md and `.eval_results/` of a finished run from its other files."""
+    (facts, text), files = load_card(folder), RunFolder(folder)
+    write_text(files.card_path, text)
     results = render_eval_results(facts)
     if results is not None:
         path = files.eval_results_path(facts.run["dataset"]["hub_id"].split("/")[-1])
@@ -213,27 +211,27 @@ def save_card(folder: Path) -> None:
 
 
 def is_untouched(folder: Path) -> bool:
-    """True if a run's card is as `save_card` writes it, for the current metrics."""
+    """True if a run's card is the one that `save_card` writes for the current metrics."""
     card = RunFolder(folder).card_path
     try:
-        return card.is_file() and card.read_text() == render_card(CardFacts.load(folder))
+        return card.is_file() and card.read_text() == load_card(folder)[1]
     except UserError:
         return False
 
 
 def card_for(folder: Path, repo_id: str) -> str:
-    """A run's card for the repository that it is pushed to. An edited card stays as it is, except for the
-    name that its code loads. Raises: UserError if the folder holds no finished run."""
-    facts = CardFacts.load(folder)
+    """Return a run's card for the repository it is pushed to. In an edited card, only the repository in the
+    example code changes. Raises: UserError if the folder has no finished run."""
+    facts, original = load_card(folder)
     card = RunFolder(folder).card_path
-    text = card.read_text() if card.is_file() else None
-    if text in (None, render_card(facts)):
+    text = card.read_text() if card.is_file() else original
+    if text == original:
         return render_card(dataclasses.replace(facts, repo_id=repo_id))
     return text.replace(f'"{facts.repo_id}"', f'"{repo_id}"')
 
 
 def _cell(value: Any) -> str:
-    """A value as a cell of a Markdown table."""
+    """Format a value as a cell of a Markdown table."""
     return one_line(value).replace("|", "\\|")
 
 
@@ -248,7 +246,7 @@ def _headline(metrics: dict[str, dict[str, Any]]) -> str:
     if split is None:
         return ""
     own = metrics[split]
-    return f"Accuracy on {split}: {render_cell(own, 'accuracy')}, of {own['num_images']:,} images"
+    return f"Accuracy on {split}: {render_cell(own, 'accuracy')}, on {own['num_images']:,} images"
 
 
 def _result(split: str, metrics: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +274,7 @@ def _calibration(metrics: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _ranked(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Classes that have images, by F1 from the lowest."""
+    """Classes that have images, the lowest F1 first."""
     classes = [
         (name, own) for name, own in metrics.get("per_class", {}).items() if own["num_images"]
     ]
@@ -304,7 +302,7 @@ def _per_class(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
 def _per_class_note(split: str, metrics: dict[str, Any]) -> str:
     count = len(metrics.get("per_class", {}))
     if count > MAX_CLASSES:
-        shown = f"the {MAX_CLASSES} classes of {count:,} with the lowest F1"
+        shown = f"the {MAX_CLASSES} of {count:,} classes with the lowest F1"
         return f"On {split}, {shown}; in brackets: 95% intervals."
     return f"On {split}; in brackets: 95% intervals."
 
@@ -317,7 +315,7 @@ def _weakest(metrics: dict[str, Any]) -> str:
 
 
 def _confused(metrics: dict[str, Any]) -> list[tuple[str, ...]] | None:
-    if "confusion_matrix" not in metrics:  # images with any number of labels
+    if "confusion_matrix" not in metrics:  # multi-label
         return None
     pairs = confused_pairs(metrics["confusion_matrix"], list(metrics["per_class"]), NUM_PAIRS)
     return [

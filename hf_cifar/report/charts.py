@@ -1,8 +1,8 @@
-"""Plots as SVG with the colours of the page around it, for light, dark and print.
+"""Charts as SVG that take their colours from the page, for light and dark mode and print.
 
-Every plot is one <svg> of class "plot" with a title and a description for screen readers; sizes are in the
-units of its view box, which a phone shows one to one. CSS classes: axis, grid, tick, series-0 to series-3,
-bar, gap (sure or unsure), ideal, whisker.
+Every chart is one <svg> of class "plot" with a title and a description for screen readers; sizes are in the
+units of its view box, which a phone shows at their original size. CSS classes: axis, grid, tick, series-0 to
+series-3, bar, gap (overconfident or underconfident), ideal, whisker.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 38
 
 
 class Axes:
-    """Positions of values in a plot: x from the left, y from the bottom, both linear."""
+    """Linear axes of a chart: map values to positions, x from the left, y from the bottom."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float], height: int = HEIGHT):
         self.x_range, self.y_range, self.height = x, y, height
@@ -33,7 +33,7 @@ class Axes:
         return self.height - BOTTOM - (value - low) / (high - low) * (self.height - TOP - BOTTOM)
 
     def draw(self, x_label: str, y_label: str, x_ticks: Sequence[float] | None = None) -> list[str]:
-        """Grid lines, tick labels and axis titles."""
+        """Draw grid lines, tick labels and axis titles."""
         parts = []
         right, bottom = WIDTH - RIGHT, self.height - BOTTOM
         for value in ticks(*self.y_range):
@@ -60,7 +60,7 @@ def line_chart(
     *,
     from_zero: bool = False,
 ) -> str:
-    """Lines through points (x, y) by name, up to four, with a legend if there is more than one."""
+    """Draw up to four named lines through points (x, y), with a legend if there is more than one."""
     points = [point for line in series.values() for point in line]
     xs, ys = zip(*points, strict=True)
     low, high = (0.0 if from_zero else min(ys)), max(ys)
@@ -82,10 +82,10 @@ def line_chart(
 
 
 def reliability_diagram(title: str, bins: Sequence[Mapping[str, float]]) -> str:
-    """Accuracy against confidence, a bar for each bin: low, high, num_images, accuracy, confidence, 0..1.
+    """Draw accuracy against confidence. bins: low, high, num_images, accuracy, confidence, 0..1.
 
-    A calibrated classifier's bars end at the diagonal. The gap between accuracy and mean confidence has a
-    colour of its own, and the strip below shows the number of images in each bin.
+    For a calibrated classifier, the bars end at the diagonal. The gap between accuracy and mean confidence
+    has its own colour, and the strip below shows the number of images in each bin.
     """
     axes = Axes((0, 1), (0, 1), HEIGHT + 60)
     parts = axes.draw("confidence", "accuracy", x_ticks=(0, 0.2, 0.4, 0.6, 0.8, 1))
@@ -93,7 +93,7 @@ def reliability_diagram(title: str, bins: Sequence[Mapping[str, float]]) -> str:
     for part in bins:
         x, width = axes.x(part["low"]), axes.x(part["high"]) - axes.x(part["low"])
         low, high = sorted((part["accuracy"], part["confidence"]))
-        kind = "sure" if part["confidence"] > part["accuracy"] else "unsure"
+        kind = "overconfident" if part["confidence"] > part["accuracy"] else "underconfident"
         text = (
             f"confidence {part['low']:.2f} to {part['high']:.2f}: {part['num_images']:,} images, "
             f"accuracy {part['accuracy']:.3f}, mean confidence {part['confidence']:.3f}"
@@ -133,7 +133,7 @@ def reliability_diagram(title: str, bins: Sequence[Mapping[str, float]]) -> str:
 def interval_bars(
     title: str, rows: Mapping[str, tuple[float, Sequence[float] | None]], x_label: str
 ) -> str:
-    """A horizontal bar 0..1 for each name, with its interval [low, high] as a whisker."""
+    """Draw a horizontal bar 0..1 for each name, with its interval [low, high] as a whisker."""
     line, label = 22, 92
     height = TOP + line * len(rows) + BOTTOM
     scale = WIDTH - label - RIGHT - 44
@@ -167,7 +167,7 @@ def interval_bars(
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers between low and high, about `about` of them."""
+    """Choose about `about` round numbers between low and high."""
     step = _step(low, high, about)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
@@ -181,19 +181,19 @@ def _step(low: float, high: float, about: int = 5) -> float:
 
 
 def _rounded(low: float, high: float) -> tuple[float, float]:
-    """The range, widened to whole steps."""
+    """Widen the range to whole steps."""
     step = _step(low, high)
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
 
 
 def _spread(low: float, high: float) -> tuple[float, float]:
-    """The range, never empty."""
+    """Widen an empty range."""
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def thinned(points: Sequence[tuple[float, float]], most: int = 200) -> list[tuple[float, float]]:
-    """Points in order, averaged in groups if there are more than `most`."""
-    size = math.ceil(len(points) / most)
+def thinned(points: Sequence[tuple[float, float]], limit: int = 200) -> list[tuple[float, float]]:
+    """Reduce points to at most `limit`, by averaging consecutive groups."""
+    size = math.ceil(len(points) / limit)
     if size <= 1:
         return list(points)
     groups = [points[start : start + size] for start in range(0, len(points), size)]

@@ -1,6 +1,6 @@
-"""The facts of a report, gathered from the files in a run's folder: report.json, and its pictures.
+"""Collect the facts of a report (report.json) and its pictures from the files in a run's folder.
 
-No model is needed, and no torch. Pictures are read from the run's own data set, if it is still available.
+This needs neither the model nor torch. Pictures are read from the run's data set, if it is still available.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hf_cifar.evaluation.calibration import NUM_BINS, reliability
 from hf_cifar.evaluation.intervals import wilson
 from hf_cifar.evaluation.mistakes import (
     confused_pairs,
-    most_doubtful_hits,
+    least_confident_hits,
     slices,
     worst_errors,
 )
@@ -38,16 +38,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """facts: what report.json holds, plain values. pictures: uint8 [H, W, 3] by the name that facts use."""
+    """A report. facts: the content of report.json. pictures: uint8 [H, W, 3], by their names in the facts."""
 
     facts: dict[str, Any]
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def build_report(folder: str | Path, config: ReportConfig) -> Report:
-    """All facts that the files of a run hold.
+    """Collect all facts from the files of a run.
 
-    Raises: UserError if the folder holds no predictions, or a damaged file.
+    Raises: UserError if the folder has no predictions, or a file is damaged.
     """
     folder = Path(folder)
     found = saved_splits(folder)
@@ -78,11 +78,11 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
         source = DataSource(RunFolder(folder).data())
         split = matching_split(source, evaluated)
     except UserError as error:
-        # The reason may name a path, which has no place in a report.
-        logger.warning("a report without pictures, slices and duplicates: %s", error)
+        # Only logged: the reason may contain a local path, which must not be in a report.
+        logger.warning("the report has no pictures, slices and duplicates: %s", error)
         return Report({**facts, "slices": None, "duplicates": None, "pictures": False})
     facts |= {
-        "slices": property_slices(split, evaluated.right),
+        "slices": property_slices(split, evaluated.correct),
         "duplicates": None,
         "pictures": True,
     }
@@ -98,7 +98,7 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
 
 
 def run_facts(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Data, options, work and machine of the run, without a path of the machine; empty without a run."""
+    """Data, options, duration and machine of the run, without local paths; empty without a run."""
     options = RunFolder(folder).options()
     if not options:
         return {"dataset": None, "model": None, "options": {}, "run": {}, "history": []}
@@ -114,7 +114,7 @@ def run_facts(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def single_label_facts(evaluated: Predictions, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Facts that only one label per image allows: reliability, and the most confused classes."""
+    """Facts for single-label data only: reliability, and the most confused classes."""
     names = list(evaluated.id2label.values())
     return {
         "reliability": reliability_bins(evaluated.probabilities, evaluated.labels),
@@ -123,7 +123,7 @@ def single_label_facts(evaluated: Predictions, metrics: dict[str, Any]) -> dict[
 
 
 def reliability_bins(probabilities: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
-    """The bins of equal width that hold images: low, high, num_images, accuracy, confidence, interval."""
+    """The non-empty bins of equal width: low, high, num_images, accuracy, confidence, interval."""
     table = reliability(probabilities, labels)
     return [
         {
@@ -142,20 +142,20 @@ def reliability_bins(probabilities: np.ndarray, labels: np.ndarray) -> list[dict
 
 
 def galleries(evaluated: Predictions, size: int) -> dict[str, Any]:
-    """Images worth a look: worst errors, least certain right answers, labels that may be wrong."""
-    answers, hits = evaluated.answers, evaluated.right
-    confidences = evaluated.probabilities_of(answers)
-    truth_probabilities = evaluated.probabilities_of(evaluated.labels)
+    """Images worth a look: most confident errors, least confident hits, labels that may be wrong."""
+    predicted, hits = evaluated.predicted, evaluated.correct
+    confidences = evaluated.probabilities_of(predicted)
+    label_probabilities = evaluated.probabilities_of(evaluated.labels)
 
     def rows(positions: Sequence[int]) -> list[dict[str, Any]]:
         return [
             {
                 "row_id": int(evaluated.row_ids[position]),
                 "picture": f"{evaluated.split}/{evaluated.row_ids[position]}",
-                "truth": in_words(evaluated.labels[position], evaluated.id2label),
-                "prediction": in_words(answers[position], evaluated.id2label),
+                "truth": label_names(evaluated.labels[position], evaluated.id2label),
+                "prediction": label_names(predicted[position], evaluated.id2label),
                 "confidence": float(confidences[position]),
-                "truth_probability": float(truth_probabilities[position]),
+                "label_probability": float(label_probabilities[position]),
             }
             for position in positions
         ]
@@ -168,42 +168,42 @@ def galleries(evaluated: Predictions, size: int) -> dict[str, Any]:
         logger.warning("labels are not checked: %s", error)
     return {
         "worst_errors": rows(worst_errors(confidences, hits, size)),
-        "doubtful_hits": rows(most_doubtful_hits(confidences, hits, size)),
+        "least_confident_hits": rows(least_confident_hits(confidences, hits, size)),
         "label_suspects": suspects,
     }
 
 
-def in_words(answer: np.ndarray, id2label: dict[int, str]) -> str:
-    """The name of a class [], or the names of those that are 1 in [K]."""
-    if answer.ndim == 0:
-        return id2label[int(answer)]
-    return ", ".join(id2label[int(label)] for label in np.flatnonzero(answer)) or "no label"
+def label_names(labels: np.ndarray, id2label: dict[int, str]) -> str:
+    """The name of a class id [], or the names of the classes that are 1 in [K]."""
+    if labels.ndim == 0:
+        return id2label[int(labels)]
+    return ", ".join(id2label[int(label)] for label in np.flatnonzero(labels)) or "no label"
 
 
 def matching_split(source: DataSource, evaluated: Predictions) -> Split:
-    """The split that was predicted, read again.
+    """Load the split of the predictions again.
 
-    Raises: UserError if it cannot be read, or has changed since.
+    Raises: UserError if it cannot be read or has changed.
     """
     split = source.test_split if evaluated.split == "test" else source.splits.validation
     same = np.array_equal(split.row_ids, evaluated.row_ids)
     if not same or not np.array_equal(split.labels, evaluated.labels):
         raise UserError(
-            f"{source.config.dataset_name} no longer holds the {evaluated.split} images that were predicted"
+            f"the {evaluated.split} images of {source.config.dataset_name} have changed since the predictions"
         )
     return split
 
 
 def named_pictures(split: Split, facts: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The pictures (name, [H, W, 3] uint8) of all galleries."""
+    """Yield the pictures (name, [H, W, 3] uint8) of all galleries."""
     position_of = {row_id: position for position, row_id in enumerate(split.row_ids.tolist())}
     suspects = (facts["label_suspects"] or {"images": []})["images"]
-    for row in [*facts["worst_errors"], *facts["doubtful_hits"], *suspects]:
+    for row in [*facts["worst_errors"], *facts["least_confident_hits"], *suspects]:
         yield row["picture"], split.decode(position_of[row["row_id"]])
 
 
 def property_slices(split: Split, hits: np.ndarray) -> dict[str, Any]:
-    """Accuracy by quarters of brightness, contrast and sharpness. hits [N]: whether each image is right."""
+    """Accuracy by quarters of brightness, contrast and sharpness. hits [N]: True for a correct prediction."""
     images = split.images if split.images is not None else split.decode_all()
     return {name: slices(values, hits) for name, values in image_properties(images).items()}
 
@@ -211,9 +211,9 @@ def property_slices(split: Split, hits: np.ndarray) -> dict[str, Any]:
 def duplicates_of(
     evaluated: Predictions, split: Split, train: Split, limit: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Evaluated images that are in train too, and the accuracy on all others."""
+    """Find evaluated images that are also in train, and the accuracy on the others."""
     pairs = find_duplicates(split.images, train.images)
-    hits = evaluated.right
+    hits = evaluated.correct
     clean = np.ones(len(hits), bool)
     clean[[pair.first for pair in pairs]] = False
     shown, pictures = [], {}
@@ -230,8 +230,8 @@ def duplicates_of(
                 "exact": pair.exact,
                 "difference": pair.difference,
                 "labels": [
-                    in_words(evaluated.labels[pair.first], evaluated.id2label),
-                    in_words(train.labels[pair.second], train.id2label),
+                    label_names(evaluated.labels[pair.first], evaluated.id2label),
+                    label_names(train.labels[pair.second], train.id2label),
                 ],
             }
         )
@@ -240,8 +240,8 @@ def duplicates_of(
         "num_pairs": len(pairs),
         "num_exact": sum(pair.exact for pair in pairs),
         "num_images": int((~clean).sum()),
-        "accuracy_without": float(hits[clean].mean()) if clean.any() else None,
-        "interval_without": wilson(hits[clean].sum(), clean.sum()).tolist()
+        "accuracy_without_duplicates": float(hits[clean].mean()) if clean.any() else None,
+        "interval_without_duplicates": wilson(hits[clean].sum(), clean.sum()).tolist()
         if clean.any()
         else None,
         "pairs": shown,

@@ -1,4 +1,4 @@
-"""report.html: one page that shows a report, and needs nothing but itself."""
+"""report.html: a report as one self-contained page."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from hf_cifar.report.facts import Report, build_report
 from hf_cifar.report.wording import render_skipped
 from hf_cifar.runs.folder import RunFolder, write_json, write_text
 
-MAX_SIDE = 128  # px, of a picture in the page
-MATRIX_CLASSES = 40  # with more, the page shows no confusion matrix, and only the lowest recalls
+MAX_SIDE = 128  # px per side of a picture in the page
+# With more classes, the page has no confusion matrix, and only the lowest recalls.
+MATRIX_CLASSES = 40
 
 
 def write_report(folder: str | Path, config: ReportConfig) -> Path:
-    """Write report.json and report.html into the folder of a run; returns the path of the page.
+    """Write report.json and report.html into the folder of a run. Returns the path of the page.
 
-    Raises: UserError as `build_report` does, or if the folder cannot be written.
+    Raises: UserError like `build_report`, or if the folder is not writable.
     """
     folder, files = Path(folder), RunFolder(folder)
     report = build_report(folder, config)
@@ -42,7 +43,7 @@ def write_report(folder: str | Path, config: ReportConfig) -> Path:
 
 
 def render_page(report: Report) -> str:
-    """The page. Every number in it is in an element that names its place in report.json."""
+    """Render the page. Every number is in an element that names its place in report.json."""
     facts = report.facts
     metrics = facts["metrics"][facts["split"]]
     environment = jinja2.Environment(
@@ -68,12 +69,12 @@ def render_page(report: Report) -> str:
 
 
 def pointer_key(name: str) -> str:
-    """A key as part of a JSON pointer (RFC 6901)."""
+    """Escape a key for a JSON pointer (RFC 6901)."""
     return name.replace("~", "~0").replace("/", "~1")
 
 
 def look_up(facts: dict[str, Any], place: str) -> Any:
-    """The value at a JSON pointer without its first slash, such as metrics/test/accuracy."""
+    """Look up a JSON pointer without its first slash, such as metrics/test/accuracy."""
     value: Any = facts
     for key in place.split("/"):
         key = key.replace("~1", "/").replace("~0", "~")
@@ -82,20 +83,20 @@ def look_up(facts: dict[str, Any], place: str) -> Any:
 
 
 def render_value(value: float | int | None, form: str) -> str:
-    """A number as the page shows it: four decimals, or in percent with one."""
+    """Format a number for the page: with four decimals, or as a percentage with one."""
     return (
         f"{100 * value:.1f}%" if form == "percent" and value is not None else render_number(value)
     )
 
 
 def number(facts: dict[str, Any], place: str, form: str = "plain") -> Markup:
-    """An element that shows the number at a place of report.json, and names the place."""
+    """Render an element that shows the number at a place of report.json and names the place."""
     text = render_value(look_up(facts, place), form)
     return Markup('<data value="{}" class="{}">{}</data>').format(place, form, text)
 
 
 def interval(facts: dict[str, Any], place: str, form: str = "plain") -> Markup:
-    """The interval [low, high] at a place of report.json, as two numbers; nothing where there is none."""
+    """Render the interval [low, high] at a place of report.json as two numbers; empty if there is none."""
     try:
         ends = look_up(facts, place)
     except KeyError:
@@ -107,7 +108,7 @@ def interval(facts: dict[str, Any], place: str, form: str = "plain") -> Markup:
 
 
 def picture(image: np.ndarray) -> dict[str, Any]:
-    """A picture [H, W, 3] uint8 as the page embeds it: source, and `small` where pixels should show."""
+    """Encode a picture [H, W, 3] uint8 for the page: source, and `small` if it should be shown pixelated."""
     shown = Image.fromarray(image)
     small = max(shown.size) <= 64
     shown.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -119,7 +120,7 @@ def picture(image: np.ndarray) -> dict[str, Any]:
 
 
 def reliability_diagram(facts: dict[str, Any]) -> Markup | None:
-    """Accuracy against confidence; None for images with any number of labels."""
+    """Draw accuracy against confidence; None for multi-label data."""
     if "reliability" not in facts:
         return None
     title = f"Reliability on {facts['split']}"
@@ -127,7 +128,7 @@ def reliability_diagram(facts: dict[str, Any]) -> Markup | None:
 
 
 def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
-    """Loss, validation metrics and learning rate over the epochs, as far as the run kept them."""
+    """Draw loss, validation metrics and learning rate over the epochs, as far as the run logged them."""
 
     def points(key: str) -> list[tuple[float, float]]:
         logs = (log for log in history if log.get(key) is not None and "epoch" in log)
@@ -137,7 +138,7 @@ def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
     metrics = [
         (f"Validation {words(name)}", {words(name): points(f"eval_{name}")}, words(name))
         for name in training_metrics()
-        if name != "cross_entropy"  # which is next to the training loss
+        if name != "cross_entropy"  # shown next to the training loss
     ]
     curves = [
         ("Loss", {name: line for name, line in loss.items() if line}, "loss"),
@@ -160,7 +161,7 @@ def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
 
 
 def recall_bars(metrics: dict[str, Any]) -> Markup:
-    """Each class's recall with its interval."""
+    """Draw the recall of each class with its interval."""
     intervals = metrics["intervals"]["per_class"]
     rows = {
         name: (values["recall"], intervals[name]["recall"])
@@ -171,5 +172,5 @@ def recall_bars(metrics: dict[str, Any]) -> Markup:
     if len(rows) > MATRIX_CLASSES:
         lowest = sorted(rows, key=lambda name: rows[name][0])[:MATRIX_CLASSES]
         rows = {name: rows[name] for name in lowest}
-        title = f"The {MATRIX_CLASSES} classes of lowest recall"
+        title = f"The {MATRIX_CLASSES} classes with the lowest recall"
     return Markup(charts.interval_bars(title, rows, "recall, with 95% interval"))

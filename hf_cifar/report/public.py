@@ -1,4 +1,4 @@
-"""The options of a run that a stranger may see."""
+"""The options of a run that may be published."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAIN = re.compile(r"[\w .,:;=+%(){}\[\]'\"-]*")
 
 
 def public_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run that a stranger may see: no folder, address or token."""
+    """The options of a run that may be published, without folders, addresses and tokens."""
     return {
         name: _public(value)
         for name, value in options.items()
@@ -29,12 +29,12 @@ def public_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _public(value: Any) -> Any:
-    """An option's value without folders, addresses and other private text."""
+    """Strip folders, addresses and other private text from an option's value."""
     if isinstance(value, dict):
         return {key: _public(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_public(item) for item in value]
     if isinstance(value, str):
-        name = PureWindowsPath(value).name  # parts at slashes of both kinds
+        name = PureWindowsPath(value).name  # splits at slashes and backslashes
         return name if PLAIN.fullmatch(name) else "..."
     return value

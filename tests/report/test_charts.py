@@ -32,13 +32,13 @@ def test_ticks_are_round_numbers_within_the_range(low, high, expected):
     assert ticks(low, high) == expected
 
 
-def test_axes_map_the_range_to_the_plot():
+def test_axes_map_the_range_to_the_chart():
     axes = Axes((0, 4), (1, 3))
     assert axes.x(0) < axes.x(4) and axes.y(1) > axes.y(3)
     assert axes.x(2) == pytest.approx((axes.x(0) + axes.x(4)) / 2)
 
 
-def test_a_line_chart_draws_every_point_inside_and_names_its_lines():
+def test_line_chart_draws_every_point_and_names_its_lines():
     svg = line_chart(
         "Loss", {"train": [(1, 2.0), (2, 1.0)], "validation <a>": [(2, 1.5)]}, "epoch", "loss"
     )
@@ -52,30 +52,30 @@ def test_a_line_chart_draws_every_point_inside_and_names_its_lines():
     assert "train from 2 to 1" in elements(svg, "desc")[0].text
 
 
-def test_a_line_that_does_not_change_can_be_drawn():
+def test_constant_line_can_be_drawn():
     (line,) = elements(line_chart("Rate", {"rate": [(1, 0.5), (2, 0.5)]}, "x", "y"), "polyline")
     first, second = (point.split(",")[1] for point in line.get("points").split())
     assert first == second
 
 
-def test_a_reliability_diagram_shows_accuracy_and_gap_of_each_bin():
+def test_reliability_diagram_shows_accuracy_and_gap_of_each_bin():
     svg = reliability_diagram("Reliability", BINS)
     bars = {r.get("class"): [] for r in elements(svg, "rect")}
     for bar in elements(svg, "rect"):
         bars[bar.get("class")].append(float(bar.get("height")))
     axes = Axes((0, 1), (0, 1), 300)
-    assert bars["gap sure"] == pytest.approx(
+    assert bars["gap overconfident"] == pytest.approx(
         [axes.y(0.3) - axes.y(0.55), axes.y(0.9) - axes.y(0.95)], abs=0.1
     )
     assert bars["bar"][:2] == pytest.approx(
         [axes.y(0) - axes.y(0.3), axes.y(0) - axes.y(0.9)], abs=0.1
     )
-    unsure = reliability_diagram("Reliability", [{**BINS[0], "accuracy": 0.6}])
-    assert "gap unsure" in unsure and "gap sure" not in unsure
+    underconfident = reliability_diagram("Reliability", [{**BINS[0], "accuracy": 0.6}])
+    assert "gap underconfident" in underconfident and "gap overconfident" not in underconfident
     assert "accuracy is 0.30" in elements(svg, "desc")[0].text
 
 
-def test_bars_are_as_long_as_their_values_and_have_whiskers():
+def test_bars_have_lengths_of_their_values_and_whiskers():
     svg = interval_bars("Recall", {"cat": (0.5, [0.4, 0.6]), "dog": (1.0, None)}, "recall")
     bars = [float(r.get("width")) for r in elements(svg, "rect")]
     assert bars[0] == pytest.approx(bars[1] / 2, abs=0.1)
@@ -83,15 +83,15 @@ def test_bars_are_as_long_as_their_values_and_have_whiskers():
     assert elements(svg, "desc")[0].text == "lowest cat 0.500, highest dog 1.000"
 
 
-def test_many_points_are_averaged_and_few_left_alone():
+def test_only_many_points_are_averaged():
     points = [(float(x), 2.0 * x) for x in range(1000)]
-    short = thinned(points, most=100)
+    short = thinned(points, limit=100)
     assert len(short) == 100
     assert short[0] == (4.5, 9.0)
-    assert thinned(points[:50], most=100) == points[:50]
+    assert thinned(points[:50], limit=100) == points[:50]
 
 
-def test_ids_are_those_of_the_title_so_that_a_page_is_always_the_same():
+def test_ids_come_from_titles():
     chart = line_chart(
         "Validation accuracy", {"accuracy": [(1, 0.5), (2, 0.6)]}, "epoch", "accuracy"
     )

@@ -1,4 +1,4 @@
-"""A real run of a tiny network on real digits, its report, and the page as a browser shows it."""
+"""A real run of a tiny network on real digits, its report, and its page in a browser."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def facts(run):
     return json.loads((run / "report.json").read_text())
 
 
-def test_the_report_gathers_what_the_files_of_the_run_tell(run, facts):
+def test_report_collects_the_facts_of_the_run(run, facts):
     metrics = json.loads((run / "metrics.json").read_text())
     assert facts["metrics"] == metrics
     assert (facts["title"], facts["split"]) == ("digits", "test")
@@ -62,25 +62,27 @@ def test_the_report_gathers_what_the_files_of_the_run_tell(run, facts):
         sum(part["num_images"] for part in facts["reliability"])
         == facts["metrics"]["test"]["num_images"]
     )
-    assert facts["role"].startswith("Not read before the end")
+    assert "before the end of training" in facts["role"]
     wrong = sum(pair["num_images"] for pair in facts["confused_pairs"])
     assert 0 < wrong <= 355 * (1 - metrics["test"]["accuracy"]) + 1e-9
 
 
-def test_galleries_show_what_they_say(run, facts):
+def test_galleries_show_the_right_images(run, facts):
     predictions = Predictions.load(run, "test")
-    said = dict(zip(predictions.row_ids.tolist(), predictions.logits.argmax(axis=1), strict=True))
+    predicted = dict(
+        zip(predictions.row_ids.tolist(), predictions.logits.argmax(axis=1), strict=True)
+    )
     truth = dict(zip(predictions.row_ids.tolist(), predictions.labels.tolist(), strict=True))
-    assert len(facts["worst_errors"]) == len(facts["doubtful_hits"]) == 6
+    assert len(facts["worst_errors"]) == len(facts["least_confident_hits"]) == 6
     for row in facts["worst_errors"]:
-        assert said[row["row_id"]] != truth[row["row_id"]]
-        assert row["confidence"] > row["truth_probability"]
-    for row in facts["doubtful_hits"]:
-        assert said[row["row_id"]] == truth[row["row_id"]]
+        assert predicted[row["row_id"]] != truth[row["row_id"]]
+        assert row["confidence"] > row["label_probability"]
+    for row in facts["least_confident_hits"]:
+        assert predicted[row["row_id"]] == truth[row["row_id"]]
         assert row["truth"] == row["prediction"] == predictions.id2label[truth[row["row_id"]]]
 
 
-def test_slices_and_corruptions_are_of_all_their_images(facts):
+def test_slices_and_corruptions_cover_all_images(facts):
     for parts in facts["slices"].values():
         total = sum(part["num_images"] * part["accuracy"] for part in parts if part)
         assert total / 355 == pytest.approx(facts["metrics"]["test"]["accuracy"])
@@ -91,13 +93,13 @@ def test_slices_and_corruptions_are_of_all_their_images(facts):
     assert min(values) < corruptions["clean"] <= 1
 
 
-def test_no_path_of_the_machine_is_in_the_report(run):
+def test_no_local_path_is_in_the_report(run):
     for name in ("report.html", "report.json"):
         text = (run / name).read_text()
         assert str(run.parent) not in text and os.path.expanduser("~") not in text
 
 
-def test_a_run_without_its_data_still_has_a_report(run, tmp_path, caplog):
+def test_report_without_the_data(run, tmp_path, caplog):
     folder = tmp_path / "alone"
     shutil.copytree(run, folder)
     config = (folder / "config.yaml").read_text()
@@ -105,19 +107,19 @@ def test_a_run_without_its_data_still_has_a_report(run, tmp_path, caplog):
     report = build_report(folder, ReportConfig())
     assert report.pictures == {} and report.facts["slices"] is None
     assert "nowhere" in caplog.text and "nowhere" not in json.dumps(report.facts)
-    assert "rows are named instead" in render_page(report)
+    assert "images were not available" in render_page(report)
 
 
-def test_other_data_than_was_predicted_is_not_shown(run, tmp_path, caplog):
+def test_changed_data_is_not_shown(run, tmp_path, caplog):
     folder = tmp_path / "changed"
     shutil.copytree(run, folder)
     predictions = Predictions.load(folder, "test")
     dataclasses.replace(predictions, labels=predictions.labels[::-1].copy()).save(folder)
     assert build_report(folder, ReportConfig()).facts["pictures"] is False
-    assert "no longer holds the test images" in caplog.text
+    assert "the test images of bundled/digits have changed" in caplog.text
 
 
-def test_predictions_alone_make_a_report(tmp_path, draw):
+def test_report_from_predictions_only(tmp_path, draw):
     logits, labels = draw("plain")
     names = {number: f"a/b~{number} <i>" for number in range(8)}
     Predictions("validation", np.arange(300), labels, logits, names).save(tmp_path)
@@ -125,10 +127,10 @@ def test_predictions_alone_make_a_report(tmp_path, draw):
     assert report.facts["run"] == {} and report.facts["history"] == []
     page = render_page(report)
     assert "a/b~3 &lt;i&gt;" in page and "<i>" not in page
-    assert "Held out of train" not in page and "chose" not in page  # nobody knows
+    assert "Held out from training" not in page and "used to choose" not in page  # unknown
 
 
-def test_a_folder_without_predictions_is_one_line(tmp_path, capsys):
+def test_folder_without_predictions_is_a_one_line_error(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "no predictions in" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "missing")]) == 2
@@ -136,7 +138,7 @@ def test_a_folder_without_predictions_is_one_line(tmp_path, capsys):
     assert main(["report", "--gallery_size", "-1", str(tmp_path)]) == 2
 
 
-def test_intervals_are_those_of_the_run_unless_its_metrics_have_changed(run, tmp_path, monkeypatch):
+def test_intervals_are_reused_unless_metrics_have_changed(run, tmp_path, monkeypatch):
     draws = []
 
     def counted(*args, resamples=resampling.resamples):
@@ -154,13 +156,13 @@ def test_intervals_are_those_of_the_run_unless_its_metrics_have_changed(run, tmp
     stale = saved | {"test": saved["test"] | {"accuracy": 0.0}}
     (folder / "metrics.json").write_text(json.dumps(stale))
     assert build_report(folder, ReportConfig()).facts["metrics"] == saved
-    assert len(draws) == 3  # two calibration errors, and the means and areas, of test alone
+    assert len(draws) == 3  # two calibration errors, and the means and areas, of test only
     (folder / "metrics.json").unlink()
     assert build_report(folder, ReportConfig()).facts["metrics"] == saved
     assert len(draws) == 9
 
 
-def test_a_damaged_file_is_named(run, tmp_path):
+def test_damaged_file_is_named(run, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(run, folder)
     (folder / "run.json").write_text("{")
@@ -168,14 +170,14 @@ def test_a_damaged_file_is_named(run, tmp_path):
         build_report(folder, ReportConfig())
 
 
-def test_a_place_in_the_report_is_a_json_pointer():
+def test_places_in_the_report_are_json_pointers():
     facts = {"a/b": [{"c~d": 0.5}]}
     place = "/".join((pointer_key("a/b"), "0", pointer_key("c~d")))
     assert place == "a~1b/0/c~0d" and look_up(facts, place) == 0.5
     assert (render_value(0.5, "percent"), render_value(None, "percent")) == ("50.0%", "-")
 
 
-def test_curves_are_of_what_the_run_kept():
+def test_curves_show_the_logged_history():
     loss, accuracy, rate = training_curves(HISTORY)
     assert "train from 2 to 1; validation from 1.2 to 1.2" in loss
     assert "accuracy from 0.6 to 0.6" in accuracy
@@ -198,15 +200,15 @@ def browser():
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
-def test_the_page_opens_from_disk_whole_and_within_its_width(browser, run, width, scheme):
+def test_page_opens_from_disk_and_fits_its_width(browser, run, width, scheme):
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    requests, complaints = [], []
+    requests, errors_shown = [], []
     page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: errors_shown.append(message.text))
+    page.on("pageerror", lambda error: errors_shown.append(str(error)))
     page.goto(f"file://{run / 'report.html'}")
     assert [url for url in requests if not url.startswith("data:")] == [page.url]
-    assert complaints == []
+    assert errors_shown == []
     assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
     assert page.evaluate("document.images.length") >= 12
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -221,7 +223,7 @@ def test_the_page_opens_from_disk_whole_and_within_its_width(browser, run, width
     page.close()
 
 
-def test_every_number_on_the_page_is_that_of_the_report(browser, run, facts):
+def test_every_number_on_the_page_is_from_the_report(browser, run, facts):
     page = browser.new_page()
     page.goto(f"file://{run / 'report.html'}")
     shown = page.eval_on_selector_all(
@@ -235,7 +237,7 @@ def test_every_number_on_the_page_is_that_of_the_report(browser, run, facts):
     page.close()
 
 
-def test_the_page_can_be_read_by_keyboard_and_screen_reader(browser, run):
+def test_page_is_accessible_by_keyboard_and_screen_reader(browser, run):
     page = browser.new_page()
     page.goto(f"file://{run / 'report.html'}")
     page.keyboard.press("Tab")
@@ -259,8 +261,8 @@ def test_the_page_can_be_read_by_keyboard_and_screen_reader(browser, run):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_what_is_behind_it(browser, run, scheme):
-    """Contrast of at least 4.5 to 1, as WCAG 2.1 asks (1.4.3)."""
+def test_text_has_enough_contrast(browser, run, scheme):
+    """The contrast is at least 4.5 to 1, as required by WCAG 2.1 (1.4.3)."""
     page = browser.new_page(color_scheme=scheme)
     page.goto(f"file://{run / 'report.html'}")
     style = page.evaluate(
@@ -281,7 +283,7 @@ def test_text_stands_out_from_what_is_behind_it(browser, run, scheme):
     page.close()
 
 
-def test_the_page_can_be_printed(browser, run, tmp_path):
+def test_page_can_be_printed(browser, run, tmp_path):
     page = browser.new_page()
     page.goto(f"file://{run / 'report.html'}")
     page.emulate_media(media="print")
