@@ -8,5 +8,5 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # A loader's worker process hands its whole traceback over as the message; its end is ours.
+        # torch re-raises an error of a loader's worker with the whole traceback as its message: keep its end.
         super().__init__(message.rpartition("errors.UserError: ")[2].strip())

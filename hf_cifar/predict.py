@@ -24,18 +24,18 @@ from hf_cifar.models.problem_type import thresholds_of
 from hf_cifar.training.memory import keep_freed_memory
 from hf_cifar.transforms.preprocessing import Preprocessing
 
-MOST_THREADS = 8
+MAX_THREADS = 8
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 
 def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One record for each image file, folders searched, in the given order.
+    """Yield one record for each image file, in the given order; folders are searched recursively.
 
-    Yields {"path", "label", "score", "top_k": [{"label", "score"}, ...]}, scores 0..1, or {"path", "error"}
-    for a file that cannot be read. A multi-label model gives "labels": [{"label", "score"}, ...] in place of
-    the one, those that reach their thresholds.
+    A record is {"path", "label", "score", "top_k": [{"label", "score"}, ...]}, scores 0..1, or
+    {"path", "error"} for an unreadable file. For a multi-label model, "labels": [{"label", "score"}, ...],
+    those that reach their thresholds, replaces "label" and "score".
     Raises: UserError for an unknown model, or a folder without images.
     """
     files = expand_paths(paths)
@@ -53,35 +53,35 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     noise = torch.Generator().manual_seed(0)
     model = fold_norms(model, torch.randn(2, 3, *preprocessing.size, generator=noise))
     model = model.to(device, memory_format=torch.channels_last).eval()
-    # A GPU computes one batch at a time, for the memory of one; its next ones are decoded meanwhile.
-    turn = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
+    # A GPU computes one batch at a time, to limit memory, while the next batches are decoded.
+    device_lock = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
 
     def records(batch: Sequence[Path]) -> list[dict[str, Any]]:
         images = [_decoded(file, config.max_image_pixels) for file in batch]
-        with turn:
+        with device_lock:
             return list(_predict_batch(model, preprocessing, batch, images, config.top_k, dtype))
 
-    num_threads = min(MOST_THREADS, torch.get_num_threads(), len(files))
+    num_threads = min(MAX_THREADS, torch.get_num_threads(), len(files))
     size = min(config.batch_size, math.ceil(len(files) / num_threads))
     batches = [files[start : start + size] for start in range(0, len(files), size)]
-    yield from chain.from_iterable(each_on_its_cores(records, batches, num_threads))
+    yield from chain.from_iterable(map_batches(records, batches, num_threads))
 
 
 def _autocast_dtype(config: PredictConfig, device: torch.device) -> torch.dtype:
     if config.fp16 and device.type == "cpu":
         raise UserError(
-            "--fp16 needs a GPU and there is none; use --bf16 --use_cpu, or leave it out"
+            "--fp16 needs a GPU, and none is in use; use --bf16 instead, or leave it out"
         )
     return torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else torch.float32
 
 
-def each_on_its_cores(
+def map_batches(
     work: Callable[[Batch], Result], batches: Iterable[Batch], num_threads: int
 ) -> Iterator[Result]:
-    """Results in order, of as many batches at once as there are threads; each has its part of the cores.
+    """Run one batch per thread, with the cores divided among the threads; yields results in order.
 
-    On a CPU, a batch on a core of its own takes fewer core seconds than one batch after the other on all
-    cores, which wait for each other in every layer.
+    On a CPU, a batch on its own core takes less core time than a batch on all cores, which wait for each
+    other in every layer.
     """
     all_cores = torch.get_num_threads()
     results: deque[Future[Result]] = deque()
@@ -96,9 +96,9 @@ def each_on_its_cores(
             while results:
                 yield results.popleft().result()
         finally:
-            for left in results:
-                left.cancel()
-            torch.set_num_threads(all_cores)  # what one thread sets is the start of new ones
+            for pending in results:
+                pending.cancel()
+            torch.set_num_threads(all_cores)  # new threads inherit the number set by any thread
 
 
 def _decoded(file: Path, max_pixels: int) -> np.ndarray | UserError:
@@ -109,14 +109,14 @@ def _decoded(file: Path, max_pixels: int) -> np.ndarray | UserError:
 
 
 def expand_paths(paths: Sequence[str]) -> list[Path]:
-    """Files as they are, folders as the images below them, sorted."""
+    """Replace each folder by the image files below it, sorted."""
     if not paths:
-        raise UserError("no image to predict; pass files or folders")
+        raise UserError("no images to predict; pass files or folders")
     files: list[Path] = []
     for path in map(Path, paths):
         found = list_images(path) if path.is_dir() else [path]
         if not found:
-            raise UserError(f"no image file in {path}")
+            raise UserError(f"no image files in {path}; pass another folder")
         files += found
     return files
 
@@ -147,18 +147,18 @@ def _predict_batch(
             yield {"path": str(file), "error": str(image)}
             continue
         scores: torch.Tensor = next(rows)
-        ranked = _listed(
+        ranked = _labels_and_scores(
             scores, scores.topk(min(top_k, len(scores))).indices, model.config.id2label
         )
         if thresholds is None:
             yield {"path": str(file), **ranked[0], "top_k": ranked}
             continue
-        given = [i for i in scores.argsort(descending=True) if scores[i] >= thresholds[i]]
-        labels = _listed(scores, given, model.config.id2label)
+        predicted = [i for i in scores.argsort(descending=True) if scores[i] >= thresholds[i]]
+        labels = _labels_and_scores(scores, predicted, model.config.id2label)
         yield {"path": str(file), "labels": labels, "top_k": ranked}
 
 
-def _listed(
+def _labels_and_scores(
     scores: torch.Tensor, chosen: Iterable[torch.Tensor], id2label: dict[int, str]
 ) -> list[dict[str, Any]]:
     return [{"label": id2label[int(i)], "score": round(scores[i].item(), 6)} for i in chosen]

@@ -1,4 +1,4 @@
-"""No cache of a module outlives a run with its data."""
+"""No module-level cache keeps the data of a run."""
 
 import functools
 import importlib
@@ -6,7 +6,7 @@ import pkgutil
 
 import hf_cifar
 
-# The caches there are, and the light values that they hold.
+# All caches, with the small values that they contain.
 LIGHT = {
     "hf_cifar.hub.origin.find_origin",  # ids and commits
     "hf_cifar.models.names._timm_models",  # names
@@ -15,7 +15,7 @@ LIGHT = {
 
 
 def caches(owner):
-    """Qualified names of the functions of a module or class that keep their results."""
+    """Qualified names of the cached functions of a module or class."""
     for value in vars(owner).values():
         function = getattr(value, "__func__", value)
         if isinstance(function, functools._lru_cache_wrapper):
@@ -24,7 +24,7 @@ def caches(owner):
             yield from caches(value)
 
 
-def test_caches_of_modules_hold_no_data_set():
+def test_module_caches_contain_no_data_sets():
     modules = [
         importlib.import_module(each.name)
         for each in pkgutil.walk_packages(hf_cifar.__path__, "hf_cifar.")

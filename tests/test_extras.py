@@ -7,7 +7,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 
 
-def test_gives_the_module():
+def test_require_returns_the_module():
     assert require("json", extra="bundled") is json
 
 
@@ -19,7 +19,7 @@ def test_missing_module_names_the_extra():
     assert "'hf-cifar[bundled]'" in str(caught.value)
 
 
-def test_a_fault_inside_the_module_is_not_hidden(tmp_path, monkeypatch):
+def test_error_inside_the_module_is_not_hidden(tmp_path, monkeypatch):
     (tmp_path / "needs_more.py").write_text("import no_such_module")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):

@@ -1,4 +1,4 @@
-"""hf_cifar.predict: batches side by side give what one after the other gives, and leave no trace."""
+"""hf_cifar.predict: parallel batches have the results of sequential ones and no side effects."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ import torch
 
 from hf_cifar import PredictConfig, build_model, predict_files
 from hf_cifar.config.model import ModelConfig
-from hf_cifar.predict import each_on_its_cores
+from hf_cifar.predict import map_batches
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -26,7 +26,7 @@ def num_threads(request):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A network with norms to fold."""
+    """A network with norms that can be folded."""
     folder = str(tmp_path_factory.mktemp("resnet"))
     torch.manual_seed(0)
     options = ModelConfig(model_name_or_path="scratch/resnet10t", image_size=32)
@@ -36,7 +36,7 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_any_number_of_threads_gives_the_same_records(saved, stripes, num_threads):
+def test_records_do_not_depend_on_the_number_of_threads(saved, stripes, num_threads):
     images = [str(stripes / "test")]
     state = torch.get_rng_state()
 
@@ -53,38 +53,38 @@ def test_any_number_of_threads_gives_the_same_records(saved, stripes, num_thread
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_results_come_in_order_whichever_is_ready_first(num_threads):
+def test_results_are_in_order_whichever_is_ready_first(num_threads):
     def work(number):
         time.sleep(random.random() / 50)
         return number, torch.get_num_threads()
 
-    results = list(each_on_its_cores(work, range(20), min(3, num_threads)))
+    results = list(map_batches(work, range(20), min(3, num_threads)))
     assert results == [(number, 1) for number in range(20)]
-    assert list(each_on_its_cores(work, range(2), 1)) == [(n, num_threads) for n in range(2)]
+    assert list(map_batches(work, range(2), 1)) == [(n, num_threads) for n in range(2)]
 
 
-def test_who_stops_early_gets_the_threads_back(num_threads):
+def test_stopping_early_restores_the_number_of_threads(num_threads):
     begun = []
-    with contextlib.closing(each_on_its_cores(begun.append, range(1000), num_threads)) as results:
+    with contextlib.closing(map_batches(begun.append, range(1000), num_threads)) as results:
         next(results)
     assert len(begun) <= 3 * num_threads + 1
     assert torch.get_num_threads() == num_threads
 
 
-def test_an_error_in_a_batch_is_the_callers(num_threads):
+def test_error_in_a_batch_is_raised_to_the_caller(num_threads):
     def work(number):
         if number == 3:
             raise OSError("no such disk")
         return number
 
-    results = each_on_its_cores(work, range(100), num_threads)
+    results = map_batches(work, range(100), num_threads)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="no such disk"):
         next(results)
     assert torch.get_num_threads() == num_threads
 
 
-def test_a_reader_who_has_seen_enough_ends_it_without_a_word(saved, stripes):
+def test_closed_pipe_ends_prediction_silently(saved, stripes):
     main = "import sys; from hf_cifar.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", main, "predict", "--model_name_or_path", saved]
     command += ["--batch_size", "1", "--use_cpu", *[str(stripes / "test")] * 200]

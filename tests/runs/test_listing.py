@@ -125,7 +125,7 @@ def test_an_empty_folder_is_no_mistake(tmp_path, capsys):
         (["--jsn", "."], "no option --jsn (nearest: --json)"),
     ],
 )
-def test_mistakes_of_the_command_line(arguments, message, capsys):
+def test_command_line_errors(arguments, message, capsys):
     assert main(["runs", *arguments]) == 2
     assert message in capsys.readouterr().err
 

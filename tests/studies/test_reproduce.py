@@ -172,6 +172,6 @@ def test_weights_are_compared_tensor_by_tensor(tmp_path):
         (["{run}", "--output_dir", "{run}"], "holds another run"),
     ],
 )
-def test_mistakes_of_the_command_line(arguments, message, finished, capsys):
+def test_command_line_errors(arguments, message, finished, capsys):
     assert main(["reproduce", *(part.replace("{run}", str(finished)) for part in arguments)]) == 2
     assert message in capsys.readouterr().err
