@@ -28,4 +28,4 @@ def with_table(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")

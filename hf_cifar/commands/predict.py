@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from hf_cifar.commands.command import Command, quieten, require_model
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.errors import UserError
+from hf_cifar.platform import BROKEN_PIPE_STATUS, is_broken_pipe
 
 
 def predict(config: PredictConfig, paths: Sequence[str]) -> int:
@@ -32,10 +32,12 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
     for record in predict_files(config, paths):
         try:
             print(json.dumps(record, ensure_ascii=False), flush=True)
-        except BrokenPipeError:
+        except OSError as error:
+            if not is_broken_pipe(error):
+                raise
             # The reader, such as `head`, closed the pipe. Python must not flush what is left into it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
+            return BROKEN_PIPE_STATUS
         failed += "error" in record
     if failed:
         print(f"hf-cifar: {failed} image(s) could not be read", file=sys.stderr)

@@ -25,7 +25,7 @@ def read_recipe(name: str) -> str:
         raise UserError(
             f"no recipe {name!r}{nearest_hint(name, recipe_names())}; see: hf-cifar recipes"
         )
-    return (resources.files("hf_cifar") / "recipes" / f"{name}.yaml").read_text()
+    return (resources.files("hf_cifar") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def yaml_tokens(text: str | bytes, source: str) -> list[str]:

@@ -63,7 +63,8 @@ class RunConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the options as YAML: `hf-cifar finetune --config FILE` is the same run."""
-        Path(path).write_text(yaml.safe_dump(self.options(), sort_keys=False))
+        text = yaml.safe_dump(self.options(), sort_keys=False)
+        Path(path).write_text(text, encoding="utf-8")
 
     def with_training(self, **changes: Any) -> RunConfig:
         """Return the same options but for these of training."""

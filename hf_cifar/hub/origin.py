@@ -133,7 +133,7 @@ def _timm_license(config: Path | None) -> str | None:
     """Read the licence from a timm checkpoint's config."""
     try:
         return (
-            json.loads(config.read_text()).get("pretrained_cfg", {}).get("license")
+            json.loads(config.read_text(encoding="utf-8")).get("pretrained_cfg", {}).get("license")
             if config
             else None
         )

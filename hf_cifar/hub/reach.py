@@ -15,7 +15,10 @@ from hf_cifar.errors import UserError
 def looks_like_path(name: str) -> bool:
     """True if a data set or model name is a local file or folder rather than a Hub id."""
     return (
-        Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
+        Path(name).expanduser().exists()
+        or name.startswith(("/", ".", "~"))
+        or name.count("/") > 1
+        or "\\" in name  # on Windows
     )
 
 

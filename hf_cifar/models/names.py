@@ -79,7 +79,7 @@ def _check_architecture(name: str) -> None:
 def _timm_models() -> tuple[str, frozenset[str]]:
     """Read timm's source and the architectures it registers; its own registry would import torch."""
     folder = Path(importlib.util.find_spec("timm").origin).parent / "models"
-    source = "\n".join(path.read_text() for path in folder.glob("*.py"))
+    source = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
     names = re.findall(r"^@register_model\s+def (\w+)\(", source, flags=re.MULTILINE)
     return source, frozenset(names)
 

@@ -104,7 +104,7 @@ def render_card(facts: CardFacts) -> str:
     )
     environment.filters |= {"cell": _cell, "code": _code}
     template = resources.files("hf_cifar") / "templates" / "model_card.md"
-    text = environment.from_string(template.read_text()).render(
+    text = environment.from_string(template.read_text(encoding="utf-8")).render(
         metadata=card_metadata(facts).to_yaml(),
         name=facts.repo_id.split("/")[-1],
         repo_id=facts.repo_id,
@@ -214,7 +214,7 @@ def is_untouched(folder: Path) -> bool:
     """True if a run's card is the one that `save_card` writes for the current metrics."""
     card = RunFolder(folder).card_path
     try:
-        return card.is_file() and card.read_text() == load_card(folder)[1]
+        return card.is_file() and card.read_text(encoding="utf-8") == load_card(folder)[1]
     except UserError:
         return False
 
@@ -224,7 +224,7 @@ def card_for(folder: Path, repo_id: str) -> str:
     example code changes. Raises: UserError if the folder has no finished run."""
     facts, original = load_card(folder)
     card = RunFolder(folder).card_path
-    text = card.read_text() if card.is_file() else original
+    text = card.read_text(encoding="utf-8") if card.is_file() else original
     if text == original:
         return render_card(dataclasses.replace(facts, repo_id=repo_id))
     return text.replace(f'"{facts.repo_id}"', f'"{repo_id}"')

@@ -51,7 +51,7 @@ def _commit() -> str | None:
         inside = subprocess.run(
             ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True
         )
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
     except OSError:
         return None
     return done.stdout.strip() if inside.returncode == 0 and done.returncode == 0 else None

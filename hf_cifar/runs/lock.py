@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -13,57 +13,70 @@ from pathlib import Path
 from typing import IO
 
 from hf_cifar.errors import UserError
+from hf_cifar.platform import lock_file, remove_open_file
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
 def sole_run(folder: Path) -> Iterator[None]:
-    """Hold an output folder for this process. The system lets go of it if the process dies.
+    """Hold an output folder for this process. The system releases it if the process dies.
 
+    On a file system without locks this only warns.
     Raises: UserError that names the run that holds it; nothing in the folder is changed then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK_FILE
-    with path.open("a+") as lock:
-        _take(lock, folder)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(_locked(folder, create=True))
+        except NotImplementedError as error:
+            logger.warning("cannot lock %s (%s); start no other run in it meanwhile", folder, error)
+            yield
+            return
         lock.truncate(0)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": started}, lock)
-        lock.flush()
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+        # The first byte is a space: others may not be able to read it.
+        lock.write(b" " + json.dumps(facts).encode())
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            remove_open_file(folder / LOCK_FILE, lock)
 
 
 def refuse_in_use(folder: Path) -> None:
     """Raises: UserError that names the run that holds a folder at this moment."""
     with (
-        contextlib.suppress(FileNotFoundError, NotADirectoryError),
-        (folder / LOCK_FILE).open() as lock,
+        contextlib.suppress(FileNotFoundError, NotADirectoryError, NotImplementedError),
+        _locked(folder, create=False),
     ):
-        _take(lock, folder)
+        pass
 
 
-def _take(lock: IO[str], folder: Path) -> None:
-    """Lock an open lock file until it is closed."""
+@contextlib.contextmanager
+def _locked(folder: Path, *, create: bool) -> Iterator[IO[bytes]]:
+    """Lock a folder's lock file until the block ends. Raises: UserError if another run holds it."""
     path = folder / LOCK_FILE
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with lock_file(path, create=create) as lock:
         # The run that held it may have removed the file since it was opened here.
-        free = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
-    except BlockingIOError:
-        free = False
-    if not free:
-        raise UserError(
-            f"{folder} is in use by {_holder(path)}; wait for it, or pass another --output_dir"
-        )
+        if (
+            lock is None
+            or not path.exists()
+            or not os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        ):
+            raise UserError(
+                f"{folder} is in use by {_holder(path)}; wait for it, or pass another --output_dir"
+            )
+        yield lock
 
 
 def _holder(path: Path) -> str:
     try:
-        facts = json.loads(path.read_text())
+        with path.open("rb", buffering=0) as file:
+            file.seek(1)
+            facts = json.loads(file.read())
         return f"process {facts['pid']} on {facts['host']} since {facts['started']}"
     except (OSError, ValueError, LookupError, TypeError):
         return "another run"

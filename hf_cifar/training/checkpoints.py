@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_cifar.errors import UserError
+from hf_cifar.platform import flush_to_disk
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.text import one_line
 
@@ -65,7 +66,7 @@ def complete_checkpoint(run_folder: Path, step: int) -> None:
     with checkpoint_errors(run_folder, step, is_main=True):
         _seal(staging)
         _replace(final, staging, aside=run_folder / TRASH)
-        _sync(run_folder)
+        flush_to_disk(run_folder)
         _remove_temporary(run_folder)
 
 
@@ -219,28 +220,19 @@ def _seal(folder: Path) -> None:
     """Sum and flush all files of a folder, and write the list of sums last."""
     names = sorted(_files(folder))
     with ThreadPoolExecutor(4) as pool:
-        flushed = pool.map(lambda name: _sync(folder / name), names)
+        flushed = pool.map(lambda name: flush_to_disk(folder / name), names)
         sums = list(pool.map(lambda name: file_hash(folder / name), names))
         list(flushed)  # raises an error of the flush
     text = "".join(f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True))
-    (folder / SUMS_FILE).write_text(text)
-    _sync(folder / SUMS_FILE)
-    _sync(folder)
+    (folder / SUMS_FILE).write_bytes(text.encode())
+    flush_to_disk(folder / SUMS_FILE)
+    flush_to_disk(folder)
 
 
 def _files(folder: Path) -> list[str]:
     """List the names of all files below a folder, except the list of sums."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return [name for name in names if name != SUMS_FILE]
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_temporary(run_folder: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
+
+from hf_cifar.platform import set_malloc_option
 
 # From glibc's malloc.h: the amount of free memory above which it is returned to the system, and the largest
 # numbers of mapped blocks and of arenas.
@@ -17,11 +18,7 @@ def keep_freed_memory() -> None:
     glibc maps a large block when it is allocated and unmaps it when it is freed. A training step frees what
     the next one allocates again, and the system clears every page in between; docs/speed.md has the cost.
     With another C library this does nothing.
-
-    Source: mallopt(3).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
-        mallopt(M_ARENA_MAX, 1)  # memory of further arenas is returned in any case
+    set_malloc_option(M_MMAP_MAX, 0)
+    set_malloc_option(M_TRIM_THRESHOLD, -1)
+    set_malloc_option(M_ARENA_MAX, 1)  # memory of further arenas is returned in any case

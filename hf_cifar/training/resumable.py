@@ -90,7 +90,8 @@ class ResumableTrainer(Trainer):
                     if isinstance(part, ExportableState):
                         state.stateful_callbacks[type(part).__name__] = part.state()
                 state.save_to_json(str(staging / TRAINER_STATE_NAME))
-                (staging / IDENTITY_FILE).write_text(json.dumps(self.identity, indent=2))
+                text = json.dumps(self.identity, indent=2)
+                (staging / IDENTITY_FILE).write_text(text, encoding="utf-8")
         self.saved_step = step = state.global_step
         if is_main:
             best = {Path(state.best_model_checkpoint)} if state.best_model_checkpoint else set()
@@ -255,7 +256,7 @@ def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
 
     Raises: UserError that names the first difference.
     """
-    before = json.loads((checkpoint / IDENTITY_FILE).read_text())
+    before = json.loads((checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))
     changed = [name for name in before if before[name] != identity.get(name, before[name])]
     if changed:
         name = changed[0]

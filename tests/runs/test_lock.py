@@ -1,11 +1,13 @@
 """hf_cifar.runs.lock: one run a folder."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 
+import filelock
 import pytest
 
 from hf_cifar.errors import UserError
@@ -39,3 +41,23 @@ with sole_run(Path({str(tmp_path)!r})):
     with sole_run(tmp_path):
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
     assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_file_system_without_locks_warns(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor, *, blocking):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock, "lock_descriptor", refuse)
+    with sole_run(tmp_path):
+        refuse_in_use(tmp_path)
+    assert "cannot lock" in caplog.text and "No locks available" in caplog.text
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
+)
+def test_a_lock_of_another_user_is_seen(tmp_path):
+    with sole_run(tmp_path):
+        (tmp_path / LOCK_FILE).chmod(0o444)
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
+            refuse_in_use(tmp_path)
