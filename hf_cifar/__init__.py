@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from hf_cifar.models.autoload import register_article_models
-
 # Public names and where they live; imported when first used, so that `import hf_cifar` loads no torch.
 _PUBLIC = {
     "AugmentConfig": "hf_cifar.config.augmentation",
@@ -59,6 +57,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
-
-
-register_article_models()

@@ -19,6 +19,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluation.mistakes import confused_pairs
 from hf_cifar.evaluation.tables import render_cell, render_number
 from hf_cifar.hub.origin import HUB
+from hf_cifar.models.names import ARTICLE_NAMES
 from hf_cifar.report.public import public_options
 from hf_cifar.report.wording import (
     hashed,
@@ -49,6 +50,7 @@ class CardFacts:
 
     repo_id: the repository loaded by the example code. options: from config.yaml. run: from run.json, or the
     part known before training. metrics: by split, as in metrics.json. class_names: in the order of their ids.
+    custom_code: the model comes with a Python file. article_model: that is hf_cifar/models/article.py.
     """
 
     repo_id: str
@@ -57,13 +59,14 @@ class CardFacts:
     metrics: dict[str, dict[str, Any]]
     class_names: list[str]
     custom_code: bool = False
+    article_model: bool = False
 
 
 def load_card(folder: Path) -> tuple[CardFacts, str]:
     """Read the facts of a finished run and render its card. Raises: UserError if they are incomplete."""
     files = RunFolder(folder)
     try:
-        run, metrics = files.facts(), files.metrics()
+        run, metrics, config = files.facts(), files.metrics(), files.model_config()
         if not metrics:
             raise KeyError(files.metrics_path.name)
         facts = CardFacts(
@@ -71,8 +74,9 @@ def load_card(folder: Path) -> tuple[CardFacts, str]:
             options=files.options(),
             run=run,
             metrics=metrics,
-            class_names=_class_names(files.model_config()),
+            class_names=_class_names(config),
             custom_code=any(folder.glob("*.py")),
+            article_model=config.get("model_type") in ARTICLE_NAMES,
         )
         return facts, render_card(facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError,
@@ -109,6 +113,7 @@ def render_card(facts: CardFacts) -> str:
         name=facts.repo_id.split("/")[-1],
         repo_id=facts.repo_id,
         custom_code=facts.custom_code,
+        article_model=facts.article_model,
         base=model["name"],
         from_scratch=model["name"].startswith(SCRATCH),
         dataset=dataset["name"],

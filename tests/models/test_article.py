@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from hf_cifar.models.article import (
     ArticleCNNConfig,
@@ -12,6 +13,7 @@ from hf_cifar.models.article import (
     ArticleMLPConfig,
     ArticleMLPForImageClassification,
 )
+from hf_cifar.models.processor import plain_processor
 
 MODELS = {
     "article_cnn": (ArticleCNNConfig, ArticleCNNForImageClassification),
@@ -116,8 +118,12 @@ def saved(tmp_path_factory):
     for name in MODELS:
         model = new_model(name).eval()
         model.save_pretrained(root / name)
+        processor = plain_processor(32)
+        processor.save_pretrained(root / name)
+        image = processor(Image.new("RGB", (32, 32), "teal"), return_tensors="pt")
         with torch.inference_mode():
             logits[name] = model(pixel_values=pixels).logits
+            logits[f"{name} pipeline"] = model(**image).logits[0]
     return root, logits
 
 
@@ -126,42 +132,53 @@ def check_logits(answer, logits):
         torch.testing.assert_close(torch.tensor(answer[name]), expected)
 
 
-@pytest.mark.slow
-def test_loads_without_hf_cifar_through_its_saved_code(saved, tmp_path):
-    root, logits = saved
-    code = f"""
+# Loads each model and prints its logits by name, from AutoModel and from pipeline.
+LOAD = """
 import json, sys, torch
-from transformers import AutoModelForImageClassification
-load = AutoModelForImageClassification.from_pretrained
-answer = {{}}
-for name in {list(MODELS)}:
-    model = load(f"{root}/{{name}}", trust_remote_code=True).eval()
-    answer[name] = model(pixel_values={PIXELS}).logits.tolist()
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+{register}
+answer = {{"classes": []}}
+for name in {names}:
+    folder = f"{root}/{{name}}"
+    model = AutoModelForImageClassification.from_pretrained(folder{flag}).eval()
+    answer[name] = model(pixel_values={pixels}).logits.tolist()
+    answer["classes"].append(type(model).__module__)
+    classify = pipeline("image-classification", model=folder, function_to_apply="none", top_k=10{flag})
+    scores = {{entry["label"]: entry["score"] for entry in classify(Image.new("RGB", (32, 32), "teal"))}}
+    answer[f"{{name}} pipeline"] = [scores[model.config.id2label[i]] for i in range(10)]
 answer["hf_cifar"] = "hf_cifar" in sys.modules
 print(json.dumps(answer))
 """
-    answer = run_python(code, tmp_path)
+
+
+def load(root, cache, *, register="", flag=""):
+    names = list(MODELS)
+    code = LOAD.format(register=register, names=names, root=root, flag=flag, pixels=PIXELS)
+    return run_python(code, cache)
+
+
+@pytest.mark.slow
+def test_loads_without_hf_cifar_through_its_saved_code(saved, tmp_path):
+    root, logits = saved
+    answer = load(root, tmp_path, flag=", trust_remote_code=True")
     check_logits(answer, logits)
     assert not answer["hf_cifar"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transformers_first", [False, True])
-def test_loads_plainly_after_import_hf_cifar(saved, tmp_path, transformers_first):
+def test_loads_without_its_saved_code_after_an_import(saved, tmp_path):
     root, logits = saved
-    imports = ["import hf_cifar", "from transformers import AutoModelForImageClassification"]
-    code = f"""
-import json, sys
-{chr(10).join(reversed(imports) if transformers_first else imports)}
-import torch
-load = AutoModelForImageClassification.from_pretrained
-answer = {{}}
-for name in {list(MODELS)}:
-    model = load(f"{root}/{{name}}").eval()
-    answer[name] = model(pixel_values={PIXELS}).logits.tolist()
-    answer[name + " class"] = type(model).__module__
-print(json.dumps(answer))
-"""
-    answer = run_python(code, tmp_path)
+    answer = load(root, tmp_path, register="import hf_cifar.models.article")
     check_logits(answer, logits)
-    assert all(answer[f"{name} class"] == "hf_cifar.models.article" for name in MODELS)
+    assert answer["classes"] == ["hf_cifar.models.article"] * 2
+
+
+def test_a_bare_import_registers_nothing(tmp_path):
+    code = """
+import json, sys
+finders = list(sys.meta_path)
+import hf_cifar
+print(json.dumps([finders == sys.meta_path, "torch" in sys.modules, "transformers" in sys.modules]))
+"""
+    assert run_python(code, tmp_path) == [True, False, False]

@@ -245,6 +245,16 @@ def test_random_weights_and_custom_code_are_mentioned():
     text = render_card(changed(model=model, custom_code=True))
     assert "`scratch/article_cnn`, trained from random weights for the" in text
     assert 'model="me/vit", trust_remote_code=True)' in text and "review it first" in text
+    assert "import hf_cifar.models.article" not in text
+
+
+def test_the_card_of_an_article_model_names_the_import_that_registers_it(run_folder):
+    config = json.loads((run_folder / "config.json").read_text()) | {"model_type": "article_cnn"}
+    (run_folder / "config.json").write_text(json.dumps(config))
+    (run_folder / "article.py").touch()
+    save_card(run_folder)
+    text = (run_folder / "README.md").read_text()
+    assert "trust_remote_code=True)" in text and "import hf_cifar.models.article" in text
 
 
 def test_before_training_the_card_is_complete_except_for_its_metrics():
