@@ -23,7 +23,8 @@ import sys, numpy
 from torchvision import transforms
 from transformers import Trainer, TrainingArguments
 from benchmarks.peers import collate, with_pil_transform
-from hf_cifar import DataConfig, ModelConfig, Preprocessing, build_model, load_splits
+from hf_cifar import DataConfig, ModelConfig, build_model, load_splits
+from hf_cifar.transforms.preprocessing import Preprocessing
 from hf_cifar.data.splits import load_test_split
 model_name, data, size, epochs, rate, output = sys.argv[1:]
 config = DataConfig(dataset_name=data)

@@ -20,8 +20,9 @@ from transformers import Trainer, TrainingArguments
 
 from benchmarks.measure import compare
 from benchmarks.peers import Task, collate, small_pictures, with_pil_transform
-from hf_cifar import Preprocessing, build_model, build_trainer, load_splits
+from hf_cifar import build_model, build_trainer, load_splits
 from hf_cifar.plan import plan_run
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 STEPS = 1  # the optimiser has its moments
 

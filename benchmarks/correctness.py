@@ -19,17 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_cifar import (
-    Augmentation,
-    ModelConfig,
-    Policy,
-    Preprocessing,
-    RandomView,
-    RunConfig,
-    build_model,
-    finetune_classifier,
-)
+from hf_cifar import ModelConfig, RunConfig, build_model, finetune_classifier
 from hf_cifar.training.autotune import DTYPES, MEMORY_FORMATS, Setting, candidates, computing_as
+from hf_cifar.transforms.augmentation import Augmentation
+from hf_cifar.transforms.policies import Policy
+from hf_cifar.transforms.preprocessing import Preprocessing
+from hf_cifar.transforms.views import RandomView
 
 # Largest relative errors of logits and of gradients, next to float32 on the CPU: a fixed one in float32; in
 # fp16 and bf16, this many times the error of bfloat16 on the CPU, which differs much by network.

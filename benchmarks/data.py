@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import compare
 from benchmarks.peers import pil_transform
-from hf_cifar import Preprocessing
 from hf_cifar.data.store import ResidentStore
 from hf_cifar.training.memory import keep_freed_memory
 from hf_cifar.transforms.augmentation import Augmentation
+from hf_cifar.transforms.preprocessing import Preprocessing
 from hf_cifar.transforms.views import RandomView
 
 AUGMENTATION = Augmentation(RandomView(min_area=0.25, flip=0.5))

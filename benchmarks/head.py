@@ -24,7 +24,8 @@ import sys
 from torchvision import transforms
 from transformers import Trainer, TrainingArguments
 from benchmarks.peers import collate, with_pil_transform
-from hf_cifar import DataConfig, ModelConfig, Preprocessing, build_model, load_splits
+from hf_cifar import DataConfig, ModelConfig, build_model, load_splits
+from hf_cifar.transforms.preprocessing import Preprocessing
 model_name, data, images, checked, output = sys.argv[1:]
 splits = load_splits(DataConfig(dataset_name=data, max_train_samples=int(images), max_eval_samples=int(checked)))
 model, processor = build_model(ModelConfig(model_name_or_path=model_name, image_size=96, freeze="backbone"), splits.id2label)

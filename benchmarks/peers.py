@@ -24,17 +24,10 @@ from torchvision import transforms
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.turns import Turn
-from hf_cifar import (
-    DataConfig,
-    Preprocessing,
-    RunConfig,
-    build_model,
-    build_trainer,
-    load_splits,
-    plan_run,
-)
+from hf_cifar import DataConfig, RunConfig, build_model, build_trainer, load_splits, plan_run
 from hf_cifar.training.autotune import DTYPES, MEMORY_FORMATS, Setting, computing_as
 from hf_cifar.training.memory import keep_freed_memory
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 WARM_UP = 2  # steps
 UNMEASURED = Setting()

@@ -8,27 +8,16 @@ from typing import Any
 # Public names and where they live; imported when first used, so that `import hf_cifar` loads no torch.
 _PUBLIC = {
     "AugmentConfig": "hf_cifar.config.augmentation",
-    "Augmentation": "hf_cifar.transforms.augmentation",
-    "Classifier": "hf_cifar.models.classifier",
     "DataConfig": "hf_cifar.config.data",
     "EvaluateConfig": "hf_cifar.config.evaluation",
-    "ImageClassificationTrainer": "hf_cifar.training.trainer",
     "ModelConfig": "hf_cifar.config.model",
-    "Policy": "hf_cifar.transforms.policies",
     "PredictConfig": "hf_cifar.config.deployment",
-    "Plan": "hf_cifar.plan",
     "Predictions": "hf_cifar.evaluation.predictions",
-    "Preprocessing": "hf_cifar.transforms.preprocessing",
-    "RandomView": "hf_cifar.transforms.views",
     "RunConfig": "hf_cifar.config.run",
-    "RunResult": "hf_cifar.finetune",
-    "Split": "hf_cifar.data.split",
-    "Splits": "hf_cifar.data.splits",
     "TrainingConfig": "hf_cifar.config.training",
     "UserError": "hf_cifar.errors",
     "build_model": "hf_cifar.models.build",
     "build_trainer": "hf_cifar.training.build",
-    "compare_predictions": "hf_cifar.evaluation.comparison",
     "compare_runs": "hf_cifar.evaluation.comparison",
     "compute_metrics": "hf_cifar.evaluation.predictions",
     "evaluate_classifier": "hf_cifar.evaluate",
@@ -56,4 +45,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return list(__all__)
