@@ -1,8 +1,8 @@
 """The articles' two networks, as transformers models: a small CNN (row A1) and a three-layer network (A2).
 
-Importing this module registers them, so that `from_pretrained` and `pipeline` load such a model. A copy of this
-file is saved with each model, so that `trust_remote_code=True` works without hf_cifar; it imports nothing from
-the package.
+Importing this module registers them, so that `from_pretrained` and `pipeline` load such a model. A copy of
+this file is saved with each model, so that `trust_remote_code=True` works without hf_cifar; it imports
+nothing from the package.
 """
 
 from __future__ import annotations
