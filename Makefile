@@ -36,7 +36,7 @@ style: $(VENV)/installed
 	$(BIN)/ruff format .
 
 docs: $(VENV)/installed
-	$(BIN)/python scripts/option_table.py
+	$(BIN)/python scripts/generated_pages.py
 	$(BIN)/python scripts/api_page.py
 
 # The newest versions that setup.cfg admits, with the hashes that PyPI gives; run the tests with them after.

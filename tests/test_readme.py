@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENGLISH, CHINESE = ROOT / "docs" / "_door_README.md", ROOT / "docs" / "_door_README.zh-CN.md"
+ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 
 
 @pytest.mark.parametrize(
     "pattern",
     [
         pytest.param(r"^```.*?^```$", id="code blocks"),
-        pytest.param(r"\]\((?!_door)([^)]+)\)", id="links"),
+        pytest.param(r"\]\((?!README)([^)]+)\)", id="links"),
         pytest.param(r"^#+ ", id="headings"),
         pytest.param(r"^\| `", id="rows"),
     ],
@@ -24,3 +24,7 @@ def test_both_languages_have_the_same(pattern):
         for page in (ENGLISH, CHINESE)
     )
     assert english and chinese == english
+
+
+def test_readme_is_short():
+    assert len(ENGLISH.read_text().splitlines()) <= 125
