@@ -136,7 +136,7 @@ def check_transforms(size: int) -> Iterator[Check]:
         "colour": Augmentation(view, color_jitter=0.4, hue=0.1, grayscale=0.2),
         "trivial augment": Augmentation(view, Policy.trivial_augment()),
         "rand augment": Augmentation(view, Policy.rand_augment(2, 0.3)),
-        "erasing": Augmentation(view, erasing=0.5),
+        "erasing": Augmentation(view, random_erasing=0.5),
         "mixup and cutmix": Augmentation(view, mixup_alpha=0.2, cutmix_alpha=1.0),
     }
     for name, augmentation in augmentations.items():

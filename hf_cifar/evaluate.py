@@ -39,7 +39,7 @@ from hf_cifar.models.problem_type import is_multi_label, thresholds_of
 from hf_cifar.report.card import is_untouched, save_card
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import computes_on_cpu
-from hf_cifar.training.losses import build_loss
+from hf_cifar.training.losses import evaluation_loss
 from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -193,7 +193,7 @@ def evaluate_saved(
             ),
             processing_class=image_processor,
             preprocessing=preprocessing,
-            evaluation_loss=build_loss(multi_label=is_multi_label(model)),
+            evaluation_loss=evaluation_loss(multi_label=is_multi_label(model)),
         )
         evaluation = evaluate_classifier(trainer, split, data.pixel_store, temperature)
         corrupted = None

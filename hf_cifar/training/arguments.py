@@ -6,8 +6,10 @@ import dataclasses
 import sys
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from hf_cifar.config.metrics import BEST_METRICS
 from hf_cifar.config.run import RunConfig
@@ -16,6 +18,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.runs.processes import computes_on_cpu
 from hf_cifar.text import one_line
+from hf_cifar.training.optimizers import optimizer_class, optimizer_name
 from hf_cifar.training.schedules import check_schedule
 
 TRACKERS = {"tensorboard", "trackio"}  # those that the extra `track` brings
@@ -52,10 +55,18 @@ def training_arguments(config: RunConfig, num_workers: int) -> TrainingArguments
         if train.disable_tqdm is None
         else train.disable_tqdm,
     } | dict(config.trainer)
+    # It would refuse the names that transformers does not have.
+    ours = {
+        name: values.pop(name)
+        for name, theirs in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType))
+        if values[name] not in tuple(theirs)
+    }
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         raise UserError(one_line(error)) from None
+    for name, value in ours.items():
+        setattr(arguments, name, value)
     # Not as a flag: it would require a GPU, and bfloat16 runs on a CPU as well. The options come before the
     # launcher, which names a precision too.
     if train.precision != "auto":
@@ -75,10 +86,10 @@ def check_libraries(args: TrainingArguments, model: PreTrainedModel) -> None:
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(f"--report_to: {one_line(error)}") from None
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, model)
+        optimizer_class(args, model)
     except (ImportError, RuntimeError, ValueError) as error:
         given = f" with --optim_args {args.optim_args}" if args.optim_args else ""
-        raise UserError(f"--optim {args.optim.value}{given}: {one_line(error)}") from None
+        raise UserError(f"--optim {optimizer_name(args)}{given}: {one_line(error)}") from None
     check_schedule(args)
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UserError(

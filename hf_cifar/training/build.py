@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from hf_cifar.training.arguments import check_libraries, training_arguments
 from hf_cifar.training.autotune import DTYPES, computing_as
 from hf_cifar.training.averaging import WeightAverage
 from hf_cifar.training.features import FeatureStore, feature_store, features_suffice
-from hf_cifar.training.losses import build_loss
+from hf_cifar.training.losses import evaluation_loss, training_loss
 from hf_cifar.training.resumable import identity
 from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.augmentation import Augmentation
@@ -77,8 +78,8 @@ def build_trainer(
         processing_class=image_processor,
         train_dataset=stores[0],
         eval_dataset=stores[1],
-        loss=build_loss(multi_label=multi_label, label_smoothing=train.label_smoothing_factor),
-        evaluation_loss=build_loss(multi_label=multi_label),
+        loss=training_loss(train, multi_label=multi_label),
+        evaluation_loss=evaluation_loss(multi_label=multi_label),
         preprocessing=preprocessing,
         augmentation=augmentation(config.augment),
         setting=plan.setting,
@@ -197,13 +198,6 @@ def augmentation(options: AugmentConfig) -> Augmentation:
             options.rand_augment_ops, options.rand_augment_magnitude / 30
         ),
     }
-    return Augmentation(
-        view=view,
-        policy=policies[options.auto_augment](),
-        color_jitter=options.color_jitter,
-        hue=options.hue,
-        grayscale=options.grayscale,
-        erasing=options.random_erasing,
-        mixup_alpha=options.mixup_alpha,
-        cutmix_alpha=options.cutmix_alpha,
-    )
+    names = {each.name for each in dataclasses.fields(Augmentation)} - {"view", "policy"}
+    of_one_name = {name: getattr(options, name) for name in names}
+    return Augmentation(view=view, policy=policies[options.auto_augment](), **of_one_name)

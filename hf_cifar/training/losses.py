@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_cifar.config.training import TrainingConfig
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -29,7 +31,12 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def build_loss(*, multi_label: bool, label_smoothing: float = 0.0) -> Loss:
-    """Return the loss for images with one label each, or with any number of labels."""
-    name = "binary_cross_entropy" if multi_label else "cross_entropy"
-    return functools.partial(LOSSES[name], label_smoothing=label_smoothing)
+def training_loss(train: TrainingConfig, *, multi_label: bool) -> Loss:
+    """Return the loss that a run minimises, on images with one label each or with any number of labels."""
+    loss = evaluation_loss(multi_label=multi_label)
+    return functools.partial(loss, label_smoothing=train.label_smoothing_factor)
+
+
+def evaluation_loss(*, multi_label: bool) -> Loss:
+    """Return the loss by which runs compare, whatever they minimise."""
+    return LOSSES["binary_cross_entropy" if multi_label else "cross_entropy"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from accelerate.utils import extract_model_from_parallel
@@ -34,23 +35,38 @@ class Rates(NamedTuple):
 def build_optimizer(
     model: nn.Module, args: TrainingArguments, layer_decay: float = 1.0
 ) -> Optimizer:
-    """Return the optimiser that `args` name.
+    """Return the optimiser that `args` name, a key of `OPTIMIZERS`.
 
-    Every name that transformers' `--optim` takes. Weight decay reaches weight matrices and kernels only; a
-    layer decay other than 1 lowers the learning rate block by block towards the input.
+    Weight decay reaches weight matrices and kernels only; a layer decay other than 1 lowers the learning rate
+    block by block towards the input.
     """
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    build, options = optimizer_class(args, model)
     groups: Any = parameter_groups(model, args.weight_decay)
     # GaLore, Apollo and LOMO make groups of their own.
     for name in ("params", "model", "optimizer_dict"):
         groups = options.pop(name, groups)
-    optimizer = optimizer_class(groups, **options)
+    optimizer = build(groups, **options)
     if layer_decay != 1:
         classifier = extract_model_from_parallel(model, keep_torch_compile=False)
         depths = block_depths(classifier)
         by_parameter = {p: depths[name] for name, p in classifier.named_parameters()}
         decay_learning_rates(optimizer, by_parameter, layer_decay)
     return optimizer
+
+
+def optimizer_class(
+    args: TrainingArguments, model: nn.Module
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Return the class of the optimiser that `args` name, and its options with the learning rate.
+
+    Raises: ImportError, RuntimeError or ValueError if its package is missing or its options are wrong.
+    """
+    return OPTIMIZERS[optimizer_name(args)](args, model)
+
+
+def optimizer_name(args: TrainingArguments) -> str:
+    """Return the name that `--optim` gave."""
+    return getattr(args.optim, "value", args.optim)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -99,7 +115,7 @@ def default_rates(
     Goyal et al., Accurate, Large Minibatch SGD, 2017.
     """
     family = model_family(model, scratch)
-    optimizer = OPTIMIZER_FAMILIES.get(OptimizerNames(optim).value)
+    optimizer = OPTIMIZER_FAMILIES.get(optim)
     clipping = RATES["adamw"][family].max_grad_norm
     rates = RATES.get(optimizer, {}).get(family, Rates(None, clipping))
     if rates.learning_rate is None:
@@ -145,6 +161,10 @@ def decay_learning_rates(
     optimizer.param_groups[:] = groups
 
 
+# Functions of the arguments and the model that return what `optimizer_class` does.
+OPTIMIZERS: dict[str, Callable[..., tuple[type[Optimizer], dict[str, Any]]]] = dict.fromkeys(
+    (name.value for name in OptimizerNames), Trainer.get_optimizer_cls_and_kwargs
+)
 # Optimisers by the rule by which they update the weights. Others have no known rate.
 OPTIMIZER_FAMILIES = {
     **dict.fromkeys(

@@ -16,7 +16,7 @@ from hf_cifar.errors import UserError
 
 def build_schedule(args: TrainingArguments, optimizer: Optimizer, num_steps: int) -> LRScheduler:
     """Return the schedule that `args` name, for a run of `num_steps` optimiser steps."""
-    build = SCHEDULES[SchedulerType(args.lr_scheduler_type).value]
+    build = SCHEDULES[schedule_name(args)]
     options = args.lr_scheduler_kwargs or {}
     return build(optimizer, args.get_warmup_steps(num_steps), num_steps, options)
 
@@ -28,8 +28,13 @@ def check_schedule(args: TrainingArguments) -> None:
     except (TypeError, ValueError) as error:
         raise UserError(
             f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs} do not suit --lr_scheduler_type "
-            f"{SchedulerType(args.lr_scheduler_type).value}: {error}"
+            f"{schedule_name(args)}: {error}"
         ) from None
+
+
+def schedule_name(args: TrainingArguments) -> str:
+    """Return the name that `--lr_scheduler_type` gave."""
+    return getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
 
 
 def _transformers_schedule(

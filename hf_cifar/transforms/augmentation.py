@@ -25,7 +25,7 @@ from hf_cifar.transforms.views import Affine, RandomView, uniform
 class Augmentation:
     """The augmentation of a training batch, from stored pixels to the model's input.
 
-    color_jitter, hue: see the function of that name. grayscale, erasing: probabilities. mixup_alpha,
+    color_jitter, hue: see the function of that name. grayscale, random_erasing: probabilities. mixup_alpha,
     cutmix_alpha: see `mix`.
     """
 
@@ -34,7 +34,7 @@ class Augmentation:
     color_jitter: float = 0.0
     hue: float = 0.0
     grayscale: float = 0.0
-    erasing: float = 0.0
+    random_erasing: float = 0.0
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
 
@@ -53,8 +53,8 @@ class Augmentation:
         [N, num_classes], 0 or 1.
         """
         pixel_values = self.sample(images, preprocessing, generator, memory_format)
-        if self.erasing:
-            pixel_values = erase(pixel_values, self.erasing, generator)
+        if self.random_erasing:
+            pixel_values = erase(pixel_values, self.random_erasing, generator)
         if not (self.mixup_alpha or self.cutmix_alpha):
             return pixel_values, labels
         targets = labels if labels.ndim == 2 else F.one_hot(labels, num_classes)

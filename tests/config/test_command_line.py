@@ -185,11 +185,12 @@ def test_our_own_options_are_read_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_optimisers_and_schedules_are_those_of_transformers():
-    from transformers.training_args import OptimizerNames, SchedulerType
+def test_the_options_take_every_optimiser_and_schedule():
+    from hf_cifar.training.optimizers import OPTIMIZERS
+    from hf_cifar.training.schedules import SCHEDULES
 
-    assert set(get_args(Optimizer)) == {each.value for each in OptimizerNames}
-    assert set(get_args(Schedule)) == {each.value for each in SchedulerType}
+    assert set(get_args(Optimizer)) == OPTIMIZERS.keys()
+    assert set(get_args(Schedule)) == SCHEDULES.keys()
 
 
 @pytest.mark.parametrize(

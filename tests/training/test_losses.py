@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_cifar.training.losses import LOSSES, binary_cross_entropy, build_loss
+from hf_cifar.config.training import TrainingConfig
+from hf_cifar.training.losses import LOSSES, binary_cross_entropy, evaluation_loss, training_loss
 
 
 @pytest.fixture
@@ -23,11 +24,14 @@ def test_smoothing_of_one_label_is_that_of_plain_cross_entropy(logits):
 def test_the_loss_suits_the_labels(logits, smoothing):
     ids = torch.tensor([1, 3, 0, 2, 2, 1])
     lists = (logits > 0.3).long()
-    single = build_loss(multi_label=False, label_smoothing=smoothing)
-    several = build_loss(multi_label=True, label_smoothing=smoothing)
+    train = TrainingConfig(label_smoothing_factor=smoothing)
+    single, several = (training_loss(train, multi_label=kind) for kind in (False, True))
     wanted = F.cross_entropy(logits, ids, label_smoothing=smoothing)
     assert torch.equal(single(logits, ids), wanted)
     assert torch.equal(several(logits, lists), binary_cross_entropy(logits, lists, smoothing))
+    single, several = (evaluation_loss(multi_label=kind) for kind in (False, True))
+    assert torch.equal(single(logits, ids), F.cross_entropy(logits, ids))
+    assert torch.equal(several(logits, lists), binary_cross_entropy(logits, lists))
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -38,7 +38,7 @@ ALL_AUGMENTATIONS = {
     "color_jitter": Augmentation(color_jitter=0.4),
     "hue": Augmentation(hue=0.2),
     "grayscale": Augmentation(CROP_FLIP, grayscale=0.5),
-    "erasing": Augmentation(CROP_FLIP, erasing=0.5),
+    "erasing": Augmentation(CROP_FLIP, random_erasing=0.5),
     "mixup": Augmentation(CROP_FLIP, mixup_alpha=0.8),
     "cutmix": Augmentation(CROP_FLIP, cutmix_alpha=1.0),
     "everything": Augmentation(
