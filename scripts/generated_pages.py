@@ -32,7 +32,7 @@ def render_options() -> str:
             for name, command in COMMANDS.items()
         ),
     ]  # fmt: skip
-    shown: dict[type, str] = {}
+    shown: dict[Any, str] = {}
     for name, command in COMMANDS.items():
         lines += ["", f"## hf-cifar {name}"]
         if command.arguments:
@@ -49,7 +49,7 @@ def render_options() -> str:
     return "\n".join(lines) + "\n"
 
 
-def configs_of(command: Command) -> tuple[type, ...]:
+def configs_of(command: Command) -> tuple[Any, ...]:
     """Return the dataclasses of a subcommand's options; a module that parses them itself has CONFIGS."""
     return command.configs or getattr(sys.modules[command.run.__module__], "CONFIGS", ())
 

@@ -33,10 +33,14 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 def training_loss(train: TrainingConfig, *, multi_label: bool) -> Loss:
     """Return the loss that a run minimises, on images with one label each or with any number of labels."""
-    loss = evaluation_loss(multi_label=multi_label)
+    loss = LOSSES[_name(multi_label)]
     return functools.partial(loss, label_smoothing=train.label_smoothing_factor)
 
 
 def evaluation_loss(*, multi_label: bool) -> Loss:
     """Return the loss by which runs compare, whatever they minimise."""
-    return LOSSES["binary_cross_entropy" if multi_label else "cross_entropy"]
+    return LOSSES[_name(multi_label)]
+
+
+def _name(multi_label: bool) -> str:
+    return "binary_cross_entropy" if multi_label else "cross_entropy"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from markupsafe import escape
 
 from hf_cifar.config import metrics as table
 from hf_cifar.config.evaluation import ReportConfig
@@ -84,7 +85,7 @@ def test_places_show_their_metrics(multi_label, tmp_path):
     page = page_of(tmp_path, made)
     top = page[page.index('<dl class="headline">') : page.index("</dl>")]
     for name in metrics_of(multi_label=multi_label):
-        assert f'<th scope="row">{words(name)}</th>' in page
+        assert f'<th scope="row">{escape(words(name))}</th>' in page
         assert (f'value="metrics/test/{name}"' in top) == (name in headline)
     for name in metrics_of(multi_label=multi_label, place="training"):
         assert name == "cross_entropy" or f"Validation {words(name)}" in page
