@@ -124,7 +124,7 @@ def render_files() -> str:
 
 def summary(module: Path) -> str:
     """Return the first sentence of a module's docstring."""
-    docstring = ast.get_docstring(ast.parse(module.read_text())) or ""
+    docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
     return re.split(r"(?<=\.)\s", " ".join(docstring.split("\n\n")[0].split()))[0]
 
 
