@@ -23,7 +23,7 @@ test-all: $(VENV)/installed quality
 	$(BIN)/pytest -n 3 --dist loadfile -q
 
 test-faults: $(VENV)/installed
-	$(BIN)/pytest -n 2 -q -m faults tests/faults --write-figures docs/reliability.md
+	$(BIN)/pytest -n 2 -q -m faults tests/faults --write-table docs/reliability.md
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,15 +1,17 @@
-"""Faults injected for real. `make test-faults` runs these; the usual test run leaves them out."""
+"""Tests that inject real faults. `make test-faults` runs them; the usual test run leaves them out."""
 
 from pathlib import Path
 
 import pytest
 
-HEADER = "| # | fault | what has to hold | figure |\n| --- | --- | --- | --- |\n"
-PAGE_MARKS = ("<!-- figures -->\n", "<!-- end of figures -->")
+HEADER = "| # | fault | requirement | passed |\n| --- | --- | --- | --- |\n"
+PAGE_MARKS = ("<!-- results -->\n", "<!-- end of results -->")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--write-figures", metavar="PAGE", help="put the table into this page")
+    parser.addoption(
+        "--write-table", metavar="PAGE", help="write the table of results into this page"
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -20,12 +22,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def figure(record_property):
-    """figure(number, fault, what has to hold, good, of): a row of the table; a shortfall fails the test."""
+def record_result(record_property):
+    """Function that records a row of the table, and fails the test unless all cases passed."""
 
-    def record(number, fault, promise, good, of):
-        record_property("figure", (number, fault, promise, f"{good}/{of}"))
-        assert good == of, f"{fault}: {good} of {of}"
+    def record(number, fault, requirement, passed, cases):
+        record_property("result", (number, fault, requirement, f"{passed}/{cases}"))
+        assert passed == cases, f"{fault}: {passed} of {cases}"
 
     return record
 
@@ -33,14 +35,14 @@ def figure(record_property):
 def pytest_terminal_summary(terminalreporter, config):
     reports = [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]
     rows = sorted(
-        (value for report in reports for name, value in report.user_properties if name == "figure"),
+        (value for report in reports for name, value in report.user_properties if name == "result"),
         key=lambda row: (str(row[0]).zfill(2), row[1]),  # some have no number
     )
     if not rows:
         return
     table = HEADER + "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
     terminalreporter.write_line("\n" + table)
-    page = config.getoption("--write-figures", None)
+    page = config.getoption("--write-table", None)
     if page:
         text = Path(page).read_text()
         start, rest = text.split(PAGE_MARKS[0])

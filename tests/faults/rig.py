@@ -1,4 +1,4 @@
-"""Runs in processes that may die: forked, so that torch is imported once."""
+"""Runs in forked processes that may be killed; torch is imported once."""
 
 import atexit
 import contextlib
@@ -17,16 +17,16 @@ from tiny import tiny_trainer
 
 from hf_cifar.training.checkpoints import newest_checkpoint
 
-# Everything that draws at random: augmentation, mixing, dropout; and an average of the weights.
+# Random augmentation and mixing, and an average of the weights.
 RANDOM = [
     "--crop_scale", "0.6", "--rotation", "10", "--mixup_alpha", "0.4", "--random_erasing", "0.5",
     "--ema_decay", "0.9",
 ]  # fmt: skip
-STARTED = set()  # processes that nobody has waited for
+STARTED = set()  # processes not waited for yet
 
 
 @atexit.register
-def leave_none():
+def kill_started():
     for pid in STARTED:
         os.kill(pid, signal.SIGKILL)
 
@@ -40,21 +40,21 @@ def make_trainer(folder, data, model, *flags):
     )  # fmt: skip
 
 
-def go_on(trainer):
-    """What `--resume_from_checkpoint last` does: from the newest whole checkpoint, or the beginning. Returns
-    the digest of what the training ends with."""
+def resume(trainer):
+    """Train like `--resume_from_checkpoint last`: from the newest intact checkpoint, or the beginning. Returns
+    the digest of the final weights."""
     checkpoint = newest_checkpoint(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return digest(trainer.model)
 
 
-def ends_with(expected, trainer):
-    """Whether a run that goes on in a process of its own ends with these bits."""
-    return in_child(lambda: go_on(trainer) != expected) == 0
+def resumes_to(expected, trainer):
+    """Return True if the run, resumed in another process, ends with the weights of this digest."""
+    return in_child(lambda: resume(trainer) != expected) == 0
 
 
 def digest(weights):
-    """SHA-256 over the bytes of all tensors of a model, a state dict, or a safetensors file."""
+    """SHA-256 of all tensors of a model, a state dict, or a safetensors file."""
     if isinstance(weights, Path):
         with safe_open(weights, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -67,13 +67,13 @@ def digest(weights):
 
 
 def in_child(function, log=None):
-    """Run a function in a forked process. Returns its exit status, or minus the signal that ended it."""
+    """Run a function in a forked process. Returns its exit status, or minus the number of a fatal signal."""
     return ended(start(function, log))
 
 
 def start(function, log=None):
-    """Begin to run a function in a forked process, its output in `log`. Returns the process id."""
-    gc.freeze()  # else the child's collections would copy every page
+    """Start a function in a forked process, with its output in `log`. Returns the process id."""
+    gc.freeze()  # otherwise garbage collection in the child would copy every page
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -93,13 +93,13 @@ def start(function, log=None):
 
 
 def ended(pid):
-    """Wait for a process. Returns its exit status, or minus the signal that ended it."""
+    """Wait for a process. Returns its exit status, or minus the number of a fatal signal."""
     STARTED.discard(pid)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def start_pair(function, port):
-    """Begin to run a function in two forked processes that train together over gloo. Returns their ids."""
+    """Start a function in two forked processes that train together over gloo. Returns their ids."""
 
     def as_rank(rank):
         PartialState._reset_state()
@@ -114,7 +114,7 @@ def start_pair(function, port):
 
 
 def wait_for(text, log, pid):
-    """Wait until a process has written some text. Returns whether it did before it ended."""
+    """Wait until a process has written a text; returns False if it ended without it."""
     while text not in (log.read_text() if log.exists() else ""):
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return False
@@ -123,8 +123,8 @@ def wait_for(text, log, pid):
 
 
 def kill_at_file_operation(folder, number):
-    """Let this process die at its n-th operation on files below a folder (n from 0): opened, made, renamed or
-    removed."""
+    """Kill this process at its n-th operation (from 0) on files below a folder: opening, creating, renaming
+    or removing one."""
     count = 0
     operations = {
         "open",

@@ -1,4 +1,4 @@
-"""Checkpoints that are cut off, damaged, or of another run."""
+"""Checkpoints that are incomplete, damaged, or from another run."""
 
 import os
 import random
@@ -11,11 +11,11 @@ import pytest
 from faults.rig import (
     digest,
     ended,
-    ends_with,
-    go_on,
     in_child,
     kill_at_file_operation,
     make_trainer,
+    resume,
+    resumes_to,
     start_pair,
 )
 from transformers.trainer_utils import SaveStrategy
@@ -37,18 +37,18 @@ def dropout_vit(save_vit):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, stripes, dropout_vit):
-    """The folder of a run of six steps with checkpoints at 4 and 6, and the digest of what it ends with."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    return folder, go_on(make_trainer(folder, stripes, dropout_vit))
+def uninterrupted(tmp_path_factory, stripes, dropout_vit):
+    """The folder of a run of six steps with checkpoints at 4 and 6, and the digest of its final weights."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    return folder, resume(make_trainer(folder, stripes, dropout_vit))
 
 
-def test_killed_at_every_file_operation_of_a_save(
-    tmp_path, stripes, dropout_vit, undisturbed, figure
+def test_kill_at_every_file_operation_of_a_save(
+    tmp_path, stripes, dropout_vit, uninterrupted, record_result
 ):
-    _, expected = undisturbed
+    _, expected = uninterrupted
     folder = tmp_path / "run"
-    trainer = make_trainer(folder, stripes, dropout_vit)  # trained in forked copies alone
+    trainer = make_trainer(folder, stripes, dropout_vit)  # trained in forked copies only
 
     def count():
         operations = kill_at_file_operation(folder, -1)
@@ -66,17 +66,24 @@ def test_killed_at_every_file_operation_of_a_save(
             kill_at_file_operation(folder, point)
             trainer.train()
 
-        ends = in_child(killed), ends_with(expected, trainer)
+        ends = in_child(killed), resumes_to(expected, trainer)
         good += ends == (-signal.SIGKILL, True)
         if ends != (-signal.SIGKILL, True):
             print(f"file operation {point}: {ends}")
-    figure(7, "kill -9 at every file operation of the saves of a run",
-           "goes on unaided, ends with the same bits", good, points)  # fmt: skip
+    record_result(
+        7,
+        "kill -9 at every file operation of a run's saves",
+        "resumes unaided and ends bit-identical",
+        good,
+        points,
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_from_every_step(tmp_path, stripes, dropout_vit, workers, accumulation, figure):
+def test_resume_from_every_step(
+    tmp_path, stripes, dropout_vit, workers, accumulation, record_result
+):
     trainer = make_trainer(
         tmp_path / "run", stripes, dropout_vit,
         "--max_steps", "17", "--save_steps", "1", "--save_total_limit", "99",
@@ -84,25 +91,31 @@ def test_resume_from_every_step(tmp_path, stripes, dropout_vit, workers, accumul
         "--per_device_train_batch_size", "4",
     )  # fmt: skip
 
-    def whole():
-        (tmp_path / "digest").write_text(go_on(trainer))
+    def uninterrupted_run():
+        (tmp_path / "digest").write_text(resume(trainer))
 
     def resumed(step):
         trainer.args.save_strategy = SaveStrategy.NO
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
         return digest(trainer.model) != (tmp_path / "digest").read_text()
 
-    assert in_child(whole) == 0
+    assert in_child(uninterrupted_run) == 0
     good = 0
     for step in range(1, 17):
         good += in_child(lambda step=step: resumed(step)) == 0
-    figure(8, f"resumed from each of steps 1 to 16: augmentation, mixup, dropout, EMA; {workers} workers, "
-           f"accumulation {accumulation}", "the same SHA-256 at the end", good, 16)  # fmt: skip
+    record_result(
+        8,
+        f"resumed from each of steps 1 to 16: augmentation, mixup, dropout, EMA; {workers} workers, "
+        f"accumulation {accumulation}",
+        "the same SHA-256 at the end",
+        good,
+        16,
+    )
 
 
 @pytest.fixture(scope="module")
-def undisturbed_pair(tmp_path_factory, stripes, dropout_vit):
-    """The same run in two processes: its folder with all checkpoints, and the seconds that it took."""
+def uninterrupted_pair(tmp_path_factory, stripes, dropout_vit):
+    """The same run in two processes: its folder with all checkpoints, and its duration in seconds."""
     folder = tmp_path_factory.mktemp("pair") / "run"
     began = time.monotonic()
     pair = start_pair(
@@ -113,7 +126,7 @@ def undisturbed_pair(tmp_path_factory, stripes, dropout_vit):
 
 
 def pair_run(folder, data, model, *flags, checkpoint=None, expected=None):
-    """What each of two processes does: train, and compare the end with what was expected."""
+    """Return a function for each of two processes: train, and compare the final digest with `expected`."""
 
     def run(rank):
         trainer = make_trainer(folder, data, model, "--per_device_train_batch_size", "4", *flags)
@@ -133,8 +146,10 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_two_processes_killed_at_any_time(tmp_path, stripes, dropout_vit, undisturbed_pair, figure):
-    source, seconds = undisturbed_pair
+def test_kill_of_two_processes_at_random_times(
+    tmp_path, stripes, dropout_vit, uninterrupted_pair, record_result
+):
+    source, seconds = uninterrupted_pair
     expected = (source / "digest").read_text()
     draw = random.Random(0)
     good = 0
@@ -147,14 +162,19 @@ def test_two_processes_killed_at_any_time(tmp_path, stripes, dropout_vit, undist
         [ended(pid) for pid in pair]
         again = pair_run(folder, stripes, dropout_vit, expected=expected)
         good += [ended(pid) for pid in start_pair(again, free_port())] == [0, 0]
-    figure(7, "kill -9 of two processes on gloo, at random times",
-           "goes on unaided, ends with the same bits", good, 8)  # fmt: skip
+    record_result(
+        7,
+        "kill -9 of two gloo processes at random times",
+        "resumes unaided and ends bit-identical",
+        good,
+        8,
+    )
 
 
 def test_two_processes_resume_from_every_checkpoint(
-    tmp_path, stripes, dropout_vit, undisturbed_pair, figure
+    tmp_path, stripes, dropout_vit, uninterrupted_pair, record_result
 ):
-    source, _ = undisturbed_pair
+    source, _ = uninterrupted_pair
     expected = (source / "digest").read_text()
     checkpoints = RunFolder(source).checkpoints()[1:]
     good = 0
@@ -162,8 +182,13 @@ def test_two_processes_resume_from_every_checkpoint(
         folder = tmp_path / checkpoint.name
         again = pair_run(folder, stripes, dropout_vit, checkpoint=checkpoint, expected=expected)
         good += [ended(pid) for pid in start_pair(again, free_port())] == [0, 0]
-    figure(8, "the same under two processes on gloo, from steps 2 and 4",
-           "the same SHA-256 at the end", good, len(checkpoints))  # fmt: skip
+    record_result(
+        8,
+        "the same with two gloo processes, from steps 2 and 4",
+        "the same SHA-256 at the end",
+        good,
+        len(checkpoints),
+    )
 
 
 def _flip(path):
@@ -173,20 +198,20 @@ def _flip(path):
 
 
 DAMAGE = {
-    "weights cut short": lambda folder: os.truncate(folder / "model.safetensors", 1000),
-    "weights gone": lambda folder: (folder / "model.safetensors").unlink(),
+    "weights truncated": lambda folder: os.truncate(folder / "model.safetensors", 1000),
+    "weights missing": lambda folder: (folder / "model.safetensors").unlink(),
     "optimiser state empty": lambda folder: (folder / "optimizer.safetensors").write_bytes(b""),
     "a bit of the optimiser state flipped": lambda folder: _flip(folder / "optimizer.safetensors"),
-    "trainer state is rubbish": lambda folder: (folder / "trainer_state.json").write_text("{"),
-    "random state gone": lambda folder: (folder / "rng_state_0.safetensors").unlink(),
-    "list of sums gone": lambda folder: (folder / SUMS_FILE).unlink(),
+    "trainer state is garbage": lambda folder: (folder / "trainer_state.json").write_text("{"),
+    "random state missing": lambda folder: (folder / "rng_state_0.safetensors").unlink(),
+    "checksums missing": lambda folder: (folder / SUMS_FILE).unlink(),
 }
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    tmp_path, stripes, dropout_vit, undisturbed, figure, caplog
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(
+    tmp_path, stripes, dropout_vit, uninterrupted, record_result, caplog
 ):
-    source, expected = undisturbed
+    source, expected = uninterrupted
     folder = tmp_path / "run"
     trainer = make_trainer(folder, stripes, dropout_vit)
     good = 0
@@ -197,15 +222,20 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         caplog.clear()
         chosen = newest_checkpoint(folder)
         warned = "checkpoint-6 is damaged" in caplog.text
-        same = ends_with(expected, trainer)
+        same = resumes_to(expected, trainer)
         mended = find_damage(folder / "checkpoint-6") is None
         good += chosen.name == "checkpoint-4" and warned and same and mended
-    figure(9, "the newest checkpoint damaged, in seven ways",
-           "a warning; goes on from the one before, ends with the same bits", good, len(DAMAGE))  # fmt: skip
+    record_result(
+        9,
+        "the newest checkpoint damaged in seven ways",
+        "a warning; resumes from the previous one and ends bit-identical",
+        good,
+        len(DAMAGE),
+    )
 
 
-def test_every_flipped_byte_is_noticed(undisturbed, figure):
-    folder, _ = undisturbed
+def test_every_changed_byte_is_detected(uninterrupted, record_result):
+    folder, _ = uninterrupted
     draw = random.Random(0)
     checkpoint = newest_checkpoint(folder)
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
@@ -219,15 +249,15 @@ def test_every_flipped_byte_is_noticed(undisturbed, figure):
         good += find_damage(checkpoint) is not None
         path.write_bytes(before)
     assert find_damage(checkpoint) is None
-    figure(
-        10, "one byte of a checkpoint changed, in each of its files in turn", "noticed", good, 200
+    record_result(
+        10, "one byte of a checkpoint changed, in each of its files in turn", "detected", good, 200
     )
 
 
-def test_save_total_limit_keeps_the_last_whole_checkpoint(
-    tmp_path, stripes, dropout_vit, undisturbed
+def test_save_total_limit_keeps_the_last_intact_checkpoint(
+    tmp_path, stripes, dropout_vit, uninterrupted
 ):
-    source, expected = undisturbed
+    source, expected = uninterrupted
     folder = tmp_path / "run"
     shutil.copytree(source, folder)
     _flip(folder / "checkpoint-6" / "model.safetensors")
@@ -237,11 +267,11 @@ def test_save_total_limit_keeps_the_last_whole_checkpoint(
 
     def killed_in_the_first_save():
         kill_at_file_operation(folder, 25)
-        go_on(trainer)
+        resume(trainer)
 
     assert in_child(killed_in_the_first_save) == -signal.SIGKILL
     assert newest_checkpoint(folder).name in ("checkpoint-4", "checkpoint-5")
-    assert ends_with(expected, trainer)
+    assert resumes_to(expected, trainer)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
@@ -252,7 +282,9 @@ OTHER_OPTIONS = {
 }  # fmt: skip
 
 
-def test_what_changed_since_is_named(tmp_path, stripes, colours, tiny_vit, figure):
+def test_a_change_since_the_checkpoint_is_named(
+    tmp_path, stripes, colours, tiny_vit, record_result
+):
     def command(data, model, *flags):
         return [
             "finetune", "--dataset_name", str(data), "--model_name_or_path", str(model), "--use_cpu",
@@ -261,10 +293,10 @@ def test_what_changed_since_is_named(tmp_path, stripes, colours, tiny_vit, figur
             "--save_steps", "2", "--eval_strategy", "no", *flags,
         ]  # fmt: skip
 
-    def told(arguments):
+    def error_of(arguments):
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
-        # In a process of its own, which has not read the data before.
+        # In a new process, which has not read the data yet.
         status = in_child(lambda: main([*arguments, "--resume_from_checkpoint", "last"]), log)
         return status, log.read_text()
 
@@ -272,29 +304,34 @@ def test_what_changed_since_is_named(tmp_path, stripes, colours, tiny_vit, figur
     shutil.copytree(stripes, data)
     assert in_child(lambda: main(command(data, tiny_vit))) == 0
     outcomes = [
-        (told(command(data, tiny_vit, f"--{name}", value)), f"--{name} is {value}")
+        (error_of(command(data, tiny_vit, f"--{name}", value)), f"--{name} is {value}")
         for name, value in OTHER_OPTIONS.items()
     ]
-    outcomes.append((told(command(colours, tiny_vit)), "--dataset_name is"))
-    outcomes.append((told(command(data, "scratch/article_cnn")), "--model_name_or_path is"))
+    outcomes.append((error_of(command(colours, tiny_vit)), "--dataset_name is"))
+    outcomes.append((error_of(command(data, "scratch/article_cnn")), "--model_name_or_path is"))
     image = next((data / "train" / "down").iterdir())
     pixels = image.read_bytes()
     shutil.copy(next((data / "train" / "across").iterdir()), image)
-    outcomes.append((told(command(data, tiny_vit)), "other pixels of"))
+    outcomes.append((error_of(command(data, tiny_vit)), "other pixels of"))
     image.write_bytes(pixels)
     image.rename(data / "train" / "across" / "moved.png")
-    outcomes.append((told(command(data, tiny_vit)), "other split"))
-    right = [status == 2 and wanted in told for (status, told), wanted in outcomes]
+    outcomes.append((error_of(command(data, tiny_vit)), "other split"))
+    right = [status == 2 and wanted in message for (status, message), wanted in outcomes]
     print([outcome for outcome, good in zip(outcomes, right, strict=True) if not good])
     good = sum(right)
-    figure(11, "resumed with other data, labels, model or options, one at a time",
-           "refused, and named", good, len(outcomes))  # fmt: skip
+    record_result(
+        11,
+        "resumed with other data, labels, model or options, one change at a time",
+        "refused, with the change named in the error",
+        good,
+        len(outcomes),
+    )
 
 
 def test_a_checkpoint_of_other_data_is_refused(
-    tmp_path, stripes, colours, dropout_vit, undisturbed
+    tmp_path, stripes, colours, dropout_vit, uninterrupted
 ):
-    source, _ = undisturbed
+    source, _ = uninterrupted
     trainer = make_trainer(tmp_path / "run", colours, dropout_vit)
     with pytest.raises(UserError, match=r"is of a run with other split"):
         trainer.train(resume_from_checkpoint=str(source / "checkpoint-4"))

@@ -1,4 +1,4 @@
-"""Row 35: command lines and configs with a mistake."""
+"""Row 35: mistakes in command lines and configs."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ FILES = {
 DIGITS = ["--dataset_name", "bundled/digits"]
 MLP = ["--model_name_or_path", "scratch/article_mlp"]
 NEW = [*DIGITS, *MLP]
-# Command lines, and words that the one line must hold: what is wrong.
+# Command lines, each with a text that its error must contain.
 LIGHT = """
 tune | tune
 finetun | finetun
@@ -158,7 +158,7 @@ evaluate --model_name_or_path model --split train | split
 evaluate --model_name_or_path model --corruptions -1 | --corruptions
 evaluate --model_name_or_path bundled/efficientnet_lite0 | not fine-tuned
 """
-# These are found only when torch, the model or the data are there.
+# These mistakes are found only with torch, the model or the data loaded.
 HEAVY = [
     ([*NEW, "--lr_scheduler_kwargs", "{broken"], "lr_scheduler_kwargs"),
     ([*NEW, "--lr_scheduler_kwargs", '{"foo": 1}'], "lr_scheduler_kwargs"),
@@ -177,7 +177,7 @@ HEAVY = [
 ]  # fmt: skip
 
 
-def test_a_mistake_is_one_line(figure, tmp_path):
+def test_each_mistake_is_a_one_line_error(record_result, tmp_path):
     for name, content in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -214,12 +214,14 @@ def test_a_mistake_is_one_line(figure, tmp_path):
     written = {str(path) for path in tmp_path.rglob("*")} - before
     assert not written
     print(len(light), "without torch")
-    promise = "exit 2, one line that names it, under 2 s where no model is needed"
-    figure(35, "mistakes in command lines and configs", promise, good, len(cases))
+    requirement = (
+        "exit status 2, one line that names the mistake, under 2 s where no model is needed"
+    )
+    record_result(35, "mistakes in command lines and configs", requirement, good, len(cases))
 
 
-def test_a_mistake_costs_no_import_of_torch(tmp_path):
-    """The whole of a process, from its start."""
+def test_a_mistake_is_found_without_importing_torch(tmp_path):
+    """Times a complete process, start-up included."""
     for argv in (["tune"], ["finetune", "--learning_rat", "1"], ["finetune", "--flip", "2"]):
         start = time.perf_counter()
         code = f"import sys; from hf_cifar.cli import main; sys.exit(main({json.dumps(argv)}))"

@@ -1,4 +1,4 @@
-"""Rows that cannot be read, labels that are wrong, test images in train, a preparation that is cut off."""
+"""Unreadable rows, wrong labels, test images in train, and an interrupted preparation."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def stripes(label, generator, side=16):
 
 
 def write_split(folder, split, files, labels, feature=NAMES):
-    """A Parquet file of rows as they are; a file of None is an empty cell."""
+    """Write rows to a Parquet file without encoding; None as a file is an empty cell."""
     folder.mkdir(exist_ok=True)
     schema = Features({"image": datasets.Image(), "label": feature}).arrow_schema
     cells = [None if file is None else {"bytes": file, "path": None} for file in files]
@@ -56,7 +56,7 @@ def finetune(data, output_dir, model, *flags):
     )])  # fmt: skip
 
 
-# --- 13: rows that cannot be read
+# --- 13: unreadable rows
 
 FAULTS = {
     "truncated": lambda file: file[: len(file) // 2],
@@ -70,7 +70,7 @@ FAULTS = {
 
 
 def write_corrupt(folder, sides):
-    """1,000 rows of train and 200 of test, 1% of them corrupt; returns the ids of those by split."""
+    """Write 1,000 rows of train and 200 of test, 1% of them corrupt; returns the ids of these by split."""
     generator, corrupt = np.random.default_rng(0), {}
     for split, count in (("train", 1000), ("test", 200)):
         labels = generator.permutation([0, 1] * (count // 2)).tolist()
@@ -86,7 +86,7 @@ def write_corrupt(folder, sides):
 
 
 def listed(message, split):
-    """The row ids that a message lists."""
+    """Return the row ids that a message lists."""
     ids = re.search(rf"{split} rows? ([\d, -]+)", message)[1].strip(", ")
     ends = [[int(end) for end in part.split("-")] for part in ids.split(", ")]
     return [row for part in ends for row in range(part[0], part[-1] + 1)]
@@ -100,12 +100,12 @@ STORES = {
 }
 
 
-def test_corrupt_rows(tmp_path, tiny_vit, capsys, figure):
+def test_corrupt_rows(tmp_path, tiny_vit, capsys, record_result):
     stopped = skipped = 0
     for number, (sides, flags) in enumerate(STORES.values()):
         data, output = tmp_path / f"data{number}", tmp_path / f"run{number}"
         corrupt = write_corrupt(data, sides)
-        # Twice: what was found is kept on disk.
+        # Twice, because the findings are cached on disk.
         for _ in range(2):
             assert finetune(data, output, tiny_vit, *flags) == 2
             message = capsys.readouterr().err.strip()
@@ -137,75 +137,79 @@ def test_corrupt_rows(tmp_path, tiny_vit, capsys, figure):
         assert main(["report", str(output)]) == 0
         page = (output / "report.html").read_text()
         for text in (card, page):
-            said = text[text.index("Left out, because they cannot be read") :].split("\n")[0]
-            assert all(f"{len(ids)} of {name} (row" in said for name, ids in rows.items())
-            assert "2 of test (rows" in said
+            sentence = text[text.index("Left out, because they cannot be read") :].split("\n")[0]
+            assert all(f"{len(ids)} of {name} (row" in sentence for name, ids in rows.items())
+            assert "2 of test (rows" in sentence
         skipped += 1
 
     rows = [stripes(label, np.random.default_rng(1)) for label in (0, 1)]
-    whole = [encoded(image) for image in rows] * 10
-    write_split(tmp_path / "test", "train", whole, [0, 1] * 10)
-    write_split(tmp_path / "test", "test", [whole[0], b"no image", None, whole[1]], [0, 1, 0, 1])
+    intact = [encoded(image) for image in rows] * 10
+    write_split(tmp_path / "test", "train", intact, [0, 1] * 10)
+    write_split(tmp_path / "test", "test", [intact[0], b"no image", None, intact[1]], [0, 1, 0, 1])
     assert finetune(tmp_path / "test", tmp_path / "never", tiny_vit, "--do_predict") == 2
     assert (
         "2 images cannot be read, test rows 1-2; the first: test row 1" in capsys.readouterr().err
     )
     assert not (tmp_path / "never").exists()
 
-    promise = "all row ids in one line, before step 1, nothing written"
-    figure(13, "1% of rows corrupt, 4 kinds of store", promise, stopped, len(STORES))
-    promise = "those rows and no other left out; split, card and report say so"
-    figure(13, "the same with `--on_bad_image skip`", promise, skipped, len(STORES))
+    requirement = "all row ids in one line, before step 1; nothing written"
+    record_result(
+        13, "1% of rows corrupt, in 4 kinds of storage", requirement, stopped, len(STORES)
+    )
+    requirement = "exactly those rows left out; split, card and report state it"
+    record_result(13, "the same with `--on_bad_image skip`", requirement, skipped, len(STORES))
 
 
-# --- 14: labels that are wrong
+# --- 14: wrong labels
 
 NUMBERS, WORDS, REALS = Value("int64"), Value("string"), Value("float64")
 TURNED, THREE = ClassLabel(names=["down", "across"]), ClassLabel(names=["across", "down", "up"])
 TRUE = [0, 1] * 10
-# What is wrong: train's labels and feature; those of another split; what the line says; flags.
+# Fault: labels and feature of train; those of another split; text of the error; flags.
 LABEL_FAULTS = {
     "validation's names permuted": (TRUE, NAMES, "validation", TRUE, TURNED, "has the classes", ()),
     "test's names permuted": (TRUE, NAMES, "test", TRUE, TURNED, "has the classes", ()),
-    "names permuted, of a stream": (
+    "names permuted, in a stream": (
         TRUE, NAMES, "validation", TRUE, TURNED, "has the classes", ("--streaming",),
     ),
     "a class without images": (TRUE, THREE, "test", TRUE, THREE, "'up' has no image in train", ()),
     "beyond the last class": ([*TRUE, 2], NAMES, "test", TRUE, NAMES, "train row 20: label 2", ()),
     "-1 in train": ([-1, *TRUE], NAMES, "test", TRUE, NAMES, "train row 0: label -1", ()),
-    "-1 in a part of test": (TRUE, NAMES, "test", [0, 1, -1], NAMES, "test row 2: label -1", ()),
+    "-1 in a subset of test": (TRUE, NAMES, "test", [0, 1, -1], NAMES, "test row 2: label -1", ()),
     "missing": ([0, None, *TRUE], NAMES, "test", TRUE, NAMES, "train row 1: label None", ()),
     "NaN": ([0.0, 1.0, float("nan")], REALS, "test", [0.0], REALS, "train row 2: the label is missing", ()),
     "-1 in a column of integers": ([3, 4, -1], NUMBERS, "test", [3], NUMBERS, "train row 2: label -1", ()),
     "empty text": (["a", "", "b"], WORDS, "test", ["a"], WORDS, "train row 1: the label is missing", ()),
-    "a space too many": (["a", "b", "a "], WORDS, "test", ["a"], WORDS, "differ only in white space", ()),
+    "an extra space": (["a", "b", "a "], WORDS, "test", ["a"], WORDS, "differ only in white space", ()),
     "a class that train lacks": (["a", "b"], WORDS, "test", ["c"], WORDS, "test row 0: label 'c'", ()),
-    "numbers for words": (["a", "b"], WORDS, "test", [0, 1], NUMBERS, "test row 0: label '0'", ()),
+    "numbers instead of words": (["a", "b"], WORDS, "test", [0, 1], NUMBERS, "test row 0: label '0'", ()),
 }  # fmt: skip
 
 
-def test_label_faults(tmp_path, tiny_vit, capsys, figure):
+def test_label_faults(tmp_path, tiny_vit, capsys, record_result):
     generator, refused = np.random.default_rng(0), []
     pictures = [encoded(stripes(0, generator)) for _ in range(30)]
     for number, (fault, case) in enumerate(LABEL_FAULTS.items()):
-        labels, feature, split, others, other_feature, said, flags = case
+        labels, feature, split, others, other_feature, expected, flags = case
         data, output = tmp_path / f"data{number}", tmp_path / f"run{number}"
         write_split(data, "train", pictures[: len(labels)], labels, feature)
         write_split(data, split, pictures[: len(others)], others, other_feature)
         status = finetune(data, output, tiny_vit, "--label_column_name", "label", *flags)
         message = capsys.readouterr().err.strip()
-        if status == 2 and said in message and "\n" not in message and not output.exists():
+        if status == 2 and expected in message and "\n" not in message and not output.exists():
             refused.append(fault)
     missed = set(LABEL_FAULTS) - set(refused)
-    promise = "one line that names the row or class, before step 1"
-    figure(14, "wrong labels", f"{promise}{missed or ''}", len(refused), len(LABEL_FAULTS))
+    requirement = "one line that names the row or class, before step 1"
+    record_result(
+        14, "wrong labels", f"{requirement}{missed or ''}", len(refused), len(LABEL_FAULTS)
+    )
 
 
 # --- 15: test images in train
 
 
 def patches():
-    """Pieces [N, 32, 32, 3] of two photographs that do not overlap, but for those that are nearly even."""
+    """Non-overlapping crops [N, 32, 32, 3] of two photographs, except nearly uniform ones."""
     from sklearn.datasets import load_sample_images
 
     cut = [
@@ -217,7 +221,7 @@ def patches():
     return np.stack([patch for patch in cut if patch.mean(axis=2).std() > 25])
 
 
-def test_planted_test_images(tmp_path, tiny_vit, caplog, figure):
+def test_planted_test_images(tmp_path, tiny_vit, caplog, record_result):
     generator = np.random.default_rng(0)
     pictures = generator.permutation(patches())
     test, train = pictures[:110], pictures[110:]
@@ -243,13 +247,15 @@ def test_planted_test_images(tmp_path, tiny_vit, caplog, figure):
     assert f"110 test images, {found['num_leaked']} are also in train" in card
     assert f"test row {first['test_row']} is train row {first['row']}" in caplog.text
     assert not (output / "predictions" / "test.parquet").exists()
-    figure(15, "50 test images in train, `--check_leakage`", "found and named", exact, 50)
+    record_result(15, "50 test images in train, `--check_leakage`", "found and named", exact, 50)
     near = len(true) - exact
-    promise = f"45 of 50 or more found (here {near}), no false alarm"
-    figure(15, "50 more, as JPEG of quality 75", promise, int(near >= 45 and not false), 1)
+    requirement = f"at least 45 of 50 found (measured: {near}), no false alarm"
+    record_result(
+        15, "50 more, as JPEG at quality 75", requirement, int(near >= 45 and not false), 1
+    )
 
 
-# --- 17: a preparation that is cut off
+# --- 17: interrupted preparation
 
 PREPARE = """
 import json, os, random, shutil, signal, sys, time
@@ -283,11 +289,11 @@ def result(pid):
 
 def wipe(trial=0):
     shutil.rmtree(pixels, ignore_errors=True)
-    if trial % 4 == 0:  # what `datasets` prepares, too
+    if trial % 4 == 0:  # also the files that `datasets` prepares
         shutil.rmtree(tables, ignore_errors=True)
 
 
-def whole():
+def complete():
     kept = list(pixels.glob("*.safetensors"))
     return len(kept) == 2 and all(load_array(path.stem) is not None for path in kept) and not list(
         pixels.glob(".*.tmp")
@@ -298,7 +304,7 @@ wipe()
 began = time.perf_counter()
 reference = result(start())
 seconds = time.perf_counter() - began
-assert reference and whole()
+assert reference and complete()
 writing = again = 0
 for trial in range(20):
     wipe(trial)
@@ -313,7 +319,7 @@ for trial in range(20):
     os.kill(pid, signal.SIGKILL)
     killed = result(pid) is None
     writing += killed and bool(list(pixels.glob(".*.tmp/*")))
-    again += result(start()) == reference and whole()
+    again += result(start()) == reference and complete()
 both = 0
 for trial in range(6):
     wipe(trial)
@@ -322,13 +328,13 @@ for trial in range(6):
         time.sleep(chance.uniform(0, seconds))
         os.kill(first, signal.SIGKILL)
     ended = [result(first), result(second)]
-    both += ended[1] == reference and ended[0] in (reference, None) and whole()
+    both += ended[1] == reference and ended[0] in (reference, None) and complete()
 print(json.dumps({"again": again, "both": both, "writing": writing, "seconds": seconds}))
 """
 
 
-def test_a_preparation_that_is_cut_off(tmp_path, figure):
-    # Of one colour each: quick to decode, but 140 MB of pixels, so that writing them takes a while.
+def test_an_interrupted_preparation(tmp_path, record_result):
+    # One colour each: quick to decode, but 140 MB of pixels, which take a while to write.
     generator, labels = np.random.default_rng(0), [0, 1] * 100
     colours = generator.integers(0, 256, (len(labels), 1, 1, 3), dtype=np.uint8)
     files = [encoded(np.repeat(np.repeat(colour, 512, 0), 512, 1)) for colour in colours]
@@ -339,10 +345,12 @@ def test_a_preparation_that_is_cut_off(tmp_path, figure):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["writing"] >= 3  # killed with a half file on the disk
-    promise = "the next run rebuilds it, same split and pixel hash, no half file used or left"
-    fault = "kill -9 while the pixel store is prepared, half of them while it is written"
-    figure(17, fault, promise, found["again"], 20)
-    figure(
+    assert found["writing"] >= 3  # killed with a partial file on disk
+    requirement = (
+        "the next run rebuilds it with the same split and pixel hash; no partial file used or left"
+    )
+    fault = "kill -9 while the pixel store is prepared, half of the times while it is written"
+    record_result(17, fault, requirement, found["again"], 20)
+    record_result(
         17, "two processes prepare it at once, or one of them dies", "same hash", found["both"], 6
     )

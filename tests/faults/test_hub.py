@@ -1,4 +1,4 @@
-"""Rows 33 and 34, and no network at all: the unmodified client against a Hub on the loopback that fails."""
+"""Rows 33 and 34, and no network at all: the unmodified client with a failing Hub on the loopback."""
 
 import ctypes
 import json
@@ -14,7 +14,7 @@ from hub_server import DROP, TOKEN, Hub, hub_environment
 from PIL import Image
 from safetensors.torch import load_file
 
-# Row 33. Each fault, in the order of the requests; at a file's next download all is well again.
+# Row 33. Faults in the order of the requests; the next download of a file succeeds.
 DOWNLOADS = """
 import json, os, shutil, sys
 from pathlib import Path
@@ -56,17 +56,17 @@ with hub:
                 shutil.rmtree(home / folder, ignore_errors=True)
             hub.faults["download", f"me/{kind}/{file}"] = list(faults)
             try:
-                said = None if load(kind) == good[kind] else "used what was not published"
+                message = None if load(kind) == good[kind] else "used what was not published"
             except UserError as error:
-                said = str(error)
+                message = str(error)
             left = hub.faults.pop(("download", f"me/{kind}/{file}"))
             again = load(kind) == good[kind]
-            results.append([file, faults, said, len(left), again])
+            results.append([file, faults, message, len(left), again])
 print(json.dumps(results))
 """
 
 
-def test_nothing_damaged_is_used(figure, tiny_vit, shards, tmp_path):
+def test_nothing_damaged_is_used(record_result, tiny_vit, shards, tmp_path):
     home = tmp_path / "home"
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -76,17 +76,18 @@ def test_nothing_damaged_is_used(figure, tiny_vit, shards, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     results, good = json.loads(done.stdout.splitlines()[-1]), 0
-    for file, faults, said, left, again in results:
+    for file, faults, message, left, again in results:
         right = again and (
-            said is None or ("\n" not in said and "me/" in said and "used what" not in said)
+            message is None
+            or ("\n" not in message and "me/" in message and "used what" not in message)
         )
         good += right and left < len(faults)
-        print(*(() if right else ("WRONG",)), file, faults, said, left, again)
-    survived = sum(said is None for _, _, said, _, _ in results)
-    print(f"{survived} of {len(results)} went on by themselves")
-    figure(
+        print(*(() if right else ("WRONG",)), file, faults, message, left, again)
+    recovered = sum(message is None for _, _, message, _, _ in results)
+    print(f"{recovered} of {len(results)} recovered by themselves")
+    record_result(
         33,
-        "a Hub that fails, breaks off and flips bits",
+        "a Hub that fails, disconnects and flips bits",
         "nothing damaged is used",
         good,
         len(results),
@@ -97,15 +98,15 @@ PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 
 
 def obey_permissions():
-    """Root writes where it may not, unless it gives that up."""
+    """Drop root's capability to write to read-only folders."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None)
         for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
             assert libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0
 
 
-def test_offline_with_a_read_only_cache(figure, tiny_vit, stripes, shards, tmp_path):
-    """Everything comes from a cache that cannot be written to."""
+def test_offline_with_a_read_only_cache(record_result, tiny_vit, stripes, shards, tmp_path):
+    """All files come from a read-only cache."""
     home, run = tmp_path / "home", tmp_path / "run"
     finetune = ["finetune", "--model_name_or_path", "me/model", "--dataset_name", "me/data"]
     finetune += ["--num_train_epochs", "1", "--output_dir"]
@@ -131,35 +132,35 @@ def test_offline_with_a_read_only_cache(figure, tiny_vit, stripes, shards, tmp_p
         print(command.status, command.stderr[-500:])
     assert offline[0].stdout == online[1].stdout
     good = sum(command.status == 0 for command in offline)
-    figure(
+    record_result(
         33,
-        "offline, with a cache that cannot be written to",
-        "every command goes on",
+        "offline, with a read-only cache",
+        "every command works",
         good,
         len(offline),
     )
 
 
-# Row 34. What fails, from the push at the end on: (action, statuses); ALWAYS is for good.
+# Row 34. Faults from the final push on: (action, statuses); ALWAYS means every time.
 ALWAYS = 30
 PUSH_FAULTS = {
-    "not allowed any more": ("write", [403] * ALWAYS),
-    "token not valid any more": ("write", [401] * ALWAYS),
+    "no longer allowed": ("write", [403] * ALWAYS),
+    "token no longer valid": ("write", [401] * ALWAYS),
     "gone": ("write", [DROP] * ALWAYS),
     "no repository, failing": ("create", [None] + [500] * ALWAYS),
     "refuses the files": ("preupload", [403]),
     "refuses the weights": ("lfs", [403]),
     "storage refuses the weights": ("upload", [403] * ALWAYS),
     "refuses the commit": ("commit", [403]),
-    "other commit": ("commit", [409]),
+    "another commit": ("commit", [409]),
     "too large": ("commit", [413]),
     "commit fails": ("commit", [500] * ALWAYS),
-    "commit breaks off": ("commit", [DROP] * ALWAYS),
+    "commit disconnects": ("commit", [DROP] * ALWAYS),
     "rate limit": ("commit", [429] * ALWAYS),
 }
 
 
-def test_a_push_that_fails_leaves_the_model(figure, tmp_path):
+def test_a_push_that_fails_leaves_the_model(record_result, tmp_path):
     root, commands = tmp_path / "private", []
     with Hub() as hub:
         for i, (name, (action, faults)) in enumerate(PUSH_FAULTS.items()):
@@ -177,7 +178,7 @@ def test_a_push_that_fails_leaves_the_model(figure, tmp_path):
         environment = hub_environment(tmp_path / "home", hub.endpoint)
         done = run_commands(commands, environment, timeout=900)
         commits = [repo.num_commits for repo in hub.repos.values()]
-    told = {
+    leaked = {
         path.name
         for path in root.rglob("*")
         if path.is_file() and TOKEN.encode() in path.read_bytes()
@@ -194,22 +195,22 @@ def test_a_push_that_fails_leaves_the_model(figure, tmp_path):
         right &= not re.search(r"hf_l\w+", command.stdout + command.stderr)
         good += right
         print(*(() if right else ("WRONG",)), name, f"{command.seconds:.1f} s", line)
-    assert not any(commits) and not told
-    promise = "model saved, exit status 2, no token told"
-    figure(34, "a push that fails, at each of its requests", promise, good, len(done))
+    assert not any(commits) and not leaked
+    requirement = "model saved, exit status 2, no token printed"
+    record_result(34, "a push that fails at each of its requests", requirement, good, len(done))
 
 
 # No network at all
 
 
 def no_network():
-    """A command line that runs another without any network or loopback; () if it is not allowed."""
+    """Return a command prefix that removes network and loopback; () if that is not permitted."""
     wrapper = ("unshare", "--net")
     allowed = shutil.which("unshare") and not subprocess.run([*wrapper, "true"]).returncode
     return wrapper if allowed else ()
 
 
-def test_without_network_no_command_waits(figure, tiny_vit, stripes, tmp_path):
+def test_without_network_no_command_waits(record_result, tiny_vit, stripes, tmp_path):
     image = tmp_path / "image.png"
     Image.new("RGB", (16, 16)).save(image)
     run, out = str(tmp_path / "run"), ["--output_dir", str(tmp_path / "new")]
@@ -218,7 +219,7 @@ def test_without_network_no_command_waits(figure, tiny_vit, stripes, tmp_path):
     hub_model = ["--model_name_or_path", "them/model"]
     prepare = ["finetune", *local, *model, "--output_dir", run]
     goes_on, fails = 0, 2
-    commands = [  # what it does, and its command line
+    commands = [  # name, and command line
         (goes_on, prepare),
         (goes_on, ["evaluate", "--model_name_or_path", run, "--split", "test"]),
         (goes_on, ["predict", "--model_name_or_path", run, str(image)]),
@@ -255,4 +256,6 @@ def test_without_network_no_command_waits(figure, tiny_vit, stripes, tmp_path):
             shown,
         )
     assert not (tmp_path / "new").exists()
-    figure("-", "no network at all", "every command fails or goes on within 10 s", good, len(done))
+    record_result(
+        "-", "no network at all", "every command works or fails within 10 s", good, len(done)
+    )

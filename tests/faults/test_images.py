@@ -1,4 +1,4 @@
-"""Every kind of image file, and files that would fill the memory."""
+"""Every kind of image file, and decompression bombs."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def own_caches(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def vit(save_vit):
-    """A ViT of one layer that sees 32 x 32 px as they are."""
+    """A ViT of one layer whose input is 32 x 32 px, not resized."""
     return save_vit(
         SIDE, patch_size=8, hidden_size=16, num_hidden_layers=1, intermediate_size=32, num_labels=2
     )
@@ -55,7 +55,7 @@ def finetune(data, output_dir, model, *flags):
 
 
 def variants():
-    """Name, file and what a person sees of it, [32, 32, 3] 0..255, of each kind of image."""
+    """Return name, file and expected pixels [32, 32, 3] 0..255 of each kind of image."""
     generator = np.random.default_rng(0)
 
     def noise(*channels):
@@ -92,7 +92,7 @@ def variants():
 
 
 class Seen:
-    """The pixels that the first convolution is given, as 0..255, while training and otherwise."""
+    """Records the pixels passed to the first convolution, as 0..255, in training and in evaluation."""
 
     def __init__(self):
         self.images = {True: [], False: []}
@@ -101,7 +101,7 @@ class Seen:
         if isinstance(module, torch.nn.Conv2d):
             pixels = (inputs[0].detach() * 0.5 + 0.5) * 255
             if (pixels - pixels.round()).abs().max() > 1e-2:
-                return  # no image: the model is tried out on zeros first
+                return  # not an image: the model is first run on zeros
             pixels = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
             self.images[module.training] += list(pixels)
 
@@ -113,7 +113,7 @@ class Seen:
         self.hook.remove()
 
 
-def test_the_same_pixels_everywhere(tmp_path, vit, capsys, figure):
+def test_the_same_pixels_everywhere(tmp_path, vit, capsys, record_result):
     kinds, files = list(variants()), []
     for split in ("train", "validation", "test"):
         for number, (name, content, _) in enumerate(kinds):
@@ -126,7 +126,7 @@ def test_the_same_pixels_everywhere(tmp_path, vit, capsys, figure):
         with Seen() as seen:
             flags = ("--pixel_store", store, "--flip", "0", "--crop_padding", "0")
             assert finetune(tmp_path / "data", tmp_path / store, vit, *flags) == 0
-        if store == "resident":  # the other keeps a margin for random crops, see below
+        if store == "resident":  # the other store keeps a margin for random crops, see below
             ways["training"] = seen.images[True]
         ways[f"validation, {store}"] = seen.images[False]
         with Seen() as seen:
@@ -146,18 +146,16 @@ def test_the_same_pixels_everywhere(tmp_path, vit, capsys, figure):
     names = [Path(row["path"]).name for row in train.rows["image"]]
     enlarged = stored_view(preprocessing, augmented=True)
     same = sum(
-        bool(np.abs(image - expected).max() <= 1)  # where transparency is blended, else equal
+        bool(np.abs(image - expected).max() <= 1)  # where transparency is blended, otherwise equal
         and all(image.tobytes() in images for images in ways.values())
         and torch.equal(store[names.index(name)]["pixel_values"], resized(image, enlarged))
         for image, (name, _, expected) in zip(predicted, kinds, strict=True)
     )
-    promise = (
-        "training (both stores), evaluation and predict see the same pixels, and the right ones"
-    )
-    figure(16, f"{len(kinds)} kinds of image", promise, same, 18)
+    requirement = "training (both stores), evaluation and predict see the same, correct pixels"
+    record_result(16, f"{len(kinds)} kinds of image", requirement, same, 18)
 
 
-# --- bombs: files that are small, and images that are not
+# --- decompression bombs: small files of huge images
 
 
 def png_of(side, bits, colour_type):
@@ -182,7 +180,7 @@ def patched(content, at, value):
 
 
 def bombs():
-    """Name and bytes of files that claim, or hold, far more pixels than bytes."""
+    """Return name and bytes of files that declare, or contain, far more pixels than bytes."""
     small = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
     film = {"save_all": True, "append_images": [Image.new("RGB", (16, 16), "red")], "duration": 50}
     yield "one_bit.png", png_of(13_000, 1, 0)  # 844 MB once it is RGB
@@ -193,7 +191,7 @@ def bombs():
     yield "frame.gif", patched(gif, frame + 5, struct.pack("<HH", 60_000, 60_000))
     webp = encode(small, "WEBP", lossless=True)
     bits = struct.unpack_from("<I", webp, 21)[0]
-    size = struct.pack("<I", bits | 0x0FFFFFFF)  # two times 14 bits
+    size = struct.pack("<I", bits | 0x0FFFFFFF)  # twice 14 bits
     yield "whole.webp", patched(webp, 21, size)
     webp = encode(small, "WEBP", lossless=True, **film)
     yield "film.webp", patched(webp, 24, b"\xff\x3f\x00\xff\x3f\x00")
@@ -209,18 +207,18 @@ def bombs():
 
 
 def memory(name):
-    """MB that this process has (VmRSS) or had at most (VmHWM)."""
+    """Return the current (VmRSS) or peak (VmHWM) memory of this process in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def in_child(work):
-    """What `work` returns in a child process, and by how many MB its memory rose at most."""
+    """Return the result of `work` in a child process, and the peak growth of its memory in MB."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # forget the most so far
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
             before = memory("VmRSS")
             content = json.dumps([work(), memory("VmHWM") - before])
             os.write(writing, content.encode())
@@ -242,7 +240,7 @@ def refusal(content):
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
-def test_bombs(tmp_path, vit, capfd, figure):
+def test_bombs(tmp_path, vit, capfd, record_result):
     data, run = tmp_path / "data", tmp_path / "run"
     for split in ("train", "validation", "test"):
         for number in range(8):
@@ -254,19 +252,20 @@ def test_bombs(tmp_path, vit, capfd, figure):
     data = shutil.copytree(data, tmp_path / "with_bombs")
     files, refused, most = list(bombs()), 0, 0.0
     for name, content in files:
-        said, megabytes = in_child(lambda content=content: refusal(content))
+        message, megabytes = in_child(lambda content=content: refusal(content))
         most = max(most, megabytes)
         wanted = (
             "exceed the limit of 67,108,864|exceeds limit|not a known"
             if "ico" in name
             else "exceed"
         )
-        refused += any(word in said for word in wanted.split("|")) and megabytes < 50
-    fault = f"{len(files)} bombs and giants (PNG of 20 KB, GIF, WebP, JPEG, BMP, ICO) decoded"
-    figure(
+        refused += any(word in message for word in wanted.split("|")) and megabytes < 50
+    kinds = "PNG of 20 KB, GIF, WebP, JPEG, BMP, ICO"
+    fault = f"decoding {len(files)} decompression bombs and huge images ({kinds})"
+    record_result(
         "-",
         fault,
-        f"refused before decoding, at most 50 MB more (here {most:.0f})",
+        f"refused before decoding; at most 50 MB of extra memory (measured: {most:.0f})",
         refused,
         len(files),
     )
@@ -286,15 +285,19 @@ def test_bombs(tmp_path, vit, capfd, figure):
     }
     for name, command in commands.items():
         status, megabytes = in_child(command)
-        said = capfd.readouterr()
+        captured = capfd.readouterr()
         wanted = (
             "13000 x 13000 pixels" if name == "predict" else "6 images cannot be read, test rows"
         )
-        assert wanted in said.out + said.err
+        assert wanted in captured.out + captured.err
         most = max(most, megabytes)
         kept += status == (1 if name == "predict" else 2) and megabytes < 50
     assert not (tmp_path / "never").exists()
-    promise = f"named, at most 50 MB more (here {most:.0f})"
-    figure(
-        "-", "bombs in the data of training, evaluation and predict", promise, kept, len(commands)
+    requirement = f"named in the error; at most 50 MB of extra memory (measured: {most:.0f})"
+    record_result(
+        "-",
+        "decompression bombs in the data of training, evaluation and predict",
+        requirement,
+        kept,
+        len(commands),
     )

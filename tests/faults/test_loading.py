@@ -1,4 +1,4 @@
-"""Rows 18, 19 and 21: files that strangers made, or that are damaged, where a model or data are loaded."""
+"""Rows 18, 19 and 21: models and data with malicious or damaged files."""
 
 import contextlib
 import io
@@ -41,7 +41,7 @@ def quiet():
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.command = f"touch {marker}"
@@ -69,7 +69,7 @@ def one_line(error):
     return "\n" not in str(error) and len(str(error)) < 800
 
 
-# Row 18. Each puts a payload into a copy of a model's folder.
+# Row 18. Functions that put a payload into a copy of a model's folder.
 
 
 def without_weights(folder, **files):
@@ -92,7 +92,7 @@ def pytorch_bin(encode):
     return put
 
 
-def beside(name, encode=saved_by_torch):
+def next_to_weights(name, encode=saved_by_torch):
     return lambda folder, payload: write(folder, name, encode(payload))
 
 
@@ -144,27 +144,28 @@ MODELS = {
     "pytorch_model.bin in shards": indexed(
         "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"
     ),
-    "pytorch_model.bin beside the weights": beside("pytorch_model.bin"),
+    "pytorch_model.bin next to the weights": next_to_weights("pytorch_model.bin"),
     "model.safetensors, a bare pickle": instead("model.safetensors"),
     "model.safetensors, zipped by torch": instead("model.safetensors", saved_by_torch),
     "an index that lists a pickle": indexed("pytorch_model.bin"),
     "an index that lists a pickle elsewhere": indexed("../evil.bin"),
     "a shard that is a pickle": indexed("model-00001-of-00001.safetensors"),
-    "training_args.bin": beside("training_args.bin"),
-    "optimizer.pt": beside("optimizer.pt"),
-    "scheduler.pt": beside("scheduler.pt"),
-    "rng_state.pth": beside("rng_state.pth"),
-    "model.pt2": beside("model.pt2", pickle.dumps),
+    "training_args.bin": next_to_weights("training_args.bin"),
+    "optimizer.pt": next_to_weights("optimizer.pt"),
+    "scheduler.pt": next_to_weights("scheduler.pt"),
+    "rng_state.pth": next_to_weights("rng_state.pth"),
+    "model.pt2": next_to_weights("model.pt2", pickle.dumps),
     "config.json, a pickle": instead("config.json"),
     "preprocessor_config.json, a pickle": instead("preprocessor_config.json"),
     "an adapter": adapter,
-    "weights that config.json names": named_in_config,
+    "weights named in config.json": named_in_config,
     "timm's checkpoint_path": timm_checkpoint_path,
 }
 
 
 def cifar(kind, victim, suffix="", key=None, protocol=2):
-    """An official archive, or its folder, one file of which is a payload, or holds one under `key`."""
+    """Return a function that makes an official archive, or its folder; the payload is one of its files, or under
+    `key` in one."""
 
     def make(folder, payload):
         layout = PYTHON_FILES[kind]
@@ -210,7 +211,7 @@ def among_images(folder, payload):
 
 
 def made_in(make):
-    """With the folder made first."""
+    """Create the folder first."""
 
     def make_in(folder, payload):
         folder.mkdir()
@@ -232,11 +233,11 @@ DATA = {
 }
 
 
-def test_no_payload_is_run(figure, tiny_vit, tmp_path):
+def test_no_payload_runs(record_result, tiny_vit, tmp_path):
     marker = tmp_path / "ran"
     payload = Payload(marker)
     pickle.loads(pickle.dumps(payload))
-    assert marker.exists()  # a payload that works
+    assert marker.exists()  # check that the payload works
     marker.unlink()
     quiet = []
     for i, (name, put) in enumerate(MODELS.items()):
@@ -261,7 +262,7 @@ def test_no_payload_is_run(figure, tiny_vit, tmp_path):
             assert one_line(error), name
         quiet.append(not marker.exists())
         marker.unlink(missing_ok=True)
-    figure(18, "pickles that run code, with models and data", "none is run", sum(quiet), 30)
+    record_result(18, "pickles that run code, in models and data", "none is run", sum(quiet), 30)
 
 
 # Row 19
@@ -275,7 +276,7 @@ def flip_bytes(content, draw):
 
 
 def in_header(content, draw):
-    """A safetensors file's first bytes: the header's length, names, types, shapes and offsets."""
+    """Change the header of a safetensors file: its length, names, types, shapes and offsets."""
     content = bytearray(content)
     length = int.from_bytes(content[:8], "little")
     for _ in range(draw.choice((1, 1, 4))):
@@ -299,7 +300,7 @@ VALUES = (
 
 
 def other_value(content, draw):
-    """JSON in which one value, at any depth, is another."""
+    """Change one JSON value at any depth."""
     root = json.loads(content)
     places = []
 
@@ -319,7 +320,7 @@ def other_value(content, draw):
 
 
 def other_size(content, draw):
-    """JSON with a size that no file bears out."""
+    """Set a size in the JSON that the files do not match."""
     names = (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size",
         "patch_size", "num_labels", "num_channels", "size", "crop_size", "model_args", "depths",
@@ -334,7 +335,7 @@ WEIGHT_MUTATIONS = (in_header, in_header, flip_bytes, cut, repeat)
 
 
 class Hang(BaseException):
-    """No error that any code catches."""
+    """An exception that no code catches."""
 
 
 def stop(*_):
@@ -357,7 +358,7 @@ def peak_mb():
 
 
 def use(folder, image, turn):
-    """What predict, or finetune, does with a model until its first step."""
+    """Load a model as predict or finetune does, up to the first step."""
     if turn % 3:
         config = PredictConfig(model_name_or_path=str(folder), use_cpu=True)
         (record,) = predict_files(config, [str(image)])
@@ -366,7 +367,7 @@ def use(folder, image, turn):
         build_model(ModelConfig(model_name_or_path=str(folder)), LABELS)
 
 
-def test_a_damaged_model_is_one_line(figure, tiny_vit, tmp_path):
+def test_a_damaged_model_is_a_one_line_error(record_result, tiny_vit, tmp_path):
     import timm
 
     image = tmp_path / "image.png"
@@ -395,12 +396,12 @@ def test_a_damaged_model_is_one_line(figure, tiny_vit, tmp_path):
         except UserError as error:
             outcomes["refused"] += 1
             good += one_line(error)
-        except BaseException as error:  # the fault that is looked for
+        except BaseException as error:  # the fault this test looks for
             print(f"{turn} {victim.name} {mutate.__name__}: {type(error).__name__}: {error}"[:300])
     grown = peak_mb() - before
     print(outcomes, f"peak memory grew by {grown:.0f} MB")
-    promise = "one line or a sound model, no crash, no hang, memory +200 MB at most"
-    figure(19, "mutated model files", promise, good if grown < 200 else 0, 1000)
+    requirement = "one line or a working model; no crash, no hang, at most 200 MB of extra memory"
+    record_result(19, "mutated model files", requirement, good if grown < 200 else 0, 1000)
 
 
 # Row 21
@@ -434,7 +435,7 @@ AUTO_MAP = {
 
 
 def strange_model(folder, tiny_vit, marker, **changes):
-    """A model with code of its own, as it is published."""
+    """Save a model with custom code, as it would be published."""
     folder.mkdir()
     shutil.copy(tiny_vit / "preprocessor_config.json", folder)
     config = {
@@ -456,7 +457,7 @@ def elsewhere(name):
     return {key: f"{name}--{value}" for key, value in AUTO_MAP.items()}
 
 
-# In a process of its own: a Hub's address and the place of fetched code are read at the start.
+# In a new process, because the Hub's address and the folder of fetched code are read at start-up.
 LOADS = """
 import json, os, sys
 from pathlib import Path
@@ -480,10 +481,10 @@ with hub:
         ):
             try:
                 load()
-                said = None
+                message = None
             except UserError as error:
-                said = str(error)
-            results.append([said, marker.exists()])
+                message = str(error)
+            results.append([message, marker.exists()])
             marker.unlink(missing_ok=True)
 print(json.dumps(results))
 """
@@ -494,7 +495,7 @@ FLAG, COMMIT, FAR = (
 )
 
 
-def test_code_of_a_model_waits_for_leave(figure, tiny_vit, tmp_path):
+def test_custom_code_runs_only_if_allowed(record_result, tiny_vit, tmp_path):
     marker = tmp_path / "ran"
     strange = strange_model(tmp_path / "strange", tiny_vit, marker)
     far = strange_model(tmp_path / "far", tiny_vit, marker, auto_map=elsewhere("them/strange"))
@@ -506,7 +507,7 @@ def test_code_of_a_model_waits_for_leave(figure, tiny_vit, tmp_path):
     shutil.copy(strange / "strange.py", processor)
     config = {"auto_map": {"AutoImageProcessor": "strange.StrangeModel"}}
     write(processor, "preprocessor_config.json", config | {"image_processor_type": "Strange"})
-    cases = [  # name, revision, flag, what the line says; None where the code may run
+    cases = [  # name, revision, flag, text of the error; None where the code may run
         (str(strange), None, False, FLAG), (str(far), None, False, FLAG), (str(far), None, True, FAR),
         (str(kernel), None, False, FLAG), (str(processor), None, False, FLAG),
         ("them/strange", None, False, FLAG), ("them/strange", "main", False, FLAG),
@@ -524,16 +525,18 @@ def test_code_of_a_model_waits_for_leave(figure, tiny_vit, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     good, results = 0, json.loads(done.stdout.splitlines()[-1])
-    for i, (said, ran) in enumerate(results):
+    for i, (message, ran) in enumerate(results):
         wanted = cases[i // 2][3]
         right = (
-            said is None
+            message is None
             if wanted is None
-            else not ran and wanted in (said or "") and one_line(said)
+            else not ran and wanted in (message or "") and one_line(message)
         )
         good += right
         if not right:
-            print(cases[i // 2], said, ran)
-    assert any(ran for _, ran in results)  # code that works
-    promise = "runs with the flag and, from the Hub, a full commit; else a line says what to pass"
-    figure(21, "models with code of their own", promise, good, len(results))
+            print(cases[i // 2], message, ran)
+    assert any(ran for _, ran in results)  # the code does run
+    requirement = (
+        "runs with the flag and, from the Hub, a full commit; otherwise one line says what to pass"
+    )
+    record_result(21, "models with custom code", requirement, good, len(results))

@@ -1,4 +1,4 @@
-"""A run that is disturbed: by numbers that are none, memory, disk, signals, dying workers, a second run."""
+"""Faults during training: non-finite losses, memory, disk, signals, killed workers, a second run."""
 
 import os
 import random
@@ -23,7 +23,7 @@ from hf_cifar.training.checkpoints import find_damage, newest_checkpoint
 
 
 class AtStep(TrainerCallback):
-    """Does something when a step begins."""
+    """Calls a function at the start of a step."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -34,7 +34,7 @@ class AtStep(TrainerCallback):
 
 
 def command(folder, data, model, *flags):
-    """A command line of a run with evaluations and checkpoints every third step."""
+    """Return a command line of a run with evaluations and checkpoints every third step."""
     return ["finetune", *tiny_options(
         folder, data, model, "--num_train_epochs", "3", "--learning_rate", "1e-3",
         "--eval_strategy", "steps", "--eval_steps", "3", "--save_strategy", "steps", "--save_steps", "3",
@@ -43,8 +43,8 @@ def command(folder, data, model, *flags):
 
 
 @pytest.mark.parametrize("kind", ["NaN image", "infinite loss"])
-def test_numbers_that_are_none(tmp_path, stripes, tiny_vit, kind, figure):
-    folder, told = tmp_path / "run", tmp_path / "row"
+def test_non_finite_losses(tmp_path, stripes, tiny_vit, kind, record_result):
+    folder, recorded = tmp_path / "run", tmp_path / "row"
     trainer = make_trainer(folder, stripes, tiny_vit, "--max_steps", "12", "--mixup_alpha", "0")
     draw = random.Random(0)
 
@@ -52,7 +52,7 @@ def test_numbers_that_are_none(tmp_path, stripes, tiny_vit, kind, figure):
         def poison(module, inputs, output=None):
             if trainer.state.global_step != step or not module.training:
                 return None
-            told.write_text(str(int(trainer._row_ids[place])))
+            recorded.write_text(str(int(trainer._row_ids[place])))
             if output is None:
                 pixel_values = inputs["pixel_values"].clone()
                 pixel_values[place] = torch.nan
@@ -69,7 +69,7 @@ def test_numbers_that_are_none(tmp_path, stripes, tiny_vit, kind, figure):
         try:
             trainer.train()
         except UserError as error:
-            row = f"rows {told.read_text()} of train"
+            row = f"rows {recorded.read_text()} of train"
             return 0 if row in str(error) and f"step {step + 1} " in str(error) else 3
         return 4
 
@@ -85,11 +85,16 @@ def test_numbers_that_are_none(tmp_path, stripes, tiny_vit, kind, figure):
             for value in load_file(path).values()
         )
         good += named and finite and len(RunFolder(folder).checkpoints()) == min(2, step // 2)
-    figure(1, f"{kind} at a random step", "stops in that step, names the row, no such checkpoint",
-           good, 10)  # fmt: skip
+    record_result(
+        1,
+        f"{kind} at a random step",
+        "stops in that step and names the row; no checkpoint with it",
+        good,
+        10,
+    )
 
 
-def test_out_of_memory(tmp_path, stripes, tiny_vit, figure):
+def test_out_of_memory(tmp_path, stripes, tiny_vit, record_result):
     def too_large(limit):
         def refuse(module, args, kwargs):
             if len(kwargs["pixel_values"]) > limit and module.training:
@@ -107,11 +112,16 @@ def test_out_of_memory(tmp_path, stripes, tiny_vit, figure):
     fresh.train()
     batch = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
     good = batch == (2, 4) and digest(trainer.model) == digest(fresh.model)
-    figure(2, "out of memory in the first steps, twice (faked), with --auto_find_batch_size",
-           "the same batch by accumulation, the bits of a fresh run so", int(good), 1)  # fmt: skip
+    record_result(
+        2,
+        "out of memory in the first steps, twice (simulated), with `--auto_find_batch_size`",
+        "same batch by accumulation; bit-identical to a new run with these settings",
+        int(good),
+        1,
+    )
 
 
-def test_out_of_memory_in_an_evaluation(tmp_path, stripes, tiny_vit, figure):
+def test_out_of_memory_in_an_evaluation(tmp_path, stripes, tiny_vit, record_result):
     def refuse(module, args, kwargs):
         if not module.training:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -124,10 +134,16 @@ def test_out_of_memory_in_an_evaluation(tmp_path, stripes, tiny_vit, figure):
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train()
     good = trainer.args.per_device_train_batch_size == 8
-    figure(2, "out of memory in an evaluation", "the training batch stays", int(good), 1)
+    record_result(
+        2,
+        "out of memory during an evaluation",
+        "the training batch size does not change",
+        int(good),
+        1,
+    )
 
 
-def test_disk_full_in_a_save(tmp_path, stripes, tiny_vit, figure):
+def test_disk_full_in_a_save(tmp_path, stripes, tiny_vit, record_result):
     folder = tmp_path / "run"
     trainer = make_trainer(folder, stripes, tiny_vit)
 
@@ -137,8 +153,8 @@ def test_disk_full_in_a_save(tmp_path, stripes, tiny_vit, figure):
         try:
             trainer.train()
         except UserError as error:
-            whole = "cannot save a checkpoint at step 4" in str(error)
-            return 0 if whole and "--resume_from_checkpoint last" in str(error) else 3
+            one_line = "cannot save a checkpoint at step 4" in str(error)
+            return 0 if one_line and "--resume_from_checkpoint last" in str(error) else 3
         return 4
 
     assert in_child(lambda: without_room(10**9)) == 4
@@ -150,12 +166,17 @@ def test_disk_full_in_a_save(tmp_path, stripes, tiny_vit, figure):
         clear = in_child(lambda size=size: without_room(size)) == 0
         left = [path.name for path in folder.iterdir()]
         good += clear and left == ["checkpoint-2"] and find_damage(folder / "checkpoint-2") is None
-    figure(3, "no room for a file in mid-save, at 20 sizes",
-           "one clear line; the checkpoint before is whole, nothing else is left", good, 20)  # fmt: skip
+    record_result(
+        3,
+        "disk full during a save, at 20 sizes",
+        "one clear line; the previous checkpoint is intact, nothing else is left",
+        good,
+        20,
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals(tmp_path, stripes, tiny_vit, number, figure):
+def test_signals(tmp_path, stripes, tiny_vit, number, record_result):
     draw = random.Random(int(number))
     good = 0
     for run in range(25):
@@ -173,12 +194,17 @@ def test_signals(tmp_path, stripes, tiny_vit, number, figure):
         saved = checkpoint is not None and int(checkpoint.name.split("-")[1]) >= done
         clean = not (folder / "model.safetensors").exists() and not (folder / LOCK_FILE).exists()
         good += status == 128 + number and saved and clean
-    figure(4, f"{number.name} at a random time of training, evaluations included",
-           f"exit {128 + number}, a checkpoint with every finished step, no model", good, 25)  # fmt: skip
+    record_result(
+        4,
+        f"{number.name} at a random time during training, evaluations included",
+        f"exit status {128 + number}, a checkpoint with every finished step, no model",
+        good,
+        25,
+    )
 
 
-def test_stopped_in_an_evaluation_it_is_made_again(tmp_path, stripes, tiny_vit):
-    """A signal in mid-evaluation, then on: the same history and best checkpoint as without it."""
+def test_an_interrupted_evaluation_is_repeated(tmp_path, stripes, tiny_vit):
+    """A run stopped in mid-evaluation and resumed has the history and best checkpoint of another without a stop."""
     flags = ["--eval_strategy", "steps", "--eval_steps", "2", "--per_device_eval_batch_size", "2"]
 
     def stop_in_evaluation(trainer):
@@ -205,17 +231,17 @@ def test_stopped_in_an_evaluation_it_is_made_again(tmp_path, stripes, tiny_vit):
         ]
         return evaluations, state["best_global_step"], state["best_metric"]
 
-    whole = make_trainer(tmp_path / "whole", stripes, tiny_vit, *flags)
-    whole.train()
-    cut = make_trainer(tmp_path / "cut", stripes, tiny_vit, *flags)
-    assert in_child(lambda: stop_in_evaluation(cut)) == 143
-    assert newest_checkpoint(tmp_path / "cut").name == "checkpoint-4"
-    cut.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-4"))
-    assert history(tmp_path / "cut") == history(tmp_path / "whole")
-    assert digest(cut.model) == digest(whole.model)
+    uninterrupted = make_trainer(tmp_path / "uninterrupted", stripes, tiny_vit, *flags)
+    uninterrupted.train()
+    interrupted = make_trainer(tmp_path / "interrupted", stripes, tiny_vit, *flags)
+    assert in_child(lambda: stop_in_evaluation(interrupted)) == 143
+    assert newest_checkpoint(tmp_path / "interrupted").name == "checkpoint-4"
+    interrupted.train(resume_from_checkpoint=str(tmp_path / "interrupted" / "checkpoint-4"))
+    assert history(tmp_path / "interrupted") == history(tmp_path / "uninterrupted")
+    assert digest(interrupted.model) == digest(uninterrupted.model)
 
 
-def test_a_loader_worker_that_dies(tmp_path, stripes, tiny_vit, figure):
+def test_a_killed_loader_worker(tmp_path, stripes, tiny_vit, record_result):
     flags = ["--pixel_store", "streamed", "--dataloader_num_workers", "2", "--max_steps", "4000"]
     flags += ["--eval_strategy", "no", "--save_steps", "20"]
     good = 0
@@ -227,21 +253,21 @@ def test_a_loader_worker_that_dies(tmp_path, stripes, tiny_vit, figure):
             time.sleep(0.01)
         workers[run % 2].kill()
         steps = log.read_text().count("step ")
-        # One that had done its share of the epoch is not missed: the next epoch starts new ones.
-        good += noticed_or_went_on(log, steps + 9)
+        # A worker that had finished its share of the epoch is not missed: the next epoch starts new ones.
+        good += reported_or_continued(log, steps + 9)
         os.kill(pid, signal.SIGKILL)
         ended(pid)
-    figure(
+    record_result(
         5,
         "kill -9 of a loader process",
-        "a line that says so, or it goes on in the next epoch, within 10 s",
+        "reported in one line, or training continues in the next epoch, within 10 s",
         good,
         10,
     )
 
 
-def noticed_or_went_on(log, steps):
-    """Whether a run tells of the dead process, or gets as far as `steps`, within 10 s."""
+def reported_or_continued(log, steps):
+    """Return True if a run reports the dead process, or reaches step `steps`, within 10 s."""
     end = time.monotonic() + 10
     while time.monotonic() < end:
         text = log.read_text()
@@ -251,7 +277,7 @@ def noticed_or_went_on(log, steps):
     return False
 
 
-def test_a_second_run_in_the_same_folder(tmp_path, stripes, tiny_vit, figure):
+def test_a_second_run_in_the_same_folder(tmp_path, stripes, tiny_vit, record_result):
     folder, log = tmp_path / "run", tmp_path / "first.log"
     flags = ["--max_steps", "1000000", "--eval_strategy", "no", "--save_strategy", "no"]
     first = start(lambda: main(command(folder, stripes, tiny_vit, *flags)), log)
@@ -262,18 +288,18 @@ def test_a_second_run_in_the_same_folder(tmp_path, stripes, tiny_vit, figure):
 
     before, good = snapshot(), 0
     for number in range(20):
-        again = ["--resume_from_checkpoint", "last"] if number % 2 else []
-        told = tmp_path / f"{number}.log"
-        arguments = command(folder, stripes, tiny_vit, *flags, *again)
-        status = in_child(lambda arguments=arguments: main(arguments), told)
+        resume = ["--resume_from_checkpoint", "last"] if number % 2 else []
+        own_log = tmp_path / f"{number}.log"
+        arguments = command(folder, stripes, tiny_vit, *flags, *resume)
+        status = in_child(lambda arguments=arguments: main(arguments), own_log)
         good += (
             status == 2
-            and f"in use by process {first} " in told.read_text()
+            and f"in use by process {first} " in own_log.read_text()
             and snapshot() == before
         )
     os.kill(first, signal.SIGKILL)
     ended(first)
-    refuse_in_use(folder)  # the lock of a process that is dead is none
+    refuse_in_use(folder)  # the lock of a dead process does not count
     assert (folder / LOCK_FILE).exists()
     last = command(
         folder, stripes, tiny_vit, *flags, "--resume_from_checkpoint", "last", "--max_steps", "2"
@@ -282,5 +308,10 @@ def test_a_second_run_in_the_same_folder(tmp_path, stripes, tiny_vit, figure):
         tmp_path / "last.log"
     ).read_text()
     assert not (folder / LOCK_FILE).exists()
-    figure(6, "a second run in the folder of one that runs", "refused, names the first, no file changed",
-           good, 20)  # fmt: skip
+    record_result(
+        6,
+        "a second run in the folder of a running one",
+        "refused, with the first named in the error; no file changed",
+        good,
+        20,
+    )
