@@ -1,1 +1,1 @@
-"""Speed side by side: ours, the plain Trainer recipe, timm's pattern, and a bare loop as the ceiling."""
+"""Speed comparisons: ours, the plain Trainer recipe, timm's training loop, and a bare loop as the ceiling."""

@@ -1,4 +1,4 @@
-"""Time to an accuracy: whole commands of ever more epochs, until one reaches it. Takes hours on a CPU.
+"""Time to an accuracy: complete commands with more and more epochs until one reaches it. Hours on a CPU.
 
 python -m benchmarks.accuracy --model_name_or_path MODEL --dataset_name DATA [--target 0.9] [--epochs 3]
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.measure import ROOT, conditions, write
 
-# The stock Trainer at its defaults but for the learning rate, on PIL images; the same rows train.
+# The stock Trainer with its defaults except the learning rate, on PIL images and the same training rows.
 PLAIN = """
 import sys, numpy
 from torchvision import transforms
@@ -50,8 +50,8 @@ for rows in (splits.validation.rows, load_test_split(config).rows):
 def reach(
     name: str, run: Callable[[int], list[float]], target: float, epochs: int, most: int
 ) -> dict[str, float]:
-    """The first run, from `epochs` epochs on, whose validation accuracy is the target, or the one of `most`
-    epochs: its seconds, start to exit, and its accuracy on test, which decided nothing."""
+    """Return the first run, from `epochs` epochs on, whose validation accuracy reaches the target, or the run
+    of `most` epochs: its seconds from start to exit, and its test accuracy, which decides nothing."""
     for number in range(epochs, max(epochs, most) + 1):
         start = time.perf_counter()
         validation, test = run(number)
@@ -68,8 +68,8 @@ def reach(
 
 
 def record(ours: dict[str, float], plain: dict[str, float], target: float) -> dict:
-    """What is written of the two. The time of a plain recipe that stays below the target is named so: the
-    ratio is the least that it can be."""
+    """Record both runs. A plain recipe that does not reach the target is named so: the ratio is then a lower
+    bound."""
     name = "plain"
     if plain["validation"] < target:
         name = f"plain, at {plain['validation']:.4f} after {plain['epochs']} epochs"
@@ -86,7 +86,7 @@ def record(ours: dict[str, float], plain: dict[str, float], target: float) -> di
 
 
 def main() -> None:
-    """Ours by its recipe, then the plain recipe with the given learning rate."""
+    """Run our recipe, then the plain recipe with the given learning rate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="efficientnet_lite0", help="of ours")
     parser.add_argument("--model_name_or_path", default="bundled/efficientnet_lite0")
@@ -109,7 +109,7 @@ def main() -> None:
                 "--output_dir", str(run), "--image_size", options.image_size,
                 "--num_train_epochs", str(epochs), "--do_predict",
             ]  # fmt: skip
-            # Nothing is left over from the attempt before.
+            # Remove the previous attempt.
             environment = {**os.environ, "HF_CIFAR_CACHE": str(Path(folder, "cache"))}
             subprocess.run(
                 command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL

@@ -1,9 +1,9 @@
-"""What a checkpoint costs: ResNet-50 with its optimiser, ours next to the stock Trainer's save.
+"""Cost of a checkpoint: ResNet-50 with its optimiser, ours compared with the stock Trainer's save.
 
 python -m benchmarks.checkpoint [--model NAME] [--rounds 5]
 
-How long training waits. Ours then sums every file and waits for the disk while training goes on, which the
-second variant waits for too; the stock Trainer does neither. The last one flushes what it wrote.
+Measures how long training waits. Ours then hashes every file and waits for the disk while training continues;
+the second variant waits for that too. The stock Trainer does neither; the last variant flushes its files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_cifar import build_model, build_trainer, load_splits
 from hf_cifar.plan import plan_run
 from hf_cifar.transforms.preprocessing import Preprocessing
 
-STEPS = 1  # the optimiser has its moments
+STEPS = 1  # initialises the optimiser's moments
 
 
 def timed_save(
@@ -32,8 +32,9 @@ def timed_save(
     until: Callable[[], None] = lambda: None,
     after: Callable[[], None] = lambda: None,
 ) -> Callable[[], float]:
-    """Seconds of one more checkpoint of a trainer, in place of the one before. until, after: what else is
-    done, in that time and out of it."""
+    """Return the seconds of one more checkpoint of a trainer, in place of the previous one.
+
+    until, after: called before and after the clock stops."""
 
     def save() -> float:
         trainer.state.global_step += 1
@@ -48,7 +49,7 @@ def timed_save(
 
 
 def flush(folder: str) -> None:
-    """Wait until everything below a folder is on the disk."""
+    """Wait until all files below a folder are on the disk."""
     for path in Path(folder).rglob("*"):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -91,7 +92,7 @@ def main() -> None:
             stock[-1].train()
         variants = {
             "ours": timed_save(ours, after=ours.finish_checkpoint),
-            "ours, until it is whole": timed_save(ours, until=ours.finish_checkpoint),
+            "ours, until complete": timed_save(ours, until=ours.finish_checkpoint),
             "stock Trainer": timed_save(stock[0]),
             "stock Trainer, flushed": timed_save(
                 stock[1], until=functools.partial(flush, stock[1].args.output_dir)

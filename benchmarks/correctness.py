@@ -1,6 +1,6 @@
-"""Check that the fast ways compute the same: settings, transforms on a GPU, and a resumed run.
+"""Check that the fast paths give the same results: settings, transforms on a GPU, and resumed runs.
 
-python -m benchmarks.gpu runs these first; without a GPU they compare the CPU with itself.
+`python -m benchmarks.gpu` runs these first; without a GPU they compare the CPU with itself.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from hf_cifar.transforms.policies import Policy
 from hf_cifar.transforms.preprocessing import Preprocessing
 from hf_cifar.transforms.views import RandomView
 
-# Largest relative errors of logits and of gradients, next to float32 on the CPU: a fixed one in float32; in
-# fp16 and bf16, this many times the error of bfloat16 on the CPU, which differs much by network.
+# Largest relative errors of logits and of gradients, compared with float32 on the CPU: fixed for float32; for
+# fp16 and bf16, this many times the error of bfloat16 on the CPU, which differs widely between networks.
 FLOAT32_LIMIT, HALF_PRECISION_FACTOR = 1e-2, 1.5
 NAMES = {index: f"class {index}" for index in range(10)}
 
 
 @dataclass(frozen=True)
 class Check:
-    """A measured difference and the largest that passes."""
+    """A measured difference, and the largest one that passes."""
 
     name: str
     difference: float
@@ -42,7 +42,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """False for NaN too."""
+        """Return True if the difference is within the limit; False for NaN."""
         return self.difference <= self.limit
 
 
@@ -86,13 +86,13 @@ def logits_and_gradients(
     network = torch.compile(model, dynamic=False) if setting.compiled else model
     dtype, on = DTYPES[setting.precision], images.device.type
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    torch.manual_seed(0)  # the same dropout
+    torch.manual_seed(0)  # for the same dropout
     images = images.contiguous(memory_format=MEMORY_FORMATS[setting.memory_format])
     with without_tf32(), computing_as(setting, model):
         with torch.autocast(on, dtype, enabled=dtype is not torch.float32):
             logits = network(pixel_values=images).logits
         labels = torch.arange(len(images), device=images.device) % logits.shape[1]
-        scale = 2.0**7 if setting.precision == "fp16" else 1.0  # as a gradient scaler would
+        scale = 2.0**7 if setting.precision == "fp16" else 1.0  # as a gradient scaler does
         (scale * F.cross_entropy(logits.float(), labels)).backward()
     gradients = [p.grad.double().cpu().flatten() / scale for p in model.parameters()]
     model.zero_grad(set_to_none=True)
@@ -104,7 +104,7 @@ def logits_and_gradients(
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Let convolutions on a GPU compute float32 in float32 until the block ends."""
+    """Let convolutions on a GPU compute in full float32 until the block ends."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -148,7 +148,7 @@ def check_transforms(size: int) -> Iterator[Check]:
             )
             outputs.append((pixels.cpu(), targets.cpu().float()))
         (ours, ours_targets), (theirs, theirs_targets) = outputs
-        # Posterising and solarising are steps: a value at an edge may fall to either side.
+        # Posterise and solarise are step functions: a value at an edge may fall on either side.
         share = ((ours - theirs).abs() > 1e-2).float().mean().item()
         yield Check(f"{name}: share of values that differ by more than 0.01", share, 1e-3)
         yield Check(f"{name}: targets", (ours_targets - theirs_targets).abs().max().item(), 1e-6)
@@ -157,9 +157,9 @@ def check_transforms(size: int) -> Iterator[Check]:
 def check_training(
     model: str, image_size: int, steps: int, names: Sequence[str] = ("fp16", "bf16")
 ) -> Iterator[Check]:
-    """Compare the losses of whole runs in each named precision with those of the run in float32.
+    """Compare the losses of complete runs in each named precision with those of a run in float32.
 
-    names: a precision, or one followed by ` compiled`.
+    names: precisions, each optionally followed by ` compiled`.
     """
     losses: dict[str, Tensor] = {}
     if device().type == "cpu":
@@ -180,7 +180,7 @@ def check_training(
 def check_resuming(model: str, image_size: int, steps: int) -> Iterator[Check]:
     """Resume a run from the checkpoint in its middle, and count the weights that differ at the end.
 
-    With deterministic kernels, since a GPU's others add in any order.
+    Uses deterministic kernels, because others on a GPU sum in a random order.
     """
     with tempfile.TemporaryDirectory() as folder:
         whole, resumed = Path(folder, "whole"), Path(folder, "resumed")
@@ -200,7 +200,7 @@ def check_resuming(model: str, image_size: int, steps: int) -> Iterator[Check]:
 
 
 def run_options(output_dir: Path, model: str, image_size: int, steps: int) -> list[str]:
-    """Options of a short run on scikit-learn's digits."""
+    """Return the options of a short run on scikit-learn's digits."""
     return [
         "--dataset_name", "bundled/digits", "--model_name_or_path", model, "--image_size", str(image_size),
         "--output_dir", str(output_dir), "--max_steps", str(steps), "--eval_strategy", "no",

@@ -1,4 +1,4 @@
-"""The store's and the transforms' own speed, against the PIL pipeline on as many cores.
+"""Speed of the store and the transforms alone, compared with the PIL pipeline on the same number of cores.
 
 python -m benchmarks.data [--rounds 3]
 """
@@ -29,7 +29,7 @@ STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class EndlessPictures(Dataset):
-    """Pictures over and over, transformed one by one."""
+    """A repeated list of pictures, transformed one by one."""
 
     def __init__(self, pictures: list[Image.Image], transform: Callable) -> None:
         self.pictures, self.transform = pictures, transform
@@ -42,7 +42,7 @@ class EndlessPictures(Dataset):
 
 
 def timed(run: Callable[[], int], seconds: float = 3.0) -> Callable[[], float]:
-    """Images/s of a function that handles some images and says how many."""
+    """Return images/s of a function that processes some images and returns their number."""
 
     def measure() -> float:
         run()
@@ -55,7 +55,7 @@ def timed(run: Callable[[], int], seconds: float = 3.0) -> Callable[[], float]:
 
 
 def store_speed(rounds: int) -> None:
-    """Random batches of 256 from 50,000 resident images, next to the same from a numpy array."""
+    """Compare random batches of 256 from 50,000 resident images with the same from a numpy array."""
     pixels = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8)
     store = ResidentStore(torch.from_numpy(pixels), torch.zeros(50_000, dtype=torch.int64))
     generator = np.random.default_rng(1)
@@ -75,7 +75,7 @@ def store_speed(rounds: int) -> None:
 
 
 def transform_speed(size: int, rounds: int) -> None:
-    """Random resized crop, flip and normalise, 32 px to `size`, on all cores."""
+    """Compare random resized crop, flip and normalisation, 32 px to `size`, on all cores."""
     preprocessing = Preprocessing((size, size), None, "bicubic", **STATISTICS)
     pixels = np.random.default_rng(0).integers(0, 256, (256, 32, 32, 3), dtype=np.uint8)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
@@ -110,11 +110,11 @@ def transform_speed(size: int, rounds: int) -> None:
 
 
 def main() -> None:
-    """Store, then transforms at 96 and 224 px."""
+    """Measure the store, then transforms at 96 and 224 px."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    keep_freed_memory()  # as in training on a CPU; PIL's pipeline gains by it too
+    keep_freed_memory()  # as in training on a CPU; the PIL pipeline benefits too
     store_speed(rounds)
     for size in (96, 224):
         transform_speed(size, rounds)

@@ -38,7 +38,7 @@ Found = tuple[float, list[str]]  # images/s, labels
 
 
 def ours(model: str, images: str) -> Found:
-    """The package at its defaults, on a folder, model loaded; modules were imported for one image before."""
+    """Run this package with its defaults on a folder, model loading included, modules already imported."""
     config = PredictConfig(model_name_or_path=model)
     list(predict_files(config, [str(list_images(Path(images))[0])]))
     start = time.perf_counter()
@@ -47,7 +47,7 @@ def ours(model: str, images: str) -> Found:
 
 
 def theirs(batch_size: int, model: str, images: str) -> Found:
-    """transformers' pipeline on the same files, as ours."""
+    """Run transformers' pipeline on the same files."""
     files = [str(path) for path in list_images(Path(images))]
     pipeline("image-classification", model=model)(files[0])
     start = time.perf_counter()
@@ -59,7 +59,7 @@ def theirs(batch_size: int, model: str, images: str) -> Found:
 
 
 def alone(image_size: int, num_images: int, model: str, images: str) -> Found:
-    """Ready tensors through the loaded network, as ours computes: what no predictor can exceed."""
+    """Run ready tensors through the loaded network, computed like ours: an upper bound for any predictor."""
     layout, on_gpu = torch.channels_last, torch.cuda.is_available()
     network = AutoModelForImageClassification.from_pretrained(model).eval()
     size = PredictConfig.batch_size
@@ -99,11 +99,11 @@ def compare_predictors(
     steps: int = 80,
     folder: Path | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Classify the training images of a data set, as PNG files, with one saved model, each peer in a process
-    of its own.
+    """Classify the training images of a data set, as PNG files, with one saved model; each peer in its own
+    process.
 
-    steps: of the training before, since labels that are all the same would agree with anything.
-    Returns images/s of each peer, and the share of the labels of ours that each pipeline gives.
+    steps: of training beforehand, because identical labels for all images would prove nothing.
+    Returns images/s of each peer, and the share of our labels that each pipeline also gives.
     """
     split = load_splits(DataConfig(dataset_name=dataset_name)).train
     num_images = len(split)
@@ -153,7 +153,7 @@ def compare_predictors(
 
 
 def main() -> None:
-    """Compare on small pictures that are made here."""
+    """Compare on small generated pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

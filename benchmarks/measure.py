@@ -1,4 +1,4 @@
-"""Interleaved rounds, medians and spreads, and the JSON lines that hold them."""
+"""Interleaved rounds, medians and spreads, written as JSON lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# What a CPU needs for bfloat16 to pay: without the last two it is slower than float32.
+# Instructions that bfloat16 needs to be fast on a CPU: without the last two it is slower than float32.
 MATRIX_INSTRUCTIONS = ("avx512f", "avx512_bf16", "amx_bf16")
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "timm", "pillow")
 
@@ -30,44 +30,44 @@ def compare(
     folder: Path | None = None,
     **facts: object,
 ) -> dict[str, list[float]]:
-    """Run all variants in turn, `rounds` times, each round from another one on, and append one JSON line.
+    """Run all variants in turn, `rounds` times, starting with a different one each time; append a JSON line.
 
-    A variant returns its figure, a rate; or in seconds or MB, where less is better. The ratios are of the
-    first variant to each other one, round by round, and above 1 where the first is better.
-    folder: of the JSON lines; `benchmarks/results` if not given.
+    A variant returns a rate, or seconds or MB, where less is better. The ratios compare the first variant
+    with each other one, round by round, and are above 1 where the first is better.
+    folder: of the JSON lines; by default `benchmarks/results`.
     """
-    figures: dict[str, list[float]] = {name: [] for name in variants}
+    measured: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
         shift = number % len(variants)
         for name in [*list(variants)[shift:], *list(variants)[:shift]]:
-            figures[name].append(variants[name]())
+            measured[name].append(variants[name]())
             print(
-                f"{benchmark}, round {number + 1}: {name} {figures[name][-1]:.4g} {unit}",
+                f"{benchmark}, round {number + 1}: {name} {measured[name][-1]:.4g} {unit}",
                 flush=True,
             )
     first = next(iter(variants))
     less_is_better = unit in ("s", "MB")
     ratios = {
         name: [
-            b / a if less_is_better else a / b for a, b in zip(figures[first], values, strict=True)
+            b / a if less_is_better else a / b for a, b in zip(measured[first], values, strict=True)
         ]
-        for name, values in figures.items()
+        for name, values in measured.items()
         if name != first
     }
     record = {
         "benchmark": benchmark, "unit": unit, "n": rounds, **facts,
-        "figures": {name: summary(values) for name, values in figures.items()},
+        "figures": {name: summary(values) for name, values in measured.items()},
         "ratios": {name: summary(values) for name, values in ratios.items()},
         **conditions(),
     }  # fmt: skip
     write(record, folder)
     for name, values in ratios.items():
         print(f"{benchmark}: {first} / {name} = {statistics.median(values):.2f}", flush=True)
-    return figures
+    return measured
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
+    """Return median, lowest and highest."""
     rounded = [float(f"{value:.4g}") for value in values]
     return {
         "median": statistics.median(rounded), "low": min(rounded), "high": max(rounded)
@@ -75,7 +75,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def device_name() -> str:
-    """The GPU, or the processor with its number of cores."""
+    """Return the name of the GPU, or of the processor with its number of cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = platform.processor() or "CPU"
@@ -89,7 +89,7 @@ def device_name() -> str:
 
 
 def conditions() -> dict[str, object]:
-    """Where and with what a figure was measured."""
+    """Return the conditions of a measurement: device, threads, load, date, commit and versions."""
     commit = None
     if shutil.which("git"):
         command = ["git", "rev-parse", "--short", "HEAD"]
@@ -106,7 +106,7 @@ def conditions() -> dict[str, object]:
 
 
 def write(record: dict[str, object], folder: Path | None = None) -> None:
-    """Append to the results of this device, in `benchmarks/results` or the given folder."""
+    """Append a record to the results of this kind of device, in `benchmarks/results` or the given folder."""
     folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     name = "gpu" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""What a user would otherwise run, and the ceiling: each trains step by step, in turns with the others.
+"""The alternatives to this package, and the ceiling: each trains step by step, in turns with the others.
 
 All peers get the same images, model, batch size, optimiser and number of steps, and the same augmentation:
 a random resized crop and a flip.
@@ -36,10 +36,10 @@ AUGMENTATION = ["--crop_padding", "0", "--crop_scale", "0.25", "--flip", "0.5"]
 
 @dataclass(frozen=True)
 class Task:
-    """A model to be trained in turns, with `batch_size` images a step.
+    """A model to train in turns, with `batch_size` images a step.
 
-    images: folder of the same images, one a class. setting: how ours computes. num_steps: of a whole run,
-    which usually ends before.
+    images: folder of the same images, in class folders. setting: how ours computes. num_steps: of a complete
+    run, which usually is stopped earlier.
     """
 
     model: str
@@ -51,7 +51,7 @@ class Task:
     num_steps: int = 10**6
 
     def config(self, output_dir: str, *flags: str) -> RunConfig:
-        """Ours, with the speed options at their defaults."""
+        """Return our options, with those of speed at their defaults."""
         return RunConfig.parse(
             [
                 "--dataset_name", self.dataset_name, "--model_name_or_path", self.model,
@@ -84,7 +84,7 @@ def small_pictures(folder: Path, num_images: int = 4000) -> Path:
 
 
 class AfterEachStep(TrainerCallback):
-    """Tells that a step is done."""
+    """Calls a function after each step."""
 
     def __init__(self, turn: Turn) -> None:
         self.turn = turn
@@ -94,12 +94,12 @@ class AfterEachStep(TrainerCallback):
 
 
 def device() -> torch.device:
-    """Where everybody trains."""
+    """Return the device that all peers train on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def chosen_setting(task: Task) -> Setting:
-    """What ours picks by measuring, for a long run; on a CPU for one that is too short to compile for."""
+    """Return the setting that ours picks for a long run; on a CPU, for one too short to compile."""
     splits = load_splits(task.config("unused").data)
     epochs = "30" if device().type == "cuda" or task.image_size < 64 else "5"
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +112,7 @@ def chosen_setting(task: Task) -> Setting:
 
 
 def ours(task: Task, turn: Turn) -> None:
-    """The package at its defaults, with the setting that was measured."""
+    """Train with this package at its defaults, in the setting that was measured."""
     setting = task.setting
     flags = ["--precision", setting.precision, "--memory_format", setting.memory_format]
     flags += ["--attention", setting.attention, "--torch_compile", str(setting.compiled)]
@@ -128,7 +128,7 @@ def ours(task: Task, turn: Turn) -> None:
 
 
 def pil_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], torch.Tensor]:
-    """The usual pipeline of an image: random resized crop, flip, tensor, normalise."""
+    """Return the usual transforms of an image: random resized crop, flip, tensor, normalise."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(preprocessing.size, (0.25, 1), interpolation=3),
@@ -142,7 +142,7 @@ def pil_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], torch
 def with_pil_transform(
     rows: Dataset, preprocessing: Preprocessing, transform: Callable | None = None
 ) -> Dataset:
-    """A data set of PIL images that is transformed when it is read, as the public example does."""
+    """Return a data set of PIL images, transformed when they are read, as in transformers' example."""
     transform = transform or pil_transform(preprocessing)
 
     def apply(examples: dict) -> dict:
@@ -165,7 +165,7 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def plain(task: Task, turn: Turn, **flags: object) -> None:
-    """The stock Trainer on PIL images; flags: TrainingArguments beyond its defaults."""
+    """Train with the stock Trainer on PIL images. flags: TrainingArguments other than its defaults."""
     config = task.config("unused")
     splits = load_splits(config.data)
     model, processor = build_model(config.model, splits.id2label)
@@ -182,7 +182,7 @@ def plain(task: Task, turn: Turn, **flags: object) -> None:
 
 
 def timm_pattern(task: Task, turn: Turn, workers: int = 2) -> None:
-    """timm's data set, loader and loop on a folder of images, as its train.py has them; float32."""
+    """Train with timm's data set, loader and loop on a folder of images, like its train.py, in float32."""
     from timm.data import create_dataset, create_loader
     from timm.optim import create_optimizer_v2
 
@@ -207,9 +207,9 @@ def timm_pattern(task: Task, turn: Turn, workers: int = 2) -> None:
 
 
 def ceiling(task: Task, turn: Turn, keep_memory: bool = True) -> None:
-    """Forward, backward, step on one batch of ready tensors on the device, in the setting of ours.
+    """Run forward, backward and step on one batch of ready tensors on the device, in our setting.
 
-    keep_memory: whether freed memory is kept for the next step, as ours keeps it on a CPU.
+    keep_memory: keep freed memory for the next step, as ours does on a CPU.
     """
     if keep_memory and device().type == "cpu":
         keep_freed_memory()
@@ -234,7 +234,7 @@ def ceiling(task: Task, turn: Turn, keep_memory: bool = True) -> None:
 
 
 def plain_at_its_best(workers: int) -> Callable[[Task, Turn], None]:
-    """The stock Trainer with its best flags."""
+    """Train with the stock Trainer and its best flags."""
     return functools.partial(
         plain,
         bf16=True,
@@ -254,12 +254,12 @@ PEERS: dict[str, Callable[[Task, Turn], None]] = {
 
 
 def train_as(peer: str, task: Task, turn: Turn) -> None:
-    """Train the task as the named peer does."""
+    """Train the task with the named peer."""
     PEERS[peer](task, turn)
 
 
 def image_folder(dataset_name: str, folder: Path) -> Path:
-    """The training images as PNG files in one folder a class."""
+    """Write the training images as PNG files, in a folder for each class."""
     split = load_splits(DataConfig(dataset_name=dataset_name)).train
     for row in range(len(split)):
         target = folder / split.id2label[int(split.labels[row])] / f"{row}.png"

@@ -1,4 +1,4 @@
-"""Validation accuracy after a short run, by optimiser and learning rate: what the default rates rest on.
+"""Validation accuracy after a short run, by optimiser and learning rate: the basis of the default rates.
 
 python -m benchmarks.rates --dataset_name DATA [--output FOLDER]
 """
@@ -24,7 +24,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What trains, for how long, and the rates to try of each optimiser."""
+    """A short run: its model and length, and the rates to try for each optimiser."""
 
     family: str
     options: list[str]
@@ -72,7 +72,7 @@ TASKS = {
 
 
 def accuracy(options: list[str], rate: float) -> float:
-    """Validation accuracy of one run; 0 if it diverged."""
+    """Return the validation accuracy of one run; 0 if it diverged."""
     with tempfile.TemporaryDirectory() as folder:
         argv = [
             *options, "--learning_rate", str(rate), "--output_dir", str(Path(folder, "run")),
@@ -109,10 +109,10 @@ def main() -> None:
     parser.add_argument("--dataset_name", default="uoft-cs/cifar10")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument(
-        "--batch_size", default="64", help="images a step, as default rates are for"
+        "--batch_size", default="64", help="images a step; the default rates are for 64"
     )
     parser.add_argument("--max_eval_samples", default="2500")
-    parser.add_argument("--output", type=Path, help="folder of the JSON lines")
+    parser.add_argument("--output", type=Path, help="folder for the JSON lines")
     options = parser.parse_args()
     data = [
         "--dataset_name", options.dataset_name, "--max_eval_samples", options.max_eval_samples,

@@ -1,4 +1,4 @@
-"""How cost grows: processes, images, image size, batch size; and peak memory next to the plain recipe.
+"""Growth of cost with processes, images, image size and batch; peak memory, also of the plain recipe.
 
 python -m benchmarks.scaling [--only memory] [--rounds 3] [--dataset_name DATA]
 """
@@ -22,9 +22,9 @@ from benchmarks.peers import small_pictures
 MODEL = "scratch/tf_efficientnet_lite0"
 FINETUNE = "scripts/finetune.py"
 STEPS, BATCH = 12, 32
-LONG = ("--max_steps", "60")  # where a start of a second would count
-MEMORY_STEPS = "200"  # enough for ours to pick its setting
-# The plain recipe on the whole data set, for its memory; prints the peak in MB.
+LONG = ("--max_steps", "60")  # otherwise a start-up of a second would matter
+MEMORY_STEPS = "200"  # enough for ours to measure its setting
+# Run the plain recipe on the complete data set, and print its peak memory in MB.
 PLAIN_MEMORY = """
 import resource, sys
 from benchmarks.peers import Task, plain
@@ -42,7 +42,7 @@ sys.exit(code)
 
 
 def flags(data: str, output_dir: str, *more: str) -> list[str]:
-    """Options of a short run that computes the same way everywhere."""
+    """Return the options of a short run, with a fixed setting."""
     return [
         "--dataset_name", data, "--model_name_or_path", MODEL, "--output_dir", output_dir,
         "--image_size", "96", "--per_device_train_batch_size", str(BATCH), "--precision", "fp32",
@@ -52,7 +52,7 @@ def flags(data: str, output_dir: str, *more: str) -> list[str]:
 
 
 def command_output(command: list[str], **environment: str) -> str:
-    """What a command prints; its errors are shown if it fails."""
+    """Return the output of a command; its errors are shown if it fails."""
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
     )
@@ -62,7 +62,7 @@ def command_output(command: list[str], **environment: str) -> str:
 
 
 def training_facts(launcher: list[str], data: str, *more: str, **environment: str) -> dict:
-    """`run.json` of a run."""
+    """Return `run.json` of a run."""
     with tempfile.TemporaryDirectory() as folder:
         run = str(Path(folder, "run"))
         command_output([*launcher, FINETUNE, *flags(data, run, *more)], **environment)
@@ -70,12 +70,12 @@ def training_facts(launcher: list[str], data: str, *more: str, **environment: st
 
 
 def speed(data: str, *more: str) -> Callable[[], float]:
-    """Images/s of a run in one process."""
+    """Return images/s of a run in one process."""
     return lambda: training_facts([sys.executable], data, *more)["train_images_per_second"]
 
 
 def two_processes(data: str, *more: str) -> Callable[[], float]:
-    """Images/s of two processes of half the threads each."""
+    """Return images/s of two processes with half the threads each."""
     threads = max(1, torch.get_num_threads() // 2)
     launcher = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/cpu.yaml",
@@ -87,30 +87,30 @@ def two_processes(data: str, *more: str) -> Callable[[], float]:
 
 
 def epoch_seconds(data: str, num_images: int) -> Callable[[], float]:
-    """Seconds of one epoch over `num_images` images."""
+    """Return the seconds of one epoch over `num_images` images."""
     more = ["--max_steps", "-1", "--num_train_epochs", "1", "--max_train_samples", str(num_images)]
     return lambda: training_facts([sys.executable], data, *more)["train_seconds"]
 
 
 def peak_memory(script: str, *arguments: str) -> float:
-    """MB that the main process held at most; neither has loader workers here."""
+    """Return the peak memory of the main process in MB; neither peer has loader workers here."""
     return float(command_output([sys.executable, "-c", script, *arguments]).split()[-1])
 
 
 def ours_memory(data: str) -> float:
-    """A run of ours with all images of the data set at hand."""
+    """Return the peak memory of our run, with all images of the data set."""
     with tempfile.TemporaryDirectory() as folder:
         more = ("--max_steps", MEMORY_STEPS, "--use_cpu", "--precision", "auto")
         return peak_memory(OURS_MEMORY, "finetune", *flags(data, str(Path(folder, "run")), *more))
 
 
 def plain_memory(data: str) -> float:
-    """The stock Trainer in as many steps."""
+    """Return the peak memory of the stock Trainer in the same number of steps."""
     return peak_memory(PLAIN_MEMORY, data, MODEL, MEMORY_STEPS)
 
 
 def comparisons(data: str) -> dict[str, tuple[dict[str, Callable[[], float]], str]]:
-    """What is compared, by name: runs, and the unit of their figures."""
+    """Return the comparisons by name: their runs, and the unit of their values."""
     sizes = {f"{n} px": speed(data, "--image_size", str(n)) for n in (64, 96, 128)}
     batches = {
         f"batch {n}": speed(
@@ -146,13 +146,13 @@ def comparisons(data: str) -> dict[str, tuple[dict[str, Callable[[], float]], st
 
 
 def main() -> None:
-    """Processes, then growth, then memory; or the named one."""
+    """Compare processes, then growth, then memory; or the named one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--only", help="a word of its name: processes, size, batch, images or memory"
+        "--only", help="a word in its name: processes, size, batch, images or memory"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dataset_name", help="default: 4,000 PNG images of 32 x 32 px, made here")
+    parser.add_argument("--dataset_name", help="default: 4,000 generated PNG images of 32 x 32 px")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = options.dataset_name or str(small_pictures(Path(folder, "data")))

@@ -1,4 +1,4 @@
-"""A bare loop of training steps in each setting that the package compares: is the picked one the fastest?
+"""Time a bare loop in each setting that the package compares, to check that the picked one is the fastest.
 
 python -m benchmarks.settings [--only resnet50] [--turns 5] [--compiled]
 """
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--compiled", action="store_true", help="the picked one compiled, too")
+    parser.add_argument("--compiled", action="store_true", help="also compile the picked setting")
     options = parser.parse_args()
     CONTEXT.set_forkserver_preload(["benchmarks.peers"])
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the JSON lines: the newest of each benchmark, for each device.
+"""Write docs/benchmarks.md from the JSON lines: the newest record of each benchmark, for each device.
 
 python -m benchmarks.table
 """
@@ -9,27 +9,35 @@ import json
 
 from benchmarks.measure import RESULTS, ROOT
 
+# Names in older records, and the names that the benchmarks write now.
+RENAMED = {
+    "ours, until it is whole": "ours, until complete",
+    "the truth: images it has not seen": "true: unseen images",
+    "the truth: on all others": "true: on all others",
+    "32 px, as the checkpoint wants it": "32 px, the checkpoint's own preprocessing",
+}
+
 HEAD = """# Benchmarks
 
-Written by `python -m benchmarks.table` from `benchmarks/results/*.jsonl`; `make bench` measures anew.
-Every ratio is of runs that took turns in one process tree, on the same images, model, batch size and steps;
-above 1 the first is better. Median of n, then lowest and highest in brackets.
+Written by `python -m benchmarks.table` from `benchmarks/results/*.jsonl`; `make bench` measures again.
+Every ratio compares runs that took turns in one process tree, on the same images, model, batch
+size and steps; above 1, the first variant is better. Median of n, with lowest and highest in brackets.
 """
 
 
 def cell(values: dict[str, float]) -> str:
-    """`median (lowest-highest)`."""
+    """Render `median (lowest-highest)`."""
     return f"{values['median']:,.4g} ({values['low']:,.4g}-{values['high']:,.4g})"
 
 
 def table(records: list[dict]) -> list[str]:
-    """One row for each variant of each benchmark."""
+    """Return the table, one row for each variant of each benchmark."""
     lines = [
-        "| benchmark | variant | figure | first / variant | n |",
+        "| benchmark | variant | value | first / variant | n |",
         "| --- | --- | --- | --- | --- |",
     ]
     for record in records:
-        if "limits" in record:  # checks: how many passed says more than each difference
+        if "limits" in record:  # the number of passed checks says more than each difference
             passed = sum(
                 values["median"] <= record["limits"][name]
                 for name, values in record["figures"].items()
@@ -40,15 +48,15 @@ def table(records: list[dict]) -> list[str]:
         for name, values in record["figures"].items():
             ratio = cell(record["ratios"][name]) if name in record["ratios"] else ""
             setting = f", {record['setting']}" if not ratio and "setting" in record else ""
-            figure = f"{cell(values)} {record['unit']}"
+            variant, value = RENAMED.get(name, name), f"{cell(values)} {record['unit']}"
             lines.append(
-                f"| {record['benchmark']} | {name}{setting} | {figure} | {ratio} | {record['n']} |"
+                f"| {record['benchmark']} | {variant}{setting} | {value} | {ratio} | {record['n']} |"
             )
     return lines
 
 
 def main() -> None:
-    """Replace the page."""
+    """Rewrite the page."""
     page = [HEAD]
     newest: dict[str, dict[str, dict]] = {}
     for path in sorted(RESULTS.glob("*.jsonl")):

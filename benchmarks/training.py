@@ -1,8 +1,8 @@
-"""Training speed: ours, the ceiling, the plain recipe with and without its best flags, timm's pattern.
+"""Training speed: ours, the ceiling, the plain recipe with and without its best flags, timm's loop.
 
 python -m benchmarks.training [--only resnet50] [--turns 15] [--dataset_name DATA]
 
-Each is a process of its own, and they train for a second or two in turn, so that noise hits all alike.
+Each is a separate process, and they train in turns of a second or two, so that noise affects all equally.
 """
 
 from __future__ import annotations
@@ -34,13 +34,11 @@ ON_GPU = {
     "article_cnn": Task("scratch/article_cnn", 32, 64),
 }
 TURN_SECONDS = 1.5
-MEMORY_FOR_128 = (
-    70e9  # bytes that all peers together may take at 128 images a step, ViT-B/16 at 224 px
-)
+MEMORY_FOR_128 = 70e9  # bytes that all peers together need at 128 images a step, ViT-B/16 at 224 px
 
 
 def names() -> list[str]:
-    """Who is compared, ours first."""
+    """Return the names of the peers, ours first."""
     on_gpu = torch.cuda.is_available()
     ceilings = ["ceiling"] if on_gpu else ["ceiling", "ceiling, memory given back"]
     best = [f"plain, bf16 and {count} workers" for count in ((4, 16) if on_gpu else (2,))]
@@ -48,7 +46,7 @@ def names() -> list[str]:
 
 
 def tasks(only: str | None) -> dict[str, Task]:
-    """What is trained on this device, or the named one of it; in smaller batches on a smaller GPU."""
+    """Return the tasks for this device, or the named one; with smaller batches on a smaller GPU."""
     found = ON_CPU
     if torch.cuda.is_available():
         share = torch.cuda.get_device_properties(0).total_memory / MEMORY_FOR_128
@@ -68,7 +66,7 @@ def compare_in_turns(
     folder: Path | None = None,
     **facts: object,
 ) -> dict[str, list[float]]:
-    """Let all work in turns. Returns images/s by name; records peak memory too."""
+    """Train all peers in turns. Returns images/s by name; records peak memory too."""
     peak_mb: dict[str, int] = {}
     facts = {
         "model": task.model, "image_size": task.image_size, "batch_size": task.batch_size,
@@ -90,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only")
     parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--dataset_name", help="default: 4,000 PNG images of 32 x 32 px, made here")
+    parser.add_argument("--dataset_name", help="default: 4,000 generated PNG images of 32 x 32 px")
     options = parser.parse_args()
     CONTEXT.set_forkserver_preload(["benchmarks.peers"])
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""Processes that work in turns of a few seconds, so that a noisy machine is as noisy for all of them.
+"""Processes that work in turns of a few seconds, so that noise of the machine affects all of them equally.
 
-While one works, the others stand still, loader processes included.
+While one works, the others are stopped, loader processes included.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from multiprocessing.connection import Connection
 import torch
 
 Turn = Callable[[], None]  # to be called after each step
-# Forked from a process that has imported everything and computed nothing. Not where there is a GPU: imports
-# alone touch it, and a forked process could not use it then.
+# Forked from a process that has imported everything and computed nothing. With a GPU they are spawned:
+# imports alone initialise it, and a forked process could not use it then.
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 
 
 class Worker:
     """A process that is stopped except during its turns, which end with the first step after `seconds`.
 
-    work: can be pickled. peak_mb: the most memory that it has taken so far; the GPU's where there is one.
+    work: a function that can be pickled. peak_mb: peak memory so far, of the GPU if there is one.
     """
 
     def __init__(self, work: Callable[[Turn], None], warm_up: int, seconds: float) -> None:
@@ -36,17 +36,17 @@ class Worker:
         self.peak_mb = 0.0
 
     def warm_up(self) -> None:
-        """Wait until it has warmed up, and stop it. Raises: SystemExit if it ends instead."""
+        """Wait until the process has warmed up, and stop it. Raises: SystemExit if it ends instead."""
         self._until_it_reports()
 
     def turn(self) -> float:
-        """Take one turn; return steps a second. Raises: SystemExit if the process ends instead."""
+        """Run one turn; returns steps per second. Raises: SystemExit if the process ends instead."""
         self._signal(signal.SIGCONT)
         self._connection.send(None)
         return self._until_it_reports()
 
     def end(self) -> None:
-        """Kill it with its loader processes."""
+        """Kill the process and its loader processes."""
         with contextlib.suppress(ProcessLookupError):
             self._signal(signal.SIGKILL)
         self._process.join()
@@ -67,7 +67,7 @@ class Worker:
 def workers(
     works: dict[str, Callable[[Turn], None]], warm_up: int, seconds: float
 ) -> Iterator[dict[str, Worker]]:
-    """One stopped process for each, warmed up; they start and warm up at the same time."""
+    """Start a process for each work; all warm up at the same time, and are stopped then."""
     started: dict[str, Worker] = {}
     try:
         for name, work in works.items():
@@ -83,9 +83,9 @@ def workers(
 def _work(
     work: Callable[[Turn], None], warm_up: int, seconds: float, connection: Connection
 ) -> None:
-    """In the process: work, and wait at the end of the warm-up and of each turn."""
+    """Work in the child process, and wait after the warm-up and after each turn."""
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # for loader processes, as outside
+    multiprocessing.set_start_method("fork", force=True)  # for loader processes, as in the parent
     count, start, least = 0, time.perf_counter(), None
 
     def step_done() -> None:
@@ -103,7 +103,7 @@ def _work(
 
 
 def _peak_mb() -> float:
-    """The most memory that this process has taken, in MB: allocated on the GPU, or resident without one."""
+    """Return the peak memory of this process in MB: allocated on the GPU, or resident without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

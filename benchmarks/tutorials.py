@@ -1,4 +1,4 @@
-"""What the tutorials get wrong, measured: each mistake and what to do instead, on the same images.
+"""Measure the mistakes of the tutorials, each next to the correct procedure, on the same images.
 
 python -m benchmarks.tutorials --dataset_name DATA [--only cached] [--seeds 3]
 """
@@ -32,7 +32,7 @@ STILL = {"crop_padding": 0.0, "flip": 0.0}
 
 
 class Laboratory:
-    """Trains on parts of one data set, in a folder that is removed at the end."""
+    """Trains on parts of one data set, in a temporary folder."""
 
     def __init__(self, dataset_name: str, num_images: int, folder: Path) -> None:
         source = load_source(DataConfig(dataset_name=dataset_name))
@@ -46,7 +46,7 @@ class Laboratory:
     def predictions(
         self, train: Dataset, test: Dataset, seed: int = 42, **options: object
     ) -> Predictions:
-        """What a model that was trained on the one says of the other."""
+        """Return the predictions on one data set by a model trained on the other."""
         self.count += 1
         data, run = self.folder / f"data-{self.count}", self.folder / f"run-{self.count}"
         DatasetDict(train=train, test=test).save_to_disk(str(data))
@@ -62,22 +62,22 @@ class Laboratory:
         return Predictions.load(run, "test")
 
     def accuracy(self, *args: object, **options: object) -> float:
-        """Its share of right answers."""
+        """Return the accuracy of such a model."""
         return float(self.predictions(*args, **options).correct.mean())
 
 
 def trained_on_test(lab: Laboratory, seed: int) -> dict[str, float]:
-    """Fit on the images that are then reported; and the same model on images that it has not seen."""
+    """Train and report on the same images; compare with the model's accuracy on unseen images."""
     both = concatenate_datasets([lab.test, lab.fresh])
     right = lab.predictions(lab.test, both, seed).correct
     return {
         "reported: the images it was trained on": float(right[: len(lab.test)].mean()),
-        "the truth: images it has not seen": float(right[len(lab.test) :].mean()),
+        "true: unseen images": float(right[len(lab.test) :].mean()),
     }
 
 
 def tuned_on_test(lab: Laboratory, seed: int, num_runs: int = 10) -> dict[str, float]:
-    """The best of ten runs by one in 25 test images: what these say of it, and what all others say."""
+    """Pick the best of ten runs by one in 25 test images; compare its accuracy on these and on all others."""
     small = lab.train.select(range(len(lab.train) // 5))
     right = np.stack(
         [
@@ -96,11 +96,11 @@ def tuned_on_test(lab: Laboratory, seed: int, num_runs: int = 10) -> dict[str, f
         best = right[:, few].mean(axis=1).argmax()
         draw[:] = right[best, few].mean(), right[best, rest].mean()
     reported, truth = found.mean(axis=0).tolist()
-    return {"reported: on the images that chose it": reported, "the truth: on all others": truth}
+    return {"reported: on the images that chose it": reported, "true: on all others": truth}
 
 
 def cached_augmentation(lab: Laboratory, seed: int) -> dict[str, float]:
-    """One random view for all epochs, a new one in each, and none."""
+    """Compare one random view for all epochs, a new one in each, and none."""
     view, generator = RandomView(padding=0.125, flip=0.5), torch.Generator().manual_seed(seed)
 
     def freeze(row: dict) -> dict:
@@ -121,7 +121,7 @@ def cached_augmentation(lab: Laboratory, seed: int) -> dict[str, float]:
 
 
 def idle_crop(lab: Laboratory, seed: int) -> dict[str, float]:
-    """A crop of 32 x 32 out of 32 x 32 is no crop: with and without a border to move in."""
+    """Compare a crop of 32 x 32 out of 32 x 32, which has no effect, with one after adding a border."""
     return {
         "crop without a border": lab.accuracy(lab.train, lab.test, seed),
         "crop after a border of 4 px": lab.accuracy(lab.train, lab.test, seed, crop_padding=0.125),
@@ -129,7 +129,7 @@ def idle_crop(lab: Laboratory, seed: int) -> dict[str, float]:
 
 
 def wrong_preprocessing(lab: Laboratory, seed: int) -> dict[str, float]:
-    """A frozen ImageNet network on pixels / 255 at 32 px, with its own mean and deviation, and upscaled."""
+    """Compare a frozen ImageNet network on pixels / 255 at 32 px, on its own preprocessing, and upscaled."""
     head = {"freeze": "backbone", "head_solver": "lbfgs"}
     model = "bundled/efficientnet_lite0"
     raw = lab.folder / f"raw-{seed}"
@@ -148,7 +148,7 @@ def wrong_preprocessing(lab: Laboratory, seed: int) -> dict[str, float]:
 
     return {
         "32 px, pixels / 255": accuracy(str(raw), 32),
-        "32 px, as the checkpoint wants it": accuracy(model, 32),
+        "32 px, the checkpoint's own preprocessing": accuracy(model, 32),
         "upscaled to 96 px": accuracy(model, 96),
     }
 
@@ -160,15 +160,15 @@ MISTAKES: dict[str, Callable[[Laboratory, int], dict[str, float]]] = {
     "idle crop": idle_crop,
     "wrong preprocessing": wrong_preprocessing,
 }
-# Its head is solved for, and has one solution.
+# Its head is solved exactly, so one seed is enough.
 WITHOUT_CHANCE = ("wrong preprocessing",)
 
 
 def main() -> None:
-    """Every mistake, or the named one, once for each seed."""
+    """Measure every mistake, or the named one, once for each seed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", default="uoft-cs/cifar10")
-    parser.add_argument("--only", help="a word of the mistake's name")
+    parser.add_argument("--only", help="a word in the mistake's name")
     parser.add_argument("--num_images", type=int, default=5000, help="to train on, and to test on")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
@@ -181,13 +181,13 @@ def main() -> None:
             lab = Laboratory(options.dataset_name, options.num_images, Path(folder))
             seeds = 1 if name in WITHOUT_CHANCE else options.seeds
             runs = [mistake(lab, seed) for seed in range(seeds)]
-        figures = {variant: summary([run[variant] for run in runs]) for variant in runs[0]}
-        for variant, values in figures.items():
+        measured = {variant: summary([run[variant] for run in runs]) for variant in runs[0]}
+        for variant, values in measured.items():
             print(f"{name}: {variant}: {values['median']:.4f}", flush=True)
         write(
             {
                 "benchmark": name, "unit": "accuracy", "n": seeds,
-                "num_images": options.num_images, "figures": figures, "ratios": {}, **conditions(),
+                "num_images": options.num_images, "figures": measured, "ratios": {}, **conditions(),
             }
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """`accelerate launch scripts/evaluate_run.py [flags]`: the same as `hf-cifar evaluate [flags]`.
 
-Not called evaluate.py: a script's folder comes first on the path, and would hide the library of that name.
+Not named evaluate.py: a script's folder comes first on the path, so it would hide the library of that name.
 """
 
 import sys

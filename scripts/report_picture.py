@@ -1,6 +1,6 @@
-"""Take README's picture of a report page: `report_picture.py RUN/report.html docs/report.png`.
+"""Take the README's picture of a report page: `report_picture.py RUN/report.html docs/report.png`.
 
-Shows the headline and four of the sections, side by side. Needs Chromium. `make picture` runs it.
+Shows the headline and four sections in two columns. Needs Chromium. `make picture` runs it.
 """
 
 import io
@@ -39,7 +39,7 @@ section:has(#mistakes) .gallery:nth-of-type(n + 2), .gallery li:nth-child(n + 7)
 
 
 def take_picture(report: Path) -> Image.Image:
-    """Screenshot of the page in light colours, with the SHOWN sections alone, at two pixels per CSS pixel."""
+    """Take a screenshot with only the SHOWN sections, in light colours, at two pixels per CSS pixel."""
     found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
     path = next(filter(None, [os.environ.get("CHROMIUM"), *found]), None)
     with sync_playwright() as api:

@@ -117,7 +117,7 @@ def test_processes_work_in_their_turns_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_time_to_accuracy_of_whole_commands(results, stripes, monkeypatch):
+def test_time_to_accuracy_of_complete_commands(results, stripes, monkeypatch):
     arguments = [
         "accuracy", "--model_name_or_path", "scratch/article_cnn", "--dataset_name", str(stripes),
         "--image_size", "32", "--target", "0.4", "--epochs", "1", "--plain_epochs", "1",
@@ -150,7 +150,7 @@ def test_the_gpu_benchmark_in_tiny_form(tmp_path, monkeypatch, capsys):
     assert set(training["peak_mb"]) == {"ours", "ceiling", "plain"}
     assert training["flops_per_image"] > 1e4
     assert "| training article_cnn |" in output
-    assert 0 <= records["fine-tuning efficientnet_lite0, whole command"]["accuracy"] <= 1
+    assert 0 <= records["fine-tuning efficientnet_lite0, complete command"]["accuracy"] <= 1
 
 
 def test_the_gpu_benchmark_needs_a_gpu(tmp_path, monkeypatch, capsys):
@@ -186,7 +186,7 @@ def test_an_accuracy_out_of_reach_is_said():
 
 
 @pytest.mark.slow
-def test_peak_memory_of_whole_commands(tmp_path, monkeypatch):
+def test_peak_memory_of_complete_commands(tmp_path, monkeypatch):
     data = str(small_pictures(tmp_path / "data", 100))
     monkeypatch.setattr(scaling, "MODEL", "scratch/article_cnn")
     monkeypatch.setattr(scaling, "MEMORY_STEPS", "2")
@@ -202,6 +202,6 @@ def test_checkpoints_of_both_are_saved(results, monkeypatch):
     (record,) = map(json.loads, (results / "results" / "cpu.jsonl").read_text().splitlines())
     assert record["unit"] == "s"
     assert set(record["figures"]) == {
-        "ours", "ours, until it is whole", "stock Trainer", "stock Trainer, flushed",
+        "ours", "ours, until complete", "stock Trainer", "stock Trainer, flushed",
     }  # fmt: skip
     assert all(figure["median"] > 0 for figure in record["figures"].values())

@@ -41,8 +41,8 @@ def make_trainer(folder, data, model, *flags):
 
 
 def resume(trainer):
-    """Train like `--resume_from_checkpoint last`: from the newest intact checkpoint, or the beginning. Returns
-    the digest of the final weights."""
+    """Train like `--resume_from_checkpoint last`: from the newest intact checkpoint, or from the start.
+    Returns the digest of the final weights."""
     checkpoint = newest_checkpoint(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return digest(trainer.model)

@@ -164,8 +164,8 @@ MODELS = {
 
 
 def cifar(kind, victim, suffix="", key=None, protocol=2):
-    """Return a function that makes an official archive, or its folder; the payload is one of its files, or under
-    `key` in one."""
+    """Return a function that makes an official archive, or its folder. The payload is one of its files, or
+    under `key` in one."""
 
     def make(folder, payload):
         layout = PYTHON_FILES[kind]

@@ -204,7 +204,7 @@ def test_signals(tmp_path, stripes, tiny_vit, number, record_result):
 
 
 def test_an_interrupted_evaluation_is_repeated(tmp_path, stripes, tiny_vit):
-    """A run stopped in mid-evaluation and resumed has the history and best checkpoint of another without a stop."""
+    """History and best checkpoint after a stop in mid-evaluation and a resume: those of an unstopped run."""
     flags = ["--eval_strategy", "steps", "--eval_steps", "2", "--per_device_eval_batch_size", "2"]
 
     def stop_in_evaluation(trainer):
