@@ -1,4 +1,4 @@
-"""`hf-cifar COMMAND`: the table of subcommands, and exit statuses. Torch is imported where it is needed."""
+"""`hf-cifar COMMAND`: the table of subcommands, and exit statuses. Torch is imported only when needed."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; a user's mistake is one line on stderr and exit status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    # Read when torch is loaded: DDP warns of parameters that a model might not use.
+    # Read when torch is loaded; hides DDP's warning about parameters that a model might not use.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # data/images.py reports what matters about an image file.
+    # data/images.py reports problems of image files itself.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         return _dispatch(argv)
@@ -95,7 +95,7 @@ def _report_resources(error: Exception) -> int:
     # safetensors and torch wrap the system's error in their own.
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return _report(
-            "no space left on the disk; free some, and start again or resume from the last checkpoint"
+            "no space left on the disk; free some space, then start again or resume from the last checkpoint"
         )
     if "DataLoader worker" in str(error):
         return _report(

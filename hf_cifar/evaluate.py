@@ -57,7 +57,7 @@ def evaluate_classifier(
     """Predict every image of a split once; on all processes, each row counted once.
 
     pixel_store: auto, resident or streamed. temperature: the number by which the model already divides
-    its logits, for the record. store: of the split's images, if it is built already.
+    its logits, for the record. store: a store of the split's images, if already built.
     """
     if store is None:
         store = _store_of(trainer, split, pixel_store)
@@ -93,8 +93,8 @@ def predict_images(
 def evaluate_corrupted(
     trainer: ImageClassificationTrainer, split: Split, num_images: int, pixel_store: str = "auto"
 ) -> dict[str, Any]:
-    """Accuracy under each corruption at severities 1 to 5, and without one, on up to `num_images` images of
-    the split, stratified. Images are corrupted at the size at which they are stored."""
+    """Return the accuracy under each corruption at severities 1 to 5, and without one, on up to `num_images`
+    images of the split, stratified. Images are corrupted at their stored size."""
     part = subsample(split, max(num_images, len(split.id2label)), seed=0)
     store = _store_of(trainer, part, pixel_store)
 
@@ -116,11 +116,11 @@ def evaluate_corrupted(
 
 
 def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Predictions:
-    """Calibrate a model on its predictions; returns what it then predicts.
+    """Calibrate a model on its predictions; returns the calibrated predictions.
 
-    With one label per image, the temperature that suits the predictions becomes part of the model, which
-    stays an ordinary one and gives the same labels. It stays as it is where no linear layer gives the
-    logits. With any number of labels, a threshold for each class goes into the model's config.
+    With one label per image, a fitted temperature is folded into the model, which remains an ordinary one and
+    gives the same labels. Without a linear layer that gives the logits, the model does not change. With any
+    number of labels, a threshold for each class goes into the model's config.
     """
     calibrated = dataclasses.replace(validation, **validation.outcome.calibrate())
     if calibrated.thresholds is not None:
@@ -144,7 +144,7 @@ def evaluate_saved(
 ) -> Predictions:
     """Evaluate a saved model on one split, and update metrics, predictions and card in its folder.
 
-    source: of `data`, if it is open already.
+    source: the open data set of `data`, if there is one.
     Raises: UserError if the data's classes are not the model's, or only one of them has multiple labels.
     """
     if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
@@ -206,13 +206,13 @@ def evaluate_saved(
         evaluation.save(folder)
         if corrupted is not None:
             RunFolder(folder).save_corruptions(split.name, corrupted)
-        if untouched:  # keep a card that somebody has edited
+        if untouched:  # keep an edited card
             save_card(folder)
     return evaluation
 
 
 def temperature_of(model_name_or_path: str) -> float:
-    """The number by which a run's calibration has divided its model's logits; 1 for a model without a run.
+    """Return the temperature that a run's calibration folded into its model; 1 for a model without a run.
 
     Raises: UserError if the run's file is damaged.
     """
@@ -225,7 +225,7 @@ def temperature_of(model_name_or_path: str) -> float:
 
 
 def output_folder(config: EvaluateConfig) -> Path | None:
-    """The folder for the metrics: --output_dir, else the model's; None for a Hub model without one."""
+    """Return the folder for the metrics: --output_dir, or the model's; None for a Hub model without one."""
     if config.output_dir is not None:
         return Path(config.output_dir)
     folder = Path(config.model_name_or_path)

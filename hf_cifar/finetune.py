@@ -1,4 +1,4 @@
-"""The main path: from options to a fine-tuned model and the metrics that go with it."""
+"""The main path: from options to a fine-tuned model and its metrics."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RunResult:
 def finetune_classifier(config: RunConfig, source: DataSource | None = None) -> RunResult:
     """Fine-tune, evaluate and save a classifier; docs/files.md lists what `output_dir` then holds.
 
-    source: of `config.data`, if it is open already.
+    source: the data of `config.data`, if already open.
     Raises: UserError before anything is written, for options or data that cannot work.
     """
     source = source or DataSource(config.data)
@@ -76,9 +76,9 @@ def finetune_classifier(config: RunConfig, source: DataSource | None = None) -> 
 
 @contextlib.contextmanager
 def claimed_folder(plan: Plan) -> Iterator[None]:
-    """Hold the output folder, and write the settled options first: a run that is cut off can be repeated.
+    """Lock the output folder, and save the settled options first, so that an interrupted run can be resumed.
 
-    Raises: UserError if another run holds the folder, or did since this one began.
+    Raises: UserError if another run holds the folder, or has used it since this one began.
     """
     if not plan.processes.is_main:
         yield
@@ -110,7 +110,7 @@ def fit(trainer: ImageClassificationTrainer, plan: Plan) -> Fitted:
 
 
 def save_batch(trainer: ImageClassificationTrainer, plan: Plan) -> None:
-    """Write the batch that fitted into memory to config.yaml."""
+    """Save the batch size that fitted into memory to config.yaml."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     fitting = plan.config.with_training(**{name: getattr(trainer.args, name) for name in names})
     if plan.processes.is_main:
@@ -120,8 +120,8 @@ def save_batch(trainer: ImageClassificationTrainer, plan: Plan) -> None:
 def evaluate_run(
     trainer: ImageClassificationTrainer, source: DataSource, plan: Plan
 ) -> list[Predictions]:
-    """Evaluate validation, on which the model is calibrated, and with --do_predict the test split, which is
-    read for the first time, after every choice is made."""
+    """Evaluate and calibrate on validation; with --do_predict, also evaluate test, which is read here for the
+    first time, after every choice is made."""
     kind, split, store = (
         plan.config.data.pixel_store,
         source.splits.validation,

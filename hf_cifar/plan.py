@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run is carried out.
+    """A run's options and processes, after everything left open was settled.
 
-    requested: the options as they were given. config: the same with what they left open settled; config.yaml
-    holds this one. checkpoint: what the run resumes from. processes: those that train.
+    requested: the options as given. config: the same with every open value settled, as saved in config.yaml.
+    checkpoint: the folder that the run resumes from. processes: those that train.
     """
 
     requested: RunConfig
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def setting(self) -> Setting:
-        """How the model computes; the Trainer compiles it."""
+        """Precision, memory format and attention; compilation is left to the Trainer."""
         train = self.config.train
         return Setting(train.precision, train.memory_format, train.attention)
 
@@ -63,9 +63,9 @@ def plan_run(
     config: RunConfig, model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits
 ) -> Plan:
     """Settle the checkpoint to resume from, learning rate, clipping, when to evaluate and save, the best
-    metric, workers of a stream, and how the model computes.
+    metric, workers of a stream, and the compute setting.
 
-    Raises: UserError if the options do not go with the model or the data, or there is nothing to resume from.
+    Raises: UserError if the options do not suit the model or the data, or there is nothing to resume from.
     """
     processes, train = start_processes(config), config.train
     checkpoint = find_checkpoint(train)
@@ -131,7 +131,7 @@ def find_checkpoint(train: TrainingConfig) -> Path | None:
 def settle_rates(
     config: RunConfig, model: PreTrainedModel, processes: Processes
 ) -> dict[str, float]:
-    """Return learning rate and clipping: as requested, or the defaults of optimiser and model family.
+    """Return learning rate and clipping: the requested ones, or the defaults of optimiser and model family.
 
     Raises: UserError for an optimiser without a known rate.
     """
@@ -150,15 +150,15 @@ def settle_rates(
 
 
 def images_a_step(train: TrainingConfig, processes: Processes) -> int:
-    """Training images of an optimiser step, on all devices."""
+    """Return the number of training images per optimiser step, over all devices."""
     batch = train.per_device_train_batch_size * processes.num_devices
     return batch * train.gradient_accumulation_steps * processes.count
 
 
 def settle_evaluation(train: TrainingConfig) -> dict[str, Any]:
-    """Return when to evaluate and to save: what was left open follows what was set.
+    """Return when to evaluate and to save: open options follow those that were set.
 
-    The best checkpoint is loaded at the end where each evaluation has a checkpoint.
+    The best checkpoint is loaded at the end if each evaluation has a checkpoint.
     """
     evaluates, saves = train.eval_strategy, train.save_strategy
     evaluates = evaluates or (saves if saves in ("steps", "epoch") else "epoch")
@@ -172,7 +172,7 @@ def settle_evaluation(train: TrainingConfig) -> dict[str, Any]:
         if evaluates != "no":
             raise UserError(
                 "--load_best_model_at_end needs a checkpoint for each evaluation, and --eval_strategy is "
-                f"{evaluates}, --save_strategy {saves}; leave it out, or let them match"
+                f"{evaluates}, --save_strategy {saves}; leave it out, or make them match"
             )
         load_best = False  # without evaluations, the last weights are the result
     return {
@@ -182,9 +182,9 @@ def settle_evaluation(train: TrainingConfig) -> dict[str, Any]:
 
 
 def best_metric(requested: str | None, model: PreTrainedModel) -> str:
-    """Return the metric that chooses the best checkpoint. Raises: UserError for one that the data lack."""
+    """Return the metric that picks the best checkpoint. Raises: UserError if it does not suit the labels."""
     if is_multi_label(model):
-        # It needs no thresholds, which are fitted at the end.
+        # Average precision needs no thresholds; they are fitted only at the end.
         return requested or "average_precision_macro"
     known = best_metrics(multi_label=False)
     if requested is not None and requested.removeprefix("eval_") not in known:
@@ -198,9 +198,9 @@ def best_metric(requested: str | None, model: PreTrainedModel) -> str:
 def settle_workers(
     train: TrainingConfig, splits: Splits, processes: Processes, before: RunConfig | None
 ) -> int | None:
-    """Return the number of loader workers of a stream, and for other data what was requested.
+    """Return the number of loader workers: settled for a stream, as requested for other data.
 
-    The order of a stream depends on it, so a resumed run must use the same.
+    The order of a stream depends on this number, so a resumed run must use the same.
     """
     if not isinstance(splits.train, Stream) or train.dataloader_num_workers is not None:
         return train.dataloader_num_workers
@@ -217,12 +217,12 @@ def settle_setting(
     processes: Processes,
     before: RunConfig | None,
 ) -> dict[str, Any]:
-    """Return how the model computes: as the options or the launcher request, as the resumed run did, or as
-    is fastest here."""
+    """Return the compute setting: requested by the options or the launcher, that of the resumed run, or the
+    fastest one here."""
     found = requested_setting(config.train, before)
     if found["attention"] == "eager" and not has_fused_attention(model):
         raise UserError(
-            f"--attention eager: {type(model).__name__} has no attention kernel to go without; leave it out"
+            f"--attention eager: {type(model).__name__} has no fused attention to replace; leave it out"
         )
     if found["precision"] != "auto":
         return found
@@ -235,8 +235,8 @@ def settle_setting(
 
 
 def requested_setting(train: TrainingConfig, before: RunConfig | None) -> dict[str, Any]:
-    """Return precision, memory format, attention and compilation as the options, then the launcher, then the
-    resumed run have them; "auto" where none does."""
+    """Return precision, memory format, attention and compilation from the options, else the launcher, else
+    the resumed run; "auto" if none of them sets one."""
     names = ("precision", "memory_format", "attention", "torch_compile")
     found = {name: getattr(train, name) for name in names}
     for name in ("bf16", "fp16"):
@@ -259,9 +259,9 @@ def measured_setting(
     splits: Splits,
     processes: Processes,
 ) -> Setting:
-    """Return the fastest setting that the first process finds, for all; fixed: what it may not choose."""
+    """Return the fastest setting, measured by the first process for all. fixed: the parts already decided."""
     unmeasured = Setting(**fixed)
-    if is_sharded():  # the whole model may fit on no single device
+    if is_sharded():  # the complete model may not fit on one device
         return unmeasured
     found, num_images = [unmeasured], len(splits.train)
     if processes.is_main:
@@ -286,11 +286,11 @@ def measured_setting(
 
 
 def num_batches(config: RunConfig, num_images: int, processes: Processes) -> int:
-    """Forward and backward passes of a process in the whole run."""
+    """Return the number of forward and backward passes of one process in the complete run."""
     train = config.train
     batch = train.per_device_train_batch_size * processes.num_devices
     if config.model.freeze == "backbone" and train.feature_views and not config.data.streaming:
-        # Each view goes forward once, which is about a third of a training step.
+        # One forward pass for each view, each about a third of a training step.
         return math.ceil(num_images * train.feature_views / batch / 3)
     if train.max_steps > 0:
         return train.max_steps * train.gradient_accumulation_steps

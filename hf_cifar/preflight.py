@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 def check_request(config: RunConfig, source: DataSource) -> None:
-    """Check what would otherwise fail at the end of the run, as far as that needs no model.
+    """Run the checks that need no model, including those of steps at the end of the run.
 
-    Raises: UserError if `source` is of other data, the output folder holds another run, the device cannot
-    compute as requested, there is no test split to predict or an image of it cannot be read, or a push could
-    not work.
+    Raises: UserError if `source` has other data, the output folder holds another run, the device does not
+    support the requested precision, test is requested but missing or has an unreadable image, or a push would
+    fail.
     """
     train, folder = config.train, Path(config.train.output_dir)
     if source.config != config.data:
         raise UserError(
-            "the open data set is not the one in config.data; pass one of the same options"
+            "the open data set is not the one in config.data; open it with the same options"
         )
     if train.seeds > 1:
         raise UserError(
@@ -75,11 +75,11 @@ def check_device(train: TrainingConfig) -> None:
 
 
 def check_plan(plan: Plan, model: PreTrainedModel, known: dict[str, Any]) -> None:
-    """Check what would otherwise fail during or after training: disk, card and push.
+    """Check disk space, model card and push before training.
 
     known: see `known_facts`.
 
-    Raises: UserError for a disk without room for the checkpoints, or metadata that the Hub refuses.
+    Raises: UserError for too little disk space, or for metadata that the Hub refuses.
     """
     check_space(plan.config, model)
     if plan.processes.is_main:
@@ -87,7 +87,7 @@ def check_plan(plan: Plan, model: PreTrainedModel, known: dict[str, Any]) -> Non
 
 
 def check_space(config: RunConfig, model: PreTrainedModel) -> None:
-    """Raises: UserError for a disk without room for the model and its checkpoints."""
+    """Raises: UserError if the disk has too little space for the model and its checkpoints."""
     train = config.train
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -96,7 +96,7 @@ def check_space(config: RunConfig, model: PreTrainedModel) -> None:
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
-    """Raises: UserError if the disk of `folder` has less room than needed."""
+    """Raises: UserError if the disk of `folder` has too little free space."""
     existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
@@ -107,7 +107,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 
 def draft_card(config: RunConfig, model: PreTrainedModel, known: dict[str, Any]) -> str:
-    """Render the model card before training, without metrics: mistakes in its metadata show now."""
+    """Render the model card before training, without metrics, to find mistakes in its metadata early."""
     names = ["validation", "test"] if config.train.do_predict else ["validation"]
     facts = CardFacts(
         repo_id=known["repo_id"],

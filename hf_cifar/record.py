@@ -1,4 +1,4 @@
-"""The facts of a run, as run.json holds them."""
+"""The facts of a run, as stored in run.json."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from hf_cifar.training.trainer import ImageClassificationTrainer
 
 @dataclass(frozen=True)
 class Fitted:
-    """The cost of training: seconds, and energy as in `measured_energy`, None where it is unknown."""
+    """The cost of training: seconds, and energy as in `measured_energy`, None if unknown."""
 
     seconds: float
     energy: dict[str, float | str] | None
 
 
 def known_facts(source: DataSource, config: RunConfig) -> dict[str, Any]:
-    """Return what is known of a run before it trains, as plain values: model, data, split, versions."""
+    """Return the facts of a run known before training, as plain values: model, data, split, versions."""
     model, data, splits = config.model, config.data, source.splits
     return {
-        "repo_id": Target.of_run(config.train).repo_id,  # the folder may get another name
+        "repo_id": Target.of_run(config.train).repo_id,  # the folder may be renamed
         "model": asdict(find_origin(model.model_name_or_path, "model", model.model_revision)),
         "dataset": asdict(find_origin(data.dataset_name, "dataset")),
         "split_hash": splits.hash,
@@ -62,7 +62,7 @@ def run_facts(
     temperature: float,
     pixel_store: str,
 ) -> dict[str, Any]:
-    """Return what happened in a run, as plain values: data, work, time and machine."""
+    """Return the facts of a finished run, as plain values: data, work, time and machine."""
     state, device, seconds = trainer.state, trainer.args.device, fitted.seconds
     return {
         "label_counts": {
@@ -87,7 +87,7 @@ def run_facts(
         "train_images_per_second": round(len(splits.train) * (state.epoch or 0) / seconds, 1),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": trainer.args.world_size,
-        "num_threads": torch.get_num_threads(),  # sums on a CPU depend on it
+        "num_threads": torch.get_num_threads(),  # rounding on a CPU depends on it
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"CPU ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})",
@@ -97,8 +97,8 @@ def run_facts(
 
 
 def plain_history(log_history: list[dict[str, float]]) -> list[dict[str, float | None]]:
-    """Return the Trainer's log records as JSON can hold them: None in place of NaN and infinity, as in the
-    gradient norm of a step that overflows in fp16."""
+    """Return the Trainer's log records for JSON, with None instead of NaN and infinity, such as the gradient
+    norm of a step that overflows in fp16."""
     return [
         {name: value if math.isfinite(value) else None for name, value in record.items()}
         for record in log_history

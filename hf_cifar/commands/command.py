@@ -26,8 +26,8 @@ class Command:
     """A subcommand.
 
     summary: one line for the list of commands. run: called with an instance of each of `configs` and the
-    other arguments, or, without configs, with the whole command line; returns the exit status. arguments:
-    what the other arguments are, for the usage line.
+    remaining arguments, or, without configs, with the complete command line; returns the exit status.
+    arguments: names of the remaining arguments for the usage line.
     """
 
     summary: str
@@ -50,7 +50,7 @@ class Command:
 
 
 def one_run(command: str, folders: Sequence[str]) -> Path:
-    """Return the folder of the run that a command is about. Raises: UserError unless it is one folder."""
+    """Return the run folder that a command was given. Raises: UserError unless it is exactly one folder."""
     if len(folders) != 1:
         raise UserError(f"{command} takes the folder of one run, not {len(folders)}")
     folder = Path(folders[0])
@@ -96,5 +96,7 @@ def quieten(main_process: bool) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its search for CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(
+        logging.ERROR
+    )  # it reports its search for CUDA
     logging.getLogger("hf_cifar").setLevel(logging.INFO if main_process else logging.ERROR)

@@ -54,7 +54,7 @@ def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str
     other = [flag for flag in given if flag[2:].replace("-", "_") in names]
     if other and config.output_dir is None:
         raise UserError(
-            f"{other[0]} requests other data than the run's own; pass --output_dir too, so that the "
+            f"{other[0]} requests other data than those of the run; pass --output_dir too, so that the "
             "run keeps its own metrics"
         )
     if "--dataset_name" in other:

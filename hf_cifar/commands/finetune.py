@@ -24,8 +24,8 @@ DESCRIPTION = (
 
 
 def finetune(argv: Sequence[str]) -> int:
-    """Fine-tune with one seed, or with multiple ones. Mistakes in options, paths and images show before torch
-    is imported, in a second or two."""
+    """Fine-tune with one seed, or with multiple ones. Mistakes in options, paths and images are found before
+    torch is imported, in a second or two."""
     if wants_help(argv) or "--help_all" in argv:
         print_help(everything="--help_all" in argv)
         return 0
@@ -55,7 +55,7 @@ COMMAND = Command("fine-tune a pretrained classifier", finetune)
 
 
 def print_help(*, everything: bool) -> None:
-    """Print our options, or also those of TrainingArguments, which takes torch."""
+    """Print our options, or also those of TrainingArguments, which needs torch."""
     if everything:
         quieten(True)
         print(inherited_parser().format_help())
@@ -63,7 +63,7 @@ def print_help(*, everything: bool) -> None:
 
 
 def render_summary(result: RunResult) -> str:
-    """Render the end of a run: metrics, the folder, and the lines that load the model."""
+    """Render the summary of a run: metrics, folder, and the code that loads the model."""
     from hf_cifar.config.metrics import shown
     from hf_cifar.evaluation.tables import render_chosen
 

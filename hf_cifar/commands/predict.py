@@ -35,7 +35,7 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
         except OSError as error:
             if not is_broken_pipe(error):
                 raise
-            # The reader, such as `head`, closed the pipe. Python must not flush what is left into it at exit.
+            # The reader, such as `head`, closed the pipe: prevent Python from flushing into it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE_STATUS
         failed += "error" in record

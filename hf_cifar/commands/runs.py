@@ -15,7 +15,7 @@ from hf_cifar.runs.listing import list_runs, render_runs
 def runs(config: ListConfig, folders: Sequence[str]) -> int:
     """Print a table of the runs, or one JSON record for each."""
     if not folders:
-        raise UserError("runs takes folders with runs in them, for example: hf-cifar runs outputs")
+        raise UserError("runs takes folders that contain runs, for example: hf-cifar runs outputs")
     records = list_runs(folders)
     if config.json:
         for record in records:
@@ -29,6 +29,6 @@ def runs(config: ListConfig, folders: Sequence[str]) -> int:
 
 COMMAND = Command(
     "list the runs in folders", runs, (ListConfig,), "FOLDER ...",
-    "List the runs in and below the folders: by data, the best on validation first. Accuracies come with "
-    "their 95% interval; dates are UTC.",
+    "List the runs in and below the folders, by data, the best on validation first. Accuracies come with "
+    "their 95% interval; dates are in UTC.",
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Read a command line into configurations. Imports no torch.
 
-argparse splits the tokens and prints the help; values are converted by the fields' types. What is not an
-option of ours is left over, and may be one of transformers' TrainingArguments, see `parse_inherited`.
+argparse splits the tokens and prints the help; values are converted by the fields' types. Other options are
+left over; they may belong to transformers' TrainingArguments, see `parse_inherited`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from hf_cifar.errors import UserError
 from hf_cifar.text import nearest_hint, one_line
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
-# Options of TrainingArguments that would have no effect: the model always trains, hub/push.py pushes once,
-# and batches hold only what the model needs.
+# Options of TrainingArguments without effect here: the model always trains, hub/push.py pushes once, and
+# batches contain only the model's inputs.
 WITHOUT_EFFECT = (
     "do_train", "do_eval", "hub_strategy", "hub_always_push", "remove_unused_columns", "label_names",
 )  # fmt: skip
@@ -44,7 +44,7 @@ def parse(
     description: str | None = None,
     paths_follow: bool = False,
 ) -> tuple[Any, ...]:
-    """Build one instance of each dataclass from command line tokens; the last item is what is left over.
+    """Build one instance of each dataclass from command line tokens; the last item has the tokens left over.
 
     paths_follow: a word after a bare `--flag` may be a file. `--help` prints the options and exits.
     Raises: UserError for a missing, malformed or impossible value.
@@ -73,7 +73,7 @@ def wants_help(tokens: Sequence[str]) -> bool:
 
 
 def refuse_options(rest: Iterable[str], classes: Sequence[type]) -> None:
-    """Raises: UserError for an unknown option among what `parse` left over; it names the nearest one."""
+    """Raises: UserError for an unknown option among the tokens left over by `parse`; names the nearest."""
     known = [name for each in classes for name in field_names(each)]
     for token in rest:
         if token.startswith("--"):
@@ -127,14 +127,14 @@ def metavar(kind: Any) -> str:
 
 
 def help_text(field: dataclasses.Field) -> str:
-    """An option's help with its default."""
+    """Return an option's help with its default."""
     default = render_default(field.default)
     text = field.metadata["help"].removesuffix(".").replace("%", "%%")
     return f"{text} ({default})" if default else text
 
 
 def render_default(value: Any) -> str:
-    """A default as one would type it; nothing for None and an empty text."""
+    """Return a default as a user would type it; empty for None and an empty string."""
     if value is None or value == "":
         return ""
     if isinstance(value, bool):
@@ -163,7 +163,7 @@ def explicit_flags(
 
 
 def convert(field: dataclasses.Field, words: str | list[str], kind: Any) -> Any:
-    """The value of an option from its words. Raises: UserError if they are none."""
+    """Return an option's value, converted from its words. Raises: UserError if they are not valid."""
     flag = f"--{field.name}"
     if get_origin(kind) is list:
         return list(words)
@@ -203,9 +203,9 @@ def parse_json(flag: str, word: str) -> dict[str, Any]:
 
 
 def parse_inherited(tokens: Sequence[str], ours: Sequence[type]) -> dict[str, Any]:
-    """Read the options of transformers' TrainingArguments that `parse` left over: their values by name.
+    """Return the values by name of the TrainingArguments options that `parse` left over.
 
-    Imports torch. ours: the classes whose options an unknown one may have been meant to be.
+    Imports torch. ours: the classes to suggest options from, in place of an unknown one.
     Raises: UserError for an unknown option, a bad value, or an option that would have no effect.
     """
     if not tokens[0].startswith("--"):

@@ -9,7 +9,7 @@ from hf_cifar.config.fields import check_fields, option
 from hf_cifar.errors import UserError
 
 MAX_IMAGE_PIXELS = 8192 * 8192
-PILLOW_PIXELS = 178_956_970  # above, Pillow opens no file
+PILLOW_PIXELS = 178_956_970  # Pillow refuses larger files
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DataConfig:
                 f"--train_val_split is {self.train_val_split}; it must be between 0 and 1, for example 0.1"
             )
         if self.streaming and self.pixel_store == "resident":
-            raise UserError("--streaming and --pixel_store resident exclude each other")
+            raise UserError("--streaming and --pixel_store resident cannot be combined")
         if self.streaming and self.on_bad_image == "skip":
             raise UserError(
                 "--on_bad_image skip cannot be combined with --streaming: the skipped rows would be unknown; "

@@ -1,4 +1,4 @@
-"""Options as dataclass fields: default, help, bounds, and the right to change on resume."""
+"""Options as dataclass fields: default, help, bounds, and whether they may change on resume."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def option(
     saved: bool = True,
     public: bool = True,
 ) -> Any:
-    """Declare an option: a dataclass field with all that is known about it.
+    """Declare an option: a dataclass field with its metadata.
 
-    text: what `--help` and docs/options.md show. low, high: inclusive bounds of a number. group: heading in
+    text: shown in `--help` and docs/options.md. low, high: inclusive bounds of a number. group: heading in
     `--help` from this option on; the class's name if none was given. may_change: a resumed run may change it.
-    saved: config.yaml records it, because it decides what a run computes and is no secret. public: it
-    may be shown in a model card.
+    saved: config.yaml records it; not for secrets and options that do not affect the run. public: a model
+    card may show it.
     """
     metadata = {
         "help": text, "low": low, "high": high, "group": group, "may_change": may_change,
@@ -59,7 +59,7 @@ def check_bounds(each: Field, value: Any) -> None:
 
 
 def check_choice(name: str, value: Any, kind: Any) -> None:
-    """Raises: UserError for a word that is not one of a Literal's."""
+    """Raises: UserError for a word that is not a choice of the Literal."""
     if get_origin(kind) is Literal and value not in get_args(kind):
         choices = [str(choice) for choice in get_args(kind)]
         hint = nearest_hint(str(value), choices) or f"; it takes {listed(choices)}"
@@ -67,7 +67,7 @@ def check_choice(name: str, value: Any, kind: Any) -> None:
 
 
 def field_types(config_class: type) -> dict[str, Any]:
-    """Types of a configuration's fields by name; that of an optional one without its None."""
+    """Return the types of a configuration's fields by name; for optional ones without None."""
     return {name: _without_none(hint) for name, hint in get_type_hints(config_class).items()}
 
 
@@ -79,11 +79,11 @@ def _without_none(hint: Any) -> Any:
 
 
 def field_names(config_class: type) -> list[str]:
-    """Names of the options that a configuration class declares."""
+    """Return the names of the options that a configuration class declares."""
     return [each.name for each in dataclasses.fields(config_class)]
 
 
 def refuse_both_formats(config: Any) -> None:
     """Raises: UserError for --bf16 and --fp16 at once."""
     if config.bf16 and config.fp16:
-        raise UserError("--bf16 and --fp16 exclude each other; pass one")
+        raise UserError("--bf16 and --fp16 cannot be combined; pass one")

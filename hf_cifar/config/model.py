@@ -1,4 +1,4 @@
-"""Model options, and what the names of models begin with."""
+"""Model options, and the prefixes of model names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes and config files: YAML as a saved command line."""
+"""Recipes and config files: command lines saved as YAML."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def yaml_tokens(text: str | bytes, source: str) -> list[str]:
         raise UserError(f"{source} is not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(
-            f"{source} holds a {type(values).__name__}; it must map option names to values"
+            f"{source} contains a {type(values).__name__}; it must map option names to values"
         )
     tokens = []
     for name, value in values.items():
@@ -54,7 +54,7 @@ def yaml_tokens(text: str | bytes, source: str) -> list[str]:
 
 
 def expand_tokens(argv: Sequence[str]) -> list[str]:
-    """Replace `--recipe NAME` and `--config FILE` by their tokens, in this order and before all flags."""
+    """Replace `--recipe NAME` and `--config FILE` by their tokens, in this order, before all flags."""
     rest: list[str] = []
     recipe: list[str] = []
     config: list[str] = []

@@ -23,7 +23,7 @@ CONFIGS = (DataConfig, AugmentConfig, ModelConfig, TrainingConfig)
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that a fine-tuning run depends on.
+    """All options of a fine-tuning run.
 
     trainer: options of transformers' TrainingArguments that `TrainingConfig` does not have, by name.
     """
@@ -36,7 +36,7 @@ class RunConfig:
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str = "hf-cifar finetune") -> RunConfig:
-        """Read a command line; `--recipe` and `--config` files come first, flags last, the last one wins.
+        """Read a command line: `--recipe`, then `--config` files, then flags; later values take precedence.
 
         Imports torch only if there are options of TrainingArguments that are not ours.
         Raises: UserError for an unknown option or a bad value.
@@ -67,12 +67,12 @@ class RunConfig:
         Path(path).write_text(text, encoding="utf-8")
 
     def with_training(self, **changes: Any) -> RunConfig:
-        """Return the same options but for these of training."""
+        """Return a copy with these training options replaced."""
         return dataclasses.replace(self, train=dataclasses.replace(self.train, **changes))
 
 
 def _plain(value: Any) -> Any:
-    """The value as YAML and a command line can hold it."""
+    """Return the value in a form that YAML and a command line can represent."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
 """Options of training, evaluation, checkpoints and output.
 
-Names and meanings are those of transformers' TrainingArguments, where it has them; here are the ones with
-another default, with bounds, or settled by the plan. Every other option of it works too, see `RunConfig`.
+Options of transformers' TrainingArguments keep their names and meanings. Declared here are those with another
+default, with bounds, or settled by the plan; all others also work, see `RunConfig`.
 """
 
 from __future__ import annotations
@@ -248,10 +248,10 @@ class TrainingConfig:
 
     @property
     def resumes(self) -> bool:
-        """Return True if a run is to be resumed."""
+        """Return True if the options resume a run."""
         return (self.resume_from_checkpoint or "no").lower() not in ("false", "no")
 
     @property
     def resumes_last(self) -> bool:
-        """Return True if it is to be resumed from the last checkpoint of its own folder."""
+        """Return True if the run resumes from the last checkpoint in its own folder."""
         return (self.resume_from_checkpoint or "").lower() in SAME_FOLDER

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def measured_energy(wanted: bool = True) -> Iterator[dict[str, float | str]]:
-    """Gives a dict that holds, once the block is left, what this whole machine took meanwhile: `kwh`, and of
-    that `cpu_kwh`, `gpu_kwh` and `ram_kwh`; `tracker` names what measured it.
+    """Yield a dict that after the block has the energy used by the machine: `kwh`, of that `cpu_kwh`,
+    `gpu_kwh` and `ram_kwh`, and the `tracker` that measured it.
 
-    The dict stays empty without codecarbon, or if that finds nothing to measure. No network is used, no file
-    is written.
+    The dict stays empty without codecarbon, or if it finds nothing to measure. Uses no network and writes no
+    file.
     """
     energy: dict[str, float | str] = {}
     if not wanted or importlib.util.find_spec("codecarbon") is None:
@@ -22,7 +22,7 @@ def measured_energy(wanted: bool = True) -> Iterator[dict[str, float | str]]:
         return
     from codecarbon import OfflineEmissionsTracker
 
-    # At lower levels it logs about countries and other instances, before it reads its own log level.
+    # At lower levels it logs about countries and parallel instances, before it reads its own log level.
     logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
     tracker = OfflineEmissionsTracker(
         output_methods=[], allow_multiple_runs=True, log_level="critical"
@@ -31,7 +31,7 @@ def measured_energy(wanted: bool = True) -> Iterator[dict[str, float | str]]:
     try:
         yield energy
     finally:
-        measured = tracker.stop() is not None  # None: it failed without an error
+        measured = tracker.stop() is not None  # None if it failed without an error
     if measured:
         data = tracker.final_emissions_data
         energy |= {

@@ -18,7 +18,7 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.errors import UserError
 from hf_cifar.text import one_line
 
-# Files that describe the model in a folder, and no other model.
+# Files about the model in a folder; they are wrong for a model that replaces it.
 RESULT_FILES = (
     "metrics.json", "corruptions.json", "predictions/*.parquet", ".eval_results/*.yaml", "report.html",
     "report.json",
@@ -54,7 +54,7 @@ class RunFolder:
         return self.path / ".eval_results" / f"{dataset_name}.yaml"
 
     def checkpoints(self) -> list[Path]:
-        """List the folders of checkpoints, the newest step first, complete or damaged."""
+        """List the checkpoint folders, complete or damaged, newest first."""
         steps = {
             int(match[1]): path
             for path in self.path.glob("checkpoint-*")
@@ -64,7 +64,7 @@ class RunFolder:
 
     @property
     def has_run(self) -> bool:
-        """True once a run has started, finished or not."""
+        """Return True once a run has started, finished or not."""
         return self.config_path.is_file()
 
     def refuse_occupied(self) -> None:
@@ -128,7 +128,7 @@ class RunFolder:
         return data
 
     def facts(self) -> dict[str, Any]:
-        """Return what happened in the run."""
+        """Return the facts in run.json."""
         return _read(self.facts_path)
 
     def metrics(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class RunFolder:
         write_json(self.corruptions_path, self.corruptions() | {split: result})
 
     def remove_results(self) -> None:
-        """Remove what describes a model that another one replaces."""
+        """Remove the results of a model that another one replaces."""
         for pattern in RESULT_FILES:
             for path in self.path.glob(pattern):
                 path.unlink()
@@ -169,12 +169,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one step: a reader sees the old one or the new one, never half."""
+    """Write a JSON file atomically: a reader sees the old file or the new one, never a part."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
+    """Write a text file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")
     os.replace(temporary, path)

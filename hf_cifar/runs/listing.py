@@ -18,7 +18,7 @@ SPLITS = ("validation", "test")
 
 
 def list_runs(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """Return one record for each run in or below the folders: by data, the best on validation first.
+    """Return one record for each run in or below the folders, by data, the best on validation first.
 
     Keys: `run` (its folder), `model`, `data`, `epochs`, `seed`, `validation` and `test` (None, or accuracy
     and its 95% interval), `state` and `date` (ISO 8601, UTC). A damaged run has None for what cannot be read,
@@ -28,13 +28,13 @@ def list_runs(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
     """
     missing = [folder for folder in folders if not Path(folder).is_dir()]
     if missing:
-        raise UserError(f"no folder {missing[0]}; pass folders with runs in them")
+        raise UserError(f"no folder {missing[0]}; pass folders that contain runs")
     found = {path: None for folder in folders for path in find_runs(folder)}
     return sorted((read_run(path) for path in found), key=_order)
 
 
 def find_runs(folder: str | Path) -> Iterator[Path]:
-    """Yield the folders of runs, in or below a folder."""
+    """Yield the run folders in or below a folder."""
     for path, below, _ in os.walk(folder):
         below[:] = [name for name in below if not name.startswith((".", "checkpoint-"))]
         if RunFolder(path).has_run:
@@ -108,7 +108,7 @@ def _score(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unfinished(folder: RunFolder) -> str:
-    """Return how far a run that has not finished has come; it may still be running."""
+    """Return the state of an unfinished run; it may still be running."""
     checkpoints = folder.checkpoints()
     if not checkpoints:
         return "unfinished, no checkpoint"

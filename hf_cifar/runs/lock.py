@@ -1,4 +1,4 @@
-"""One run a folder."""
+"""A lock that allows one run per folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOCK_FILE = ".lock"
 
 @contextlib.contextmanager
 def sole_run(folder: Path) -> Iterator[None]:
-    """Hold an output folder for this process. The system releases it if the process dies.
+    """Lock an output folder for this process. The operating system releases it if the process dies.
 
     On a file system without locks this only warns.
     Raises: UserError that names the run that holds it; nothing in the folder is changed then.

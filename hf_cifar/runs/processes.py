@@ -22,8 +22,8 @@ def is_main_process() -> bool:
 class Processes:
     """The processes of a run.
 
-    index: of this process, from 0. count: of all. device: of this process. num_devices: GPUs that this
-    process drives, where no launcher started one process for each."""
+    index: number of this process, from 0. count: number of processes. device: of this process. num_devices:
+    GPUs that this process uses, if no launcher started one process for each."""
 
     index: int
     count: int
@@ -36,16 +36,16 @@ class Processes:
         return self.index == 0
 
     def wait_for_all(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes to reach this point."""
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
 
 
 def start_processes(config: RunConfig) -> Processes:
-    """Join the other processes of the run, if a launcher started some, and pick this one's device.
+    """Join the other processes of the run, if a launcher started any, and pick this one's device.
 
-    TrainingArguments later finds the process group that this starts.
+    TrainingArguments later reuses the process group started here.
     """
     import torch
     from accelerate import PartialState
@@ -63,9 +63,9 @@ def start_processes(config: RunConfig) -> Processes:
 
 
 def computes_on_cpu(requested: bool) -> bool:
-    """Return True if the CPU is requested, or there is nothing else.
+    """Return True if the CPU is requested, or the only device.
 
-    TrainingArguments needs the answer: otherwise each of multiple processes on a CPU would train by itself.
+    Passed to TrainingArguments, because otherwise multiple processes on a CPU would each train alone.
     """
     import torch
 

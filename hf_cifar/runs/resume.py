@@ -1,4 +1,4 @@
-"""Which run to resume, and which options may differ."""
+"""Checks of the run to resume and of the options that may differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.lock import refuse_in_use
 from hf_cifar.runs.processes import is_main_process
 
-# Prefixes of inherited options that change what is shown and kept, or the speed, but not the result.
+# Prefixes of inherited options that affect output, retention or speed, but not the result.
 INHERITED_MAY_CHANGE = (
     "dataloader_", "eval_", "hub_", "log", "save_", "torch_compile", "tf32", "greater_is_better",
 )  # fmt: skip
@@ -44,9 +44,9 @@ def check_folder(config: RunConfig) -> list[str]:
 
 
 def check_same_run(folder: Path, config: RunConfig) -> list[str]:
-    """Compare the options of a resumed run with those that its config.yaml holds.
+    """Compare the options of a resumed run with those in its config.yaml.
 
-    Options that are left open do not count. Returns the allowed differences, as `--NAME NEW, before: OLD`.
+    Options left open are ignored. Returns the allowed differences, as `--NAME NEW, before: OLD`.
     Raises: UserError for the first option that may not change: it would be a different run.
     """
     run = RunFolder(folder)

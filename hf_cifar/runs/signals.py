@@ -10,7 +10,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the process to stop; it ends with exit status 128 plus the signal's number."""
+    """Raised when a signal stops the process, which exits with status 128 plus the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -20,7 +20,7 @@ class Stopped(KeyboardInterrupt):
 class StopRequest:
     """A signal recorded during a critical section: a training step, a save, the end of a run.
 
-    number: of the first signal, 0 for none. A second one stops at once.
+    number: the first signal, 0 for none. A second one stops at once.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ def deferred_signals() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def handled_signals(handler: Callable[[int, object], None], *numbers: int) -> Iterator[None]:
-    """Install a signal handler until the block ends. Does nothing outside the main thread: only it may."""
+    """Install a signal handler until the block ends. Does nothing outside the main thread, which cannot."""
     try:
         before = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:
