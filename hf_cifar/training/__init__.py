@@ -1,1 +1,1 @@
-"""Training: the Trainer, its optimiser and checkpoints, features, and the setting it computes in."""
+"""Training: the Trainer, its optimiser and checkpoints, features, and the compute setting."""

@@ -21,16 +21,16 @@ from hf_cifar.text import one_line
 from hf_cifar.training.optimizers import optimizer_class, optimizer_name
 from hf_cifar.training.schedules import check_schedule
 
-TRACKERS = {"tensorboard", "trackio"}  # those that the extra `track` brings
-# Options that the Trainer must not see: precision is set below, hub/push.py pushes once at the end, no logger
-# may record a token, a smaller batch must not change the step, and the plan has found the checkpoint.
+TRACKERS = {"tensorboard", "trackio"}  # installed by the extra `track`
+# Options hidden from the Trainer: precision is set below, hub/push.py pushes once at the end, no logger may
+# record a token, a smaller batch must not change the step, and the plan has already found the checkpoint.
 NOT_PASSED_ON = (
     "bf16", "fp16", "push_to_hub", "hub_token", "auto_find_batch_size", "resume_from_checkpoint",
 )  # fmt: skip
 
 
 def training_arguments(config: RunConfig, num_workers: int) -> TrainingArguments:
-    """Build the TrainingArguments of a run, from settled options. Raises: UserError for what it refuses."""
+    """Build the TrainingArguments of a run from settled options. Raises: UserError if they are refused."""
     train = config.train
     theirs = {each.name for each in dataclasses.fields(TrainingArguments)}
     values = {
@@ -67,8 +67,8 @@ def training_arguments(config: RunConfig, num_workers: int) -> TrainingArguments
         raise UserError(one_line(error)) from None
     for name, value in ours.items():
         setattr(arguments, name, value)
-    # Not as a flag: it would require a GPU, and bfloat16 runs on a CPU as well. The options come before the
-    # launcher, which names a precision too.
+    # Not as a flag, which would require a GPU; bfloat16 runs on a CPU as well. The options take precedence
+    # over the launcher's precision.
     if train.precision != "auto":
         arguments.mixed_precision = "no" if train.precision == "fp32" else train.precision
     # Batches are copied to a GPU while it computes.

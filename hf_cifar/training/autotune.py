@@ -1,7 +1,7 @@
 """Precision, memory format, attention and compilation, chosen by timing real training steps of the model.
 
-Whether bfloat16 is faster on a CPU depends on its instructions and on the model's layers: no rule by device
-or family would do.
+Whether bfloat16 is faster on a CPU depends on its instructions and on the model's layers, so no rule by
+device or family would be correct.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ TOLERANCE = 0.05
 ESTIMATE_IMAGES = 4
 # A measured step on a CPU: target length, and smallest number of images.
 STEP_SECONDS, MIN_IMAGES = 0.5, 8
-# Eager attention may keep at most this much more memory for the backward pass than the fused kernel: its
+# Eager attention may keep at most this many times the memory of the fused kernel for the backward pass: its
 # matrices grow with the square of the number of patches.
 MAX_MEMORY_RATIO = 1.5
-MEMORY_PROBE_IMAGES = 2  # images with which that is measured
+MEMORY_PROBE_IMAGES = 2  # images used to measure that
 # Share of a run's time that measuring may take, and expected time of a compilation.
 MEASURING_SHARE = 0.05
 COMPILE_SECONDS = 60.0
@@ -102,7 +102,7 @@ def candidates(
 ) -> list[Setting]:
     """List the settings to compare, within the requested memory format and attention.
 
-    The first is the default, which a tie falls back to.
+    The first is the default, which is kept if no other is clearly faster.
     """
     # fp16 only where there is no bfloat16: its loss scaling waits for the GPU twice a step, which a bare step
     # does not show.
@@ -111,7 +111,7 @@ def candidates(
     )
     precisions = ["fp32", "fp16" if lacks_bf16 else "bf16"]
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    # A ViT's only convolution cuts out the patches; the layers after it have a fixed format.
+    # A ViT's only convolution extracts the patches; the layers after it have a fixed format.
     formats = ["channels_last", "contiguous"] if convolutions > 1 else ["channels_last"]
     formats = formats if memory_format == "auto" else [memory_format]
     attentions = ["fused"] if attention == "auto" else [attention]
@@ -178,7 +178,7 @@ def pick_setting(
     memory_format: str = "auto",
     attention: str = "auto",
 ) -> tuple[Setting, str]:
-    """Return the fastest sound setting for `num_steps` such steps, and one line that reports the speeds.
+    """Return the fastest sound setting for `num_steps` steps of this batch, and one line with the speeds.
 
     Measuring takes at most about a twentieth of the run; a run too short for that uses the first candidate.
     Compilation is tried where it can pay off.
@@ -201,7 +201,7 @@ def pick_setting(
     if on_cpu:  # fewer images if a step takes long or the run is short
         part = max(few, min(limit, int(STEP_SECONDS / image_seconds)))
         part = min(part, max(MIN_IMAGES, int(affordable / (MIN_ROUNDS + 1))))
-    rounds = int(affordable / part) - 1  # one more round warms up
+    rounds = int(affordable / part) - 1  # minus the warm-up round
     if rounds < MIN_ROUNDS:
         whole = image_seconds * batch * num_steps
         return first, f"computing in {first}: a run of {whole:.0f} s is too short to compare others"
@@ -242,7 +242,7 @@ def drop_memory_hungry(
 def _kept_bytes(
     model: PreTrainedModel, pixel_values: Tensor, labels: Tensor, setting: Setting
 ) -> int:
-    """Return the bytes that a step keeps for its backward pass, besides the weights."""
+    """Return the bytes that a step keeps for its backward pass, without the weights."""
     kept: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -261,7 +261,7 @@ def _kept_bytes(
 def _step(model: PreTrainedModel, pixel_values: Tensor, labels: Tensor, setting: Setting) -> Timing:
     """Time one training step in a setting."""
     pixel_values = pixel_values.contiguous(memory_format=MEMORY_FORMATS[setting.memory_format])
-    # Compiled as accelerate does for training: symbolic sizes would take minutes on some networks.
+    # Compiled like accelerate does for training: symbolic sizes would take minutes on some networks.
     network = torch.compile(model, dynamic=False) if setting.compiled else model
     device = pixel_values.device.type
     dtype = DTYPES[setting.precision]
@@ -286,7 +286,7 @@ def _synchronize(device: str) -> None:
 
 @contextlib.contextmanager
 def _restored(model: PreTrainedModel) -> Iterator[None]:
-    """Train a model in the block, then restore it and the random generators."""
+    """Put a model into training mode in the block, then restore it and the random generators."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     training = model.training
     strides = [parameter.stride() for parameter in model.parameters()]

@@ -12,16 +12,16 @@ from transformers import TrainerCallback
 
 from hf_cifar.training.checkpoints import load_state, save_state
 
-# The weights in training, where a checkpoint's model file holds their average.
+# File of the trained weights in a checkpoint; its model file has their average.
 TRAINED_FILE = "trained_weights.safetensors"
-# The average forgets its first steps as the training continues (timm.utils.ModelEmaV3, for short runs).
+# The weight of early steps in the average shrinks during training (timm.utils.ModelEmaV3, for short runs).
 WARMUP_POWER = 0.75
 
 
 class WeightAverage(TrainerCallback):
-    """Averages the weights after each step; the model ends training with the average, or the best checkpoint.
+    """Averages the weights after each step; training ends with the average, or with the best checkpoint.
 
-    decay: share of itself that the average keeps in each step; 0 for no averaging, when all that follows does
+    decay: share of itself that the average keeps in each step; with 0, nothing is averaged and the methods do
     nothing. checkpoint: folder that the run resumes from.
     """
 
@@ -33,7 +33,7 @@ class WeightAverage(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not self.decay:
             return
-        # A resumed run has loaded the checkpoint's model by now, which is the average.
+        # A resumed run has loaded the checkpoint's model file before, which is the average.
         self._average = ModelEmaV3(
             model, decay=self.decay, use_warmup=True, warmup_power=WARMUP_POWER
         )
@@ -52,7 +52,7 @@ class WeightAverage(TrainerCallback):
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Let a model in training have the averaged weights until the block ends."""
+        """Give a model in training the averaged weights until the block ends."""
         if self._average is None:
             yield
             return
@@ -64,6 +64,6 @@ class WeightAverage(TrainerCallback):
             model.load_state_dict(trained)
 
     def save_trained(self, model: nn.Module, folder: Path) -> None:
-        """Write the weights in training into a checkpoint."""
+        """Write the trained weights, which are not averaged, into a checkpoint."""
         if self._average is not None:
             save_state(folder / TRAINED_FILE, model.state_dict())

@@ -41,7 +41,7 @@ from hf_cifar.transforms.policies import Policy
 from hf_cifar.transforms.preprocessing import Preprocessing
 from hf_cifar.transforms.views import RandomView
 
-if TYPE_CHECKING:  # the plan imports this room
+if TYPE_CHECKING:  # hf_cifar.plan imports this package
     from hf_cifar.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 def build_trainer(
     model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, plan: Plan
 ) -> ImageClassificationTrainer:
-    """Build the Trainer of a planned run, over both splits' pixels or features.
+    """Build the Trainer of a planned run, on the pixels or features of both splits.
 
     Raises: UserError for an option whose package is missing, or which the model does not support.
     """
@@ -128,9 +128,9 @@ def shard_store(
 def trains_on_features(
     config: RunConfig, model: PreTrainedModel, preprocessing: Preprocessing
 ) -> bool:
-    """Return True if only the head trains, on inputs that can be computed once.
+    """Return True if only the head trains, on features that can be computed once.
 
-    Raises: UserError if the run requires that but the options or the model rule it out.
+    Raises: UserError if the run requires features but the options or the model rule them out.
     """
     if config.train.head_solver == "lbfgs" and is_multi_label(model):
         raise UserError(
@@ -181,7 +181,7 @@ def feature_stores(
 
 
 def augmentation(options: AugmentConfig) -> Augmentation:
-    """Return the random transform of training batches that the options describe."""
+    """Return the random transform of training batches defined by the options."""
     view = RandomView(
         padding=options.crop_padding,
         min_area=options.crop_scale,

@@ -1,6 +1,6 @@
 """Checkpoints that are complete or absent.
 
-A checkpoint is written to a temporary folder, then summed and renamed while training continues; a run resumes
+A checkpoint is written to a temporary folder, then hashed and renamed while training continues; a run resumes
 from the newest complete one. It is a folder `checkpoint-STEP` with a list of its files' SHA-256 in the format
 of `sha256sum -c`. Tensors and plain values are stored as safetensors, which run no code when they are read.
 """
@@ -39,12 +39,12 @@ STAGING, TRASH = ".checkpoint-staging", ".checkpoint-trash"
 def written_aside(
     run_folder: Path, step: int, *, is_main: bool, wait: Callable[[], None]
 ) -> Iterator[Path]:
-    """Yield a folder to write a checkpoint into; `complete_checkpoint` turns it into one.
+    """Yield a temporary folder to write a checkpoint into; `complete_checkpoint` completes it.
 
     is_main: True in the process that creates the folder for all others. wait: blocks until all processes have
     called it.
 
-    Raises: UserError if it cannot be written; then nothing of it is left.
+    Raises: UserError if it cannot be written; the folder is then removed.
     """
     staging = run_folder / STAGING
     with checkpoint_errors(run_folder, step, is_main):
@@ -57,10 +57,10 @@ def written_aside(
 
 
 def complete_checkpoint(run_folder: Path, step: int) -> None:
-    """Sum and flush what was written aside, and rename it to `checkpoint-STEP`.
+    """Hash and flush the files of a temporary folder, and rename it to `checkpoint-STEP`.
 
     Replaces an older checkpoint of this step.
-    Raises: UserError if that fails; then an older checkpoint stays as it was.
+    Raises: UserError if that fails; an older checkpoint of the step is then unchanged.
     """
     staging, final = run_folder / STAGING, run_folder / f"checkpoint-{step}"
     with checkpoint_errors(run_folder, step, is_main=True):
@@ -72,7 +72,7 @@ def complete_checkpoint(run_folder: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def checkpoint_errors(run_folder: Path, step: int, is_main: bool) -> Iterator[None]:
-    """Remove a half-written checkpoint, and report an OS error as a one-line UserError."""
+    """Remove a partly written checkpoint, and report an OS error as a one-line UserError."""
     try:
         yield
     except BaseException as error:
@@ -111,7 +111,7 @@ def newest_checkpoint(run_folder: str | Path) -> Path | None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Describe what is wrong with a checkpoint's files; None if each is as it was written."""
+    """Describe the damage of a checkpoint; None if every file is as it was written."""
     try:
         lines = (checkpoint / SUMS_FILE).read_bytes().decode().splitlines(keepends=True)
     except FileNotFoundError:
@@ -135,7 +135,7 @@ def find_damage(checkpoint: Path) -> str | None:
     except OSError as error:
         return str(error)
     return next(
-        (f"{name} is not what was written" for name in sums if found[name] != sums[name]), None
+        (f"{name} differs from its checksum" for name in sums if found[name] != sums[name]), None
     )
 
 
@@ -144,7 +144,7 @@ def remove_old_checkpoints(run_folder: Path, *, keep: set[Path], limit: int | No
     checkpoints = RunFolder(run_folder).checkpoints()
     surplus = len(checkpoints) - limit if limit else 0
     for folder in [path for path in reversed(checkpoints) if path not in keep][: max(0, surplus)]:
-        # Renamed first: a checkpoint is never seen half removed.
+        # Renamed first, so that a partly removed checkpoint is never found.
         os.rename(folder, run_folder / TRASH)
         _remove_temporary(run_folder)
 
@@ -180,11 +180,11 @@ def load_state(path: Path) -> Any:
 
 
 def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return the value as JSON: other types are lists that begin with their name, tensors go to `tensors`."""
+    """Return the value as JSON: other types become lists starting with their name, tensors go to `tensors`."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Tensor):
-        # In memory order: an optimiser's moments have the layout of their weights.
+        # In memory order, because an optimiser's moments have the memory format of their weights.
         order = sorted(range(value.ndim), key=lambda dim: (-value.stride(dim), dim))
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().permute(order).contiguous()
@@ -211,18 +211,18 @@ def _from_plain(tree: Any, tensor_of: Callable[[str], Tensor]) -> Any:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _seal(folder: Path) -> None:
-    """Sum and flush all files of a folder, and write the list of sums last."""
+    """Hash and flush all files of a folder, and write the list of checksums last."""
     names = sorted(_files(folder))
     with ThreadPoolExecutor(4) as pool:
         flushed = pool.map(lambda name: flush_to_disk(folder / name), names)
         sums = list(pool.map(lambda name: file_hash(folder / name), names))
-        list(flushed)  # raises an error of the flush
+        list(flushed)  # raises errors of the flush
     text = "".join(f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True))
     (folder / SUMS_FILE).write_bytes(text.encode())
     flush_to_disk(folder / SUMS_FILE)
@@ -230,7 +230,7 @@ def _seal(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """List the names of all files below a folder, except the list of sums."""
+    """List the names of all files below a folder, except the list of checksums."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return [name for name in names if name != SUMS_FILE]
 

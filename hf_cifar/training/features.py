@@ -1,7 +1,7 @@
 """Features of a frozen backbone, computed once, and training of the head on them.
 
-A feature is the input of the head, one linear layer, for an image. With `views` above 1, the first view is
-the image as in evaluation and the others are augmented; training then draws one for each image and step.
+A feature is the input of the head, one linear layer, for one image. With more than one view, the first is
+the image as in evaluation and the others are augmented; training draws one view per image and step.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class FeatureStore(Dataset):
 
 
 def draw_view(features: Tensor, generator: torch.Generator | None) -> Tensor:
-    """[B, V, D] -> [B, D]: a random view of each image, or the first without a generator."""
+    """Return a random view of each image, or the first without a generator: [B, V, D] -> [B, D]."""
     if generator is None:
         return features[:, 0]
     batch, views, _ = features.shape
@@ -66,16 +66,17 @@ def draw_view(features: Tensor, generator: torch.Generator | None) -> Tensor:
 
 @contextmanager
 def accepting_features(model: PreTrainedModel, store: Dataset) -> Iterator[None]:
-    """Let a model's forward take the features [B, D] of a store as well, until the block ends. They go to
-    the head. For a store of pixels nothing is added.
+    """Let a model's forward also take the features [B, D] of a store, for its head, until the block ends.
 
-    Afterwards the model has its own forward, also without the autocast that accelerate puts around it.
+    Does nothing for a store of pixels.
+
+    Afterwards the model has its own forward again, without the autocast that accelerate wraps around it.
     """
     head, whole = linear_head(model), model.forward
 
     def forward(pixel_values: Tensor, **kwargs) -> ImageClassifierOutput:
         if pixel_values.ndim == 2:
-            assert head is not None  # the store was made with its inputs
+            assert head is not None  # the head whose inputs the store has
             return ImageClassifierOutput(logits=head(pixel_values))
         return whole(pixel_values=pixel_values, **kwargs)
 
@@ -89,7 +90,7 @@ def accepting_features(model: PreTrainedModel, store: Dataset) -> Iterator[None]
 
 @contextmanager
 def _inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the inputs of a module."""
+    """Collect the inputs of a module until the block ends."""
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
@@ -99,7 +100,7 @@ def _inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def features_suffice(model: PreTrainedModel, preprocessing: Preprocessing) -> bool:
-    """Return True if the model is just a frozen backbone with a linear head on one feature per image."""
+    """Return True if the model is a frozen backbone with a linear head on one feature vector per image."""
     head = linear_head(model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if head is None or trainable != head_parameter_names(model):
@@ -129,10 +130,10 @@ def feature_store(
     num_workers: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> FeatureStore:
-    """Return the features of every image of a split, from the disk if they were computed before.
+    """Return the features of every image of a split, from the disk cache if they were computed before.
 
-    dtype: of the backbone's autocast; the features are float32. They are stored under a hash of images,
-    weights, preprocessing and augmentation.
+    dtype: of the backbone's autocast; the features are float32. The cache key is a hash of images, weights,
+    preprocessing and augmentation.
     """
     device = next(model.parameters()).device
     details = [preprocessing, views, dtype, (augmentation, seed) if views > 1 else None]
@@ -204,8 +205,8 @@ def solve_head(
 ) -> Tensor:
     """Minimise mean cross-entropy + penalty / 2 * |weights|^2 of a linear head, by L-BFGS.
 
-    features [N, D]; labels [N]; start: a solution to start from. Returns [num_classes, D + 1]; the last
-    column is the bias, which is not penalised. The problem is convex: there is one solution.
+    features [N, D]; labels [N]; start: initial solution. Returns [num_classes, D + 1]; the last column is the
+    bias, which is not penalised. The problem is convex and has one solution.
     """
     if start is None:
         start = features.new_zeros(num_classes, features.shape[1] + 1)
@@ -230,11 +231,11 @@ def solve_head(
 def fit_head(model: PreTrainedModel, train: FeatureStore, validation: FeatureStore) -> float:
     """Solve for the head at each penalty, and give the model the one with the best validation accuracy.
 
-    Penalties are relative to features scaled to a mean square of 1. Of equally good ones the strongest wins.
+    Penalties are relative to features scaled to a mean square of 1. Ties go to the stronger penalty.
     Returns the chosen penalty.
     """
     head = linear_head(model)
-    assert head is not None  # the store was made with its inputs
+    assert head is not None  # the head whose inputs the store has
     views, _, width = train.features.shape
     features, labels = train.features.reshape(-1, width), train.labels.repeat(views)
     scale = features.square().mean().sqrt()

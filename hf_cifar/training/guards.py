@@ -1,4 +1,4 @@
-"""Guards of a training: losses that are not finite, too little memory, signals, dead loader workers."""
+"""Guards of training: losses that are not finite, too little memory, signals, dead loader workers."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class WatchedLoss(NamedTuple):
 
 
 class FiniteLoss(TrainerCallback):
-    """Ends a training with the first loss that is not finite.
+    """Ends training at the first loss that is not finite.
 
-    A loss on a GPU is copied to the CPU without waiting, and checked with the next one: to read it at once
-    would wait for all kernels queued so far, in every step.
+    A loss on a GPU is copied to the CPU without waiting, and checked in the next step: reading it at once
+    would wait for all queued kernels in every step.
     """
 
     def __init__(self, learning_rate: float) -> None:
@@ -51,7 +51,7 @@ class FiniteLoss(TrainerCallback):
         self._pending: WatchedLoss | None = None
 
     def watch(self, step: int, loss: Tensor, logits: Tensor, row_ids: Tensor | None) -> None:
-        """Check a loss: on a GPU the previous one. Raises: UserError if it is not finite."""
+        """Check a loss; on a GPU, the previous one. Raises: UserError if it is not finite."""
         watched = WatchedLoss(step, loss.detach(), logits.detach(), row_ids)
         if loss.device.type != "cuda":
             self._require_finite(watched)
@@ -91,10 +91,10 @@ class FiniteLoss(TrainerCallback):
 
 
 class FittingBatch(TrainerCallback):
-    """Restarts a training that runs out of memory with smaller steps, accumulated to the same batch."""
+    """Restarts training that runs out of memory with smaller steps, accumulated to the same batch."""
 
     def __init__(self) -> None:
-        self._in_step = False  # not in an evaluation, which a smaller training batch would not help
+        self._in_step = False  # not in an evaluation, where a smaller training batch would not help
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._in_step = True
@@ -103,9 +103,9 @@ class FittingBatch(TrainerCallback):
         self._in_step = False
 
     def train(self, trainer: Trainer, train: Callable[[], TrainOutput]) -> TrainOutput:
-        """Call `train`, again from the start with smaller steps while they do not fit into memory.
+        """Call `train`; restart it with smaller steps as long as they do not fit into memory.
 
-        Raises: UserError if one image at a time is too much.
+        Raises: UserError if one image at a time does not fit.
         """
         args, model = trainer.args, trainer.model
         begin = {name: value.cpu().clone() for name, value in model.state_dict().items()}
@@ -138,7 +138,7 @@ class FittingBatch(TrainerCallback):
 
 
 class StopSignals(TrainerCallback):
-    """Stops all processes after the same step, or batch of an evaluation, if a signal came to one of them."""
+    """Stops all processes after the same step or evaluation batch if one of them received a signal."""
 
     def __init__(self) -> None:
         self.request = StopRequest()
@@ -146,7 +146,7 @@ class StopSignals(TrainerCallback):
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Record signals until the block ends; they are raised between its steps.
+        """Record signals until the block ends; they are raised between steps.
 
         Raises: Stopped.
         """
@@ -173,7 +173,7 @@ class StopSignals(TrainerCallback):
 
     @functools.cached_property
     def _cpu_group(self) -> dist.ProcessGroup:
-        """All processes, connected without their GPUs, which then need not wait."""
+        """Return a group of all processes connected through their CPUs, so that GPUs need not wait."""
         return dist.new_group(backend="gloo")
 
 

@@ -16,8 +16,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def binary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Binary cross-entropy, mean over images and classes. logits, targets [N, K].
 
-    label_smoothing: share of an image's labels that is spread evenly over all classes, as `F.cross_entropy`
-    does with its single label: the sum of the labels stays, and an image without labels keeps none.
+    label_smoothing: share of an image's labels that is spread evenly over all classes, like `F.cross_entropy`
+    does with a single label: the sum of the labels does not change, and an image without labels has none.
     """
     targets = targets.to(logits.dtype)
     targets = targets.lerp(targets.mean(dim=1, keepdim=True), label_smoothing)

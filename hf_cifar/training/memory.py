@@ -17,8 +17,8 @@ def keep_freed_memory() -> None:
 
     glibc maps a large block when it is allocated and unmaps it when it is freed. A training step frees what
     the next one allocates again, and the system clears every page in between; docs/speed.md has the cost.
-    With another C library this does nothing.
+    Does nothing with another C library.
     """
     set_malloc_option(M_MMAP_MAX, 0)
     set_malloc_option(M_TRIM_THRESHOLD, -1)
-    set_malloc_option(M_ARENA_MAX, 1)  # memory of further arenas is returned in any case
+    set_malloc_option(M_ARENA_MAX, 1)  # memory of other arenas is always returned

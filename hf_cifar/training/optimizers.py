@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_cifar.models.blocks import block_depths
 
-# Position embeddings and class tokens have two or more axes, but are no weights of a layer.
+# Position embeddings and class tokens have two or more axes, but are not weights of a layer.
 NO_DECAY = re.compile(
     r"(^|\.)(bias|pos_embed\w*|position_embeddings?|cls_token|dist_token|reg_token|mask_token|"
     r"distillation_token|register_tokens|relative_position\w*)(\.|$)"
@@ -25,8 +25,8 @@ REFERENCE_BATCH = 64
 
 
 class Rates(NamedTuple):
-    """Peak learning rate at `REFERENCE_BATCH` images a step, None if unknown; and the norm to which gradients
-    are clipped, 0 for no clipping."""
+    """Peak learning rate for `REFERENCE_BATCH` images a step, None if unknown; and the norm that gradients are
+    clipped to, 0 for no clipping."""
 
     learning_rate: float | None
     max_grad_norm: float = 1.0
@@ -37,12 +37,12 @@ def build_optimizer(
 ) -> Optimizer:
     """Return the optimiser that `args` name, a key of `OPTIMIZERS`.
 
-    Weight decay reaches weight matrices and kernels only; a layer decay other than 1 lowers the learning rate
-    block by block towards the input.
+    Weight decay applies to weight matrices and kernels only; a layer decay other than 1 lowers the learning
+    rate block by block towards the input.
     """
     build, options = optimizer_class(args, model)
     groups: Any = parameter_groups(model, args.weight_decay)
-    # GaLore, Apollo and LOMO make groups of their own.
+    # GaLore, Apollo and LOMO make their own groups.
     for name in ("params", "model", "optimizer_dict"):
         groups = options.pop(name, groups)
     optimizer = build(groups, **options)
@@ -70,7 +70,7 @@ def optimizer_name(args: TrainingArguments) -> str:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups of the parameters that train: with weight decay and without."""
+    """Return two groups of the trainable parameters: with weight decay and without."""
     decaying = set(decay_parameter_names(model))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
@@ -80,7 +80,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
-    """List the weight matrices and kernels: all that weight decay should reach.
+    """List the weight matrices and kernels, to which weight decay applies.
 
     Biases, norms (one axis), position embeddings and tokens are left out, and so are the parameters that the
     model itself exempts (timm's `no_weight_decay`).
@@ -107,9 +107,9 @@ def default_rates(
 ) -> Rates:
     """Return the default peak learning rate and clipping of an optimiser, for the family of a model.
 
-    batch_size: images per step in all. scratch: the weights are random. The rate is scaled by the square root
-    of the batch for AdamW, linearly for SGD; that of SGD with momentum m is 1 - m times the plain one, since
-    each gradient counts 1 / (1 - m) times. The learning rate is None where none is known.
+    batch_size: images per step, over all processes. scratch: the weights are random. The rate scales with the
+    square root of the batch for AdamW, and linearly for SGD; for SGD with momentum m it is multiplied by
+    1 - m, because each gradient counts 1 / (1 - m) times. The learning rate is None if unknown.
 
     Source: Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022;
     Goyal et al., Accurate, Large Minibatch SGD, 2017.
@@ -129,7 +129,7 @@ def default_rates(
 
 
 def model_family(model: nn.Module, scratch: bool = False) -> str:
-    """Return the family that decides the default rates, a key of `RATES["adamw"]`."""
+    """Return the model family for the default rates, a key of `RATES["adamw"]`."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     if trainable < 0.05 * sum(p.numel() for p in parameters):
@@ -165,7 +165,7 @@ def decay_learning_rates(
 OPTIMIZERS: dict[str, Callable[..., tuple[type[Optimizer], dict[str, Any]]]] = dict.fromkeys(
     (name.value for name in OptimizerNames), Trainer.get_optimizer_cls_and_kwargs
 )
-# Optimisers by the rule by which they update the weights. Others have no known rate.
+# Optimisers by their update rule. Others have no known rate.
 OPTIMIZER_FAMILIES = {
     **dict.fromkeys(
         (
@@ -185,8 +185,8 @@ RATES: dict[str | None, dict[str, Rates]] = {
         "convolution": Rates(1e-3),
         "scratch": Rates(1e-3),
         # The gradients of pretrained EfficientNets and MobileNets have norms of 1 to 6. Clipped to 1, nearly
-        # every step has the same weight in Adam's moments, and the rate is in effect far higher. Without
-        # clipping, the loss at step 250 of 938 was 1.34 in place of 1.50.
+        # every step has the same weight in Adam's moments, and the effective rate is far higher. Without
+        # clipping, the loss at step 250 of 938 was 1.34 instead of 1.50.
         "depthwise": Rates(5.66e-3, max_grad_norm=0.0),
     },
     # Without momentum.

@@ -1,4 +1,4 @@
-"""Progress of a training: a bar or lines, and its end where the loss diverges."""
+"""Progress of training as a bar or lines, and its end if the loss diverges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_cifar.errors import UserError
 
 
 def evaluation_line(epoch: float | None, logs: dict[str, float]) -> str:
-    """One line for an evaluation, from the Trainer's log record."""
+    """Return one line for an evaluation, from the Trainer's log record."""
     shown = [
         f"{words(name)} {logs[f'eval_{name}']:.4f}"
         for name in training_metrics()
@@ -21,7 +21,7 @@ def evaluation_line(epoch: float | None, logs: dict[str, float]) -> str:
 
 
 def nothing_left(step: int) -> str:
-    """The message of a resumed run that has no step left."""
+    """Return the message of a resumed run without steps left."""
     return f"all {step} steps are done; raise --num_train_epochs to train longer"
 
 

@@ -1,4 +1,4 @@
-"""A Trainer that can stop at any step, and resumes with results equal to the bit."""
+"""A Trainer that can stop at any step, and resumes with bit-identical results."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ IDENTITY_FILE = "identity.json"
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that can stop at any step and resume with the same results.
+    """A Trainer that can stop at any step and resume with bit-identical results.
 
     identity: plain values by name that must not change between a run and its resumption.
     """
@@ -62,7 +62,7 @@ class ResumableTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint. Training continues once it is written; it is complete once its files are summed
+        """Write a checkpoint. Training continues once it is written; it is complete once its files are hashed
         and flushed, see `finish_checkpoint`.
 
         Raises: UserError if this one or the previous one cannot be saved, or the weights are not finite.
@@ -106,7 +106,7 @@ class ResumableTrainer(Trainer):
             pool.shutdown(wait=False)
 
     def finish_checkpoint(self, *, wait: bool = True) -> None:
-        """Wait until the last checkpoint is complete. wait: False to only check whether it is.
+        """Wait until the last checkpoint is complete. wait: False to return at once if it is not.
 
         Raises: UserError if it could not be written.
         """
@@ -121,7 +121,7 @@ class ResumableTrainer(Trainer):
         super()._load_best_model()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run an epoch, unless the run is over: the parent would train another step (transformers 5.23)."""
+        """Run an epoch unless the run is finished: the parent would train another step (transformers 5.23)."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
@@ -133,7 +133,7 @@ class ResumableTrainer(Trainer):
 
     def _save_states(self, folder: Path) -> None:
         """Write the states of optimiser, schedule, gradient scaler and random generators."""
-        if self._is_sharded:  # in formats of its own
+        if self._is_sharded:  # they use their own formats
             self._save_optimizer_and_scheduler(str(folder))
         elif self.args.should_save:
             states = {
@@ -165,7 +165,7 @@ class ResumableTrainer(Trainer):
         return f"rng_state_{self.args.process_index}.safetensors"
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Raises: UserError for a checkpoint that lacks weights of the model, or has others."""
+        """Raises: UserError for a checkpoint with missing or unexpected weights."""
         wrong = [*load_result.missing_keys, *load_result.unexpected_keys]
         if wrong:
             raise UserError(
@@ -203,7 +203,9 @@ class Resuming(TrainerCallback):
                 state.best_model_checkpoint = str(best)
             else:
                 logger.warning(
-                    "%s, the best so far, is lost: %s; the best from here counts", best, damage
+                    "%s, the best so far, is lost: %s; the best one from here on is kept",
+                    best,
+                    damage,
                 )
                 state.best_metric = state.best_global_step = None
         if evaluation_due(args, state):
@@ -216,7 +218,7 @@ class Resuming(TrainerCallback):
 
 
 def evaluation_due(args: TrainingArguments, state: TrainerState) -> bool:
-    """Return True if the run stopped after a step to be evaluated, before its evaluation."""
+    """Return True if the run stopped between a step and the evaluation due after it."""
     due = {
         "epoch": state.epoch is not None and state.epoch == int(state.epoch),
         "steps": bool(state.eval_steps) and state.global_step % state.eval_steps == 0,
@@ -275,7 +277,7 @@ def all_finite(model: nn.Module) -> bool:
 
 
 def identity(splits: Splits, pixel_store: str, num_processes: int) -> dict[str, Any]:
-    """Return what must be the same when a run is resumed, as plain values."""
+    """Return the values that must be the same when a run is resumed."""
     facts: dict[str, Any] = {
         "split": splits.hash,
         "classes": list(splits.id2label.values()),
@@ -290,7 +292,7 @@ def identity(splits: Splits, pixel_store: str, num_processes: int) -> dict[str, 
 
 
 def pixel_hashes(splits: Splits, pixel_store: str) -> dict[str, str]:
-    """Return the SHA-256 of the images of both splits, where they are decoded into memory."""
+    """Return the SHA-256 of the images of both splits, if they are decoded into memory."""
     if pixel_store == "streamed":
         return {}
     parts = [s for s in (splits.train, splits.validation) if isinstance(s, Split)]

@@ -24,6 +24,6 @@ def shard_loader(store: ShardStore, args: TrainingArguments) -> DataLoader:
         num_processes=1,
         process_index=0,
         put_on_device=True,
-        dispatch_batches=False,  # else the first process would read for all
+        dispatch_batches=False,  # otherwise the first process would read for all
         non_blocking=args.accelerator_config.non_blocking,
     )

@@ -1,4 +1,4 @@
-"""Saving of the model and its image processor as plain transformers files."""
+"""Saving of the model and its image processor in transformers' own format."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from hf_cifar.training.trainer import ImageClassificationTrainer
 def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
     """Save model and image processor as plain transformers files, without any pickle.
 
-    A timm model's weights have timm's own names: transformers and timm both load such a folder.
+    A timm model's weights keep timm's names, so both transformers and timm load the folder.
     """
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, where sharded
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered if sharded
     # torch.compile adds a prefix to every name.
     weights = {name.removeprefix("_orig_mod."): value for name, value in weights.items()}
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if model.config.model_type == "timm_wrapper":
             weights = {name.removeprefix("timm_model."): value for name, value in weights.items()}
-        # Written aside first, so that no reader sees half a model.
+        # Written to a temporary folder first, so that no reader sees part of a model.
         with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as aside:
             model.save_pretrained(aside, state_dict=weights)
             trainer.processing_class.save_pretrained(aside)
             files = list(Path(aside).iterdir())
             for path in files:
-                # safetensors makes its files readable by their owner alone.
+                # safetensors makes its files readable only by their owner.
                 shutil.copymode(Path(aside, "config.json"), path)
             for path in files:
                 os.replace(path, folder / path.name)

@@ -43,7 +43,7 @@ def _transformers_schedule(
     return get_scheduler(name, optimizer, warmup_steps, num_steps, options)
 
 
-# Functions of the optimiser, the warm-up and all steps, and lr_scheduler_kwargs.
+# Functions of the optimiser, the warm-up steps, all steps and lr_scheduler_kwargs.
 SCHEDULES = {
     name.value: functools.partial(_transformers_schedule, name.value) for name in SchedulerType
 }

@@ -40,10 +40,10 @@ class ImageClassificationTrainer(ResumableTrainer):
     """Trains on uint8 batches: each is transformed on the device, inside the step.
 
     preprocessing: the transform of the saved image processor, applied to evaluation batches. evaluation_loss,
-    loss: of evaluations and of training. augmentation: the random transform applied to training batches
+    loss: for evaluation and for training. augmentation: the random transform applied to training batches
     instead, drawn from a generator seeded by (seed, step, micro-batch, rank), so that a resumed run sees the
     images that an uninterrupted one would. setting: how the model computes while it trains. averaging: of the
-    weights that are evaluated and saved. layer_decay: see `build_optimizer`. shrink_batch: restart a training
+    weights that are evaluated and saved. layer_decay: see `build_optimizer`. shrink_batch: restart training
     that runs out of memory with smaller steps, accumulated to the same batch.
     """
 
@@ -64,10 +64,10 @@ class ImageClassificationTrainer(ResumableTrainer):
         **kwargs: Any,
     ) -> None:
         self.averaging = averaging or WeightAverage(0.0)
-        # Compile for the sizes that occur: symbolic ones take minutes on some networks.
+        # Compile for the actual sizes: symbolic ones take minutes on some networks.
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
         with warnings.catch_warnings():
-            # The parent would not smooth multi-label data, and warns of it; `loss` does.
+            # The parent does not smooth multi-label data, and warns about it; `loss` does smooth.
             warnings.filterwarnings("ignore", "Label smoothing is not compatible")
             super().__init__(
                 *args,
@@ -77,7 +77,7 @@ class ImageClassificationTrainer(ResumableTrainer):
                 **kwargs,
             )
         # A model whose forward takes **kwargs but ignores num_items_in_batch inflates its gradients under
-        # accumulation and several processes (huggingface/transformers#48207); a mean loss never does.
+        # accumulation and multiple processes (huggingface/transformers#48207); a mean loss never does.
         self.model_accepts_loss_kwargs = False
         self.loss, self.evaluation_loss = loss, evaluation_loss
         self.preprocessing, self.augmentation = preprocessing, augmentation
@@ -104,7 +104,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         """Train, from a checkpoint's folder if one is given. A signal ends it after the current step, with a
         checkpoint of that step.
 
-        Raises: Stopped. UserError if the loss is not finite, or one image at a time is too much for memory.
+        Raises: Stopped. UserError if the loss is not finite, or one image at a time does not fit into memory.
         """
         self.resuming.checkpoint = self.averaging.checkpoint = resume_from_checkpoint
 
@@ -126,7 +126,7 @@ class ImageClassificationTrainer(ResumableTrainer):
                 raise
             finally:
                 self.finish_checkpoint()
-            # A signal after the last step, which has its checkpoint.
+            # A signal after the last step, which already has a checkpoint.
             self.stop_signals.request.raise_if_requested()
         return output
 
@@ -141,17 +141,17 @@ class ImageClassificationTrainer(ResumableTrainer):
         return super().get_train_dataloader()
 
     def num_examples(self, dataloader: DataLoader) -> int:
-        """Return the images of an epoch; the parent would count the batches of a stream."""
+        """Return the number of images per epoch; the parent would count the batches of a stream."""
         if isinstance(dataloader.dataset, ShardStore):
             return len(dataloader.dataset.stream)
         return super().num_examples(dataloader)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return 0: the parent would take each pixel for a token, and list all parameters in every step."""
+        """Return 0: the parent would count each pixel as a token, and list all parameters in every step."""
         return 0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, while training with the averaged weights."""
+        """Evaluate; during training, with the averaged weights."""
         with self.averaging.applied(self.classifier):
             return super().evaluate(*args, **kwargs)
 
@@ -162,12 +162,14 @@ class ImageClassificationTrainer(ResumableTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(super()._prepare_inputs(inputs))
         self._row_ids = inputs.pop("row_ids", None)
-        if inputs["pixel_values"].ndim == 3:  # features, see features.py: no norm is run
+        if inputs["pixel_values"].ndim == 3:  # features, see features.py: no norm layer runs
             generator = self._step_generator() if self.model.training else None
             inputs["pixel_values"] = draw_view(inputs["pixel_values"], generator)
             return inputs
         if self.model.training:
-            for norm in self._frozen_norms:  # the parent sets all to training mode in every step
+            for (
+                norm
+            ) in self._frozen_norms:  # the parent sets all norms to training mode in every step
                 norm.eval()
         if self.model.training and self.augmentation is not None:
             pixel_values, inputs["targets"] = self.augmentation(
@@ -227,7 +229,7 @@ class ImageClassificationTrainer(ResumableTrainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """Save a checkpoint's weights under the names that they have in memory.
+        """Save a checkpoint's weights under their names in memory.
 
         The parent writes those of a ViT under their old names, then reads them back with strict=False:
         a resumed run, or the best checkpoint at the end, would silently lack them (transformers 5.23).

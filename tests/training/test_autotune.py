@@ -348,7 +348,7 @@ def test_a_resumed_run_computes_as_it_is_asked(tmp_path, stripes, tiny_vit):
 def test_eager_attention_of_a_network_without_attention(tmp_path, stripes):
     config = run(tmp_path, stripes, "scratch/resnet10t", "--image_size", "32",
                  "--attention", "eager")  # fmt: skip
-    with pytest.raises(UserError, match=r"--attention eager: Timm.* has no attention kernel"):
+    with pytest.raises(UserError, match=r"--attention eager: Timm.* has no fused attention"):
         finetune_classifier(config)
     assert not (tmp_path / "run").exists()
 

@@ -93,7 +93,7 @@ def test_a_checkpoint_is_checked_by_hand_too(tmp_path):
 def test_what_is_wrong_is_said(tmp_path):
     checkpoint = write(tmp_path, 3)
     (checkpoint / "sub" / "b").write_text("weightz")
-    assert find_damage(checkpoint) == "sub/b is not what was written"
+    assert find_damage(checkpoint) == "sub/b differs from its checksum"
     (checkpoint / "sub" / "b").unlink()
     assert find_damage(checkpoint) == "sub/b is missing"
     (checkpoint / "sub" / "b").write_text("weights")
@@ -114,7 +114,7 @@ def test_the_newest_whole_checkpoint_is_found_by_its_step(tmp_path, caplog):
         "checkpoint-10", "checkpoint-9", "checkpoint-2",
     ]  # fmt: skip
     assert newest_checkpoint(tmp_path).name == "checkpoint-9"
-    assert "checkpoint-10 is damaged: a is not what was written" in caplog.text
+    assert "checkpoint-10 is damaged: a differs from its checksum" in caplog.text
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
