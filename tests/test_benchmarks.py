@@ -58,7 +58,7 @@ def test_ratios_are_of_interleaved_rounds(results, unit, ratio):
     assert record["versions"]["torch"]
 
 
-def test_the_table_holds_the_newest_of_each(results):
+def test_the_table_has_the_newest_record_of_each_benchmark(results):
     for figure in (10.0, 30.0):
         measure.compare("speed", {"ours": lambda f=figure: f, "plain": lambda: 10.0}, rounds=1)
     table.main()
@@ -100,7 +100,7 @@ def wait_until_stopped(process):
         time.sleep(0.01)
 
 
-def test_processes_work_in_their_turns_alone(tmp_path):
+def test_processes_work_only_during_their_turns(tmp_path):
     works = {n: functools.partial(sleepy, n) for n in (0.01, 0.04)}
     with workers(works, warm_up=2, seconds=0.2) as started:
         pids = [worker._process.pid for worker in started.values()]
@@ -173,7 +173,7 @@ def test_a_failed_check_fails_its_part(tmp_path):
     assert bench.rows[0][0] == "b"
 
 
-def test_an_accuracy_out_of_reach_is_said():
+def test_an_unreached_accuracy_is_reported():
     short, enough = (
         accuracy.reach("a run", lambda epochs: [0.2 * epochs, 0.9], target, 1, 3)
         for target in (0.9, 0.4)
@@ -194,7 +194,7 @@ def test_peak_memory_of_complete_commands(tmp_path, monkeypatch):
     assert 100 < scaling.plain_memory(data) < 20_000
 
 
-def test_checkpoints_of_both_are_saved(results, monkeypatch):
+def test_both_kinds_of_checkpoints_are_saved(results, monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["checkpoint", "--model", "scratch/article_cnn", "--rounds", "1"]
     )

@@ -40,7 +40,7 @@ def test_help_lists_the_commands(capsys):
     assert all(f"  {name} " in out for name in COMMANDS)
 
 
-def test_summary_shows_figures_and_working_code(finished, capsys, stripes, tiny_vit, tmp_path):
+def test_summary_shows_metrics_and_working_code(finished, capsys, stripes, tiny_vit, tmp_path):
     status = main(
         [
             "finetune", "--dataset_name", str(stripes), "--model_name_or_path", str(tiny_vit),
@@ -69,7 +69,7 @@ def test_evaluate_takes_data_from_the_run(finished, capsys):
     assert figures["test"]["num_images"] == 22
 
 
-def test_evaluate_on_other_data_does_not_replace_the_figures_of_the_run(finished, tmp_path, capsys):
+def test_evaluate_on_other_data_does_not_replace_the_metrics_of_the_run(finished, tmp_path, capsys):
     before = (finished / "metrics.json").read_text()
     argv = [
         "evaluate",
@@ -103,7 +103,7 @@ def test_evaluate_takes_bf16_without_a_gpu(finished, tmp_path, capsys):
     assert not np.array_equal(rounded, exact)
 
 
-def test_predict_prints_json_lines_and_goes_on_after_a_broken_image(
+def test_predict_prints_json_lines_and_continues_after_a_broken_image(
     finished, stripes, tmp_path, capsys
 ):
     good = sorted((stripes / "test").rglob("*.png"))

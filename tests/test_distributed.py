@@ -77,7 +77,7 @@ def test_metrics_are_exact_when_the_split_does_not_divide_evenly(runs):
         assert two[split]["cross_entropy"] == pytest.approx(one[split]["cross_entropy"], rel=1e-3)
 
 
-def test_two_processes_stream_shards_of_their_own(tmp_path, shards, tiny_vit):
+def test_two_processes_stream_different_shards(tmp_path, shards, tiny_vit):
     """Each has half of the 72 images in whole batches of 4, and both end with one model."""
     flags = ("--streaming", "--max_eval_samples", "8")
     done = launch(tmp_path / "run", shards, tiny_vit, 2, *flags)
@@ -87,9 +87,7 @@ def test_two_processes_stream_shards_of_their_own(tmp_path, shards, tiny_vit):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["num_images"] == 8
 
 
-def test_a_series_of_two_processes_holds_the_run_that_is_made_alone(
-    runs, tmp_path, stripes, tiny_vit
-):
+def test_a_series_with_two_processes_contains_the_single_run(runs, tmp_path, stripes, tiny_vit):
     """The second run of the series, in processes that have made another before, is that of fresh ones."""
     done = launch(tmp_path, stripes, tiny_vit, 2, "--seed", "41", "--seeds", "2")
     assert done.returncode == 0, done.stderr
@@ -111,7 +109,7 @@ def test_every_launch_configuration_parses(path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
-def test_a_gpu_configuration_without_a_gpu_says_so(tmp_path, stripes, tiny_vit):
+def test_a_gpu_configuration_without_a_gpu_is_refused(tmp_path, stripes, tiny_vit):
     environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "fp16"}
     command = [
         sys.executable, str(ROOT / "scripts/finetune.py"), "--dataset_name", str(stripes),

@@ -65,7 +65,7 @@ def stripe_images(stripes):
     return sorted((stripes / "test").rglob("*.png"))
 
 
-def test_a_run_leaves_what_it_promises(vit_run):
+def test_a_run_writes_all_documented_files(vit_run):
     names = {path.name for path in vit_run.iterdir() if not path.name.startswith("checkpoint")}
     assert names == {
         "config.json", "model.safetensors", "preprocessor_config.json", "config.yaml", "metrics.json",
@@ -117,9 +117,7 @@ def test_the_model_is_calibrated_on_validation_and_its_labels_stay(
     assert changed == {"classifier.weight", "classifier.bias"}
 
 
-def test_final_figures_are_those_of_the_saved_model_in_fp32_whatever_trained_it(
-    stripes, tiny_vit, tmp_path
-):
+def test_final_metrics_are_those_of_the_saved_model_in_fp32(stripes, tiny_vit, tmp_path):
     tiny_run(tmp_path, stripes, tiny_vit, "--bf16", "--do_predict")
     model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path)
@@ -132,7 +130,7 @@ def test_final_figures_are_those_of_the_saved_model_in_fp32_whatever_trained_it(
     )
 
 
-def test_a_damaged_record_of_the_run_is_one_line(vit_run, stripes, tmp_path):
+def test_a_damaged_run_json_is_a_one_line_error(vit_run, stripes, tmp_path):
     folder = shutil.copytree(vit_run, tmp_path / "run")
     (folder / "run.json").write_text('{"temperature": ')
     config = EvaluateConfig(model_name_or_path=str(folder), use_cpu=True)
@@ -140,7 +138,7 @@ def test_a_damaged_record_of_the_run_is_one_line(vit_run, stripes, tmp_path):
         evaluate_saved(config, DataConfig(dataset_name=str(stripes)))
 
 
-def test_evaluate_knows_the_temperature_of_a_run(vit_run, stripes):
+def test_evaluate_reads_the_temperature_of_a_run(vit_run, stripes):
     config = EvaluateConfig(model_name_or_path=str(vit_run), use_cpu=True)
     again = evaluate_saved(config, DataConfig(dataset_name=str(stripes)))
     before = saved_metrics(vit_run)["validation"]
@@ -164,7 +162,7 @@ def test_the_model_loads_as_plain_transformers(vit_run, stripes):
     assert classify(images[0])[0]["label"] == model.config.id2label[int(logits[0].argmax())]
 
 
-def test_a_timm_model_goes_back_into_plain_timm(timm_run):
+def test_timm_loads_a_saved_timm_model(timm_run):
     import timm
 
     model = AutoModelForImageClassification.from_pretrained(timm_run).eval()
@@ -181,7 +179,7 @@ def test_a_timm_model_goes_back_into_plain_timm(timm_run):
     assert AutoImageProcessor.from_pretrained(timm_run).data_config["input_size"] == (3, 32, 32)
 
 
-def test_test_stays_sealed_unless_asked(timm_run):
+def test_test_stays_sealed_unless_requested(timm_run):
     assert set(saved_metrics(timm_run)) == {"validation"}
     assert not (timm_run / "predictions" / "test.parquet").exists()
 
@@ -261,7 +259,7 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, stripes, tiny_v
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
 
 
-def test_a_model_from_elsewhere_gets_a_mean_loss_too(tmp_path, stripes, tiny_vit):
+def test_a_model_of_another_library_gets_a_mean_loss_too(tmp_path, stripes, tiny_vit):
     """ViT's forward takes **kwargs; the Trainer would hand it num_items_in_batch and scale twice."""
     from hf_cifar.plan import plan_run
     from hf_cifar.training.build import build_trainer
@@ -310,7 +308,7 @@ def test_a_folder_with_a_run_is_refused_and_unchanged(vit_run, stripes, tiny_vit
         (["--image_size", "18"], "patch size 4"),
     ],
 )
-def test_what_cannot_work_leaves_nothing_behind(tmp_path, stripes, tiny_vit, flags, message):
+def test_invalid_options_leave_no_files(tmp_path, stripes, tiny_vit, flags, message):
     with pytest.raises(UserError, match=message):
         tiny_run(tmp_path / "run", stripes, tiny_vit, *flags)
     assert not (tmp_path / "run").exists()
@@ -361,7 +359,9 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, stripes, tiny_vit, ca
     assert "steps are done; raise --num_train_epochs" in capsys.readouterr().out
 
 
-def test_a_run_that_trains_on_says_nothing_of_the_model_that_it_was(tmp_path, stripes, tiny_vit):
+def test_results_of_the_previous_model_are_removed_when_a_run_continues(
+    tmp_path, stripes, tiny_vit
+):
     folder = tmp_path / "run"
     tiny_run(folder, stripes, tiny_vit, "--max_steps", "2", "--do_predict")
     (folder / "report.html").write_text("of the first model")
@@ -388,7 +388,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, stripes, tiny_vit, change):
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "no"])
-def test_a_run_that_diverges_says_so(tmp_path, stripes, tiny_vit, strategy):
+def test_a_diverging_run_is_reported(tmp_path, stripes, tiny_vit, strategy):
     with pytest.raises(UserError, match=r"^training diverged: .* is (nan|inf) at step .* lower"):
         tiny_run(
             tmp_path / "run", stripes, tiny_vit, "--learning_rate", "900", "--optim", "sgd",
@@ -432,7 +432,7 @@ def test_a_stream_resumes_to_the_same_weights(tmp_path, streamed_run, shards, ti
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_stream_resumes_in_mid_epoch_with_its_own_number_of_workers(
+def test_a_stream_resumes_in_mid_epoch_with_the_same_number_of_workers(
     tmp_path, shards, tiny_vit, monkeypatch
 ):
     flags = (*STREAMED, "--num_train_epochs", "1", "--save_strategy", "steps", "--save_steps", "4")
@@ -460,7 +460,7 @@ def test_a_stream_resumes_in_mid_epoch_with_its_own_number_of_workers(
 
 
 @pytest.mark.parametrize("name", ["auto_find_batch_size", "dataloader_persistent_workers"])
-def test_options_that_a_stream_cannot_honour_are_refused(tmp_path, shards, tiny_vit, name):
+def test_options_that_a_stream_does_not_support_are_refused(tmp_path, shards, tiny_vit, name):
     with pytest.raises(UserError, match=f"--{name} cannot be combined with --streaming"):
         tiny_run(
             tmp_path / "run",
@@ -473,13 +473,13 @@ def test_options_that_a_stream_cannot_honour_are_refused(tmp_path, shards, tiny_
         )
 
 
-def test_a_stream_has_no_features_to_keep(tmp_path, shards, tiny_vit):
+def test_a_stream_does_not_cache_features(tmp_path, shards, tiny_vit):
     flags = (*STREAMED, "--freeze", "backbone", "--head_solver", "lbfgs")
     with pytest.raises(UserError, match="no mixup, cutmix or --streaming"):
         tiny_run(tmp_path / "run", shards, tiny_vit, *flags)
 
 
-def test_the_card_before_training_is_that_of_the_end_but_for_the_figures(vit_run):
+def test_the_draft_card_equals_the_final_card_except_for_metrics(vit_run):
     folder = RunFolder(vit_run)
     config = folder.load_config()
     model = load_classifier(str(vit_run))[0]

@@ -60,7 +60,7 @@ def test_the_run_learns_and_leaves_a_multi_label_model(finished):
     assert run["temperature"] == 1 and set(run["label_counts"]["train"]) == {"r", "g", "b"}
 
 
-def test_thresholds_are_fitted_on_validation_alone(finished):
+def test_thresholds_are_fitted_only_on_validation(finished):
     from scipy.special import expit
 
     from hf_cifar.evaluation.multi_label import fit_thresholds
@@ -71,7 +71,7 @@ def test_thresholds_are_fitted_on_validation_alone(finished):
     np.testing.assert_array_equal(test.thresholds, fitted)
 
 
-def test_the_best_checkpoint_is_that_of_the_highest_map(finished):
+def test_the_best_checkpoint_has_the_highest_map(finished):
     last = max(finished.output_dir.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     state = json.loads((last / "trainer_state.json").read_text())
     areas = [log.get("eval_average_precision_macro", 0) for log in state["log_history"]]
@@ -113,7 +113,7 @@ def test_evaluate_reproduces_the_metrics_of_the_run(finished, capsys):
     assert again["f1_macro"] == finished.metrics["validation"]["f1_macro"]
 
 
-def test_evaluate_refuses_data_of_the_other_kind(finished, lights, tmp_path):
+def test_evaluate_refuses_data_with_another_kind_of_labels(finished, lights, tmp_path):
     rows = load_from_disk(str(lights))
     feature = rows["train"].features["lights"].feature
     for split in rows:
@@ -178,7 +178,7 @@ def test_a_run_from_a_multi_label_model_starts_without_its_thresholds(finished, 
 
 
 @pytest.mark.parametrize("model", ["scratch/test_efficientnet", "scratch/article_cnn"])
-def test_timm_and_article_models_train_on_several_labels(tmp_path, lights, model):
+def test_timm_and_article_models_train_on_multiple_labels(tmp_path, lights, model):
     size = () if "article" in model else ("--image_size", "32")
     result = finetune_classifier(
         tiny_config(tmp_path, lights, model, "--num_train_epochs", "4", *size)
@@ -196,7 +196,7 @@ def test_without_calibration_every_threshold_is_one_half(tmp_path, lights, tiny_
     assert [own["threshold"] for own in per_class] == [0.5] * 3
 
 
-def test_loss_is_binary_cross_entropy_smoothed_in_training_alone(tmp_path, lights, tiny_vit):
+def test_loss_is_binary_cross_entropy_smoothed_only_in_training(tmp_path, lights, tiny_vit):
     trainer = tiny_trainer(tmp_path, lights, tiny_vit, "--label_smoothing_factor", "0.2")
     batch = next(iter(trainer.get_train_dataloader()))
     labels = batch["labels"].float()
@@ -257,9 +257,7 @@ def test_metrics_of_multi_label_data_are_refused_elsewhere(tmp_path, stripes, ti
     assert tiny_trainer(tmp_path, lights, tiny_vit, *flags).args.metric_for_best_model == "f1_macro"
 
 
-def test_of_one_label_an_image_the_best_checkpoint_stays_that_of_the_accuracy(
-    tmp_path, stripes, tiny_vit
-):
+def test_with_one_label_per_image_accuracy_picks_the_best_checkpoint(tmp_path, stripes, tiny_vit):
     args = tiny_trainer(tmp_path, stripes, tiny_vit).args
     assert args.metric_for_best_model == "accuracy" and args.greater_is_better
     assert TrainingConfig(output_dir="unused").metric_for_best_model is None

@@ -113,7 +113,7 @@ def test_every_private_method_that_is_overridden_or_called_is_listed(overridden,
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_a_private_method_takes_and_returns_what_it_did(name, overridden, called):
+def test_the_signature_of_a_private_method_is_unchanged(name, overridden, called):
     assert str(inspect.signature((overridden | called)[name])) == SIGNATURES[name]
 
 
@@ -130,5 +130,5 @@ def test_every_other_private_name_is_listed(names, called):
 
 
 @pytest.mark.parametrize("name", OTHER_NAMES)
-def test_a_private_name_is_still_there(name):
+def test_a_private_name_still_exists(name):
     assert OTHER_NAMES[name]()

@@ -18,7 +18,7 @@ ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
         pytest.param(r"^\| `", id="rows"),
     ],
 )
-def test_both_languages_have_the_same(pattern):
+def test_both_languages_have_the_same_code_blocks_and_links(pattern):
     english, chinese = (
         re.findall(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
         for page in (ENGLISH, CHINESE)

@@ -37,10 +37,10 @@ def test_every_requirement_is_one_version_with_hashes():
 
 
 @pytest.mark.parametrize("requirement", wanted(), ids=str)
-def test_setup_cfg_admits_each_locked_version(requirement):
+def test_setup_cfg_allows_each_locked_version(requirement):
     (pin,) = PINNED[canonicalize_name(requirement.name)].specifier
     assert requirement.specifier.contains(pin.version)
 
 
-def test_the_lock_names_no_place_of_its_own():
+def test_the_lock_names_no_local_path_or_host():
     assert not re.search(r"://|--(extra-)?index|--find-links|(^|\s)/\w", LOCK, re.MULTILINE)

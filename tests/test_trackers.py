@@ -42,7 +42,7 @@ def test_the_history_is_in_run_json(tracked):
     assert "train_runtime" in history[-1]
 
 
-def test_the_history_of_a_resumed_run_is_whole(tracked, tmp_path, stripes, tiny_vit):
+def test_the_history_of_a_resumed_run_is_complete(tracked, tmp_path, stripes, tiny_vit):
     folder = tmp_path / "again"
     shutil.copytree(tracked, folder)
     for path in (folder / "checkpoint-18", folder / "runs"):
@@ -55,7 +55,7 @@ def test_the_history_of_a_resumed_run_is_whole(tracked, tmp_path, stripes, tiny_
         assert column(resumed, key) == column(whole, key)
 
 
-def test_what_is_no_number_becomes_null():
+def test_values_that_are_not_finite_become_null():
     history = [{"grad_norm": math.inf, "loss": 1.5, "step": 1}]
     assert plain_history(history) == [{"grad_norm": None, "loss": 1.5, "step": 1}]
 

@@ -51,13 +51,13 @@ def test_make_targets_exist():
     assert {"quality", "test", "test-all"} <= used <= targets
 
 
-def test_tests_that_are_left_out_exist():
+def test_excluded_tests_exist():
     names = re.findall(r"--(?:ignore|deselect)=(\S+)", "\n".join(commands()))
     for path, _, function in (name.partition("::") for name in names):
         assert f"def {function}" in (ROOT / path).read_text(), path
 
 
-def test_actions_are_pinned_or_here():
+def test_actions_are_pinned_or_local():
     steps = [step for job in jobs().values() for step in job["steps"]]
     steps += [step for path in ACTIONS for step in load(path)["runs"]["steps"]]
     for used in (step["uses"] for step in steps if "uses" in step):
@@ -73,7 +73,7 @@ def test_quick_tests_run_on_every_python_that_the_package_declares():
     assert SETUP["options"]["python_requires"] == f">={min(declared, key=Version)}"
 
 
-def test_the_lowest_job_installs_what_setup_cfg_admits_and_names_no_version():
+def test_the_lowest_job_installs_the_lowest_versions_of_setup_cfg():
     lowest = jobs()["lowest"]
     (install,) = (step["with"] for step in lowest["steps"] if step.get("uses", "")[:2] == "./")
     assert install["resolution"] == "lowest-direct"

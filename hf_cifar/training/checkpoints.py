@@ -180,7 +180,7 @@ def load_state(path: Path) -> Any:
 
 
 def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return the value as JSON: other types become lists starting with their name, tensors go to `tensors`."""
+    """Return the value as JSON: other types become lists starting with a name, tensors go to `tensors`."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Tensor):

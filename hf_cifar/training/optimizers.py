@@ -25,8 +25,8 @@ REFERENCE_BATCH = 64
 
 
 class Rates(NamedTuple):
-    """Peak learning rate for `REFERENCE_BATCH` images a step, None if unknown; and the norm that gradients are
-    clipped to, 0 for no clipping."""
+    """Peak learning rate for `REFERENCE_BATCH` images a step, None if unknown; and the norm that gradients
+    are clipped to, 0 for no clipping."""
 
     learning_rate: float | None
     max_grad_norm: float = 1.0

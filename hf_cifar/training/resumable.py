@@ -121,7 +121,7 @@ class ResumableTrainer(Trainer):
         super()._load_best_model()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run an epoch unless the run is finished: the parent would train another step (transformers 5.23)."""
+        """Run an epoch unless the run is finished: the parent trains one more step (transformers 5.23)."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:

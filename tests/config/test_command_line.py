@@ -37,7 +37,7 @@ def is_option_class(value):
     )
 
 
-def test_every_option_of_ours_has_a_help_text():
+def test_every_option_declared_here_has_a_help_text():
     modules = [
         importlib.import_module(found.name)
         for found in pkgutil.walk_packages(hf_cifar.__path__, "hf_cifar.")
@@ -65,7 +65,7 @@ def test_yaml_is_a_saved_command_line_and_flags_win(tmp_path):
     assert (config.model.image_size, config.train.seed) == (None, 9)
 
 
-def test_config_beats_recipe(tmp_path):
+def test_config_takes_precedence_over_recipe(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("image_size: 96\n")
     config = parse("--config", str(file), "--recipe", "quickstart")
@@ -127,7 +127,7 @@ def test_every_recipe_parses_and_states_what_was_measured(name):
         (["--eval_strategy", "never"], ["never"]),
     ],
 )
-def test_a_bad_option_is_one_line_that_names_it(argv, words):
+def test_a_bad_option_is_named_in_one_line(argv, words):
     with pytest.raises(UserError) as caught:
         parse(*argv)
     assert "\n" not in str(caught.value)
@@ -157,7 +157,7 @@ def test_a_bad_yaml_file_is_an_error(tmp_path, text):
         (["--gradient_checkpointing", "maybe"], "gradient_checkpointing.*maybe"),
     ],
 )
-def test_a_word_that_no_option_takes(tokens, words):
+def test_a_stray_argument_is_refused(tokens, words):
     with pytest.raises(UserError, match=words):
         RunConfig.parse(tokens)
 
@@ -205,7 +205,7 @@ def test_the_options_take_every_optimiser_and_schedule():
         (["--eval_strategy", "epoch", "--save_strategy", "steps"], ("epoch", "steps", False)),
     ],
 )
-def test_what_is_left_open_follows_what_is_set(flags, expected):
+def test_open_options_follow_those_that_are_set(flags, expected):
     settled = settle_evaluation(RunConfig.parse(flags).train)
     names = ("eval_strategy", "save_strategy", "load_best_model_at_end")
     assert tuple(settled[name] for name in names) == expected
@@ -213,7 +213,7 @@ def test_what_is_left_open_follows_what_is_set(flags, expected):
         assert settled["eval_steps"] == settled["save_steps"] == float(flags[-1])
 
 
-def test_the_best_checkpoint_needs_one_for_each_evaluation():
+def test_loading_the_best_needs_a_checkpoint_for_each_evaluation():
     flags = ["--eval_strategy", "epoch", "--save_strategy", "steps", "--load_best_model_at_end"]
     with pytest.raises(UserError, match="--load_best_model_at_end needs a checkpoint for each"):
         settle_evaluation(RunConfig.parse(flags).train)

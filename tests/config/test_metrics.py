@@ -99,7 +99,7 @@ def test_the_direction_of_the_best_checkpoint():
     assert set(BEST_METRICS) == {*training_metrics(), "loss"}
 
 
-def test_words_are_not_names():
+def test_metrics_have_words_besides_their_names():
     for name in METRICS:
         assert "_" not in words(name)
     assert len({row.words for row in METRICS.values()}) == len(METRICS)
@@ -131,7 +131,7 @@ def test_a_metric_is_added_by_a_function_and_a_row(multi_label, monkeypatch, tmp
     assert "jaccard_micro" in json.loads((tmp_path / "metrics.json").read_text())["test"]
 
 
-def test_the_table_is_light():
+def test_the_table_imports_without_torch():
     code = (
         "import sys, hf_cifar.config.metrics; print({'torch', 'numpy', 'scipy'} & set(sys.modules))"
     )

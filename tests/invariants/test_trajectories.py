@@ -186,13 +186,13 @@ def render(facts):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_has_the_numbers_of_its_reference(name, finished, reference):
+def test_losses_and_norms_equal_the_reference(name, finished, reference):
     wanted, found = (facts | {"weights": {}} for facts in (reference(name), finished(name)))
     assert differences(wanted, found, TOLERANCE) == []
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_weights_equal_the_reference_to_the_bit(name, finished, same_everywhere):
+def test_weights_are_bit_identical_to_the_reference(name, finished, same_everywhere):
     wanted = json.loads(reference_path(name).read_text())["weights"]
     elsewhere = differences(wanted["made_with"], machine())
     if elsewhere:
@@ -212,7 +212,7 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("name", STOPS)
-def test_a_run_stopped_in_mid_epoch_ends_as_the_undisturbed_one(
+def test_a_run_stopped_in_mid_epoch_ends_like_an_uninterrupted_one(
     name, run, finished, tmp_path, monkeypatch
 ):
     callbacks = transformers.trainer.DEFAULT_CALLBACKS

@@ -8,14 +8,14 @@ import pytest
 from hf_cifar.runs.energy import measured_energy
 
 
-def test_no_figure_where_nothing_measures():
+def test_no_energy_if_nothing_measures_it():
     with measured_energy(wanted=False) as energy:
         pass
     assert energy == {}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("codecarbon") is not None, reason="it is installed")
-def test_no_figure_without_codecarbon():
+def test_no_energy_without_codecarbon():
     with measured_energy() as energy:
         pass
     assert energy == {}
@@ -35,6 +35,6 @@ def test_codecarbon_measures_a_computation_and_writes_no_file(tmp_path, monkeypa
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_error_inside_is_not_hidden():
+def test_an_error_in_the_block_is_not_hidden():
     with pytest.raises(ZeroDivisionError), measured_energy():
         _ = 1 / 0

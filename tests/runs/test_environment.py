@@ -11,7 +11,7 @@ import pytest
 from hf_cifar.runs.environment import environment
 
 
-def test_environment_is_what_runs_here():
+def test_environment_has_the_installed_versions():
     versions = environment()
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert versions["torch"] == importlib.metadata.version("torch")
@@ -20,7 +20,7 @@ def test_environment_is_what_runs_here():
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_the_commit_is_that_of_the_checkout_which_the_code_belongs_to(tmp_path):
+def test_the_commit_is_that_of_the_code_s_own_checkout(tmp_path):
     """The module is copied: whether this package is a checkout is not known here."""
     source = shutil.copy(inspect.getsourcefile(environment), tmp_path / "copied.py")
     spec = importlib.util.spec_from_file_location("copied", source)

@@ -32,7 +32,7 @@ def write_run(folder, accuracy=None, test=None, **options):
     return folder
 
 
-def test_runs_of_one_data_set_stand_together_and_the_best_comes_first(tmp_path):
+def test_runs_are_grouped_by_data_set_with_the_best_first(tmp_path):
     write_run(tmp_path / "a", 0.8)
     write_run(tmp_path / "series" / "seed-1", 0.9, seed=1)
     write_run(tmp_path / "digits", 0.99, dataset_name="bundled/digits")
@@ -43,7 +43,7 @@ def test_runs_of_one_data_set_stand_together_and_the_best_comes_first(tmp_path):
     assert list_runs([tmp_path, tmp_path / "a"]) == records  # none of them twice
 
 
-def test_a_finished_run_has_its_figures(tmp_path, capsys):
+def test_a_finished_run_shows_its_metrics(tmp_path, capsys):
     data = tmp_path / "folder" / "birds"
     data.mkdir(parents=True)
     run = write_run(tmp_path / "run", 0.9, test=0.88, dataset_name=str(data), seed=7)
@@ -65,7 +65,7 @@ def test_a_finished_run_has_its_figures(tmp_path, capsys):
     assert row.endswith("2026-05-04 10:20")
 
 
-def test_a_run_that_was_cut_off_says_how_far_it_came(tmp_path):
+def test_an_interrupted_run_shows_its_last_checkpoint(tmp_path):
     run = write_run(tmp_path / "run")
     assert list_runs([run])[0]["state"] == "unfinished, no checkpoint"
     for step in (9, 100):
@@ -90,7 +90,7 @@ def test_a_run_that_was_cut_off_says_how_far_it_came(tmp_path):
         ("metrics.json", None, "metrics.json is missing"),
     ],
 )
-def test_a_damaged_run_is_a_row_that_says_so(tmp_path, name, content, state):
+def test_a_damaged_run_is_shown_as_damaged(tmp_path, name, content, state):
     write_run(tmp_path / "good", 0.5)
     path = write_run(tmp_path / "bad", 0.9) / name
     if content is None:
@@ -103,7 +103,7 @@ def test_a_damaged_run_is_a_row_that_says_so(tmp_path, name, content, state):
     assert len(render_runs(list_runs([tmp_path])).splitlines()) == 3
 
 
-def test_json_gives_a_record_a_line(tmp_path, capsys):
+def test_json_prints_a_record_per_line(tmp_path, capsys):
     write_run(tmp_path / "a", 0.8)
     write_run(tmp_path / "b", 0.7)
     assert main(["runs", "--json", str(tmp_path)]) == 0
@@ -111,7 +111,7 @@ def test_json_gives_a_record_a_line(tmp_path, capsys):
     assert [json.loads(line) for line in lines] == list_runs([tmp_path])
 
 
-def test_an_empty_folder_is_no_mistake(tmp_path, capsys):
+def test_an_empty_folder_is_not_an_error(tmp_path, capsys):
     assert main(["runs", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert captured.out == "" and "no runs in" in captured.err

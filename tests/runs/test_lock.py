@@ -14,7 +14,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.runs.lock import LOCK_FILE, refuse_in_use, sole_run
 
 
-def test_a_folder_is_held_and_let_go(tmp_path):
+def test_a_folder_is_locked_and_released(tmp_path):
     folder = tmp_path / "new" / "run"
     with sole_run(folder):
         facts = json.loads((folder / LOCK_FILE).read_text())
@@ -28,7 +28,7 @@ def test_a_folder_is_held_and_let_go(tmp_path):
     refuse_in_use(tmp_path / "nowhere")
 
 
-def test_the_lock_of_a_dead_process_is_none(tmp_path):
+def test_the_lock_of_a_dead_process_does_not_count(tmp_path):
     code = f"""
 import os, signal
 from pathlib import Path

@@ -44,7 +44,7 @@ def record(folder, name="run.json"):
     return json.loads((folder / name).read_text())
 
 
-def test_a_run_is_made_again_bit_for_bit(finished, tmp_path, capsys):
+def test_a_run_is_reproduced_bit_for_bit(finished, tmp_path, capsys):
     capsys.readouterr()
     again = tmp_path / "again"
     assert main(["reproduce", str(finished), "--output_dir", str(again)]) == 0
@@ -65,7 +65,7 @@ def test_a_run_is_made_again_bit_for_bit(finished, tmp_path, capsys):
     assert all("precision: fp32" in text for text in settings)
 
 
-def test_another_seed_gives_other_weights_and_the_exit_status_says_so(copied, capsys):
+def test_another_seed_gives_other_weights_and_exit_status_1(copied, capsys):
     edit(copied / "config.yaml", "\nseed: 42", "\nseed: 43")
     assert main(["reproduce", str(copied)]) == 1
     out = capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_another_seed_gives_other_weights_and_the_exit_status_says_so(copied, ca
         assert f"{metrics['validation']['cross_entropy']:.4f}" in out
 
 
-def test_versions_threads_and_commit_that_changed_are_listed(copied, tmp_path):
+def test_changed_versions_threads_and_commit_are_listed(copied, tmp_path):
     facts = record(copied)
     facts["environment"] |= {"torch": "1.0", "commit": "0" * 40}
     facts["num_threads"] = torch.get_num_threads() + 1
@@ -128,7 +128,7 @@ def test_other_data_is_refused_before_training(copied, stripes, fixture, message
     assert not copied.with_name("again").exists()
 
 
-def test_other_data_is_tried_if_asked(copied, stripes, other_pixels, capsys):
+def test_other_data_is_accepted_if_requested(copied, stripes, other_pixels, capsys):
     edit(copied / "config.yaml", str(stripes), str(other_pixels))
     assert main(["reproduce", str(copied), "--other_data"]) == 1
     assert "pixel_hashes" in capsys.readouterr().out

@@ -96,7 +96,7 @@ def test_mean_spread_and_interval_are_those_of_the_runs(series):
     assert f"{summary['metrics']['test']['accuracy']['mean']:.4f}" in table
 
 
-def test_a_series_goes_on_where_it_was_cut_off(series, tmp_path, stripes, tiny_vit, capsys):
+def test_an_interrupted_series_resumes(series, tmp_path, stripes, tiny_vit, capsys):
     """The first run is kept, the second goes on from a checkpoint, the third had only begun."""
     again = tmp_path / "runs"
     shutil.copytree(series, again)
@@ -119,7 +119,7 @@ def test_a_series_goes_on_where_it_was_cut_off(series, tmp_path, stripes, tiny_v
     assert len(json.loads((again / "seeds.json").read_text())["runs"]) == 3
 
 
-def test_a_finished_series_gains_figures_that_it_lacks(series, tmp_path, stripes, tiny_vit):
+def test_a_finished_series_adds_missing_test_metrics(series, tmp_path, stripes, tiny_vit):
     again = tmp_path / "runs"
     shutil.copytree(series, again)
     figures = metrics(again / "seed-8")
@@ -132,7 +132,7 @@ def test_a_finished_series_gains_figures_that_it_lacks(series, tmp_path, stripes
     assert (again / "seeds.json").read_text() == (series / "seeds.json").read_text()
 
 
-def test_runs_compute_in_the_setting_of_the_first(series, tmp_path, stripes, tiny_vit):
+def test_all_runs_use_the_setting_of_the_first(series, tmp_path, stripes, tiny_vit):
     again = tmp_path / "runs"
     shutil.copytree(series, again)
     path = again / "seed-7" / "config.yaml"
@@ -160,7 +160,7 @@ LAST = ("--resume_from_checkpoint", "last")
         (["--flip", "0.1", *LAST], "--flip is 0.1, but the run in .*seed-7 began with 0.5"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_starts(
+def test_invalid_options_are_refused_before_the_first_run(
     series, stripes, tiny_vit, flags, message
 ):
     before = {path: path.stat().st_mtime_ns for path in series.rglob("*")}
@@ -170,12 +170,12 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     assert {path: path.stat().st_mtime_ns for path in series.rglob("*")} == before
 
 
-def test_a_folder_with_a_single_run_takes_no_series(single, stripes, tiny_vit):
+def test_a_series_is_refused_in_the_folder_of_a_single_run(single, stripes, tiny_vit):
     for flags in ((), LAST):
         with pytest.raises(UserError, match=r"holds (another|a single) run"):
             finetune_seeds(config(single, stripes, tiny_vit, "--seeds", "2", *flags))
 
 
-def test_the_main_path_does_not_ignore_seeds(tmp_path, stripes, tiny_vit):
+def test_the_main_path_refuses_multiple_seeds(tmp_path, stripes, tiny_vit):
     with pytest.raises(UserError, match="--seeds 2 is for finetune_seeds"):
         finetune_classifier(config(tmp_path / "run", stripes, tiny_vit, "--seeds", "2"))

@@ -90,7 +90,7 @@ def vits():
 
 
 @pytest.mark.parametrize("vit", list(vits()), ids=["transformers", "timm"])
-def test_attention_may_be_eager_and_is_the_same(vit, batch, kernel_calls):
+def test_eager_attention_gives_the_same_results(vit, batch, kernel_calls):
     """Compared only where its matrices take little memory; afterwards it is one kernel again."""
     losses = {}
     for name in ("fused", "eager"):
@@ -107,7 +107,7 @@ def test_attention_may_be_eager_and_is_the_same(vit, batch, kernel_calls):
     assert has_fused_attention(vit)
 
 
-def test_attention_that_takes_much_memory_stays_fused(batch):
+def test_attention_stays_fused_if_eager_needs_much_memory(batch):
     """1 + 64 * 64 patches: a matrix of 16 million numbers for each image."""
     config = ViTConfig(
         image_size=128, patch_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=1,
@@ -133,7 +133,7 @@ def test_attention_of_vit_tiny(size, compared):
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("architecture", ["resnet10t", "mobilenetv2_035", "test_vit"])
-def test_measuring_leaves_the_model_as_it_was(batch, architecture, layout, training):
+def test_measuring_restores_the_model(batch, architecture, layout, training):
     model = timm_model(architecture, **({"img_size": 32} if "vit" in architecture else {}))
     model.to(memory_format=layout).train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -152,7 +152,7 @@ def test_measuring_leaves_the_model_as_it_was(batch, architecture, layout, train
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_attention_that_came_without_the_kernel_stays_so(batch):
+def test_attention_without_the_kernel_is_left_alone(batch):
     """timm's Swin does not trust it; neither the setting nor measuring it may turn it on."""
     swin = timm_model("swin_tiny_patch4_window7_224", img_size=32, depths=(1, 1), num_heads=(1, 2))
     came = [m.fused_attn for m in swin.modules() if hasattr(m, "fused_attn")]
@@ -205,7 +205,7 @@ def test_the_fastest_sound_setting_is_chosen(seconds, loss, chosen):
     assert choose({FP32: Timing(1.0, 2.0), BF16: Timing(seconds, loss)}) == chosen
 
 
-def test_a_short_run_is_not_held_up(convnet, batch):
+def test_a_short_run_is_not_delayed(convnet, batch):
     setting, line = pick_setting(convnet, *batch, num_steps=3)
     assert setting == FP32
     assert "is too short to compare others" in line
@@ -223,7 +223,7 @@ def test_no_more_than_half_of_a_batch_is_measured(size, measured):
 
 
 @pytest.mark.parametrize("num_images", [1, 2])
-def test_a_step_that_cannot_be_measured_is_said(convnet, num_images):
+def test_a_step_that_cannot_be_measured_is_reported(convnet, num_images):
     """Statistics of a norm need more than one value each."""
     images, labels = torch.randn(num_images, 3, 32, 32), torch.zeros(num_images, dtype=torch.int64)
     setting, line = pick_setting(convnet, images, labels, num_steps=5000)
@@ -287,7 +287,7 @@ def test_a_run_reports_its_setting_and_a_resumed_one_uses_the_same(
 
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--bf16", "--use_cpu"]])
-def test_an_asked_precision_is_kept(tmp_path, stripes, tiny_vit, flags, caplog):
+def test_a_requested_precision_is_kept(tmp_path, stripes, tiny_vit, flags, caplog):
     caplog.set_level("INFO", logger="hf_cifar.plan")
     config = run(tmp_path, stripes, tiny_vit, "--max_steps", "2", *flags)
     seen = set()
@@ -308,12 +308,12 @@ def test_an_asked_precision_is_kept(tmp_path, stripes, tiny_vit, flags, caplog):
 
 
 @pytest.mark.parametrize("steps", [3, 400], ids=["short", "measured"])
-def test_an_asked_memory_format_is_kept_while_the_precision_is_picked(convnet, batch, steps):
+def test_a_requested_memory_format_is_kept_while_the_precision_is_picked(convnet, batch, steps):
     setting, _ = pick_setting(convnet, *batch, num_steps=steps, memory_format="contiguous")
     assert setting.memory_format == "contiguous"
 
 
-def test_a_run_keeps_the_asked_memory_format(tmp_path, stripes, tiny_vit):
+def test_a_run_keeps_the_requested_memory_format(tmp_path, stripes, tiny_vit):
     flags = ["--max_steps", "2", "--memory_format", "contiguous"]
     finetune_classifier(run(tmp_path, stripes, tiny_vit, *flags))
     saved = RunConfig.load(tmp_path / "run" / "config.yaml").train
@@ -321,7 +321,7 @@ def test_a_run_keeps_the_asked_memory_format(tmp_path, stripes, tiny_vit):
 
 
 @pytest.mark.parametrize("attention", ["fused", "eager"])
-def test_a_run_keeps_the_asked_attention(tmp_path, stripes, tiny_vit, attention, kernel_calls):
+def test_a_run_keeps_the_requested_attention(tmp_path, stripes, tiny_vit, attention, kernel_calls):
     """In every step, also of a run that goes on; the model that it hands out is as it came."""
     config = run(tmp_path, stripes, tiny_vit, "--max_steps", "2", "--attention", attention)
     result = finetune_classifier(config)
@@ -332,7 +332,7 @@ def test_a_run_keeps_the_asked_attention(tmp_path, stripes, tiny_vit, attention,
     assert "eager" not in (tmp_path / "run" / "config.json").read_text()
 
 
-def test_a_resumed_run_computes_as_it_is_asked(tmp_path, stripes, tiny_vit):
+def test_a_resumed_run_uses_the_requested_setting(tmp_path, stripes, tiny_vit):
     """And as before in what it is not asked."""
     finetune_classifier(
         run(tmp_path, stripes, tiny_vit, "--max_steps", "2", "--attention", "eager",
@@ -353,7 +353,7 @@ def test_eager_attention_of_a_network_without_attention(tmp_path, stripes):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_in_bfloat16_goes_around_slow_kernels_and_gives_back_the_plain_model(
+def test_a_run_in_bfloat16_avoids_slow_kernels_and_restores_the_model(
     tmp_path, stripes, monkeypatch
 ):
     in_float32, convolve = set(), nn.Conv2d._conv_forward
@@ -373,7 +373,7 @@ def test_a_run_in_bfloat16_goes_around_slow_kernels_and_gives_back_the_plain_mod
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_contiguous_images_stay_so(tmp_path, stripes, tiny_vit):
+def test_contiguous_images_stay_contiguous(tmp_path, stripes, tiny_vit):
     from hf_cifar.data.splits import load_splits
     from hf_cifar.models.build import build_model
     from hf_cifar.plan import plan_run

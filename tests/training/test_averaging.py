@@ -33,7 +33,7 @@ def averaged(values, decay):
     return average
 
 
-def test_the_average_is_evaluated_and_the_training_has_its_own_weights(args):
+def test_the_average_is_evaluated_but_not_trained(args):
     average = WeightAverage(0.9)
     values = [1.0, 2.0, 4.0, 8.0]
     model, _ = train(average, args, values)
@@ -44,7 +44,7 @@ def test_the_average_is_evaluated_and_the_training_has_its_own_weights(args):
 
 
 @pytest.mark.parametrize("best", [None, "checkpoint-2"])
-def test_a_training_ends_with_the_average_unless_the_best_checkpoint_was_loaded(args, best):
+def test_training_ends_with_the_average_unless_the_best_checkpoint_is_loaded(args, best):
     args.load_best_model_at_end = True
     average = WeightAverage(0.5)
     model, state = train(average, args, [1.0, 3.0])
@@ -56,7 +56,7 @@ def test_a_training_ends_with_the_average_unless_the_best_checkpoint_was_loaded(
         assert model.weight.item() == pytest.approx(expected)
 
 
-def test_a_resumed_average_continues_as_the_uninterrupted_one(args, tmp_path):
+def test_a_resumed_average_equals_an_uninterrupted_one(args, tmp_path):
     values = [1.0, 3.0, 5.0, 2.0]
     whole = WeightAverage(0.9)
     undisturbed, _ = train(whole, args, values)

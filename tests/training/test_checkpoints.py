@@ -34,7 +34,7 @@ def write(folder, step, text="weights"):
     return folder / f"checkpoint-{step}"
 
 
-def test_a_state_comes_back_as_it_was(tmp_path):
+def test_a_state_is_loaded_unchanged(tmp_path):
     state = {
         "step": torch.tensor(3.0),
         0: {"moments": torch.rand(2, 3), "betas": (0.9, 0.999), "empty": None},
@@ -69,19 +69,19 @@ def test_two_names_of_one_tensor_are_kept(tmp_path):
     assert torch.equal(load_state(tmp_path / "state")[1], shared[:2])
 
 
-def test_a_state_that_is_no_plain_value_is_refused(tmp_path):
+def test_a_state_with_another_type_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot hold a ndarray"):
         save_state(tmp_path / "state", {"rows": np.zeros(3)})
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish", b"\x08" + bytes(7) + b"{}      "])
-def test_a_file_that_is_no_state_is_named(tmp_path, content):
+def test_a_file_of_another_kind_is_named(tmp_path, content):
     (tmp_path / "state").write_bytes(content)
     with pytest.raises(UserError, match="state is not a saved state"):
         load_state(tmp_path / "state")
 
 
-def test_a_checkpoint_is_checked_by_hand_too(tmp_path):
+def test_sha256sum_checks_a_checkpoint(tmp_path):
     checkpoint = write(tmp_path, 3)
     done = subprocess.run(
         ["sha256sum", "--check", "--quiet", SUMS_FILE], cwd=checkpoint, capture_output=True
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_checked_by_hand_too(tmp_path):
     assert find_damage(checkpoint) is None
 
 
-def test_what_is_wrong_is_said(tmp_path):
+def test_damage_is_described(tmp_path):
     checkpoint = write(tmp_path, 3)
     (checkpoint / "sub" / "b").write_text("weightz")
     assert find_damage(checkpoint) == "sub/b differs from its checksum"
@@ -105,7 +105,7 @@ def test_what_is_wrong_is_said(tmp_path):
     assert find_damage(checkpoint) == f"it has no {SUMS_FILE}"
 
 
-def test_the_newest_whole_checkpoint_is_found_by_its_step(tmp_path, caplog):
+def test_the_newest_complete_checkpoint_is_found_by_its_step(tmp_path, caplog):
     for step in (2, 10, 9):
         write(tmp_path, step)
     (tmp_path / "checkpoint-best").mkdir()
@@ -118,7 +118,7 @@ def test_the_newest_whole_checkpoint_is_found_by_its_step(tmp_path, caplog):
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_a_save_that_fails_leaves_the_one_before(tmp_path):
+def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path):
     checkpoint = write(tmp_path, 3, "first")
     with (
         pytest.raises(RuntimeError, match="in mid-save"),
@@ -133,7 +133,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
     assert find_damage(checkpoint) is None
 
 
-def test_a_rename_that_fails_brings_the_one_before_back(tmp_path, monkeypatch):
+def test_a_failed_rename_restores_the_previous_checkpoint(tmp_path, monkeypatch):
     checkpoint = write(tmp_path, 3, "first")
     rename = os.rename
 
@@ -149,7 +149,7 @@ def test_a_rename_that_fails_brings_the_one_before_back(tmp_path, monkeypatch):
     assert (checkpoint / "a").read_text() == "first" and find_damage(checkpoint) is None
 
 
-def test_tensors_of_one_memory_are_saved_each_by_itself(tmp_path):
+def test_tensors_that_share_memory_are_saved_separately(tmp_path):
     whole = torch.arange(12.0).reshape(3, 4)
     state = {"whole": whole, "again": whole, "row": whole[1], "column": whole[:, 2]}
     save_state(tmp_path / "state", state)
@@ -158,7 +158,7 @@ def test_tensors_of_one_memory_are_saved_each_by_itself(tmp_path):
         assert torch.equal(found[name], tensor), name
 
 
-def test_old_checkpoints_go_but_for_those_to_keep(tmp_path):
+def test_old_checkpoints_are_removed_except_those_to_keep(tmp_path):
     for step in range(1, 6):
         write(tmp_path, step)
     kept = {tmp_path / "checkpoint-5", tmp_path / "checkpoint-2"}
@@ -170,7 +170,7 @@ def test_old_checkpoints_go_but_for_those_to_keep(tmp_path):
     assert set(RunFolder(tmp_path).checkpoints()) == kept
 
 
-def test_what_changed_since_a_checkpoint_is_named(tmp_path):
+def test_a_change_since_a_checkpoint_is_named(tmp_path):
     (tmp_path / IDENTITY_FILE).write_text(json.dumps({"classes": ["a", "b"], "gone": 1}))
     check_identity(tmp_path, {"classes": ["a", "b"], "new": 2})
     with pytest.raises(UserError, match=r"other classes \(\['a', 'b'\] then, \['b', 'a'\] now\)"):

@@ -46,7 +46,7 @@ def make_trainer(config):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_features_give_the_models_own_logits(tmp_path, stripes, request, name):
+def test_features_give_the_logits_of_the_model(tmp_path, stripes, request, name):
     model = name if "/" in name else request.getfixturevalue(name)
     trainer, splits = make_trainer(parse(tmp_path, stripes, model, "--image_size", "32"))
     assert isinstance(trainer.train_dataset, FeatureStore)
@@ -62,7 +62,7 @@ def test_features_give_the_models_own_logits(tmp_path, stripes, request, name):
 
 
 @pytest.mark.parametrize("name", ["tiny_vit", "scratch/resnet10t"])
-def test_training_on_features_is_training_the_frozen_model(tmp_path, stripes, request, name):
+def test_training_on_features_equals_training_the_frozen_model(tmp_path, stripes, request, name):
     """The same order, no augmentation: the same head, and the whole model is what is saved."""
     model = name if "/" in name else request.getfixturevalue(name)
     results = []
@@ -84,7 +84,7 @@ def test_training_on_features_is_training_the_frozen_model(tmp_path, stripes, re
     assert torch.equal(head, linear_head(results[0].model).weight)
 
 
-def test_the_next_run_computes_no_features(tmp_path, stripes, tiny_vit):
+def test_the_next_run_reuses_features(tmp_path, stripes, tiny_vit):
     flags = ["--seed", "5", "--max_train_samples", "30", "--precision", "fp32"]
     config = parse(tmp_path, stripes, tiny_vit, *flags)
     first, _ = make_trainer(config)
@@ -108,14 +108,14 @@ def test_the_next_run_computes_no_features(tmp_path, stripes, tiny_vit):
     "change",
     [["--image_size", "24"], ["--feature_views", "2"], ["--max_train_samples", "30"], ["--bf16"]],
 )
-def test_other_conditions_get_other_features(tmp_path, stripes, tiny_vit, change):
+def test_changed_conditions_give_new_features(tmp_path, stripes, tiny_vit, change):
     one, _ = make_trainer(parse(tmp_path, stripes, tiny_vit))
     other, _ = make_trainer(parse(tmp_path, stripes, tiny_vit, *change))
     features = one.train_dataset.features, other.train_dataset.features
     assert features[0].shape != features[1].shape or not torch.equal(*features)
 
 
-def test_views_are_drawn_per_image_in_training_alone(tmp_path, stripes, tiny_vit):
+def test_views_are_drawn_per_image_only_in_training(tmp_path, stripes, tiny_vit):
     trainer, _ = make_trainer(parse(tmp_path, stripes, tiny_vit, "--feature_views", "4"))
     features = trainer.train_dataset.features
     assert features.shape == (4, 72, 32)
@@ -141,7 +141,7 @@ def test_draw_view_without_a_generator_is_the_first():
     assert torch.equal(draw_view(features, None), features[:, 0])
 
 
-def test_a_model_of_which_more_than_the_head_trains_runs_whole(tmp_path, stripes, tiny_vit):
+def test_the_complete_model_runs_if_more_than_the_head_trains(tmp_path, stripes, tiny_vit):
     trainer, _ = make_trainer(parse(tmp_path, stripes, tiny_vit, "--freeze", "1"))
     assert isinstance(trainer.train_dataset, ResidentStore)
     assert not features_suffice(trainer.model, trainer.preprocessing)
@@ -156,7 +156,7 @@ def test_the_solver_needs_features(tmp_path, stripes, tiny_vit, flags):
 
 
 @pytest.mark.parametrize("penalty", [1e-1, 1e-3])
-def test_the_solved_head_is_scikit_learns(penalty):
+def test_the_solved_head_equals_that_of_scikit_learn(penalty):
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 4, 300)
     features = generator.normal(size=(300, 6)) + np.eye(4, 6)[labels] * 1.5
@@ -172,7 +172,7 @@ def test_the_solved_head_is_scikit_learns(penalty):
     )
 
 
-def test_the_penalty_is_the_best_on_validation(tiny_vit):
+def test_the_penalty_is_chosen_on_validation(tiny_vit):
     """Few noisy training images, many dimensions: a weak penalty overfits."""
     generator = torch.Generator().manual_seed(0)
     model = AutoModelForImageClassification.from_pretrained(tiny_vit)

@@ -56,7 +56,7 @@ def test_a_loss_is_watched_without_waiting_for_the_gpu():
     torch.cuda.synchronize()
 
 
-def test_a_signal_stops_a_training_between_its_steps_alone(args):
+def test_a_signal_stops_training_only_between_steps(args):
     signals = StopSignals()
     events = (signals.on_step_end, signals.on_prediction_step)
     with signals.deferred():
@@ -69,7 +69,7 @@ def test_a_signal_stops_a_training_between_its_steps_alone(args):
     signals.on_prediction_step(args, TrainerState(), TrainerControl())  # outside of a training
 
 
-def test_only_the_errors_of_a_dead_worker_are_reported_as_such():
+def test_only_errors_of_a_dead_worker_are_reported_as_such():
     raising = compile("raise EOFError", "site-packages/torch/utils/data/dataloader.py", "exec")
     with pytest.raises(RuntimeError, match="DataLoader worker died"), worker_errors():
         exec(raising)

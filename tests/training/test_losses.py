@@ -13,7 +13,7 @@ def logits():
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
 
-def test_smoothing_of_one_label_is_that_of_plain_cross_entropy(logits):
+def test_smoothing_of_one_label_equals_cross_entropy(logits):
     labels = F.one_hot(torch.tensor([1, 3, 0, 2, 2, 1]), 4)
     smoothed = labels * 0.9 + 0.1 / 4
     wanted = F.binary_cross_entropy_with_logits(logits, smoothed)

@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_memory_that_is_freed_costs_no_second_page_fault():
+def test_freed_memory_causes_no_second_page_fault():
     code = """
 import resource, torch
 from concurrent.futures import ThreadPoolExecutor

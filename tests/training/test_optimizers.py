@@ -63,7 +63,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_exactly_the_weights_of_layers_decay(name):
+def test_only_weights_of_layers_decay(name):
     model = MODELS[name]()
     layers = (torch.nn.Linear, torch.nn.Conv2d)
     expected = {
@@ -92,7 +92,7 @@ def test_embeddings_and_tokens_do_not_decay(name, spared):
         assert not any(n.endswith(part) for n in decay_parameter_names(model))
 
 
-def test_what_a_model_exempts_itself_does_not_decay():
+def test_parameters_that_a_model_exempts_do_not_decay():
     class Declared(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -105,7 +105,7 @@ def test_what_a_model_exempts_itself_does_not_decay():
     assert decay_parameter_names(torch.nn.Sequential(Declared())) == ["0.layer.weight"]
 
 
-def test_learning_rate_grows_with_the_root_of_the_batch():
+def test_learning_rate_scales_with_the_root_of_the_batch():
     model = vit()
     rates = [default_rates(model, batch).learning_rate for batch in (16, 64, 256)]
     assert rates[1] / rates[0] == pytest.approx(2, rel=1e-2)
@@ -131,7 +131,7 @@ def test_rates_by_family():
     assert default_rates(transformer, 64).learning_rate > pretrained.learning_rate
 
 
-def test_the_rate_of_sgd_grows_with_the_batch_and_falls_with_the_momentum():
+def test_the_rate_of_sgd_scales_with_the_batch_and_one_minus_momentum():
     model = vit()
     freeze(model, "backbone")
 

@@ -16,7 +16,7 @@ def state(step=5):
     return SimpleNamespace(global_step=step, max_steps=10, is_world_process_zero=True)
 
 
-def test_the_line_of_one_label():
+def test_the_line_of_single_label_metrics():
     logs = {"eval_accuracy": 0.5, "eval_cross_entropy": 1.25, "eval_loss": 9.0, "epoch": 2.0}
     assert evaluation_line(2.0, logs) == (
         "epoch 2.00: validation accuracy 0.5000, cross-entropy 1.2500"
@@ -24,14 +24,14 @@ def test_the_line_of_one_label():
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_the_line_shows_what_the_table_says(multi_label):
+def test_the_line_shows_the_metrics_of_the_table(multi_label):
     names = metrics_of(multi_label=multi_label, place="training")
     line = evaluation_line(None, {f"eval_{name}": 0.25 for name in names})
     assert line == "epoch 0.00: validation " + ", ".join(f"{words(name)} 0.2500" for name in names)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_validation_loss_that_is_no_number_ends_the_training(value):
+def test_a_nan_validation_loss_ends_training(value):
     with pytest.raises(UserError, match=r"eval_cross_entropy is (nan|inf) at step 5; .* than 0\.1"):
         StopAtNaN().on_log(ARGS, state(), None, logs={"eval_cross_entropy": value})
     StopAtNaN().on_log(ARGS, state(), None, logs={"eval_cross_entropy": 1.0})

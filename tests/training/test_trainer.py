@@ -98,7 +98,7 @@ def test_a_mixed_batch_trains_on_soft_targets(tmp_path, stripes, tiny_vit):
     assert "targets" not in trainer._prepare_inputs(first_batch(trainer))
 
 
-def test_randomness_depends_on_seed_step_micro_batch_and_rank_alone(tmp_path, stripes, tiny_vit):
+def test_randomness_depends_only_on_seed_step_micro_batch_and_rank(tmp_path, stripes, tiny_vit):
     trainer = make_trainer(tmp_path, stripes, tiny_vit)
 
     def draw(step):
@@ -114,7 +114,7 @@ def test_randomness_depends_on_seed_step_micro_batch_and_rank_alone(tmp_path, st
     assert torch.equal(torch.rand(4, generator=other._step_generator()), first)
 
 
-def test_loss_is_plain_cross_entropy_smoothed_in_training_alone(tmp_path, stripes, tiny_vit):
+def test_loss_is_cross_entropy_smoothed_only_in_training(tmp_path, stripes, tiny_vit):
     trainer = make_trainer(tmp_path, stripes, tiny_vit, "--label_smoothing_factor", "0.2")
     inputs = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 0, 1])}
     for training, smoothing in ((True, 0.2), (False, 0.0)):
@@ -145,7 +145,7 @@ def test_gradients_are_the_same_with_and_without_accumulation(tmp_path, stripes,
     assert gradient_norm(parts) == pytest.approx(gradient_norm(whole), rel=1e-4)
 
 
-def test_weight_decay_reaches_weights_alone(tmp_path, stripes, tiny_vit):
+def test_weight_decay_applies_only_to_weights(tmp_path, stripes, tiny_vit):
     trainer = make_trainer(tmp_path, stripes, tiny_vit, "--weight_decay", "0.3")
     optimizer = trainer.create_optimizer()
     decayed, plain = optimizer.param_groups
