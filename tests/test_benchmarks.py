@@ -1,4 +1,4 @@
-"""benchmarks/: every peer trains, and what was measured becomes a table."""
+"""benchmarks/: every peer trains, and measurements become a table."""
 
 import dataclasses
 import functools
@@ -34,8 +34,8 @@ def results(tmp_path, monkeypatch):
 def test_ratios_are_of_interleaved_rounds(results, unit, ratio):
     order = []
 
-    def variant(name, figures):
-        iterator = iter(figures)
+    def variant(name, values):
+        iterator = iter(values)
         return lambda: order.append(name) or next(iterator)
 
     measure.compare(
@@ -50,7 +50,7 @@ def test_ratios_are_of_interleaved_rounds(results, unit, ratio):
         "ours",
         "ours",
         "plain",
-    ]  # from another one on each time
+    ]  # each round starts with another one
     (record,) = map(json.loads, (results / "results" / "cpu.jsonl").read_text().splitlines())
     assert record["ratios"]["plain"]["median"] == ratio
     assert record["figures"]["ours"] == {"median": 22, "low": 20, "high": 90}
@@ -59,8 +59,8 @@ def test_ratios_are_of_interleaved_rounds(results, unit, ratio):
 
 
 def test_the_table_has_the_newest_record_of_each_benchmark(results):
-    for figure in (10.0, 30.0):
-        measure.compare("speed", {"ours": lambda f=figure: f, "plain": lambda: 10.0}, rounds=1)
+    for value in (10.0, 30.0):
+        measure.compare("speed", {"ours": lambda v=value: v, "plain": lambda: 10.0}, rounds=1)
     table.main()
     page = (results / "docs" / "benchmarks.md").read_text()
     assert "| speed | plain | 10 (10-10) images/s | 3 (3-3) | 1 |" in page
@@ -82,7 +82,7 @@ def test_every_peer_trains(tmp_path):
 
 
 def sleepy(seconds, turn):
-    """Steps of a length."""
+    """Work in steps of a fixed duration."""
     while True:
         time.sleep(seconds)
         turn()
@@ -204,4 +204,4 @@ def test_both_kinds_of_checkpoints_are_saved(results, monkeypatch):
     assert set(record["figures"]) == {
         "ours", "ours, until complete", "stock Trainer", "stock Trainer, flushed",
     }  # fmt: skip
-    assert all(figure["median"] > 0 for figure in record["figures"].values())
+    assert all(value["median"] > 0 for value in record["figures"].values())

@@ -1,4 +1,4 @@
-"""hf_cifar.cli: the commands as a user types them."""
+"""hf_cifar.cli: the commands as a user runs them."""
 
 import json
 import subprocess
@@ -63,10 +63,10 @@ def test_evaluate_takes_data_from_the_run(finished, capsys):
         == 0
     )
     out = capsys.readouterr().out
-    figures = json.loads((finished / "metrics.json").read_text())
-    assert set(figures) == {"validation", "test"}
-    assert f"{figures['test']['accuracy']:.4f}" in out
-    assert figures["test"]["num_images"] == 22
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics) == {"validation", "test"}
+    assert f"{metrics['test']['accuracy']:.4f}" in out
+    assert metrics["test"]["num_images"] == 22
 
 
 def test_evaluate_on_other_data_does_not_replace_the_metrics_of_the_run(finished, tmp_path, capsys):
@@ -151,7 +151,7 @@ def test_predict_under_autocast_resizes_exactly(finished, stripes, tmp_path, cap
 
 
 def test_predict_agrees_with_evaluate_for_any_image_size(finished, tmp_path, capsys, stripes):
-    """One resampling, whatever the size of the file: a doubled image gets the same label."""
+    """Images are resampled once, at any file size: a doubled image gets the same label."""
     path = next((stripes / "test" / "down").glob("*.png"))
     Image.open(path).resize((32, 32), Image.Resampling.NEAREST).save(tmp_path / "big.png")
     argv = ["predict", "--model_name_or_path", str(finished), "--use_cpu"]
@@ -234,7 +234,7 @@ BAD = {
         ["finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "article_cnn"],
         "or scratch/article_cnn",
     ),
-    "evaluate what is not trained": (
+    "evaluate a model that is not trained": (
         ["evaluate", "--model_name_or_path", "bundled/efficientnet_lite0"],
         "bundled/efficientnet_lite0 is not fine-tuned yet",
     ),
@@ -324,7 +324,7 @@ def test_a_broken_image_is_named_before_anything_is_written(tmp_path, stripes, t
 
 
 def test_mistakes_and_help_are_found_without_torch(tmp_path):
-    """`import hf_cifar` is light, and so is every error that needs no model."""
+    """`import hf_cifar` imports no torch, nor does any error that needs no model."""
     code = """
 import sys
 import hf_cifar
@@ -350,5 +350,5 @@ def test_every_public_name_exists_and_has_a_docstring():
 
     for name in hf_cifar.__all__:
         text = getattr(hf_cifar, name).__doc__
-        # A dataclass or NamedTuple without one is given its signature.
+        # A dataclass or NamedTuple without a docstring gets its signature as one.
         assert text and not text.startswith(f"{name}("), name

@@ -1,4 +1,4 @@
-"""Two processes over gloo, launched as a user launches them, against one process."""
+"""Two processes over gloo, launched like a user would, compared with one process."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def launch(output_dir, data, model, processes, *flags):
         "--logging_steps", "1", "--do_predict", *flags,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if processes == 1:  # the launcher would still start a process group for one
+    if processes == 1:  # with one process, the launcher would still start a process group
         command = [sys.executable, *command[command.index(str(ROOT / "scripts/finetune.py")) :]]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -78,7 +78,7 @@ def test_metrics_are_exact_when_the_split_does_not_divide_evenly(runs):
 
 
 def test_two_processes_stream_different_shards(tmp_path, shards, tiny_vit):
-    """Each has half of the 72 images in whole batches of 4, and both end with one model."""
+    """Each has half of the 72 images in full batches of 4, and both end with the same model."""
     flags = ("--streaming", "--max_eval_samples", "8")
     done = launch(tmp_path / "run", shards, tiny_vit, 2, *flags)
     assert done.returncode == 0, done.stderr
@@ -88,7 +88,7 @@ def test_two_processes_stream_different_shards(tmp_path, shards, tiny_vit):
 
 
 def test_a_series_with_two_processes_contains_the_single_run(runs, tmp_path, stripes, tiny_vit):
-    """The second run of the series, in processes that have made another before, is that of fresh ones."""
+    """The second run of a series equals a single run, although its processes have made another run before."""
     done = launch(tmp_path, stripes, tiny_vit, 2, "--seed", "41", "--seeds", "2")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "seeds.json").read_text())

@@ -1,4 +1,4 @@
-"""README and docs: what can go stale is compared with the code."""
+"""README and docs: facts that can become outdated are compared with the code."""
 
 import contextlib
 import importlib.util
@@ -64,7 +64,7 @@ def test_every_recipe_has_its_row():
 
 
 def options_of(command, capsys):
-    """Names of all options of a command, as its help lists them."""
+    """Return the names of all options of a command, from its help."""
     with contextlib.suppress(SystemExit):
         main([command, "--help"])
     return set(re.findall(r"--([\w-]+)", capsys.readouterr().out))
@@ -77,6 +77,6 @@ def test_every_option_in_a_command_exists(capsys):
         for command, rest in re.findall(r"(hf-cifar [a-z]+|scripts/finetune\.py)([^`\n#|]*)", text):
             name = command.split()[-1].removeprefix("scripts/").removesuffix(".py")
             assert set(re.findall(r"--([\w-]+)", rest)) <= known[name], (page.name, command, rest)
-        # Options by themselves, in prose and tables: of some command.
+        # Options named without a command, in prose and tables: of any command.
         named = set(re.findall(r"`--([\w-]+)", text))
         assert named <= set.union(*known.values()), page.name

@@ -1,4 +1,4 @@
-"""hf_cifar.finetune: whole runs on a tiny model, and what they leave behind."""
+"""hf_cifar.finetune: complete runs of a tiny model, and the files that they write."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ def test_a_run_writes_all_documented_files(vit_run):
     }  # fmt: skip
     assert not list(vit_run.rglob("training_args.bin"))
     modes = {(vit_run / name).stat().st_mode for name in ("model.safetensors", "metrics.json")}
-    assert len(modes) == 1  # whoever may read the one may read the other
+    assert len(modes) == 1  # readable by the same users
     checkpoints = list(vit_run.glob("checkpoint-*"))
     assert 1 <= len(checkpoints) <= 2
 
@@ -108,9 +108,9 @@ def test_the_model_is_calibrated_on_validation_and_its_labels_stay(
         before, after = (Predictions.load(f, split) for f in (tmp_path / "plain", vit_run))
         np.testing.assert_array_equal(after.logits.argmax(axis=1), before.logits.argmax(axis=1))
         np.testing.assert_allclose(after.logits * temperature, before.logits, atol=1e-4)
-        figures = calibrated[split]
-        assert figures["temperature"] == after.temperature == temperature
-        assert figures["ece_uncalibrated"] == pytest.approx(plain[split]["ece"], abs=1e-4)
+        metrics = calibrated[split]
+        assert metrics["temperature"] == after.temperature == temperature
+        assert metrics["ece_uncalibrated"] == pytest.approx(plain[split]["ece"], abs=1e-4)
     assert calibrated["validation"]["cross_entropy"] < plain["validation"]["cross_entropy"]
     before, after = weights(tmp_path / "plain"), weights(vit_run)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -124,7 +124,7 @@ def test_final_metrics_are_those_of_the_saved_model_in_fp32(stripes, tiny_vit, t
     images = [Image.open(path).convert("RGB") for path in stripe_images(stripes)]
     with torch.no_grad():
         logits = model(**processor(images, return_tensors="pt")).logits.numpy()
-    # Under bfloat16 they would differ by about 1%.
+    # In bfloat16 they would differ by about 1%.
     np.testing.assert_allclose(
         Predictions.load(tmp_path, "test").logits, logits, rtol=2e-3, atol=2e-3
     )
@@ -172,7 +172,7 @@ def test_timm_loads_a_saved_timm_model(timm_run):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        # The same weights at other addresses: a kernel may differ in the last bit of its sums.
+        # The same weights at other addresses: the last bit of a kernel's sums may differ.
         torch.testing.assert_close(model(images).logits, plain(images))
     settings = timm.data.resolve_model_data_config(plain)
     assert (settings["input_size"], settings["crop_pct"]) == ([3, 32, 32], 1.0)
@@ -217,7 +217,7 @@ def test_a_saved_config_repeats_the_run_bit_for_bit(tmp_path, vit_run):
 
 
 def test_the_best_checkpoint_is_kept(tmp_path, stripes, tiny_vit):
-    """A learning rate that grows wrecks the model in the end; the saved one is the best, not the last."""
+    """A growing learning rate ruins the last model; the saved one is the best."""
     result = tiny_run(
         tmp_path / "run", stripes, tiny_vit, "--num_train_epochs", "8", "--learning_rate", "1",
         "--warmup_steps", "0.99", "--lr_scheduler_type", "constant_with_warmup",
@@ -250,7 +250,7 @@ def test_the_best_by_a_loss_is_the_lowest(tmp_path, stripes, tiny_vit, metric):
 @pytest.mark.slow
 def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, stripes, tiny_vit):
     flags = ["--torch_compile", "--torch_compile_backend", "eager", "--num_train_epochs", "1"]
-    flags += ["--layer_decay", "0.5"]  # which asks for the names too
+    flags += ["--layer_decay", "0.5"]  # which needs the names too
     result = tiny_run(tmp_path / "run", stripes, tiny_vit, *flags)
     assert not any("_orig_mod" in name for name in weights(result.output_dir))
     _, loading = AutoModelForImageClassification.from_pretrained(
@@ -260,7 +260,7 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, stripes, tiny_v
 
 
 def test_a_model_of_another_library_gets_a_mean_loss_too(tmp_path, stripes, tiny_vit):
-    """ViT's forward takes **kwargs; the Trainer would hand it num_items_in_batch and scale twice."""
+    """ViT's forward takes **kwargs; the Trainer would pass num_items_in_batch and scale twice."""
     from hf_cifar.plan import plan_run
     from hf_cifar.training.build import build_trainer
 
@@ -421,7 +421,7 @@ def test_a_stream_trains_in_epochs_of_whole_batches(streamed_run):
 
 
 def test_a_stream_resumes_to_the_same_weights(tmp_path, streamed_run, shards, tiny_vit):
-    """Another run that stops early and goes on ends where the undisturbed one does."""
+    """A run that stops early and resumes ends with the weights of an uninterrupted one."""
     folder = tmp_path / "again"
     shutil.copytree(streamed_run, folder)
     for path in [*folder.glob("checkpoint-27"), *folder.glob("*.safetensors")]:
@@ -445,8 +445,8 @@ def test_a_stream_resumes_in_mid_epoch_with_the_same_number_of_workers(
         "3",
     )
     monkeypatch.setattr("hf_cifar.training.build.default_num_workers", lambda resident: 2)
-    tiny_run(tmp_path / "whole", shards, tiny_vit, *flags)
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    tiny_run(tmp_path / "uninterrupted", shards, tiny_vit, *flags)
+    shutil.copytree(tmp_path / "uninterrupted", tmp_path / "part")
     for path in [tmp_path / "part/checkpoint-8", tmp_path / "part/checkpoint-9"]:
         shutil.rmtree(path)
     (tmp_path / "part/model.safetensors").unlink()
@@ -455,7 +455,7 @@ def test_a_stream_resumes_in_mid_epoch_with_the_same_number_of_workers(
         tiny_run(tmp_path / "part", shards, tiny_vit, *resumed, "--dataloader_num_workers", "0")
     monkeypatch.setattr("hf_cifar.training.build.default_num_workers", lambda resident: 1)
     tiny_run(tmp_path / "part", shards, tiny_vit, *resumed)
-    before, after = weights(tmp_path / "whole"), weights(tmp_path / "part")
+    before, after = weights(tmp_path / "uninterrupted"), weights(tmp_path / "part")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

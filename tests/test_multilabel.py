@@ -1,4 +1,4 @@
-"""Multi-label data end to end: everything that differs from single-label data."""
+"""Multi-label data end to end, where they differ from single-label data."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def finished(tmp_path_factory, lights, tiny_vit):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory, lights):
-    """The test images as files, with their labels."""
+    """Write the test images to files; returns their labels too."""
     folder = tmp_path_factory.mktemp("photos")
     rows = load_from_disk(str(lights))["test"]
     for i, photo in enumerate(rows["photo"]):
@@ -171,8 +171,8 @@ def test_thresholds_of_another_number_of_labels_are_refused(finished, tmp_path):
 
 def test_a_run_from_a_multi_label_model_starts_without_its_thresholds(finished, lights, stripes):
     config = tiny_config("unused", lights, finished.output_dir)
-    several = build_model(config.model, dict(enumerate("rgb")), multi_label=True).model
-    assert several.config.thresholds is None
+    multiple = build_model(config.model, dict(enumerate("rgb")), multi_label=True).model
+    assert multiple.config.thresholds is None
     one = build_model(config.model, {0: "across", 1: "down"}).model
     assert one.config.problem_type is None and one.config.thresholds is None
 

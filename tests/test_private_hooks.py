@@ -40,9 +40,9 @@ SIGNATURES = {
     "trial: 'optuna.Trial | dict[str, Any] | None') -> None",
     "Trainer._save_optimizer_and_scheduler": "(self, output_dir: str) -> None",
 }
-# Attributes of a Trainer that ours sets or reads; also one of ours that the parent begins to use.
+# Attributes of a Trainer that ours sets or reads, and any of ours that the parent starts to use.
 TRAINER_ATTRIBUTES = {"_train_batch_size"}
-# Classes, attributes and arguments that the package uses by name, and whether the library has them.
+# Private classes, attributes and arguments that the package uses, each with a check that it exists.
 OTHER_NAMES = {
     "_BatchNorm": lambda: issubclass(batchnorm.BatchNorm2d, batchnorm._BatchNorm),
     "_attn_implementation": lambda: PreTrainedConfig()._attn_implementation is None,
@@ -58,7 +58,7 @@ def is_private(name):
 
 @pytest.fixture(scope="module")
 def overridden():
-    """Private methods of other libraries' classes that classes of ours override, by CLASS.NAME."""
+    """Return the private methods of other libraries that our classes override, by CLASS.NAME."""
     modules = pkgutil.walk_packages(hf_cifar.__path__, "hf_cifar.")
     found = {}
     for module in [importlib.import_module(module.name) for module in modules]:
@@ -77,7 +77,7 @@ def overridden():
 
 @pytest.fixture(scope="module")
 def names():
-    """Private names in the package's source: those that it uses, and those that it defines."""
+    """Return the private names that the package's source uses, and those that it defines."""
     used, defined = set(), set()
     for path in Path(hf_cifar.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -99,7 +99,7 @@ def names():
 
 @pytest.fixture(scope="module")
 def called(names):
-    """Private methods of the Trainer that the package calls, or defines itself, by CLASS.NAME."""
+    """Return the private methods of the Trainer that the package calls or defines, by CLASS.NAME."""
     used, defined = names
     return {
         f"Trainer.{name}": getattr(Trainer, name)

@@ -1,4 +1,4 @@
-"""README and its Chinese edition say the same."""
+"""README and its Chinese edition have the same content."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""requirements.lock: the tested versions, each with its hashes, as setup.cfg admits them."""
+"""requirements.lock: the tested versions, each with its hashes and allowed by setup.cfg."""
 
 import configparser
 import re

@@ -21,7 +21,7 @@ def history_of(folder):
 
 
 def column(history, key):
-    """{step: value} of the records that have the key."""
+    """Return {step: value} of the records that have the key."""
     return {record["step"]: record[key] for record in history if key in record}
 
 
@@ -50,9 +50,9 @@ def test_the_history_of_a_resumed_run_is_complete(tracked, tmp_path, stripes, ti
     for name in ("run.json", "metrics.json", "model.safetensors"):
         (folder / name).unlink()
     run(folder, stripes, tiny_vit, "--resume_from_checkpoint", "last")
-    whole, resumed = history_of(tracked), history_of(folder)
+    uninterrupted, resumed = history_of(tracked), history_of(folder)
     for key in ("loss", "learning_rate", "grad_norm", "eval_accuracy", "eval_cross_entropy"):
-        assert column(resumed, key) == column(whole, key)
+        assert column(resumed, key) == column(uninterrupted, key)
 
 
 def test_values_that_are_not_finite_become_null():
@@ -91,7 +91,7 @@ def test_trackio_keeps_the_curves_on_this_machine(tmp_path, stripes, tiny_vit, m
     for name, key in {"train/loss": "loss", "eval/accuracy": "eval_accuracy"}.items():
         drawn = {r["train/global_step"]: r[name] for r in records if name in r}
         assert drawn == pytest.approx(column(history, key))
-    # The final predictions would open it once more, and file those of validation under test.
+    # The final predictions would open it again, and record those of validation as test.
     assert trackio.context_vars.current_run.get() is None
 
 

@@ -1,4 +1,4 @@
-"""GitHub's workflows: what they name exists here, and their versions are those of setup.cfg."""
+"""GitHub's workflows: the names in them exist, and their versions are those of setup.cfg."""
 
 import configparser
 import os
@@ -28,14 +28,14 @@ def jobs():
 
 
 def commands():
-    """Shell commands of all workflows and actions."""
+    """Return the shell commands of all workflows and actions."""
     steps = [step for job in jobs().values() for step in job["steps"]]
     steps += [step for path in ACTIONS for step in load(path)["runs"]["steps"]]
     return [step["run"] for step in steps if "run" in step]
 
 
 def minimums():
-    """Name and lowest version of each requirement of the package, and of the extras that the tests need."""
+    """Return the lowest version of each requirement of the package, and of the extras that the tests need."""
     lists = [SETUP["options"]["install_requires"]]
     lists += [SETUP["options.extras_require"][extra] for extra in ("bundled", "dev")]
     for line in "\n".join(lists).split("\n"):

@@ -1,4 +1,4 @@
-"""hf_cifar.config.run and hf_cifar.config.command_line: one command line, one YAML file, one truth."""
+"""hf_cifar.config.run and hf_cifar.config.command_line: command lines and YAML files."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""hf_cifar.config.metrics: a row of the table is all that makes a metric known and shown."""
+"""hf_cifar.config.metrics: a row of the table is enough for a metric to be computed and shown."""
 
 import json
 import subprocess
@@ -109,7 +109,7 @@ def test_metrics_have_words_besides_their_names():
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_a_metric_is_added_by_a_function_and_a_row(multi_label, monkeypatch, tmp_path):
-    """Jaccard's index over all decisions, as CONTRIBUTING says."""
+    """Jaccard's index over all decisions, the example in CONTRIBUTING."""
 
     def jaccard_micro(counts):
         hits, predicted, actual = (each.sum(axis=-1) for each in counts)

@@ -223,8 +223,8 @@ def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(
         chosen = newest_checkpoint(folder)
         warned = "checkpoint-6 is damaged" in caplog.text
         same = resumes_to(expected, trainer)
-        mended = find_damage(folder / "checkpoint-6") is None
-        good += chosen.name == "checkpoint-4" and warned and same and mended
+        repaired = find_damage(folder / "checkpoint-6") is None
+        good += chosen.name == "checkpoint-4" and warned and same and repaired
     record_result(
         9,
         "the newest checkpoint damaged in seven ways",

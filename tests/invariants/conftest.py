@@ -1,4 +1,4 @@
-"""Data and models of the frozen runs, which no version of a library changes; and --write-references."""
+"""Data and models of the frozen runs, independent of library versions; and --write-references."""
 
 import math
 
@@ -35,14 +35,14 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def paint(lights, generator):
-    """Noise [N, SIDE, SIDE, 3], brighter in the channels whose light [N, 3] is on."""
+    """Return noise [N, SIDE, SIDE, 3], brighter in the channels whose light [N, 3] is on."""
     noise = generator.randint(0, 156, (len(lights), SIDE, SIDE, 3))
     return (noise + 40 * lights[:, None, None, :]).astype(np.uint8)
 
 
 def save_images(folder):
     """Save one folder of images per class."""
-    generator = np.random.RandomState(0)  # its numbers are frozen, those of default_rng are not
+    generator = np.random.RandomState(0)  # its numbers never change, those of default_rng may
     for label, name in enumerate(CLASSES):
         (folder / "train" / name).mkdir(parents=True)
         lights = np.tile(np.eye(3, dtype=int)[label], (32, 1))
@@ -127,7 +127,7 @@ SAVE = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A function: the folder of a data set or model of SAVE; any other name is returned as it is."""
+    """A function that returns the folder of a data set or model of SAVE, and any other name unchanged."""
     root = tmp_path_factory.mktemp("saved")
 
     def folder_of(name):
@@ -142,7 +142,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def same_everywhere():
-    """One thread, since sums depend on their number; and no wait of 5 s for each stream that is closed."""
+    """Use one thread, because sums depend on the number; and do not wait 5 s for each closed stream."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,7 +1,7 @@
-"""Tiny runs, held step by step against the numbers that they once had.
+"""Tiny runs, compared step by step with frozen reference values.
 
-A change of the code's shape must pass. After a change of what it computes,
-`pytest tests/invariants --write-references` writes the references again and prints what changed.
+Refactoring must pass. After an intended change of results, `pytest tests/invariants --write-references`
+rewrites the references and prints the differences.
 """
 
 import hashlib
@@ -42,14 +42,14 @@ RUNS = {
     ],
 }  # fmt: skip
 STOPS = {"cnn": 13, "vit": 7}  # steps in mid-epoch, of 18 and 10
-# Relative plus absolute. The numbers of SSE4, AVX2 and AVX512, and those of torch 2.11 and 2.15, differ by
-# 2.3e-7 at most.
+# Relative plus absolute. Values with SSE4, AVX2 and AVX512, and with torch 2.11 and 2.15, differ by at most
+# 2.3e-7.
 TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
 def run(saved, same_everywhere):
-    """A function that makes one of RUNS in a folder."""
+    """A function that runs one of RUNS in a folder."""
 
     def run_in(folder, name, *options):
         data, model, *own = RUNS[name]
@@ -62,7 +62,7 @@ def run(saved, same_everywhere):
 
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory):
-    """A function: the facts of one of RUNS, which is made when it is first asked for."""
+    """A function that returns the facts of one of RUNS, run at the first call."""
     root, facts = tmp_path_factory.mktemp("runs"), {}
 
     def facts_of(name):
@@ -75,7 +75,7 @@ def finished(run, tmp_path_factory):
 
 
 def read_facts(folder):
-    """Facts of a finished run, in the form of a reference file."""
+    """Return the facts of a finished run, in the form of a reference file."""
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     log = json.loads((last / "trainer_state.json").read_text())["log_history"]
     metrics = json.loads((folder / "metrics.json").read_text())["validation"]
@@ -103,7 +103,7 @@ def read_facts(folder):
 
 
 def leaves(values, prefix=""):
-    """Names and values of the leaves of nested dicts and lists."""
+    """Return names and values of the leaves of nested dicts and lists."""
     items = values.items() if isinstance(values, dict) else enumerate(values)
     for name, value in items:
         if isinstance(value, (dict, list)):
@@ -113,7 +113,7 @@ def leaves(values, prefix=""):
 
 
 def weights_hash(path):
-    """SHA-256 of the bytes of all tensors, by sorted name."""
+    """Return the SHA-256 of the bytes of all tensors, by sorted name."""
     sha, tensors = hashlib.sha256(), load_file(path)
     for name in sorted(tensors):
         sha.update(name.encode() + tensors[name].numpy().tobytes())
@@ -121,7 +121,7 @@ def weights_hash(path):
 
 
 def machine():
-    """All that the last bit of a sum may depend on."""
+    """Return the facts that the last bit of a sum may depend on."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -136,7 +136,7 @@ def machine():
 
 
 def differences(wanted, found, tolerance=0.0):
-    """One line for each leaf that is missing, new, or differs by more than the tolerance."""
+    """Return a line for each leaf that is missing, new, or differs by more than the tolerance."""
     wanted, found = dict(leaves(wanted)), dict(leaves(found))
     return [
         f"{name}: {before} before, {now} now"
@@ -158,7 +158,7 @@ def reference_path(name):
 
 @pytest.fixture
 def reference(request, record_property, finished):
-    """A function: the reference of a run; with --write-references, it is written first."""
+    """A function that returns the reference of a run; with --write-references, it writes it first."""
 
     def read(name):
         path = reference_path(name)
@@ -177,7 +177,7 @@ def reference(request, record_property, finished):
 
 
 def render(facts):
-    """Facts as JSON, with a line for each step and each metric."""
+    """Return facts as JSON, with a line for each step and each metric."""
     parts = []
     for name, part in facts.items():
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in part.items()]
@@ -201,7 +201,7 @@ def test_weights_are_bit_identical_to_the_reference(name, finished, same_everywh
 
 
 class StopAt(TrainerCallback):
-    """Sends the signal with which a scheduler ends a job."""
+    """Sends the signal that a scheduler uses to end a job."""
 
     def __init__(self, step):
         self.step = step

@@ -1,4 +1,4 @@
-"""The energy of a training: measured where codecarbon is installed, absent elsewhere."""
+"""hf_cifar.runs.energy: measured if codecarbon is installed, otherwise absent."""
 
 import importlib.util
 import time

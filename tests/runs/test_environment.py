@@ -21,7 +21,7 @@ def test_environment_has_the_installed_versions():
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_the_commit_is_that_of_the_code_s_own_checkout(tmp_path):
-    """The module is copied: whether this package is a checkout is not known here."""
+    """The module is copied, because this package may or may not be a checkout."""
     source = shutil.copy(inspect.getsourcefile(environment), tmp_path / "copied.py")
     spec = importlib.util.spec_from_file_location("copied", source)
     copied = importlib.util.module_from_spec(spec)
@@ -35,7 +35,7 @@ def test_the_commit_is_that_of_the_code_s_own_checkout(tmp_path):
     assert "commit" not in copied.environment()
     git("init")
     git("commit", "--allow-empty", "--message", "of another program")
-    assert "commit" not in copied.environment()  # installed below somebody's checkout
+    assert "commit" not in copied.environment()  # installed below another project's checkout
     git("add", "copied.py")
     git("commit", "--message", "first")
     head = git("rev-parse", "HEAD")

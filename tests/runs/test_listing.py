@@ -1,4 +1,4 @@
-"""hf_cifar.runs.listing: what `hf-cifar runs` finds and shows."""
+"""hf_cifar.runs.listing: the runs that `hf-cifar runs` finds, and their records."""
 
 import json
 import subprocess
@@ -17,14 +17,14 @@ OPTIONS = {
 
 
 def write_run(folder, accuracy=None, test=None, **options):
-    """The files of a run; of an unfinished one without an accuracy."""
+    """Write the files of a run; without an accuracy, those of an unfinished one."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(OPTIONS | options))
     if accuracy is not None:
-        figures = {"validation": accuracy} | ({"test": test} if test is not None else {})
+        accuracies = {"validation": accuracy} | ({"test": test} if test is not None else {})
         metrics = {
             split: {"accuracy": value, "intervals": {"accuracy": [value - 0.01, value + 0.01]}}
-            for split, value in figures.items()
+            for split, value in accuracies.items()
         }
         (folder / "metrics.json").write_text(json.dumps(metrics))
         facts = {"epochs": 2.0, "finished": "2026-05-04T10:20:30+00:00"}

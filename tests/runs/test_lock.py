@@ -1,4 +1,4 @@
-"""hf_cifar.runs.lock: one run a folder."""
+"""hf_cifar.runs.lock: one run per folder."""
 
 import errno
 import json

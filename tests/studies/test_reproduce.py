@@ -1,4 +1,4 @@
-"""hf_cifar.studies.reproduce: a run made again from what it left, and what differs."""
+"""hf_cifar.studies.reproduce: rerun from the files of a run, and differences."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from hf_cifar.studies.reproduce import compare_weights, render_reproduction
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, stripes, tiny_vit):
-    """A run with all kinds of chance in it, whose precision was picked, and which was tested afterwards."""
+    """A run with several sources of randomness and a measured precision, evaluated on test afterwards."""
     folder = tmp_path_factory.mktemp("reproduce") / "run"
     argv = ["finetune", *tiny_options(
         folder, stripes, tiny_vit, "--rotation", "10", "--color_jitter", "0.2",
@@ -30,7 +30,7 @@ def finished(tmp_path_factory, stripes, tiny_vit):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """The run's folder once more, to be changed."""
+    """A copy of the run's folder that a test may change."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
@@ -153,11 +153,11 @@ def test_weights_are_compared_tensor_by_tensor(tmp_path):
     assert not found["identical"]
     assert (found["num_tensors"], found["differing"], found["unmatched"]) == (4, 1, 3)
     assert found["largest_difference"] == 0.5
-    found = compare_weights(files[0], files[2])  # another header alone
+    found = compare_weights(files[0], files[2])  # only the header differs
     assert found["identical"] and found["sha256"][0] != found["sha256"][1]
     save_file({"a": -torch.zeros(3)}, files[1])
     save_file({"a": torch.zeros(3)}, files[2])
-    assert compare_weights(files[1], files[2])["differing"] == 1  # equal, but not the same bits
+    assert compare_weights(files[1], files[2])["differing"] == 1  # equal, but not bit-identical
     files[1].write_bytes(b"half a file")
     with pytest.raises(UserError, match="is damaged"):
         compare_weights(files[0], files[1])

@@ -1,4 +1,4 @@
-"""hf_cifar.studies.seeds: several runs of a recipe, their mean and spread."""
+"""hf_cifar.studies.seeds: multiple runs of a recipe, their mean and spread."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def config(*args):
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory, stripes, tiny_vit):
-    """One run with the second seed of the series, made before it."""
+    """A single run with the second seed of the series."""
     folder = tmp_path_factory.mktemp("single") / "run"
     finetune_classifier(config(folder, stripes, tiny_vit, "--seed", "8", "--do_predict"))
     return folder
@@ -56,7 +56,7 @@ def test_a_run_of_a_series_is_the_single_run_with_its_seed(series, single):
 
 
 def test_all_runs_decode_their_images_once(tmp_path, stripes, tiny_vit, monkeypatch):
-    """Without a disk cache that could help."""
+    """Tested without the disk cache."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "file" / "cache"))
     decoded, original = [], pixels_module.decode_cells
@@ -85,19 +85,19 @@ def test_mean_spread_and_interval_are_those_of_the_runs(series):
     assert summary["num_images"] == {"validation": 8, "test": 22}
     for split in ("validation", "test"):
         values = [metrics(series / f"seed-{n}")[split]["cross_entropy"] for n in (7, 8)]
-        figure = summary["metrics"][split]["cross_entropy"]
-        assert figure["values"] == values and figure["num_runs"] == 2
-        assert figure["mean"] == pytest.approx(np.mean(values))
-        assert figure["std"] == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2))
-        low, high = figure["interval"]
-        assert high - low == pytest.approx(2 * 12.7062 * figure["std"] / np.sqrt(2), rel=1e-4)
+        row = summary["metrics"][split]["cross_entropy"]
+        assert row["values"] == values and row["num_runs"] == 2
+        assert row["mean"] == pytest.approx(np.mean(values))
+        assert row["std"] == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2))
+        low, high = row["interval"]
+        assert high - low == pytest.approx(2 * 12.7062 * row["std"] / np.sqrt(2), rel=1e-4)
     table = render_seeds(summary)
     assert "test, 22 images" in table and "seeds: 7, 8" in table
     assert f"{summary['metrics']['test']['accuracy']['mean']:.4f}" in table
 
 
 def test_an_interrupted_series_resumes(series, tmp_path, stripes, tiny_vit, capsys):
-    """The first run is kept, the second goes on from a checkpoint, the third had only begun."""
+    """The first run is kept, the second resumes from a checkpoint, the third starts from the beginning."""
     again = tmp_path / "runs"
     shutil.copytree(series, again)
     shutil.rmtree(again / "seed-8" / "checkpoint-18")
@@ -122,13 +122,11 @@ def test_an_interrupted_series_resumes(series, tmp_path, stripes, tiny_vit, caps
 def test_a_finished_series_adds_missing_test_metrics(series, tmp_path, stripes, tiny_vit):
     again = tmp_path / "runs"
     shutil.copytree(series, again)
-    figures = metrics(again / "seed-8")
-    (again / "seed-8" / "metrics.json").write_text(
-        json.dumps({"validation": figures["validation"]})
-    )
+    before = metrics(again / "seed-8")
+    (again / "seed-8" / "metrics.json").write_text(json.dumps({"validation": before["validation"]}))
     flags = ("--seeds", "2", "--do_predict", "--resume_from_checkpoint", "last")
     finetune_seeds(config(again, stripes, tiny_vit, *flags))
-    assert metrics(again / "seed-8") == figures
+    assert metrics(again / "seed-8") == before
     assert (again / "seeds.json").read_text() == (series / "seeds.json").read_text()
 
 
@@ -165,8 +163,8 @@ def test_invalid_options_are_refused_before_the_first_run(
 ):
     before = {path: path.stat().st_mtime_ns for path in series.rglob("*")}
     with pytest.raises(UserError, match=message):
-        asked = config(series, stripes, tiny_vit, "--seeds", "2", "--do_predict", *flags)
-        finetune_seeds(asked) if asked.train.seeds > 1 else finetune_classifier(asked)
+        requested = config(series, stripes, tiny_vit, "--seeds", "2", "--do_predict", *flags)
+        finetune_seeds(requested) if requested.train.seeds > 1 else finetune_classifier(requested)
     assert {path: path.stat().st_mtime_ns for path in series.rglob("*")} == before
 
 

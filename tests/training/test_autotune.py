@@ -1,4 +1,4 @@
-"""hf_cifar.training.autotune: what is measured, what is chosen, and that nothing else changes."""
+"""hf_cifar.training.autotune: measurements, the choice, and no side effects."""
 
 import math
 
@@ -53,7 +53,7 @@ def convnet():
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """Sizes of the batches for which attention's one kernel computes, while training."""
+    """Record the batch sizes of calls to the fused attention kernel in training."""
     calls, kernel = [], F.scaled_dot_product_attention
 
     def counted(query, *args, **kwargs):
@@ -91,7 +91,7 @@ def vits():
 
 @pytest.mark.parametrize("vit", list(vits()), ids=["transformers", "timm"])
 def test_eager_attention_gives_the_same_results(vit, batch, kernel_calls):
-    """Compared only where its matrices take little memory; afterwards it is one kernel again."""
+    """Eager attention is compared only if its matrices need little memory; then the kernel is restored."""
     losses = {}
     for name in ("fused", "eager"):
         setting = FP32._replace(attention=name)
@@ -108,7 +108,7 @@ def test_eager_attention_gives_the_same_results(vit, batch, kernel_calls):
 
 
 def test_attention_stays_fused_if_eager_needs_much_memory(batch):
-    """1 + 64 * 64 patches: a matrix of 16 million numbers for each image."""
+    """1 + 64 * 64 patches give a matrix of 16 million numbers for each image."""
     config = ViTConfig(
         image_size=128, patch_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=1,
         intermediate_size=16, num_labels=3,
@@ -122,7 +122,7 @@ def test_attention_stays_fused_if_eager_needs_much_memory(batch):
 
 @pytest.mark.parametrize(("size", "compared"), [(224, True), (384, False)])
 def test_attention_of_vit_tiny(size, compared):
-    """Its matrices grow with the square of the patches: 1.18 times as much is kept, and 1.54 times."""
+    """The matrices grow with the square of the patches: 1.18 and 1.54 times as much memory is kept."""
     vit = timm_model("vit_tiny_patch16_224", img_size=size)
     images, labels = torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 0])
     _, line = pick_setting(vit, images, labels, num_steps=400)
@@ -153,7 +153,7 @@ def test_measuring_restores_the_model(batch, architecture, layout, training):
 
 
 def test_attention_without_the_kernel_is_left_alone(batch):
-    """timm's Swin does not trust it; neither the setting nor measuring it may turn it on."""
+    """timm turns the kernel off for Swin; neither a setting nor measuring it may turn it on."""
     swin = timm_model("swin_tiny_patch4_window7_224", img_size=32, depths=(1, 1), num_heads=(1, 2))
     came = [m.fused_attn for m in swin.modules() if hasattr(m, "fused_attn")]
     assert came == [False, False]
@@ -165,7 +165,7 @@ def test_attention_without_the_kernel_is_left_alone(batch):
 
 
 def test_every_setting_computes_the_same_loss(convnet, batch):
-    """Dropout included: each step sees the same one. float32 to rounding, bfloat16 to its own."""
+    """Also with dropout, which is the same in each step; up to the rounding of each format."""
     timings = measure(convnet, *batch, candidates(convnet, CPU), rounds=1)
     reference = timings[FP32].loss
     assert 0.1 < reference < 10
@@ -187,7 +187,7 @@ def test_a_setting_that_fails_at_any_step_has_no_timing(convnet, batch, monkeypa
     monkeypatch.setattr(torch, "compile", compile_without_compiler)
     compiled = FP32._replace(compiled=True)
     assert list(measure(convnet, *batch, [FP32, compiled], rounds=4)) == [FP32]
-    assert len(compilations) == good_steps + 1  # it is not tried again
+    assert len(compilations) == good_steps + 1  # not tried again
 
 
 @pytest.mark.parametrize(
@@ -213,18 +213,18 @@ def test_a_short_run_is_not_delayed(convnet, batch):
 
 @pytest.mark.parametrize(("size", "measured"), [(1, {1}), (3, {1}), (8, {4}), (20, {4, 10})])
 def test_no_more_than_half_of_a_batch_is_measured(size, measured):
-    """On a CPU, where float32 keeps twice the memory of what may be chosen."""
+    """On a CPU, where float32 keeps twice the memory of bfloat16."""
     vit = next(vits())
     seen = set()
     vit.register_forward_hook(lambda module, args, kwargs, output: seen.add(len(output.logits)),
                               with_kwargs=True)  # fmt: skip
     pick_setting(vit, torch.randn(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64), 5000)
-    assert seen - {2} == measured  # 2: to see what attention keeps
+    assert seen - {2} == measured  # 2: to measure the memory that attention keeps
 
 
 @pytest.mark.parametrize("num_images", [1, 2])
 def test_a_step_that_cannot_be_measured_is_reported(convnet, num_images):
-    """Statistics of a norm need more than one value each."""
+    """The statistics of a norm need more than one value per channel."""
     images, labels = torch.randn(num_images, 3, 32, 32), torch.zeros(num_images, dtype=torch.int64)
     setting, line = pick_setting(convnet, images, labels, num_steps=5000)
     assert setting == FP32
@@ -272,7 +272,7 @@ def test_a_run_reports_its_setting_and_a_resumed_one_uses_the_same(
     saved = RunConfig.load(tmp_path / "run" / "config.yaml")
     assert (saved.train.precision, saved.train.memory_format) == ("fp32", "channels_last")
     assert measured(caplog)[0].startswith("computing in fp32 channels_last")
-    # As if bf16 had been the faster one.
+    # As if bf16 had been faster.
     text = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "run" / "config.yaml").write_text(
         text.replace("precision: fp32", "precision: bf16")
@@ -322,7 +322,7 @@ def test_a_run_keeps_the_requested_memory_format(tmp_path, stripes, tiny_vit):
 
 @pytest.mark.parametrize("attention", ["fused", "eager"])
 def test_a_run_keeps_the_requested_attention(tmp_path, stripes, tiny_vit, attention, kernel_calls):
-    """In every step, also of a run that goes on; the model that it hands out is as it came."""
+    """In every step, also of a resumed run; the returned model has its original attention."""
     config = run(tmp_path, stripes, tiny_vit, "--max_steps", "2", "--attention", attention)
     result = finetune_classifier(config)
     layers = result.model.config.num_hidden_layers
@@ -333,7 +333,7 @@ def test_a_run_keeps_the_requested_attention(tmp_path, stripes, tiny_vit, attent
 
 
 def test_a_resumed_run_uses_the_requested_setting(tmp_path, stripes, tiny_vit):
-    """And as before in what it is not asked."""
+    """For everything not requested, it uses the setting of the original run."""
     finetune_classifier(
         run(tmp_path, stripes, tiny_vit, "--max_steps", "2", "--attention", "eager",
             "--memory_format", "contiguous", "--precision", "bf16")

@@ -1,4 +1,4 @@
-"""hf_cifar.training.averaging: the average of the weights, by hand, and when the model has it."""
+"""hf_cifar.training.averaging: the average of the weights, and when the model has it."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def args(tmp_path):
 
 
 def train(average, args, values, model=None):
-    """Steps after each of which the weight of a model is one of `values`."""
+    """Run steps that set the weight of a model to each of `values`."""
     model = model or nn.Linear(1, 1, bias=False)
     state = TrainerState()
     average.on_train_begin(args, state, TrainerControl(), model=model)
@@ -58,8 +58,8 @@ def test_training_ends_with_the_average_unless_the_best_checkpoint_is_loaded(arg
 
 def test_a_resumed_average_equals_an_uninterrupted_one(args, tmp_path):
     values = [1.0, 3.0, 5.0, 2.0]
-    whole = WeightAverage(0.9)
-    undisturbed, _ = train(whole, args, values)
+    average = WeightAverage(0.9)
+    uninterrupted, _ = train(average, args, values)
     first = WeightAverage(0.9)
     model, _ = train(first, args, values[:2])
     first.save_trained(model, tmp_path)
@@ -76,8 +76,8 @@ def test_a_resumed_average_equals_an_uninterrupted_one(args, tmp_path):
         model.weight.data.fill_(values[step - 1])
         state.global_step = step
         resumed.on_step_end(args, state, TrainerControl(), model=model)
-    with whole.applied(undisturbed), resumed.applied(model):
-        assert torch.equal(undisturbed.weight, model.weight)
+    with average.applied(uninterrupted), resumed.applied(model):
+        assert torch.equal(uninterrupted.weight, model.weight)
 
 
 def test_without_a_decay_there_is_no_average(args, tmp_path):

@@ -1,4 +1,4 @@
-"""hf_cifar.training.checkpoints: whole or not there; the faults themselves are in tests/faults."""
+"""hf_cifar.training.checkpoints: complete or absent; tests/faults injects the faults."""
 
 import errno
 import json

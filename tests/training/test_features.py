@@ -63,7 +63,7 @@ def test_features_give_the_logits_of_the_model(tmp_path, stripes, request, name)
 
 @pytest.mark.parametrize("name", ["tiny_vit", "scratch/resnet10t"])
 def test_training_on_features_equals_training_the_frozen_model(tmp_path, stripes, request, name):
-    """The same order, no augmentation: the same head, and the whole model is what is saved."""
+    """With the same order and no augmentation, the head is the same; the complete model is saved."""
     model = name if "/" in name else request.getfixturevalue(name)
     results = []
     for views in ("1", "0"):
@@ -76,8 +76,8 @@ def test_training_on_features_equals_training_the_frozen_model(tmp_path, stripes
     assert cached.keys() == uncached.keys()
     for key, value in cached.items():
         assert torch.allclose(value.float(), uncached[key].float(), atol=2e-4), key
-    figures = [result.metrics["validation"] for result in results]
-    assert figures[0]["accuracy"] == figures[1]["accuracy"]
+    metrics = [result.metrics["validation"] for result in results]
+    assert metrics[0]["accuracy"] == metrics[1]["accuracy"]
     assert "forward" not in vars(results[0].model)
     loaded = AutoModelForImageClassification.from_pretrained(results[0].output_dir)
     head = linear_head(loaded).weight
@@ -101,7 +101,7 @@ def test_the_next_run_reuses_features(tmp_path, stripes, tiny_vit):
     finally:
         hook.remove()
     assert torch.equal(first.train_dataset.features, again.train_dataset.features)
-    assert all(size <= 2 for size in calls)  # the look at the architecture alone
+    assert all(size <= 2 for size in calls)  # only the check of the architecture
 
 
 @pytest.mark.parametrize(

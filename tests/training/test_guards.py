@@ -1,4 +1,4 @@
-"""hf_cifar.training.guards: what ends a training early, and what must not."""
+"""hf_cifar.training.guards: events that end training early, and others that must not."""
 
 import signal
 import time
@@ -33,7 +33,7 @@ def test_the_step_and_the_rows_of_a_loss_that_is_not_finite_are_named(args, devi
         UserError, match=rf"the loss is {bad} at step 5 in rows 72 of train; .* 0\.1$"
     ):
         guard.watch(5, logits.sum(), logits, row_ids)
-        assert device == "cuda"  # a CPU has the number at once
+        assert device == "cuda"  # a CPU has the value at once
         guard.on_train_end(args, TrainerState(), TrainerControl())
 
 
@@ -66,12 +66,12 @@ def test_a_signal_stops_training_only_between_steps(args):
         for event in events:
             with pytest.raises(Stopped):
                 event(args, TrainerState(), TrainerControl())
-    signals.on_prediction_step(args, TrainerState(), TrainerControl())  # outside of a training
+    signals.on_prediction_step(args, TrainerState(), TrainerControl())  # outside training
 
 
 def test_only_errors_of_a_dead_worker_are_reported_as_such():
     raising = compile("raise EOFError", "site-packages/torch/utils/data/dataloader.py", "exec")
     with pytest.raises(RuntimeError, match="DataLoader worker died"), worker_errors():
         exec(raising)
-    with pytest.raises(BrokenPipeError), worker_errors():  # of a closed pipe behind a progress line
+    with pytest.raises(BrokenPipeError), worker_errors():  # a closed pipe, not a worker
         raise BrokenPipeError

@@ -25,18 +25,18 @@ def test_the_loss_suits_the_labels(logits, smoothing):
     ids = torch.tensor([1, 3, 0, 2, 2, 1])
     lists = (logits > 0.3).long()
     train = TrainingConfig(label_smoothing_factor=smoothing)
-    single, several = (training_loss(train, multi_label=kind) for kind in (False, True))
+    single, multiple = (training_loss(train, multi_label=kind) for kind in (False, True))
     wanted = F.cross_entropy(logits, ids, label_smoothing=smoothing)
     assert torch.equal(single(logits, ids), wanted)
-    assert torch.equal(several(logits, lists), binary_cross_entropy(logits, lists, smoothing))
-    single, several = (evaluation_loss(multi_label=kind) for kind in (False, True))
+    assert torch.equal(multiple(logits, lists), binary_cross_entropy(logits, lists, smoothing))
+    single, multiple = (evaluation_loss(multi_label=kind) for kind in (False, True))
     assert torch.equal(single(logits, ids), F.cross_entropy(logits, ids))
-    assert torch.equal(several(logits, lists), binary_cross_entropy(logits, lists))
+    assert torch.equal(multiple(logits, lists), binary_cross_entropy(logits, lists))
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_is_a_mean_over_the_images(logits, name):
-    """So that equal micro-batches can be accumulated."""
+    """Required for accumulation of equal micro-batches."""
     targets = F.one_hot(torch.tensor([1, 3, 0, 2, 2, 1]), 4).float()
     whole = LOSSES[name](logits, targets, label_smoothing=0.1)
     parts = [

@@ -1,4 +1,4 @@
-"""hf_cifar.training.memory: what is freed is kept."""
+"""hf_cifar.training.memory: freed memory is kept."""
 
 import platform
 import subprocess

@@ -144,7 +144,7 @@ def test_the_rate_of_sgd_scales_with_the_batch_and_one_minus_momentum():
 
 
 def test_an_optimiser_or_a_family_without_a_known_rate_has_none():
-    """Its clipping is that of the family."""
+    """Its clipping is still that of the family."""
     depthwise = timm.create_model("test_efficientnet", num_classes=3)
     assert default_rates(depthwise, 64, optim="rmsprop") == (None, 0.0)
     assert default_rates(vit(), 64, optim="sgd") == (None, 1.0)
@@ -160,7 +160,7 @@ def test_every_optimiser_with_a_rate_exists():
     "name", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"]
 )
 def test_every_optimiser_that_needs_no_package_is_built(tmp_path, name):
-    """With the hyperparameters that the Trainer would give it, and our groups."""
+    """With the Trainer's hyperparameters, and our parameter groups."""
     model = vit()
     args = TrainingArguments(output_dir=tmp_path, optim=name, learning_rate=0.1, use_cpu=True)
     args.layer_decay = 1.0
@@ -195,4 +195,4 @@ def test_rates_decay_with_depth_and_keep_the_groups_options():
     assert found == {
         p: (0.4 * 0.5**depth, 0.1 if p.ndim > 1 else 0.0) for p, depth in depths.items()
     }
-    assert optimizer.param_groups[0]["lr"] == 0.4  # the one that the Trainer reports
+    assert optimizer.param_groups[0]["lr"] == 0.4  # the rate that the Trainer reports

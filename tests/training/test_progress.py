@@ -1,4 +1,4 @@
-"""hf_cifar.training.progress: the line of an evaluation, and the end of a training that diverges."""
+"""hf_cifar.training.progress: the line of an evaluation, and the end of diverging training."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""hf_cifar.training.trainer: what the subclass changes, against plain torch."""
+"""hf_cifar.training.trainer: the changes of the subclass, compared with plain torch."""
 
 import numpy as np
 import pytest
@@ -110,7 +110,7 @@ def test_randomness_depends_only_on_seed_step_micro_batch_and_rank(tmp_path, str
     assert not torch.equal(first, next_step)
     other = make_trainer(tmp_path, stripes, tiny_vit)
     other.state.global_step = 3
-    torch.rand(100)  # the global generator has no say
+    torch.rand(100)  # the global generator is not used
     assert torch.equal(torch.rand(4, generator=other._step_generator()), first)
 
 
@@ -125,7 +125,7 @@ def test_loss_is_cross_entropy_smoothed_only_in_training(tmp_path, stripes, tiny
 
 
 def gradient_norm(trainer):
-    """Norm of the gradient of the first optimizer step, before clipping."""
+    """Return the gradient norm of the first optimiser step, before clipping."""
     trainer.train()
     return next(log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log)
 
@@ -136,13 +136,13 @@ def test_gradients_are_the_same_with_and_without_accumulation(tmp_path, stripes,
     # BatchNorm statistics depend on the micro-batch; a frozen backbone keeps them out of the comparison.
     flags = ["--freeze", "backbone", "--crop_padding", "0", "--flip", "0", "--logging_steps", "1"]
     flags += ["--max_steps", "1", "--max_grad_norm", "1000"]
-    whole = make_trainer(tmp_path, stripes, folder, *flags)
+    complete = make_trainer(tmp_path, stripes, folder, *flags)
     parts = make_trainer(
         tmp_path, stripes, folder, *flags, "--per_device_train_batch_size", "2",
         "--gradient_accumulation_steps", "4",
     )  # fmt: skip
-    parts.model.load_state_dict(whole.model.state_dict())
-    assert gradient_norm(parts) == pytest.approx(gradient_norm(whole), rel=1e-4)
+    parts.model.load_state_dict(complete.model.state_dict())
+    assert gradient_norm(parts) == pytest.approx(gradient_norm(complete), rel=1e-4)
 
 
 def test_weight_decay_applies_only_to_weights(tmp_path, stripes, tiny_vit):
@@ -173,11 +173,11 @@ def test_resume_in_mid_epoch_is_bit_exact_with_augmentation(tmp_path, stripes, t
     flags = ["--save_strategy", "steps", "--save_steps", "3", "--max_steps", "7"]
     flags += ["--save_total_limit", "9"]
     flags += ["--crop_scale", "0.6", "--rotation", "10", "--dataloader_num_workers", str(workers)]
-    whole = make_trainer(tmp_path, stripes, tiny_vit, *flags)
-    whole.train()
+    complete = make_trainer(tmp_path, stripes, tiny_vit, *flags)
+    complete.train()
     resumed = make_trainer(tmp_path, stripes, tiny_vit, *flags)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    for name, value in whole.model.state_dict().items():
+    for name, value in complete.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
@@ -203,7 +203,7 @@ def test_earlier_blocks_learn_more_slowly(tmp_path, stripes, tiny_vit):
     for name, parameter in trainer.model.named_parameters():
         parameter.register_hook(lambda grad, name=name: gradients.update({name: grad.clone()}))
     trainer.create_optimizer()
-    trainer.create_optimizer()  # twice, as the Trainer may: the rates decay once
+    trainer.create_optimizer()  # twice, as the Trainer may do: the rates decay once
     trainer.train()
     depths = {
         "vit.embeddings": 3,
