@@ -122,7 +122,7 @@ True
 """,
         "Predictions": """
 >>> predictions = hf_cifar.Predictions.load("digits", "validation")
->>> mistakes = predictions.row_ids[~predictions.right]
+>>> mistakes = predictions.row_ids[~predictions.correct]
 >>> len(mistakes) < 50
 True
 """,
