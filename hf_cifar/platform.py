@@ -1,4 +1,4 @@
-"""What POSIX systems and Windows do differently. No other module calls what only one of them has."""
+"""Differences between POSIX systems and Windows. No other module makes calls that only one of them has."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-# What a file system without locks answers.
+# Errors of a file system without locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
-# Exit status of a command whose reader has gone, as a shell reports it. Windows has no such signal.
+# Exit status of a command whose reader closed the pipe, as a shell reports it. Windows has no such signal.
 BROKEN_PIPE_STATUS = 128 + getattr(signal, "SIGPIPE", 13)
 
 
 @contextlib.contextmanager
 def lock_file(path: Path, *, create: bool) -> Iterator[IO[bytes] | None]:
-    """Open and lock a file, which the system unlocks if the process dies; None if another holds the lock.
+    """Open and lock a file; yields None if another process holds the lock. The system unlocks it if this
+    process dies.
 
-    Windows lets no other process read the first byte of a locked file; the others can be read.
-    Raises: NotImplementedError if its file system has no locks; OSError if it cannot be opened.
+    On Windows, other processes cannot read the first byte of a locked file, only the rest.
+    Raises: NotImplementedError if the file system has no locks; OSError if the file cannot be opened.
     """
     from filelock import lock_descriptor
 
-    # For writing if possible: NFS locks nothing else.
+    # For writing if possible, because NFS locks only such files.
     mode = "ab" if create else "rb+" if os.access(path, os.W_OK) else "rb"
     with path.open(mode, buffering=0) as file:
         try:
@@ -39,23 +40,23 @@ def lock_file(path: Path, *, create: bool) -> Iterator[IO[bytes] | None]:
 
 
 def remove_open_file(path: Path, file: IO[bytes]) -> None:
-    """Close a file and remove it. Removed first where that is possible: a name that others may open already
-    is not removed then."""
+    """Close and remove a file. If possible it is removed first, so that a file that another process has since
+    locked under this name is kept."""
     try:
         path.unlink(missing_ok=True)
         file.close()
-    except PermissionError:  # Windows removes no open file
+    except PermissionError:  # Windows does not remove an open file
         file.close()
-        with contextlib.suppress(OSError):  # nor one that another process has opened by now
+        with contextlib.suppress(OSError):  # nor one that another process has opened
             path.unlink()
 
 
 def flush_to_disk(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk. Windows flushes no folder."""
+    """Flush a file, or the entries of a folder, to disk. Does nothing for a folder on Windows."""
     is_folder = path.is_dir()
     if is_folder and not hasattr(os, "O_DIRECTORY"):
         return
-    # Windows flushes only what is open for writing.
+    # Windows flushes only files that are open for writing.
     descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -64,7 +65,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def set_malloc_option(parameter: int, value: int) -> None:
-    """Set an option of glibc's malloc, see mallopt(3). With another C library this does nothing."""
+    """Set an option of glibc's malloc, see mallopt(3). Does nothing with another C library."""
     try:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     except TypeError:  # on Windows, a process has no library of itself
@@ -74,7 +75,7 @@ def set_malloc_option(parameter: int, value: int) -> None:
 
 
 def is_broken_pipe(error: OSError) -> bool:
-    """Return True if a write failed because its reader has gone."""
+    """Return True if a write failed because its reader closed the pipe."""
     return isinstance(error, BrokenPipeError) or (
         not hasattr(signal, "SIGPIPE") and error.errno == errno.EINVAL
     )

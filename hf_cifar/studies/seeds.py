@@ -32,9 +32,9 @@ LENGTHS = ("num_train_epochs", "max_steps")
 def finetune_seeds(config: RunConfig, source: DataSource | None = None) -> dict[str, Any]:
     """Run `config.train.seeds` complete runs with seeds seed, seed + 1, ..., in output_dir/seed-SEED.
 
-    The data's split stays the same, and all runs share its pixels: the spread is that of training. source: of
-    `config.data`, if it is open already. All runs compute in the setting that `--precision auto` picks for
-    the first. With resume_from_checkpoint "last", finished runs are kept, and the others resume or start.
+    The data's split stays the same, and all runs share its pixels: the spread is that of training. source:
+    the data of `config.data`, if already open. All runs use the setting that `--precision auto` picks for the
+    first. With resume_from_checkpoint "last", finished runs are kept, and the others resume or start.
     Returns the content of seeds.json, see `summarise_seeds`.
 
     Raises: UserError before the first run for options or folders that hold other runs.
@@ -45,7 +45,7 @@ def finetune_seeds(config: RunConfig, source: DataSource | None = None) -> dict[
     kept = [is_kept(each) for each in configs]
     for each, keep in zip(configs, kept, strict=True):
         check_same(each, keep)
-    start_processes(config).wait_for_all()  # none may write before all have looked
+    start_processes(config).wait_for_all()  # none may write before all have checked the folders
     for number, (each, keep) in enumerate(zip(configs, kept, strict=True), 1):
         folder, place = each.train.output_dir, f"run {number} of {len(configs)}"
         if keep:

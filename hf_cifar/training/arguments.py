@@ -55,7 +55,7 @@ def training_arguments(config: RunConfig, num_workers: int) -> TrainingArguments
         if train.disable_tqdm is None
         else train.disable_tqdm,
     } | dict(config.trainer)
-    # It would refuse the names that transformers does not have.
+    # Set afterwards: TrainingArguments refuses names that transformers does not have.
     ours = {
         name: values.pop(name)
         for name, theirs in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType))

@@ -38,7 +38,7 @@ def training_loss(train: TrainingConfig, *, multi_label: bool) -> Loss:
 
 
 def evaluation_loss(*, multi_label: bool) -> Loss:
-    """Return the loss by which runs compare, whatever they minimise."""
+    """Return the loss reported for evaluations, the same for all runs, without label smoothing."""
     return LOSSES[_name(multi_label)]
 
 

@@ -65,7 +65,7 @@ def optimizer_class(
 
 
 def optimizer_name(args: TrainingArguments) -> str:
-    """Return the name that `--optim` gave."""
+    """Return the name given by `--optim`."""
     return getattr(args.optim, "value", args.optim)
 
 
@@ -161,7 +161,7 @@ def decay_learning_rates(
     optimizer.param_groups[:] = groups
 
 
-# Functions of the arguments and the model that return what `optimizer_class` does.
+# Functions of the arguments and the model, with the result of `optimizer_class`.
 OPTIMIZERS: dict[str, Callable[..., tuple[type[Optimizer], dict[str, Any]]]] = dict.fromkeys(
     (name.value for name in OptimizerNames), Trainer.get_optimizer_cls_and_kwargs
 )

@@ -33,7 +33,7 @@ def check_schedule(args: TrainingArguments) -> None:
 
 
 def schedule_name(args: TrainingArguments) -> str:
-    """Return the name that `--lr_scheduler_type` gave."""
+    """Return the name given by `--lr_scheduler_type`."""
     return getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
 
 

@@ -16,7 +16,7 @@ from hf_cifar.studies.reproduce import compare_weights, render_reproduction
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, stripes, tiny_vit):
-    """A run with several sources of randomness and a measured precision, evaluated on test afterwards."""
+    """A run with multiple sources of randomness and a measured precision, evaluated on test afterwards."""
     folder = tmp_path_factory.mktemp("reproduce") / "run"
     argv = ["finetune", *tiny_options(
         folder, stripes, tiny_vit, "--rotation", "10", "--color_jitter", "0.2",
