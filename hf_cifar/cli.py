@@ -80,7 +80,7 @@ def _dispatch(argv: list[str]) -> int:
         print(version("hf-cifar"))
         return 0
     if argv[0] not in COMMANDS:
-        raise UserError(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
+        raise UserError(f"no command {argv[0]!r}; it takes {', '.join(COMMANDS)}")
     return COMMANDS[argv[0]](argv[0], argv[1:])
 
 

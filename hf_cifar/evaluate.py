@@ -54,7 +54,7 @@ def evaluate_classifier(
     *,
     store: Dataset | None = None,
 ) -> Predictions:
-    """Predict every image of a split once; on all processes, each row counted once.
+    """Predict every image of a split once; distributed over all processes, each row counted once.
 
     pixel_store: auto, resident or streamed. temperature: the number by which the model already divides
     its logits, for the record. store: a store of the split's images, if already built.
@@ -162,13 +162,13 @@ def evaluate_saved(
     known = {int(i): name for i, name in model.config.id2label.items()}
     if known != split.id2label:
         raise UserError(
-            f"the model knows {list(known.values())[:5]}..., but the data has "
+            f"the model has the classes {list(known.values())[:5]}..., but the data has "
             f"{list(split.id2label.values())[:5]}...; pass the --dataset_name that it was trained on"
         )
     if is_multi_label(model) != (split.labels.ndim == 2):
         kinds = ("one label", "multiple labels")
         raise UserError(
-            f"the model gives an image {kinds[is_multi_label(model)]}, but the data "
+            f"the model assigns {kinds[is_multi_label(model)]}, but the data "
             f"{kinds[split.labels.ndim == 2]}; pass the --label_column_name that it was trained on"
         )
     preprocessing = Preprocessing.from_image_processor(image_processor)

@@ -48,7 +48,7 @@ class RunResult:
 
 
 def finetune_classifier(config: RunConfig, source: DataSource | None = None) -> RunResult:
-    """Fine-tune, evaluate and save a classifier; docs/files.md lists what `output_dir` then holds.
+    """Fine-tune, evaluate and save a classifier; README lists the files in `output_dir`.
 
     source: the data of `config.data`, if already open.
     Raises: UserError before anything is written, for options or data that cannot work.
@@ -56,7 +56,7 @@ def finetune_classifier(config: RunConfig, source: DataSource | None = None) -> 
     source = source or DataSource(config.data)
     check_request(config, source)
     set_seed(config.train.seed)
-    splits = source.splits  # train and validation; test stays sealed
+    splits = source.splits  # train and validation; test is not read yet
     require_readable(splits.train, splits.validation, pixel_store=config.data.pixel_store)
     model, image_processor = build_model(
         config.model, splits.id2label, multi_label=splits.multi_label
@@ -103,7 +103,7 @@ def fit(trainer: ImageClassificationTrainer, plan: Plan) -> Fitted:
             seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
     if trainer.args.gradient_accumulation_steps != train.gradient_accumulation_steps:
         save_batch(trainer, plan)
-    # Curves end here: some trackers would file the final predictions of validation under test.
+    # Curves end here: some trackers would record the final predictions of validation under test.
     for reporter in get_reporting_integration_callbacks(trainer.args.report_to):
         trainer.remove_callback(reporter)
     return Fitted(seconds, energy or None)
@@ -121,14 +121,10 @@ def evaluate_run(
     trainer: ImageClassificationTrainer, source: DataSource, plan: Plan
 ) -> list[Predictions]:
     """Evaluate and calibrate on validation; with --do_predict, also evaluate test, which is read here for the
-    first time, after every choice is made."""
-    kind, split, store = (
-        plan.config.data.pixel_store,
-        source.splits.validation,
-        trainer.eval_dataset,
-    )
+    first time, after all choices."""
+    kind, store = plan.config.data.pixel_store, trainer.eval_dataset
     store = None if isinstance(store, FeatureStore) else store
-    validation = evaluate_classifier(trainer, split, kind, store=store)
+    validation = evaluate_classifier(trainer, source.splits.validation, kind, store=store)
     if plan.config.train.calibrate:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         validation = calibrate_classifier(model, validation)

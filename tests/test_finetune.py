@@ -378,7 +378,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, stripes, tiny_vit, change):
     tiny_run(tmp_path / "run", stripes, tiny_vit, "--max_steps", "2")
     config = (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(
-        UserError, match=rf"{change[0]} is {change[1]}, but the run in .* began with"
+        UserError, match=rf"{change[0]} is {change[1]}, but the run in .* started with"
     ):
         tiny_run(
             tmp_path / "run", stripes, tiny_vit, "--max_steps", "4", *change,

@@ -124,7 +124,7 @@ def test_evaluate_refuses_data_with_another_kind_of_labels(finished, lights, tmp
         )
     rows.save_to_disk(str(tmp_path / "one"))
     config = EvaluateConfig(model_name_or_path=str(finished.output_dir), use_cpu=True)
-    with pytest.raises(UserError, match="gives an image multiple labels, but the data one label"):
+    with pytest.raises(UserError, match="assigns multiple labels, but the data one label"):
         evaluate_saved(config, DataConfig(dataset_name=str(tmp_path / "one")))
 
 

@@ -23,7 +23,7 @@ class PredictConfig:
     batch_size: int = option(32, "Images per step of a thread.", low=1)
     bf16: bool = option(False, "Predict under bfloat16 autocast.")
     fp16: bool = option(False, "Predict under float16 autocast (GPU).")
-    use_cpu: bool = option(False, "Predict on the CPU even where there is a GPU.")
+    use_cpu: bool = option(False, "Predict on the CPU even if there is a GPU.")
     trust_remote_code: bool = option(
         False,
         "Run code that comes with the checkpoint; a Hub model needs a full commit as --model_revision.",

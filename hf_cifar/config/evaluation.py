@@ -37,7 +37,7 @@ class EvaluateConfig:
         "(stratified); 0 for none.",
         low=0,
     )
-    use_cpu: bool = option(False, "Evaluate on the CPU even where there is a GPU.")
+    use_cpu: bool = option(False, "Evaluate on the CPU even if there is a GPU.")
     trust_remote_code: bool = option(
         False,
         "Run code that comes with the checkpoint; a Hub model needs a full commit as --model_revision.",

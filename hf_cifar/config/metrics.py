@@ -19,7 +19,7 @@ EVERYWHERE: tuple[Place, ...] = ("training", "headline", "comparison")
 
 @dataclass(frozen=True)
 class Metric:
-    """One number that is computed of a split.
+    """One number that is computed for a split.
 
     name: its key in metrics.json. words: its name for people. unit: its range, or the unit without one.
     single_label, multi_label: the places that show it, for data with one label per image and for data with

@@ -40,7 +40,7 @@ class TrainingConfig:
     num_train_epochs: float = option(
         3.0, "Passes over the training images.", low=1e-6, high=1e6, may_change=True
     )
-    max_steps: int = option(-1, "Total steps, in place of epochs; -1 for epochs.", may_change=True)
+    max_steps: int = option(-1, "Total steps instead of epochs; -1 for epochs.", may_change=True)
     per_device_train_batch_size: int = option(32, "Training images per step and process.", low=1)
     gradient_accumulation_steps: int = option(1, "Batches whose gradients make one step.", low=1)
     auto_find_batch_size: bool = option(
@@ -131,7 +131,7 @@ class TrainingConfig:
     torch_compile: bool = option(
         False, "Compile the model; --precision auto tries it in long runs.", may_change=True
     )
-    use_cpu: bool = option(False, "Compute on the CPU even where there is a GPU.", may_change=True)
+    use_cpu: bool = option(False, "Compute on the CPU even if there is a GPU.", may_change=True)
     dataloader_num_workers: int | None = option(
         None,
         "Loader processes; default: 0 for images in memory, else one per core.",
@@ -150,9 +150,7 @@ class TrainingConfig:
     per_device_eval_batch_size: int = option(
         128, "Evaluation images per step and process.", low=1, may_change=True
     )
-    do_predict: bool = option(
-        False, "Evaluate on test too, after every choice is made.", may_change=True
-    )
+    do_predict: bool = option(False, "Evaluate on test too, after all choices.", may_change=True)
     calibrate: bool = option(
         True,
         "At the end, fit a temperature on validation and fold it into the head; for multi-label data, fit a "
@@ -160,7 +158,7 @@ class TrainingConfig:
     )
     check_leakage: bool = option(
         False,
-        "Before training, list test images that train or validation contains too, exactly or nearly.",
+        "Before training, list test images with an exact or near duplicate in train or validation.",
         may_change=True,
     )
     save_strategy: Literal["no", "steps", "epoch", "best"] | None = option(
@@ -176,7 +174,8 @@ class TrainingConfig:
     )
     load_best_model_at_end: bool | None = option(
         None,
-        "End with the checkpoint that did best on validation; default: where each evaluation has one.",
+        "End with the checkpoint that performed best on validation; default: true where each evaluation "
+        "has one.",
         may_change=True,
     )
     metric_for_best_model: str | None = option(
@@ -208,7 +207,10 @@ class TrainingConfig:
         None, "Name in the trackers; default: --output_dir.", may_change=True, public=False
     )
     disable_tqdm: bool | None = option(
-        None, "Log lines in place of bars; default: off a terminal.", may_change=True, saved=False
+        None,
+        "Log lines instead of progress bars; default: true unless on a terminal.",
+        may_change=True,
+        saved=False,
     )
     push_to_hub: bool = option(
         False, "Push the finished run to the Hub.", may_change=True, public=False

@@ -66,7 +66,7 @@ def check_same_run(folder: Path, config: RunConfig) -> list[str]:
             continue
         if not _may_change(name, fields, config):
             raise UserError(
-                f"--resume_from_checkpoint: --{name} is {value}, but the run in {folder} began with "
+                f"--resume_from_checkpoint: --{name} is {value}, but the run in {folder} started with "
                 f"{'the default' if before is None else before}; resume with --config {run.config_path}, or "
                 "start again in another --output_dir"
             )

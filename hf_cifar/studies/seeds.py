@@ -68,7 +68,7 @@ def check_series(config: RunConfig) -> None:
     train = config.train
     if train.push_to_hub:
         raise UserError(
-            "--push_to_hub pushes one model; leave it out, or leave out --seeds to make that one"
+            "--push_to_hub pushes one model; leave it out, or leave out --seeds to push a single run"
         )
     if train.resumes and not train.resumes_last:
         raise UserError(

@@ -112,7 +112,7 @@ def shard_store(
         if refused[name]:
             raise UserError(f"--{name} cannot be combined with --streaming; leave one of them out")
     logger.info(
-        "train: about %s images in %d shards, read as they are needed",
+        "train: about %s images in %d shards, read on demand",
         f"{len(train):,}", train.rows.num_shards,
     )  # fmt: skip
     return ShardStore(

@@ -169,7 +169,7 @@ class ResumableTrainer(Trainer):
         wrong = [*load_result.missing_keys, *load_result.unexpected_keys]
         if wrong:
             raise UserError(
-                f"the checkpoint is of another model: {len(wrong)} weights differ, first {wrong[0]}"
+                f"the checkpoint belongs to another model: {len(wrong)} weights differ, first {wrong[0]}"
             )
 
 

@@ -155,7 +155,7 @@ LAST = ("--resume_from_checkpoint", "last")
         ([], "holds runs with --seeds"),
         (["--seeds", "1"], "holds runs with --seeds"),
         (["--num_train_epochs", "3", *LAST], r"--num_train_epochs is 3, but the finished run in"),
-        (["--flip", "0.1", *LAST], "--flip is 0.1, but the run in .*seed-7 began with 0.5"),
+        (["--flip", "0.1", *LAST], "--flip is 0.1, but the run in .*seed-7 started with 0.5"),
     ],
 )
 def test_invalid_options_are_refused_before_the_first_run(
