@@ -17,6 +17,14 @@ def own_disk_cache(tmp_path_factory):
     os.environ["HF_CIFAR_CACHE"] = str(tmp_path_factory.mktemp("disk_cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def streams_end_at_once():
+    """Do not let `datasets` sleep at the end of each stream, for downloads that no test starts."""
+    import datasets
+
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+
+
 @pytest.fixture(scope="session")
 def stripes(tmp_path_factory):
     """An image folder that can be learned in seconds: 16 x 16 px, horizontal or vertical stripes."""

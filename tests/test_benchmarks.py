@@ -20,6 +20,8 @@ from benchmarks.peers import (
 )
 from benchmarks.turns import workers
 
+pytestmark = pytest.mark.slow  # each starts processes that compute
+
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):

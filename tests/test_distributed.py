@@ -10,6 +10,8 @@ import pytest
 import torch
 import yaml
 
+pytestmark = pytest.mark.slow  # each starts two processes
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = [ROOT / "accelerate_config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
 

@@ -84,6 +84,7 @@ def test_error_in_a_batch_is_raised_to_the_caller(num_threads):
     assert torch.get_num_threads() == num_threads
 
 
+@pytest.mark.slow
 def test_closed_pipe_ends_prediction_silently(saved, stripes):
     main = "import sys; from hf_cifar.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", main, "predict", "--model_name_or_path", saved]

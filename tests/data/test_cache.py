@@ -144,6 +144,7 @@ print(len(decoded), int(pixels.sum()))
 """
 
 
+@pytest.mark.slow
 def test_only_one_of_many_processes_decodes(save, make_rows):
     path = save(train=make_rows([0, 1] * 100))
     command = [sys.executable, "-c", COUNT_DECODED, str(path)]

@@ -44,6 +44,7 @@ def test_wilson_has_its_nominal_coverage(share):
     assert 0.93 <= ((low <= share) & (share <= high)).mean() <= 0.97
 
 
+@pytest.mark.slow
 def test_bootstrap_intervals_have_their_nominal_coverage():
     generator = np.random.default_rng(1)
     truth = compute_metrics(*draw(200_000, generator), NAMES)

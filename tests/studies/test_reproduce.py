@@ -83,6 +83,7 @@ def test_another_seed_gives_other_weights_and_exit_status_1(copied, capsys):
         assert f"{metrics['validation']['cross_entropy']:.4f}" in out
 
 
+@pytest.mark.slow
 def test_changed_versions_threads_and_commit_are_listed(copied, tmp_path):
     facts = record(copied)
     facts["environment"] |= {"torch": "1.0", "commit": "0" * 40}

@@ -120,6 +120,7 @@ def test_attention_stays_fused_if_eager_needs_much_memory(batch):
     assert "eager" not in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "compared"), [(224, True), (384, False)])
 def test_attention_of_vit_tiny(size, compared):
     """The matrices grow with the square of the patches: 1.18 and 1.54 times as much memory is kept."""

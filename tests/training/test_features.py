@@ -210,6 +210,7 @@ def test_a_model_accepts_features_until_the_block_ends(tiny_vit):
         model(pixel_values=torch.zeros(2, 32))
 
 
+@pytest.mark.slow
 def test_a_solved_head_from_the_command_line(tmp_path, capsys):
     argv = [
         "finetune", "--dataset_name", "bundled/digits", "--model_name_or_path", "scratch/resnet10t",
