@@ -55,7 +55,7 @@ def find_duplicates(
     not crops or mirror images.
     """
     within = second is None
-    sets = [_fingerprints(images) for images in ([first] if within else [first, second])]
+    sets = [_fingerprints(images) for images in ([first] if second is None else [first, second])]
     exact = _exact_pairs(sets[0].digests, sets[-1].digests, within=within)
     near = _near_pairs(sets[0].thumbnails, sets[-1].thumbnails, within=within)
     pairs = [Duplicate(a, b, True, 0.0) for a, b in exact]
@@ -78,7 +78,8 @@ class _Fingerprints(NamedTuple):
 
 
 def _fingerprints(images: Iterable[Array]) -> _Fingerprints:
-    digests, thumbnails = [], [np.empty((0, SIDE, SIDE), np.float32)]
+    digests: list[bytes] = []
+    thumbnails = [np.empty((0, SIDE, SIDE), np.float32)]
     if isinstance(images, np.ndarray) and images.shape[1:3] == (SIDE, SIDE):
         for start in range(0, len(images), BATCH):
             digests += map(_digest, images[start : start + BATCH])

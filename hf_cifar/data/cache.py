@@ -85,7 +85,7 @@ def load_array(key: str) -> np.ndarray | None:
             checksum = file.metadata()["crc32"]
     except (OSError, SafetensorError, KeyError, TypeError):
         return None
-    if f"{zlib.crc32(array):08x}" != checksum:
+    if f"{zlib.crc32(array.data):08x}" != checksum:
         logger.warning("%s is damaged and will be recomputed", path)
         return None
     with contextlib.suppress(OSError):
@@ -103,7 +103,7 @@ def save_array(key: str, array: np.ndarray) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         _make_room(folder, array.nbytes)
-        save_file({"array": array}, staging / "array", {"crc32": f"{zlib.crc32(array):08x}"})
+        save_file({"array": array}, staging / "array", {"crc32": f"{zlib.crc32(array.data):08x}"})
         os.replace(staging / "array", path)
     except (OSError, SafetensorError) as error:
         logger.warning("cannot cache in %s for later runs: %s", folder, error)

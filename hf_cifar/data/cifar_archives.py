@@ -92,7 +92,7 @@ def _pixels(value: Any, name: str) -> np.ndarray:
     return flat.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
 
 
-def _labels(content: dict[bytes, Any], names: list[bytes], source: str) -> dict[str, list[int]]:
+def _labels(content: dict[bytes, Any], names: list[bytes], source: str) -> dict[bytes, list[int]]:
     columns = {}
     for name in names:
         values = content.get(name)
@@ -104,7 +104,7 @@ def _labels(content: dict[bytes, Any], names: list[bytes], source: str) -> dict[
     return columns
 
 
-PYTHON_FILES = {
+PYTHON_FILES: dict[str, dict[str, Any]] = {
     "cifar10": {
         "train": [f"data_batch_{i}" for i in range(1, 6)],
         "test": ["test_batch"],
@@ -121,7 +121,7 @@ PYTHON_FILES = {
         "labels": {"fine_label": b"fine_labels", "coarse_label": b"coarse_labels"},
     },
 }
-BINARY_FILES = {
+BINARY_FILES: dict[str, dict[str, Any]] = {
     "cifar10": {
         "train": [f"data_batch_{i}.bin" for i in range(1, 6)],
         "test": ["test_batch.bin"],
@@ -142,7 +142,8 @@ class _Files:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.archive = None
+        self.archive: tarfile.TarFile | None = None
+        self.members: dict[str, Any]  # of an archive TarInfo, else Path
         if path.is_file():
             try:
                 self.archive = tarfile.open(path)  # noqa: SIM115  read within this module's one call
@@ -180,7 +181,9 @@ def read_cifar(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, list[st
     {label column: class names}).
     Raises: UserError for a missing or damaged file.
     """
-    kind, version = cifar_version(path)
+    found = cifar_version(path)
+    assert found is not None  # the caller has checked
+    kind, version = found
     files = _Files(path)
     layout = (PYTHON_FILES if version == "python" else BINARY_FILES)[kind]
     missing = [
@@ -209,14 +212,13 @@ def _python_names(files: _Files, layout: dict) -> dict[str, list[str]]:
     meta_file, columns = layout["meta"]
     with files.open(meta_file) as stream:
         content = read_pickle(stream, meta_file)
-    names = {column: content.get(key) for column, key in columns.items()}
-    for column, values in names.items():
+    names = {}
+    for column, key in columns.items():
+        values = content.get(key)
         if not isinstance(values, list):
             raise UserError(f"{meta_file} has no class names for {column}")
-    return {
-        c: [v.decode() if isinstance(v, bytes) else str(v) for v in values]
-        for c, values in names.items()
-    }
+        names[column] = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+    return names
 
 
 def _read_python(files: _Files, layout: dict, batches: list[str]) -> dict[str, Any]:

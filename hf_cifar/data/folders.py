@@ -136,8 +136,8 @@ def _check_parquet_names(
     if not different:
         return
     builder = datasets.load_dataset_builder(str(path), config_name)
-    for file in (str(file) for files in builder.config.data_files.values() for file in files):
-        if file in different:
+    for name in (str(file) for files in builder.config.data_files.values() for file in files):
+        if name in different:
             raise UserError(
-                "{} has the classes {}, but the first file has {}".format(file, *different[file])
+                "{} has the classes {}, but the first file has {}".format(name, *different[name])
             )

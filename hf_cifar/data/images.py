@@ -96,8 +96,8 @@ def decode_image(
             return np.asarray(to_rgb(image))
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"no image file {source}") from None
+    except FileNotFoundError as error:
+        raise UserError(f"no image file {error.filename}") from None
     except UnidentifiedImageError:
         raise UserError("cannot read image: not a known image format") from None
     except Exception as error:  # Pillow's decoders fail on damaged bytes in many ways

@@ -89,6 +89,7 @@ class Pixels:
             return False
         with one_process_at_a_time(self.key):
             faults = self._known_faults()
+            images: np.ndarray | list[np.ndarray] | None
             images = load_array(self._array_key(faults or {}))
             if images is None and not decode:
                 return False
@@ -194,14 +195,16 @@ class ImageView(Sequence):
     """Selected images of a shared array. An integer gives a view [H, W, 3]; a slice or list gives a copy."""
 
     def __init__(self, pixels: Pixels, positions: np.ndarray) -> None:
+        assert isinstance(pixels.images, np.ndarray)  # held, and of one size
         self.pixels = pixels
+        self.array = pixels.images
         self.positions = positions
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return self.pixels.images[self.positions[index]]
+    def __getitem__(self, index: Any) -> Any:
+        return self.array[self.positions[index]]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:] if dtype is None else self[:].astype(dtype)

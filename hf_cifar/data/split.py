@@ -96,7 +96,7 @@ class Split:
         digest = hashlib.sha256()
         for image in self.images:
             digest.update(f"{image.shape} ".encode())
-            digest.update(np.ascontiguousarray(image))
+            digest.update(np.ascontiguousarray(image).data)
         return digest.hexdigest()
 
     def decode_all(self) -> Iterator[np.ndarray]:

@@ -131,9 +131,9 @@ def _splits(source: DataSource) -> Splits:
         validation = Split("validation", train, validation_rows)
     train_split = _sampled(Split("train", train, train_rows), "max_train_samples", config)
     validation = _sampled(validation, "max_eval_samples", config)
-    splits = Splits(_usable(train_split, config), _usable(validation, config))
-    _require_every_class(splits.train.labels, names, "readable image", train_name)
-    return splits
+    train_split, validation = _usable(train_split, config), _usable(validation, config)
+    _require_every_class(train_split.labels, names, "readable image", train_name)
+    return Splits(train_split, validation)
 
 
 def _test_split(source: DataSource) -> Split:
@@ -202,10 +202,12 @@ def _streamed_splits(source: DataSource) -> Splits:
         rows, row_ids = collect(train_name, train, limit, held_out, seed)
     require_every_class(rows, "validation")
     size, most, end = num_rows(train, train_name), config.max_train_samples, 1.0
-    num_images = most if size is None else round(size * (1 - held_out))
-    if size is not None and most is not None and most < num_images:
-        end = held_out + (1 - held_out) * most / num_images
-        num_images = most
+    num_images = most
+    if size is not None:
+        num_images = round(size * (1 - held_out))
+        if most is not None and most < num_images:
+            end = held_out + (1 - held_out) * most / num_images
+            num_images = most
     return Splits(
         train=Stream(
             "train", train_name, train, num_images, held_out, end, seed, config.max_image_pixels

@@ -190,9 +190,7 @@ def build_store(
         return StreamedStore(split, stored)
     images, positions = split.images, None
     if isinstance(images, ImageView):
-        pixels = _placed(
-            images.pixels, None, device, lambda: torch.from_numpy(images.pixels.images)
-        )
+        pixels = _placed(images.pixels, None, device, lambda: torch.from_numpy(images.array))
         positions = torch.from_numpy(images.positions).to(pixels.device)
     else:
         pixels = _placed(split, stored, device, lambda: _resize_all(split, stored))

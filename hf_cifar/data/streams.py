@@ -30,7 +30,7 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
 
     Raises: UserError for a source that cannot be streamed, or that does not declare its columns' types.
     """
-    standard = {}
+    standard: dict[str, IterableDataset] = {}
     for split, rows in open_data_set(config, streaming=True).items():
         if rows.features is None:
             raise UserError(
@@ -141,7 +141,7 @@ def collect(
     Raises: UserError that names a row whose label is not one of the classes.
     """
     found: dict[str, list] = {"image": [], "label": []}
-    positions = []
+    positions: list[int] = []
     for position, row in enumerate(rows):
         if limit is not None and len(positions) == limit:
             break

@@ -68,7 +68,7 @@ def takes_class_ids(name: str, multi_label: bool) -> bool:
 def compute_training_metrics(prediction: Any) -> dict[str, float]:
     """Compute the metrics of an evaluation during training, exactly for any number of processes."""
     outcome = outcome_of(prediction.predictions, prediction.label_ids)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name in metrics_of(multi_label=outcome.multi_label, place="training"):
         if takes_class_ids(name, outcome.multi_label):
             metric = evaluate_metric(name)()

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from hf_cifar.evaluation.calibration import confidence_bins, confidences_and_hits
@@ -21,7 +22,7 @@ Array = np.ndarray
 LEVEL = 0.95
 
 
-def wilson(hits: Array, count: Array, level: float = LEVEL) -> Array:
+def wilson(hits: ArrayLike, count: ArrayLike, level: float = LEVEL) -> Array:
     """Interval [..., 2] of a share of `hits` [...] among `count` [...] images (Wilson 1927); NaN for no
     images."""
     hits, count = np.asarray(hits, np.float64), np.asarray(count, np.float64)
@@ -69,7 +70,7 @@ def paired_difference(only_first: int, only_second: int, count: int, level: floa
     return np.clip([difference - spread, difference + spread], -1, 1)
 
 
-def mean_interval(values: Array, level: float = LEVEL) -> Array:
+def mean_interval(values: ArrayLike, level: float = LEVEL) -> Array:
     """Interval [2] of the mean of a metric over training runs, from its `values` [n] in n >= 2 runs
     (Student's t)."""
     values = np.asarray(values, np.float64)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn import metrics as sk
 
 Array = np.ndarray
@@ -96,7 +97,7 @@ def average_precision(scores: Array, positive: Array) -> Array:
     return _areas(sk.average_precision_score, scores, positive, positive.any(axis=0))
 
 
-def _areas(area: Callable[..., float], scores: Array, positive: Array, defined: Array) -> Array:
+def _areas(area: Callable[..., float], scores: Array, positive: Array, defined: ArrayLike) -> Array:
     areas = np.full(scores.shape[1], np.nan)
     for label in np.flatnonzero(defined):
         areas[label] = area(positive[:, label], scores[:, label])

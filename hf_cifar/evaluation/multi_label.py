@@ -52,6 +52,8 @@ class MultiLabel(Outcome):
     shares: ClassVar = {"accuracy": lambda self: self.correct}
     means: ClassVar = {"cross_entropy": lambda self: binary_log_losses(self.logits, self.labels)}
 
+    thresholds: Array
+
     def __init__(self, logits: Array, labels: Array, *, thresholds: Array | None = None) -> None:
         self.logits, self.labels = np.asarray(logits), np.asarray(labels)
         default = np.full(self.logits.shape[1], THRESHOLD)

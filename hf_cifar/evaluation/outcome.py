@@ -54,6 +54,7 @@ class Outcome(ABC):
 
     logits: Array
     labels: Array
+    thresholds: Array | None = None  # [K], of multi-label data
 
     @property
     @abstractmethod

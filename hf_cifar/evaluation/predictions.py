@@ -144,9 +144,10 @@ class Predictions:
         """Write predictions/SPLIT.parquet, and this split's metrics to metrics.json."""
         path = RunFolder(folder).predictions_path(self.split)
         path.parent.mkdir(parents=True, exist_ok=True)
-        label, labels = datasets.ClassLabel(names=list(self.id2label.values())), self.labels
+        label: Any = datasets.ClassLabel(names=list(self.id2label.values()))
+        labels: Any = self.labels
         note = {TEMPERATURE: str(self.temperature), SKIPPED: json.dumps(self.skipped_rows)}
-        if self.multi_label:
+        if self.outcome.thresholds is not None:
             label, labels = datasets.List(label), [np.flatnonzero(row) for row in labels]
             note[THRESHOLDS] = json.dumps(self.outcome.thresholds.tolist())
         features = datasets.Features(

@@ -6,7 +6,7 @@ Shapes: N images, K classes; `probabilities` [N, K] with rows that sum to 1, `la
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,6 +51,10 @@ def confusion_matrix(predicted: Array, labels: Array, num_labels: int) -> Array:
     return np.bincount(flat, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
+def _error_over(bins: str) -> Callable[[SingleLabel], float]:
+    return lambda outcome: calibration_error(outcome.probabilities, outcome.labels, bins)
+
+
 class SingleLabel(Outcome):
     """Logits [N, K] and labels [N] of images with one label each.
 
@@ -67,10 +71,7 @@ class SingleLabel(Outcome):
         "cross_entropy": lambda self: log_losses(self.probabilities, self.labels),
         "brier": lambda self: brier(self.probabilities, self.labels),
     }
-    others: ClassVar = {
-        name: lambda self, bins=bins: calibration_error(self.probabilities, self.labels, bins)
-        for name, bins in CALIBRATION_ERRORS.items()
-    }
+    others: ClassVar = {name: _error_over(bins) for name, bins in CALIBRATION_ERRORS.items()}
 
     def __init__(self, logits: Array, labels: Array, *, temperature: float = 1.0) -> None:
         self.logits, self.labels = np.asarray(logits), np.asarray(labels)

@@ -149,7 +149,7 @@ def _check_namespace(repo_id: str, who: dict[str, Any]) -> None:
 def check_card(text: str) -> None:
     """Raises: UserError for metadata that the Hub would reject, as far as the client can check."""
     try:
-        data = ModelCard(text).data
+        data: Any = ModelCard(text).data  # a ModelCardData, declared as its parent
         for repo_id in (data.base_model, *(data.datasets or [])):
             if repo_id is not None:
                 validate_repo_id(repo_id)
@@ -215,7 +215,9 @@ def plan_push(folder: Path, target: Target, card_for: Callable[[Path, str], str]
     access = check_access(target)
     card = card_for(folder, access.repo_id)
     files[CARD_FILE] = card.encode()
-    _refuse_secrets(files, folder, target.token or huggingface_hub.get_token())
+    token = target.token or huggingface_hub.get_token()
+    assert token is not None  # see `check_online`
+    _refuse_secrets(files, folder, token)
     check_card_on_hub(card, target)
     return PushPlan(folder, target, access, files)
 

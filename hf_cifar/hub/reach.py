@@ -55,6 +55,6 @@ def _first_hop(endpoint: str) -> tuple[str, int]:
     """Host and port of the first hop of a connection to `endpoint`: its proxy, if one is set."""
     url = urlsplit(endpoint)
     proxy = urllib.request.getproxies().get(url.scheme)
-    if proxy and not urllib.request.proxy_bypass(url.hostname):
+    if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
         url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    return url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme, 1080)
+    return url.hostname or "", url.port or {"http": 80, "https": 443}.get(url.scheme, 1080)

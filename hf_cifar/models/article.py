@@ -54,7 +54,6 @@ class ArticleMLPConfig(ArticleConfig):
 class ArticleModel(PreTrainedModel):
     """A backbone and one linear head. Weights are initialised as in Keras: Glorot uniform, zero biases."""
 
-    config_class = ArticleConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     # The loss is a plain mean: the Trainer must scale it under gradient accumulation.

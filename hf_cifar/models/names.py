@@ -78,7 +78,9 @@ def _check_architecture(name: str) -> None:
 @functools.lru_cache(maxsize=1)
 def _timm_models() -> tuple[str, frozenset[str]]:
     """Read timm's source and the architectures it registers; its own registry would import torch."""
-    folder = Path(importlib.util.find_spec("timm").origin).parent / "models"
+    timm = importlib.util.find_spec("timm")
+    assert timm is not None and timm.origin is not None  # a dependency
+    folder = Path(timm.origin).parent / "models"
     source = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
     names = re.findall(r"^@register_model\s+def (\w+)\(", source, flags=re.MULTILINE)
     return source, frozenset(names)

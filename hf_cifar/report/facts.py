@@ -6,7 +6,7 @@ This needs neither the model nor torch. Pictures are read from the run's data se
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ def galleries(evaluated: Predictions, size: int) -> dict[str, Any]:
     confidences = evaluated.probabilities_of(predicted)
     label_probabilities = evaluated.probabilities_of(evaluated.labels)
 
-    def rows(positions: Sequence[int]) -> list[dict[str, Any]]:
+    def rows(positions: Iterable[int]) -> list[dict[str, Any]]:
         return [
             {
                 "row_id": int(evaluated.row_ids[position]),
@@ -212,17 +212,20 @@ def duplicates_of(
     evaluated: Predictions, split: Split, train: Split, limit: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Find evaluated images that are also in train, and the accuracy on the others."""
-    pairs = find_duplicates(split.images, train.images)
+    images, train_images = split.images, train.images
+    assert images is not None and train_images is not None  # the caller has checked
+    pairs = find_duplicates(images, train_images)
     hits = evaluated.correct
     clean = np.ones(len(hits), bool)
     clean[[pair.first for pair in pairs]] = False
-    shown, pictures = [], {}
+    shown = []
+    pictures: dict[str, np.ndarray] = {}
     for pair in pairs[:limit]:
         names = (
             f"{split.name}/{split.row_ids[pair.first]}",
             f"{train.name}/{train.row_ids[pair.second]}",
         )
-        pictures |= {names[0]: split.images[pair.first], names[1]: train.images[pair.second]}
+        pictures |= {names[0]: images[pair.first], names[1]: train_images[pair.second]}
         shown.append(
             {
                 "pictures": names,

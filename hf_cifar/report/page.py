@@ -131,8 +131,8 @@ def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
     """Draw loss, validation metrics and learning rate over the epochs, as far as the run logged them."""
 
     def points(key: str) -> list[tuple[float, float]]:
-        logs = (log for log in history if log.get(key) is not None and "epoch" in log)
-        return [(log["epoch"], log[key]) for log in logs]
+        logged = ((log.get("epoch"), log.get(key)) for log in history)
+        return [(x, y) for x, y in logged if x is not None and y is not None]
 
     loss = {"train": points("loss"), "validation": points("eval_cross_entropy")}
     metrics = [

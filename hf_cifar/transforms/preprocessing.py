@@ -67,7 +67,7 @@ class Preprocessing:
     def _from_timm(cls, config: dict) -> Preprocessing:
         height, width = config["input_size"][-2:]
         # timm.data.transforms_factory.transforms_imagenet_eval
-        scale = [int(np.floor(side / config["crop_pct"])) for side in (height, width)]
+        tall, wide = (int(np.floor(side / config["crop_pct"])) for side in (height, width))
         mode = config.get("crop_mode", "center")
         if mode not in ("center", "squash"):
             raise UserError(
@@ -77,7 +77,7 @@ class Preprocessing:
             raise UserError(
                 f"the checkpoint crops to {height} x {width} pixels; only square crops are supported"
             )
-        resize = tuple(scale) if mode == "squash" else scale[0]
+        resize = (tall, wide) if mode == "squash" else tall
         mean, std = tuple(config["mean"]), tuple(config["std"])
         return cls(resize, (height, width), config["interpolation"], mean, std)
 
@@ -156,7 +156,8 @@ class Preprocessing:
             return self
         if isinstance(self.resize, tuple):
             return replace(self, crop=None)
-        return replace(self, crop=tuple(max(self.resize, side) for side in self.crop))
+        height, width = self.crop
+        return replace(self, crop=(max(self.resize, height), max(self.resize, width)))
 
     def box(self, height: int, width: int) -> Tensor:
         """The box [1, 4] of a height x width image that the model sees: (top, left, bottom, right)."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,8 @@ class Levels(NamedTuple):
         return (images.to(torch.float32) * self.scale.view(shape)).add_(self.shift.view(shape))
 
 
-class Taps(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Taps:
     """Input pixels and weights for each output pixel of a resampled line.
 
     index: int64 [N, out_size, T], 0..in_size - 1; weights: [N, out_size, T], which sum to 1 over T.
@@ -117,7 +119,8 @@ class Taps(NamedTuple):
     def halves(self) -> tuple[Taps, Taps]:
         """Split into the taps of the first N / 2 lines and those of the rest."""
         indices, weights = self.index.chunk(2), self.weights.chunk(2)
-        return tuple(Taps(*half, self.in_size) for half in zip(indices, weights, strict=True))
+        first, rest = (Taps(*half, self.in_size) for half in zip(indices, weights, strict=True))
+        return first, rest
 
     @property
     def matrix(self) -> Tensor:
@@ -168,18 +171,18 @@ def resample(
         columns = Taps.of(left, right, width, out_width, interpolation, device)
     # Clamp between the passes, as Pillow does; a cubic kernel overshoots in each.
     pixels = along_width(images, columns).clamp_(0, 255)
-    low, high = 0.0, 255.0
+    limits: Any = (0.0, 255.0)  # or two tensors
     if levels is not None:
         # Weights sum to 1, so the levels can be applied here, where there are fewer pixels.
         pixels = levels(pixels)
         ends = torch.tensor([0.0, 255.0]).to(device, non_blocking=True).view(2, 1, 1, 1)
-        low, high = levels(ends.expand(2, images.shape[1], 1, out_width))
+        limits = levels(ends.expand(2, images.shape[1], 1, out_width))
     if memory_format == torch.channels_last:
         if levels is not None:
-            low, high = (end.permute(1, 2, 0).flatten(1) for end in (low, high))
-        out = rows(pixels.permute(0, 2, 3, 1).flatten(2)).clamp_(low, high)
+            limits = limits.permute(0, 2, 3, 1).flatten(2)
+        out = rows(pixels.permute(0, 2, 3, 1).flatten(2)).clamp_(*limits)
         return out.unflatten(2, (out_width, -1)).permute(0, 3, 1, 2)
-    return rows(pixels).clamp_(low, high)
+    return rows(pixels).clamp_(*limits)
 
 
 def along_width(images: Tensor, columns: Callable[[Tensor], Tensor]) -> Tensor:

@@ -3,7 +3,7 @@ processors."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import PIL
 import torch
@@ -58,7 +58,8 @@ def _fraction_bits(library: str, side: int, whole_size: int, interpolation: str)
     return max(bits for bits in range(23) if int(largest * 2**bits + 0.5) < 2**15)
 
 
-class FixedPoint(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class FixedPoint:
     """Taps with fixed-point weights, in two parts, so that float32 sums each over integer pixels exactly.
 
     Guaranteed for up to 64 taps (bicubic, shrinking by 16), and true beyond that in practice.
@@ -74,7 +75,7 @@ class FixedPoint(NamedTuple):
         low = 2 ** max(0, bits - 11)
         coarse = (fine / low).round() * low
         parts = ((part / 2**bits).to(torch.float32) for part in (coarse, fine - coarse))
-        return cls(*(taps._replace(weights=part) for part in parts))
+        return cls(*(replace(taps, weights=part) for part in parts))
 
     def __call__(self, lines: Tensor) -> Tensor:
         """Resample like `Taps.__call__`, rounded half up to whole numbers 0..255."""
@@ -84,7 +85,7 @@ class FixedPoint(NamedTuple):
                 taps.weights.to(lines.device, non_blocking=True),
                 taps.in_size,
             )(lines)
-            for taps in self
+            for taps in (self.coarse, self.rest)
         )
         whole = found.add_(0.5).floor()
         return whole.add_(found.sub_(whole).add_(rest).floor_()).clamp_(0, 255)
