@@ -30,6 +30,7 @@ quality: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell
+	$(BIN)/mypy
 
 style: $(VENV)/installed
 	$(BIN)/ruff check --fix .
