@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import signal
@@ -112,4 +113,7 @@ def _report_resources(error: Exception) -> int:
 
 def run() -> NoReturn:
     """Console entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")  # pipes on Windows have another encoding
     sys.exit(main())

@@ -74,7 +74,7 @@ model: {result.output_dir}
 report: hf-cifar report {result.output_dir}
 
 from transformers import pipeline
-classify = pipeline("image-classification", model="{result.output_dir}"{_custom_code(result)})
+classify = pipeline("image-classification", model="{result.output_dir.as_posix()}"{_custom_code(result)})
 print(classify("image.png"))"""
 
 
