@@ -175,6 +175,11 @@ def settle_evaluation(train: TrainingConfig) -> dict[str, Any]:
                 f"{evaluates}, --save_strategy {saves}; leave it out, or make them match"
             )
         load_best = False  # without evaluations, the last weights are the result
+    if not load_best and evaluates != "no" and train.load_best_model_at_end is None:
+        logger.info(
+            "the last weights are the result, not the best: --eval_strategy %s and --save_strategy %s do not "
+            "save a checkpoint for each evaluation", evaluates, saves,
+        )  # fmt: skip
     return {
         "eval_strategy": evaluates, "save_strategy": saves, "load_best_model_at_end": load_best,
         "save_steps": save_steps, "eval_steps": eval_steps if evaluates == "steps" else train.eval_steps,

@@ -26,13 +26,18 @@ def listed(values: Iterable[Any], limit: int | None = None) -> str:
     return ", ".join(words[:limit]) + (f" and {more:,} more" if more else "")
 
 
-def nearest_hint(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Suggest ` (nearest: NAME)` in an error message if one of the known names is similar, else nothing."""
+def nearest(name: str, known: Iterable[str], similarity: float = 0.5) -> str | None:
+    """Return the known name that is most similar to a misspelled one, or None. similarity: 0..1."""
     known = list(known)
     # --model is short for --model_name_or_path, --dataset for --dataset_name.
     longer = [other for other in known if other.startswith((f"{name}_name", f"{name}_rate"))]
-    matches = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (nearest: {prefix}{matches[0]})" if matches else ""
+    return next(iter(longer or difflib.get_close_matches(name, known, 1, similarity)), None)
+
+
+def nearest_hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Suggest ` (nearest: NAME)` in an error message if one of the known names is similar, else nothing."""
+    found = nearest(name, known)
+    return f" (nearest: {prefix}{found})" if found else ""
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

@@ -331,6 +331,7 @@ import hf_cifar
 from hf_cifar.cli import main
 assert main(["--help"]) == 0
 assert main(["finetune", "--learning_rate", "-1"]) == 2
+assert main(["finetune", "--learning_rat", "1"]) == 2
 assert main(["finetune", "--optim", "adam"]) == 2
 model = ["--model_name_or_path", "scratch/resnet18"]
 assert main(["finetune", *model, "--dataset_name", "./nowhere"]) == 2

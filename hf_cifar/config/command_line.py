@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from hf_cifar.config.fields import check_bounds, check_choice, field_names, field_types
 from hf_cifar.errors import UserError
-from hf_cifar.text import nearest_hint, one_line
+from hf_cifar.text import nearest, nearest_hint, one_line
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 # Options of TrainingArguments without effect here: the model always trains, hub/push.py pushes once, and
@@ -22,6 +22,10 @@ TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 WITHOUT_EFFECT = (
     "do_train", "do_eval", "hub_strategy", "hub_always_push", "remove_unused_columns", "label_names",
 )  # fmt: skip
+
+
+# Similarity above which an unknown option is a misspelled one of ours; those of TrainingArguments are below.
+MISSPELLED = 0.85
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,6 +81,18 @@ def refuse_options(rest: Iterable[str], classes: Sequence[type]) -> None:
     known = [name for each in classes for name in field_names(each)]
     for token in rest:
         if token.startswith("--"):
+            raise unknown_option(token, known)
+
+
+def refuse_early(rest: Iterable[str], classes: Sequence[type]) -> None:
+    """Raises: UserError for a misspelled option of ours among the tokens left over by `parse`, or one without
+    effect. Other mistakes show when transformers' options are read, which takes seconds."""
+    known = [name for each in classes for name in field_names(each)]
+    for token in rest:
+        name = token[2:].partition("=")[0] if token.startswith("--") else ""
+        if name.removeprefix("no_") in WITHOUT_EFFECT:
+            raise UserError(f"--{name} has no effect here; leave it out")
+        if name and nearest(name, known, MISSPELLED):
             raise unknown_option(token, known)
 
 
@@ -206,7 +222,7 @@ def parse_inherited(tokens: Sequence[str], ours: Sequence[type]) -> dict[str, An
     """Return the values by name of the TrainingArguments options that `parse` left over.
 
     Imports torch. ours: the classes to suggest options from, in place of an unknown one.
-    Raises: UserError for an unknown option, a bad value, or an option that would have no effect.
+    Raises: UserError for an unknown option or a bad value.
     """
     if not tokens[0].startswith("--"):
         raise UserError(f"unexpected argument {tokens[0]!r}; options start with --, see --help")
@@ -223,11 +239,7 @@ def parse_inherited(tokens: Sequence[str], ours: Sequence[type]) -> dict[str, An
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options start with --, see --help")
     given = {flag if flag in theirs else flag.removeprefix("no_") for flag in flags}
-    values = {name: value for name, value in vars(namespace).items() if name in given}
-    for name in WITHOUT_EFFECT:
-        if name in values and (name, values[name]) != ("remove_unused_columns", False):
-            raise UserError(f"--{name} has no effect here; leave it out")
-    return {name: value for name, value in values.items() if name not in WITHOUT_EFFECT}
+    return {name: value for name, value in vars(namespace).items() if name in given}
 
 
 def inherited_parser() -> argparse.ArgumentParser:

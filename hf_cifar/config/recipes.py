@@ -43,6 +43,8 @@ def yaml_tokens(text: str | bytes, source: str) -> list[str]:
         )
     tokens = []
     for name, value in values.items():
+        if not str(name).isidentifier():
+            raise UserError(f"{source}: {name!r} is not the name of an option")
         if value is None:
             continue
         tokens.append(f"--{name}")

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from hf_cifar.config.augmentation import AugmentConfig
-from hf_cifar.config.command_line import parse, parse_inherited
+from hf_cifar.config.command_line import parse, parse_inherited, refuse_early
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.recipes import expand_tokens
@@ -42,6 +42,7 @@ class RunConfig:
         Raises: UserError for an unknown option or a bad value.
         """
         data, augment, model, train, rest = parse(CONFIGS, expand_tokens(argv), prog)
+        refuse_early(rest, CONFIGS)
         trainer = parse_inherited(rest, CONFIGS) if rest else {}
         return cls(data, augment, model, train, trainer)
 

@@ -9,14 +9,17 @@ from typing import get_args
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 import hf_cifar
+from hf_cifar.config.command_line import MISSPELLED
 from hf_cifar.config.fields import field_names
 from hf_cifar.config.recipes import recipe_names
 from hf_cifar.config.run import CONFIGS, RunConfig
 from hf_cifar.config.training import Optimizer, Schedule
 from hf_cifar.errors import UserError
 from hf_cifar.plan import settle_evaluation
+from hf_cifar.text import nearest
 
 
 def parse(*argv):
@@ -217,3 +220,10 @@ def test_loading_the_best_needs_a_checkpoint_for_each_evaluation():
     flags = ["--eval_strategy", "epoch", "--save_strategy", "steps", "--load_best_model_at_end"]
     with pytest.raises(UserError, match="--load_best_model_at_end needs a checkpoint for each"):
         settle_evaluation(RunConfig.parse(flags).train)
+
+
+def test_no_option_of_transformers_looks_like_a_misspelled_one_of_ours():
+    ours = [name for each in CONFIGS for name in field_names(each)]
+    for field in dataclasses.fields(TrainingArguments):
+        if field.name not in ours:
+            assert nearest(field.name, ours, MISSPELLED) is None, field.name

@@ -132,11 +132,9 @@ finetune --config anchors.yaml | --seed
 finetune --config typo.yaml | --flp
 finetune --config bad_value.yaml | flip
 finetune --config range.yaml | --learning_rate
-finetune --config nested.yaml | --train
 finetune --config list_value.yaml | 0.2
-finetune --config number_key.yaml | --7
+finetune --config number_key.yaml | 7
 finetune --config empty_key.yaml | option
-finetune --config twice.yaml | --config
 finetune --config date.yaml | --seed
 finetune --model_name_or_path scratch/article_mlp --dataset_name ./nowhere | ./nowhere
 finetune --model_name_or_path scratch/article_mlp --dataset_name note.txt | note.txt
@@ -160,6 +158,8 @@ evaluate --model_name_or_path bundled/efficientnet_lite0 | not fine-tuned
 """
 # These mistakes are found only with torch, the model or the data loaded.
 HEAVY = [
+    (["--config", "nested.yaml"], "--train"),
+    (["--config", "twice.yaml"], "--config"),
     ([*NEW, "--lr_scheduler_kwargs", "{broken"], "lr_scheduler_kwargs"),
     ([*NEW, "--lr_scheduler_kwargs", '{"foo": 1}'], "lr_scheduler_kwargs"),
     ([*NEW, "--optim_args", "momentum"], "optim_args"),
@@ -169,7 +169,10 @@ HEAVY = [
     ([*NEW, "--warmup_steps", "-3"], "warmup_steps"),
     ([*NEW, "--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint"),
     ([*NEW, "--torch_compile_backend", "foo"], "--torch_compile_backend"),
-    ([*NEW, "--eval_strategy", "steps", "--save_strategy", "epoch"], "save_strategy"),
+    (
+        [*NEW, "--eval_strategy", "steps", "--save_strategy", "epoch", "--load_best_model_at_end", "true"],
+        "save_strategy",
+    ),
     ([*NEW, "--head_solver", "lbfgs"], "--head_solver"),
     ([*NEW, "--freeze", "3"], "ArticleMLPForImageClassification"),
     ([*NEW, "--layer_decay", "0.5"], "ArticleMLPForImageClassification"),
