@@ -81,7 +81,7 @@ def _dispatch(argv: list[str]) -> int:
         print(version("hf-cifar"))
         return 0
     if argv[0] not in COMMANDS:
-        raise UserError(f"no command {argv[0]!r}; it takes {', '.join(COMMANDS)}")
+        raise UserError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")
     return COMMANDS[argv[0]](argv[0], argv[1:])
 
 

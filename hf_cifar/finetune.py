@@ -22,7 +22,7 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.hub.push import push_run
 from hf_cifar.models.build import build_model
 from hf_cifar.plan import Plan, plan_run
-from hf_cifar.preflight import check_plan, check_request
+from hf_cifar.preflight import check_card, check_request, check_space
 from hf_cifar.record import Fitted, known_facts, run_facts
 from hf_cifar.report.card import card_for, save_card
 from hf_cifar.runs.energy import measured_energy
@@ -61,9 +61,10 @@ def finetune_classifier(config: RunConfig, source: DataSource | None = None) -> 
     model, image_processor = build_model(
         config.model, splits.id2label, multi_label=splits.multi_label
     )
+    check_space(config, model)
     plan = plan_run(config, model, image_processor, splits)
     known = known_facts(source, plan.config)
-    check_plan(plan, model, known)
+    check_card(plan, model, known)
     trainer = build_trainer(model, image_processor, splits, plan)
     with claimed_folder(plan):
         fitted = fit(trainer, plan)
@@ -76,7 +77,7 @@ def finetune_classifier(config: RunConfig, source: DataSource | None = None) -> 
 
 @contextlib.contextmanager
 def claimed_folder(plan: Plan) -> Iterator[None]:
-    """Lock the output folder, and save the settled options first, so that an interrupted run can be resumed.
+    """Lock the output folder, and save the resolved options first, so that an interrupted run can be resumed.
 
     Raises: UserError if another run holds the folder, or has used it since this one began.
     """
@@ -92,8 +93,9 @@ def claimed_folder(plan: Plan) -> Iterator[None]:
 
 def fit(trainer: ImageClassificationTrainer, plan: Plan) -> Fitted:
     """Train in epochs, or solve for the head at once."""
-    train, start = plan.config.train, time.perf_counter()
+    train = plan.config.train
     with measured_energy(plan.processes.is_main) as energy:
+        start = time.perf_counter()
         if train.head_solver == "lbfgs":
             fit_head(trainer.model, trainer.train_dataset, trainer.eval_dataset)
             trainer.state.epoch = 0.0

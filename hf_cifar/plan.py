@@ -1,4 +1,4 @@
-"""The plan of a run: what its options leave open, settled once."""
+"""The plan of a run: every unset option, resolved once."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from hf_cifar.models.kernels import has_fused_attention
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import Processes, is_sharded, start_processes
+from hf_cifar.runs.resume import run_to_resume, with_options_of
 from hf_cifar.training.autotune import Setting, pick_setting
 from hf_cifar.training.checkpoints import find_damage, newest_checkpoint
 from hf_cifar.training.optimizers import default_rates
@@ -36,9 +37,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's options and processes, after everything left open was settled.
+    """A run's options and processes, with every unset option resolved.
 
-    requested: the options as given. config: the same with every open value settled, as saved in config.yaml.
+    requested: the options as given. config: the same with every unset value resolved, for config.yaml.
     checkpoint: the folder that the run resumes from. processes: those that train.
     """
 
@@ -62,36 +63,38 @@ class Plan:
 def plan_run(
     config: RunConfig, model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits
 ) -> Plan:
-    """Settle the checkpoint to resume from, learning rate, clipping, when to evaluate and save, the best
+    """Determine the checkpoint to resume from, learning rate, clipping, when to evaluate and save, the best
     metric, workers of a stream, and the compute setting.
 
-    Raises: UserError if the options do not suit the model or the data, or there is nothing to resume from.
+    Raises: UserError if the options do not fit the model or the data, or there is nothing to resume from.
     """
-    processes, train = start_processes(config), config.train
-    checkpoint = find_checkpoint(train)
-    before = config_before(train)
+    processes, before = start_processes(config), config_before(config.train)
+    resumed = with_options_of(before, config)
+    train = resumed.train
     settled: dict[str, Any] = {
-        **settle_rates(config, model, processes),
+        **settle_rates(resumed, model, processes),
         **settle_evaluation(train),
         "metric_for_best_model": best_metric(train.metric_for_best_model, model),
         "dataloader_num_workers": settle_workers(train, splits, processes, before),
     }
     if train.layer_decay != 1:
         block_depths(model)  # raises for a model without blocks
-    config_settled = config.with_training(**settled)
-    setting = settle_setting(config_settled, model, image_processor, splits, processes, before)
+    planned = resumed.with_training(**settled)
+    setting = settle_setting(planned, model, image_processor, splits, processes, before)
     return Plan(
         requested=config,
-        config=config_settled.with_training(**setting),
+        config=planned.with_training(**setting),
         processes=processes,
-        checkpoint=checkpoint,
+        checkpoint=find_checkpoint(train),
     )
 
 
 def config_before(train: TrainingConfig) -> RunConfig | None:
     """Return the settled options of the run that is resumed, or None."""
-    folder = RunFolder(train.output_dir)
-    return folder.load_config() if train.resumes and folder.has_run else None
+    resumed = run_to_resume(train)
+    if resumed is None or not RunFolder(resumed).has_run:
+        return None
+    return RunFolder(resumed).load_config()
 
 
 def find_checkpoint(train: TrainingConfig) -> Path | None:
@@ -99,32 +102,26 @@ def find_checkpoint(train: TrainingConfig) -> Path | None:
 
     None for a new run, and for one that stopped before its first checkpoint: it starts from the beginning.
     So does `last` in a folder without a run: one command line can be repeated until the run is finished.
-    Raises: UserError if the requested one is missing or damaged, or all are damaged.
+    Raises: UserError if the requested one is damaged, or all are.
     """
-    if not train.resumes or train.resume_from_checkpoint is None:
+    folder = run_to_resume(train)
+    if folder is None:
         return None
     if not train.resumes_last:
-        requested = Path(train.resume_from_checkpoint)
-        if not requested.is_dir():
-            raise UserError(
-                f"--resume_from_checkpoint: no checkpoint in {requested}; pass its folder, or last"
-            )
+        requested = Path(str(train.resume_from_checkpoint))
         if damage := find_damage(requested):
             raise UserError(
                 f"--resume_from_checkpoint: {requested} is damaged: {damage}; pass last for the newest "
                 "complete one"
             )
         return requested
-    folder = RunFolder(train.output_dir)
-    found = newest_checkpoint(folder.path)
-    if found is None and folder.checkpoints():
+    found = newest_checkpoint(folder)
+    if found is None and RunFolder(folder).checkpoints():
         raise UserError(
-            f"--resume_from_checkpoint: no complete checkpoint in {folder.path}; leave it out to start again "
-            "in another --output_dir"
+            f"--resume_from_checkpoint: no complete checkpoint in {folder}; leave it out to start again in "
+            "another --output_dir"
         )
-    if found is None and not folder.has_run:
-        folder.refuse_occupied()
-    logger.info("resuming from %s", found or f"the beginning: {folder.path} has no checkpoint yet")
+    logger.info("resuming from %s", found or f"the beginning: {folder} has no checkpoint yet")
     return found
 
 
@@ -156,38 +153,48 @@ def images_a_step(train: TrainingConfig, processes: Processes) -> int:
 
 
 def settle_evaluation(train: TrainingConfig) -> dict[str, Any]:
-    """Return when to evaluate and to save: open options follow those that were set.
+    """Return when to evaluate and to save: unset options follow those that were set.
 
     The best checkpoint is loaded at the end if each evaluation has a checkpoint.
     """
-    evaluates, saves = train.eval_strategy, train.save_strategy
-    evaluates = evaluates or (saves if saves in ("steps", "epoch") else "epoch")
-    saves = saves or (evaluates if evaluates in ("steps", "epoch") else "epoch")
+    default = "steps" if train.eval_steps or train.save_steps else "epoch"
+    regular = ("steps", "epoch")
+    evaluates = train.eval_strategy or (
+        train.save_strategy if train.save_strategy in regular else default
+    )
+    saves = train.save_strategy or (evaluates if evaluates in regular else default)
     save_steps = train.save_steps or train.eval_steps or 500
     eval_steps = train.eval_steps or save_steps
-    steps_match = evaluates != "steps" or (save_steps % eval_steps == 0)
+    steps_match = evaluates != "steps" or _is_multiple(save_steps, eval_steps)
     can_load = evaluates != "no" and (saves == "best" or (saves == evaluates and steps_match))
+    mismatch = f"--eval_strategy {evaluates} and --save_strategy {saves}"
+    if evaluates == saves == "steps":
+        mismatch += f", every {eval_steps:g} and {save_steps:g} steps"
     load_best = can_load if train.load_best_model_at_end is None else train.load_best_model_at_end
     if load_best and not can_load:
         if evaluates != "no":
             raise UserError(
-                "--load_best_model_at_end needs a checkpoint for each evaluation, and --eval_strategy is "
-                f"{evaluates}, --save_strategy {saves}; leave it out, or make them match"
+                f"--load_best_model_at_end needs a checkpoint for each evaluation: {mismatch}; leave it out, "
+                "or make them match"
             )
         load_best = False  # without evaluations, the last weights are the result
-    if not load_best and evaluates != "no" and train.load_best_model_at_end is None:
-        logger.info(
-            "the last weights are the result, not the best: --eval_strategy %s and --save_strategy %s do not "
-            "save a checkpoint for each evaluation", evaluates, saves,
-        )  # fmt: skip
+    if not can_load and evaluates != "no":
+        logger.info("the last weights are the result, not the best ones: %s", mismatch)
     return {
         "eval_strategy": evaluates, "save_strategy": saves, "load_best_model_at_end": load_best,
         "save_steps": save_steps, "eval_steps": eval_steps if evaluates == "steps" else train.eval_steps,
     }  # fmt: skip
 
 
+def _is_multiple(larger: float, smaller: float) -> bool:
+    """Return True if one number of steps, or one share of all steps, is a multiple of the other."""
+    ratio = larger / smaller
+    same_unit = (larger < 1) == (smaller < 1)
+    return same_unit and ratio > 0.5 and math.isclose(ratio, round(ratio))
+
+
 def best_metric(requested: str | None, model: PreTrainedModel) -> str:
-    """Return the metric that picks the best checkpoint. Raises: UserError if it does not suit the labels."""
+    """Return the metric that picks the best checkpoint. Raises: UserError if the labels rule it out."""
     if is_multi_label(model):
         # Average precision needs no thresholds; they are fitted only at the end.
         return requested or "average_precision_macro"
@@ -252,7 +259,9 @@ def requested_setting(train: TrainingConfig, before: RunConfig | None) -> dict[s
         found["precision"] = launcher
     if found["precision"] == "auto" and before is not None:
         left_open = [name for name, value in found.items() if value == "auto"]
-        found |= {name: getattr(before.train, name) for name in (*left_open, "torch_compile")}
+        compiled = train.torch_compile or before.train.torch_compile
+        found |= {name: getattr(before.train, name) for name in left_open}
+        found["torch_compile"] = compiled
     return found
 
 

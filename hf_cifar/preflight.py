@@ -74,14 +74,11 @@ def check_device(train: TrainingConfig) -> None:
         )
 
 
-def check_plan(plan: Plan, model: PreTrainedModel, known: dict[str, Any]) -> None:
-    """Check disk space, model card and push before training.
+def check_card(plan: Plan, model: PreTrainedModel, known: dict[str, Any]) -> None:
+    """Check the card, and what a push would need. known: see `known_facts`.
 
-    known: see `known_facts`.
-
-    Raises: UserError for too little disk space, or for metadata that the Hub refuses.
+    Raises: UserError for metadata that the Hub refuses, or a push that could not work.
     """
-    check_space(plan.config, model)
     if plan.processes.is_main:
         prepare_push(plan.config.train, draft_card(plan.config, model, known))
 

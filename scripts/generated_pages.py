@@ -26,7 +26,9 @@ def render_options() -> str:
         "# Options", "", NOTE, "",
         "`hf-cifar COMMAND --help` shows the same in a terminal. `hf-cifar finetune` also takes every option",
         "of transformers' `TrainingArguments`, and `--help_all` lists those. The last column says which",
-        "options may differ when a run is [resumed](how-to/resume.md).", "",
+        "options may differ when a run is [resumed](how-to/resume.md). An option without a value is true:",
+        "`--push_to_hub` is `--push_to_hub true`. `hf-cifar finetune --recipe NAME --config FILE.yaml` reads",
+        "options from a packaged [recipe](recipes.md) and a file first.", "",
         "| command | purpose |", "| --- | --- |",
         *(
             f"| [`hf-cifar {name}`](#hf-cifar-{name}) | {command.summary} |"

@@ -171,11 +171,11 @@ def test_recipes_lists_and_shows(capsys):
 MODEL = ["--model_name_or_path", "scratch/article_mlp"]
 LAST = ["--resume_from_checkpoint", "last"]
 BAD = {
-    "command": (["tune"], "no command 'tune'"),
+    "command": (["tune"], "unknown command 'tune'"),
     "option": (["finetune", "--learning_rat", "1"], "nearest: --learning_rate"),
     "short option": (["finetune", "--model", "x"], "nearest: --model_name_or_path"),
     "recipe": (["finetune", "--recipe", "quikstart"], "nearest: quickstart"),
-    "recipe shown": (["recipes", "nope"], "no recipe 'nope'"),
+    "recipe shown": (["recipes", "nope"], "unknown recipe 'nope'"),
     "config": (["finetune", "--config", "none.yaml"], "no file none.yaml"),
     "number": (["finetune", "--num_train_epochs", "three"], "--num_train_epochs takes a number"),
     "optimiser": (
@@ -212,7 +212,7 @@ BAD = {
     ),
     "value": (["finetune", "--train_val_split", "2"], "--train_val_split is 2.0"),
     "evaluate without model": (["evaluate"], "--model_name_or_path is missing"),
-    "evaluate option": (["evaluate", "--modl", "x"], "no option --modl"),
+    "evaluate option": (["evaluate", "--modl", "x"], "unknown option --modl"),
     "predict without files": (["predict", "--model_name_or_path", "{run}"], "no image to predict"),
     "predict nothing": (["predict", "--model_name_or_path", "{run}", "gone.png"], "gone.png"),
     "run folder": (

@@ -322,7 +322,7 @@ def test_one_command_line_starts_a_run_and_resumes_it(tmp_path, stripes, tiny_vi
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(tmp_path / "run" / "config.json", other)
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="has a model, but no run to resume"):
         tiny_run(other, stripes, tiny_vit, *again, "1")
 
 
@@ -501,3 +501,30 @@ def test_a_run_constructs_its_training_arguments_once(tmp_path, stripes, tiny_vi
     monkeypatch.setattr(TrainingArguments, "__post_init__", count)
     tiny_run(tmp_path / "run", stripes, tiny_vit, "--do_predict", "--adam_beta2", "0.95")
     assert counted == ["TrainingArguments"]
+
+
+def test_a_resumed_run_keeps_what_its_command_line_leaves_open(tmp_path, stripes, tiny_vit):
+    folder, steps = tmp_path / "run", ("--eval_strategy", "steps", "--eval_steps", "3")
+    first = ("--max_steps", "3", "--max_grad_norm", "0.5", "--adam_beta1", "0.8", *steps)
+    tiny_run(folder, stripes, tiny_vit, *first)
+    before = RunFolder(folder).options()
+    tiny_run(folder, stripes, tiny_vit, "--max_steps", "6", "--resume_from_checkpoint", "last")
+    after = RunFolder(folder).options()
+    assert {name for name in before if before[name] != after[name]} == {"max_steps"}
+    assert before.keys() == after.keys() and after["adam_beta1"] == 0.8
+
+
+def test_a_resumed_run_refuses_missing_and_changed_options(tmp_path, stripes, tiny_vit):
+    folder, last = tmp_path / "run", ("--max_steps", "2", "--resume_from_checkpoint", "last")
+    tiny_run(folder, stripes, tiny_vit, "--max_steps", "1", "--max_eval_samples", "4")
+    with pytest.raises(
+        UserError, match=r"--max_eval_samples is the default, but .* started with 4"
+    ):
+        tiny_run(folder, stripes, tiny_vit, *last)
+    same = ("--max_eval_samples", "4", "--adam_beta1", "0.9")  # the latter is the default
+    with pytest.raises(UserError, match=r"--adam_beta2 is 0\.5, but .* started with the default"):
+        tiny_run(folder, stripes, tiny_vit, *last, *same, "--adam_beta2", "0.5")
+    tiny_run(folder, stripes, tiny_vit, *last, *same)
+    other = shutil.copytree(folder, tmp_path / "other") / "checkpoint-2"
+    with pytest.raises(UserError, match="holds another run"):
+        tiny_run(folder, stripes, tiny_vit, *same, "--resume_from_checkpoint", str(other))

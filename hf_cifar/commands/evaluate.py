@@ -13,6 +13,9 @@ from hf_cifar.errors import UserError
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process
 
+DESCRIPTION = (
+    "A run's folder is evaluated on the run's own data by default; other data needs --output_dir."
+)
 PROG, CONFIGS = "hf-cifar evaluate", (EvaluateConfig, DataConfig)
 
 
@@ -20,7 +23,7 @@ def evaluate(argv: Sequence[str]) -> int:
     """Evaluate a saved model, by default on the data of its run."""
     config, *_ = parse([EvaluateConfig], [t for t in argv if t not in ("-h", "--help")], PROG)
     config, data, rest = parse(
-        CONFIGS, [*_data_tokens_of_run(config, argv), *argv], PROG, usage=f"{PROG} [options]"
+        CONFIGS, [*_data_tokens_of_run(config, argv), *argv], PROG, description=DESCRIPTION
     )
     refuse_options(rest, CONFIGS)
     if rest:
@@ -38,7 +41,7 @@ def evaluate(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMAND = Command("evaluate a saved model on validation or test", evaluate)
+COMMAND = Command("evaluate a saved model on validation or test", evaluate, description=DESCRIPTION)
 
 
 def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str]:
@@ -54,7 +57,7 @@ def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str
     other = [flag for flag in given if flag[2:].replace("-", "_") in names]
     if other and config.output_dir is None:
         raise UserError(
-            f"{other[0]} requests other data than those of the run; pass --output_dir too, so that the "
+            f"{other[0]} requests data other than the run's; pass --output_dir too, so that the "
             "run keeps its own metrics"
         )
     if "--dataset_name" in other:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 USAGE = "hf-cifar finetune [--recipe NAME] [--config FILE.yaml] [options]"
 DESCRIPTION = (
     "A recipe's options come first, then those of the config file, then the flags; the last one wins. "
-    "Every option of transformers' TrainingArguments works too: --help_all lists those. See also: "
-    "hf-cifar recipes"
+    "A BOOL option without a value is true. Every option of transformers' TrainingArguments works too: "
+    "--help_all lists those. See also: hf-cifar recipes"
 )
 
 
@@ -58,7 +58,7 @@ def print_help(*, everything: bool) -> None:
     """Print our options, or also those of TrainingArguments, which needs torch."""
     if everything:
         quieten(True)
-        print(inherited_parser().format_help())
+        print(inherited_parser(CONFIGS).format_help())
     parse(CONFIGS, ["--help"], "hf-cifar finetune", usage=USAGE, description=DESCRIPTION)
 
 

@@ -29,6 +29,6 @@ def runs(config: ListConfig, folders: Sequence[str]) -> int:
 
 COMMAND = Command(
     "list the runs in folders", runs, (ListConfig,), "FOLDER ...",
-    "List the runs in and below the folders, by data, the best on validation first. Accuracies come with "
-    "their 95% interval; dates are in UTC.",
+    "List the runs in and below the folders, grouped by data set, the best on validation first. "
+    "Accuracies come with their 95% interval; dates are in UTC.",
 )  # fmt: skip

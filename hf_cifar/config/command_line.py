@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from hf_cifar.config.fields import check_bounds, check_choice, field_names, field_types
 from hf_cifar.errors import UserError
@@ -99,7 +99,7 @@ def refuse_early(rest: Iterable[str], classes: Sequence[type]) -> None:
 def unknown_option(token: str, known: Iterable[str]) -> UserError:
     """Return the error for an option that does not exist."""
     flag = token.partition("=")[0]
-    return UserError(f"no option {flag}{nearest_hint(flag[2:], known, '--')}; see --help")
+    return UserError(f"unknown option {flag}{nearest_hint(flag[2:], known, '--')}; see --help")
 
 
 def build_parser(
@@ -228,7 +228,7 @@ def parse_inherited(tokens: Sequence[str], ours: Sequence[type]) -> dict[str, An
         raise UserError(f"unexpected argument {tokens[0]!r}; options start with --, see --help")
     from transformers import TrainingArguments
 
-    parser = inherited_parser()
+    parser = inherited_parser(ours)
     theirs = {each.name for each in dataclasses.fields(TrainingArguments)}
     known = [*theirs, *(name for each in ours for name in field_names(each))]
     flags = [token.partition("=")[0][2:] for token in tokens if token.startswith("--")]
@@ -236,17 +236,33 @@ def parse_inherited(tokens: Sequence[str], ours: Sequence[type]) -> dict[str, An
         if flag not in theirs and flag.removeprefix("no_") not in theirs:
             raise unknown_option(f"--{flag}", known)
     namespace, rest = parser.parse_known_args(tokens)
+    if rest and rest[0].startswith("--"):
+        raise unknown_option(rest[0], known)
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options start with --, see --help")
     given = {flag if flag in theirs else flag.removeprefix("no_") for flag in flags}
     return {name: value for name, value in vars(namespace).items() if name in given}
 
 
-def inherited_parser() -> argparse.ArgumentParser:
-    """Return transformers' own parser of its TrainingArguments; imports torch."""
+def inherited_parser(ours: Sequence[type]) -> argparse.ArgumentParser:
+    """Return transformers' parser of the TrainingArguments that are not options of `ours`; imports torch."""
     from transformers import HfArgumentParser, TrainingArguments
 
-    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False, add_help=False)
+    left_out = {name for each in ours for name in field_names(each)}.union(WITHOUT_EFFECT)
+    kinds = get_type_hints(TrainingArguments)
+    rest = [
+        (
+            each.name,
+            kinds[each.name],
+            dataclasses.field(default_factory=each.default_factory, metadata=each.metadata)
+            if each.default_factory is not dataclasses.MISSING
+            else dataclasses.field(default=each.default, metadata=each.metadata),
+        )
+        for each in dataclasses.fields(TrainingArguments)
+        if each.init and each.name not in left_out
+    ]
+    inherited = dataclasses.make_dataclass("TrainingArguments", rest)
+    parser = HfArgumentParser(inherited, allow_abbrev=False, add_help=False)
 
     def fail(message: str) -> NoReturn:
         raise UserError(

@@ -35,7 +35,7 @@ class DataConfig:
     )
     train_val_split: float = option(
         0.1,
-        "Share of train that becomes validation, stratified (not for a stream), if there is no "
+        "Fraction of train that becomes validation, stratified (not for a stream), if there is no "
         "validation split.",
     )
     split_seed: int = option(
@@ -65,7 +65,7 @@ class DataConfig:
     )
     max_image_pixels: int = option(
         MAX_IMAGE_PIXELS,
-        "Images of more pixels count as unreadable, and are not decoded.",
+        "Images with more pixels count as unreadable, and are not decoded.",
         low=1,
         high=PILLOW_PIXELS,
     )

@@ -23,7 +23,7 @@ def read_recipe(name: str) -> str:
     """Return the text of a packaged recipe. Raises: UserError for an unknown name."""
     if name not in recipe_names():
         raise UserError(
-            f"no recipe {name!r}{nearest_hint(name, recipe_names())}; see: hf-cifar recipes"
+            f"unknown recipe {name!r}{nearest_hint(name, recipe_names())}; see: hf-cifar recipes"
         )
     return (resources.files("hf_cifar") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
@@ -45,7 +45,7 @@ def yaml_tokens(text: str | bytes, source: str) -> list[str]:
     for name, value in values.items():
         if not str(name).isidentifier():
             raise UserError(f"{source}: {name!r} is not the name of an option")
-        if value is None:
+        if value is None or value == []:
             continue
         tokens.append(f"--{name}")
         if isinstance(value, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,10 @@ class RunConfig:
     def save(self, path: str | Path) -> None:
         """Write the options as YAML: `hf-cifar finetune --config FILE` is the same run."""
         text = yaml.safe_dump(self.options(), sort_keys=False)
-        Path(path).write_text(text, encoding="utf-8")
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)  # a reader sees the old file or the new one, never half
 
     def with_training(self, **changes: Any) -> RunConfig:
         """Return a copy with these training options replaced."""

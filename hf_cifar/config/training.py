@@ -33,7 +33,7 @@ SAME_FOLDER = ("true", "last", "latest")  # of --resume_from_checkpoint
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train, when to evaluate and save, and where everything goes. None: settled by the plan."""
+    """How to train, when to evaluate and save, and where everything goes. None: chosen by `plan_run`."""
 
     _argument_group_name = "training"
 
@@ -41,10 +41,12 @@ class TrainingConfig:
         3.0, "Passes over the training images.", low=1e-6, high=1e6, may_change=True
     )
     max_steps: int = option(-1, "Total steps instead of epochs; -1 for epochs.", may_change=True)
-    per_device_train_batch_size: int = option(32, "Training images per step and process.", low=1)
-    gradient_accumulation_steps: int = option(1, "Batches whose gradients make one step.", low=1)
+    per_device_train_batch_size: int = option(32, "Training images per batch and process.", low=1)
+    gradient_accumulation_steps: int = option(
+        1, "Batches whose gradients are accumulated into one step.", low=1
+    )
     auto_find_batch_size: bool = option(
-        False, "Out of memory: start again with smaller parts of the same batch."
+        False, "If memory runs out, restart with the same batch in smaller parts."
     )
     learning_rate: float | None = option(
         None,
@@ -63,7 +65,7 @@ class TrainingConfig:
         None, "Arguments of the optimiser, for example momentum=0.9,nesterov=true."
     )
     weight_decay: float = option(
-        0.05, "Weight decay, of weight matrices and kernels only.", low=0, high=1e3
+        0.05, "Weight decay, applied to weight matrices and kernels only.", low=0, high=1e3
     )
     layer_decay: float = option(
         1.0,
@@ -78,7 +80,7 @@ class TrainingConfig:
         high=1e6,
     )
     label_smoothing_factor: float = option(
-        0.1, "Label smoothing, of the training loss only.", low=0, high=0.999
+        0.1, "Label smoothing, in the training loss only.", low=0, high=0.999
     )
     ema_decay: float = option(
         0.0,
@@ -102,13 +104,13 @@ class TrainingConfig:
     feature_views: int = option(
         1,
         "With --freeze backbone: compute the head's inputs once, for this many views of each image; "
-        "0: in each step.",
+        "0: recompute them in each step.",
         low=0, high=1000,
     )  # fmt: skip
     head_solver: Literal["optimizer", "lbfgs"] = option(
         "optimizer",
-        "With --freeze backbone: train the head in epochs, or solve for it, with the penalty best on "
-        "validation.",
+        "With --freeze backbone: train the head in epochs, or solve for it directly, with the L2 penalty "
+        "that is best on validation.",
     )
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
@@ -118,16 +120,18 @@ class TrainingConfig:
         may_change=True,
     )
     memory_format: Literal["auto", "contiguous", "channels_last"] = option(
-        "auto", "Memory format of weights and images; auto: with --precision auto.", may_change=True
+        "auto",
+        "Memory format of weights and images; auto: chosen by --precision auto.",
+        may_change=True,
     )
     attention: Literal["auto", "fused", "eager"] = option(
         "auto",
-        "fused: the model's own attention kernel; eager: plain matrix products; auto: with "
+        "fused: the model's own attention kernel; eager: plain matrix products; auto: chosen by "
         "--precision auto.",
         may_change=True,
     )
-    bf16: bool = option(False, "Short for --precision bf16.", may_change=True, saved=False)
-    fp16: bool = option(False, "Short for --precision fp16.", may_change=True, saved=False)
+    bf16: bool = option(False, "Shorthand for --precision bf16.", may_change=True, saved=False)
+    fp16: bool = option(False, "Shorthand for --precision fp16.", may_change=True, saved=False)
     torch_compile: bool = option(
         False, "Compile the model; --precision auto tries it in long runs.", may_change=True
     )
@@ -150,7 +154,7 @@ class TrainingConfig:
     per_device_eval_batch_size: int = option(
         128, "Evaluation images per step and process.", low=1, may_change=True
     )
-    do_predict: bool = option(False, "Evaluate on test too, after all choices.", may_change=True)
+    do_predict: bool = option(False, "At the end, evaluate on test too.", may_change=True)
     calibrate: bool = option(
         True,
         "At the end, fit a temperature on validation and fold it into the head; for multi-label data, fit a "
@@ -174,7 +178,7 @@ class TrainingConfig:
     )
     load_best_model_at_end: bool | None = option(
         None,
-        "End with the checkpoint that performed best on validation; default: true where each evaluation "
+        "End with the checkpoint that performed best on validation; default: true if each evaluation "
         "has one.",
         may_change=True,
     )
@@ -226,7 +230,8 @@ class TrainingConfig:
     )
     hub_token: str | None = option(
         None,
-        "Token; default: the stored one. HF_TOKEN is safer: other users can see a command line.",
+        "Token; default: the stored one. HF_TOKEN is safer: other users of the machine can see command "
+        "lines.",
         may_change=True, saved=False, public=False,
     )  # fmt: skip
 
@@ -241,7 +246,7 @@ class TrainingConfig:
         metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
         if metric not in BEST_METRICS:
             raise UserError(
-                f"--metric_for_best_model is {metric}; it takes {', '.join(BEST_METRICS)}"
+                f"--metric_for_best_model is {metric}; it must be one of {', '.join(BEST_METRICS)}"
             )
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise UserError(

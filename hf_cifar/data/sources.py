@@ -66,7 +66,7 @@ def open_data_set(config: DataConfig, streaming: bool = False) -> DatasetDict | 
 
 def _load_bundled(name: str) -> DatasetDict:
     if name != "digits":
-        raise UserError(f"no bundled data set {name!r}; the only one is bundled/digits")
+        raise UserError(f"unknown bundled data set {name!r}; the only one is bundled/digits")
     digits = require("sklearn.datasets", extra="bundled").load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
     # Test is every fifth image of each class, in file order.

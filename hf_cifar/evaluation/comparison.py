@@ -25,7 +25,7 @@ def compare_runs(folders: Sequence[str | Path], split: str = "auto") -> dict[str
     """
     first, second = folders
     if Path(first).resolve() == Path(second).resolve():
-        raise UserError(f"{first} and {second} are the same run; pass the folders of two")
+        raise UserError(f"{first} and {second} are the same run; pass two different folders")
     if split == "auto":
         common = [s for s in ("test", "validation") if all(s in saved_splits(f) for f in folders)]
         if not common:

@@ -56,7 +56,7 @@ def evaluate_metric(name: str, *, multi_label: bool = False) -> type[TableMetric
     names = metrics_of(multi_label=multi_label)
     if name not in names:
         hint = nearest_hint(name, names) or f"; known: {', '.join(names)}"
-        raise UserError(f"no metric {name!r}{hint}")
+        raise UserError(f"unknown metric {name!r}{hint}")
     return type(name, (TableMetric,), {"name": name, "multi_label": multi_label})
 
 

@@ -77,8 +77,8 @@ class Predictions:
     split: "validation" or "test". row_ids, labels [N]; logits [N, K]. Row ids are row numbers in the data
     set's own split: train, for a validation split taken from it.
     temperature: the number by which calibration has divided the logits, 1 for none.
-    For multi-label data, labels are [N, K], 0 or 1, and a class is predicted from its probability in
-    thresholds [K], or from 0.5 without thresholds. skipped_rows: ids of the rows that were left out because
+    For multi-label data, labels are [N, K], 0 or 1, and a class is predicted if its probability reaches
+    thresholds [K], or 0.5 without thresholds. skipped_rows: ids of the rows that were left out because
     their images cannot be read. saved_metrics: the split's part of metrics.json, if loaded from a folder.
     """
 

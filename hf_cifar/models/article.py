@@ -1,4 +1,4 @@
-"""The articles' two networks, as transformers models: a small CNN (row A1) and a three-layer network (A2).
+"""The articles' two networks, as transformers models: a small CNN and a three-layer network.
 
 Importing this module registers them, so that `from_pretrained` and `pipeline` load such a model. A copy of
 this file is saved with each model, so that `trust_remote_code=True` works without hf_cifar; it imports
@@ -34,7 +34,7 @@ class ArticleConfig(PreTrainedConfig):
 # transformers generates an `__init__` for a configuration class that has none, and it would not call the one
 # above.
 class ArticleCNNConfig(ArticleConfig):
-    """The small CNN (row A1)."""
+    """The small CNN."""
 
     model_type = "article_cnn"
 
@@ -43,7 +43,7 @@ class ArticleCNNConfig(ArticleConfig):
 
 
 class ArticleMLPConfig(ArticleConfig):
-    """The three-layer network (row A2)."""
+    """The three-layer network."""
 
     model_type = "article_mlp"
 

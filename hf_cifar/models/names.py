@@ -39,7 +39,7 @@ def check_model_name(
     elif name.startswith(BUNDLED):
         if name.removeprefix(BUNDLED) not in BUNDLED_NAMES:
             raise UserError(
-                f"no bundled model {name.removeprefix(BUNDLED)!r}; the only one is "
+                f"unknown bundled model {name.removeprefix(BUNDLED)!r}; the only one is "
                 f"{BUNDLED}{BUNDLED_NAMES[0]}"
             )
     elif looks_like_path(name):
@@ -71,7 +71,7 @@ def _check_architecture(name: str) -> None:
         return  # the second test finds former names that timm still accepts
     hint = nearest_hint(architecture, [*ARTICLE_NAMES, *sorted(registered)])
     raise UserError(
-        f"no architecture {name!r}{hint}; scratch/ takes {', '.join(ARTICLE_NAMES)} or a timm name"
+        f"unknown architecture {name!r}{hint}; scratch/ takes {', '.join(ARTICLE_NAMES)} or a timm name"
     )
 
 

@@ -79,7 +79,7 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
         split = matching_split(source, evaluated)
     except UserError as error:
         # Only logged: the reason may contain a local path, which must not be in a report.
-        logger.warning("the report has no pictures, slices and duplicates: %s", error)
+        logger.warning("the report has no pictures, slices or duplicates: %s", error)
         return Report({**facts, "slices": None, "duplicates": None, "pictures": False})
     facts |= {
         "slices": property_slices(split, evaluated.correct),

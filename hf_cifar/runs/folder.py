@@ -18,7 +18,7 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.errors import UserError
 from hf_cifar.text import one_line
 
-# Files about the model in a folder; they are wrong for a model that replaces it.
+# Files about the model in a folder; out of date once another model replaces it.
 RESULT_FILES = (
     "metrics.json", "corruptions.json", "predictions/*.parquet", ".eval_results/*.yaml", "report.html",
     "report.json",

@@ -32,7 +32,11 @@ def sole_run(folder: Path) -> Iterator[None]:
         try:
             lock = stack.enter_context(_locked(folder, create=True))
         except NotImplementedError as error:
-            logger.warning("cannot lock %s (%s); start no other run in it meanwhile", folder, error)
+            logger.warning(
+                "cannot lock %s (%s); do not start another run in it until this one ends",
+                folder,
+                error,
+            )
             yield
             return
         lock.truncate(0)

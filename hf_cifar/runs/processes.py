@@ -68,8 +68,10 @@ def computes_on_cpu(requested: bool) -> bool:
     Passed to TrainingArguments, because otherwise multiple processes on a CPU would each train alone.
     """
     import torch
+    from accelerate.utils import parse_flag_from_env
 
-    return requested or not torch.accelerator.is_available()
+    on_cpu = requested or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return on_cpu or not torch.accelerator.is_available()
 
 
 def is_sharded() -> bool:

@@ -18,6 +18,10 @@ from hf_cifar.runs.processes import is_main_process
 INHERITED_MAY_CHANGE = (
     "dataloader_", "eval_", "hub_", "log", "save_", "torch_compile", "tf32", "greater_is_better",
 )  # fmt: skip
+# Options that say when to evaluate and save.
+EVALUATION = {
+    "eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end",
+}  # fmt: skip
 
 
 def run_to_resume(train: TrainingConfig) -> Path | None:
@@ -32,22 +36,36 @@ def run_to_resume(train: TrainingConfig) -> Path | None:
 def check_folder(config: RunConfig) -> list[str]:
     """Check that the output folder is free, or holds the run to be resumed; see `check_same_run`.
 
-    Raises: UserError if it is in use, or holds another run.
+    Raises: UserError if it is in use, holds another run, or there is no checkpoint where one was requested.
     """
-    folder, resumed = Path(config.train.output_dir), run_to_resume(config.train)
-    changes = [] if resumed is None else check_same_run(resumed, config)
+    train = config.train
+    folder, resumed = RunFolder(train.output_dir), run_to_resume(train)
+    changes = []
+    if resumed is not None:
+        if not train.resumes_last and not Path(str(train.resume_from_checkpoint)).is_dir():
+            raise UserError(
+                f"--resume_from_checkpoint: no checkpoint in {train.resume_from_checkpoint}; pass its "
+                "folder, or last"
+            )
+        changes = check_same_run(resumed, config)
     if is_main_process():
-        refuse_in_use(folder)
-        if resumed is None:
-            RunFolder(folder).refuse_occupied()
+        refuse_in_use(folder.path)
+        if resumed is None or resumed.resolve() != folder.path.resolve():
+            folder.refuse_occupied()
+        elif not (folder.has_run or folder.checkpoints()) and folder.model_config_path.exists():
+            raise UserError(
+                f"--resume_from_checkpoint: {folder.path} has a model, but no run to resume; pass another "
+                "--output_dir"
+            )
     return changes
 
 
 def check_same_run(folder: Path, config: RunConfig) -> list[str]:
     """Compare the options of a resumed run with those in its config.yaml.
 
-    Options left open are ignored. Returns the allowed differences, as `--NAME NEW, before: OLD`.
-    Raises: UserError for the first option that may not change: it would be a different run.
+    Training options left open are ignored: the plan takes them from the run. Returns the allowed differences,
+    as `--NAME NEW, before: OLD`. Raises: UserError for the first option that may not change: it would be a
+    different run.
     """
     run = RunFolder(folder)
     if not run.has_run:
@@ -55,23 +73,55 @@ def check_same_run(folder: Path, config: RunConfig) -> list[str]:
     fields = {
         each.name: each for config_class in CONFIGS for each in dataclasses.fields(config_class)
     }
-    saved, changes = run.options(), []
-    for name, value in config.options().items():
-        default = fields[name].default if name in fields else None
-        before = saved.get(name, default)
+    settled = {each.name for each in dataclasses.fields(TrainingConfig)}
+    saved, now, changes = run.options(), config.options(), []
+    for name in {**saved, **now}:
+        value = now.get(name)
+        if value is None and (name in settled or name not in fields):
+            continue
+        before = saved.get(name, fields[name].default if name in fields else None)
         left_open = value == "auto" or (
             name == "torch_compile" and config.train.precision == "auto"
         )
-        if value == before or left_open:
+        if value == before or left_open or (before is None and _is_inherited_default(name, value)):
             continue
         if not _may_change(name, fields, config):
             raise UserError(
-                f"--resume_from_checkpoint: --{name} is {value}, but the run in {folder} started with "
-                f"{'the default' if before is None else before}; resume with --config {run.config_path}, or "
-                "start again in another --output_dir"
+                f"--resume_from_checkpoint: --{name} is {_shown(value)}, but the run in {folder} started "
+                f"with {_shown(before)}; resume with --config {run.config_path}, or start again in another "
+                "--output_dir"
             )
-        changes.append(f"--{name} {value}, before: {'the default' if before is None else before}")
+        changes.append(f"--{name} {_shown(value)}, before: {_shown(before)}")
     return changes
+
+
+def with_options_of(before: RunConfig | None, config: RunConfig) -> RunConfig:
+    """Return the options with the training options that they leave open taken from the resumed run.
+
+    When to evaluate and save belongs together: setting one of these options leaves the others open.
+    """
+    if before is None:
+        return config
+    left_open = {name for name, value in vars(config.train).items() if value is None}
+    if not left_open.issuperset(EVALUATION):
+        left_open -= EVALUATION
+    taken = {name: getattr(before.train, name) for name in left_open}
+    both = {**before.trainer, **config.trainer}
+    return dataclasses.replace(config.with_training(**taken), trainer=both)
+
+
+def _is_inherited_default(name: str, value: Any) -> bool:
+    """Return True if an option of TrainingArguments has its default value."""
+    from transformers import TrainingArguments
+
+    return any(
+        each.name == name and each.default == value
+        for each in dataclasses.fields(TrainingArguments)
+    )
+
+
+def _shown(value: Any) -> str:
+    return "the default" if value is None else str(value)
 
 
 def _may_change(name: str, fields: Mapping[str, Any], config: RunConfig) -> bool:

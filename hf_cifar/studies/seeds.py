@@ -49,7 +49,7 @@ def finetune_seeds(config: RunConfig, source: DataSource | None = None) -> dict[
     for number, (each, keep) in enumerate(zip(configs, kept, strict=True), 1):
         folder, place = each.train.output_dir, f"run {number} of {len(configs)}"
         if keep:
-            logger.info("%s, seed %d: finished before, in %s", place, each.train.seed, folder)
+            logger.info("%s, seed %d: already finished, in %s", place, each.train.seed, folder)
             continue
         logger.info("%s, seed %d: %s", place, each.train.seed, folder)
         each = start_or_resume(each)

@@ -43,7 +43,6 @@ def training_arguments(config: RunConfig, num_workers: int) -> TrainingArguments
     metric = train.metric_for_best_model.removeprefix("eval_")
     values |= {
         "dataloader_num_workers": num_workers,
-        "dataloader_pin_memory": num_workers > 0,  # images on the device cannot be pinned
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "use_cpu": computes_on_cpu(train.use_cpu),
@@ -71,8 +70,10 @@ def training_arguments(config: RunConfig, num_workers: int) -> TrainingArguments
     # over the launcher's precision.
     if train.precision != "auto":
         arguments.mixed_precision = "no" if train.precision == "fp32" else train.precision
-    # Batches are copied to a GPU while it computes.
-    arguments.accelerator_config.non_blocking = arguments.dataloader_pin_memory
+    arguments.dataloader_pin_memory &= num_workers > 0  # images on the device cannot be pinned
+    if "accelerator_config" not in config.trainer:
+        # Batches are copied to a GPU while it computes.
+        arguments.accelerator_config.non_blocking = arguments.dataloader_pin_memory
     return arguments
 
 

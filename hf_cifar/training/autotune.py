@@ -204,7 +204,10 @@ def pick_setting(
     rounds = int(affordable / part) - 1  # minus the warm-up round
     if rounds < MIN_ROUNDS:
         whole = image_seconds * batch * num_steps
-        return first, f"computing in {first}: a run of {whole:.0f} s is too short to compare others"
+        return (
+            first,
+            f"computing in {first}: a run of {whole:.0f} s is too short to compare other settings",
+        )
     pixel_values, labels = pixel_values[:part], labels[:part]
     rounds = min(rounds, MAX_ROUNDS)
     probe = pixel_values[:MEMORY_PROBE_IMAGES], labels[:MEMORY_PROBE_IMAGES]

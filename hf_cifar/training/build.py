@@ -134,7 +134,7 @@ def trains_on_features(
     """
     if config.train.head_solver == "lbfgs" and is_multi_label(model):
         raise UserError(
-            "--head_solver lbfgs is for one label per image, and these data are multi-label; leave it out"
+            "--head_solver lbfgs is for one label per image, and this data is multi-label; leave it out"
         )
     wanted = config.model.freeze == "backbone" and config.train.feature_views > 0
     wanted = wanted and not config.data.streaming

@@ -120,12 +120,12 @@ class FittingBatch(TrainerCallback):
                 reason = one_line(error)
             size = args.per_device_train_batch_size
             if size == 1:
-                raise UserError(f"out of memory with one image a step: {reason}")
+                raise UserError(f"out of memory with one image per step: {reason}")
             parts = next(n for n in range(2, size + 1) if size % n == 0)
             args.per_device_train_batch_size = trainer._train_batch_size = size // parts
             args.gradient_accumulation_steps *= parts
             logger.warning(
-                "out of memory with %d images at a time; restarting with %d, accumulated %d times a step",
+                "out of memory with %d images at a time; restarting with %d, accumulated %d times per step",
                 size, size // parts, args.gradient_accumulation_steps,
             )  # fmt: skip
             trainer.model = trainer.model_wrapped = trainer.accelerator.unwrap_model(

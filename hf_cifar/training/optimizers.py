@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import block_depths
 
 # Position embeddings and class tokens have two or more axes, but are not weights of a layer.
@@ -123,9 +124,20 @@ def default_rates(
     relative = batch_size / REFERENCE_BATCH
     factor = math.sqrt(relative)
     if optimizer == "sgd":
-        momentum = re.search(r"\bmomentum=([^,\s]+)", optim_args or "")
-        factor = relative * (1 - float(momentum[1]) if momentum else 1)
+        factor = relative * (1 - momentum_of(optim_args))
     return rates._replace(learning_rate=float(f"{rates.learning_rate * factor:.3g}"))
+
+
+def momentum_of(optim_args: str | None) -> float:
+    """Return the momentum in the arguments of SGD, 0 without one. Raises: UserError if not in [0, 1)."""
+    found = re.search(r"\bmomentum\s*=\s*([^,]*)", optim_args or "")
+    try:
+        momentum = float(found[1]) if found else 0.0
+    except ValueError:
+        momentum = -1.0
+    if not 0 <= momentum < 1:
+        raise UserError(f"--optim_args {optim_args}: momentum must be a number from 0 to below 1")
+    return momentum
 
 
 def model_family(model: nn.Module, scratch: bool = False) -> str:

@@ -264,8 +264,8 @@ def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
         name = changed[0]
         what = f"{name} ({before[name]} then, {identity[name]} now)"
         raise UserError(
-            f"{checkpoint} is of a run with other {what if len(what) < 200 else name}; restore that, or "
-            "start again in another --output_dir"
+            f"{checkpoint} belongs to a run with different {what if len(what) < 200 else name}; restore that, "
+            "or start again in another --output_dir"
         )
 
 

@@ -24,10 +24,10 @@ def build_schedule(args: TrainingArguments, optimizer: Optimizer, num_steps: int
 def check_schedule(args: TrainingArguments) -> None:
     """Raises: UserError for lr_scheduler_kwargs that the schedule does not take."""
     try:
-        build_schedule(args, torch.optim.SGD([torch.zeros(1)]), 10)
+        build_schedule(args, torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate), 10)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs} do not suit --lr_scheduler_type "
+            f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs} are not valid for --lr_scheduler_type "
             f"{schedule_name(args)}: {error}"
         ) from None
 

@@ -49,8 +49,8 @@ class Preprocessing:
         scales = (*self.std, self.rescale_factor)
         if not all(0 < scale < math.inf for scale in scales):
             raise UserError(
-                f"the checkpoint's deviations are {self.std} and its rescale factor {self.rescale_factor}; "
-                "they must be positive"
+                f"the checkpoint's standard deviations are {self.std} and its rescale factor "
+                f"{self.rescale_factor}; they must be positive"
             )
 
     @classmethod

@@ -202,6 +202,8 @@ def test_the_options_take_every_optimiser_and_schedule():
         ([], ("epoch", "epoch", True)),
         (["--save_strategy", "steps", "--save_steps", "100"], ("steps", "steps", True)),
         (["--eval_strategy", "steps", "--eval_steps", "50"], ("steps", "steps", True)),
+        (["--save_steps", "100"], ("steps", "steps", True)),
+        (["--eval_steps", "0.25"], ("steps", "steps", True)),
         (["--eval_strategy", "no"], ("no", "epoch", False)),
         (["--save_strategy", "no"], ("epoch", "no", False)),
         (["--save_strategy", "best"], ("epoch", "best", True)),
@@ -214,6 +216,18 @@ def test_open_options_follow_those_that_are_set(flags, expected):
     assert tuple(settled[name] for name in names) == expected
     if expected[:2] == ("steps", "steps"):
         assert settled["eval_steps"] == settled["save_steps"] == float(flags[-1])
+
+
+@pytest.mark.parametrize(
+    ("eval_steps", "save_steps", "loads_best"),
+    [("50", "100", True), ("100", "150", False), ("0.1", "0.3", True), ("0.2", "100", False)],
+)
+def test_best_checkpoint_needs_saves_at_evaluations(eval_steps, save_steps, loads_best, caplog):
+    caplog.set_level("INFO", logger="hf_cifar")
+    flags = ["--eval_steps", eval_steps, "--save_steps", save_steps]
+    settled = settle_evaluation(RunConfig.parse(flags).train)
+    assert settled["load_best_model_at_end"] is loads_best
+    assert (f"every {eval_steps} and {save_steps} steps" in caplog.text) is not loads_best
 
 
 def test_loading_the_best_needs_a_checkpoint_for_each_evaluation():

@@ -349,7 +349,7 @@ def test_unknown_hub_and_bundled_names_are_refused():
         UserError, match=r"not in the local cache and HF_HUB_OFFLINE=1 .*bundled/dig"
     ):
         source("nobody/nothing")
-    with pytest.raises(UserError, match=r"no bundled data set 'letters'.*bundled/digits"):
+    with pytest.raises(UserError, match=r"unknown bundled data set 'letters'.*bundled/digits"):
         source("bundled/letters")
 
 

@@ -108,8 +108,8 @@ def test_runs_are_compared_on_test_if_both_have_it(tmp_path, capsys):
     [
         (["one"], "takes the folders of two runs, not 1"),
         (["no-such-run", "."], "no folder no-such-run"),
-        ([".", "."], ". and . are the same run; pass the folders of two"),
-        (["--spilt", "test", "a", "b"], "no option --spilt (nearest: --split)"),
+        ([".", "."], ". and . are the same run; pass two different folders"),
+        (["--spilt", "test", "a", "b"], "unknown option --spilt (nearest: --split)"),
     ],
 )
 def test_command_line_errors(arguments, message, capsys):

@@ -117,9 +117,9 @@ def test_metrics_of_the_same_inputs_can_be_combined(drawn):
 
 
 def test_unknown_metric_is_refused():
-    with pytest.raises(UserError, match=r"no metric 'accurcy' \(nearest: accuracy\)"):
+    with pytest.raises(UserError, match=r"unknown metric 'accurcy' \(nearest: accuracy\)"):
         evaluate_metric("accurcy")
-    with pytest.raises(UserError, match="no metric 'brier'"):
+    with pytest.raises(UserError, match="unknown metric 'brier'"):
         evaluate_metric("brier", multi_label=True)
 
 

@@ -333,5 +333,5 @@ def test_a_checkpoint_of_other_data_is_refused(
 ):
     source, _ = uninterrupted
     trainer = make_trainer(tmp_path / "run", colours, dropout_vit)
-    with pytest.raises(UserError, match=r"is of a run with other split"):
+    with pytest.raises(UserError, match=r"belongs to a run with different split"):
         trainer.train(resume_from_checkpoint=str(source / "checkpoint-4"))

@@ -150,7 +150,9 @@ def test_describe_trainable_counts_parameters(load):
     model = load("vit")
     freeze(model, "backbone")
     total = sum(p.numel() for p in model.parameters())
-    assert describe_trainable(model) == f"99 of {total:,} parameters train ({99 / total:.1%})"
+    assert (
+        describe_trainable(model) == f"99 of {total:,} parameters are trainable ({99 / total:.1%})"
+    )
 
 
 def test_more_blocks_than_the_model_has_are_refused(load):

@@ -74,7 +74,7 @@ def test_only_the_head_is_new(name, checkpoints, caplog):
     assert state[f"{HEADS[name]}.weight"].shape[0] == 3
     assert f"{len(state) - 2} tensors kept, 2 newly initialised" in caplog.text
     assert all(key in caplog.text for key in head)
-    assert "parameters train (100.0%)" in caplog.text
+    assert "parameters are trainable (100.0%)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["vit", "timm/test_resnet"])
@@ -298,9 +298,9 @@ def test_unsupported_image_size_is_refused(name, size, expected, checkpoints):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("scratch/resnet5O", r"no architecture 'resnet5O' \(nearest: resnet50\)"),
+        ("scratch/resnet5O", r"unknown architecture 'resnet5O' \(nearest: resnet50\)"),
         ("scratch/article_cmn", r"\(nearest: article_cnn\)"),
-        ("bundled/resnet50", r"no bundled model 'resnet50'.*bundled/efficientnet_lite0"),
+        ("bundled/resnet50", r"unknown bundled model 'resnet50'.*bundled/efficientnet_lite0"),
         ("./no/such/folder", r"no model in ./no/such/folder: .*config.json"),
         (
             "google/vit-base-none",

@@ -44,7 +44,7 @@ KNOWN = {
     "environment": {"torch": "9.9.9", "hf-cifar": "0.1.0", "commit": "abc123"},
 }  # fmt: skip
 RUN = KNOWN | {
-    "train_seconds": 12.4, "steps": 1500, "trainable": "330 of 9,876 parameters train",
+    "train_seconds": 12.4, "steps": 1500, "trainable": "330 of 9,876 parameters are trainable",
     "device": "CPU (3 cores)", "processes": 2, "energy": None,
 }  # fmt: skip
 NAMES = ["cat", "dog", "ship"]
@@ -159,7 +159,7 @@ def test_data_and_procedure_are_from_the_run():
     assert "5,000 validation" in data and "stratified, split seed 7" in data and "5f" * 32 in data
     training = section(text, "Training")
     assert (
-        "330 of 9,876 parameters train. 1,500 steps in 12 s on CPU (3 cores), 2 processes. Seed 11"
+        "330 of 9,876 parameters are trainable. 1,500 steps in 12 s on CPU (3 cores), 2 processes. Seed 11"
         in training
     )
     for name in ("learning_rate", "freeze", "flip"):

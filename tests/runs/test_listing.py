@@ -122,7 +122,7 @@ def test_an_empty_folder_is_not_an_error(tmp_path, capsys):
     [
         ([], "runs takes folders"),
         (["nowhere"], "no folder nowhere"),
-        (["--jsn", "."], "no option --jsn (nearest: --json)"),
+        (["--jsn", "."], "unknown option --jsn (nearest: --json)"),
     ],
 )
 def test_command_line_errors(arguments, message, capsys):

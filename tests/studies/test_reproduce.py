@@ -169,7 +169,7 @@ def test_weights_are_compared_tensor_by_tensor(tmp_path):
     [
         ([], "takes the folder of one run, not 0"),
         (["nowhere"], "no folder nowhere"),
-        (["--outptu_dir", "x", "."], "no option --outptu_dir (nearest: --output_dir)"),
+        (["--outptu_dir", "x", "."], "unknown option --outptu_dir (nearest: --output_dir)"),
         (["{run}", "--output_dir", "{run}"], "holds another run"),
     ],
 )

@@ -209,7 +209,7 @@ def test_the_fastest_sound_setting_is_chosen(seconds, loss, chosen):
 def test_a_short_run_is_not_delayed(convnet, batch):
     setting, line = pick_setting(convnet, *batch, num_steps=3)
     assert setting == FP32
-    assert "is too short to compare others" in line
+    assert "is too short to compare other settings" in line
 
 
 @pytest.mark.parametrize(("size", "measured"), [(1, {1}), (3, {1}), (8, {4}), (20, {4, 10})])

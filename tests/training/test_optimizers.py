@@ -12,6 +12,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import freeze
 from hf_cifar.training.optimizers import (
     OPTIMIZER_FAMILIES,
@@ -141,6 +142,10 @@ def test_the_rate_of_sgd_scales_with_the_batch_and_one_minus_momentum():
     assert rate(64) == RATES["sgd"]["head"].learning_rate
     assert rate(256) == pytest.approx(4 * rate(64), rel=1e-2)
     assert rate(64, "nesterov=true,momentum=0.9") == pytest.approx(0.1 * rate(64), rel=1e-2)
+    assert rate(64, "momentum = 0.9") == rate(64, "momentum=0.9")
+    for wrong in ("momentum=fast", "momentum=1"):
+        with pytest.raises(UserError, match="momentum must be a number from 0 to below 1"):
+            rate(64, wrong)
 
 
 def test_an_optimiser_or_a_family_without_a_known_rate_has_none():

@@ -42,5 +42,5 @@ def test_every_schedule_is_that_of_transformers(tmp_path, name):
 
 def test_options_of_another_schedule_are_refused(tmp_path):
     check_schedule(arguments(tmp_path, "cosine_with_min_lr", {"min_lr": 1e-4}))
-    with pytest.raises(UserError, match=r"min_lr.* do not suit --lr_scheduler_type linear"):
+    with pytest.raises(UserError, match=r"min_lr.* are not valid for --lr_scheduler_type linear"):
         check_schedule(arguments(tmp_path, "linear", {"min_lr": 1e-4}))
