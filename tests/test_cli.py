@@ -80,7 +80,7 @@ def test_evaluate_on_other_data_does_not_replace_the_metrics_of_the_run(finished
         "4",
     ]
     assert main(argv) == 2
-    assert "--max_eval_samples requests other data" in capsys.readouterr().err
+    assert "--max_eval_samples requests data other than the run" in capsys.readouterr().err
     assert main([*argv, "--output_dir", str(tmp_path / "other")]) == 0
     other = json.loads((tmp_path / "other" / "metrics.json").read_text())
     assert other["validation"]["num_images"] == 4
@@ -225,7 +225,7 @@ BAD = {
     ),
     "seed": (["finetune", "--seed=-1"], "--seed is -1; it must be in 0..4294967295"),
     "no effect": (["finetune", "--do_train", "false"], "--do_train has no effect here"),
-    "metric": (["finetune", "--metric_for_best_model", "f1"], "it takes accuracy, cross_entropy"),
+    "metric": (["finetune", "--metric_for_best_model", "f1"], "one of accuracy, cross_entropy"),
     "configuration": (
         ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--dataset_config_name", "x"],
         "bundled/digits has one configuration",

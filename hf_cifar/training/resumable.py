@@ -262,10 +262,11 @@ def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     changed = [name for name in before if before[name] != identity.get(name, before[name])]
     if changed:
         name = changed[0]
-        what = f"{name} ({before[name]} then, {identity[name]} now)"
+        values = f" ({before[name]} then, {identity[name]} now)"
+        what = f"{name}{values if len(values) < 200 else ''}"
         raise UserError(
-            f"{checkpoint} belongs to a run with different {what if len(what) < 200 else name}; restore that, "
-            "or start again in another --output_dir"
+            f"{checkpoint} belongs to a run with different {what}; restore that, or start again in another "
+            "--output_dir"
         )
 
 

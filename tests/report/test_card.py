@@ -175,7 +175,7 @@ def test_solved_head_has_no_steps_and_a_chosen_penalty():
     text = render_card(
         dataclasses.replace(changed(steps=0), options=OPTIONS | {"head_solver": "lbfgs"})
     )
-    assert "train. Solved for in 12 s on CPU" in text
+    assert "trainable. Solved for in 12 s on CPU" in text
     assert "the head's penalty" in section(text, "Validation")
 
 

@@ -173,5 +173,7 @@ def test_old_checkpoints_are_removed_except_those_to_keep(tmp_path):
 def test_a_change_since_a_checkpoint_is_named(tmp_path):
     (tmp_path / IDENTITY_FILE).write_text(json.dumps({"classes": ["a", "b"], "gone": 1}))
     check_identity(tmp_path, {"classes": ["a", "b"], "new": 2})
-    with pytest.raises(UserError, match=r"other classes \(\['a', 'b'\] then, \['b', 'a'\] now\)"):
+    with pytest.raises(
+        UserError, match=r"different classes \(\['a', 'b'\] then, \['b', 'a'\] now\)"
+    ):
         check_identity(tmp_path, {"classes": ["b", "a"]})
