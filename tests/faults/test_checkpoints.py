@@ -312,10 +312,10 @@ def test_a_change_since_the_checkpoint_is_named(
     image = next((data / "train" / "down").iterdir())
     pixels = image.read_bytes()
     shutil.copy(next((data / "train" / "across").iterdir()), image)
-    outcomes.append((error_of(command(data, tiny_vit)), "other pixels of"))
+    outcomes.append((error_of(command(data, tiny_vit)), "different pixels of"))
     image.write_bytes(pixels)
     image.rename(data / "train" / "across" / "moved.png")
-    outcomes.append((error_of(command(data, tiny_vit)), "other split"))
+    outcomes.append((error_of(command(data, tiny_vit)), "different split"))
     right = [status == 2 and wanted in message for (status, message), wanted in outcomes]
     print([outcome for outcome, good in zip(outcomes, right, strict=True) if not good])
     good = sum(right)
