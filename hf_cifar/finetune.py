@@ -87,7 +87,7 @@ def claimed_folder(plan: Plan) -> Iterator[None]:
     with sole_run(plan.folder.path):
         if not plan.requested.train.resumes:
             plan.folder.refuse_occupied()
-        plan.config.save(plan.folder.config_path)
+        plan.folder.save_config(plan.config)
         yield
 
 
@@ -116,7 +116,7 @@ def save_batch(trainer: ImageClassificationTrainer, plan: Plan) -> None:
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     fitting = plan.config.with_training(**{name: getattr(trainer.args, name) for name in names})
     if plan.processes.is_main:
-        fitting.save(plan.folder.config_path)
+        plan.folder.save_config(fitting)
 
 
 def evaluate_run(

@@ -69,13 +69,14 @@ def plan_run(
     Raises: UserError if the options do not fit the model or the data, or there is nothing to resume from.
     """
     processes, before = start_processes(config), config_before(config.train)
+    checkpoint = find_checkpoint(config.train)
     resumed = with_options_of(before, config)
     train = resumed.train
     settled: dict[str, Any] = {
         **settle_rates(resumed, model, processes),
         **settle_evaluation(train),
         "metric_for_best_model": best_metric(train.metric_for_best_model, model),
-        "dataloader_num_workers": settle_workers(train, splits, processes, before),
+        "dataloader_num_workers": settle_workers(train, splits, processes),
     }
     if train.layer_decay != 1:
         block_depths(model)  # raises for a model without blocks
@@ -85,7 +86,7 @@ def plan_run(
         requested=config,
         config=planned.with_training(**setting),
         processes=processes,
-        checkpoint=find_checkpoint(train),
+        checkpoint=checkpoint,
     )
 
 
@@ -104,11 +105,10 @@ def find_checkpoint(train: TrainingConfig) -> Path | None:
     So does `last` in a folder without a run: one command line can be repeated until the run is finished.
     Raises: UserError if the requested one is damaged, or all are.
     """
-    folder = run_to_resume(train)
+    folder, requested = run_to_resume(train), train.requested_checkpoint
     if folder is None:
         return None
-    if not train.resumes_last:
-        requested = Path(str(train.resume_from_checkpoint))
+    if requested is not None:
         if damage := find_damage(requested):
             raise UserError(
                 f"--resume_from_checkpoint: {requested} is damaged: {damage}; pass last for the newest "
@@ -207,17 +207,13 @@ def best_metric(requested: str | None, model: PreTrainedModel) -> str:
     return requested or "accuracy"
 
 
-def settle_workers(
-    train: TrainingConfig, splits: Splits, processes: Processes, before: RunConfig | None
-) -> int | None:
+def settle_workers(train: TrainingConfig, splits: Splits, processes: Processes) -> int | None:
     """Return the number of loader workers: settled for a stream, as requested for other data.
 
-    The order of a stream depends on this number, so a resumed run must use the same.
+    The order of a stream depends on this number, so config.yaml has to record it.
     """
     if not isinstance(splits.train, Stream) or train.dataloader_num_workers is not None:
         return train.dataloader_num_workers
-    if before is not None and before.train.dataloader_num_workers is not None:
-        return before.train.dataloader_num_workers
     return splits.train.num_workers(processes.count, default_num_workers(resident=False))
 
 

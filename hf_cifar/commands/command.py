@@ -96,7 +96,6 @@ def quieten(main_process: bool) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
-    logging.getLogger("torch.utils.cpp_extension").setLevel(
-        logging.ERROR
-    )  # it reports its search for CUDA
+    # It reports its search for CUDA.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     logging.getLogger("hf_cifar").setLevel(logging.INFO if main_process else logging.ERROR)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_cifar.commands.command import Command, check_images, quieten, require_model
-from hf_cifar.config.command_line import parse, refuse_options
+from hf_cifar.config.command_line import parse, refuse_options, unexpected_argument
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.fields import field_names
@@ -27,7 +27,7 @@ def evaluate(argv: Sequence[str]) -> int:
     )
     refuse_options(rest, CONFIGS)
     if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; options start with --, see --help")
+        raise unexpected_argument(rest[0])
     require_model(config)
     source = check_images(data, [config.split])
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from hf_cifar.config.fields import check_bounds, check_choice, field_names, field_types
+from hf_cifar.config.fields import field_names, field_types
 from hf_cifar.errors import UserError
 from hf_cifar.text import nearest, nearest_hint, one_line
 
@@ -22,8 +22,6 @@ TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 WITHOUT_EFFECT = (
     "do_train", "do_eval", "hub_strategy", "hub_always_push", "remove_unused_columns", "label_names",
 )  # fmt: skip
-
-
 # Similarity above which an unknown option is a misspelled one of ours; those of TrainingArguments are below.
 MISSPELLED = 0.85
 
@@ -78,22 +76,31 @@ def wants_help(tokens: Sequence[str]) -> bool:
 
 def refuse_options(rest: Iterable[str], classes: Sequence[type]) -> None:
     """Raises: UserError for an unknown option among the tokens left over by `parse`; names the nearest."""
-    known = [name for each in classes for name in field_names(each)]
     for token in rest:
         if token.startswith("--"):
-            raise unknown_option(token, known)
+            raise unknown_option(token, names_of(classes))
 
 
 def refuse_early(rest: Iterable[str], classes: Sequence[type]) -> None:
     """Raises: UserError for a misspelled option of ours among the tokens left over by `parse`, or one without
     effect. Other mistakes show when transformers' options are read, which takes seconds."""
-    known = [name for each in classes for name in field_names(each)]
+    known = names_of(classes)
     for token in rest:
         name = token[2:].partition("=")[0] if token.startswith("--") else ""
         if name.removeprefix("no_") in WITHOUT_EFFECT:
             raise UserError(f"--{name} has no effect here; leave it out")
         if name and nearest(name, known, MISSPELLED):
             raise unknown_option(token, known)
+
+
+def names_of(classes: Sequence[type]) -> list[str]:
+    """Return the names of the options that the dataclasses declare."""
+    return [name for each in classes for name in field_names(each)]
+
+
+def unexpected_argument(token: str) -> UserError:
+    """Return the error for a word that belongs to no option."""
+    return UserError(f"unexpected argument {token!r}; options start with --, see --help")
 
 
 def unknown_option(token: str, known: Iterable[str]) -> UserError:
@@ -179,7 +186,10 @@ def explicit_flags(
 
 
 def convert(field: dataclasses.Field, words: str | list[str], kind: Any) -> Any:
-    """Return an option's value, converted from its words. Raises: UserError if they are not valid."""
+    """Return an option's value, converted from its words. Its class checks bounds and choices.
+
+    Raises: UserError for words of another type.
+    """
     flag = f"--{field.name}"
     if get_origin(kind) is list:
         return list(words)
@@ -190,12 +200,7 @@ def convert(field: dataclasses.Field, words: str | list[str], kind: Any) -> Any:
         if word.lower() not in TRUE + FALSE:
             raise UserError(f"{flag} takes true or false, not {word!r}")
         return word.lower() in TRUE
-    if kind in (int, float):
-        value = parse_number(flag, word, kind)
-        check_bounds(field, value)
-        return value
-    check_choice(field.name, word, kind)
-    return word
+    return parse_number(flag, word, kind) if kind in (int, float) else word
 
 
 def parse_number(flag: str, word: str, kind: type) -> float:
@@ -225,12 +230,12 @@ def parse_inherited(tokens: Sequence[str], ours: Sequence[type]) -> dict[str, An
     Raises: UserError for an unknown option or a bad value.
     """
     if not tokens[0].startswith("--"):
-        raise UserError(f"unexpected argument {tokens[0]!r}; options start with --, see --help")
+        raise unexpected_argument(tokens[0])
     from transformers import TrainingArguments
 
     parser = inherited_parser(ours)
     theirs = {each.name for each in dataclasses.fields(TrainingArguments)}
-    known = [*theirs, *(name for each in ours for name in field_names(each))]
+    known = [*theirs, *names_of(ours)]
     flags = [token.partition("=")[0][2:] for token in tokens if token.startswith("--")]
     for flag in flags:
         if flag not in theirs and flag.removeprefix("no_") not in theirs:
@@ -239,7 +244,7 @@ def parse_inherited(tokens: Sequence[str], ours: Sequence[type]) -> dict[str, An
     if rest and rest[0].startswith("--"):
         raise unknown_option(rest[0], known)
     if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; options start with --, see --help")
+        raise unexpected_argument(rest[0])
     given = {flag if flag in theirs else flag.removeprefix("no_") for flag in flags}
     return {name: value for name, value in vars(namespace).items() if name in given}
 
@@ -248,7 +253,7 @@ def inherited_parser(ours: Sequence[type]) -> argparse.ArgumentParser:
     """Return transformers' parser of the TrainingArguments that are not options of `ours`; imports torch."""
     from transformers import HfArgumentParser, TrainingArguments
 
-    left_out = {name for each in ours for name in field_names(each)}.union(WITHOUT_EFFECT)
+    left_out = {*names_of(ours), *WITHOUT_EFFECT}
     kinds = get_type_hints(TrainingArguments)
     rest = [
         (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +48,7 @@ class RunConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
-        """Read what `save` wrote."""
+        """Read a file of `to_yaml`."""
         return cls.parse(["--config", str(path)])
 
     def options(self) -> dict[str, Any]:
@@ -63,13 +62,9 @@ class RunConfig:
         values |= self.trainer
         return {name: _plain(value) for name, value in values.items() if value is not None}
 
-    def save(self, path: str | Path) -> None:
-        """Write the options as YAML: `hf-cifar finetune --config FILE` is the same run."""
-        text = yaml.safe_dump(self.options(), sort_keys=False)
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)  # a reader sees the old file or the new one, never half
+    def to_yaml(self) -> str:
+        """Return the options as YAML: `hf-cifar finetune --config FILE` is the same run."""
+        return yaml.safe_dump(self.options(), sort_keys=False)
 
     def with_training(self, **changes: Any) -> RunConfig:
         """Return a copy with these training options replaced."""

@@ -7,6 +7,7 @@ default, with bounds, or settled by the plan; all others also work, see `RunConf
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from hf_cifar.config.fields import check_fields, option, refuse_both_formats
@@ -262,3 +263,10 @@ class TrainingConfig:
     def resumes_last(self) -> bool:
         """Return True if the run resumes from the last checkpoint in its own folder."""
         return (self.resume_from_checkpoint or "").lower() in SAME_FOLDER
+
+    @property
+    def requested_checkpoint(self) -> Path | None:
+        """Return the checkpoint folder that the options name, None for the last one or a new run."""
+        if self.resume_from_checkpoint is None or self.resumes_last or not self.resumes:
+            return None
+        return Path(self.resume_from_checkpoint)

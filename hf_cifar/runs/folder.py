@@ -100,6 +100,10 @@ class RunFolder:
         """Return the settled options by name."""
         return _read(self.config_path)
 
+    def save_config(self, config: RunConfig) -> None:
+        """Write the settled options."""
+        write_text(self.config_path, config.to_yaml())
+
     def load_config(self) -> RunConfig:
         """Return the settled options. Raises: UserError also if there are none."""
         return RunConfig.load(self.config_path)

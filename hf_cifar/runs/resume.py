@@ -26,11 +26,10 @@ EVALUATION = {
 
 def run_to_resume(train: TrainingConfig) -> Path | None:
     """Return the folder of the run to be resumed, or None for a new run."""
-    if not train.resumes or train.resume_from_checkpoint is None:
-        return None
     if train.resumes_last:
         return Path(train.output_dir)
-    return Path(train.resume_from_checkpoint).parent
+    requested = train.requested_checkpoint
+    return None if requested is None else requested.parent
 
 
 def check_folder(config: RunConfig) -> list[str]:
@@ -40,14 +39,12 @@ def check_folder(config: RunConfig) -> list[str]:
     """
     train = config.train
     folder, resumed = RunFolder(train.output_dir), run_to_resume(train)
-    changes = []
-    if resumed is not None:
-        if not train.resumes_last and not Path(str(train.resume_from_checkpoint)).is_dir():
-            raise UserError(
-                f"--resume_from_checkpoint: no checkpoint in {train.resume_from_checkpoint}; pass its "
-                "folder, or last"
-            )
-        changes = check_same_run(resumed, config)
+    requested = train.requested_checkpoint
+    if requested is not None and not requested.is_dir():
+        raise UserError(
+            f"--resume_from_checkpoint: no checkpoint in {requested}; pass its folder, or last"
+        )
+    changes = [] if resumed is None else check_same_run(resumed, config)
     if is_main_process():
         refuse_in_use(folder.path)
         if resumed is None or resumed.resolve() != folder.path.resolve():

@@ -19,6 +19,7 @@ from hf_cifar.config.run import CONFIGS, RunConfig
 from hf_cifar.config.training import Optimizer, Schedule
 from hf_cifar.errors import UserError
 from hf_cifar.plan import settle_evaluation
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.text import nearest
 
 
@@ -82,7 +83,7 @@ def test_saved_config_is_the_same_run(tmp_path):
         "--lr_scheduler_kwargs", '{"min_lr": 1e-6}', "--optim", "sgd", "--optim_args", "momentum=0.9",
         "--freeze", "2", "--no_load_best_model_at_end",
     )  # fmt: skip
-    config.save(tmp_path / "config.yaml")
+    RunFolder(tmp_path).save_config(config)
     text = (tmp_path / "config.yaml").read_text()
     assert "hf_secret" not in text
     again = RunConfig.load(tmp_path / "config.yaml")
@@ -176,7 +177,7 @@ def test_lists_flags_and_hyphens():
 def test_an_option_of_training_arguments_goes_to_the_trainer(tmp_path):
     config = RunConfig.parse(["--gradient_checkpointing", "--adam_beta2", "0.95", "--seed", "3"])
     assert config.trainer == {"gradient_checkpointing": True, "adam_beta2": 0.95}
-    config.save(tmp_path / "config.yaml")
+    RunFolder(tmp_path).save_config(config)
     assert RunConfig.load(tmp_path / "config.yaml").trainer == config.trainer
 
 
