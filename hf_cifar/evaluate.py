@@ -11,23 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
+from hf_cifar.data.preparation import CPU
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource
-from hf_cifar.data.store import (
-    CPU,
-    ResidentStore,
-    StreamedStore,
-    build_store,
-    default_num_workers,
-    is_resident,
-    stored_view,
-)
+from hf_cifar.data.store import PreparedStore, ResidentStore, build_store, default_num_workers
 from hf_cifar.data.stratify import subsample
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedStore
@@ -36,6 +28,7 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.heads import divide_logits
 from hf_cifar.models.problem_type import is_multi_label, thresholds_of
+from hf_cifar.progress import progress
 from hf_cifar.report.card import is_untouched, save_card
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import computes_on_cpu
@@ -48,29 +41,27 @@ logger = logging.getLogger(__name__)
 
 def evaluate_classifier(
     trainer: ImageClassificationTrainer,
+    source: DataSource,
     split: Split,
-    pixel_store: str = "auto",
     temperature: float = 1.0,
     *,
     store: Dataset | None = None,
 ) -> Predictions:
     """Predict every image of a split once; distributed over all processes, each row counted once.
 
-    pixel_store: auto, resident or streamed. temperature: the number by which the model already divides
-    its logits, for the record. store: a store of the split's images, if already built.
+    source: prepared for the trainer's model. temperature: the number by which the model already divides its
+    logits, for the record. store: a store of the split's images, if already built.
     """
     if store is None:
-        store = _store_of(trainer, split, pixel_store)
+        store = _store_of(trainer, source, split)
     return predict_images(trainer, split, store, temperature)
 
 
 def _store_of(
-    trainer: ImageClassificationTrainer, split: Split, pixel_store: str
-) -> ResidentStore | StreamedStore:
+    trainer: ImageClassificationTrainer, source: DataSource, split: Split
+) -> ResidentStore | PreparedStore:
     device = trainer.args.device if trainer.args.dataloader_num_workers == 0 else CPU
-    return build_store(
-        split, trainer.preprocessing, augmented=False, kind=pixel_store, device=device
-    )
+    return build_store(source.images(split), device=device)
 
 
 def predict_images(
@@ -91,12 +82,12 @@ def predict_images(
 
 
 def evaluate_corrupted(
-    trainer: ImageClassificationTrainer, split: Split, num_images: int, pixel_store: str = "auto"
+    trainer: ImageClassificationTrainer, source: DataSource, split: Split, num_images: int
 ) -> dict[str, Any]:
     """Return the accuracy under each corruption at severities 1 to 5, and without one, on up to `num_images`
     images of the split, stratified. Images are corrupted at their stored size."""
     part = subsample(split, max(num_images, len(split.id2label)), seed=0)
-    store = _store_of(trainer, part, pixel_store)
+    store = _store_of(trainer, source, part)
 
     def hits(images: Dataset) -> int:
         return int(predict_images(trainer, part, images).correct.sum())
@@ -104,7 +95,7 @@ def evaluate_corrupted(
     clean, count = hits(store), len(part)
     work = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
     accuracy: dict[str, list[float]] = {name: [] for name in CORRUPTIONS}
-    for name, severity in tqdm(work, desc="corruptions", disable=None, leave=False):
+    for name, severity in progress(work, "evaluating corruptions", unit="corruptions"):
         accuracy[name].append(hits(CorruptedStore(store, name, severity)) / count)
     return {
         "num_images": count,
@@ -172,10 +163,11 @@ def evaluate_saved(
             f"{kinds[split.labels.ndim == 2]}; pass the --label_column_name that it was trained on"
         )
     preprocessing = Preprocessing.from_image_processor(image_processor)
+    source = source.prepared(preprocessing)
+    split = source.readable(split)
     num_workers = config.dataloader_num_workers
     if num_workers is None:
-        stored = stored_view(preprocessing, augmented=False)
-        num_workers = default_num_workers(is_resident(split, stored, data.pixel_store))
+        num_workers = default_num_workers(decodes=source.images(split).decodes)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = ImageClassificationTrainer(
             model=model,
@@ -195,10 +187,10 @@ def evaluate_saved(
             preprocessing=preprocessing,
             evaluation_loss=evaluation_loss(multi_label=is_multi_label(model)),
         )
-        evaluation = evaluate_classifier(trainer, split, data.pixel_store, temperature)
+        evaluation = evaluate_classifier(trainer, source, split, temperature)
         corrupted = None
         if config.corruptions:
-            corrupted = evaluate_corrupted(trainer, split, config.corruptions, data.pixel_store)
+            corrupted = evaluate_corrupted(trainer, source, split, config.corruptions)
     folder = output_folder(config)
     if folder is not None and trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)

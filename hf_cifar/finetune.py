@@ -15,8 +15,10 @@ from transformers import set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_cifar.config.run import RunConfig
-from hf_cifar.data.split import require_readable
+from hf_cifar.data.preparation import readable
+from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource
+from hf_cifar.errors import UserError
 from hf_cifar.evaluate import calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.hub.push import push_run
@@ -33,6 +35,7 @@ from hf_cifar.training.build import build_trainer
 from hf_cifar.training.features import FeatureStore, fit_head
 from hf_cifar.training.saving import save_classifier
 from hf_cifar.training.trainer import ImageClassificationTrainer
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -57,22 +60,33 @@ def finetune_classifier(config: RunConfig, source: DataSource | None = None) -> 
     check_request(config, source)
     set_seed(config.train.seed)
     splits = source.splits  # train and validation; test is not read yet
-    require_readable(splits.train, splits.validation, pixel_store=config.data.pixel_store)
     model, image_processor = build_model(
         config.model, splits.id2label, multi_label=splits.multi_label
     )
     check_space(config, model)
     plan = plan_run(config, model, image_processor, splits)
+    source = prepare_images(source, image_processor, plan)
     known = known_facts(source, plan.config)
     check_card(plan, model, known)
-    trainer = build_trainer(model, image_processor, splits, plan)
+    trainer = build_trainer(model, image_processor, source, plan)
     with claimed_folder(plan):
-        fitted = fit(trainer, plan)
+        fitted = fit(trainer, source, plan)
         evaluations = evaluate_run(trainer, source, plan)
-        facts = known | run_facts(
-            trainer, splits, fitted, evaluations[0].temperature, config.data.pixel_store
-        )
+        facts = known | run_facts(trainer, source, fitted, evaluations[0].temperature)
         return finish_run(trainer, facts, evaluations, plan)
+
+
+def prepare_images(source: DataSource, image_processor: Any, plan: Plan) -> DataSource:
+    """Decode the images for the model: all of them, or with --check_images used those of evaluation only.
+
+    Raises: UserError that names the row of each unreadable image.
+    """
+    preprocessing = Preprocessing.from_image_processor(image_processor)
+    prepared = source.prepared(preprocessing, plan.config.data, plan.processes.device)
+    _ = prepared.splits
+    if plan.config.train.do_predict:
+        _ = prepared.test_split
+    return prepared
 
 
 @contextlib.contextmanager
@@ -91,8 +105,11 @@ def claimed_folder(plan: Plan) -> Iterator[None]:
         yield
 
 
-def fit(trainer: ImageClassificationTrainer, plan: Plan) -> Fitted:
-    """Train in epochs, or solve for the head at once."""
+def fit(trainer: ImageClassificationTrainer, source: DataSource, plan: Plan) -> Fitted:
+    """Train in epochs, or solve for the head at once.
+
+    Raises: UnreadableImages that names every unreadable row, if training came upon one.
+    """
     train = plan.config.train
     with measured_energy(plan.processes.is_main) as energy:
         start = time.perf_counter()
@@ -102,13 +119,28 @@ def fit(trainer: ImageClassificationTrainer, plan: Plan) -> Fitted:
             seconds = time.perf_counter() - start
         else:
             checkpoint = None if plan.checkpoint is None else str(plan.checkpoint)
-            seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+            with listing_unreadable(source):
+                output = trainer.train(resume_from_checkpoint=checkpoint)
+            seconds = output.metrics["train_runtime"]
     if trainer.args.gradient_accumulation_steps != train.gradient_accumulation_steps:
         save_batch(trainer, plan)
     # Curves end here: some trackers would record the final predictions of validation under test.
     for reporter in get_reporting_integration_callbacks(trainer.args.report_to):
         trainer.remove_callback(reporter)
     return Fitted(seconds, energy or None)
+
+
+@contextlib.contextmanager
+def listing_unreadable(source: DataSource) -> Iterator[None]:
+    """If training stops at an unreadable image, check the remaining ones too, to name them all at once."""
+    try:
+        yield
+    except UserError:
+        train = source.splits.train
+        if isinstance(train, Split) and (images := source.images(train)).faults:
+            logger.warning("an image of train cannot be read; checking the others")
+            readable(images, "error")
+        raise
 
 
 def save_batch(trainer: ImageClassificationTrainer, plan: Plan) -> None:
@@ -124,15 +156,15 @@ def evaluate_run(
 ) -> list[Predictions]:
     """Evaluate and calibrate on validation; with --do_predict, also evaluate test, which is read here for the
     first time, after all choices."""
-    kind, store = plan.config.data.pixel_store, trainer.eval_dataset
+    store = trainer.eval_dataset
     store = None if isinstance(store, FeatureStore) else store
-    validation = evaluate_classifier(trainer, source.splits.validation, kind, store=store)
+    validation = evaluate_classifier(trainer, source, source.splits.validation, store=store)
     if plan.config.train.calibrate:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         validation = calibrate_classifier(model, validation)
     if not plan.config.train.do_predict:
         return [validation]
-    test = evaluate_classifier(trainer, source.test_split, kind, validation.temperature)
+    test = evaluate_classifier(trainer, source, source.test_split, validation.temperature)
     return [validation, test]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from hf_cifar.config.metrics import best_metrics, metrics_of
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.config.run import RunConfig
 from hf_cifar.config.training import TrainingConfig
+from hf_cifar.data.preparation import SplitImages
 from hf_cifar.data.splits import Splits
 from hf_cifar.data.store import default_num_workers
 from hf_cifar.data.streams import Stream
@@ -27,12 +29,15 @@ from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import Processes, is_sharded, start_processes
 from hf_cifar.runs.resume import run_to_resume, with_options_of
+from hf_cifar.text import duration
 from hf_cifar.training.autotune import Setting, pick_setting
 from hf_cifar.training.checkpoints import find_damage, newest_checkpoint
 from hf_cifar.training.optimizers import default_rates
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
+# Images of train are decoded before training if that takes this long at most.
+CHECK_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,11 @@ def plan_run(
     checkpoint = find_checkpoint(config.train)
     resumed = with_options_of(before, config)
     train = resumed.train
+    preprocessing = Preprocessing.from_image_processor(image_processor)
+    check = settle_check(resumed, splits, preprocessing)
+    resumed = dataclasses.replace(
+        resumed, data=dataclasses.replace(resumed.data, check_images=check)
+    )
     settled: dict[str, Any] = {
         **settle_rates(resumed, model, processes),
         **settle_evaluation(train),
@@ -207,6 +217,33 @@ def best_metric(requested: str | None, model: PreTrainedModel) -> str:
     return requested or "accuracy"
 
 
+def settle_check(config: RunConfig, splits: Splits, preprocessing: Preprocessing) -> str:
+    """Return when images of train are decoded: as requested, else all before training if that takes a minute
+    at most, or the head alone trains, on features of all images."""
+    check = config.data.check_images
+    if check != "auto":
+        return check
+    if isinstance(splits.train, Stream) or computes_features(config):
+        return "all"
+    kind = config.data.pixel_store
+    images = SplitImages(splits.train, preprocessing, augmented=True, kind=kind)
+    seconds = images.seconds
+    if seconds <= CHECK_SECONDS:
+        return "all"
+    logger.info(
+        "train: preparing all images first would take about %s, so each is prepared in the first epoch "
+        "(--check_images used); all finds unreadable images before training",
+        duration(seconds),
+    )
+    return "used"
+
+
+def computes_features(config: RunConfig) -> bool:
+    """Return True if the options ask for the head alone to train, on features that are computed once."""
+    wanted = config.model.freeze == "backbone" and config.train.feature_views > 0
+    return wanted and not config.data.streaming
+
+
 def settle_workers(train: TrainingConfig, splits: Splits, processes: Processes) -> int | None:
     """Return the number of loader workers: settled for a stream, as requested for other data.
 
@@ -214,7 +251,7 @@ def settle_workers(train: TrainingConfig, splits: Splits, processes: Processes) 
     """
     if not isinstance(splits.train, Stream) or train.dataloader_num_workers is not None:
         return train.dataloader_num_workers
-    return splits.train.num_workers(processes.count, default_num_workers(resident=False))
+    return splits.train.num_workers(processes.count, default_num_workers(decodes=True))
 
 
 def settle_setting(
@@ -299,7 +336,7 @@ def num_batches(config: RunConfig, num_images: int, processes: Processes) -> int
     """Return the number of forward and backward passes of one process in the complete run."""
     train = config.train
     batch = train.per_device_train_batch_size * processes.num_devices
-    if config.model.freeze == "backbone" and train.feature_views and not config.data.streaming:
+    if computes_features(config):
         # One forward pass for each view, each about a third of a training step.
         return math.ceil(num_images * train.feature_views / batch / 3)
     if train.max_steps > 0:

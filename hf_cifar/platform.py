@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -15,6 +16,10 @@ from typing import IO
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 # Exit status of a command whose reader closed the pipe, as a shell reports it. Windows has no such signal.
 BROKEN_PIPE_STATUS = 128 + getattr(signal, "SIGPIPE", 13)
+
+# Windows has no reads and writes at a position: seeking and reading must not be interrupted by another
+# thread.
+_seek_lock = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -62,6 +67,36 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Read bytes at a position of a file into a buffer; returns their number, less at the end of the file."""
+    if hasattr(os, "preadv"):
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if not count:
+                break
+            done += count
+        return done
+    with _seek_lock:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        data = os.read(descriptor, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write bytes at a position of a file. Raises: OSError."""
+    if hasattr(os, "pwrite"):
+        while data:
+            count = os.pwrite(descriptor, data, offset)
+            data, offset = data[count:], offset + count
+        return
+    with _seek_lock:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        while data:
+            data = data[os.write(descriptor, data) :]
 
 
 def set_malloc_option(parameter: int, value: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_cifar.config.run import RunConfig
 from hf_cifar.config.training import TrainingConfig
-from hf_cifar.data.split import require_readable
+from hf_cifar.data.cache import free_bytes
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 from hf_cifar.hub.push import check_push, prepare_push
@@ -28,8 +27,7 @@ def check_request(config: RunConfig, source: DataSource) -> None:
     """Run the checks that need no model, including those of steps at the end of the run.
 
     Raises: UserError if `source` has other data, the output folder holds another run, the device does not
-    support the requested precision, test is requested but missing or has an unreadable image, or a push would
-    fail.
+    support the requested precision, test is requested but missing, or a push would fail.
     """
     train, folder = config.train, Path(config.train.output_dir)
     if source.config != config.data:
@@ -46,7 +44,7 @@ def check_request(config: RunConfig, source: DataSource) -> None:
         raise UserError(f"--output_dir {folder} is a file; pass a folder")
     check_device(train)
     if train.do_predict:
-        require_readable(source.test_split, pixel_store=config.data.pixel_store)
+        _ = source.test_split  # raises without labels; its images are checked before training
     if is_main_process():
         check_push(train)
 
@@ -94,8 +92,7 @@ def check_space(config: RunConfig, model: PreTrainedModel) -> None:
 
 def require_space(folder: Path, needed_bytes: int) -> None:
     """Raises: UserError if the disk of `folder` has too little free space."""
-    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise UserError(
             f"no space left for {folder}: the model and its checkpoints take {needed_bytes / 1e6:,.0f} MB, "

@@ -14,7 +14,7 @@ from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.columns import class_counts
 from hf_cifar.data.split import Split
-from hf_cifar.data.splits import DataSource, Splits
+from hf_cifar.data.splits import DataSource
 from hf_cifar.hub.origin import find_origin
 from hf_cifar.hub.push import Target
 from hf_cifar.models.blocks import describe_trainable
@@ -45,26 +45,34 @@ def known_facts(source: DataSource, config: RunConfig) -> dict[str, Any]:
         },
         "num_train": len(splits.train),
         "num_validation": len(splits.validation),
-        "skipped_rows": {
-            split.name: split.skipped.tolist()
-            for split in (splits.train, splits.validation)
-            if isinstance(split, Split) and len(split.skipped)
-        },
+        "skipped_rows": skipped_rows(source),
         "leakage": find_leakage(source) if config.train.check_leakage else None,
         "environment": environment(),
     }
 
 
+def skipped_rows(source: DataSource) -> dict[str, list[int]]:
+    """Return the row ids that --on_bad_image skip has left out so far, by split."""
+    found = {}
+    for split in (source.splits.train, source.splits.validation):
+        if isinstance(split, Split):
+            during = split.row_ids[list(source.images(split).faults)]
+            rows = sorted({*split.skipped.tolist(), *during.tolist()})
+            found |= {split.name: rows} if rows else {}
+    return found
+
+
 def run_facts(
     trainer: ImageClassificationTrainer,
-    splits: Splits,
+    source: DataSource,
     fitted: Fitted,
     temperature: float,
-    pixel_store: str,
 ) -> dict[str, Any]:
     """Return the facts of a finished run, as plain values: data, work, time and machine."""
     state, device, seconds = trainer.state, trainer.args.device, fitted.seconds
+    splits = source.splits
     return {
+        "skipped_rows": skipped_rows(source),
         "label_counts": {
             split.name: {
                 name: int(count)
@@ -77,7 +85,7 @@ def run_facts(
             for split in (splits.train, splits.validation)
             if isinstance(split, Split)  # unknown for a stream
         },
-        "pixel_hashes": pixel_hashes(splits, pixel_store),
+        "pixel_hashes": pixel_hashes(source),
         "trainable": describe_trainable(trainer.model),
         "steps": state.global_step,
         "epochs": state.epoch,

@@ -58,3 +58,14 @@ def render_numbers(numbers: Iterable[int]) -> str:
     runs = groupby(enumerate(sorted(numbers)), lambda item: item[1] - item[0])
     ends = [(run[0][1], run[-1][1]) for run in (list(group) for _, group in runs)]
     return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ends)
+
+
+def duration(seconds: float) -> str:
+    """Format a time for people, in two units at most: `8 s`, `1 min 35 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    if minutes:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{rest} s"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -32,9 +31,9 @@ def find_leakage(source: DataSource) -> dict[str, Any]:
             "leave out one of --check_leakage and --streaming"
         )
     test, seen = source.test_split, (splits.train, splits.validation)
-    held = source.config.pixel_store != "streamed"
     pairs = find_duplicates(
-        images_of(test, held), chain.from_iterable(images_of(split, held) for split in seen)
+        test.images("comparing test"),
+        chain.from_iterable(split.images(f"comparing {split.name}") for split in seen),
     )
     sources = np.repeat([split.source_split for split in seen], [len(split) for split in seen])
     rows = np.concatenate([split.row_ids for split in seen])
@@ -59,9 +58,3 @@ def find_leakage(source: DataSource) -> dict[str, Any]:
     else:
         logger.info("--check_leakage: no test image is in train or validation")
     return {"num_test": len(test), "num_leaked": leaked, "pairs": found}
-
-
-def images_of(split: Split, held: bool) -> Iterable[np.ndarray]:
-    """Iterate over every image in order. held: from memory, if they fit."""
-    images = split.images if held else None
-    return split.decode_all() if images is None else images

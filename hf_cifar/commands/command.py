@@ -74,16 +74,14 @@ def require_model(config: EvaluateConfig | PredictConfig) -> None:
     )
 
 
-def check_images(data: DataConfig, splits: Sequence[str]) -> DataSource:
-    """Load and decode the splits that a command needs; returns the source that holds them."""
-    from hf_cifar.data.split import require_readable
+def open_source(data: DataConfig, splits: Sequence[str]) -> DataSource:
+    """Open the data and make the splits that a command needs, so that mistakes are found before a model
+    is."""
     from hf_cifar.data.splits import DataSource
 
     source = DataSource(data)
-    parts = [
-        source.test_split if name == "test" else getattr(source.splits, name) for name in splits
-    ]
-    require_readable(*parts, pixel_store=data.pixel_store)
+    for name in splits:
+        _ = source.test_split if name == "test" else getattr(source.splits, name)
     return source
 
 

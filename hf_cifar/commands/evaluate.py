@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_cifar.commands.command import Command, check_images, quieten, require_model
+from hf_cifar.commands.command import Command, open_source, quieten, require_model
 from hf_cifar.config.command_line import parse, refuse_options, unexpected_argument
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
@@ -29,7 +29,7 @@ def evaluate(argv: Sequence[str]) -> int:
     if rest:
         raise unexpected_argument(rest[0])
     require_model(config)
-    source = check_images(data, [config.split])
+    source = open_source(data, [config.split])
 
     from hf_cifar.evaluate import evaluate_saved
     from hf_cifar.evaluation.tables import render_metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_cifar.commands.command import Command, check_images, quieten
+from hf_cifar.commands.command import Command, open_source, quieten
 from hf_cifar.config.command_line import inherited_parser, parse, wants_help
 from hf_cifar.config.run import CONFIGS, RunConfig
 from hf_cifar.models.names import check_model_name
@@ -35,7 +35,7 @@ def finetune(argv: Sequence[str]) -> int:
     check_model_name(
         model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
     )
-    source = check_images(config.data, ["train", "validation"])
+    source = open_source(config.data, ["train", "validation"])
 
     from hf_cifar.finetune import finetune_classifier
 

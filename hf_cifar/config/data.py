@@ -52,16 +52,21 @@ class DataConfig:
     streaming: bool = option(
         False, "Read train shard by shard during training, for data larger than the disk."
     )
-    pixel_store: Literal["auto", "resident", "streamed"] = option(
+    pixel_store: Literal["auto", "resident", "disk", "streamed"] = option(
         "auto",
-        "Decoded images: resident in memory, or streamed by loader processes; auto: by size and free "
-        "memory.",
+        "Prepared images: resident in memory, read from disk, or streamed (decoded at each use); auto: by "
+        "their size, free memory and free disk.",
         may_change=True,
+    )
+    check_images: Literal["auto", "all", "used"] = option(
+        "auto",
+        "When images of train are decoded and checked: all before training, or used, each when its turn "
+        "comes, so that training starts at once; auto: all if that takes a minute at most.",
     )
     on_bad_image: Literal["error", "skip"] = option(
         "error",
-        "Unreadable images: error stops before training and lists every row; skip leaves them out, and the "
-        "model card records them.",
+        "Unreadable images: error stops and lists every row; skip leaves them out, and the model card "
+        "records them.",
     )
     max_image_pixels: int = option(
         MAX_IMAGE_PIXELS,

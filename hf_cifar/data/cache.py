@@ -102,7 +102,7 @@ def save_array(key: str, array: np.ndarray) -> None:
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        _make_room(folder, array.nbytes)
+        make_room(folder, array.nbytes)
         save_file({"array": array}, staging / "array", {"crc32": f"{zlib.crc32(array.data):08x}"})
         os.replace(staging / "array", path)
     except (OSError, SafetensorError) as error:
@@ -111,12 +111,32 @@ def save_array(key: str, array: np.ndarray) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _make_room(folder: Path, num_bytes: int) -> None:
-    found = [*folder.glob("*.safetensors"), *folder.glob(".*.tmp/*")]
-    files = sorted(found, key=lambda path: path.stat().st_mtime)
-    used = sum(path.stat().st_size for path in files)
-    for path in files:
+def make_room(folder: Path, num_bytes: int, keep: str = "") -> None:
+    """Delete the least recently used files if the cache would exceed its limit. keep: name of files to
+    keep."""
+    groups: dict[str, list[Path]] = {}
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.pixels"), *folder.glob("*.rows")]:
+        groups.setdefault(path.stem, []).append(path)
+    groups.pop(keep, None)
+    for path in folder.glob(".*.tmp/*"):
+        groups[str(path)] = [path]
+    sizes = {name: sum(disk_bytes(path) for path in paths) for name, paths in groups.items()}
+    used = sum(sizes.values())
+    for name in sorted(groups, key=lambda name: max(p.stat().st_mtime for p in groups[name])):
         if used + num_bytes <= SIZE_LIMIT:
             return
-        used -= path.stat().st_size
-        path.unlink(missing_ok=True)
+        used -= sizes[name]
+        for path in groups[name]:
+            path.unlink(missing_ok=True)
+
+
+def disk_bytes(path: Path) -> int:
+    """Bytes that a file takes on the disk: less than its size, if parts of it were never written."""
+    status = path.stat()
+    return getattr(status, "st_blocks", status.st_size // 512 + 1) * 512
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of a folder, which may not exist yet."""
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    return shutil.disk_usage(existing).free

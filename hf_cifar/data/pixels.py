@@ -1,210 +1,339 @@
-"""The images of a source, decoded once: splits, subsamples, folds and seeds are row numbers into one array.
+"""The images of a source, decoded once: splits, subsamples, folds, seeds and later runs use the same files.
 
-A split of at least half of a source's images decodes all of them, into an array that every other split of the
-source uses too. It stays on disk for later runs, under a key made from the source's images. A smaller split
-uses that array if it exists, in memory or on disk, and otherwise decodes only its own rows.
+`Pixels` has the encoded images of one of a source's own splits. `Prepared` has them as the model needs them,
+uint8 in one size, in a file of the cache whose name is made from the source's images and that form. Any rows
+can be prepared at any time: in a pass before the training, or by the loader when their turn comes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import logging
 import os
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+import shutil
+import tempfile
+import time
+import weakref
+from collections import deque
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
+import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from hf_cifar.config.data import MAX_IMAGE_PIXELS
-from hf_cifar.data.cache import content_key, load_array, one_process_at_a_time, save_array
-from hf_cifar.data.images import decode_cell, decode_cells
+from hf_cifar.data.cache import cache_folder, content_key, make_room, one_process_at_a_time
+from hf_cifar.data.images import decode_cell
+from hf_cifar.data.pixel_file import MISSING, READABLE, STORED, UNREADABLE, PixelFile
 from hf_cifar.errors import UserError
+from hf_cifar.progress import Progress
+from hf_cifar.transforms.preprocessing import Preprocessing
+from hf_cifar.transforms.resizing import LIBRARIES
 
-# Share of the free memory that decoded images may take.
-MEMORY_SHARE = 0.25
-# A split with a smaller share of its source decodes only its own rows.
-SHARED_FRACTION = 0.5
-# Takes the place of an unreadable image among images of mixed sizes.
-BLANK = np.zeros((0, 0, 3), np.uint8)
+logger = logging.getLogger(__name__)
+# Images that all have the same size of at most this many pixels are stored in that size, for every model.
+SMALL_PIXELS = 64 * 64
+# Training images are stored this much larger than the model's input, as a margin for random crops.
+TRAINING_MARGIN = 8 / 7
+NUM_SURVEYED = 32  # images that are decoded to learn the size and the time of all
+TASK = 32  # images per task of a thread
+MAX_THREADS = 16
 
 
-def memory_to_spare() -> int:
-    """Bytes of memory that this process may use for decoded images."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return int(psutil.virtual_memory().available * MEMORY_SHARE / processes)
+class OtherSize(Exception):
+    """An image does not have the size that all others seemed to have."""
 
 
-class Pixels:
-    """The images of one split of a source, or of some of its rows, decoded on first use.
+class Form(NamedTuple):
+    """How images are stored: in their own size, the same for all, or in a view of them.
 
-    rows: columns image (encoded) and label. row_ids: [N] int64, the number of each row in the source's own
-    split; all rows in order if not given. max_pixels: larger images count as unreadable.
-    images: None until `hold`, then uint8 [N, H, W, 3], or a list of [H, W, 3] if sizes differ. An unreadable
-    image is blank, and its position is in `faults`. tensors: made from the images, see `store`.
+    size: (height, width). view: the preprocessing whose `view` is stored; None for unchanged images.
     """
 
-    def __init__(
-        self,
-        source_split: str,
-        rows: Dataset,
-        row_ids: np.ndarray | None = None,
-        max_pixels: int = MAX_IMAGE_PIXELS,
-    ) -> None:
-        self.source_split = source_split
-        self.rows = rows
-        self.row_ids = np.arange(len(rows)) if row_ids is None else row_ids
-        self.max_pixels = max_pixels
-        self.images: np.ndarray | list[np.ndarray] | None = None
+    size: tuple[int, int]
+    view: Preprocessing | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        return 3 * self.size[0] * self.size[1]
+
+    def render(self, image: np.ndarray) -> np.ndarray:
+        """Convert a decoded image [H, W, 3] uint8. Raises: OtherSize."""
+        if self.view is not None:
+            return self.view.view_image(image)
+        if image.shape[:2] != self.size:
+            raise OtherSize
+        return image
+
+
+class Survey(NamedTuple):
+    """What a few images spread over a source show.
+
+    size: (height, width) of all of them, or None. seconds: median time to decode one on one core.
+    """
+
+    size: tuple[int, int] | None
+    seconds: float
+
+
+@dataclass(eq=False)
+class Pixels:
+    """The encoded images of one of a source's own splits.
+
+    rows: columns image (encoded) and label. row_ids: [N] int64, the number of each row in the source's own
+    split; all rows in order if not given. max_pixels: larger images count as unreadable. tensors: made from
+    all of the images, see `store`.
+    """
+
+    source_split: str
+    rows: Dataset
+    row_ids: np.ndarray = None  # type: ignore[assignment]
+    max_pixels: int = MAX_IMAGE_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.row_ids is None:
+            self.row_ids = np.arange(len(self.rows))
         self.tensors: dict[Hashable, Any] = {}
-        self._faults: dict[int, str] | None = None
-        self._too_large = False
+        self._prepared: dict[Hashable, Prepared] = {}
+        self._mixed = False
 
     def __len__(self) -> int:
         return len(self.row_ids)
-
-    def select(self, positions: np.ndarray) -> Pixels:
-        """Select some of the rows, to be decoded on their own."""
-        rows, row_ids = self.rows.select(positions), self.row_ids[positions]
-        return Pixels(self.source_split, rows, row_ids, self.max_pixels)
 
     @functools.cached_property
     def key(self) -> str:
         """Cache key: SHA-256 of all encoded images, and the limit on their size."""
         return f"{content_key(self.rows)}-{self.max_pixels}"
 
-    def hold(self, *, decode: bool = True) -> bool:
-        """Load all images into memory, from the disk cache, or else decode them and cache them.
+    def decode(self, position: int) -> np.ndarray:
+        """Decode one image, [H, W, 3] uint8. Raises: UserError if it cannot be read."""
+        return decode_cell(self.rows[position]["image"], self.max_pixels)
 
-        Images of mixed sizes are not cached on disk. decode=False: only use what is decoded already.
-        Returns False if the images are not available, or exceed the memory budget.
-        """
-        if self.images is not None or self._too_large:
-            return not self._too_large
-        budget = memory_to_spare()
-        self._too_large = self._bytes_expected() > budget
-        if self._too_large:
-            return False
-        with one_process_at_a_time(self.key):
-            faults = self._known_faults()
-            images: np.ndarray | list[np.ndarray] | None
-            images = load_array(self._array_key(faults or {}))
-            if images is None and not decode:
-                return False
-            if images is None:
-                images, faults = self._decode(budget)
-                if images is not None:
-                    self._keep_faults(faults)
-                if isinstance(images, np.ndarray):
-                    save_array(self._array_key(faults), images)
-        self._too_large = images is None
-        if images is not None:
-            self.images, self._faults = images, faults or {}
-        return images is not None
-
-    @property
-    def faults(self) -> dict[int, str]:
-        """Map the position of each unreadable image to the reason. Decodes all images if not known yet."""
-        if self._faults is None:
-            with one_process_at_a_time(self.key):
-                faults = self._known_faults()
-                if faults is None:
-                    faults = self._faults_of(self.attempts())
-                    self._keep_faults(faults)
-            self._faults = faults
-        return self._faults
-
-    @property
-    def is_examined(self) -> bool:
-        """True once the unreadable images are known."""
-        return self._faults is not None
-
-    def attempts(self) -> Iterator[np.ndarray | UserError]:
-        """Yield each image in order, or the error for an unreadable one; decoded on all cores, with a
-        progress bar on a terminal."""
-        with tqdm(
-            total=len(self), desc=f"decoding {self.source_split}", disable=None, leave=False
-        ) as progress:
-            for start in range(0, len(self), 1024):
-                cells = self.rows[start : start + 1024]["image"]
-                for image in decode_cells(cells, self.max_pixels):
-                    progress.update()
-                    yield image
-
-    def _bytes_expected(self) -> int:
-        """Estimate the bytes of all images from the first; 0 if that one cannot be read."""
-        try:
-            return decode_cell(self.rows[0]["image"], self.max_pixels).nbytes * len(self)
-        except UserError:
-            return 0
-
-    def _decode(self, budget: int) -> tuple[np.ndarray | list[np.ndarray] | None, dict[int, str]]:
-        """Decode every image into one array, or into a list once an image has another size; None if they take
-        more than `budget` bytes."""
-        images: np.ndarray | list[np.ndarray] | None = None
-        faults: dict[int, str] = {}
-        for position, image in enumerate(self.attempts()):
-            if isinstance(image, UserError):
-                faults[position] = str(image)
-                if isinstance(images, list):
-                    images.append(BLANK)
+    @functools.cached_property
+    def survey(self) -> Survey:
+        """Decode a few images spread over all rows."""
+        sizes, times = set(), []
+        for position in np.linspace(0, len(self) - 1, min(NUM_SURVEYED, len(self))).astype(int):
+            start = time.perf_counter()
+            try:
+                sizes.add(self.decode(int(position)).shape[:2])
+            except UserError:
                 continue
-            budget -= image.nbytes
-            if budget < 0:
-                return None, {}
-            if images is None:
-                images = np.zeros((len(self), *image.shape), np.uint8)
-            if isinstance(images, np.ndarray) and image.shape != images.shape[1:]:
-                images = list(images[:position])
-            if isinstance(images, np.ndarray):
-                images[position] = image
-            else:
-                images.append(image)
-        return [BLANK] * len(self) if images is None else images, faults
+            times.append(time.perf_counter() - start)
+        size = sizes.pop() if len(sizes) == 1 else None
+        return Survey(size, float(np.median(times)) if times else 0.0)
 
-    def _array_key(self, faults: dict[int, str]) -> str:
-        """Cache key of the array. It includes which images are blank, so that no run takes them for real."""
-        if not faults:
-            return self.key
-        blank = np.array(sorted(faults), np.int64)
-        return f"{self.key}-without-{hashlib.sha256(blank.tobytes()).hexdigest()[:16]}"
+    def form(
+        self, preprocessing: Preprocessing, *, augmented: bool, exact_size: bool = True
+    ) -> Form:
+        """Choose how to store the images for a model: small images of one size as they are, else a view.
 
-    def _faults_key(self) -> str:
-        return f"{self.key}-unreadable"
+        augmented: for training, with a margin for random crops. exact_size: False for rows that are prepared
+        one by one, when an image of another size would come too late.
+        """
+        view = stored_view(preprocessing, augmented=augmented)
+        size = self.survey.size
+        if (
+            exact_size
+            and size
+            and not self._mixed
+            and np.prod(size) <= max(SMALL_PIXELS, np.prod(view.size))
+        ):
+            return Form(size)
+        return Form(view.size, view)
 
-    def _keep_faults(self, faults: dict[int, str]) -> None:
-        save_array(self._faults_key(), np.array(list(faults), np.int64))
+    def prepared(self, form: Form, *, stores: bool = True) -> Prepared:
+        """Return the images in a form. stores: keep them in a file; False to decode them at each use."""
+        key = form, stores
+        if key not in self._prepared:
+            self._prepared[key] = Prepared(self, form, stores=stores)
+        return self._prepared[key]
 
-    def _known_faults(self) -> dict[int, str] | None:
-        """Return the faults found by an earlier run; None if no run has checked."""
-        positions = load_array(self._faults_key())
-        if positions is None:
+    def reject(self, form: Form) -> None:
+        """Remember that the images differ in size, so that `form` never takes this form again."""
+        self._mixed = True
+        self._prepared = {key: each for key, each in self._prepared.items() if key[0] != form}
+
+
+def stored_view(preprocessing: Preprocessing, *, augmented: bool) -> Preprocessing:
+    """Return the view in which images are stored: for training enlarged, for evaluation without the crop.
+
+    Enlarged images are resized by torch, the faster library, because no image processor makes them.
+    """
+    if not augmented:
+        return preprocessing.uncropped()
+    library = (
+        "torchvision" if ("torchvision", preprocessing.interpolation) in LIBRARIES else "pillow"
+    )
+    return dataclasses.replace(preprocessing.enlarged(TRAINING_MARGIN), library=library)
+
+
+class Prepared:
+    """The images of a source in one form, [N, height, width, 3] uint8, in a file that later runs continue.
+
+    Positions are those of `Pixels`. Without a file (`stores`, or a full disk) an image is decoded at each
+    use.
+    """
+
+    def __init__(self, pixels: Pixels, form: Form, *, stores: bool = True) -> None:
+        self.pixels, self.form = pixels, form
+        self._retried = False
+        self._stores = stores
+        self._temporary: weakref.finalize | None = None
+        self.reasons: dict[
+            int, str
+        ] = {}  # why a row is unreadable, as far as this process has tried
+        digest = hashlib.sha256(f"{pixels.key} {form} {stores}".encode()).hexdigest()
+        self._file = self._open(digest)
+
+    def _open(self, name: str) -> PixelFile:
+        """Open the file in the cache, or else a temporary one."""
+        try:
+            folder = cache_folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            with one_process_at_a_time(name):
+                return PixelFile(folder / name, len(self.pixels), self.form.size)
+        except OSError as error:
+            logger.warning("cannot cache in %s for later runs: %s", cache_folder(), error)
+            folder = Path(tempfile.mkdtemp(prefix="hf_cifar-"))
+            self._temporary = weakref.finalize(self, _remove, folder, os.getpid())
+            return PixelFile(folder / name, len(self.pixels), self.form.size)
+
+    def missing(self, positions: np.ndarray) -> np.ndarray:
+        """Return those of the positions [B] that nobody has tried to decode yet."""
+        return positions[self._file.states(positions) == MISSING]
+
+    def unreadable(self, positions: np.ndarray) -> dict[int, str]:
+        """Map those of the positions that are known to be unreadable to the reason."""
+        bad = positions[self._file.states(positions) == UNREADABLE].tolist()
+        return {position: self.reasons.get(position, "") for position in bad}
+
+    def seconds(self, positions: np.ndarray) -> float:
+        """Estimate the time to prepare those of the positions [B] that are missing, on all cores."""
+        missing = self.missing(positions)
+        if not len(missing):
+            return 0.0
+        start, chosen = time.perf_counter(), missing[:: max(1, len(missing) // 8)][:8]
+        for position in chosen:
+            self._render(int(position), keep=False)
+        return (time.perf_counter() - start) / len(chosen) * len(missing) / num_threads()
+
+    def num_bytes(self, positions: np.ndarray) -> int:
+        """Bytes on the disk that the missing ones of the positions will take."""
+        return len(self.missing(positions)) * self.form.row_bytes if self._stores else 0
+
+    def prepare(self, positions: np.ndarray, what: str) -> None:
+        """Decode those of the positions [B] that are missing, on all cores, and show the progress of `what`.
+
+        Rows that an earlier run could not read are tried again, because the cause may have been the disk.
+        Raises: OtherSize.
+        """
+        with one_process_at_a_time(f"{self._file.path.name}-pass"):
+            wanted = positions[np.isin(self._file.states(positions), self._open_states())]
+            self._retried = True
+            if not len(wanted):
+                return
+            if self._stores:
+                make_room(
+                    cache_folder(), len(wanted) * self.form.row_bytes, keep=self._file.path.name
+                )
+            with Progress(what, len(wanted)) as shown:
+                for count in self._in_threads(np.sort(wanted)):
+                    shown.update(count)
+
+    def _open_states(self) -> tuple[int, ...]:
+        return (MISSING,) if self._retried else (MISSING, UNREADABLE)
+
+    def _in_threads(self, positions: np.ndarray) -> Iterator[int]:
+        """Decode positions on all cores; yields the number of images after each task."""
+
+        def work(task: np.ndarray) -> int:
+            cells = self.pixels.rows[task]["image"]
+            for position, cell in zip(task.tolist(), cells, strict=True):
+                self._render(position, cell)
+            return len(task)
+
+        tasks: deque[Future[int]] = deque()
+        threads = num_threads()
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                for start in range(0, len(positions), TASK):
+                    tasks.append(pool.submit(work, positions[start : start + TASK]))
+                    if len(tasks) > 2 * threads:
+                        yield tasks.popleft().result()
+                while tasks:
+                    yield tasks.popleft().result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    def _render(
+        self, position: int, cell: dict | None = None, *, keep: bool = True
+    ) -> np.ndarray | None:
+        """Decode one image into the form, and keep it or the fact that it is unreadable: then None."""
+        try:
+            cell = self.pixels.rows[position]["image"] if cell is None else cell
+            image = self.form.render(decode_cell(cell, self.pixels.max_pixels))
+        except UserError as error:
+            self.reasons[position] = str(error)
+            self._file.mark(position, UNREADABLE)
             return None
-        # Retry them, because the cause may have been a disk error.
-        again = self._faults_of(self.select(positions).attempts())
-        return {int(positions[number]): fault for number, fault in again.items()}
+        if keep and not self._stores:
+            self._file.mark(position, READABLE)
+        elif keep:
+            try:
+                self._file.write(position, image)
+            except OSError as error:
+                self._stores = False
+                logger.warning("%s; the other images are decoded at each use", error)
+                self._file.mark(position, READABLE)
+        return image
 
-    @staticmethod
-    def _faults_of(attempts: Iterator[np.ndarray | UserError]) -> dict[int, str]:
-        return {i: str(each) for i, each in enumerate(attempts) if isinstance(each, UserError)}
+    def read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images [B, height, width, 3] at positions [B], and a mask [B] of the readable ones.
+
+        Images that are not in the file are decoded.
+        """
+        images, stored = self._file.read(positions)
+        for number in np.flatnonzero(~stored):
+            position = int(positions[number])
+            known_bad = (
+                position in self.reasons and self._file.states(positions[[number]])[0] == UNREADABLE
+            )
+            image = None if known_bad else self._render(position)
+            if image is not None:
+                images[number], stored[number] = image, True
+        return images, stored
+
+    def read_all(self, positions: np.ndarray) -> np.ndarray:
+        """Return the images [B, height, width, 3] at positions that are all readable."""
+        images = np.empty((len(positions), *self.form.size, 3), np.uint8)
+        for start in range(0, len(positions), 1024):
+            images[start : start + 1024] = self.read(positions[start : start + 1024])[0]
+        return images
+
+    def pixel_hash(self, positions: np.ndarray) -> str | None:
+        """SHA-256 of the form and the stored images' checksums, in order; None if some are not stored."""
+        if not (self._file.states(positions) == STORED).all():
+            return None
+        header = f"{self.form.size} {self.form.view} ".encode()
+        return hashlib.sha256(header + self._file.checksums(positions).tobytes()).hexdigest()
 
 
-class ImageView(Sequence):
-    """Selected images of a shared array. An integer gives a view [H, W, 3]; a slice or list gives a copy."""
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # not in a loader's worker
+        shutil.rmtree(folder, ignore_errors=True)
 
-    def __init__(self, pixels: Pixels, positions: np.ndarray) -> None:
-        assert isinstance(pixels.images, np.ndarray)  # held, and of one size
-        self.pixels = pixels
-        self.array = pixels.images
-        self.positions = positions
 
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.array[self.positions[index]]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self[:] if dtype is None else self[:].astype(dtype)
+def num_threads() -> int:
+    """Number of threads that decode: the cores of this process."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return max(1, min(MAX_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +12,10 @@ import numpy as np
 from datasets import Dataset
 
 from hf_cifar.data.columns import class_label, label_array
-from hf_cifar.data.images import decode_cell
-from hf_cifar.data.pixels import SHARED_FRACTION, ImageView, Pixels
-from hf_cifar.data.streams import Stream
+from hf_cifar.data.images import decode_cells
+from hf_cifar.data.pixels import SMALL_PIXELS, Form, OtherSize, Pixels
 from hf_cifar.errors import UserError
+from hf_cifar.progress import progress
 from hf_cifar.text import render_numbers
 
 
@@ -48,7 +47,8 @@ class Split:
     @functools.cached_property
     def rows(self) -> Dataset:
         """Columns image (encoded) and label."""
-        return self.pixels.rows if self._is_whole else self.pixels.rows.select(self.positions)
+        is_whole = np.array_equal(self.positions, np.arange(len(self.pixels)))
+        return self.pixels.rows if is_whole else self.pixels.rows.select(self.positions)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -68,44 +68,38 @@ class Split:
     def decode(self, position: int) -> np.ndarray:
         """Decode one image, [H, W, 3] uint8. Raises: UserError that names the row."""
         try:
-            return decode_cell(self.rows[int(position)]["image"], self.pixels.max_pixels)
+            return self.pixels.decode(int(self.positions[position]))
         except UserError as error:
             raise UserError(f"{self.describe_row(position)}: {error}") from None
 
-    @property
-    def images(self) -> ImageView | list[np.ndarray] | None:
-        """All images, decoded once: a view of uint8 [N, H, W, 3], or a list of [H, W, 3] if sizes differ.
+    def images(self, what: str) -> Iterable[np.ndarray]:
+        """Return every image in its own size, in order: small ones of one size as uint8 [N, H, W, 3], from
+        the cache if they are there; others one by one, decoded on all cores.
 
-        None if they do not fit into the memory budget; they are then decoded on demand.
-        Raises: UnreadableImages that names the row of each unreadable image.
+        what: the work that needs them, for its progress.
+        Raises: UnreadableImages, for images one by one after all rows have been tried.
         """
-        if self._held is None:
-            return None
-        pixels, positions = self._held
-        if faults := _faults_at(pixels, positions):
-            raise UnreadableImages([(self, faults)])
-        if isinstance(pixels.images, list):
-            return [pixels.images[position] for position in positions]
-        return ImageView(pixels, positions)
+        size = self.pixels.survey.size
+        if size is None or np.prod(size) > SMALL_PIXELS:
+            return self._decoded(what)
+        prepared = self.pixels.prepared(Form(size))
+        try:
+            prepared.prepare(self.positions, what)
+        except OtherSize:
+            return self._decoded(what)
+        self.require_readable(prepared.unreadable(self.positions))
+        return prepared.read_all(self.positions)
 
-    @functools.cached_property
-    def pixel_hash(self) -> str | None:
-        """SHA-256 of all decoded images and their shapes, in order; None if they do not fit into memory."""
-        if self.images is None:
-            return None
-        digest = hashlib.sha256()
-        for image in self.images:
-            digest.update(f"{image.shape} ".encode())
-            digest.update(np.ascontiguousarray(image).data)
-        return digest.hexdigest()
-
-    def decode_all(self) -> Iterator[np.ndarray]:
-        """Yield every image in order, decoded on all cores, with a progress bar on a terminal.
-
-        Raises: UnreadableImages, after all rows have been tried.
-        """
+    def _decoded(self, what: str) -> Iterator[np.ndarray]:
         faults: dict[int, str] = {}
-        for position, image in enumerate(self._own_pixels.attempts()):
+        images = (
+            image
+            for start in range(0, len(self), 1024)
+            for image in decode_cells(
+                self.rows[start : start + 1024]["image"], self.pixels.max_pixels
+            )
+        )
+        for position, image in enumerate(progress(images, what, len(self))):
             if isinstance(image, UserError):
                 faults[position] = str(image)
             elif not faults:
@@ -113,51 +107,15 @@ class Split:
         if faults:
             raise UnreadableImages([(self, faults)])
 
-    def faults(self, *, hold: bool) -> dict[int, str]:
-        """Map the position of each unreadable image to the reason. hold: keep the images in memory if they
-        fit."""
-        return _faults_at(*((hold and self._held) or self._examined))
+    def faults_at(self, unreadable: dict[int, str]) -> dict[int, str]:
+        """Convert positions in `pixels` to positions in this split."""
+        found = np.flatnonzero(np.isin(self.positions, list(unreadable)))
+        return {int(number): unreadable[int(self.positions[number])] for number in found}
 
-    @property
-    def decoded(self) -> tuple[Pixels, np.ndarray]:
-        """The pixels in which most of this split is decoded already, and its positions in them."""
-        own = self.__dict__.get("_own_pixels")
-        if own is not None and own.is_examined:
-            return own, np.arange(len(self))
-        return self.pixels, self.positions
-
-    @functools.cached_property
-    def _is_whole(self) -> bool:
-        return np.array_equal(self.positions, np.arange(len(self.pixels)))
-
-    @property
-    def _decodes_all(self) -> bool:
-        return len(self) >= SHARED_FRACTION * len(self.pixels)
-
-    @functools.cached_property
-    def _own_pixels(self) -> Pixels:
-        """The pixels of these rows only."""
-        return self.pixels if self._is_whole else self.pixels.select(self.positions)
-
-    @functools.cached_property
-    def _held(self) -> tuple[Pixels, np.ndarray] | None:
-        """The pixels that hold the decoded images, and the positions in them; None if they do not fit."""
-        if self.pixels.hold(decode=self._decodes_all):
-            return self.pixels, self.positions
-        return (self._own_pixels, np.arange(len(self))) if self._own_pixels.hold() else None
-
-    @property
-    def _examined(self) -> tuple[Pixels, np.ndarray]:
-        """The pixels to check for unreadable images, and the positions in them."""
-        if self._decodes_all or self.pixels.is_examined:
-            return self.pixels, self.positions
-        return self._own_pixels, np.arange(len(self))
-
-
-def _faults_at(pixels: Pixels, positions: np.ndarray) -> dict[int, str]:
-    faults = pixels.faults
-    found = np.flatnonzero(np.isin(positions, list(faults))).tolist() if faults else []
-    return {number: faults[int(positions[number])] for number in found}
+    def require_readable(self, unreadable: dict[int, str]) -> None:
+        """Raises: UnreadableImages if any of the positions in `pixels` belongs to this split."""
+        if unreadable and (faults := self.faults_at(unreadable)):
+            raise UnreadableImages([(self, faults)])
 
 
 class UnreadableImages(UserError):
@@ -187,27 +145,6 @@ def render_rows(found: Sequence[tuple[Split, dict[int, str]]]) -> str:
     return ", ".join(f"{name} rows {render_numbers(rows)}" for name, rows in ids.items())
 
 
-def find_faults(split: Split, pixel_store: str = "auto") -> dict[int, str]:
-    """Map the position of each unreadable image to the reason. The result is cached on disk for later runs.
-
-    pixel_store: unless "streamed", the images stay in memory if they fit, see `Split.images`.
-    """
-    return split.faults(hold=pixel_store != "streamed")
-
-
-def require_readable(*splits: Split | Stream, pixel_store: str = "auto") -> None:
-    """Decode every image of the splits; streams are not read in advance.
-
-    Raises: UserError that names the row of each unreadable image.
-    """
-    parts = [split for split in splits if isinstance(split, Split)]
-    found = [(split, find_faults(split, pixel_store)) for split in parts]
-    found = [(split, faults) for split, faults in found if faults]
-    if found:
-        raise UnreadableImages(found)
-
-
 def subset(split: Split, positions: np.ndarray) -> Split:
-    """Select rows of a split by position, reusing what it has decoded already."""
-    pixels, own = split.decoded
-    return replace(split, pixels=pixels, positions=own[positions])
+    """Select rows of a split by position."""
+    return replace(split, positions=split.positions[positions])

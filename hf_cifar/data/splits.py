@@ -5,23 +5,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from datasets import Dataset, IterableDataset
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.columns import class_counts, class_label, label_array
 from hf_cifar.data.pixels import Pixels
+from hf_cifar.data.preparation import CPU, SplitImages, readable
 from hf_cifar.data.sources import load_source
-from hf_cifar.data.split import Split, find_faults, render_rows, subset
+from hf_cifar.data.split import Split
 from hf_cifar.data.stratify import stratified, subsample
 from hf_cifar.data.streams import Stream, collect, load_streams, num_rows, require_every_class
 from hf_cifar.errors import UserError
+from hf_cifar.transforms.preprocessing import Preprocessing
 
-logger = logging.getLogger(__name__)
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
 
 
@@ -60,7 +61,7 @@ class Splits:
 
 
 class DataSource:
-    """A data set that is opened and decoded once: pass it on instead of loading the data again.
+    """A data set that is opened once: pass it on instead of loading the data again.
 
     Its images are freed together with it and the splits made from it.
     """
@@ -68,6 +69,7 @@ class DataSource:
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         self._pixels: dict[str, Pixels] = {}
+        self._view: tuple[Preprocessing, torch.device] | None = None
 
     @functools.cached_property
     def splits(self) -> Splits:
@@ -91,6 +93,47 @@ class DataSource:
                 source_split, self.rows[source_split], max_pixels=self.config.max_image_pixels
             )
         return self._pixels[source_split]
+
+    def prepared(
+        self,
+        preprocessing: Preprocessing,
+        config: DataConfig | None = None,
+        device: torch.device = CPU,
+    ) -> DataSource:
+        """Return the same data for a model: the images of a split are prepared when it is first requested.
+
+        Unreadable images are then an error, or left out, as --on_bad_image says. With --check_images used,
+        those of train are prepared, and found to be unreadable, during training. config: with settled
+        options.
+        """
+        source = DataSource(config or self.config)
+        source._pixels, source._view = self._pixels, (preprocessing, device)
+        source.__dict__["rows"] = self.rows
+        return source
+
+    def images(self, split: Split) -> SplitImages:
+        """Return the images of a split in the form that the model needs. Raises: ValueError if the source has
+        not been prepared for one."""
+        if self._view is None:
+            raise ValueError("call `prepared` first, which names the preprocessing")
+        preprocessing, device = self._view
+        trains = split.name == "train"
+        return SplitImages(
+            split,
+            preprocessing,
+            augmented=trains,
+            kind=self.config.pixel_store,
+            lazy=trains and self.config.check_images == "used",
+            device=device,
+        )
+
+    def readable(self, split: Split) -> Split:
+        """Prepare the images of a split, and leave out the unreadable ones, if there is a model to do so
+        for."""
+        if self._view is None:
+            return split
+        images = self.images(split)
+        return split if images.lazy else readable(images, self.config.on_bad_image)
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -131,7 +174,7 @@ def _splits(source: DataSource) -> Splits:
         validation = Split("validation", train, validation_rows)
     train_split = _sampled(Split("train", train, train_rows), "max_train_samples", config)
     validation = _sampled(validation, "max_eval_samples", config)
-    train_split, validation = _usable(train_split, config), _usable(validation, config)
+    train_split, validation = source.readable(train_split), source.readable(validation)
     _require_every_class(train_split.labels, names, "readable image", train_name)
     return Splits(train_split, validation)
 
@@ -141,9 +184,10 @@ def _test_split(source: DataSource) -> Split:
     config = source.config
     if config.streaming:
         rows, row_ids = collect("test", source.rows["test"], config.max_eval_samples)
-        return _whole_split("test", Pixels("test", rows, row_ids, config.max_image_pixels))
+        pixels = Pixels("test", rows, row_ids, config.max_image_pixels)
+        return source.readable(_whole_split("test", pixels))
     test = _sampled(_whole_split("test", source.pixels("test")), "max_eval_samples", config)
-    return _usable(test, config)
+    return source.readable(test)
 
 
 def _whole_split(name: str, pixels: Pixels) -> Split:
@@ -162,24 +206,6 @@ def _require_every_class(labels: np.ndarray, names: list[str], what: str, where:
             f"class {missing[0]!r} has no {what} in {where} ({len(missing)} of {len(names)} classes are "
             "missing); add images or remove the class"
         )
-
-
-def _usable(split: Split, config: DataConfig) -> Split:
-    """With --on_bad_image skip, leave out unreadable images and log their rows."""
-    if config.on_bad_image == "error":
-        return split
-    faults = find_faults(split, config.pixel_store)
-    if not faults:
-        return split
-    bad = np.array(list(faults))
-    kept = np.setdiff1d(np.arange(len(split)), bad)
-    if not len(kept):
-        raise UserError(f"no image of {split.name} can be read: {next(iter(faults.values()))}")
-    logger.warning(
-        "%s: %s of %s images cannot be read and are left out, %s",
-        split.name, f"{len(bad):,}", f"{len(split):,}", render_rows([(split, faults)]),
-    )  # fmt: skip
-    return replace(subset(split, kept), skipped=split.row_ids[bad])
 
 
 def _streamed_splits(source: DataSource) -> Splits:
@@ -208,13 +234,12 @@ def _streamed_splits(source: DataSource) -> Splits:
         if most is not None and most < num_images:
             end = held_out + (1 - held_out) * most / num_images
             num_images = most
+    pixels = Pixels(own or train_name, rows, row_ids, config.max_image_pixels)
     return Splits(
         train=Stream(
             "train", train_name, train, num_images, held_out, end, seed, config.max_image_pixels
         ),
-        validation=_whole_split(
-            "validation", Pixels(own or train_name, rows, row_ids, config.max_image_pixels)
-        ),
+        validation=source.readable(_whole_split("validation", pixels)),
     )
 
 

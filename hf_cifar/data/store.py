@@ -1,34 +1,31 @@
-"""uint8 pixels for the loader: a split resident in memory or on the device, or streamed by workers.
+"""uint8 pixels for the loader: a split resident in memory or on the device, or read for each batch.
 
-`ResidentStore` holds every pixel, `StreamedStore` decodes rows on demand, and `ShardStore` reads data that
-can only be read in order.
+`ResidentStore` holds every pixel, `PreparedStore` reads them from a file or decodes them, and `ShardStore`
+reads data that can only be read in order.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
-from tqdm.auto import tqdm
 
-from hf_cifar.data.pixels import ImageView, Pixels, memory_to_spare
-from hf_cifar.data.split import Split, require_readable
+from hf_cifar.data.pixels import Prepared
+from hf_cifar.data.preparation import CPU, DEVICE_SHARE, SplitImages
+from hf_cifar.data.split import UnreadableImages
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
-# Images of mixed sizes are stored this much larger than the model's input, as a margin for random crops.
-TRAINING_MARGIN = 8 / 7
-# Share of a device's free memory that the images of one source, or of one split, may take.
-DEVICE_SHARE = 0.25
-CPU = torch.device("cpu")
+# A split with a smaller share of its source reads only its own rows into memory.
+SHARED_FRACTION = 0.5
+CHUNK = 1024  # images that are read at once
 
 
 class ResidentStore(Dataset):
@@ -39,7 +36,7 @@ class ResidentStore(Dataset):
     A batch is {"pixel_values": uint8 [B, 3, H, W], "labels": int64 [B], "row_ids": int64 [B]}.
     """
 
-    resident = True
+    decodes = False
 
     def __init__(
         self,
@@ -71,20 +68,23 @@ class ResidentStore(Dataset):
         }
 
 
-class StreamedStore(Dataset):
-    """Images that the loader's workers decode and resize to one size.
+class PreparedStore(Dataset):
+    """Images that are read from a file for each batch; those that are not there yet are decoded.
 
     A batch is {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B], "row_ids": int64 [B]}, with (h, w) =
-    `preprocessing.size`.
+    the size of the stored form. skips: leave unreadable images out of a batch, instead of an error.
     """
 
-    resident = False
+    def __init__(self, images: SplitImages, *, skips: bool = False) -> None:
+        self.images = images
+        self.skips = skips
+        self.labels = torch.from_numpy(images.split.labels)
+        self.row_ids = torch.from_numpy(images.split.row_ids)
 
-    def __init__(self, split: Split, preprocessing: Preprocessing) -> None:
-        self.split = split
-        self.preprocessing = preprocessing
-        self.labels = torch.from_numpy(split.labels)
-        self.row_ids = torch.from_numpy(split.row_ids)
+    @property
+    def decodes(self) -> bool:
+        """True if images are decoded while the model computes."""
+        return self.images.decodes
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -93,12 +93,21 @@ class StreamedStore(Dataset):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        images = [resized(self.split.decode(row), self.preprocessing) for row in positions]
+        rows = np.asarray(positions)
+        images, readable = self.images.read(rows)
+        if not readable.all():
+            if not (self.skips and readable.any()):
+                raise UnreadableImages([(self.images.split, self._faults(rows[~readable]))])
+            images, rows = images[readable], rows[readable]
         return {
-            "pixel_values": torch.cat(images),
-            "labels": self.labels[torch.as_tensor(positions)],
-            "row_ids": self.row_ids[torch.as_tensor(positions)],
+            "pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2),
+            "labels": self.labels[rows],
+            "row_ids": self.row_ids[rows],
         }
+
+    def _faults(self, rows: np.ndarray) -> dict[int, str]:
+        faults = self.images.faults
+        return {row: faults[row] for row in rows.tolist()}
 
 
 class ShardStore(IterableDataset):
@@ -107,8 +116,6 @@ class ShardStore(IterableDataset):
     An item is a whole batch, {"pixel_values": uint8 [B, 3, h, w], "labels": int64 [B]}; an epoch has full
     batches only, which the workers yield in turn. A worker that runs out of images rereads its shards.
     """
-
-    resident = False
 
     def __init__(
         self,
@@ -169,73 +176,68 @@ class ShardStore(IterableDataset):
 
 
 def build_store(
-    split: Split,
-    preprocessing: Preprocessing,
-    *,
-    augmented: bool,
-    kind: str = "auto",
-    device: torch.device = CPU,
-) -> ResidentStore | StreamedStore:
-    """Make a resident store if the split fits, else a streamed one. Stores of one split share their tensor.
+    images: SplitImages, *, device: torch.device = CPU, skips: bool = False
+) -> ResidentStore | PreparedStore:
+    """Make the store of a split's images, which have been prepared unless they are lazy.
 
-    augmented: images of mixed sizes keep a margin around the model's size, for random crops. kind: auto,
-    resident or streamed. device: resident pixels are moved there if they fit.
-    Raises: UserError that names the row of each unreadable image.
+    Resident images are moved to the device if they fit; stores of one split share their tensor. skips: see
+    `PreparedStore`.
     """
-    stored = stored_view(preprocessing, augmented)
-    count = f"{len(split):,} images"
-    if not is_resident(split, stored, kind):
-        require_readable(split, pixel_store="streamed")
-        logger.info("%s: %s, decoded on demand", split.name, count)
-        return StreamedStore(split, stored)
-    images, positions = split.images, None
-    if isinstance(images, ImageView):
-        pixels = _placed(images.pixels, None, device, lambda: torch.from_numpy(images.array))
-        positions = torch.from_numpy(images.positions).to(pixels.device)
-    else:
-        pixels = _placed(split, stored, device, lambda: _resize_all(split, stored))
+    split = images.split
+    if images.kind != "resident":
+        where = "decoded at each use" if images.kind == "streamed" else "read from disk"
+        logger.info("%s: %s, %s", split.name, images, where)
+        return PreparedStore(images, skips=skips)
+    pixels, positions = _resident(images, device)
     where = "in memory" if pixels.device.type == "cpu" else "on the GPU"
-    logger.info(
-        "%s: %s of %d x %d px %s", split.name, count, pixels.shape[2], pixels.shape[1], where
-    )
+    logger.info("%s: %s %s", split.name, images, where)
     labels = torch.from_numpy(split.labels).to(pixels.device)
+    if positions is not None:
+        positions = positions.to(pixels.device)
     return ResidentStore(pixels, labels, torch.from_numpy(split.row_ids), positions)
 
 
-def _placed(
-    owner: Pixels | Split,
-    stored: Preprocessing | None,
-    device: torch.device,
-    make: Callable[[], Tensor],
-) -> Tensor:
-    """Call `make` and move its tensor to the device if it fits; `owner` keeps the last one for reuse."""
-    key = stored, device
-    if key not in owner.tensors:
-        owner.tensors.clear()
-        pixels = make()
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            device = device if pixels.nbytes < DEVICE_SHARE * free else CPU
-        owner.tensors[key] = pixels.to(device)
-    return owner.tensors[key]
+def _resident(images: SplitImages, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return a tensor with the images, and the position of each of the split's images in it if it has others
+    too: small images of one size are in one tensor for all splits of a source, which each split completes."""
+    split, prepared = images.split, images.prepared
+    key, num_all = (prepared.form, device), len(split.pixels)
+    if prepared.form.view is not None or len(split) < SHARED_FRACTION * num_all:
+        shared = split.pixels.tensors.get(key)
+        if shared is None:
+            if key not in split.tensors:
+                split.tensors[key] = _allocated(len(split), prepared, device)
+                _fill(split.tensors[key], np.arange(len(split)), prepared, split.positions)
+            return split.tensors[key], None
+    if key not in split.pixels.tensors:
+        pixels = _allocated(num_all, prepared, device)
+        split.pixels.tensors[key] = pixels, np.zeros(num_all, bool)
+    pixels, filled = split.pixels.tensors[key]
+    rows = split.positions[~filled[split.positions]]
+    _fill(pixels, rows, prepared, rows)
+    filled[rows] = True
+    return pixels, torch.from_numpy(split.positions)
 
 
-def stored_view(preprocessing: Preprocessing, augmented: bool) -> Preprocessing:
-    """The view in which images are stored if their sizes differ, or if the originals do not fit in memory."""
-    return preprocessing.enlarged(TRAINING_MARGIN) if augmented else preprocessing.uncropped()
+def _allocated(count: int, prepared: Prepared, device: torch.device) -> Tensor:
+    """Allocate images [count, h, w, 3] on the device if they fit there, else in memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        device = device if count * prepared.form.row_bytes < DEVICE_SHARE * free else CPU
+    return torch.empty((count, *prepared.form.size, 3), dtype=torch.uint8, device=device)
 
 
-def is_resident(split: Split, stored: Preprocessing, kind: str = "auto") -> bool:
-    """True if `build_store` holds the split in memory, at its original size or in its stored view."""
-    if kind != "auto":
-        return kind == "resident"
-    num_bytes = 3 * math.prod(stored.size) * len(split)
-    return split.images is not None or num_bytes < memory_to_spare()
+def _fill(pixels: Tensor, rows: np.ndarray, prepared: Prepared, positions: np.ndarray) -> None:
+    """Read the images at `positions` [B] into rows [B] of a tensor."""
+    for start in range(0, len(rows), CHUNK):
+        chunk, _ = prepared.read(positions[start : start + CHUNK])
+        where = torch.from_numpy(rows[start : start + CHUNK]).to(pixels.device)
+        pixels[where] = torch.from_numpy(chunk).to(pixels.device)
 
 
-def default_num_workers(resident: bool) -> int:
-    """Number of loader workers: none for images in memory, else this process's share of the cores."""
-    if resident:
+def default_num_workers(*, decodes: bool) -> int:
+    """Number of loader workers: this process's share of the cores if they decode, else none."""
+    if not decodes:
         return 0
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -253,14 +255,3 @@ def resized(image, preprocessing: Preprocessing) -> Tensor:
 def take_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the batch unchanged: the loader's collate function, since a store returns whole batches."""
     return batch
-
-
-def _resize_all(split: Split, preprocessing: Preprocessing) -> Tensor:
-    """Resize images of mixed sizes to one size, uint8 [N, h, w, 3]."""
-    pixels = torch.empty((len(split), *preprocessing.size, 3), dtype=torch.uint8)
-    images = split.decode_all() if split.images is None else split.images
-    for row, image in enumerate(
-        tqdm(images, f"resizing {split.name}", len(split), leave=False, disable=None)
-    ):
-        pixels[row] = resized(image, preprocessing)[0].permute(1, 2, 0)
-    return pixels

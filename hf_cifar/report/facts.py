@@ -87,9 +87,9 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
         "pictures": True,
     }
     pictures = dict(named_pictures(split, facts))
-    if config.check_duplicates and split.images is not None:
+    if config.check_duplicates:
         train = source.splits.train
-        if isinstance(train, Split) and train.images is not None:
+        if isinstance(train, Split):
             facts["duplicates"], of_pairs = duplicates_of(
                 evaluated, split, train, config.gallery_size
             )
@@ -204,7 +204,7 @@ def named_pictures(split: Split, facts: dict[str, Any]) -> Iterator[tuple[str, n
 
 def property_slices(split: Split, hits: np.ndarray) -> dict[str, Any]:
     """Accuracy by quarters of brightness, contrast and sharpness. hits [N]: True for a correct prediction."""
-    images = split.images if split.images is not None else split.decode_all()
+    images = split.images(f"examining {split.name}")
     return {name: slices(values, hits) for name, values in image_properties(images).items()}
 
 
@@ -212,9 +212,9 @@ def duplicates_of(
     evaluated: Predictions, split: Split, train: Split, limit: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Find evaluated images that are also in train, and the accuracy on the others."""
-    images, train_images = split.images, train.images
-    assert images is not None and train_images is not None  # the caller has checked
-    pairs = find_duplicates(images, train_images)
+    pairs = find_duplicates(
+        split.images(f"comparing {split.name}"), train.images(f"comparing {train.name}")
+    )
     hits = evaluated.correct
     clean = np.ones(len(hits), bool)
     clean[[pair.first for pair in pairs]] = False
@@ -225,7 +225,7 @@ def duplicates_of(
             f"{split.name}/{split.row_ids[pair.first]}",
             f"{train.name}/{train.row_ids[pair.second]}",
         )
-        pictures |= {names[0]: images[pair.first], names[1]: train_images[pair.second]}
+        pictures |= {names[0]: split.decode(pair.first), names[1]: train.decode(pair.second)}
         shown.append(
             {
                 "pictures": names,

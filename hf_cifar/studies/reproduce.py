@@ -21,12 +21,14 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.evaluation.tables import render_number
 from hf_cifar.finetune import finetune_classifier
+from hf_cifar.models.build import load_classifier
 from hf_cifar.runs.environment import environment
 from hf_cifar.runs.folder import RunFolder, write_json
 from hf_cifar.runs.processes import is_main_process, start_processes
 from hf_cifar.text import render_table
 from hf_cifar.training.checkpoints import file_hash
 from hf_cifar.training.resumable import pixel_hashes
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def reproduce_run(
                 f"start {facts['processes']} with accelerate launch"
             )
         if not other_data:
-            check_data(source, config, facts)
+            check_data(source, folder, facts)
         for name, (original, now) in changes(facts["environment"], environment()).items():
             logger.info("%s: original %s, now %s", name, original, now)
         again = finetune_classifier(config, source).output_dir
@@ -96,21 +98,25 @@ def original_conditions(facts: dict[str, Any]) -> Iterator[None]:
                 os.environ["HF_CIFAR_CACHE"] = cache
 
 
-def check_data(source: DataSource, config: RunConfig, facts: dict[str, Any]) -> None:
-    """Raises: UserError if rows, labels or pixels differ from the run's."""
-    splits = source.splits
-    advice = "restore the data, or pass --other_data to see the effect of the change"
-    if splits.hash != facts["split_hash"]:
+def check_data(source: DataSource, folder: Path, facts: dict[str, Any]) -> None:
+    """Raises: UserError if rows, labels or pixels differ from those of the run in `folder`."""
+    name, advice = (
+        source.config.dataset_name,
+        ("restore the data, or pass --other_data to see the effect of the change"),
+    )
+    _, image_processor = load_classifier(str(folder), trust_remote_code=True)
+    prepared = source.prepared(Preprocessing.from_image_processor(image_processor))
+    if prepared.splits.hash != facts["split_hash"]:
         raise UserError(
-            f"rows or labels of {config.data.dataset_name} have changed: split hash {splits.hash[:16]}, "
+            f"rows or labels of {name} have changed: split hash {prepared.splits.hash[:16]}, "
             f"originally {facts['split_hash'][:16]}; {advice}"
         )
-    now = pixel_hashes(splits, config.data.pixel_store)
+    now = pixel_hashes(prepared)
     for split, original in facts.get("pixel_hashes", {}).items():
         if now.get(split, original) != original:
             raise UserError(
-                f"the {split} images of {config.data.dataset_name} have changed: pixel hash "
-                f"{now[split][:16]}, originally {original[:16]}; {advice}"
+                f"the {split} images of {name} have changed: pixel hash {now[split][:16]}, originally "
+                f"{original[:16]}; {advice}"
             )
 
 

@@ -16,15 +16,16 @@ from transformers import (
 
 from hf_cifar.config.augmentation import AugmentConfig
 from hf_cifar.config.run import RunConfig
+from hf_cifar.data.pixels import stored_view
+from hf_cifar.data.preparation import CPU
 from hf_cifar.data.split import Split
-from hf_cifar.data.splits import Splits
+from hf_cifar.data.splits import DataSource, Splits
 from hf_cifar.data.store import (
-    CPU,
+    PreparedStore,
+    ResidentStore,
     ShardStore,
     build_store,
     default_num_workers,
-    is_resident,
-    stored_view,
 )
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
@@ -48,26 +49,24 @@ logger = logging.getLogger(__name__)
 
 
 def build_trainer(
-    model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, plan: Plan
+    model: PreTrainedModel, image_processor: BaseImageProcessor, source: DataSource, plan: Plan
 ) -> ImageClassificationTrainer:
     """Build the Trainer of a planned run, on the pixels or features of both splits.
 
+    source: prepared for the image processor.
+
     Raises: UserError for an option whose package is missing, or which the model does not support.
     """
-    config, train, kind = plan.config, plan.config.train, plan.config.data.pixel_store
+    config, train, splits = plan.config, plan.config.train, source.splits
     preprocessing = Preprocessing.from_image_processor(image_processor)
     num_workers = train.dataloader_num_workers
     if num_workers is None:
-        num_workers = default_num_workers(are_resident(splits, preprocessing, kind))
+        num_workers = default_num_workers(decodes=decodes_while_training(source))
     args = training_arguments(config, num_workers)
     check_libraries(args, model)
     device = args.device if num_workers == 0 else CPU  # a worker process must not touch a GPU
-    stores: list[Any] = [
-        shard_store(splits.train, preprocessing, args, config)
-        if isinstance(splits.train, Stream)
-        else build_store(splits.train, preprocessing, augmented=True, kind=kind, device=device),
-        build_store(splits.validation, preprocessing, augmented=False, kind=kind, device=device),
-    ]
+    validation = build_store(source.images(splits.validation), device=device)
+    stores: list[Any] = [train_store(source, preprocessing, args, config, device), validation]
     if trains_on_features(config, model, preprocessing):
         with computing_as(plan.setting, model.to(args.device)):
             stores = feature_stores(model, splits, stores, preprocessing, config)
@@ -86,18 +85,32 @@ def build_trainer(
         averaging=WeightAverage(train.ema_decay),
         layer_decay=train.layer_decay,
         shrink_batch=train.auto_find_batch_size,
-        identity=identity(splits, config.data.pixel_store, plan.processes.count),
+        identity=identity(source, plan.processes.count),
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )
 
 
-def are_resident(splits: Splits, preprocessing: Preprocessing, kind: str) -> bool:
-    """Return True if the pixels of train and validation are both held in memory."""
-    return (
-        isinstance(splits.train, Split)
-        and is_resident(splits.train, stored_view(preprocessing, augmented=True), kind)
-        and is_resident(splits.validation, stored_view(preprocessing, augmented=False), kind)
+def decodes_while_training(source: DataSource) -> bool:
+    """Return True if images are decoded while the model trains or is evaluated."""
+    splits = source.splits
+    return isinstance(splits.train, Stream) or any(
+        source.images(split).decodes for split in (splits.train, splits.validation)
     )
+
+
+def train_store(
+    source: DataSource,
+    preprocessing: Preprocessing,
+    args: TrainingArguments,
+    config: RunConfig,
+    device: torch.device,
+) -> ShardStore | ResidentStore | PreparedStore:
+    """Return the store of the training images."""
+    train = source.splits.train
+    if isinstance(train, Stream):
+        return shard_store(train, preprocessing, args, config)
+    skips = config.data.on_bad_image == "skip"
+    return build_store(source.images(train), device=device, skips=skips)
 
 
 def shard_store(
@@ -171,7 +184,7 @@ def feature_stores(
             split,
             store,
             views=views,
-            num_workers=0 if store.resident else default_num_workers(resident=False),
+            num_workers=default_num_workers(decodes=store.decodes),
             **options,
         )
         for split, store, views in zip(

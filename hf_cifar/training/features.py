@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_cifar.data.cache import content_key, load_array, one_process_at_a_time, save_array
 from hf_cifar.data.split import Split
-from hf_cifar.data.store import ResidentStore, StreamedStore, take_batch
+from hf_cifar.data.store import PreparedStore, ResidentStore, take_batch
 from hf_cifar.models.heads import head_parameter_names, linear_head
+from hf_cifar.progress import progress
 from hf_cifar.training.losses import LOSSES
 from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -38,7 +38,7 @@ class FeatureStore(Dataset):
     features: [V, N, D], one row for each view of each image; labels: [N].
     """
 
-    resident = True
+    decodes = False
 
     def __init__(self, features: Tensor, labels: Tensor) -> None:
         self.features = features
@@ -120,7 +120,7 @@ def features_suffice(model: PreTrainedModel, preprocessing: Preprocessing) -> bo
 def feature_store(
     model: PreTrainedModel,
     split: Split,
-    store: ResidentStore | StreamedStore,
+    store: ResidentStore | PreparedStore,
     preprocessing: Preprocessing,
     augmentation: Augmentation,
     *,
@@ -184,7 +184,7 @@ def _one_view(
     was_training = model.training
     model.eval()
     with torch.inference_mode(), _inputs_of(head) as seen:
-        for number, batch in enumerate(tqdm(loader, "features", leave=False, disable=None)):
+        for number, batch in enumerate(progress(loader, "computing features", unit="batches")):
             images, labels = batch["pixel_values"].to(device), batch["labels"].to(device)
             if augmentation is None:
                 pixel_values = preprocessing(images)

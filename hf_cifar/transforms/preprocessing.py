@@ -13,7 +13,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 
 from hf_cifar.errors import UserError
 from hf_cifar.transforms.resampling import KERNELS, Levels
-from hf_cifar.transforms.resizing import resize_exactly
+from hf_cifar.transforms.resizing import LIBRARIES, resize_exactly
 
 # Pillow's numbers for its filters, which transformers saves as `resample`.
 RESAMPLE_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
@@ -159,21 +159,28 @@ class Preprocessing:
         height, width = self.crop
         return replace(self, crop=(max(self.resize, height), max(self.resize, width)))
 
-    def box(self, height: int, width: int) -> Tensor:
-        """The box [1, 4] of a height x width image that the model sees: (top, left, bottom, right)."""
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of a height x width image after resizing, before the crop."""
         if self.resize is None:
-            resized = (height, width)
-        elif isinstance(self.resize, int):
+            return height, width
+        if isinstance(self.resize, int):
             # The shorter side becomes `resize`, the longer one is rounded down, as torchvision does.
             short, long = sorted((height, width))
             longer = int(self.resize * long / short)
-            resized = (self.resize, longer) if height <= width else (longer, self.resize)
-        else:
-            resized = self.resize
+            return (self.resize, longer) if height <= width else (longer, self.resize)
+        return self.resize
+
+    def corner(self, resized: tuple[int, int]) -> tuple[int, int]:
+        """(top, left) of the crop of a resized image, negative where the crop is larger."""
         crop = self.crop or resized
         middle = math.floor if self.crop_rounds_down else round
-        top = middle((resized[0] - crop[0]) / 2)
-        left = middle((resized[1] - crop[1]) / 2)
+        return middle((resized[0] - crop[0]) / 2), middle((resized[1] - crop[1]) / 2)
+
+    def box(self, height: int, width: int) -> Tensor:
+        """The box [1, 4] of a height x width image that the model sees: (top, left, bottom, right)."""
+        resized = self.resized(height, width)
+        crop = self.crop or resized
+        top, left = self.corner(resized)
         rows, columns = height / resized[0], width / resized[1]
         return torch.tensor(
             [[top * rows, left * columns, (top + crop[0]) * rows, (left + crop[1]) * columns]],
@@ -191,6 +198,20 @@ class Preprocessing:
             return images.to(torch.float32)
         box = self.box(height, width)
         return resize_exactly(images, box, self.size, self.interpolation, self.library)
+
+    def view_image(self, image: np.ndarray) -> np.ndarray:
+        """Apply `view` to one image [H, W, 3] uint8, giving uint8 [*size, 3], by the library itself: the same
+        pixels, several times as fast on one core of a CPU."""
+        height, width = image.shape[:2]
+        resized = self.resized(height, width)
+        top, left = self.corner(resized)
+        library = LIBRARIES.get((self.library, self.interpolation))
+        if library is None or min(top, left) < 0:
+            view = self.view(torch.tensor(image).permute(2, 0, 1)[None])
+            return view[0].permute(1, 2, 0).to(torch.uint8).numpy()
+        if resized != (height, width):
+            image = library(image, resized, self.interpolation)
+        return image[top : top + self.size[0], left : left + self.size[1]]
 
     def view_each(self, images: Sequence[np.ndarray], device: torch.device) -> Tensor:
         """Apply `view` to images [H, W, 3] uint8 of any sizes, batched by size: [N, 3, *size]."""

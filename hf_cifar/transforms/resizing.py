@@ -3,10 +3,14 @@ processors."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
+import numpy as np
 import PIL
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from hf_cifar.transforms.resampling import Taps, along_width
@@ -43,6 +47,28 @@ def resize_exactly(
     if shrinks_most and library == "pillow" and PILLOW_MAY_START_VERTICALLY:
         return along_width(rows(images.to(torch.float32)), columns)
     return rows(along_width(images, columns))
+
+
+def by_pillow(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """Resize an image [H, W, 3] uint8 to (height, width) with Pillow."""
+    mode = Image.Resampling[interpolation.upper()]
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), mode))
+
+
+def by_torch(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """Resize an image [H, W, 3] uint8 to (height, width) with torch, as torchvision does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    resized = F.interpolate(pixels, size, mode=interpolation, antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+# How each library resizes one image, for the filters that it has.
+LIBRARIES = {
+    **{("pillow", name): by_pillow for name in ("bicubic", "bilinear", "box", "lanczos")},
+    **{("torchvision", name): by_torch for name in ("bicubic", "bilinear")},
+}
 
 
 def _fraction_bits(library: str, side: int, whole_size: int, interpolation: str) -> int:
