@@ -17,9 +17,15 @@ from hf_cifar.config.data import DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
 from hf_cifar.data.preparation import CPU
-from hf_cifar.data.split import Split
+from hf_cifar.data.split import Split, prepare_split
 from hf_cifar.data.splits import DataSource
-from hf_cifar.data.store import PreparedStore, ResidentStore, build_store, default_num_workers
+from hf_cifar.data.store import (
+    PreparedStore,
+    ResidentStore,
+    build_store,
+    default_num_workers,
+    images_of,
+)
 from hf_cifar.data.stratify import subsample
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedStore
@@ -41,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 def evaluate_classifier(
     trainer: ImageClassificationTrainer,
-    source: DataSource,
     split: Split,
     temperature: float = 1.0,
     *,
@@ -49,19 +54,19 @@ def evaluate_classifier(
 ) -> Predictions:
     """Predict every image of a split once; distributed over all processes, each row counted once.
 
-    source: prepared for the trainer's model. temperature: the number by which the model already divides its
-    logits, for the record. store: a store of the split's images, if already built.
+    split: its images are prepared if they are not yet. temperature: the number by which the model already
+    divides its logits, for the record. store: a store of the split's images, if already built.
     """
     if store is None:
-        store = _store_of(trainer, source, split)
+        if split.images is None:
+            split = prepare_split(split, trainer.preprocessing)
+        store = _store_of(trainer, split)
     return predict_images(trainer, split, store, temperature)
 
 
-def _store_of(
-    trainer: ImageClassificationTrainer, source: DataSource, split: Split
-) -> ResidentStore | PreparedStore:
+def _store_of(trainer: ImageClassificationTrainer, split: Split) -> ResidentStore | PreparedStore:
     device = trainer.args.device if trainer.args.dataloader_num_workers == 0 else CPU
-    return build_store(source.images(split), device=device)
+    return build_store(split, device=device)
 
 
 def predict_images(
@@ -82,12 +87,12 @@ def predict_images(
 
 
 def evaluate_corrupted(
-    trainer: ImageClassificationTrainer, source: DataSource, split: Split, num_images: int
+    trainer: ImageClassificationTrainer, split: Split, num_images: int
 ) -> dict[str, Any]:
     """Return the accuracy under each corruption at severities 1 to 5, and without one, on up to `num_images`
     images of the split, stratified. Images are corrupted at their stored size."""
     part = subsample(split, max(num_images, len(split.id2label)), seed=0)
-    store = _store_of(trainer, source, part)
+    store = _store_of(trainer, part)
 
     def hits(images: Dataset) -> int:
         return int(predict_images(trainer, part, images).correct.sum())
@@ -163,11 +168,12 @@ def evaluate_saved(
             f"{kinds[split.labels.ndim == 2]}; pass the --label_column_name that it was trained on"
         )
     preprocessing = Preprocessing.from_image_processor(image_processor)
-    source = source.prepared(preprocessing)
-    split = source.readable(split)
+    split = prepare_split(
+        split, preprocessing, kind=data.pixel_store, on_bad_image=data.on_bad_image
+    )
     num_workers = config.dataloader_num_workers
     if num_workers is None:
-        num_workers = default_num_workers(decodes=source.images(split).decodes)
+        num_workers = default_num_workers(decodes=images_of(split).decodes)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = ImageClassificationTrainer(
             model=model,
@@ -187,10 +193,10 @@ def evaluate_saved(
             preprocessing=preprocessing,
             evaluation_loss=evaluation_loss(multi_label=is_multi_label(model)),
         )
-        evaluation = evaluate_classifier(trainer, source, split, temperature)
+        evaluation = evaluate_classifier(trainer, split, temperature)
         corrupted = None
         if config.corruptions:
-            corrupted = evaluate_corrupted(trainer, source, split, config.corruptions)
+            corrupted = evaluate_corrupted(trainer, split, config.corruptions)
     folder = output_folder(config)
     if folder is not None and trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,9 @@ from transformers import set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_cifar.config.run import RunConfig
-from hf_cifar.data.preparation import readable
-from hf_cifar.data.split import Split
-from hf_cifar.data.splits import DataSource
+from hf_cifar.data.split import Split, prepare_split, readable
+from hf_cifar.data.splits import DataSource, Splits, prepare_splits
+from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.evaluate import calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.predictions import Predictions
@@ -65,28 +65,36 @@ def finetune_classifier(config: RunConfig, source: DataSource | None = None) -> 
     )
     check_space(config, model)
     plan = plan_run(config, model, image_processor, splits)
-    source = prepare_images(source, image_processor, plan)
-    known = known_facts(source, plan.config)
+    splits, test = prepare_images(source, image_processor, plan)
+    known = known_facts(splits, test, plan.config)
     check_card(plan, model, known)
-    trainer = build_trainer(model, image_processor, source, plan)
+    trainer = build_trainer(model, image_processor, splits, plan)
     with claimed_folder(plan):
-        fitted = fit(trainer, source, plan)
-        evaluations = evaluate_run(trainer, source, plan)
-        facts = known | run_facts(trainer, source, fitted, evaluations[0].temperature)
+        fitted = fit(trainer, splits, plan)
+        evaluations = evaluate_run(trainer, splits, test, plan)
+        facts = known | run_facts(trainer, splits, fitted, evaluations[0].temperature)
         return finish_run(trainer, facts, evaluations, plan)
 
 
-def prepare_images(source: DataSource, image_processor: Any, plan: Plan) -> DataSource:
-    """Decode the images for the model: all of them, or with --check_images used those of evaluation only.
+def prepare_images(
+    source: DataSource, image_processor: Any, plan: Plan
+) -> tuple[Splits, Split | None]:
+    """Decode the images for the model: of train and validation, and of test if it will be evaluated or
+    compared.
 
+    Nothing else of test is used before the final evaluation.
     Raises: UserError that names the row of each unreadable image.
     """
     preprocessing = Preprocessing.from_image_processor(image_processor)
-    prepared = source.prepared(preprocessing, plan.config.data, plan.processes.device)
-    _ = prepared.splits
-    if plan.config.train.do_predict:
-        _ = prepared.test_split
-    return prepared
+    data, device = plan.config.data, plan.processes.device
+    splits = prepare_splits(source.splits, preprocessing, data, device)
+    if not (plan.config.train.do_predict or plan.config.train.check_leakage):
+        return splits, None
+    test = prepare_split(
+        source.test_split, preprocessing,
+        kind=data.pixel_store, on_bad_image=data.on_bad_image, device=device,
+    )  # fmt: skip
+    return splits, test
 
 
 @contextlib.contextmanager
@@ -105,7 +113,7 @@ def claimed_folder(plan: Plan) -> Iterator[None]:
         yield
 
 
-def fit(trainer: ImageClassificationTrainer, source: DataSource, plan: Plan) -> Fitted:
+def fit(trainer: ImageClassificationTrainer, splits: Splits, plan: Plan) -> Fitted:
     """Train in epochs, or solve for the head at once.
 
     Raises: UnreadableImages that names every unreadable row, if training came upon one.
@@ -119,7 +127,7 @@ def fit(trainer: ImageClassificationTrainer, source: DataSource, plan: Plan) -> 
             seconds = time.perf_counter() - start
         else:
             checkpoint = None if plan.checkpoint is None else str(plan.checkpoint)
-            with listing_unreadable(source):
+            with listing_unreadable(splits.train):
                 output = trainer.train(resume_from_checkpoint=checkpoint)
             seconds = output.metrics["train_runtime"]
     if trainer.args.gradient_accumulation_steps != train.gradient_accumulation_steps:
@@ -131,15 +139,14 @@ def fit(trainer: ImageClassificationTrainer, source: DataSource, plan: Plan) -> 
 
 
 @contextlib.contextmanager
-def listing_unreadable(source: DataSource) -> Iterator[None]:
+def listing_unreadable(train: Split | Stream) -> Iterator[None]:
     """If training stops at an unreadable image, check the remaining ones too, to name them all at once."""
     try:
         yield
     except UserError:
-        train = source.splits.train
-        if isinstance(train, Split) and (images := source.images(train)).faults:
+        if isinstance(train, Split) and train.images is not None and train.images.faults:
             logger.warning("an image of train cannot be read; checking the others")
-            readable(images, "error")
+            readable(train)
         raise
 
 
@@ -152,20 +159,18 @@ def save_batch(trainer: ImageClassificationTrainer, plan: Plan) -> None:
 
 
 def evaluate_run(
-    trainer: ImageClassificationTrainer, source: DataSource, plan: Plan
+    trainer: ImageClassificationTrainer, splits: Splits, test: Split | None, plan: Plan
 ) -> list[Predictions]:
-    """Evaluate and calibrate on validation; with --do_predict, also evaluate test, which is read here for the
-    first time, after all choices."""
+    """Evaluate and calibrate on validation; with --do_predict, also evaluate test, after all choices."""
     store = trainer.eval_dataset
     store = None if isinstance(store, FeatureStore) else store
-    validation = evaluate_classifier(trainer, source, source.splits.validation, store=store)
+    validation = evaluate_classifier(trainer, splits.validation, store=store)
     if plan.config.train.calibrate:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         validation = calibrate_classifier(model, validation)
-    if not plan.config.train.do_predict:
+    if test is None or not plan.config.train.do_predict:
         return [validation]
-    test = evaluate_classifier(trainer, source, source.test_split, validation.temperature)
-    return [validation, test]
+    return [validation, evaluate_classifier(trainer, test, validation.temperature)]
 
 
 def finish_run(

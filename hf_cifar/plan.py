@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -217,7 +217,9 @@ def best_metric(requested: str | None, model: PreTrainedModel) -> str:
     return requested or "accuracy"
 
 
-def settle_check(config: RunConfig, splits: Splits, preprocessing: Preprocessing) -> str:
+def settle_check(
+    config: RunConfig, splits: Splits, preprocessing: Preprocessing
+) -> Literal["all", "used"]:
     """Return when images of train are decoded: as requested, else all before training if that takes a minute
     at most, or the head alone trains, on features of all images."""
     check = config.data.check_images
@@ -225,9 +227,11 @@ def settle_check(config: RunConfig, splits: Splits, preprocessing: Preprocessing
         return check
     if isinstance(splits.train, Stream) or computes_features(config):
         return "all"
-    kind = config.data.pixel_store
-    images = SplitImages(splits.train, preprocessing, augmented=True, kind=kind)
-    seconds = images.seconds
+    train = splits.train
+    seconds = SplitImages(
+        train.name, train.pixels, train.positions, preprocessing,
+        augmented=True, kind=config.data.pixel_store,
+    ).seconds  # fmt: skip
     if seconds <= CHECK_SECONDS:
         return "all"
     logger.info(

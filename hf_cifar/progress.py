@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -61,7 +61,7 @@ def progress(
     items: Iterable[Item], what: str, total: int | None = None, unit: str = "images"
 ) -> Iterator[Item]:
     """Yield the items, and show their progress. total: default: their length, if they have one."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(what, total, unit) as shown:
         for item in items:

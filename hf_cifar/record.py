@@ -14,7 +14,7 @@ from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.columns import class_counts
 from hf_cifar.data.split import Split
-from hf_cifar.data.splits import DataSource
+from hf_cifar.data.splits import Splits
 from hf_cifar.hub.origin import find_origin
 from hf_cifar.hub.push import Target
 from hf_cifar.models.blocks import describe_trainable
@@ -31,9 +31,12 @@ class Fitted:
     energy: dict[str, float | str] | None
 
 
-def known_facts(source: DataSource, config: RunConfig) -> dict[str, Any]:
-    """Return the facts of a run known before training, as plain values: model, data, split, versions."""
-    model, data, splits = config.model, config.data, source.splits
+def known_facts(splits: Splits, test: Split | None, config: RunConfig) -> dict[str, Any]:
+    """Return the facts of a run known before training, as plain values: model, data, split, versions.
+
+    test: compared with train, with --check_leakage.
+    """
+    model, data = config.model, config.data
     return {
         "repo_id": Target.of_run(config.train).repo_id,  # the folder may be renamed
         "model": asdict(find_origin(model.model_name_or_path, "model", model.model_revision)),
@@ -45,18 +48,18 @@ def known_facts(source: DataSource, config: RunConfig) -> dict[str, Any]:
         },
         "num_train": len(splits.train),
         "num_validation": len(splits.validation),
-        "skipped_rows": skipped_rows(source),
-        "leakage": find_leakage(source) if config.train.check_leakage else None,
+        "skipped_rows": skipped_rows(splits),
+        "leakage": find_leakage(splits, test) if test and config.train.check_leakage else None,
         "environment": environment(),
     }
 
 
-def skipped_rows(source: DataSource) -> dict[str, list[int]]:
+def skipped_rows(splits: Splits) -> dict[str, list[int]]:
     """Return the row ids that --on_bad_image skip has left out so far, by split."""
-    found = {}
-    for split in (source.splits.train, source.splits.validation):
-        if isinstance(split, Split):
-            during = split.row_ids[list(source.images(split).faults)]
+    found: dict[str, list[int]] = {}
+    for split in (splits.train, splits.validation):
+        if isinstance(split, Split) and split.images is not None:
+            during = split.row_ids[list(split.images.faults)]
             rows = sorted({*split.skipped.tolist(), *during.tolist()})
             found |= {split.name: rows} if rows else {}
     return found
@@ -64,15 +67,14 @@ def skipped_rows(source: DataSource) -> dict[str, list[int]]:
 
 def run_facts(
     trainer: ImageClassificationTrainer,
-    source: DataSource,
+    splits: Splits,
     fitted: Fitted,
     temperature: float,
 ) -> dict[str, Any]:
     """Return the facts of a finished run, as plain values: data, work, time and machine."""
     state, device, seconds = trainer.state, trainer.args.device, fitted.seconds
-    splits = source.splits
     return {
-        "skipped_rows": skipped_rows(source),
+        "skipped_rows": skipped_rows(splits),
         "label_counts": {
             split.name: {
                 name: int(count)
@@ -85,7 +87,7 @@ def run_facts(
             for split in (splits.train, splits.validation)
             if isinstance(split, Split)  # unknown for a stream
         },
-        "pixel_hashes": pixel_hashes(source),
+        "pixel_hashes": pixel_hashes(splits),
         "trainable": describe_trainable(trainer.model),
         "steps": state.global_step,
         "epochs": state.epoch,

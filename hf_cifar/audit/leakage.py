@@ -10,30 +10,29 @@ import numpy as np
 
 from hf_cifar.audit.duplicates import find_duplicates
 from hf_cifar.data.split import Split
-from hf_cifar.data.splits import DataSource
+from hf_cifar.data.splits import Splits
 from hf_cifar.errors import UserError
 
 logger = logging.getLogger(__name__)
 NUM_LOGGED = 10  # pairs in the log; the result has all
 
 
-def find_leakage(source: DataSource) -> dict[str, Any]:
+def find_leakage(splits: Splits, test: Split) -> dict[str, Any]:
     """Find and log the test images that are also in train or validation, exactly or nearly.
 
     Returns {"num_test", "num_leaked", "pairs": [{"test_row", "split", "row", "exact", "difference"}, ...]},
     exact pairs first; `split` and the rows are the data set's own. Labels are not compared.
-    Raises: UserError without a labelled test split, or for a stream.
+    Raises: UserError for a stream.
     """
-    splits = source.splits
     if not isinstance(splits.train, Split):
         raise UserError(
             "--check_leakage compares every image of train with test, and a stream is not read in advance; "
             "leave out one of --check_leakage and --streaming"
         )
-    test, seen = source.test_split, (splits.train, splits.validation)
+    seen = (splits.train, splits.validation)
     pairs = find_duplicates(
-        test.images("comparing test"),
-        chain.from_iterable(split.images(f"comparing {split.name}") for split in seen),
+        test.pictures("comparing test"),
+        chain.from_iterable(split.pictures(f"comparing {split.name}") for split in seen),
     )
     sources = np.repeat([split.source_split for split in seen], [len(split) for split in seen])
     rows = np.concatenate([split.row_ids for split in seen])

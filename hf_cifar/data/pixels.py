@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -100,7 +101,7 @@ class Pixels:
         if self.row_ids is None:
             self.row_ids = np.arange(len(self.rows))
         self.tensors: dict[Hashable, Any] = {}
-        self._prepared: dict[Hashable, Prepared] = {}
+        self._prepared: dict[tuple[Form, bool], Prepared] = {}
         self._mixed = False
 
     def __len__(self) -> int:
@@ -138,13 +139,8 @@ class Pixels:
         one by one, when an image of another size would come too late.
         """
         view = stored_view(preprocessing, augmented=augmented)
-        size = self.survey.size
-        if (
-            exact_size
-            and size
-            and not self._mixed
-            and np.prod(size) <= max(SMALL_PIXELS, np.prod(view.size))
-        ):
+        size = None if self._mixed or not exact_size else self.survey.size
+        if size is not None and math.prod(size) <= max(SMALL_PIXELS, math.prod(view.size)):
             return Form(size)
         return Form(view.size, view)
 
@@ -234,7 +230,7 @@ class Prepared:
         Rows that an earlier run could not read are tried again, because the cause may have been the disk.
         Raises: OtherSize.
         """
-        with one_process_at_a_time(f"{self._file.path.name}-pass"):
+        with one_process_at_a_time(self._file.path.name):
             wanted = positions[np.isin(self._file.states(positions), self._open_states())]
             self._retried = True
             if not len(wanted):

@@ -1,20 +1,20 @@
-"""Preparing the images of splits for a model: where they are kept, and what becomes of unreadable ones."""
+"""The images of a split as a model needs them: their form, where they are kept, and the pass that makes
+them."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
-from dataclasses import replace
+from collections.abc import Hashable
 
 import numpy as np
 import psutil
 import torch
 
 from hf_cifar.data.cache import cache_folder, free_bytes
-from hf_cifar.data.pixels import OtherSize, Prepared
-from hf_cifar.data.split import Split, UnreadableImages, render_rows, subset
-from hf_cifar.errors import UserError
+from hf_cifar.data.pixels import OtherSize, Pixels, Prepared
 from hf_cifar.text import duration
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -50,13 +50,16 @@ def fits_in_memory(num_bytes: int, device: torch.device = CPU) -> bool:
 class SplitImages:
     """The images of a split in the form that a model needs, and where they are kept during training.
 
-    augmented: for training, with a margin for random crops. kind: auto, resident, disk or streamed; never
-    auto once chosen. lazy: images are prepared when their turn comes, not in a pass before.
+    positions: [N] of the split's images in `pixels`. augmented: for training, with a margin for random crops.
+    kind: auto, resident, disk or streamed; never auto once chosen. lazy: images are prepared when their turn
+    comes, not in a pass before.
     """
 
     def __init__(
         self,
-        split: Split,
+        name: str,
+        pixels: Pixels,
+        positions: np.ndarray,
         preprocessing: Preprocessing,
         *,
         augmented: bool,
@@ -64,24 +67,26 @@ class SplitImages:
         lazy: bool = False,
         device: torch.device = CPU,
     ) -> None:
-        self.split, self.preprocessing, self.augmented = split, preprocessing, augmented
+        self.name, self.pixels, self.positions = name, pixels, positions
+        self.preprocessing, self.augmented = preprocessing, augmented
         self.lazy, self.device = lazy, device
+        self.tensors: dict[Hashable, torch.Tensor] = {}  # made from the images, see `store`
         self.prepared, self.kind = self._choose(kind)
 
     def _choose(self, kind: str) -> tuple[Prepared, str]:
-        pixels = self.split.pixels
+        pixels = self.pixels
         form = pixels.form(self.preprocessing, augmented=self.augmented, exact_size=not self.lazy)
         prepared = pixels.prepared(form, stores=kind != "streamed")
         if kind != "auto":
             return prepared, kind
-        if fits_in_memory(len(self.split) * form.row_bytes, self.device) and not self.lazy:
+        if fits_in_memory(len(self.positions) * form.row_bytes, self.device) and not self.lazy:
             return prepared, "resident"
-        if prepared.num_bytes(self.split.positions) < DISK_SHARE * free_bytes(cache_folder()):
+        if prepared.num_bytes(self.positions) < DISK_SHARE * free_bytes(cache_folder()):
             return prepared, "disk"
         return pixels.prepared(form, stores=False), "streamed"
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.positions)
 
     @property
     def decodes(self) -> bool:
@@ -91,37 +96,47 @@ class SplitImages:
     @property
     def seconds(self) -> float:
         """Estimate of the time to prepare the images that are missing."""
-        return self.prepared.seconds(self.split.positions)
+        return self.prepared.seconds(self.positions)
 
     def prepare(self) -> None:
         """Prepare all images that are missing, and announce work that takes more than a few seconds."""
         seconds = self.seconds
         if seconds > SECONDS_ANNOUNCED:
-            num_bytes = self.prepared.num_bytes(self.split.positions)
+            num_bytes = self.prepared.num_bytes(self.positions)
             space = f" and {gigabytes(num_bytes)} in {cache_folder()}" if num_bytes else ""
             logger.info(
-                "%s: preparing %s takes about %s%s", self.split.name, self, duration(seconds), space
+                "%s: preparing %s takes about %s%s", self.name, self, duration(seconds), space
             )
         try:
-            self.prepared.prepare(self.split.positions, f"preparing {self.split.name}")
+            self.prepared.prepare(self.positions, f"preparing {self.name}")
         except OtherSize:
-            self.split.pixels.reject(self.prepared.form)
+            self.pixels.reject(self.prepared.form)
             self.prepared, self.kind = self._choose(self.kind)
             self.prepare()
 
     @property
     def faults(self) -> dict[int, str]:
         """Map the position of each image that is known to be unreadable to the reason."""
-        return self.split.faults_at(self.prepared.unreadable(self.split.positions))
+        unreadable = self.prepared.unreadable(self.positions)
+        found = (
+            np.flatnonzero(np.isin(self.positions, list(unreadable))).tolist() if unreadable else []
+        )
+        return {number: unreadable[int(self.positions[number])] for number in found}
 
     @property
     def pixel_hash(self) -> str | None:
         """See `Prepared.pixel_hash`."""
-        return self.prepared.pixel_hash(self.split.positions)
+        return self.prepared.pixel_hash(self.positions)
 
     def read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the images [B, height, width, 3] uint8 and a mask [B] of the readable ones."""
-        return self.prepared.read(self.split.positions[positions])
+        return self.prepared.read(self.positions[positions])
+
+    def select(self, positions: np.ndarray) -> SplitImages:
+        """Return some of the images, by position."""
+        part = copy.copy(self)
+        part.positions, part.tensors = self.positions[positions], {}
+        return part
 
     def __str__(self) -> str:
         height, width = self.prepared.form.size
@@ -131,26 +146,3 @@ class SplitImages:
 def gigabytes(num_bytes: int) -> str:
     """Format a number of bytes: `2.3 GB`, `14 MB`."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{math.ceil(num_bytes / 1e6)} MB"
-
-
-def readable(images: SplitImages, on_bad_image: str) -> Split:
-    """Prepare the images of a split; returns it without the unreadable ones.
-
-    Raises: UnreadableImages unless `on_bad_image` is skip; UserError if no image can be read.
-    """
-    split = images.split
-    images.prepare()
-    faults = images.faults
-    if not faults:
-        return split
-    if on_bad_image != "skip":
-        raise UnreadableImages([(split, faults)])
-    bad = np.array(list(faults))
-    kept = np.setdiff1d(np.arange(len(split)), bad)
-    if not len(kept):
-        raise UserError(f"no image of {split.name} can be read: {next(iter(faults.values()))}")
-    logger.warning(
-        "%s: %s of %s images cannot be read and are left out, %s",
-        split.name, f"{len(bad):,}", f"{len(split):,}", render_rows([(split, faults)]),
-    )  # fmt: skip
-    return replace(subset(split, kept), skipped=split.row_ids[bad])

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import functools
+import logging
+import math
 import os
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from hf_cifar.data.columns import class_label, label_array
 from hf_cifar.data.images import decode_cells
 from hf_cifar.data.pixels import SMALL_PIXELS, Form, OtherSize, Pixels
+from hf_cifar.data.preparation import CPU, SplitImages
 from hf_cifar.errors import UserError
 from hf_cifar.progress import progress
 from hf_cifar.text import render_numbers
+from hf_cifar.transforms.preprocessing import Preprocessing
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Some rows of a source's split, by their positions in `pixels`, which other splits may share."""
+    """Some rows of a source's split, by their positions in `pixels`, which other splits may share.
+
+    positions: [N] int64. skipped: ids of the rows left out by --on_bad_image skip. images: for a model, see
+    `prepare_split`.
+    """
 
     name: str
     pixels: Pixels
-    positions: np.ndarray  # [N] int64
-    # Ids of the rows left out by --on_bad_image skip.
+    positions: np.ndarray
     skipped: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    # Tensors made from the images, see `store`.
-    tensors: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    images: SplitImages | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -72,7 +80,7 @@ class Split:
         except UserError as error:
             raise UserError(f"{self.describe_row(position)}: {error}") from None
 
-    def images(self, what: str) -> Iterable[np.ndarray]:
+    def pictures(self, what: str) -> Iterable[np.ndarray]:
         """Return every image in its own size, in order: small ones of one size as uint8 [N, H, W, 3], from
         the cache if they are there; others one by one, decoded on all cores.
 
@@ -80,15 +88,15 @@ class Split:
         Raises: UnreadableImages, for images one by one after all rows have been tried.
         """
         size = self.pixels.survey.size
-        if size is None or np.prod(size) > SMALL_PIXELS:
+        if size is None or math.prod(size) > SMALL_PIXELS:
             return self._decoded(what)
         prepared = self.pixels.prepared(Form(size))
         try:
             prepared.prepare(self.positions, what)
         except OtherSize:
             return self._decoded(what)
-        self.require_readable(prepared.unreadable(self.positions))
-        return prepared.read_all(self.positions)
+        images, readable = prepared.read(self.positions)
+        return images if readable.all() else self._decoded(what)  # which names the unreadable ones
 
     def _decoded(self, what: str) -> Iterator[np.ndarray]:
         faults: dict[int, str] = {}
@@ -105,16 +113,6 @@ class Split:
             elif not faults:
                 yield image
         if faults:
-            raise UnreadableImages([(self, faults)])
-
-    def faults_at(self, unreadable: dict[int, str]) -> dict[int, str]:
-        """Convert positions in `pixels` to positions in this split."""
-        found = np.flatnonzero(np.isin(self.positions, list(unreadable)))
-        return {int(number): unreadable[int(self.positions[number])] for number in found}
-
-    def require_readable(self, unreadable: dict[int, str]) -> None:
-        """Raises: UnreadableImages if any of the positions in `pixels` belongs to this split."""
-        if unreadable and (faults := self.faults_at(unreadable)):
             raise UnreadableImages([(self, faults)])
 
 
@@ -147,4 +145,50 @@ def render_rows(found: Sequence[tuple[Split, dict[int, str]]]) -> str:
 
 def subset(split: Split, positions: np.ndarray) -> Split:
     """Select rows of a split by position."""
-    return replace(split, positions=split.positions[positions])
+    images = None if split.images is None else split.images.select(positions)
+    return replace(split, positions=split.positions[positions], images=images)
+
+
+def prepare_split(
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    augmented: bool = False,
+    kind: str = "auto",
+    on_bad_image: str = "error",
+    lazy: bool = False,
+    device: torch.device = CPU,
+) -> Split:
+    """Return a split with its images for a model, without the unreadable ones. See `SplitImages`.
+
+    Raises: UnreadableImages unless `on_bad_image` is skip; UserError if no image can be read.
+    """
+    images = SplitImages(
+        split.name, split.pixels, split.positions, preprocessing,
+        augmented=augmented, kind=kind, lazy=lazy, device=device,
+    )  # fmt: skip
+    split = replace(split, images=images)
+    return split if lazy else readable(split, on_bad_image)
+
+
+def readable(split: Split, on_bad_image: str = "error") -> Split:
+    """Prepare the images of a split that are still missing, and leave out the unreadable ones.
+
+    Raises: UnreadableImages unless `on_bad_image` is skip; UserError if no image can be read.
+    """
+    assert split.images is not None
+    split.images.prepare()
+    faults = split.images.faults
+    if not faults:
+        return split
+    if on_bad_image != "skip":
+        raise UnreadableImages([(split, faults)])
+    bad = np.array(list(faults))
+    kept = np.setdiff1d(np.arange(len(split)), bad)
+    if not len(kept):
+        raise UserError(f"no image of {split.name} can be read: {next(iter(faults.values()))}")
+    logger.warning(
+        "%s: %s of %s images cannot be read and are left out, %s",
+        split.name, f"{len(bad):,}", f"{len(split):,}", render_rows([(split, faults)]),
+    )  # fmt: skip
+    return replace(subset(split, kept), skipped=split.row_ids[bad])

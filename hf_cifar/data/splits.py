@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,9 @@ from datasets import Dataset, IterableDataset
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.columns import class_counts, class_label, label_array
 from hf_cifar.data.pixels import Pixels
-from hf_cifar.data.preparation import CPU, SplitImages, readable
+from hf_cifar.data.preparation import CPU
 from hf_cifar.data.sources import load_source
-from hf_cifar.data.split import Split
+from hf_cifar.data.split import Split, prepare_split
 from hf_cifar.data.stratify import stratified, subsample
 from hf_cifar.data.streams import Stream, collect, load_streams, num_rows, require_every_class
 from hf_cifar.errors import UserError
@@ -69,7 +70,6 @@ class DataSource:
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         self._pixels: dict[str, Pixels] = {}
-        self._view: tuple[Preprocessing, torch.device] | None = None
 
     @functools.cached_property
     def splits(self) -> Splits:
@@ -94,47 +94,6 @@ class DataSource:
             )
         return self._pixels[source_split]
 
-    def prepared(
-        self,
-        preprocessing: Preprocessing,
-        config: DataConfig | None = None,
-        device: torch.device = CPU,
-    ) -> DataSource:
-        """Return the same data for a model: the images of a split are prepared when it is first requested.
-
-        Unreadable images are then an error, or left out, as --on_bad_image says. With --check_images used,
-        those of train are prepared, and found to be unreadable, during training. config: with settled
-        options.
-        """
-        source = DataSource(config or self.config)
-        source._pixels, source._view = self._pixels, (preprocessing, device)
-        source.__dict__["rows"] = self.rows
-        return source
-
-    def images(self, split: Split) -> SplitImages:
-        """Return the images of a split in the form that the model needs. Raises: ValueError if the source has
-        not been prepared for one."""
-        if self._view is None:
-            raise ValueError("call `prepared` first, which names the preprocessing")
-        preprocessing, device = self._view
-        trains = split.name == "train"
-        return SplitImages(
-            split,
-            preprocessing,
-            augmented=trains,
-            kind=self.config.pixel_store,
-            lazy=trains and self.config.check_images == "used",
-            device=device,
-        )
-
-    def readable(self, split: Split) -> Split:
-        """Prepare the images of a split, and leave out the unreadable ones, if there is a model to do so
-        for."""
-        if self._view is None:
-            return split
-        images = self.images(split)
-        return split if images.lazy else readable(images, self.config.on_bad_image)
-
 
 def load_splits(config: DataConfig) -> Splits:
     """Load train and validation: a seeded, stratified split, or the data set's own validation if it has one.
@@ -153,6 +112,26 @@ def load_test_split(config: DataConfig) -> Split:
     Raises: UserError if the data set has no labelled test split.
     """
     return DataSource(config).test_split
+
+
+def prepare_splits(
+    splits: Splits, preprocessing: Preprocessing, config: DataConfig, device: torch.device = CPU
+) -> Splits:
+    """Return the splits with their images for a model, decoded in one pass, see `prepare_split`.
+
+    With --check_images used, those of train are decoded, and found to be unreadable, during training.
+    Raises: UserError for unreadable images, or a class that loses its last image with them.
+    """
+    options: dict[str, Any] = {
+        "kind": config.pixel_store, "on_bad_image": config.on_bad_image, "device": device
+    }  # fmt: skip
+    train = splits.train
+    if isinstance(train, Split):
+        lazy = config.check_images == "used"
+        train = prepare_split(train, preprocessing, augmented=True, lazy=lazy, **options)
+        names = list(splits.id2label.values())
+        _require_every_class(train.labels, names, "readable image", train.source_split)
+    return Splits(train, prepare_split(splits.validation, preprocessing, **options))
 
 
 def _splits(source: DataSource) -> Splits:
@@ -174,8 +153,6 @@ def _splits(source: DataSource) -> Splits:
         validation = Split("validation", train, validation_rows)
     train_split = _sampled(Split("train", train, train_rows), "max_train_samples", config)
     validation = _sampled(validation, "max_eval_samples", config)
-    train_split, validation = source.readable(train_split), source.readable(validation)
-    _require_every_class(train_split.labels, names, "readable image", train_name)
     return Splits(train_split, validation)
 
 
@@ -185,9 +162,9 @@ def _test_split(source: DataSource) -> Split:
     if config.streaming:
         rows, row_ids = collect("test", source.rows["test"], config.max_eval_samples)
         pixels = Pixels("test", rows, row_ids, config.max_image_pixels)
-        return source.readable(_whole_split("test", pixels))
+        return _whole_split("test", pixels)
     test = _sampled(_whole_split("test", source.pixels("test")), "max_eval_samples", config)
-    return source.readable(test)
+    return test
 
 
 def _whole_split(name: str, pixels: Pixels) -> Split:
@@ -239,7 +216,7 @@ def _streamed_splits(source: DataSource) -> Splits:
         train=Stream(
             "train", train_name, train, num_images, held_out, end, seed, config.max_image_pixels
         ),
-        validation=source.readable(_whole_split("validation", pixels)),
+        validation=_whole_split("validation", pixels),
     )
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_cifar.data.pixels import Prepared
 from hf_cifar.data.preparation import CPU, DEVICE_SHARE, SplitImages
-from hf_cifar.data.split import UnreadableImages
+from hf_cifar.data.split import Split, UnreadableImages
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -75,11 +75,11 @@ class PreparedStore(Dataset):
     the size of the stored form. skips: leave unreadable images out of a batch, instead of an error.
     """
 
-    def __init__(self, images: SplitImages, *, skips: bool = False) -> None:
-        self.images = images
+    def __init__(self, split: Split, *, skips: bool = False) -> None:
+        self.split, self.images = split, images_of(split)
         self.skips = skips
-        self.labels = torch.from_numpy(images.split.labels)
-        self.row_ids = torch.from_numpy(images.split.row_ids)
+        self.labels = torch.from_numpy(split.labels)
+        self.row_ids = torch.from_numpy(split.row_ids)
 
     @property
     def decodes(self) -> bool:
@@ -97,17 +97,15 @@ class PreparedStore(Dataset):
         images, readable = self.images.read(rows)
         if not readable.all():
             if not (self.skips and readable.any()):
-                raise UnreadableImages([(self.images.split, self._faults(rows[~readable]))])
+                faults = self.images.faults
+                bad = {row: faults[row] for row in rows[~readable].tolist()}
+                raise UnreadableImages([(self.split, bad)])
             images, rows = images[readable], rows[readable]
         return {
             "pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2),
             "labels": self.labels[rows],
             "row_ids": self.row_ids[rows],
         }
-
-    def _faults(self, rows: np.ndarray) -> dict[int, str]:
-        faults = self.images.faults
-        return {row: faults[row] for row in rows.tolist()}
 
 
 class ShardStore(IterableDataset):
@@ -175,19 +173,28 @@ class ShardStore(IterableDataset):
             again += 1
 
 
+def images_of(split: Split) -> SplitImages:
+    """Return the images of a split for a model. Raises: ValueError if they have not been prepared."""
+    if split.images is None:
+        raise ValueError(
+            f"the images of {split.name} are not prepared for a model; call `prepare_split`"
+        )
+    return split.images
+
+
 def build_store(
-    images: SplitImages, *, device: torch.device = CPU, skips: bool = False
+    split: Split, *, device: torch.device = CPU, skips: bool = False
 ) -> ResidentStore | PreparedStore:
-    """Make the store of a split's images, which have been prepared unless they are lazy.
+    """Make the store of a split whose images have been prepared, or are lazy.
 
     Resident images are moved to the device if they fit; stores of one split share their tensor. skips: see
     `PreparedStore`.
     """
-    split = images.split
+    images = images_of(split)
     if images.kind != "resident":
         where = "decoded at each use" if images.kind == "streamed" else "read from disk"
         logger.info("%s: %s, %s", split.name, images, where)
-        return PreparedStore(images, skips=skips)
+        return PreparedStore(split, skips=skips)
     pixels, positions = _resident(images, device)
     where = "in memory" if pixels.device.type == "cpu" else "on the GPU"
     logger.info("%s: %s %s", split.name, images, where)
@@ -200,23 +207,21 @@ def build_store(
 def _resident(images: SplitImages, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return a tensor with the images, and the position of each of the split's images in it if it has others
     too: small images of one size are in one tensor for all splits of a source, which each split completes."""
-    split, prepared = images.split, images.prepared
-    key, num_all = (prepared.form, device), len(split.pixels)
-    if prepared.form.view is not None or len(split) < SHARED_FRACTION * num_all:
-        shared = split.pixels.tensors.get(key)
-        if shared is None:
-            if key not in split.tensors:
-                split.tensors[key] = _allocated(len(split), prepared, device)
-                _fill(split.tensors[key], np.arange(len(split)), prepared, split.positions)
-            return split.tensors[key], None
-    if key not in split.pixels.tensors:
-        pixels = _allocated(num_all, prepared, device)
-        split.pixels.tensors[key] = pixels, np.zeros(num_all, bool)
-    pixels, filled = split.pixels.tensors[key]
-    rows = split.positions[~filled[split.positions]]
+    prepared, own, shared = images.prepared, images.tensors, images.pixels.tensors
+    key, count, num_all = (prepared.form, device), len(images), len(images.pixels)
+    is_shared = prepared.form.view is None and (key in shared or count >= SHARED_FRACTION * num_all)
+    if not is_shared:
+        if key not in own:
+            own[key] = _allocated(count, prepared, device)
+            _fill(own[key], np.arange(count), prepared, images.positions)
+        return own[key], None
+    if key not in shared:
+        shared[key] = _allocated(num_all, prepared, device), np.zeros(num_all, bool)
+    pixels, filled = shared[key]
+    rows = images.positions[~filled[images.positions]]
     _fill(pixels, rows, prepared, rows)
     filled[rows] = True
-    return pixels, torch.from_numpy(split.positions)
+    return pixels, torch.from_numpy(images.positions)
 
 
 def _allocated(count: int, prepared: Prepared, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_cifar.data.images import decode_image
-from hf_cifar.data.store import ResidentStore, StreamedStore
+from hf_cifar.data.store import PreparedStore, ResidentStore
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -90,7 +90,7 @@ class CorruptedStore(Dataset):
     """A store that corrupts its images, each the same way in every batch and on every device."""
 
     def __init__(
-        self, store: ResidentStore | StreamedStore, corruption: str, severity: int
+        self, store: ResidentStore | PreparedStore, corruption: str, severity: int
     ) -> None:
         self.store = store
         self.corrupt = CORRUPTIONS[corruption]

@@ -204,7 +204,7 @@ def named_pictures(split: Split, facts: dict[str, Any]) -> Iterator[tuple[str, n
 
 def property_slices(split: Split, hits: np.ndarray) -> dict[str, Any]:
     """Accuracy by quarters of brightness, contrast and sharpness. hits [N]: True for a correct prediction."""
-    images = split.images(f"examining {split.name}")
+    images = split.pictures(f"examining {split.name}")
     return {name: slices(values, hits) for name, values in image_properties(images).items()}
 
 
@@ -213,7 +213,7 @@ def duplicates_of(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Find evaluated images that are also in train, and the accuracy on the others."""
     pairs = find_duplicates(
-        split.images(f"comparing {split.name}"), train.images(f"comparing {train.name}")
+        split.pictures(f"comparing {split.name}"), train.pictures(f"comparing {train.name}")
     )
     hits = evaluated.correct
     clean = np.ones(len(hits), bool)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf_cifar.config.metrics import shown
 from hf_cifar.config.run import RunConfig
-from hf_cifar.data.splits import DataSource
+from hf_cifar.data.splits import DataSource, prepare_splits
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.evaluation.tables import render_number
@@ -105,13 +105,14 @@ def check_data(source: DataSource, folder: Path, facts: dict[str, Any]) -> None:
         ("restore the data, or pass --other_data to see the effect of the change"),
     )
     _, image_processor = load_classifier(str(folder), trust_remote_code=True)
-    prepared = source.prepared(Preprocessing.from_image_processor(image_processor))
-    if prepared.splits.hash != facts["split_hash"]:
+    preprocessing = Preprocessing.from_image_processor(image_processor)
+    splits = prepare_splits(source.splits, preprocessing, source.config)
+    if splits.hash != facts["split_hash"]:
         raise UserError(
-            f"rows or labels of {name} have changed: split hash {prepared.splits.hash[:16]}, "
+            f"rows or labels of {name} have changed: split hash {splits.hash[:16]}, "
             f"originally {facts['split_hash'][:16]}; {advice}"
         )
-    now = pixel_hashes(prepared)
+    now = pixel_hashes(splits)
     for split, original in facts.get("pixel_hashes", {}).items():
         if now.get(split, original) != original:
             raise UserError(

@@ -19,7 +19,7 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.data.pixels import stored_view
 from hf_cifar.data.preparation import CPU
 from hf_cifar.data.split import Split
-from hf_cifar.data.splits import DataSource, Splits
+from hf_cifar.data.splits import Splits, prepare_splits
 from hf_cifar.data.store import (
     PreparedStore,
     ResidentStore,
@@ -49,24 +49,28 @@ logger = logging.getLogger(__name__)
 
 
 def build_trainer(
-    model: PreTrainedModel, image_processor: BaseImageProcessor, source: DataSource, plan: Plan
+    model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, plan: Plan
 ) -> ImageClassificationTrainer:
     """Build the Trainer of a planned run, on the pixels or features of both splits.
 
-    source: prepared for the image processor.
+    The images of the splits are prepared unless `prepare_splits` has done so.
 
     Raises: UserError for an option whose package is missing, or which the model does not support.
     """
-    config, train, splits = plan.config, plan.config.train, source.splits
+    config, train = plan.config, plan.config.train
     preprocessing = Preprocessing.from_image_processor(image_processor)
+    if splits.validation.images is None:
+        splits = prepare_splits(splits, preprocessing, config.data, plan.processes.device)
     num_workers = train.dataloader_num_workers
     if num_workers is None:
-        num_workers = default_num_workers(decodes=decodes_while_training(source))
+        num_workers = default_num_workers(decodes=decodes_while_training(splits))
     args = training_arguments(config, num_workers)
     check_libraries(args, model)
     device = args.device if num_workers == 0 else CPU  # a worker process must not touch a GPU
-    validation = build_store(source.images(splits.validation), device=device)
-    stores: list[Any] = [train_store(source, preprocessing, args, config, device), validation]
+    stores: list[Any] = [
+        train_store(splits.train, preprocessing, args, config, device),
+        build_store(splits.validation, device=device),
+    ]
     if trains_on_features(config, model, preprocessing):
         with computing_as(plan.setting, model.to(args.device)):
             stores = feature_stores(model, splits, stores, preprocessing, config)
@@ -85,32 +89,30 @@ def build_trainer(
         averaging=WeightAverage(train.ema_decay),
         layer_decay=train.layer_decay,
         shrink_batch=train.auto_find_batch_size,
-        identity=identity(source, plan.processes.count),
+        identity=identity(splits, plan.processes.count),
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )
 
 
-def decodes_while_training(source: DataSource) -> bool:
+def decodes_while_training(splits: Splits) -> bool:
     """Return True if images are decoded while the model trains or is evaluated."""
-    splits = source.splits
-    return isinstance(splits.train, Stream) or any(
-        source.images(split).decodes for split in (splits.train, splits.validation)
+    return any(
+        isinstance(split, Stream) or (split.images is not None and split.images.decodes)
+        for split in (splits.train, splits.validation)
     )
 
 
 def train_store(
-    source: DataSource,
+    train: Split | Stream,
     preprocessing: Preprocessing,
     args: TrainingArguments,
     config: RunConfig,
     device: torch.device,
 ) -> ShardStore | ResidentStore | PreparedStore:
     """Return the store of the training images."""
-    train = source.splits.train
     if isinstance(train, Stream):
         return shard_store(train, preprocessing, args, config)
-    skips = config.data.on_bad_image == "skip"
-    return build_store(source.images(train), device=device, skips=skips)
+    return build_store(train, device=device, skips=config.data.on_bad_image == "skip")
 
 
 def shard_store(

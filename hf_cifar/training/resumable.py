@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from hf_cifar.data.split import Split
-from hf_cifar.data.splits import DataSource
+from hf_cifar.data.splits import Splits
 from hf_cifar.errors import UserError
 from hf_cifar.training.checkpoints import (
     complete_checkpoint,
@@ -277,9 +277,8 @@ def all_finite(model: nn.Module) -> bool:
         return bool(torch.isfinite(torch.stack(sums)).all())
 
 
-def identity(source: DataSource, num_processes: int) -> dict[str, Any]:
+def identity(splits: Splits, num_processes: int) -> dict[str, Any]:
     """Return the values that must be the same when a run is resumed."""
-    splits = source.splits
     facts: dict[str, Any] = {
         "split": splits.hash,
         "classes": list(splits.id2label.values()),
@@ -288,13 +287,11 @@ def identity(source: DataSource, num_processes: int) -> dict[str, Any]:
     for split in (splits.train, splits.validation):
         if isinstance(split, Split):
             facts[f"labels of {split.name}"] = hashlib.sha256(split.labels.tobytes()).hexdigest()
-    return facts | {f"pixels of {name}": sha for name, sha in pixel_hashes(source).items()}
+    return facts | {f"pixels of {name}": sha for name, sha in pixel_hashes(splits).items()}
 
 
-def pixel_hashes(source: DataSource) -> dict[str, str]:
-    """Return the SHA-256 of the prepared images of both splits; none for one that is not in the cache
-    whole."""
-    splits = source.splits
+def pixel_hashes(splits: Splits) -> dict[str, str]:
+    """Return the SHA-256 of the prepared images of both splits; none for one that is not in the cache yet."""
     parts = [s for s in (splits.train, splits.validation) if isinstance(s, Split)]
-    found = {split.name: source.images(split).pixel_hash for split in parts}
+    found = {split.name: split.images.pixel_hash for split in parts if split.images is not None}
     return {name: sha for name, sha in found.items() if sha is not None}
