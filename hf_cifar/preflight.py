@@ -43,7 +43,7 @@ def check_request(config: RunConfig, source: DataSource) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; pass a folder")
     check_device(train)
-    if train.do_predict:
+    if train.do_predict or train.check_leakage:
         _ = source.test_split  # raises without labels; its images are checked before training
     if is_main_process():
         check_push(train)

@@ -117,12 +117,13 @@ def make_room(folder: Path, num_bytes: int, keep: str = "") -> None:
     groups: dict[str, list[Path]] = {}
     for path in [*folder.glob("*.safetensors"), *folder.glob("*.pixels"), *folder.glob("*.rows")]:
         groups.setdefault(path.stem, []).append(path)
-    groups.pop(keep, None)
     for path in folder.glob(".*.tmp/*"):
         groups[str(path)] = [path]
     sizes = {name: sum(disk_bytes(path) for path in paths) for name, paths in groups.items()}
     used = sum(sizes.values())
-    for name in sorted(groups, key=lambda name: max(p.stat().st_mtime for p in groups[name])):
+    for name in sorted(
+        groups.keys() - {keep}, key=lambda name: max(p.stat().st_mtime for p in groups[name])
+    ):
         if used + num_bytes <= SIZE_LIMIT:
             return
         used -= sizes[name]

@@ -98,9 +98,9 @@ class PixelFile:
         stored = self.states(rows) == STORED
         flat = images.reshape(len(rows), self.row_bytes)
         for first, last in _consecutive(rows, stored):
-            read_at(
-                self._descriptor, flat[first:last].data.cast("B"), int(rows[first]) * self.row_bytes
-            )
+            buffer = flat[first:last].reshape(-1)
+            count = read_at(self._descriptor, buffer.data, int(rows[first]) * self.row_bytes)
+            buffer[count:] = 0  # the file was cut off
         for number in np.flatnonzero(stored & ~self._checked[rows]):
             row = rows[number]
             if zlib.crc32(flat[number].data) != self._rows["crc"][row]:

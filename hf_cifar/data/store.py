@@ -99,7 +99,8 @@ class PreparedStore(Dataset):
             if not (self.skips and readable.any()):
                 faults = self.images.faults
                 bad = {row: faults[row] for row in rows[~readable].tolist()}
-                raise UnreadableImages([(self.split, bad)])
+                # A loader's worker passes on errors that are made from their message alone.
+                raise UserError(str(UnreadableImages([(self.split, bad)])))
             images, rows = images[readable], rows[readable]
         return {
             "pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2),

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_cifar.data.cache import content_key, load_array, one_process_at_a_time, save_array
 from hf_cifar.data.split import Split
-from hf_cifar.data.store import PreparedStore, ResidentStore, take_batch
+from hf_cifar.data.store import PreparedStore, ResidentStore, images_of, take_batch
 from hf_cifar.models.heads import head_parameter_names, linear_head
 from hf_cifar.progress import progress
 from hf_cifar.training.losses import LOSSES
@@ -137,7 +137,8 @@ def feature_store(
     """
     device = next(model.parameters()).device
     details = [preprocessing, views, dtype, (augmentation, seed) if views > 1 else None]
-    digest = hashlib.sha256(f"{content_key(split.rows)} {details}".encode())
+    pixels = images_of(split).pixel_hash or content_key(split.rows)
+    digest = hashlib.sha256(f"{pixels} {details}".encode())
     head = head_parameter_names(model)
     for name, value in model.state_dict().items():
         if name not in head:

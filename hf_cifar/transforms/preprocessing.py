@@ -36,6 +36,8 @@ class Preprocessing:
     rescale_factor: float = 1 / 255
     library: str = "pillow"  # used for resizing: "pillow" or "torchvision"
     crop_rounds_down: bool = False  # when cropping an odd number of pixels; else half to even
+    # A crop of the crop that is still to come, see `uncropped`.
+    inner_crop: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.interpolation not in KERNELS:
@@ -157,7 +159,8 @@ class Preprocessing:
         if isinstance(self.resize, tuple):
             return replace(self, crop=None)
         height, width = self.crop
-        return replace(self, crop=(max(self.resize, height), max(self.resize, width)))
+        crop = (max(self.resize, height), max(self.resize, width))
+        return replace(self, crop=crop, inner_crop=self.crop)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a height x width image after resizing, before the crop."""
@@ -173,8 +176,15 @@ class Preprocessing:
     def corner(self, resized: tuple[int, int]) -> tuple[int, int]:
         """(top, left) of the crop of a resized image, negative where the crop is larger."""
         crop = self.crop or resized
+        inner = self.inner_crop or crop
         middle = math.floor if self.crop_rounds_down else round
-        return middle((resized[0] - crop[0]) / 2), middle((resized[1] - crop[1]) / 2)
+
+        def start(axis: int) -> int:
+            # The crop of the result must be that of the whole image, however halves are rounded.
+            whole, later = resized[axis] - inner[axis], crop[axis] - inner[axis]
+            return middle(whole / 2) - middle(later / 2)
+
+        return start(0), start(1)
 
     def box(self, height: int, width: int) -> Tensor:
         """The box [1, 4] of a height x width image that the model sees: (top, left, bottom, right)."""

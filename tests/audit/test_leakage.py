@@ -11,6 +11,10 @@ from hf_cifar.errors import UserError
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
+def leakage(source):
+    return find_leakage(source.splits, source.test_split)
+
+
 @pytest.fixture
 def leaking(save, photo):
     """Smooth images; train row 5 equals test row 1, validation row 2 equals test row 0."""
@@ -27,10 +31,8 @@ def leaking(save, photo):
     return save(train=rows(train), validation=rows(validation), test=rows(test, 1))
 
 
-@pytest.mark.parametrize("kind", ["auto", "streamed"])
-def test_pairs_have_row_numbers_of_the_data_set(leaking, kind, caplog):
-    config = DataConfig(dataset_name=str(leaking), pixel_store=kind)
-    found = find_leakage(DataSource(config))
+def test_pairs_have_row_numbers_of_the_data_set(leaking, caplog):
+    found = leakage(DataSource(DataConfig(dataset_name=str(leaking))))
     exact = [pair for pair in found["pairs"] if pair["exact"]]
     assert exact == [
         {"test_row": 0, "split": "validation", "row": 2, "exact": True, "difference": 0.0},
@@ -44,7 +46,7 @@ def test_rows_of_a_subsample_refer_to_train(leaking):
     config = DataConfig(dataset_name=str(leaking), max_train_samples=20)
     source = DataSource(config)
     train = source.splits.train
-    rows = {pair["row"] for pair in find_leakage(source)["pairs"] if pair["split"] == "train"}
+    rows = {pair["row"] for pair in leakage(source)["pairs"] if pair["split"] == "train"}
     assert (5 in rows) == (5 in train.row_ids)
     assert rows <= set(train.row_ids.tolist())
 
@@ -52,7 +54,7 @@ def test_rows_of_a_subsample_refer_to_train(leaking):
 def test_streams_and_data_without_test_are_refused(shards, save, make_rows):
     config = DataConfig(dataset_name=str(shards), streaming=True, max_eval_samples=6)
     with pytest.raises(UserError, match=r"--check_leakage .*--streaming"):
-        find_leakage(DataSource(config))
+        leakage(DataSource(config))
     config = DataConfig(dataset_name=str(save(train=make_rows([0, 1] * 5))))
     with pytest.raises(UserError, match="leave out --do_predict and --check_leakage"):
-        find_leakage(DataSource(config))
+        leakage(DataSource(config))

@@ -201,8 +201,8 @@ def test_archive_is_loaded_through_the_data_options(tmp_path, files):
     assert splits.id2label == dict(enumerate(NAMES10))
     assert (len(splits.train), len(splits.validation), len(test)) == (40, 10, 10)
     everything = np.concatenate([pixels for pixels, _ in cifar10_batches().values()])
-    assert (splits.train.images[:] == as_images(everything[splits.train.row_ids])).all()
-    assert (test.images[:] == as_images(everything[-ROWS10:])).all()
+    assert (splits.train.pictures("") == as_images(everything[splits.train.row_ids])).all()
+    assert (test.pictures("") == as_images(everything[-ROWS10:])).all()
 
 
 def test_cifar100_requires_a_choice_of_labels(tmp_path):

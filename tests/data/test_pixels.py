@@ -1,19 +1,30 @@
-"""hf_cifar.data.pixels: the images of a source are decoded once, whichever rows are used."""
+"""hf_cifar.data.pixels: images are prepared once, whichever rows are used, and never wrongly."""
 
-import gc
 import os
-import weakref
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from datasets import Dataset, Features, Image
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data import pixels as pixels_module
-from hf_cifar.data.pixels import Pixels
-from hf_cifar.data.split import Split, require_readable, subset
-from hf_cifar.data.splits import DataSource, load_splits
+from hf_cifar.data.cache import make_room
+from hf_cifar.data.pixel_file import MISSING, STORED, PixelFile
+from hf_cifar.data.pixels import Form, Pixels, stored_view
+from hf_cifar.data.preparation import SplitImages
+from hf_cifar.data.split import Split, prepare_split, subset
+from hf_cifar.data.splits import DataSource, load_splits, prepare_splits
+from hf_cifar.data.store import build_store
 from hf_cifar.data.stratify import stratified
 from hf_cifar.errors import UserError
+from hf_cifar.transforms.preprocessing import Preprocessing
+
+VIEW = Preprocessing((12, 12), None, "bicubic", (0.5,) * 3, (0.5,) * 3)
+MIXED = ((90, 70), (70, 90), (80, 80))
+EVERYTHING = {"kind": "disk"}
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +35,17 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Record the number of images in each decoded batch; the first image, decoded for its size, is not
-    counted."""
-    counts, original = [], pixels_module.decode_cells
+    """Record each decoded cell; those of the survey are not counted."""
+    cells, original = [], pixels_module.decode_cell
 
-    def count(cells, *options):
-        counts.append(len(cells))
-        return original(cells, *options)
+    def count(cell, *options):
+        if sys._getframe(1).f_code.co_name == "_render":
+            cells.append(cell)
+        return original(cell, *options)
 
-    monkeypatch.setattr(pixels_module, "decode_cells", count)
-    return counts
+    monkeypatch.setattr(pixels_module, "decode_cell", count)
+    monkeypatch.setattr(SplitImages, "seconds", 0.0)  # its sample is decoded, too
+    return cells
 
 
 def load(folder, **options):
@@ -44,8 +56,8 @@ def parts(splits):
     return splits.train, splits.validation
 
 
-def arrays(folder):
-    return [path.name for path in folder.glob("*.safetensors") if "unreadable" not in path.name]
+def ready(split, **options):
+    return prepare_split(split, VIEW, **options)
 
 
 def pictures(rows):
@@ -53,7 +65,10 @@ def pictures(rows):
 
 
 def check(split, expected):
-    for row, image in zip(split.row_ids, split.images, strict=True):
+    """Small images of one size are kept as they are."""
+    images, readable = split.images.read(np.arange(len(split)))
+    assert readable.all()
+    for row, image in zip(split.row_ids, images, strict=True):
         assert (image == expected[row]).all()
 
 
@@ -65,142 +80,273 @@ def damaged(rows, *broken):
     return type(rows).from_dict({"img": cells, "label": rows["label"][:]}, rows.features)
 
 
-def test_another_split_seed_decodes_nothing(save, make_rows, decoded, folder):
+def image_rows(files):
+    cells = [{"bytes": None, "path": str(path)} for path in files]
+    return Dataset.from_dict({"image": cells}, features=Features({"image": Image(decode=False)}))
+
+
+def test_another_seed_or_share_decodes_nothing(save, make_rows, decoded, folder):
     rows = make_rows([0, 1] * 20)
     path = save(train=rows)
-    for seed in (0, 1):
-        splits = load(path, split_seed=seed)
-        for split in parts(splits):
-            check(split, pictures(rows))
-        assert decoded == [40]
-    check(load(path, max_train_samples=8).train, pictures(rows))
-    check(load(path, train_val_split=0.4).validation, pictures(rows))
-    assert decoded == [40] and len(arrays(folder)) == 1
+    for options in ({"split_seed": 0}, {"split_seed": 1}, {"train_val_split": 0.4}):
+        for split in parts(load(path, **options)):
+            check(ready(split), pictures(rows))
+        assert len(decoded) == 40
+    assert len(list(folder.glob("*.pixels"))) == 1
 
 
-def test_folds_are_row_numbers_into_one_array(save, make_rows, decoded):
+def test_folds_are_row_numbers_into_one_tensor(save, make_rows, decoded):
     rows = make_rows([0, 1] * 20)
     source = DataSource(DataConfig(dataset_name=str(save(train=rows))))
     shared = source.pixels("train")
     labels = np.array([0, 1] * 20)
     folds = [stratified(labels, 0.25, ["cat", "dog"], seed, "train") for seed in range(4)]
-    splits = [Split("fold", shared, positions) for fold in folds for positions in fold]
-    for split in (*splits, *parts(source.splits), subset(splits[0], np.arange(3))):
-        check(split, pictures(rows))
-        assert all(np.shares_memory(image, shared.images) for image in split.images)
-    assert decoded == [40]
+    for train, validation in folds:
+        stores = [
+            build_store(ready(Split("fold", shared, rows_of)), skips=False)
+            for rows_of in (train, validation)
+        ]
+        assert stores[0].pixels is stores[1].pixels
+    assert len(decoded) == 40
 
 
-def test_small_part_is_decoded_on_its_own_and_only_once(save, make_rows, decoded, folder):
+def test_small_part_decodes_its_own_rows_only(save, make_rows, decoded):
     rows = make_rows([0, 1] * 50)
     path = save(train=rows)
     options = {"max_train_samples": 20, "max_eval_samples": 4}
     for _ in range(2):
         for split in parts(load(path, **options)):
-            check(split, pictures(rows))
-        assert decoded == [20, 4]
-    assert len(arrays(folder)) == 2
-    check(load(path).train, pictures(rows))
-    assert decoded == [20, 4, 100]
-    check(load(path, max_train_samples=30).train, pictures(rows))  # found in the array of all
-    assert decoded == [20, 4, 100]
+            check(ready(split), pictures(rows))
+        assert len(decoded) == 24
+    check(ready(load(path).train), pictures(rows))
+    assert len(decoded) <= 24 + 90
 
 
-def test_half_of_the_source_decodes_all_of_it(save, make_rows, decoded):
-    path = save(train=make_rows([0, 1] * 20), validation=make_rows([0, 1]))
-    for size, batches in ((18, [18]), (20, [18, 40])):
-        assert len(load(path, max_train_samples=size).train.images) == size
-        assert decoded == batches
+def test_images_of_mixed_sizes_are_stored_as_the_library_resizes_them(save, make_rows, folder):
+    rows = make_rows([0, 1] * 20, sizes=MIXED)
+    path = save(train=rows)
+    splits = load(path)
+    for augmented in (False, True):
+        for split in map(lambda each, a=augmented: ready(each, augmented=a), parts(splits)):
+            view = stored_view(VIEW, augmented=augmented)
+            images, _ = split.images.read(np.arange(len(split)))
+            assert images.shape[1:3] == ((14, 14) if augmented else (12, 12))
+            for row, image in zip(split.row_ids, images, strict=True):
+                assert (image == view.view_image(pictures(rows)[row])).all()
+    assert len(list(folder.glob("*.pixels"))) == 2  # with a margin, and exact
 
 
-def test_images_of_mixed_sizes_are_shared_in_memory(save, make_rows, decoded, folder):
-    rows = make_rows([0, 1] * 20, sizes=((8, 8), (9, 7)))
-    source = DataSource(DataConfig(dataset_name=str(save(train=rows))))
-    for split in parts(source.splits):
-        check(split, pictures(rows))
-        assert all(any(each is image for each in source.pixels("train").images)
-                   for image in split.images)  # fmt: skip
-    assert decoded == [40] and not arrays(folder)
+def test_odd_size_among_many_is_found_in_time(save, make_rows, monkeypatch):
+    """The sample sees one size only, and one image of 200 has another one."""
+    monkeypatch.setattr(pixels_module, "NUM_SURVEYED", 2)
+    sizes = [(8, 8)] * 60
+    sizes[31] = (9, 8)
+    rows = make_rows([0, 1] * 30, sizes=sizes)
+    split = ready(load(save(train=rows, validation=make_rows([0, 1]))).train)
+    assert split.images.prepared.form.view == stored_view(VIEW, augmented=False)
+    images, readable = split.images.read(np.array([30, 31]))
+    assert readable.all()
+    assert (images[1] == VIEW.view_image(pictures(rows)[31])).all()
 
 
-def test_bad_images_are_skipped_and_found_again(save, make_rows, decoded, folder):
+def test_bad_images_are_skipped_and_tried_again(save, make_rows, decoded):
     rows = make_rows([0, 1] * 20)
     path = save(train=damaged(rows, 0, 7))
-    for _ in range(2):
-        splits = load(path, on_bad_image="skip")
-        require_readable(*parts(splits))
-        assert sorted(row for split in parts(splits) for row in split.skipped) == [0, 7]
-        for split in parts(splits):
+    for count in (40, 42):
+        found = [ready(split, on_bad_image="skip") for split in parts(load(path))]
+        assert sorted(row for split in found for row in split.skipped) == [0, 7]
+        for split in found:
             check(split, pictures(rows))
-    # The next run retries the two.
-    assert decoded == [40, 2] and len(arrays(folder)) == 1
+        assert len(decoded) == count
 
 
-def test_image_that_becomes_readable_is_decoded(tmp_path, save, make_rows, decoded):
-    from datasets import Dataset, Features, Image
-
+def test_image_that_becomes_readable_is_decoded(tmp_path, make_rows):
     files = []
     for number, picture in enumerate(make_rows([0, 1] * 10)["img"]):
         files.append(tmp_path / f"{number}.png")
         picture.save(files[-1])
-    cells = [{"bytes": None, "path": str(path)} for path in files]
-    rows = Dataset.from_dict({"image": cells}, features=Features({"image": Image(decode=False)}))
     content, status = files[3].read_bytes(), files[3].stat()
-    readable = Pixels("train", rows)
-    assert readable.hold() and not readable.faults
-    first = readable.images.copy()
 
     def rewrite(data):
         """Write a file of the same size and modification time, so that the key stays the same."""
         files[3].write_bytes(data)
         os.utime(files[3], ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    for path in (tmp_path / "pixels").glob("*.safetensors"):
-        path.unlink()
+    everything = np.arange(20)
+
+    def prepared():
+        found = Pixels("train", image_rows(files)).prepared(Form((8, 8)))
+        found.prepare(everything, "preparing")
+        return found
+
     rewrite(bytes(len(content)))
-    broken = Pixels("train", rows)
-    assert broken.hold() and list(broken.faults) == [3] and not broken.images[3].any()
+    assert list(prepared().unreadable(everything)) == [3]
     rewrite(content)
-    mended = Pixels("train", rows)
-    assert mended.hold() and not mended.faults
-    assert (mended.images == first).all()
+    found = prepared()
+    assert not found.unreadable(everything)
+    assert (found.read(everything)[0][3] == np.asarray(make_rows([0, 1] * 10)["img"][3])).all()
 
 
 def test_faults_depend_on_the_limit_on_pixels(save, make_rows):
     rows = make_rows([0, 1] * 20, sizes=((8, 8), (8, 8), (9, 9)))
     path = save(train=rows)
-    few = load(path, max_image_pixels=80, on_bad_image="skip")
-    assert sum(len(split.skipped) for split in parts(few)) == 13
-    for split in (*parts(few), *parts(load(path))):
-        check(split, pictures(rows))
-    assert sum(len(split) for split in parts(load(path, on_bad_image="skip"))) == 40
-    path = save(train=make_rows([0, 1] * 20, sizes=((9, 9),)))
-    require_readable(*parts(load(path)))
-    with pytest.raises(UserError, match="40 images cannot be read"):
-        require_readable(*parts(load(path, max_image_pixels=80)))
+    few = [ready(split, on_bad_image="skip") for split in parts(load(path, max_image_pixels=80))]
+    assert sum(len(split.skipped) for split in few) == 13
+    assert sum(len(ready(split)) for split in parts(load(path))) == 40
 
 
 def test_pixel_hash_is_of_the_selected_images_in_order(save, make_rows):
     rows = make_rows([0, 1] * 20)
-    train = load(save(train=rows)).train
+    train = ready(load(save(train=rows)).train)
     chosen = rows.select(train.row_ids)
-    alone = load(save(train=chosen, validation=make_rows([0, 1]))).train
-    assert train.pixel_hash == alone.pixel_hash
-    assert subset(train, np.arange(30)).pixel_hash != train.pixel_hash
-
-
-def test_arrays_are_freed_with_their_splits(save, make_rows):
-    path = save(train=make_rows([0, 1] * 20), test=make_rows([0, 1] * 3))
-    source = DataSource(DataConfig(dataset_name=str(path)))
-    splits, test = source.splits, source.test_split
-    require_readable(splits.train, splits.validation, test)
-    found = [weakref.ref(split.images.pixels.images) for split in (splits.train, test)]
-    assert all(each() is not None for each in found)
-    del source, splits, test
-    gc.collect()
-    assert [each() for each in found] == [None, None]
+    alone = ready(load(save(train=chosen, validation=make_rows([0, 1]))).train)
+    assert train.images.pixel_hash == alone.images.pixel_hash
+    assert subset(train, np.arange(30)).images.pixel_hash != train.images.pixel_hash
 
 
 def test_nothing_is_decoded_before_it_is_needed(save, make_rows, decoded, folder):
-    load(save(train=make_rows([0, 1] * 20)))
+    splits = load(save(train=make_rows([0, 1] * 20, sizes=MIXED)), check_images="used")
     assert not decoded and not folder.exists()
+    options = DataConfig(check_images="used", pixel_store="disk")
+    splits = prepare_splits(splits, VIEW, options)
+    assert len(decoded) == len(splits.validation) == 4
+    assert splits.train.images.pixel_hash is None
+    store = build_store(splits.train)
+    store.__getitems__([0, 5])
+    store.__getitems__([5, 6])
+    assert len(decoded) == 4 + 3
+
+
+# --- the file
+
+
+def noise(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 4, 5, 3), dtype=np.uint8)
+
+
+def test_rows_are_read_back_in_any_order(tmp_path):
+    file, images = PixelFile(tmp_path / "a", 10, (4, 5)), noise(10)
+    for row in (7, 2, 3, 4, 9):
+        file.write(row, images[row])
+    rows = np.array([2, 3, 4, 9, 0, 3, 7])
+    found, stored = file.read(rows)
+    assert stored.tolist() == [True, True, True, True, False, True, True]
+    assert (found[stored] == images[rows[stored]]).all()
+    assert (pickle.loads(pickle.dumps(file)).read(rows)[0][stored] == found[stored]).all()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_damaged_rows_count_as_missing(tmp_path, damage, caplog):
+    images = noise(6)
+    file = PixelFile(tmp_path / "a", 6, (4, 5))
+    for row in range(6):
+        file.write(row, images[row])
+    path, size = tmp_path / "a.pixels", 4 * 5 * 3
+    content = bytearray(path.read_bytes())
+    content[3 * size + 7] ^= 1
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(bytes(content) if damage == "flipped" else bytes(content[: 3 * size + 8]))
+    lost = {"flipped": [3], "cut": [3, 4, 5], "gone": [*range(6)]}[damage]
+    again = PixelFile(tmp_path / "a", 6, (4, 5))
+    found, stored = again.read(np.arange(6))
+    assert np.flatnonzero(~stored).tolist() == lost
+    assert (found[stored] == images[stored]).all()
+    assert again.states(np.array(lost)).tolist() == [MISSING] * len(lost)
+    assert f"row {lost[0]} is damaged and will be decoded again" in caplog.text
+
+
+def test_file_of_another_number_of_rows_is_not_reused(tmp_path):
+    PixelFile(tmp_path / "a", 6, (4, 5)).write(0, noise(1)[0])
+    assert (PixelFile(tmp_path / "a", 7, (4, 5)).states(np.arange(7)) == MISSING).all()
+
+
+def test_full_disk_only_costs_time(save, make_rows, monkeypatch, caplog):
+    rows = make_rows([0, 1] * 20)
+    calls = []
+
+    def write(self, row, image):
+        calls.append(row)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PixelFile, "write", write)
+    split = ready(load(save(train=rows)).train, **EVERYTHING)
+    check(split, pictures(rows))
+    assert "No space left on device; the other images are decoded at each use" in caplog.text
+
+
+def test_unwritable_cache_only_costs_time(save, make_rows, tmp_path, monkeypatch, caplog):
+    (tmp_path / "a_file").write_text("")
+    monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "a_file" / "cache"))
+    rows = make_rows([0, 1] * 5)
+    check(ready(load(save(train=rows)).train), pictures(rows))
+    assert f"cannot cache in {tmp_path / 'a_file' / 'cache'}" in caplog.text
+
+
+def test_make_room_keeps_the_file_in_use_and_both_of_its_parts(folder, monkeypatch):
+    folder.mkdir()
+    for age, name in ((300, "a"), (200, "b"), (100, "c")):
+        file = PixelFile(folder / name, 4, (64, 64))
+        for row in range(4):
+            file.write(row, np.zeros((64, 64, 3), np.uint8))
+        for suffix in (".rows", ".pixels"):
+            os.utime(folder / f"{name}{suffix}", (1e9 - age,) * 2)
+    monkeypatch.setattr("hf_cifar.data.cache.SIZE_LIMIT", 130_000)
+    make_room(folder, 0, keep="a")
+    assert {path.stem for path in folder.iterdir()} == {"a", "c"}
+    assert (PixelFile(folder / "a", 4, (64, 64)).states(np.arange(4)) == STORED).all()
+
+
+COUNT_DECODED = """
+import sys
+import numpy as np
+from hf_cifar.data import pixels
+from hf_cifar.data.split import prepare_split
+from hf_cifar.data.splits import load_splits
+from hf_cifar.config.data import DataConfig
+from hf_cifar.transforms.preprocessing import Preprocessing
+decoded, original = [], pixels.Prepared._render
+pixels.Prepared._render = lambda self, *given, **kept: decoded.append(1) or original(self, *given, **kept)
+pixels.Prepared.seconds = lambda self, positions: 0
+view = Preprocessing((12, 12), None, "bicubic", (0.5,) * 3, (0.5,) * 3)
+split = prepare_split(load_splits(DataConfig(dataset_name=sys.argv[1])).train, view)
+print(len(decoded), int(split.images.read(np.arange(len(split)))[0].sum()))
+"""
+
+
+@pytest.mark.slow
+def test_only_one_of_many_processes_decodes(save, make_rows):
+    path = save(train=make_rows([0, 1] * 100))
+    command = [sys.executable, "-c", COUNT_DECODED, str(path)]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    results = sorted(worker.communicate(timeout=100)[0].split() for worker in workers)
+    assert sorted(int(count) for count, _ in results) == [0, 180]
+    assert results[0][1] == results[1][1]
+
+
+def test_interrupted_pass_continues(save, make_rows, decoded, monkeypatch):
+    monkeypatch.setattr(pixels_module, "TASK", 4)
+    path = save(train=make_rows([0, 1] * 100, sizes=MIXED))
+    original = PixelFile.write
+
+    def write(self, row, image):
+        if len(decoded) > 70:
+            raise KeyboardInterrupt
+        original(self, row, image)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PixelFile, "write", write)
+        ready(load(path).train, **EVERYTHING)
+    first = len(decoded)
+    assert 70 < first < 180
+    split = ready(load(path).train, **EVERYTHING)
+    assert len(decoded) - first <= 180 - 70 < len(decoded)
+    assert split.images.pixel_hash is not None
+
+
+def test_unreadable_image_names_its_row(save, make_rows):
+    rows = damaged(make_rows([0, 1] * 10), 3)
+    with pytest.raises(UserError, match=r"^train row 3: cannot read image: not a known image"):
+        for split in parts(load(save(train=rows))):
+            ready(split)

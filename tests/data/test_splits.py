@@ -5,13 +5,14 @@ import pytest
 from datasets import ClassLabel, Value
 
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data import pixels as pixels_module
 from hf_cifar.data.images import decode_cell
-from hf_cifar.data.split import require_readable
-from hf_cifar.data.splits import Splits, load_splits, load_test_split
+from hf_cifar.data.split import prepare_split
+from hf_cifar.data.splits import Splits, load_splits, load_test_split, prepare_splits
 from hf_cifar.data.stratify import subsample
 from hf_cifar.errors import UserError
+from hf_cifar.transforms.preprocessing import Preprocessing
 
+VIEW = Preprocessing((12, 12), None, "bicubic", (0.5,) * 3, (0.5,) * 3)
 THREE = ClassLabel(names=["ant", "bee", "cow"])
 LABELS = [0] * 50 + [1] * 30 + [2] * 20
 
@@ -85,7 +86,7 @@ def test_splits_never_contain_test(save, make_rows):
     assert [field.name for field in dataclasses.fields(Splits)] == ["train", "validation"]
     assert {splits.train.source_split, splits.validation.source_split} == {"train"}
     sealed = {np.asarray(image).tobytes() for image in test["img"]}
-    seen = {image.tobytes() for s in (splits.train, splits.validation) for image in s.images}
+    seen = {image.tobytes() for s in (splits.train, splits.validation) for image in s.pictures("")}
     assert len(seen) == 40
     assert not sealed & seen
 
@@ -95,7 +96,7 @@ def test_one_function_reads_test(folder, make_rows):
     assert (test.name, test.source_split) == ("test", "test")
     assert test.labels.tolist() == [0, 1, 2, 2]
     expected = [np.asarray(image) for image in make_rows([0, 1, 2, 2], THREE)["img"]]
-    assert (np.asarray(test.images) == np.stack(expected)).all()
+    assert (np.asarray(test.pictures("")) == np.stack(expected)).all()
 
 
 @pytest.mark.parametrize("only", ["test", "validation", "val"])
@@ -119,9 +120,10 @@ def test_rows_keep_their_pixels(folder, make_rows):
     pictures = [np.asarray(image) for image in make_rows(LABELS, THREE)["img"]]
     splits = load(folder, max_train_samples=20)
     for split in (splits.train, splits.validation):
-        assert np.asarray(split.images).dtype == np.uint8
+        found = split.pictures("reading")
+        assert found.dtype == np.uint8
         for position, row in enumerate(split.row_ids):
-            assert (split.images[position] == pictures[row]).all()
+            assert (found[position] == pictures[row]).all()
             assert (split.decode(position) == pictures[row]).all()
             assert (decode_cell(split.rows[position]["image"]) == pictures[row]).all()
 
@@ -187,29 +189,15 @@ def test_hash_does_not_depend_on_the_location_of_the_data(save, make_rows):
 
 
 @pytest.mark.parametrize("odd", [0, 3, 7])
-def test_images_of_mixed_sizes_are_a_list(save, make_rows, odd):
+def test_pictures_keep_their_sizes(save, make_rows, odd):
     sizes = [(8, 8)] * 8
     sizes[odd] = (8, 9)
     rows = make_rows([0, 1] * 4, sizes=sizes)
     train = load(save(train=rows, validation=make_rows([0, 1]))).train
-    assert [image.shape for image in train.images] == [(*size, 3) for size in sizes]
-    for found, expected in zip(train.images, rows["img"], strict=True):
+    found = list(train.pictures("reading"))
+    assert [image.shape for image in found] == [(*size, 3) for size in sizes]
+    for found, expected in zip(found, rows["img"], strict=True):
         assert (found == np.asarray(expected)).all()
-
-
-@pytest.mark.parametrize("sizes", [((8, 8),), ((8, 8), (8, 9))], ids=["one size", "mixed"])
-def test_images_that_do_not_fit_are_not_kept_in_memory(save, make_rows, monkeypatch, sizes):
-    monkeypatch.setattr(pixels_module, "memory_to_spare", lambda: 8 * 9 * 3 * 6)
-    splits = load(save(train=make_rows([0, 1] * 5, sizes=sizes)))
-    assert splits.train.images is None
-    assert len(splits.validation.images) == 2
-
-
-def test_memory_budget_is_divided_among_processes(monkeypatch):
-    alone = pixels_module.memory_to_spare()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert alone > 2**20
-    assert pixels_module.memory_to_spare() == pytest.approx(alone / 4, rel=0.2)
 
 
 def broken(make_rows, row, content=b"no image", **options):
@@ -224,7 +212,7 @@ def broken(make_rows, row, content=b"no image", **options):
 def test_broken_image_names_its_row(save, make_rows, row):
     splits = load(save(train=broken(make_rows, row)))
     with pytest.raises(UserError, match=rf"^train row {row}: cannot read image: not a known image"):
-        [split.images for split in (splits.train, splits.validation)]
+        [list(split.pictures("")) for split in (splits.train, splits.validation)]
     holder = next(s for s in (splits.train, splits.validation) if row in s.row_ids)
     with pytest.raises(UserError, match=rf"^train row {row}: cannot read image"):
         holder.decode(list(holder.row_ids).index(row))
@@ -233,7 +221,7 @@ def test_broken_image_names_its_row(save, make_rows, row):
 def test_empty_cell_names_its_row(save, make_rows):
     splits = load(save(train=make_rows([0, 1] * 5), validation=broken(make_rows, 3, None)))
     with pytest.raises(UserError, match=r"^validation row 3: cannot read image: the cell is empty"):
-        splits.validation.images  # noqa: B018
+        list(splits.validation.pictures(""))
 
 
 def test_every_broken_image_is_named(save, make_rows):
@@ -246,7 +234,7 @@ def test_every_broken_image_is_named(save, make_rows):
     with pytest.raises(
         UserError, match=r"^4 images cannot be read, train rows 3-5, 11; the first: "
     ):
-        splits.train.images  # noqa: B018
+        list(splits.train.pictures(""))
     for kind in ("auto", "streamed"):
         for _ in range(2):
             with pytest.raises(
@@ -254,14 +242,15 @@ def test_every_broken_image_is_named(save, make_rows):
                 match=r"^5 images cannot be read, train rows 3-5, 11, validation rows 0; the first: "
                 r"train row 3: cannot read image: not a known image format.*--on_bad_image skip",
             ):
-                require_readable(splits.train, splits.validation, pixel_store=kind)
+                prepare_splits(splits, VIEW, DataConfig(pixel_store=kind))
 
 
 @pytest.mark.parametrize("kind", ["auto", "streamed"])
 def test_only_unreadable_images_are_skipped(save, make_rows, kind):
     folder = save(train=broken(make_rows, 7), test=broken(make_rows, 2))
     options = {"on_bad_image": "skip", "pixel_store": kind}
-    splits = load(folder, **options)
+    config = DataConfig(dataset_name=str(folder), **options)
+    splits = prepare_splits(load_splits(config), VIEW, config)
     parts = (splits.train, splits.validation)
     assert sorted(i for part in parts for i in part.skipped) == [7]
     ids = sorted(np.concatenate([part.row_ids for part in parts]).tolist())
@@ -271,11 +260,11 @@ def test_only_unreadable_images_are_skipped(save, make_rows, kind):
     assert splits.hash != whole.hash
     for part in parts:
         expected = make_rows([0, 1] * 10)
-        for row, image in zip(part.row_ids, part.images, strict=True):
+        for row, image in zip(part.row_ids, part.pictures(""), strict=True):
             assert (image == np.asarray(expected[int(row)]["img"])).all()
-    test = load_test_split(DataConfig(dataset_name=str(folder), **options))
+    test = prepare_split(load_test_split(config), VIEW, kind=kind, on_bad_image="skip")
     assert (test.skipped.tolist(), len(test)) == ([2], 19)
-    require_readable(*parts, test, pixel_store=kind)
+    assert len(list(test.pictures(""))) == 19
 
 
 def test_class_without_readable_images_is_refused(save, make_rows):
@@ -283,12 +272,13 @@ def test_class_without_readable_images_is_refused(save, make_rows):
     rows = rows.cast_column("img", rows.features["img"].__class__(decode=False))
     cells = [*rows["img"][:18], None, None]
     rows = type(rows).from_dict({"img": cells, "label": rows["label"][:]}, rows.features)
+    config = DataConfig(on_bad_image="skip")
+    splits = load(save(train=rows, validation=make_rows([0, 1])))
     with pytest.raises(UserError, match="class 'dog' has no readable image in train"):
-        load(save(train=rows, validation=make_rows([0, 1])), on_bad_image="skip")
+        prepare_splits(splits, VIEW, config)
+    splits = load(save(train=make_rows([0, 1] * 4), validation=rows.select([18, 19])))
     with pytest.raises(UserError, match="no image of validation can be read"):
-        load(
-            save(train=make_rows([0, 1] * 4), validation=rows.select([18, 19])), on_bad_image="skip"
-        )
+        prepare_splits(splits, VIEW, config)
 
 
 def test_the_limit_on_pixels_reaches_the_split(save, make_rows):
@@ -297,9 +287,8 @@ def test_the_limit_on_pixels_reaches_the_split(save, make_rows):
     with pytest.raises(
         UserError, match=r"4 images cannot be read.* 9 x 9 pixels exceed the limit of 80"
     ):
-        require_readable(splits.train, splits.validation)
-    splits = load(folder)
-    require_readable(splits.train, splits.validation)
+        prepare_splits(splits, VIEW, DataConfig())
+    prepare_splits(load(folder), VIEW, DataConfig())
 
 
 def test_class_missing_in_train_is_refused(save, make_rows):

@@ -8,10 +8,11 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data import pixels as pixels_module
-from hf_cifar.data import store as store_module
+from hf_cifar.data import preparation
+from hf_cifar.data.preparation import memory_to_spare
+from hf_cifar.data.split import prepare_split
 from hf_cifar.data.splits import load_splits
-from hf_cifar.data.store import ResidentStore, StreamedStore, build_store, take_batch, to_batch
+from hf_cifar.data.store import PreparedStore, ResidentStore, build_store, take_batch, to_batch
 from hf_cifar.errors import UserError
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -21,6 +22,12 @@ PREPROCESSING = Preprocessing.from_image_processor(
 )
 CROPPING = Preprocessing(14, (12, 12), "bicubic", (0.5,) * 3, (0.5,) * 3)
 MIXED = ((8, 8), (20, 13), (9, 30))
+KINDS = ["resident", "disk", "streamed"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "pixels"))
 
 
 @pytest.fixture
@@ -32,6 +39,10 @@ def train(save, make_rows):
         return load_splits(DataConfig(dataset_name=str(folder))).train
 
     return load
+
+
+def store_of(split, preprocessing=PREPROCESSING, **options):
+    return build_store(prepare_split(split, preprocessing, **options))
 
 
 def read(store, num_workers=0, batch_size=6):
@@ -46,81 +57,68 @@ def read(store, num_workers=0, batch_size=6):
     return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
 
-def test_resident_store_holds_the_pixels(train):
+def damaged(rows, *broken):
+    rows = rows.cast_column("img", type(rows.features["img"])(decode=False))
+    cells = rows["img"][:]
+    for row in broken:
+        cells[row] = {"bytes": cells[row]["bytes"][:60], "path": None}
+    return type(rows).from_dict({"img": cells, "label": rows["label"][:]}, rows.features)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_images_of_one_size_are_kept_as_they_are(train, kind):
     split = train()
-    store = build_store(split, PREPROCESSING, augmented=True)
-    assert isinstance(store, ResidentStore)
+    store = store_of(split, augmented=True, kind=kind)
+    assert isinstance(store, ResidentStore if kind == "resident" else PreparedStore)
     assert len(store) == len(split) == 20
     found = read(store)
-    assert (found["pixel_values"].permute(0, 2, 3, 1).numpy() == np.asarray(split.images)).all()
+    expected = np.stack([split.decode(position) for position in range(20)])
+    assert (found["pixel_values"].permute(0, 2, 3, 1).numpy() == expected).all()
     assert (found["labels"].numpy() == split.labels).all()
+    assert (found["row_ids"].numpy() == split.row_ids).all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "store_class"), [("auto", ResidentStore), ("streamed", StreamedStore)]
-)
-def test_mixed_sizes_are_resized_to_one(train, kind, store_class):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("preprocessing", [PREPROCESSING, CROPPING], ids=["whole", "crop"])
+def test_evaluation_sees_mixed_sizes_as_the_processor_does(train, kind, preprocessing):
     split = train(MIXED)
-    store = build_store(split, PREPROCESSING, augmented=False, kind=kind)
-    assert isinstance(store, store_class)
-    found = read(store)
-    assert found["pixel_values"].shape == (20, 3, 12, 12)
+    found = read(store_of(split, preprocessing, kind=kind))
     assert (found["labels"].numpy() == split.labels).all()
+    seen = preprocessing.view(found["pixel_values"])
     for position in range(20):
-        expected = PREPROCESSING.view(to_batch(split.decode(position)))
-        assert torch.equal(found["pixel_values"][position], expected[0].round().to(torch.uint8))
+        assert torch.equal(seen[position], preprocessing.view(to_batch(split.decode(position)))[0])
 
 
 @pytest.mark.parametrize("sizes", [((8, 8),), MIXED], ids=["one size", "mixed"])
-@pytest.mark.parametrize("kind", ["resident", "streamed"])
-def test_pixels_do_not_depend_on_workers(train, sizes, kind):
-    store = build_store(train(sizes), PREPROCESSING, augmented=True, kind=kind)
-    alone, shared = read(store), read(store, num_workers=2)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_pixels_do_not_depend_on_workers(train, sizes, kind, lazy):
+    store = store_of(train(sizes), augmented=True, kind=kind, lazy=lazy)
+    shared, alone = read(store, num_workers=2), read(store)
     assert torch.equal(alone["pixel_values"], shared["pixel_values"])
     assert torch.equal(alone["labels"], shared["labels"])
 
 
-@pytest.mark.parametrize("preprocessing", [PREPROCESSING, CROPPING], ids=["whole", "crop"])
-def test_streamed_and_resident_stores_agree(train, preprocessing):
-    split = train()
-    resident, streamed = (
-        read(build_store(split, preprocessing, augmented=False, kind=kind))
-        for kind in ("resident", "streamed")
-    )
-    assert torch.equal(streamed["labels"], resident["labels"])
-    views = [preprocessing.view(batch["pixel_values"]) for batch in (streamed, resident)]
-    assert (views[0] - views[1]).abs().max() <= 1
-
-
-def test_crop_is_applied_once(train):
-    """A batch of stored views passes through `view` like any other."""
-    split = train(((16, 16), (20, 10), (8, 24)))
-    store = build_store(split, CROPPING, augmented=False, kind="streamed")
-    found = CROPPING.view(read(store)["pixel_values"])
-    for position in range(len(split)):
-        expected = CROPPING.view(to_batch(split.decode(position)))
-        assert (found[position] - expected[0]).abs().max() <= 1
-
-
-@pytest.mark.parametrize("kind", ["resident", "streamed"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_images_of_mixed_sizes_keep_a_margin(train, kind):
-    found = read(build_store(train(MIXED), PREPROCESSING, augmented=True, kind=kind))
+    found = read(store_of(train(MIXED), augmented=True, kind=kind))
     assert found["pixel_values"].shape == (20, 3, 14, 14)
 
 
-@pytest.mark.parametrize("kind", ["resident", "streamed"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_single_item_is_a_batch_of_one(train, kind):
     split = train(MIXED)
-    store = build_store(split, PREPROCESSING, augmented=False, kind=kind)
+    store = store_of(split, kind=kind)
     item = store[3]
     assert item["pixel_values"].shape[:2] == (1, 3)
     assert torch.equal(item["pixel_values"], store.__getitems__([2, 3])["pixel_values"][1:])
     assert item["labels"].tolist() == [split.labels[3]]
 
 
-def test_shuffled_order_keeps_images_and_labels_together(train):
+@pytest.mark.parametrize("kind", KINDS)
+def test_shuffled_order_keeps_images_and_labels_together(train, kind):
     split = train(MIXED)
-    store = build_store(split, PREPROCESSING, augmented=False)
+    store = store_of(split, kind=kind)
     order = np.random.default_rng(0).permutation(20).tolist()
     found = store.__getitems__(order)
     assert found["labels"].tolist() == split.labels[order].tolist()
@@ -128,72 +126,76 @@ def test_shuffled_order_keeps_images_and_labels_together(train):
     assert torch.equal(found["pixel_values"], plain[order])
 
 
-def test_broken_image_in_a_stream_names_its_row_in_one_line(save, make_rows):
-    rows = make_rows([0, 1] * 10, sizes=MIXED)
-    rows = rows.cast_column("img", type(rows.features["img"])(decode=False))
-    cells = rows["img"][:]
-    cells[12] = {"bytes": cells[12]["bytes"][:60], "path": None}
-    rows = type(rows).from_dict({"img": cells, "label": rows["label"][:]}, rows.features)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_image_that_is_met_in_training_names_its_row(save, make_rows, num_workers):
+    rows = damaged(make_rows([0, 1] * 10, sizes=MIXED), 12)
     folder = save(train=rows, validation=make_rows([0, 1]))
     split = load_splits(DataConfig(dataset_name=str(folder))).train
     with pytest.raises(UserError, match=r"^train row 12: cannot read image"):
-        build_store(split, PREPROCESSING, augmented=True, kind="streamed")
-    with pytest.raises(UserError) as raised:  # one that has broken since
-        read(StreamedStore(split, PREPROCESSING))
+        store_of(split, augmented=True, kind="streamed")
+    store = store_of(split, augmented=True, lazy=True)
+    with pytest.raises(UserError) as raised:
+        read(store, num_workers)
     assert str(raised.value).startswith("train row 12: cannot read image: ")
-    assert "\n" not in str(raised.value)
+    assert "--on_bad_image skip" in str(raised.value) and "\n" not in str(raised.value)
     # A loader re-raises an error of its worker process like this.
     with pytest.raises(UserError) as passed_on:
         ExceptionWrapper((UserError, raised.value, raised.tb), "in worker process 0").reraise()
     assert str(passed_on.value) == str(raised.value)
 
 
-def test_broken_image_in_a_resident_split_is_found_at_once(save, make_rows):
-    rows = make_rows([0, 1] * 5)
-    rows = rows.cast_column("img", type(rows.features["img"])(decode=False))
-    cells = rows["img"][:]
-    cells[4] = {"bytes": b"GIF89a", "path": None}
-    rows = type(rows).from_dict({"img": cells, "label": rows["label"][:]}, rows.features)
-    split = load_splits(
-        DataConfig(dataset_name=str(save(train=rows, validation=make_rows([0, 1]))))
-    ).train
-    with pytest.raises(UserError, match=r"^train row 4: cannot read image"):
-        build_store(split, PREPROCESSING, augmented=True)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_images_are_left_out_of_their_batches(save, make_rows, num_workers):
+    rows = damaged(make_rows([0, 1] * 10, sizes=MIXED), 3, 12)
+    folder = save(train=rows, validation=make_rows([0, 1]))
+    split = load_splits(DataConfig(dataset_name=str(folder))).train
+    store = build_store(prepare_split(split, PREPROCESSING, augmented=True, lazy=True), skips=True)
+    found = read(store, num_workers)
+    assert found["row_ids"].tolist() == [row for row in range(20) if row not in (3, 12)]
+    assert sorted(store.images.faults) == [3, 12]
+    with pytest.raises(UserError, match="train row 3"):
+        store.__getitems__([3])
 
 
 def test_stores_can_be_sent_to_spawned_workers(train):
-    store = build_store(train(MIXED), PREPROCESSING, augmented=False, kind="streamed")
-    copy = pickle.loads(pickle.dumps(store))
-    assert torch.equal(copy[0]["pixel_values"], store[0]["pixel_values"])
+    for kind in ("disk", "streamed"):
+        store = store_of(train(MIXED), kind=kind)
+        copy = pickle.loads(pickle.dumps(store))
+        assert torch.equal(copy[0]["pixel_values"], store[0]["pixel_values"])
 
 
 @pytest.mark.parametrize("sizes", [((8, 8),), MIXED], ids=["one size", "mixed"])
 def test_two_stores_of_a_split_share_their_tensor(train, sizes):
-    split = train(sizes)
-    first, second = (build_store(split, PREPROCESSING, augmented=False) for _ in range(2))
+    split = prepare_split(train(sizes), PREPROCESSING)
+    first, second = (build_store(split) for _ in range(2))
     assert first.pixels is second.pixels
-    if sizes is MIXED:  # training keeps a margin
-        assert build_store(split, PREPROCESSING, augmented=True).pixels is not first.pixels
 
 
-def test_size_and_free_memory_determine_the_store(train, monkeypatch):
-    """22 images of 8 x 8 px: in memory at that size, as views of 2 x 2 px, or not at all."""
-    small = Preprocessing((2, 2), None, "bicubic", (0.5,) * 3, (0.5,) * 3)
-    shapes = []
-    for spare in (10**6, 20 * 2 * 2 * 3 + 1, 100):
-        monkeypatch.setattr(pixels_module, "memory_to_spare", lambda spare=spare: spare)
-        monkeypatch.setattr(store_module, "memory_to_spare", lambda spare=spare: spare)
-        store = build_store(train(), small, augmented=False)
-        shapes.append(store.pixels.shape[1:3] if store.resident else None)
-    assert shapes == [(8, 8), (2, 2), None]
-    assert build_store(train(), small, augmented=False, kind="resident").pixels.shape[1:3] == (2, 2)
+def test_size_and_free_memory_and_disk_determine_the_store(train, monkeypatch):
+    """20 images of 8 x 8 px are 3,840 bytes."""
+    kinds = []
+    for memory, disk in ((10**6, 10**6), (100, 10**6), (100, 100)):
+        monkeypatch.setattr(preparation, "memory_to_spare", lambda spare=memory: spare)
+        monkeypatch.setattr(preparation, "free_bytes", lambda folder, free=disk: free)
+        monkeypatch.setenv("HF_CIFAR_CACHE", str(preparation.cache_folder() / str(memory + disk)))
+        kinds.append(prepare_split(train(), PREPROCESSING).images.kind)
+    assert kinds == ["resident", "disk", "streamed"]
+
+
+def test_memory_budget_is_divided_among_processes(monkeypatch):
+    monkeypatch.setattr(preparation, "MEMORY_LIMIT", 10**15)
+    alone = memory_to_spare()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert alone > 2**20
+    assert memory_to_spare() == pytest.approx(alone / 4, rel=0.2)
 
 
 def test_choice_of_store_is_logged_in_one_line(train, caplog):
     caplog.set_level("INFO", logger="hf_cifar.data.store")
-    build_store(train(), PREPROCESSING, augmented=False)
-    build_store(train(), PREPROCESSING, augmented=False, kind="streamed")
+    for kind in KINDS:
+        store_of(train(), kind=kind)
     assert caplog.messages == [
         "train: 20 images of 8 x 8 px in memory",
-        "train: 20 images, decoded on demand",
+        "train: 20 images of 8 x 8 px, read from disk",
+        "train: 20 images of 8 x 8 px, decoded at each use",
     ]

@@ -53,7 +53,7 @@ def test_train_and_validation_share_no_image(splits, shards):
     assert not train & validation
     whole = load_splits(DataConfig(dataset_name=str(shards)))
     everything = {
-        image.tobytes() for part in (whole.train, whole.validation) for image in part.images
+        image.tobytes() for part in (whole.train, whole.validation) for image in part.pictures("")
     }
     assert train | validation <= everything
     assert len(everything) == 80
@@ -64,7 +64,7 @@ def test_row_ids_are_positions_in_train(splits, shards):
     whole = load_splits(DataConfig(dataset_name=str(shards)))
     all_rows = {}
     for part in (whole.train, whole.validation):
-        all_rows |= dict(zip(part.row_ids.tolist(), part.images, strict=True))
+        all_rows |= dict(zip(part.row_ids.tolist(), part.pictures(""), strict=True))
     for position, row in enumerate(splits.validation.row_ids):
         assert (splits.validation.decode(position) == all_rows[row]).all()
 

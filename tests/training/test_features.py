@@ -51,7 +51,7 @@ def test_features_give_the_logits_of_the_model(tmp_path, stripes, request, name)
     trainer, splits = make_trainer(parse(tmp_path, stripes, model, "--image_size", "32"))
     assert isinstance(trainer.train_dataset, FeatureStore)
     batch = trainer.train_dataset.__getitems__([3, 1, 7])
-    images = torch.from_numpy(splits.train.images[[3, 1, 7]]).permute(0, 3, 1, 2)
+    images = torch.from_numpy(splits.train.pictures("")[[3, 1, 7]]).permute(0, 3, 1, 2)
     trainer.model.eval()
     with torch.inference_mode():
         whole = trainer.model(pixel_values=trainer.preprocessing(images)).logits
