@@ -149,40 +149,43 @@ def subset(split: Split, positions: np.ndarray) -> Split:
     return replace(split, positions=split.positions[positions], images=images)
 
 
-def prepare_split(
+def with_images(
     split: Split,
     preprocessing: Preprocessing,
     *,
     augmented: bool = False,
     kind: str = "auto",
-    on_bad_image: str = "error",
     lazy: bool = False,
     device: torch.device = CPU,
 ) -> Split:
-    """Return a split with its images for a model, without the unreadable ones. See `SplitImages`.
-
-    Raises: UnreadableImages unless `on_bad_image` is skip; UserError if no image can be read.
-    """
+    """Return a split with its images for a model, not prepared yet. See `SplitImages`."""
     images = SplitImages(
         split.name, split.pixels, split.positions, preprocessing,
         augmented=augmented, kind=kind, lazy=lazy, device=device,
     )  # fmt: skip
-    split = replace(split, images=images)
-    return split if lazy else readable(split, on_bad_image)
+    return replace(split, images=images)
 
 
-def readable(split: Split, on_bad_image: str = "error") -> Split:
-    """Prepare the images of a split that are still missing, and leave out the unreadable ones.
+def readable(*splits: Split, on_bad_image: str = "error") -> list[Split]:
+    """Prepare the images of splits that are still missing, and leave out the unreadable ones.
 
-    Raises: UnreadableImages unless `on_bad_image` is skip; UserError if no image can be read.
+    Raises: UnreadableImages unless `on_bad_image` is skip; UserError if no image of a split can be read.
     """
-    assert split.images is not None
-    split.images.prepare()
-    faults = split.images.faults
+    found = []
+    for split in splits:
+        assert split.images is not None
+        split.images.prepare()
+        found.append((split, split.images.faults))
+    bad = [(split, faults) for split, faults in found if faults]
+    if bad and on_bad_image != "skip":
+        raise UnreadableImages(bad)
+    return [without(split, faults) for split, faults in found]
+
+
+def without(split: Split, faults: dict[int, str]) -> Split:
+    """Leave out unreadable images, and log their rows. Raises: UserError if no image is left."""
     if not faults:
         return split
-    if on_bad_image != "skip":
-        raise UnreadableImages([(split, faults)])
     bad = np.array(list(faults))
     kept = np.setdiff1d(np.arange(len(split)), bad)
     if not len(kept):
@@ -192,3 +195,17 @@ def readable(split: Split, on_bad_image: str = "error") -> Split:
         split.name, f"{len(bad):,}", f"{len(split):,}", render_rows([(split, faults)]),
     )  # fmt: skip
     return replace(subset(split, kept), skipped=split.row_ids[bad])
+
+
+def prepare_split(
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    augmented: bool = False,
+    kind: str = "auto",
+    on_bad_image: str = "error",
+    device: torch.device = CPU,
+) -> Split:
+    """Return a split with its images for a model, prepared, and without the unreadable ones."""
+    images = with_images(split, preprocessing, augmented=augmented, kind=kind, device=device)
+    return readable(images, on_bad_image=on_bad_image)[0]

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from hf_cifar.data.columns import class_counts, class_label, label_array
 from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.preparation import CPU
 from hf_cifar.data.sources import load_source
-from hf_cifar.data.split import Split, prepare_split
+from hf_cifar.data.split import Split, readable, with_images
 from hf_cifar.data.stratify import stratified, subsample
 from hf_cifar.data.streams import Stream, collect, load_streams, num_rows, require_every_class
 from hf_cifar.errors import UserError
@@ -117,21 +116,25 @@ def load_test_split(config: DataConfig) -> Split:
 def prepare_splits(
     splits: Splits, preprocessing: Preprocessing, config: DataConfig, device: torch.device = CPU
 ) -> Splits:
-    """Return the splits with their images for a model, decoded in one pass, see `prepare_split`.
+    """Return the splits with their images for a model, decoded in one pass, see `readable`.
 
     With --check_images used, those of train are decoded, and found to be unreadable, during training.
     Raises: UserError for unreadable images, or a class that loses its last image with them.
     """
-    options: dict[str, Any] = {
-        "kind": config.pixel_store, "on_bad_image": config.on_bad_image, "device": device
-    }  # fmt: skip
-    train = splits.train
-    if isinstance(train, Split):
-        lazy = config.check_images == "used"
-        train = prepare_split(train, preprocessing, augmented=True, lazy=lazy, **options)
-        names = list(splits.id2label.values())
-        _require_every_class(train.labels, names, "readable image", train.source_split)
-    return Splits(train, prepare_split(splits.validation, preprocessing, **options))
+    kind = config.pixel_store
+    validation = with_images(splits.validation, preprocessing, kind=kind, device=device)
+    if not isinstance(splits.train, Split):
+        return Splits(splits.train, *readable(validation, on_bad_image=config.on_bad_image))
+    lazy = config.check_images == "used"
+    train = with_images(
+        splits.train, preprocessing, augmented=True, kind=kind, lazy=lazy, device=device
+    )
+    if lazy:
+        return Splits(train, *readable(validation, on_bad_image=config.on_bad_image))
+    train, validation = readable(train, validation, on_bad_image=config.on_bad_image)
+    names = list(splits.id2label.values())
+    _require_every_class(train.labels, names, "readable image", train.source_split)
+    return Splits(train, validation)
 
 
 def _splits(source: DataSource) -> Splits:

@@ -196,8 +196,8 @@ def test_pictures_keep_their_sizes(save, make_rows, odd):
     train = load(save(train=rows, validation=make_rows([0, 1]))).train
     found = list(train.pictures("reading"))
     assert [image.shape for image in found] == [(*size, 3) for size in sizes]
-    for found, expected in zip(found, rows["img"], strict=True):
-        assert (found == np.asarray(expected)).all()
+    for image, expected in zip(found, rows["img"], strict=True):
+        assert (image == np.asarray(expected)).all()
 
 
 def broken(make_rows, row, content=b"no image", **options):

@@ -10,7 +10,7 @@ from transformers import ViTImageProcessor
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data import preparation
 from hf_cifar.data.preparation import memory_to_spare
-from hf_cifar.data.split import prepare_split
+from hf_cifar.data.split import prepare_split, with_images
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import PreparedStore, ResidentStore, build_store, take_batch, to_batch
 from hf_cifar.errors import UserError
@@ -42,6 +42,8 @@ def train(save, make_rows):
 
 
 def store_of(split, preprocessing=PREPROCESSING, **options):
+    if options.pop("lazy", False):
+        return build_store(with_images(split, preprocessing, lazy=True, **options))
     return build_store(prepare_split(split, preprocessing, **options))
 
 
@@ -149,7 +151,7 @@ def test_broken_images_are_left_out_of_their_batches(save, make_rows, num_worker
     rows = damaged(make_rows([0, 1] * 10, sizes=MIXED), 3, 12)
     folder = save(train=rows, validation=make_rows([0, 1]))
     split = load_splits(DataConfig(dataset_name=str(folder))).train
-    store = build_store(prepare_split(split, PREPROCESSING, augmented=True, lazy=True), skips=True)
+    store = build_store(with_images(split, PREPROCESSING, augmented=True, lazy=True), skips=True)
     found = read(store, num_workers)
     assert found["row_ids"].tolist() == [row for row in range(20) if row not in (3, 12)]
     assert sorted(store.images.faults) == [3, 12]

@@ -299,7 +299,7 @@ def wipe(trial=0):
 
 
 def stored():
-    """The number of images in the file, each with the right checksum."""
+    # The number of images in the file that have the right checksum.
     files = list(pixels.glob("*.rows"))
     if len(files) != 1 or files[0].stat().st_size != len(rows) * 5:
         return 0
