@@ -228,17 +228,18 @@ def settle_check(
     if isinstance(splits.train, Stream) or computes_features(config):
         return "all"
     train = splits.train
-    seconds = SplitImages(
+    images = SplitImages(
         train.name, train.pixels, train.positions, preprocessing,
         augmented=True, kind=config.data.pixel_store,
-    ).seconds  # fmt: skip
+    )  # fmt: skip
+    seconds = images.seconds
     if seconds <= CHECK_SECONDS:
         return "all"
     logger.info(
-        "train: preparing all images first would take about %s, so each is prepared in the first epoch "
-        "(--check_images used); all finds unreadable images before training",
-        duration(seconds),
-    )
+        "train: each image is prepared in the first epoch (--check_images used), because preparing %s first "
+        "would take about %s%s",
+        images, duration(seconds), images.space(),
+    )  # fmt: skip
     return "used"
 
 

@@ -102,11 +102,8 @@ class SplitImages:
         """Prepare all images that are missing, and announce work that takes more than a few seconds."""
         seconds = self.seconds
         if seconds > SECONDS_ANNOUNCED:
-            num_bytes = self.prepared.num_bytes(self.positions)
-            space = f" and {gigabytes(num_bytes)} in {cache_folder()}" if num_bytes else ""
-            logger.info(
-                "%s: preparing %s takes about %s%s", self.name, self, duration(seconds), space
-            )
+            took = duration(seconds)
+            logger.info("%s: preparing %s takes about %s%s", self.name, self, took, self.space())
         try:
             self.prepared.prepare(self.positions, f"preparing {self.name}")
         except OtherSize:
@@ -137,6 +134,11 @@ class SplitImages:
         part = copy.copy(self)
         part.positions, part.tensors = self.positions[positions], {}
         return part
+
+    def space(self) -> str:
+        """Describe the disk space that missing images will take: ` and 2.3 GB in FOLDER`, or nothing."""
+        num_bytes = self.prepared.num_bytes(self.positions)
+        return f" and {gigabytes(num_bytes)} in {cache_folder()}" if num_bytes else ""
 
     def __str__(self) -> str:
         height, width = self.prepared.form.size

@@ -32,7 +32,8 @@ class ResidentStore(Dataset):
     """Every image of a split in one tensor, on the model's device; the loader only passes row numbers.
 
     pixels: uint8 [M, H, W, 3], which other stores may share; labels: int64 [N]; row_ids: int64 [N],
-    0 to N - 1 if not given; positions: int64 [N], the index of each image in `pixels`, if not in order.
+    0 to N - 1 if not given; positions: int64 [N], the index of each image in `pixels`, if not in order; name:
+    of the split.
     A batch is {"pixel_values": uint8 [B, 3, H, W], "labels": int64 [B], "row_ids": int64 [B]}.
     """
 
@@ -44,7 +45,9 @@ class ResidentStore(Dataset):
         labels: Tensor,
         row_ids: Tensor | None = None,
         positions: Tensor | None = None,
+        name: str = "",
     ) -> None:
+        self.name = name
         self.pixels = pixels
         self.labels = labels
         self.row_ids = torch.arange(len(labels)) if row_ids is None else row_ids
@@ -76,7 +79,7 @@ class PreparedStore(Dataset):
     """
 
     def __init__(self, split: Split, *, skips: bool = False) -> None:
-        self.split, self.images = split, images_of(split)
+        self.name, self.split, self.images = split.name, split, images_of(split)
         self.skips = skips
         self.labels = torch.from_numpy(split.labels)
         self.row_ids = torch.from_numpy(split.row_ids)
@@ -202,7 +205,9 @@ def build_store(
     labels = torch.from_numpy(split.labels).to(pixels.device)
     if positions is not None:
         positions = positions.to(pixels.device)
-    return ResidentStore(pixels, labels, torch.from_numpy(split.row_ids), positions)
+    return ResidentStore(
+        pixels, labels, torch.from_numpy(split.row_ids), positions, name=split.name
+    )
 
 
 def _resident(images: SplitImages, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -93,6 +93,7 @@ class CorruptedStore(Dataset):
         self, store: ResidentStore | PreparedStore, corruption: str, severity: int
     ) -> None:
         self.store = store
+        self.name = f"{store.name}, {corruption} {severity}"
         self.corrupt = CORRUPTIONS[corruption]
         self.severity = severity
 

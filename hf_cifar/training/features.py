@@ -35,12 +35,13 @@ PENALTIES = tuple(10.0**exponent for exponent in (0, -1, -2, -3, -4, -5, -6))
 class FeatureStore(Dataset):
     """Features of a split. A batch is {"pixel_values": float32 [B, V, D], "labels": int64 [B]}.
 
-    features: [V, N, D], one row for each view of each image; labels: [N].
+    features: [V, N, D], one row for each view of each image; labels: [N]; name: of the split.
     """
 
     decodes = False
 
-    def __init__(self, features: Tensor, labels: Tensor) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, name: str = "") -> None:
+        self.name = name
         self.features = features
         self.labels = labels
 
@@ -169,7 +170,7 @@ def feature_store(
         f", {views} views of each" if views > 1 else "",
     )  # fmt: skip
     labels = torch.from_numpy(split.labels)
-    return FeatureStore(torch.from_numpy(features).to(device), labels.to(device))
+    return FeatureStore(torch.from_numpy(features).to(device), labels.to(device), split.name)
 
 
 def _one_view(
@@ -185,7 +186,13 @@ def _one_view(
     was_training = model.training
     model.eval()
     with torch.inference_mode(), _inputs_of(head) as seen:
-        for number, batch in enumerate(progress(loader, "computing features", unit="batches")):
+        for number, batch in enumerate(
+            progress(
+                loader,
+                f"computing features of {getattr(loader.dataset, 'name', '')}".rstrip(),
+                unit="batches",
+            )
+        ):
             images, labels = batch["pixel_values"].to(device), batch["labels"].to(device)
             if augmentation is None:
                 pixel_values = preprocessing(images)

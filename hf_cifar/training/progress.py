@@ -8,6 +8,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from hf_cifar.config.metrics import training_metrics, words
 from hf_cifar.errors import UserError
+from hf_cifar.progress import Progress
 
 
 def evaluation_line(epoch: float | None, logs: dict[str, float]) -> str:
@@ -37,8 +38,34 @@ class StopAtNaN(TrainerCallback):
             )
 
 
+class EvaluationProgress(TrainerCallback):
+    """Progress of an evaluation or prediction, which names the split."""
+
+    def __init__(self) -> None:
+        self._shown: Progress | None = None
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if not state.is_world_process_zero or eval_dataloader is None:
+            return
+        if self._shown is None:
+            name = getattr(eval_dataloader.dataset, "name", "")
+            work = f"evaluating {name}".rstrip()
+            self._shown = Progress(work, len(eval_dataloader), "batches")
+        self._shown.update()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._shown is not None:
+            self._shown.close()
+        self._shown = None
+
+    on_predict = on_evaluate
+
+
 class TrainingProgress(ProgressCallback):
     """A bar with the running loss, and one line for each evaluation."""
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        """Do nothing: see `EvaluationProgress`."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -57,11 +84,21 @@ class TrainingProgress(ProgressCallback):
 
 
 class TrainingLines(TrainerCallback):
-    """One line for each logged loss and each evaluation, for logs and pipes."""
+    """One line for each logged loss and each evaluation, and at least every ten seconds, for logs and
+    pipes."""
+
+    def __init__(self) -> None:
+        self._shown: Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and state.global_step >= state.max_steps:
             print(nothing_left(state.global_step), flush=True)
+        left = state.max_steps - state.global_step
+        self._shown = Progress("training", left, "steps") if state.is_world_process_zero else None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._shown is not None:
+            self._shown.update()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:

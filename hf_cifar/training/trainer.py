@@ -26,7 +26,12 @@ from hf_cifar.training.guards import FiniteLoss, FittingBatch, StopSignals, work
 from hf_cifar.training.losses import Loss
 from hf_cifar.training.memory import keep_freed_memory
 from hf_cifar.training.optimizers import build_optimizer
-from hf_cifar.training.progress import StopAtNaN, TrainingLines, TrainingProgress
+from hf_cifar.training.progress import (
+    EvaluationProgress,
+    StopAtNaN,
+    TrainingLines,
+    TrainingProgress,
+)
 from hf_cifar.training.resumable import ResumableTrainer
 from hf_cifar.training.sampling import shard_loader
 from hf_cifar.training.schedules import build_schedule
@@ -91,6 +96,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         bars = not self.args.disable_tqdm
         self.remove_callback(ProgressCallback if bars else PrinterCallback)
         self.add_callback(TrainingProgress if bars else TrainingLines)
+        self.add_callback(EvaluationProgress)
         self.add_callback(StopAtNaN)
         self.finite_loss = FiniteLoss(self.args.learning_rate)
         self.add_callback(self.finite_loss)
