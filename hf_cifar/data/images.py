@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hf_cifar.config.data import MAX_IMAGE_PIXELS
+from hf_cifar.data.formats import looks_like_image as looks_like_image
 from hf_cifar.errors import UserError
 from hf_cifar.text import one_line
 
