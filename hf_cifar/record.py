@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -50,6 +50,7 @@ def known_facts(source: DataSource, config: RunConfig) -> dict[str, Any]:
             for split in (splits.train, splits.validation)
             if isinstance(split, Split) and len(split.skipped)
         },
+        "value_range": None if source.value_range is None else astuple(source.value_range),
         "leakage": find_leakage(source) if config.train.check_leakage else None,
         "environment": environment(),
     }

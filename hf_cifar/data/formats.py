@@ -35,6 +35,7 @@ IMAGES = _starting_with(
 RAW = _starting_with(
     rb"II\*\0\x10\0\0\0CR|II(?:RO|RS|U\0)|MMOR|FUJIFILMCCD-RAW|FOVb|\0MRM|.{4}ftypcrx "
 )
+RAW_KIND = "a camera raw file"
 OTHERS = {
     "a JPEG XL image": _starting_with(rb"\xff\x0a|\0{3}\x0cJXL \r\n\x87\n"),
     "an SVG drawing": _starting_with(
@@ -73,7 +74,7 @@ def foreign_kind(head: bytes) -> str | None:
     None for formats that it reads, and for all other files. SVG and DICOM need up to 1,000 bytes.
     """
     if RAW.match(head):
-        return "a camera raw file"
+        return RAW_KIND
     if looks_like_image(head):
         return None
     return next((kind for kind, pattern in OTHERS.items() if pattern.match(head)), None)

@@ -18,7 +18,7 @@ import psutil
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from hf_cifar.config.data import MAX_IMAGE_PIXELS
+from hf_cifar.config.data import MAX_IMAGE_PIXELS, ValueRange
 from hf_cifar.data.cache import content_key, load_array, one_process_at_a_time, save_array
 from hf_cifar.data.images import decode_cell, decode_cells
 from hf_cifar.errors import UserError
@@ -41,7 +41,8 @@ class Pixels:
     """The images of one split of a source, or of some of its rows, decoded on first use.
 
     rows: columns image (encoded) and label. row_ids: [N] int64, the number of each row in the source's own
-    split; all rows in order if not given. max_pixels: larger images count as unreadable.
+    split; all rows in order if not given. max_pixels: larger images count as unreadable. value_range: see
+    `decode_image`.
     images: None until `hold`, then uint8 [N, H, W, 3], or a list of [H, W, 3] if sizes differ. An unreadable
     image is blank, and its position is in `faults`. tensors: made from the images, see `store`.
     """
@@ -52,11 +53,13 @@ class Pixels:
         rows: Dataset,
         row_ids: np.ndarray | None = None,
         max_pixels: int = MAX_IMAGE_PIXELS,
+        value_range: ValueRange | None = None,
     ) -> None:
         self.source_split = source_split
         self.rows = rows
         self.row_ids = np.arange(len(rows)) if row_ids is None else row_ids
         self.max_pixels = max_pixels
+        self.value_range = value_range
         self.images: np.ndarray | list[np.ndarray] | None = None
         self.tensors: dict[Hashable, Any] = {}
         self._faults: dict[int, str] | None = None
@@ -68,12 +71,13 @@ class Pixels:
     def select(self, positions: np.ndarray) -> Pixels:
         """Select some of the rows, to be decoded on their own."""
         rows, row_ids = self.rows.select(positions), self.row_ids[positions]
-        return Pixels(self.source_split, rows, row_ids, self.max_pixels)
+        return Pixels(self.source_split, rows, row_ids, self.max_pixels, self.value_range)
 
     @functools.cached_property
     def key(self) -> str:
-        """Cache key: SHA-256 of all encoded images, and the limit on their size."""
-        return f"{content_key(self.rows)}-{self.max_pixels}"
+        """Cache key: SHA-256 of all encoded images, the limit on their size, and their values' range."""
+        key = f"{content_key(self.rows)}-{self.max_pixels}"
+        return key if self.value_range is None else f"{key}-values-{self.value_range}"
 
     def hold(self, *, decode: bool = True) -> bool:
         """Load all images into memory, from the disk cache, or else decode them and cache them.
@@ -129,14 +133,15 @@ class Pixels:
         ) as progress:
             for start in range(0, len(self), 1024):
                 cells = self.rows[start : start + 1024]["image"]
-                for image in decode_cells(cells, self.max_pixels):
+                for image in decode_cells(cells, self.max_pixels, self.value_range):
                     progress.update()
                     yield image
 
     def _bytes_expected(self) -> int:
         """Estimate the bytes of all images from the first; 0 if that one cannot be read."""
         try:
-            return decode_cell(self.rows[0]["image"], self.max_pixels).nbytes * len(self)
+            first = decode_cell(self.rows[0]["image"], self.max_pixels, self.value_range)
+            return first.nbytes * len(self)
         except UserError:
             return 0
 

@@ -68,7 +68,8 @@ class Split:
     def decode(self, position: int) -> np.ndarray:
         """Decode one image, [H, W, 3] uint8. Raises: UserError that names the row."""
         try:
-            return decode_cell(self.rows[int(position)]["image"], self.pixels.max_pixels)
+            cell = self.rows[int(position)]["image"]
+            return decode_cell(cell, self.pixels.max_pixels, self.pixels.value_range)
         except UserError as error:
             raise UserError(f"{self.describe_row(position)}: {error}") from None
 

@@ -137,6 +137,7 @@ def feature_store(
     """
     device = next(model.parameters()).device
     details = [preprocessing, views, dtype, (augmentation, seed) if views > 1 else None]
+    details.append(split.pixels.value_range)
     digest = hashlib.sha256(f"{content_key(split.rows)} {details}".encode())
     head = head_parameter_names(model)
     for name, value in model.state_dict().items():

@@ -225,7 +225,7 @@ def test_an_image_above_the_limit_is_refused_before_it_is_decoded():
 
 def test_formats_without_a_size_check_are_refused(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "icon.ico")
-    with pytest.raises(UserError, match="not a known image format"):
+    with pytest.raises(UserError, match="it is an icon; convert it to PNG or JPEG"):
         decode_image(tmp_path / "icon.ico")
     assert list_images(tmp_path) == []
 
