@@ -151,11 +151,11 @@ def _load_pretrained(config: ModelConfig, id2label: dict[int, str]) -> tuple[Cla
     if target.model_type == "timm_wrapper":
         size = config.image_size or target.pretrained_cfg["input_size"][-1]
         resize_timm(model, size, config)
-        return Classifier(model, timm_processor(model.config, size)), new
+        return Classifier(model, timm_processor(model.config, size, config.resize_mode)), new
     size = config.image_size or native_size(target, processor)
     if config.image_size is not None:
         model = resize_transformers(model, size)
-    return Classifier(model, transformers_processor(processor, size)), new
+    return Classifier(model, transformers_processor(processor, size, config.resize_mode)), new
 
 
 def _build_scratch(
@@ -167,7 +167,7 @@ def _build_scratch(
         model = model_class(
             config_class(image_size=size, id2label=id2label, label2id=label2id(id2label))
         )
-        return Classifier(model, plain_processor(size)), set(model.state_dict())
+        return Classifier(model, plain_processor(size, config.resize_mode)), set(model.state_dict())
     return build_timm(name, config, id2label, None)
 
 
