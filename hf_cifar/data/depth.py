@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -119,17 +121,29 @@ def _clear(image: Image.Image, values: np.ndarray) -> np.ndarray | None:
 
 
 def _deep_png(image: ImageFile.ImageFile) -> DeepPixels:
-    import torch
-    from torchvision.io import ImageReadMode, decode_png
-
-    encoded = torch.frombuffer(bytearray(_encoded(image)), dtype=torch.uint8)
-    samples = decode_png(encoded, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    """Read 16 bits with Pillow, which keeps one byte of two: the high one, or the low one if it is told that
+    the bytes of a number are in the other order."""
+    encoded, kind = encoded_file(image), str(image.tile[0].args).partition(";")[0]
+    if kind == "LA":
+        pairs = _unpacked(encoded, "RGBA")
+        high, low = pairs[..., ::2], pairs[..., 1::2]
+    else:
+        high, low = _unpacked(encoded, f"{kind};16B"), _unpacked(encoded, f"{kind};16L")
+    samples = high.astype(np.uint16) << 8 | low
     colours = 3 if samples.shape[2] >= 3 else 1
     alpha = samples[..., -1] / 65535 if samples.shape[2] > colours else None
     clear = image.info.get("transparency")
     if alpha is None and isinstance(clear, tuple):
         alpha = (samples != np.array(clear)).any(axis=2).astype(float)
     return DeepPixels(samples[..., :colours], ValueRange(0, 65535), alpha)
+
+
+def _unpacked(encoded: bytes, layout: str) -> np.ndarray:
+    """Decode a PNG file with the bytes of a pixel in this layout: [H, W, channels] uint8."""
+    with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+        assert isinstance(image, ImageFile.ImageFile)
+        image.tile = [image.tile[0]._replace(args=layout)]
+        return np.asarray(image)
 
 
 def _declares_maximum(image: Image.Image) -> bool:
@@ -142,7 +156,7 @@ def _declares_maximum(image: Image.Image) -> bool:
 
 def _deep_pnm(image: ImageFile.ImageFile) -> DeepPixels:
     tile = image.tile[0]
-    data, maximum = _encoded(image)[tile.offset :], int(tile.args[-1])  # type: ignore[index]
+    data, maximum = encoded_file(image)[tile.offset :], int(tile.args[-1])  # type: ignore[index]
     channels = len(image.getbands())
     count = image.width * image.height * channels
     if tile.codec_name == "ppm_plain":
@@ -156,7 +170,7 @@ def _deep_pnm(image: ImageFile.ImageFile) -> DeepPixels:
     return DeepPixels(values, ValueRange(0, maximum))
 
 
-def _encoded(image: ImageFile.ImageFile) -> bytes:
+def encoded_file(image: ImageFile.ImageFile) -> bytes:
     """The whole file of an open image."""
     assert image.fp is not None
     place = image.fp.tell()
@@ -164,6 +178,16 @@ def _encoded(image: ImageFile.ImageFile) -> bytes:
     encoded = image.fp.read()
     image.fp.seek(place)
     return encoded
+
+
+def is_unread_tiff(source: object) -> TypeGuard[ImageFile.ImageFile]:
+    """True for an open TIFF file whose pixels Pillow has not read yet."""
+    return (
+        isinstance(source, ImageFile.ImageFile)
+        and source.format == "TIFF"
+        and bool(source.tile)
+        and source.fp is not None
+    )
 
 
 def sample_values(pixels: DeepPixels) -> np.ndarray:

@@ -22,6 +22,8 @@ from hf_cifar.data.depth import (
     DeepPixels,
     deep_pixels,
     deep_tiff,
+    encoded_file,
+    is_unread_tiff,
     range_of,
     sample_values,
 )
@@ -114,6 +116,8 @@ def decode_image(
     `max_pixels` pixels.
     """
     with _reading_errors():
+        if is_unread_tiff(source):
+            source = encoded_file(source)
         if isinstance(source, Image.Image):
             return to_rgb(source, value_range)
         with _opened(source) as file:
@@ -192,7 +196,7 @@ def _open_image(file: BinaryIO) -> Image.Image:
 
 
 def _foreign(kind: str) -> UserError:
-    return UserError(f"cannot read image: it is {kind}; convert it to PNG or JPEG, or remove it")
+    return UserError(f"cannot read image: it is {kind}; convert it to PNG or JPEG")
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
