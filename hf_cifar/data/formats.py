@@ -25,7 +25,7 @@ IMAGES = _starting_with(
     rb"P[1-6f]\s+[#\d]|P7 332|Py(?:CMYK|P)\s",  # PBM, PGM, PPM, PFM, XV thumbnails
     rb"8BPS\0\x01|Image type: ",  # Photoshop, IFUNC
     rb"qoif|DDS |BLP[12]|FTEX|SIMPLE  =|.{20}GIMP",
-    rb"\x01\xda[\0\x01][\x01\x02]|\x59\xa6\x6a\x95|DanM|LinS|\x80\xe8\0\0",  # SGI, Sun, MSP; codespell:ignore LinS
+    rb"\x01\xda[\0\x01][\x01\x02]|\x59\xa6\x6a\x95|DanM|Lin\x53|\x80\xe8\0\0",  # SGI, Sun, MSP, PIXAR
     rb"\x0a[\0\x02-\x05][\0\x01][\x01\x02\x04\x08]|\xb1\x68\xde\x3a",  # PCX, DCX
     rb"/\* XPM \*/|\s*#define\s+\S+_width\s",
     # TGA has no signature, but its colour map, image type, size and depth limit each other.
