@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_cifar.config.data import DataConfig
+from hf_cifar.config.data import FULL_RANGE, DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
 from hf_cifar.data.preparation import CPU
@@ -34,6 +34,7 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.heads import divide_logits
 from hf_cifar.models.problem_type import is_multi_label, thresholds_of
+from hf_cifar.models.value_range import saved_value_range
 from hf_cifar.progress import progress
 from hf_cifar.report.card import is_untouched, save_card
 from hf_cifar.runs.folder import RunFolder
@@ -148,7 +149,7 @@ def evaluate_saved(
             "--fp16 needs a GPU and there is none; use --bf16 --use_cpu, or leave it out"
         )
     temperature = temperature_of(config.model_name_or_path)
-    source = source or DataSource(data)
+    source = source or DataSource(data_as_trained(config, data))
     split = source.test_split if config.split == "test" else source.splits.validation
     model, image_processor = load_classifier(
         config.model_name_or_path,
@@ -207,6 +208,16 @@ def evaluate_saved(
         if untouched:  # keep an edited card
             save_card(folder)
     return evaluation
+
+
+def data_as_trained(config: EvaluateConfig, data: DataConfig) -> DataConfig:
+    """Return the data options with the model's own range of values, unless they set one."""
+    if data.value_range is not None:
+        return data
+    found = saved_value_range(
+        config.model_name_or_path, config.model_revision, trust_remote_code=config.trust_remote_code
+    )
+    return dataclasses.replace(data, value_range=FULL_RANGE if found is None else str(found))
 
 
 def temperature_of(model_name_or_path: str) -> float:

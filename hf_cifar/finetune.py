@@ -61,7 +61,10 @@ def finetune_classifier(config: RunConfig, source: DataSource | None = None) -> 
     set_seed(config.train.seed)
     splits = source.splits  # train and validation; test is not read yet
     model, image_processor = build_model(
-        config.model, splits.id2label, multi_label=splits.multi_label
+        config.model,
+        splits.id2label,
+        multi_label=splits.multi_label,
+        value_range=source.value_range,
     )
     check_space(config, model)
     plan = plan_run(config, model, image_processor, splits)

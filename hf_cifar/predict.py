@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from hf_cifar.config.data import ValueRange
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.data.images import decode_image, list_images
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.folding import fold_norms
 from hf_cifar.models.problem_type import thresholds_of
+from hf_cifar.models.value_range import value_range_of
 from hf_cifar.training.memory import keep_freed_memory
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -49,6 +51,7 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
         trust_remote_code=config.trust_remote_code,
     )
     preprocessing = Preprocessing.from_image_processor(image_processor)
+    value_range = value_range_of(model)
     # Folded on the CPU: on a GPU, rounding of convolutions would hide a change of the logits.
     noise = torch.Generator().manual_seed(0)
     model = fold_norms(model, torch.randn(2, 3, *preprocessing.size, generator=noise))
@@ -57,7 +60,7 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     device_lock = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
 
     def records(batch: Sequence[Path]) -> list[dict[str, Any]]:
-        images = [_decoded(file, config.max_image_pixels) for file in batch]
+        images = [_decoded(file, config.max_image_pixels, value_range) for file in batch]
         with device_lock:
             return list(_predict_batch(model, preprocessing, batch, images, config.top_k, dtype))
 
@@ -101,9 +104,9 @@ def map_batches(
             torch.set_num_threads(all_cores)  # new threads inherit the number set by any thread
 
 
-def _decoded(file: Path, max_pixels: int) -> np.ndarray | UserError:
+def _decoded(file: Path, max_pixels: int, value_range: ValueRange | None) -> np.ndarray | UserError:
     try:
-        return decode_image(file, max_pixels)
+        return decode_image(file, max_pixels, value_range)
     except UserError as error:
         return error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -37,6 +37,7 @@ def known_facts(splits: Splits, test: Split | None, config: RunConfig) -> dict[s
     test: compared with train, with --check_leakage.
     """
     model, data = config.model, config.data
+    value_range = splits.validation.pixels.value_range
     return {
         "repo_id": Target.of_run(config.train).repo_id,  # the folder may be renamed
         "model": asdict(find_origin(model.model_name_or_path, "model", model.model_revision)),
@@ -49,6 +50,7 @@ def known_facts(splits: Splits, test: Split | None, config: RunConfig) -> dict[s
         "num_train": len(splits.train),
         "num_validation": len(splits.validation),
         "skipped_rows": skipped_rows(splits),
+        "value_range": None if value_range is None else astuple(value_range),
         "leakage": find_leakage(splits, test) if test and config.train.check_leakage else None,
         "environment": environment(),
     }

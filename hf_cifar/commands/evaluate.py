@@ -29,11 +29,12 @@ def evaluate(argv: Sequence[str]) -> int:
     if rest:
         raise unexpected_argument(rest[0])
     require_model(config)
-    source = open_source(data, [config.split])
 
-    from hf_cifar.evaluate import evaluate_saved
+    from hf_cifar.evaluate import data_as_trained, evaluate_saved
     from hf_cifar.evaluation.tables import render_metrics
 
+    data = data_as_trained(config, data)
+    source = open_source(data, [config.split])
     quieten(is_main_process())
     evaluation = evaluate_saved(config, data, source)
     if is_main_process():

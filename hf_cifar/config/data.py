@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,34 @@ from hf_cifar.errors import UserError
 
 MAX_IMAGE_PIXELS = 8192 * 8192
 PILLOW_PIXELS = 178_956_970  # Pillow refuses larger files
+FULL_RANGE = "full"
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """The values of images of more than 8 bits that become 0 and 255; low < high, both finite."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.low < self.high < math.inf:
+            raise ValueError(f"no range of values: {self.low}, {self.high}")
+
+    @classmethod
+    def parse(cls, text: str) -> ValueRange:
+        """Read `LOW,HIGH`. Raises: UserError unless they are two numbers, the lower one first."""
+        try:
+            low, high = (float(word) for word in text.split(","))
+            return cls(low, high)
+        except ValueError:
+            raise UserError(
+                f"--value_range is {text!r}; it takes LOW,HIGH, for example 0,4095 or "
+                f"--value_range=-1024,3000, or {FULL_RANGE}"
+            ) from None
+
+    def __str__(self) -> str:
+        return ",".join(str(int(end) if end == int(end) else end) for end in (self.low, self.high))
 
 
 @dataclass(frozen=True)
@@ -68,6 +97,11 @@ class DataConfig:
         "Unreadable images: error stops and lists every row; skip leaves them out, and the model card "
         "records them.",
     )
+    value_range: str | None = option(
+        None,
+        "Images of more than 8 bits: LOW,HIGH, the values that become black and white, or full for the whole "
+        "range of the file's type; default: where 99.8% of the values of the training images lie.",
+    )
     max_image_pixels: int = option(
         MAX_IMAGE_PIXELS,
         "Images with more pixels count as unreadable, and are not decoded.",
@@ -81,6 +115,8 @@ class DataConfig:
             raise UserError(
                 f"--train_val_split is {self.train_val_split}; it must be between 0 and 1, for example 0.1"
             )
+        if self.value_range is not None and self.value_range != FULL_RANGE:
+            ValueRange.parse(self.value_range)
         if self.streaming and self.pixel_store == "resident":
             raise UserError("--streaming and --pixel_store resident cannot be combined")
         if self.streaming and self.on_bad_image == "skip":

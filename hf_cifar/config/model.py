@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hf_cifar.config.fields import check_fields, option
 from hf_cifar.errors import UserError
@@ -25,6 +26,11 @@ class ModelConfig:
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
     image_size: int | None = option(
         None, "Side of the square model input, in pixels; default: the checkpoint's own.", low=1
+    )
+    resize_mode: Literal["crop", "squash", "pad"] | None = option(
+        None,
+        "Images of another shape than the input: crop shows the centre, squash changes the aspect ratio, pad "
+        "adds a border of the mean colour; default: as the checkpoint does.",
     )
     freeze: str = option(
         "none",

@@ -2,53 +2,83 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
+import logging
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hf_cifar.config.data import MAX_IMAGE_PIXELS
+from hf_cifar.config.data import MAX_IMAGE_PIXELS, ValueRange
+from hf_cifar.data.depth import (
+    TIFF_HEADS,
+    DeepPixels,
+    deep_pixels,
+    deep_tiff,
+    encoded_file,
+    is_unread_tiff,
+    range_of,
+    sample_values,
+)
+from hf_cifar.data.formats import RAW_KIND, foreign_kind, is_heic
+from hf_cifar.data.formats import looks_like_image as looks_like_image
+from hf_cifar.data.jpeg import decode_jpeg, turned
+from hf_cifar.data.tiff import TiffPage
 from hf_cifar.errors import UserError
 from hf_cifar.text import one_line
 
 # Icons contain other images, which are decoded before their size can be checked; EPS is a program to run.
 REFUSED_FORMATS = {"EPS", "ICNS", "ICO"}
 EXIF_MARK, ORIENTATION = b"Exif\0\0", 0x0112
-SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+JPEG_HEAD = b"\xff\xd8\xff"
+HEAD_BYTES = 1024
+
+logger = logging.getLogger(__name__)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to mode RGB, as a viewer shows it.
+def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> np.ndarray:
+    """Convert an image to [H, W, 3] uint8, as a viewer shows it.
 
-    First frame of an animation, rotated by its EXIF tag, transparency over white, 16-bit and float
-    grey rescaled to 8 bit instead of clipped. Raises: UserError for a damaged EXIF block.
+    First frame of an animation, rotated by its EXIF tag, transparency over white, more than 8 bits scaled by
+    `value_range` or else by the type's full range. Raises: UserError for a damaged EXIF block.
     """
     image.seek(0)
     orientation = _exif_orientation(image.info.get("exif") or b"")
     if orientation is not None:
         # Pillow 12 stops reading at a damaged tag before this one.
         image.getexif().setdefault(ORIENTATION, orientation)
+    deep = deep_pixels(image)
+    if deep is not None:
+        return _scaled(deep.upright(image.getexif().get(ORIENTATION, 1)), value_range)
     image = ImageOps.exif_transpose(image)
-    if image.mode in SIXTEEN_BIT_MODES:
-        # Pillow's own conversion clips at 255. A 16-bit PNG may open as "I", with 16-bit values.
-        grey = np.asarray(image).astype(np.float64)
-        return Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        grey = np.asarray(image)
-        scale = 255.0 if grey.max() <= 1 else 1.0
-        return Image.fromarray((grey * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "La":  # Pillow can convert it to LA only
         image = image.convert("LA")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(canvas, image).convert("RGB")
-    return image.convert("RGB")
+        return np.asarray(Image.alpha_composite(canvas, image).convert("RGB"))
+    return np.asarray(image.convert("RGB"))
+
+
+def _scaled(deep: DeepPixels, value_range: ValueRange | None) -> np.ndarray:
+    if value_range is None:
+        _note_full_range()
+    return deep.to_rgb(value_range)
+
+
+@functools.cache  # once per process
+def _note_full_range() -> None:
+    logger.warning(
+        "images of more than 8 bits are scaled by the whole range of their type, such as 0 to 65535: those "
+        "that use less of it look dark. A training finds their range, or --value_range sets it"
+    )
 
 
 def _exif_orientation(exif: bytes) -> int | None:
@@ -76,32 +106,131 @@ def _exif_orientation(exif: bytes) -> int | None:
 
 
 def decode_image(
-    source: bytes | str | os.PathLike | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS
+    source: bytes | str | os.PathLike | Image.Image,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    value_range: ValueRange | None = None,
 ) -> np.ndarray:
     """Decode encoded bytes, a file, or a Pillow image to [H, W, 3] uint8, RGB.
 
+    value_range: of images of more than 8 bits; those of 8 do not change. None: the full range of their type.
     Raises: UserError if the source is not a complete image, or, before decoding, if it has more than
     `max_pixels` pixels.
     """
-    try:
+    with _reading_errors():
+        if is_unread_tiff(source):
+            source = encoded_file(source)
         if isinstance(source, Image.Image):
-            return np.asarray(to_rgb(source))
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=_formats()) as image:
-            if image.width * image.height > max_pixels:
-                raise UserError(
-                    f"cannot read image: {image.width} x {image.height} pixels exceed the limit of "
-                    f"{max_pixels:,}, see --max_image_pixels"
-                )
-            return np.asarray(to_rgb(image))
+            return to_rgb(source, value_range)
+        with _opened(source) as file:
+            page = _deep_page(file)
+            if page is not None:
+                _check_size(*page.size, max_pixels)
+                return _scaled(deep_tiff(page, file.read()), value_range)
+            with _open_image(file) as image:
+                _check_size(image.height, image.width, max_pixels)
+                pixels = _jpeg_pixels(image, file)
+                return to_rgb(image, value_range) if pixels is None else pixels
+
+
+def _jpeg_pixels(image: Image.Image, file: BinaryIO) -> np.ndarray | None:
+    """Decode a grey or RGB JPEG file by the faster decoder; None for other and damaged ones."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
+    orientation = _exif_orientation(image.info.get("exif") or b"")
+    if orientation is None:
+        orientation = image.getexif().get(ORIENTATION, 1)  # XMP may have one, too
+    file.seek(0)
+    pixels = decode_jpeg(file.read())
+    return None if pixels is None else turned(pixels, orientation)
+
+
+def read_deep(cell: dict | None, max_pixels: int = MAX_IMAGE_PIXELS) -> DeepPixels | None:
+    """Read one cell of an image column if its image has more than 8 bits; of others, only the header.
+
+    Raises: UserError as `decode_cell`.
+    """
+    with _reading_errors(), _opened(_source_of(cell)) as file:
+        if file.read(len(JPEG_HEAD)) == JPEG_HEAD:
+            return None
+        file.seek(0)
+        page = _deep_page(file)
+        if page is not None:
+            _check_size(*page.size, max_pixels)
+            return deep_tiff(page, file.read())
+        with _open_image(file) as image:
+            _check_size(image.height, image.width, max_pixels)
+            return deep_pixels(image)
+
+
+@contextlib.contextmanager
+def _reading_errors() -> Iterator[None]:
+    """Turn every error of a decoder into a UserError."""
+    try:
+        yield
     except UserError:
         raise
     except FileNotFoundError as error:
         raise UserError(f"no image file {error.filename}") from None
-    except UnidentifiedImageError:
-        raise UserError("cannot read image: not a known image format") from None
     except Exception as error:  # Pillow's decoders fail on damaged bytes in many ways
         raise UserError(f"cannot read image: {one_line(error)}") from None
+
+
+def _opened(source: bytes | str | os.PathLike) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+
+
+def _deep_page(file: BinaryIO) -> TiffPage | None:
+    """The first page of a TIFF file if it has more than 8 bits; returns to the beginning of the file.
+
+    Raises: UserError for a camera's raw file, which is a TIFF file to Pillow.
+    """
+    page, head = None, file.read(HEAD_BYTES)
+    file.seek(0)
+    if head[:4] in TIFF_HEADS and foreign_kind(head) is None:
+        page = TiffPage.open(file)
+        file.seek(0)
+        if page.is_raw:
+            raise _foreign(RAW_KIND)
+    return page if page is not None and page.is_deep else None
+
+
+def _open_image(file: BinaryIO) -> Image.Image:
+    """Open an image, unread. Raises: UserError that says what the file is instead."""
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    if is_heic(head):
+        _register_heic()
+    kind = foreign_kind(head)
+    if kind is not None:
+        raise _foreign(kind)
+    try:
+        return Image.open(file, formats=_formats())
+    except UnidentifiedImageError:
+        raise UserError("cannot read image: not a known image format") from None
+
+
+def _foreign(kind: str) -> UserError:
+    return UserError(f"cannot read image: it is {kind}; convert it to PNG or JPEG")
+
+
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise UserError(
+            f"cannot read image: {width} x {height} pixels exceed the limit of {max_pixels:,}, "
+            "see --max_image_pixels"
+        )
+
+
+@functools.cache
+def _register_heic() -> None:
+    try:
+        from pillow_heif import register_heif_opener
+    except ModuleNotFoundError:
+        raise UserError(
+            "cannot read image: it is in HEIC format, which needs another package; run: pip install "
+            "pillow-heif"
+        ) from None
+    register_heif_opener()
 
 
 def _formats() -> list[str]:
@@ -111,18 +240,27 @@ def _formats() -> list[str]:
     return [name for name in Image.ID if name not in REFUSED_FORMATS]
 
 
-def decode_cell(cell: dict | None, max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
+def _source_of(cell: dict | None) -> bytes | str:
+    """The bytes or the path in a cell of an undecoded `datasets` image column."""
+    if cell is None or (not cell.get("bytes") and not cell.get("path")):
+        raise UserError("cannot read image: the cell is empty")
+    return cell["bytes"] if cell.get("bytes") else cell["path"]
+
+
+def decode_cell(
+    cell: dict | None, max_pixels: int = MAX_IMAGE_PIXELS, value_range: ValueRange | None = None
+) -> np.ndarray:
     """Decode one cell of an undecoded `datasets` image column: {"bytes": ..., "path": ...}.
 
     Raises: UserError as `decode_image`, and for an empty cell.
     """
-    if cell is None or (not cell.get("bytes") and not cell.get("path")):
-        raise UserError("cannot read image: the cell is empty")
-    return decode_image(cell["bytes"] if cell.get("bytes") else cell["path"], max_pixels)
+    return decode_image(_source_of(cell), max_pixels, value_range)
 
 
 def decode_cells(
-    cells: Sequence[dict], max_pixels: int = MAX_IMAGE_PIXELS
+    cells: Sequence[dict],
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    value_range: ValueRange | None = None,
 ) -> Iterator[np.ndarray | UserError]:
     """Decode many cells, in order, on all cores (Pillow releases the GIL).
 
@@ -131,12 +269,39 @@ def decode_cells(
 
     def attempt(cell: dict) -> np.ndarray | UserError:
         try:
-            return decode_cell(cell, max_pixels)
+            return decode_cell(cell, max_pixels, value_range)
         except UserError as error:
             return error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         yield from pool.map(attempt, cells)
+
+
+def find_value_range(
+    cells: Iterable[dict | None], max_pixels: int = MAX_IMAGE_PIXELS
+) -> ValueRange | None:
+    """Find the range in which nearly all values of these images lie; None if none has more than 8 bits.
+
+    Images of 8 bits are not decoded, and unreadable ones are passed over: they are reported where all images
+    are decoded.
+    """
+    samples, count = [], 0
+    for cell in cells:
+        count += 1
+        with contextlib.suppress(UserError):
+            deep = read_deep(cell, max_pixels)
+            values = np.zeros(0) if deep is None else sample_values(deep)
+            if len(values):
+                samples.append(values)
+    if not samples:
+        return None
+    found = range_of(samples)
+    logger.info(
+        "%s of %s images examined have more than 8 bits: the values %s to %s, where 99.8%% of theirs lie, "
+        "become 0 to 255; --value_range LOW,HIGH sets another range",
+        f"{len(samples):,}", f"{count:,}", *str(found).split(","),
+    )  # fmt: skip
+    return found
 
 
 def pnm_bytes(pixels: np.ndarray) -> bytes:

@@ -1,4 +1,4 @@
-"""Decode JPEG files with simplejpeg: the pixels of Pillow, whose decoder is the same library, in less time."""
+"""Decode JPEG files with simplejpeg: Pillow's pixels, from the same C library, in less time."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ import weakref
 from collections import deque
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from hf_cifar.config.data import MAX_IMAGE_PIXELS
+from hf_cifar.config.data import MAX_IMAGE_PIXELS, ValueRange
 from hf_cifar.data.cache import cache_folder, content_key, make_room, one_process_at_a_time
 from hf_cifar.data.images import decode_cell
 from hf_cifar.data.pixel_file import MISSING, READABLE, STORED, UNREADABLE, PixelFile
@@ -83,23 +82,27 @@ class Survey(NamedTuple):
     seconds: float
 
 
-@dataclass(eq=False)
 class Pixels:
     """The encoded images of one of a source's own splits.
 
     rows: columns image (encoded) and label. row_ids: [N] int64, the number of each row in the source's own
-    split; all rows in order if not given. max_pixels: larger images count as unreadable. tensors: made from
-    all of the images, see `store`.
+    split; all rows in order if not given. max_pixels: larger images count as unreadable. value_range: of
+    images of more than 8 bits, see `decode_image`. tensors: made from all of the images, see `store`.
     """
 
-    source_split: str
-    rows: Dataset
-    row_ids: np.ndarray = None  # type: ignore[assignment]
-    max_pixels: int = MAX_IMAGE_PIXELS
-
-    def __post_init__(self) -> None:
-        if self.row_ids is None:
-            self.row_ids = np.arange(len(self.rows))
+    def __init__(
+        self,
+        source_split: str,
+        rows: Dataset,
+        row_ids: np.ndarray | None = None,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+        value_range: ValueRange | None = None,
+    ) -> None:
+        self.source_split = source_split
+        self.rows = rows
+        self.row_ids = np.arange(len(rows)) if row_ids is None else row_ids
+        self.max_pixels = max_pixels
+        self.value_range = value_range
         self.tensors: dict[Hashable, Any] = {}
         self._prepared: dict[tuple[Form, bool], Prepared] = {}
         self._mixed = False
@@ -109,12 +112,17 @@ class Pixels:
 
     @functools.cached_property
     def key(self) -> str:
-        """Cache key: SHA-256 of all encoded images, and the limit on their size."""
-        return f"{content_key(self.rows)}-{self.max_pixels}"
+        """Cache key: SHA-256 of all encoded images, the limit on their size, and their values' range."""
+        key = f"{content_key(self.rows)}-{self.max_pixels}"
+        return key if self.value_range is None else f"{key}-values-{self.value_range}"
 
     def decode(self, position: int) -> np.ndarray:
         """Decode one image, [H, W, 3] uint8. Raises: UserError if it cannot be read."""
-        return decode_cell(self.rows[position]["image"], self.max_pixels)
+        return self.decode_cell(self.rows[position]["image"])
+
+    def decode_cell(self, cell: dict | None) -> np.ndarray:
+        """Decode one cell of the image column, [H, W, 3] uint8. Raises: UserError if it cannot be read."""
+        return decode_cell(cell, self.max_pixels, self.value_range)
 
     @functools.cached_property
     def survey(self) -> Survey:
@@ -160,8 +168,12 @@ class Pixels:
 def stored_view(preprocessing: Preprocessing, *, augmented: bool) -> Preprocessing:
     """Return the view in which images are stored: for training enlarged, for evaluation without the crop.
 
-    Enlarged images are resized by torch, the faster library, because no image processor makes them.
+    Enlarged images are resized by torch, the faster library, because no image processor makes them. The
+    statistics do not matter: models that differ in nothing else share the stored images.
     """
+    preprocessing = dataclasses.replace(
+        preprocessing, mean=(0.0,) * 3, std=(1.0,) * 3, rescale_factor=1.0
+    )
     if not augmented:
         return preprocessing.uncropped()
     library = (
@@ -275,7 +287,7 @@ class Prepared:
         """Decode one image into the form, and keep it or the fact that it is unreadable: then None."""
         try:
             cell = self.pixels.rows[position]["image"] if cell is None else cell
-            image = self.form.render(decode_cell(cell, self.pixels.max_pixels))
+            image = self.form.render(self.pixels.decode_cell(cell))
         except UserError as error:
             self.reasons[position] = str(error)
             self._file.mark(position, UNREADABLE)

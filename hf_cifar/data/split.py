@@ -104,7 +104,9 @@ class Split:
             image
             for start in range(0, len(self), 1024)
             for image in decode_cells(
-                self.rows[start : start + 1024]["image"], self.pixels.max_pixels
+                self.rows[start : start + 1024]["image"],
+                self.pixels.max_pixels,
+                self.pixels.value_range,
             )
         )
         for position, image in enumerate(progress(images, what, len(self))):

@@ -7,22 +7,33 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 
-from hf_cifar.config.data import DataConfig
+from hf_cifar.config.data import FULL_RANGE, DataConfig, ValueRange
 from hf_cifar.data.columns import class_counts, class_label, label_array
+from hf_cifar.data.images import find_value_range
 from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.preparation import CPU
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.split import Split, readable, with_images
 from hf_cifar.data.stratify import stratified, subsample
-from hf_cifar.data.streams import Stream, collect, load_streams, num_rows, require_every_class
+from hf_cifar.data.streams import (
+    Stream,
+    collect,
+    load_streams,
+    num_rows,
+    read_encoded,
+    require_every_class,
+)
 from hf_cifar.errors import UserError
 from hf_cifar.transforms.preprocessing import Preprocessing
 
+# Training images examined for more than 8 bits; of a stream, the first ones.
+IMAGES_FOR_RANGE, STREAMED_FOR_RANGE = 500, 64
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
 
 
@@ -88,10 +99,34 @@ class DataSource:
     def pixels(self, source_split: str) -> Pixels:
         """The images of one of the source's own splits, shared by all splits made from it."""
         if source_split not in self._pixels:
-            self._pixels[source_split] = Pixels(
-                source_split, self.rows[source_split], max_pixels=self.config.max_image_pixels
-            )
+            self._pixels[source_split] = self.pixels_of(source_split, self.rows[source_split])
         return self._pixels[source_split]
+
+    def pixels_of(
+        self, source_split: str, rows: Dataset, row_ids: np.ndarray | None = None
+    ) -> Pixels:
+        """The images of some rows, read as the options say."""
+        limit = self.config.max_image_pixels
+        return Pixels(source_split, rows, row_ids, limit, self.value_range)
+
+    @functools.cached_property
+    def value_range(self) -> ValueRange | None:
+        """The values of images of more than 8 bits that become black and white: of --value_range, or found
+        in the source's own train split. None for the full range of their type, and if there are none.
+
+        The rows are the same in every process, for every split of train, and when a run resumes.
+        """
+        requested = self.config.value_range
+        if requested is not None:
+            return None if requested == FULL_RANGE else ValueRange.parse(requested)
+        train = self.rows[_train_name(self.rows)]
+        if isinstance(train, IterableDataset):
+            first = islice(train, STREAMED_FOR_RANGE)
+            cells = ({"bytes": read_encoded(row["image"])} for row in first)
+        else:
+            places = np.linspace(0, len(train) - 1, min(len(train), IMAGES_FOR_RANGE))
+            cells = (train[int(place)]["image"] for place in places.round())
+        return find_value_range(cells, self.config.max_image_pixels)
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -164,8 +199,7 @@ def _test_split(source: DataSource) -> Split:
     config = source.config
     if config.streaming:
         rows, row_ids = collect("test", source.rows["test"], config.max_eval_samples)
-        pixels = Pixels("test", rows, row_ids, config.max_image_pixels)
-        return _whole_split("test", pixels)
+        return _whole_split("test", source.pixels_of("test", rows, row_ids))
     test = _sampled(_whole_split("test", source.pixels("test")), "max_eval_samples", config)
     return test
 
@@ -214,13 +248,13 @@ def _streamed_splits(source: DataSource) -> Splits:
         if most is not None and most < num_images:
             end = held_out + (1 - held_out) * most / num_images
             num_images = most
-    pixels = Pixels(own or train_name, rows, row_ids, config.max_image_pixels)
     return Splits(
         train=Stream(
-            "train", train_name, train, num_images, held_out, end, seed, config.max_image_pixels
+            "train", train_name, train, num_images, held_out, end, seed,
+            config.max_image_pixels, source.value_range,
         ),
-        validation=_whole_split("validation", pixels),
-    )
+        validation=_whole_split("validation", source.pixels_of(own or train_name, rows, row_ids)),
+    )  # fmt: skip
 
 
 def _require_classes(names: Sequence[str], config: DataConfig) -> None:

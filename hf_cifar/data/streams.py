@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from datasets.utils.file_utils import xopen
 
-from hf_cifar.config.data import MAX_IMAGE_PIXELS, DataConfig
+from hf_cifar.config.data import MAX_IMAGE_PIXELS, DataConfig, ValueRange
 from hf_cifar.data.columns import holds_lists, image_and_label, quiet_datasets, with_standard_names
 from hf_cifar.data.images import decode_image
 from hf_cifar.data.sources import open_data_set
@@ -81,6 +81,7 @@ class Stream:
     end: float
     seed: int
     max_pixels: int = MAX_IMAGE_PIXELS
+    value_range: ValueRange | None = None
 
     def __len__(self) -> int:
         """Images per epoch (approximate: a hash decides membership). Raises: UserError if it is unknown."""
@@ -125,7 +126,7 @@ class Stream:
             ):
                 continue
             try:
-                image = decode_image(encoded, self.max_pixels)
+                image = decode_image(encoded, self.max_pixels, self.value_range)
                 yield image, checked_label(row["label"], self.rows.features)
             except UserError as error:
                 digest = hashlib.sha256(encoded).hexdigest()

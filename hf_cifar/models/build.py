@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_cifar.config.data import ValueRange
 from hf_cifar.config.model import BUNDLED, SCRATCH, ModelConfig
 from hf_cifar.models.article import (
     ArticleCNNConfig,
@@ -32,6 +33,7 @@ from hf_cifar.models.problem_type import set_problem
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
 from hf_cifar.models.resizing import native_size, resize_transformers
 from hf_cifar.models.timm_models import build_bundled, build_timm, reset_timm_head, resize_timm
+from hf_cifar.models.value_range import set_value_range
 from hf_cifar.text import listed
 
 logger = logging.getLogger(__name__)
@@ -44,12 +46,16 @@ ARTICLE_IMAGE_SIZE = 32
 
 
 def build_model(
-    config: ModelConfig, id2label: dict[int, str], *, multi_label: bool = False
+    config: ModelConfig,
+    id2label: dict[int, str],
+    *,
+    multi_label: bool = False,
+    value_range: ValueRange | None = None,
 ) -> Classifier:
     """Load or create the model, relabel its head to `id2label`, set its input size, and freeze layers.
 
     The head is new unless the checkpoint has exactly these labels. multi_label: an image may have multiple
-    labels, or none.
+    labels, or none. value_range: of training images of more than 8 bits.
     Raises: UserError for an unknown model, no network, or an unsupported image size.
     """
     name = config.model_name_or_path
@@ -66,6 +72,7 @@ def build_model(
             zero_head(model, new)
         check_forward(classifier, name, "pass another --image_size")
     set_problem(model, multi_label)
+    set_value_range(model, value_range)
     freeze(model, config.freeze)
     _log_summary(name, model, new)
     return classifier
@@ -144,11 +151,11 @@ def _load_pretrained(config: ModelConfig, id2label: dict[int, str]) -> tuple[Cla
     if target.model_type == "timm_wrapper":
         size = config.image_size or target.pretrained_cfg["input_size"][-1]
         resize_timm(model, size, config)
-        return Classifier(model, timm_processor(model.config, size)), new
+        return Classifier(model, timm_processor(model.config, size, config.resize_mode)), new
     size = config.image_size or native_size(target, processor)
     if config.image_size is not None:
         model = resize_transformers(model, size)
-    return Classifier(model, transformers_processor(processor, size)), new
+    return Classifier(model, transformers_processor(processor, size, config.resize_mode)), new
 
 
 def _build_scratch(
@@ -160,7 +167,7 @@ def _build_scratch(
         model = model_class(
             config_class(image_size=size, id2label=id2label, label2id=label2id(id2label))
         )
-        return Classifier(model, plain_processor(size)), set(model.state_dict())
+        return Classifier(model, plain_processor(size, config.resize_mode)), set(model.state_dict())
     return build_timm(name, config, id2label, None)
 
 

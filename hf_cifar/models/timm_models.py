@@ -56,7 +56,7 @@ def build_timm(
         new = {f"timm_model.{key}" for key in head}
     model.timm_model.load_state_dict(state)
     resize_timm(model, size, config)
-    return Classifier(model, timm_processor(model.config, size)), new
+    return Classifier(model, timm_processor(model.config, size, config.resize_mode)), new
 
 
 def resize_timm(model: PreTrainedModel, size: int, config: ModelConfig) -> None:

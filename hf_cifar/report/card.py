@@ -113,6 +113,7 @@ def render_card(facts: CardFacts) -> str:
         name=facts.repo_id.split("/")[-1],
         repo_id=facts.repo_id,
         custom_code=facts.custom_code,
+        value_range=[f"{end:.10g}" for end in run.get("value_range") or ()],
         article_model=facts.article_model,
         base=model["name"],
         from_scratch=model["name"].startswith(SCRATCH),

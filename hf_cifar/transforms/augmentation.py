@@ -77,8 +77,13 @@ class Augmentation:
         """Draw a random view of each image, with random colours: `pixel_values` [N, 3, h, w]."""
         if self._keeps_pixels:
             return preprocessing(images, memory_format)
+        images, frame = preprocessing.frame(images)
         num_images, _, height, width = images.shape
-        boxes, linear = self.view.draw(num_images, height, width, preprocessing.size, generator)
+        top, left, bottom, right = frame[0].tolist()
+        boxes, linear = self.view.draw(
+            num_images, bottom - top, right - left, preprocessing.size, generator
+        )
+        boxes += torch.tensor([top, left, top, left])
         if self.policy is not None:
             images, affine = self.policy(images.to(torch.float32), generator)
             boxes, linear = combine_views(boxes, linear, affine, height, width)

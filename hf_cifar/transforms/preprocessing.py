@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers.image_processing_backends import TorchvisionBackend
 
 from hf_cifar.errors import UserError
-from hf_cifar.transforms.resampling import KERNELS, Levels
+from hf_cifar.transforms.resampling import KERNELS, Levels, whole_image
 from hf_cifar.transforms.resizing import LIBRARIES, resize_exactly
 
+# The transformers processor that adds a border of the mean colour.
+PADS_TO_SQUARE = "LlavaImageProcessor"
 # Pillow's numbers for its filters, which transformers saves as `resample`.
 RESAMPLE_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
@@ -25,7 +27,8 @@ class Preprocessing:
 
     resize: (height, width) in pixels, or the length of the shorter side, which keeps the aspect ratio; None
     keeps the size. crop: (height, width) of the central crop, or None. mean, std: per channel, of pixels
-    times `rescale_factor`.
+    times `rescale_factor`. border: the colour of pixels added around an image to give it the shape of
+    `resize`, with the image in the middle; None resizes without one.
     """
 
     resize: tuple[int, int] | int | None
@@ -38,6 +41,8 @@ class Preprocessing:
     crop_rounds_down: bool = False  # when cropping an odd number of pixels; else half to even
     # A crop of the crop that is still to come, see `uncropped`.
     inner_crop: tuple[int, int] | None = None
+    border: tuple[int, ...] | None = None
+    border_first: bool = False  # before resizing; else after it
 
     def __post_init__(self) -> None:
         if self.interpolation not in KERNELS:
@@ -71,16 +76,24 @@ class Preprocessing:
         # timm.data.transforms_factory.transforms_imagenet_eval
         tall, wide = (int(np.floor(side / config["crop_pct"])) for side in (height, width))
         mode = config.get("crop_mode", "center")
-        if mode not in ("center", "squash"):
+        if mode not in ("center", "squash", "border"):
             raise UserError(
-                f"the checkpoint crops with mode {mode!r}; only center and squash are supported"
+                f"the checkpoint crops with mode {mode!r}; only center, squash and border are supported"
+            )
+        if mode == "border" and config["crop_pct"] != 1:
+            raise UserError(
+                f"the checkpoint adds a border and crops to {config['crop_pct']:g} of the result; only one "
+                "of them is supported"
             )
         if mode == "center" and height != width:
             raise UserError(
                 f"the checkpoint crops to {height} x {width} pixels; only square crops are supported"
             )
-        resize = (tall, wide) if mode == "squash" else tall
+        resize = tall if mode == "center" else (tall, wide)
         mean, std = tuple(config["mean"]), tuple(config["std"])
+        if mode == "border":
+            border = tuple(round(255 * value) for value in mean)
+            return cls(resize, None, config["interpolation"], mean, std, border=border)
         return cls(resize, (height, width), config["interpolation"], mean, std)
 
     @classmethod
@@ -91,6 +104,9 @@ class Preprocessing:
                 raise UserError(
                     f"the checkpoint's image processor sets {unknown}, which is not supported"
                 )
+        pads = bool(options.get("do_pad"))
+        if pads and not str(options.get("image_processor_type")).startswith(PADS_TO_SQUARE):
+            raise UserError("the checkpoint's image processor sets do_pad, which is not supported")
         size = options.get("size") or {}
         crop = None
         if options.get("do_center_crop"):
@@ -121,9 +137,13 @@ class Preprocessing:
         resample_code = options.get("resample")
         interpolation = RESAMPLE_NAMES[2 if resample_code is None else int(resample_code)]
         library = "torchvision" if isinstance(processor, TorchvisionBackend) else "pillow"
+        border = tuple(int(255 * value) for value in options["image_mean"]) if pads else None
+        if pads and isinstance(resize, int):
+            resize = (resize, resize)
         return cls(
-            resize, crop, interpolation, mean, std, rescale_factor, library, crop_rounds_down=True
-        )
+            resize, crop, interpolation, mean, std, rescale_factor, library, crop_rounds_down=True,
+            border=border, border_first=pads,
+        )  # fmt: skip
 
     @property
     def size(self) -> tuple[int, int]:
@@ -137,6 +157,13 @@ class Preprocessing:
                 "the checkpoint's image processor has no fixed output size; pass --image_size"
             )
         return final
+
+    @property
+    def resize_mode(self) -> str:
+        """What happens to an image of another shape than the input: crop, squash or pad."""
+        if self.border is not None:
+            return "pad"
+        return "crop" if isinstance(self.resize, int) else "squash"
 
     def enlarged(self, factor: float) -> Preprocessing:
         """The same view of an image with `factor` times as many pixels per side."""
@@ -206,7 +233,11 @@ class Preprocessing:
         height, width = images.shape[-2:]
         if self._is_unchanged(height, width):
             return images.to(torch.float32)
-        box = self.box(height, width)
+        if self.border is not None and not self.border_first:
+            return self._bordered(self._fitted(images), *self.size)
+        if self.border is not None:
+            images = self.shaped(images)
+        box = self.box(*images.shape[-2:])
         return resize_exactly(images, box, self.size, self.interpolation, self.library)
 
     def view_image(self, image: np.ndarray) -> np.ndarray:
@@ -216,12 +247,49 @@ class Preprocessing:
         resized = self.resized(height, width)
         top, left = self.corner(resized)
         library = LIBRARIES.get((self.library, self.interpolation))
-        if library is None or min(top, left) < 0:
+        if library is None or self.border is not None or min(top, left) < 0:
             view = self.view(torch.tensor(image).permute(2, 0, 1)[None])
             return view[0].permute(1, 2, 0).to(torch.uint8).numpy()
         if resized != (height, width):
             image = library(image, resized, self.interpolation)
         return image[top : top + self.size[0], left : left + self.size[1]]
+
+    def frame(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The images with their border, if any, and the box [1, 4] in them that random views vary: the part
+        that the crop leaves of images that are not square, else all."""
+        images = self.shaped(images)
+        height, width = images.shape[-2:]
+        if isinstance(self.resize, int) and height != width:
+            return images, self.box(height, width)
+        return images, whole_image(height, width)
+
+    def shaped(self, images: Tensor) -> Tensor:
+        """Add the border, if any, that gives images [N, C, H, W] the shape of the model's input."""
+        if self.border is None or not isinstance(self.resize, tuple):
+            return images
+        (height, width), (tall, wide) = images.shape[-2:], self.resize
+        return self._bordered(
+            images, max(height, round(width * tall / wide)), max(width, round(height * wide / tall))
+        )
+
+    def _bordered(self, images: Tensor, height: int, width: int) -> Tensor:
+        """Put images [N, C, H, W] in the middle of a canvas of the border's colour."""
+        top, left = (height - images.shape[-2]) // 2, (width - images.shape[-1]) // 2
+        colour = torch.tensor(self.border, dtype=images.dtype).to(images.device).view(1, -1, 1, 1)
+        canvas = colour.expand(*images.shape[:2], height, width).clone()
+        canvas[..., top : top + images.shape[-2], left : left + images.shape[-1]] = images
+        return canvas
+
+    def _fitted(self, images: Tensor) -> Tensor:
+        """Resize so that the whole image fits into the input, keeping its aspect ratio.
+
+        Source: timm.data.transforms.ResizeKeepRatio.
+        """
+        height, width = images.shape[-2:]
+        ratio = max(height / self.size[0], width / self.size[1])
+        fitted = (max(1, round(height / ratio)), max(1, round(width / ratio)))
+        box = whole_image(height, width)
+        return resize_exactly(images, box, fitted, self.interpolation, self.library)
 
     def view_each(self, images: Sequence[np.ndarray], device: torch.device) -> Tensor:
         """Apply `view` to images [H, W, 3] uint8 of any sizes, batched by size: [N, 3, *size]."""

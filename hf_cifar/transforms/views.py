@@ -57,8 +57,8 @@ class RandomView:
     def draw(
         self,
         num_images: int,
-        height: int,
-        width: int,
+        height: float,
+        width: float,
         size: tuple[int, int],
         generator: Generator,
     ) -> tuple[Tensor, Tensor | None]:
@@ -70,7 +70,7 @@ class RandomView:
         def draw(low: float, high: float) -> Tensor:
             return uniform(num_images, low, high, generator)
 
-        def shift(pixel: float, side: int) -> Tensor:
+        def shift(pixel: float, side: float) -> Tensor:
             most = int(self.padding * side / pixel + 1e-6)
             return torch.randint(-most, most + 1, (num_images,), generator=generator) * pixel
 

@@ -1,11 +1,13 @@
 import io
 import struct
+import sys
 
 import numpy as np
 import pytest
-from pictures import ORIENTATION, UPRIGHT, encode, grey_rgb, over_white
+from pictures import ORIENTATION, UPRIGHT, encode, grey_rgb, over_white, tiff
 from PIL import Image
 
+from hf_cifar.data import images
 from hf_cifar.data.images import decode_cell, decode_cells, decode_image, list_images, pnm_bytes
 from hf_cifar.errors import UserError
 
@@ -225,9 +227,57 @@ def test_an_image_above_the_limit_is_refused_before_it_is_decoded():
 
 def test_formats_without_a_size_check_are_refused(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "icon.ico")
-    with pytest.raises(UserError, match="not a known image format"):
+    with pytest.raises(UserError, match="it is an icon; convert it to PNG or JPEG"):
         decode_image(tmp_path / "icon.ico")
     assert list_images(tmp_path) == []
+
+
+@pytest.mark.parametrize("form", ["AVIF", "JPEG2000", "WEBP", "QOI"])
+def test_other_formats_are_read_whatever_the_file_is_called(tmp_path, form):
+    ramp = np.repeat(np.linspace(0, 255, 32).astype(np.uint8)[:, None], 32, axis=1)
+    path = tmp_path / "picture"
+    path.write_bytes(encode(Image.fromarray(np.dstack([ramp] * 3)), form))
+    assert close(decode_image(path), grey_rgb(ramp), 8)
+
+
+def test_first_page_of_a_tiff_is_used():
+    pages = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime")]
+    raw = encode(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    assert close(decode_image(raw), np.full((8, 8, 3), (255, 0, 0)))
+
+
+def test_heic_is_read_with_pillow_heif():
+    pytest.importorskip("pillow_heif")
+    images._register_heic()
+    raw = encode(Image.new("RGB", (64, 48), (200, 40, 90)), "HEIF", quality=95)
+    assert close(decode_image(raw), np.full((48, 64, 3), (200, 40, 90)), 3)
+    with pytest.raises(UserError, match="cannot read image: "):
+        decode_image(raw[: len(raw) // 2])
+
+
+def test_heic_without_pillow_heif_names_the_package(monkeypatch):
+    images._register_heic.cache_clear()
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(UserError, match=r"in HEIC format, .* run: pip install pillow-heif"):
+        decode_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(2000))
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind"),
+    [
+        (b"II*\0\x10\0\0\0CR\2\0" + bytes(200), "a camera raw file"),
+        (tiff(RGB, t254=1), "a camera raw file"),  # the preview in a NEF or ARW file
+        (tiff(RGB, t50706=1), "a camera raw file"),  # DNG
+        (tiff(GREY[..., None].astype(np.uint16), t262=32803), "a camera raw file"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'></svg>", "an SVG drawing"),
+        (b"%PDF-1.7 and so on", "a PDF document"),
+        (b"\0\0\0\x18ftypisom" + bytes(60), "a video"),
+    ],
+)
+def test_other_pictures_are_refused_by_name(raw, kind):
+    with pytest.raises(UserError, match=f"cannot read image: it is {kind}; convert it to PNG or"):
+        decode_image(raw)
 
 
 def exif_of(*tags, count=None):
@@ -277,14 +327,14 @@ def test_empty_cell_is_refused(cell):
 
 
 def test_cells_and_errors_keep_their_order():
-    images = [np.full((4, 4, 3), value, np.uint8) for value in range(40)]
-    cells = [{"bytes": encode(Image.fromarray(image)), "path": None} for image in images]
+    pictures = [np.full((4, 4, 3), value, np.uint8) for value in range(40)]
+    cells = [{"bytes": encode(Image.fromarray(image)), "path": None} for image in pictures]
     cells[17] = {"bytes": b"broken", "path": None}
     found = list(decode_cells(cells))
     assert isinstance(found[17], UserError)
     assert all(
         close(got, image)
-        for i, (got, image) in enumerate(zip(found, images, strict=True))
+        for i, (got, image) in enumerate(zip(found, pictures, strict=True))
         if i != 17
     )
 

@@ -7,6 +7,7 @@ from transformers import (
     ConvNextImageProcessor,
     DeiTImageProcessor,
     EfficientNetImageProcessor,
+    LlavaImageProcessor,
     ViTImageProcessor,
 )
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import (
@@ -16,6 +17,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_cifar.errors import UserError
 from hf_cifar.transforms.preprocessing import Preprocessing
+from hf_cifar.transforms.resampling import resample
 
 SIZES = [(32, 32), (64, 96), (150, 101)]
 
@@ -47,6 +49,15 @@ PROCESSORS = {
     "timm crop": timm(crop_pct=0.875),
     "timm squash": timm(crop_pct=0.875, crop_mode="squash"),
     "timm bilinear": timm(crop_pct=0.95, interpolation="bilinear"),
+    "timm pad": timm(crop_mode="border"),
+    "timm wide pad": timm(input_size=[3, 48, 80], crop_mode="border", interpolation="bilinear"),
+    "pad": LlavaImageProcessor(size=SQUARE, do_center_crop=False, do_pad=True),
+    "pad and crop": LlavaImageProcessor(
+        size={"shortest_edge": 73}, crop_size=SQUARE, do_pad=True, resample=2
+    ),
+    "vit crop": ViTImageProcessor(
+        size={"shortest_edge": 64}, do_center_crop=True, crop_size=SQUARE
+    ),
     "timm wide": timm(input_size=[3, 48, 80], crop_pct=0.9, crop_mode="squash"),
 }
 
@@ -119,8 +130,12 @@ def test_enlarged_shows_the_same_part():
 
 
 def test_unknown_processors_are_refused():
-    with pytest.raises(UserError, match="crops with mode 'border'; only center and squash"):
-        Preprocessing.from_image_processor(timm(crop_mode="border"))
+    with pytest.raises(UserError, match="crops with mode 'corner'; only center, squash and border"):
+        Preprocessing._from_timm(timm().data_config | {"crop_mode": "corner"})
+    with pytest.raises(UserError, match=r"adds a border and crops to 0\.9 of the result"):
+        Preprocessing.from_image_processor(timm(crop_mode="border", crop_pct=0.9))
+    with pytest.raises(UserError, match="sets do_pad, which is not supported"):
+        Preprocessing.from_image_processor(ViTImageProcessor(size=SQUARE, do_pad=True))
     with pytest.raises(UserError, match="crops to 48 x 80 pixels; only square crops are supported"):
         Preprocessing.from_image_processor(timm(input_size=[3, 48, 80]))
     with pytest.raises(UserError, match="resizes with 'nearest'; supported are"):
@@ -147,3 +162,50 @@ def test_view_each_equals_view_of_single_images(photo):
     for view, image in zip(found, images, strict=True):
         alone = preprocessing.view(torch.tensor(image).permute(2, 0, 1)[None])
         assert torch.allclose(view, alone[0], atol=1e-3)
+
+
+PADDED = ["timm pad", "timm wide pad", "pad", "pad and crop"]
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("size", [(300, 20), (20, 300), (31, 33), (1, 90)], ids=str)
+def test_borders_of_any_shape_agree_with_the_image_processor(photo, name, size):
+    image = photo(*size)
+    preprocessing = Preprocessing.from_image_processor(PROCESSORS[name])
+    expected = PROCESSORS[name](image, return_tensors="pt")["pixel_values"]
+    difference = (preprocessing(tensor(image)) - expected) / levels(preprocessing)
+    assert difference.abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["timm pad", "pad"])
+def test_the_border_is_the_mean_colour(photo, name):
+    preprocessing = Preprocessing.from_image_processor(PROCESSORS[name])
+    assert preprocessing.resize_mode == "pad"
+    pixel_values = preprocessing(tensor(photo(64, 16)))
+    assert (pixel_values[..., :20].abs() < 0.02).all()
+    assert (pixel_values[..., -20:].abs() < 0.02).all()
+    assert (pixel_values[..., 30:34].abs() > 0.1).any()
+
+
+def test_a_stored_view_with_a_border_is_not_given_another(photo):
+    preprocessing = Preprocessing.from_image_processor(PROCESSORS["pad"])
+    stored = preprocessing.enlarged(8 / 7)
+    assert stored.size == (73, 73)
+    view = stored.view(tensor(photo(100, 40)))
+    assert torch.equal(preprocessing.shaped(view), view)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("vit", (0, 0, 60, 90)), ("pad", (0, 0, 90, 90)), ("timm pad", (0, 0, 90, 90)),
+        ("clip", (0, 15, 60, 75)),
+    ],
+)  # fmt: skip
+def test_random_views_vary_what_evaluation_shows(photo, name, part):
+    image = tensor(photo(60, 90))
+    preprocessing = Preprocessing.from_image_processor(PROCESSORS[name])
+    framed, box = preprocessing.frame(image)
+    assert (box - torch.tensor([part])).abs().max() <= 1
+    whole = resample(framed, box, preprocessing.size, preprocessing.interpolation)
+    assert (whole - preprocessing.view(image)).abs().mean() <= 1
