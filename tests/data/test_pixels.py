@@ -36,14 +36,14 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def decoded(monkeypatch):
     """Record each decoded cell; those of the survey are not counted."""
-    cells, original = [], pixels_module.decode_cell
+    cells, original = [], Pixels.decode_cell
 
-    def count(cell, *options):
+    def count(self, cell):
         if sys._getframe(1).f_code.co_name == "_render":
             cells.append(cell)
-        return original(cell, *options)
+        return original(self, cell)
 
-    monkeypatch.setattr(pixels_module, "decode_cell", count)
+    monkeypatch.setattr(Pixels, "decode_cell", count)
     monkeypatch.setattr(SplitImages, "seconds", 0.0)  # its sample is decoded, too
     return cells
 
