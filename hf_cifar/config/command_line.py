@@ -10,9 +10,11 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from hf_cifar.config.fields import field_names, field_types
+from hf_cifar.config.other_tools import instead
 from hf_cifar.errors import UserError
 from hf_cifar.text import nearest, nearest_hint, one_line
 
@@ -74,23 +76,47 @@ def wants_help(tokens: Sequence[str]) -> bool:
     return "-h" in tokens or "--help" in tokens
 
 
-def refuse_options(rest: Iterable[str], classes: Sequence[type]) -> None:
-    """Raises: UserError for an unknown option among the tokens left over by `parse`; names the nearest."""
+def refuse_options(rest: Sequence[str], classes: Sequence[type]) -> None:
+    """Raises: UserError for an unknown option among the tokens left over by `parse`; says what to pass
+    instead, or names the nearest."""
+    known = names_of(classes)
+    refuse_names_of_other_tools(rest, known)
     for token in rest:
         if token.startswith("--"):
-            raise unknown_option(token, names_of(classes))
+            raise unknown_option(token, known)
 
 
-def refuse_early(rest: Iterable[str], classes: Sequence[type]) -> None:
-    """Raises: UserError for a misspelled option of ours among the tokens left over by `parse`, or one without
-    effect. Other mistakes show when transformers' options are read, which takes seconds."""
+def refuse_early(rest: Sequence[str], classes: Sequence[type]) -> None:
+    """Raises: UserError for a misspelled option of ours among the tokens left over by `parse`, one of
+    another tool, or one without effect. Other mistakes show when transformers' options are read, which takes
+    seconds."""
     known = names_of(classes)
+    refuse_names_of_other_tools(rest)
     for token in rest:
         name = token[2:].partition("=")[0] if token.startswith("--") else ""
         if name.removeprefix("no_") in WITHOUT_EFFECT:
             raise UserError(f"--{name} has no effect here; leave it out")
         if name and nearest(name, known, MISSPELLED):
             raise unknown_option(token, known)
+
+
+def refuse_names_of_other_tools(rest: Sequence[str], known: Sequence[str] | None = None) -> None:
+    """Raises: UserError that says, for all options of other tools at once, what to pass instead.
+
+    known: the options of the command; None for finetune. `-b 64` is understood too, and in finetune, where
+    no file names follow, `batch=64`.
+    """
+    found = {}
+    for before, token in zip(["", *rest], rest, strict=False):
+        flag, equals, _ = token.partition("=")
+        is_word = not flag.startswith("-")
+        if is_word and (not equals or before.startswith("-") or known is not None):
+            continue
+        if advice := instead(flag.lstrip("-+"), known):
+            found[flag] = advice
+    if found:
+        advice = "; ".join(f"{flag}: {advice}" for flag, advice in found.items())
+        raise UserError(f"unknown option{'s' * (len(found) > 1)} {advice}")
 
 
 def names_of(classes: Sequence[type]) -> list[str]:
@@ -100,6 +126,10 @@ def names_of(classes: Sequence[type]) -> list[str]:
 
 def unexpected_argument(token: str) -> UserError:
     """Return the error for a word that belongs to no option."""
+    if Path(token).is_dir():
+        return UserError(
+            f"unexpected argument {token!r}; pass a folder of images as --dataset_name {token}"
+        )
     return UserError(f"unexpected argument {token!r}; options start with --, see --help")
 
 
