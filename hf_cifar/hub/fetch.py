@@ -8,7 +8,9 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hf_cifar.errors import UserError
 
@@ -76,7 +78,7 @@ def matches(path: Path, etag: str) -> bool:
     """Return True if one of the hashes in an ETag is that of the file: of its content, or Git's of a blob."""
     found = set(HASH.findall(etag))
     header = b"blob %d\0" % path.stat().st_size
-    digests = {
+    digests: dict[int, list[Callable[..., Any]]] = {
         32: [hashlib.md5],
         40: [functools.partial(hashlib.sha1, header), hashlib.sha1],
         64: [hashlib.sha256, functools.partial(hashlib.sha256, header)],
@@ -93,12 +95,13 @@ def matches(path: Path, etag: str) -> bool:
 
 def listed_hashes(repo_id: str, file: str, kind: str, path: Path) -> list[str] | None:
     """Return the hashes of a file in the listing of its repository; None if there is no listing."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, RepoFile
 
     commit = _repository(path)[1]
     try:
         entries = HfApi().get_paths_info(repo_id, [file], revision=commit, repo_type=kind)
-        hashes = [each.lfs.sha256 if each.lfs else each.blob_id for each in entries]
+        files = [each for each in entries if isinstance(each, RepoFile)]
+        hashes = [each.lfs.sha256 if each.lfs else each.blob_id for each in files]
     except (
         Exception
     ):  # the client raises its own, httpx's and OS errors, and others for odd answers
