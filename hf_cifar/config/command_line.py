@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import numbers
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -233,6 +235,30 @@ def convert(field: dataclasses.Field, words: str | list[str], kind: Any) -> Any:
     return parse_number(flag, word, kind) if kind in (int, float) else word
 
 
+def from_python(config: Any, name: str, value: Any) -> Any:
+    """Return a value for an option of a config object; a number may be given as text, a list as a tuple.
+
+    Raises: UserError for a value of another type.
+    """
+    kind = field_types(type(config))[name]
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if get_origin(kind) is list and isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, str) and kind is not str and get_origin(kind) is not Literal:
+        (field,) = (each for each in dataclasses.fields(config) if each.name == name)
+        return convert(field, [value] if get_origin(kind) is list else value, kind)
+    if value is not None and kind in (int, float):
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or (kind is int and value != int(value)):
+            number = "a whole number" if kind is int else "a number"
+            raise UserError(f"--{name} takes {number}, not {value!r}")
+        return kind(value)
+    if kind is bool and value not in (None, True, False):
+        raise UserError(f"--{name} takes True or False, not {value!r}")
+    return value
+
+
 def parse_number(flag: str, word: str, kind: type) -> float:
     """Raises: UserError for a word that is not a number."""
     try:
@@ -251,6 +277,16 @@ def parse_json(flag: str, word: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{flag} takes a JSON object, not {word!r}")
     return value
+
+
+def require_inherited(names: Iterable[str], ours: Sequence[type]) -> None:
+    """Imports torch. Raises: UserError for a name that is not an option of TrainingArguments."""
+    from transformers import TrainingArguments
+
+    theirs = [each.name for each in dataclasses.fields(TrainingArguments)]
+    for name in names:
+        if name not in theirs:
+            raise unknown_option(f"--{name}", [*theirs, *names_of(ours)])
 
 
 def parse_inherited(tokens: Sequence[str], ours: Sequence[type]) -> dict[str, Any]:

@@ -46,6 +46,12 @@ def model_folder(name: str, revision: str | None, trust_remote_code: bool) -> Pa
     for file in (CONFIG, *PROCESSOR_FILES):
         if (folder / file).is_file():
             _check_values(read_object(folder / file), folder / file, trust_remote_code)
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if module := config.get("module_class"):
+        raise UserError(
+            f"{name} is a {module}, a torch.nn.Module that no config describes; in Python, make one, and "
+            f"load its weights with load_state_dict(safetensors.torch.load_file('{folder / WEIGHTS}'))"
+        )
     return folder
 
 
@@ -58,9 +64,9 @@ def _fetch_model(name: str, revision: str, trust_remote_code: bool) -> Path:
         folder = fetch(name, CONFIG, revision=revision).parent
         commit = folder.name
         for file in PROCESSOR_FILES:
-            _fetch_if_present(name, file, commit)
-        if _fetch_if_present(name, WEIGHTS, commit) is None:
-            index = _fetch_if_present(name, INDEX, commit)
+            fetch_if_present(name, file, commit)
+        if fetch_if_present(name, WEIGHTS, commit) is None:
+            index = fetch_if_present(name, INDEX, commit)
             if index is None:
                 raise UserError(_no_weights(folder, name, commit))
             for shard in _shards(index):
@@ -72,7 +78,8 @@ def _fetch_model(name: str, revision: str, trust_remote_code: bool) -> Path:
     return folder
 
 
-def _fetch_if_present(name: str, file: str, commit: str) -> Path | None:
+def fetch_if_present(name: str, file: str, commit: str) -> Path | None:
+    """Fetch a file of a Hub model; None if the model does not have it."""
     from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
