@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
 from hf_cifar.audit.leakage import find_leakage
+from hf_cifar.config.model import ModelConfig
+from hf_cifar.config.objects import InMemory
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.columns import class_counts
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource, Splits
-from hf_cifar.hub.origin import find_origin
+from hf_cifar.hub.origin import Origin, find_origin
 from hf_cifar.hub.push import Target
 from hf_cifar.models.blocks import describe_trainable
 from hf_cifar.runs.environment import environment
@@ -36,7 +38,7 @@ def known_facts(source: DataSource, config: RunConfig) -> dict[str, Any]:
     model, data, splits = config.model, config.data, source.splits
     return {
         "repo_id": Target.of_run(config.train).repo_id,  # the folder may be renamed
-        "model": asdict(find_origin(str(model.model_name_or_path), "model", model.model_revision)),
+        "model": asdict(origin_of_model(model)),
         "dataset": asdict(find_origin(str(data.dataset_name), "dataset")),
         "split_hash": splits.hash,
         "source_splits": {
@@ -53,6 +55,16 @@ def known_facts(source: DataSource, config: RunConfig) -> dict[str, Any]:
         "leakage": find_leakage(source) if config.train.check_leakage else None,
         "environment": environment(),
     }
+
+
+def origin_of_model(config: ModelConfig) -> Origin:
+    """Return the origin of a run's model; for one in memory, that of the checkpoint it was loaded from."""
+    name = config.model_name_or_path
+    if not isinstance(name, InMemory):
+        return find_origin(name, "model", config.model_revision)
+    model = name.value[0] if isinstance(name.value, tuple) else name.value
+    base = getattr(model, "name_or_path", "")
+    return replace(find_origin(base, "model"), name=str(name)) if base else Origin(str(name))
 
 
 def run_facts(

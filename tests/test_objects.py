@@ -49,7 +49,8 @@ def test_a_name_and_a_data_set_need_no_configuration(data, tiny_vit, tmp_path):
     name = RunConfig.load(tmp_path / "run/config.yaml").data.dataset_name
     assert re.fullmatch("memory/Dataset-[0-9a-f]{16}", name)
     assert json.loads((tmp_path / "run/run.json").read_text())["dataset"]["name"] == name
-    assert name in (tmp_path / "run/README.md").read_text()
+    card = (tmp_path / "run/README.md").read_text()
+    assert f"`{name}`: an object in memory, known by the fingerprint" in card
     assert pipeline("image-classification", model=str(tmp_path / "run"))(data[0]["image"])
 
 
@@ -106,6 +107,9 @@ def test_a_module_is_saved_as_weights(arrays, tmp_path, caplog):
     before = [p.clone() for p in net.parameters()]
     result = finetune_classifier(net, arrays, output_dir=tmp_path / "run", image_size=16, **OPTIONS)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    card = (tmp_path / "run/README.md").read_text()
+    assert "The network is a `torch.nn.modules.container.Sequential`, which no config" in card
+    assert "pipeline(" not in card and "library_name: pytorch" in card
     net.load_state_dict(load_file(tmp_path / "run/model.safetensors"))
     pixels = torch.rand(4, 3, 16, 16)
     with torch.inference_mode():
