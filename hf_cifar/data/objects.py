@@ -70,6 +70,10 @@ def _collected(rows: IterableDataset) -> Dataset:
 def _rows(value: Any, known: Sequence[str] | None = None) -> Dataset:
     """Return one split as a `Dataset`. known: the class names of train."""
     if isinstance(value, Dataset):
+        if value.format["type"] == "custom":
+            logger.warning(
+                "the transform of the Dataset is not used: model and options say how to prepare images"
+            )
         return value.with_format(None)
     if isinstance(value, IterableDataset):
         return _collected(value)
@@ -79,7 +83,7 @@ def _rows(value: Any, known: Sequence[str] | None = None) -> Dataset:
         return _from_columns(value, known)
     if isinstance(value, tuple) and len(value) == 2 and _is_sized(value[0], value[1]):
         return _labelled(*value, known=known)
-    if _is_sized(value) and len(value):
+    if _is_sized(value) and hasattr(value, "__getitem__") and len(value):
         pairs = [value[i] for i in range(len(value))]
         if all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
             images, labels = zip(*pairs, strict=True)
@@ -172,7 +176,7 @@ def _labels(values: Any) -> list[Any]:
     return [[str(i) for i, value in enumerate(row) if value] for row in found]
 
 
-def _encoded(images: Any) -> list[dict[str, Any]]:
+def _encoded(images: Any) -> list[dict[str, Any] | None]:
     """Encode pictures, arrays, files and bytes as cells of an image column."""
     largest = _largest(images) if len(images) and hasattr(images[0], "dtype") else 0.0
     return [_cell(image, largest) for image in images]
@@ -189,7 +193,9 @@ def _largest(images: Any) -> float:
     return max(float(image.max()) for image in images)
 
 
-def _cell(image: Any, largest: float) -> dict[str, Any]:
+def _cell(image: Any, largest: float) -> dict[str, Any] | None:
+    if image is None:
+        return None  # counts as unreadable
     if isinstance(image, Mapping):
         return {"bytes": image.get("bytes"), "path": image.get("path")}
     if isinstance(image, (str, os.PathLike)):

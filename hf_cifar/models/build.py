@@ -169,6 +169,12 @@ def _build_object(
 ) -> tuple[Classifier, set[str]]:
     """Build the classifier of a model in memory, which stays as it is."""
     model, processor = model_and_processor(value)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if frozen and config.freeze == "none":
+        logger.warning(
+            "%s parameters of the model were frozen and train now; pass freeze=... to keep some frozen",
+            f"{frozen:,}",
+        )
     if is_timm(model):
         return wrap_timm(model, config, id2label)
     if not isinstance(model, PreTrainedModel) or not is_known(model):

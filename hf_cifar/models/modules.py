@@ -85,6 +85,7 @@ def wrap_module(
     id2label: dict[int, str],
 ) -> tuple[Classifier, set[str]]:
     """Make a classifier of a copy of a network. Raises: UserError if the size of its input is unknown."""
+    network = getattr(network, "_orig_mod", network)  # of torch.compile
     cls = type(network)
     if processor is None:
         if config.image_size is None:
@@ -101,7 +102,7 @@ def wrap_module(
     labels: dict[str, Any] = {"id2label": id2label, "label2id": label2id(id2label)}
     model = ModuleForImageClassification(
         ModuleConfig(module_class=f"{cls.__module__}.{cls.__qualname__}", **labels),
-        copy.deepcopy(network),
+        copy.deepcopy(network).cpu().float(),
     )
     if config.image_size is not None and config.image_size != native_size(model.config, processor):
         raise UserError(

@@ -127,6 +127,18 @@ def test_a_stream_is_streamed_on_request():
     assert len(splits.validation) == 10 and len(list(splits.train.read(0)))
 
 
+def test_a_transform_is_not_used_and_said_so(caplog):
+    rows = dataset().with_transform(lambda batch: {"image": [0] * len(batch["image"])})
+    splits = load_splits(DataConfig(dataset_name=rows))
+    assert len(splits.train) == 36 and "the transform of the Dataset is not used" in caplog.text
+
+
+def test_a_missing_image_is_skipped_on_request():
+    data = ([None, *PIXELS[1:]], LABELS)
+    splits = load_splits(DataConfig(dataset_name=data, on_bad_image="skip"))
+    assert len(splits.train) + len(splits.validation) == 39
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -136,6 +148,7 @@ def test_a_stream_is_streamed_on_request():
         ((PIXELS.astype(np.int32) * 10, LABELS), "int32 up to .*; pass uint8"),
         ((PIXELS.reshape(40, -1), LABELS), r"an image has the shape \[144\]"),
         (([1, 2], ["a", "b"]), "a int is not an image; pass a datasets.Dataset"),
+        (torch.utils.data.DataLoader(MapStyle()), "a DataLoader is neither a data set nor a model"),
         ([], "a list is not a data set of images; pass a datasets.Dataset"),
         ({"x": PIXELS, "y": [1]}, "the columns have different lengths"),
         ((PIXELS, [None, *LABELS[1:]]), "label"),
@@ -145,5 +158,8 @@ def test_what_is_no_data_set_is_refused(data, words):
     with pytest.raises(UserError, match=words) as caught:
         load_splits(DataConfig(dataset_name=data))
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="is in memory already; leave out streaming"):
-        load_splits(DataConfig(dataset_name=data, streaming=True))
+
+
+def test_what_is_in_memory_is_not_streamed():
+    with pytest.raises(UserError, match="a tuple is in memory already; leave out streaming"):
+        load_splits(DataConfig(dataset_name=(PIXELS, LABELS), streaming=True))

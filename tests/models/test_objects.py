@@ -107,6 +107,16 @@ def test_a_module_is_a_classifier(form, caplog):
     assert "which no config describes" in caplog.text and "load_state_dict" in caplog.text
 
 
+def test_half_precision_and_frozen_parameters_are_changed_with_a_line(caplog):
+    net = Net().half()
+    net.features.requires_grad_(False)
+    model, _ = build(net, image_size=16)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in model.parameters())
+    assert "120 parameters of the model were frozen and train now" in caplog.text
+    assert net.classifier.weight.dtype == torch.float16 and not net.features[0].weight.requires_grad
+
+
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [
