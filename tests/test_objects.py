@@ -14,12 +14,16 @@ from transformers import AutoModelForImageClassification, pipeline
 from hf_cifar import (
     DataConfig,
     EvaluateConfig,
+    PredictConfig,
     RunConfig,
     UserError,
     evaluate_saved,
     finetune_classifier,
+    load_classifier,
+    predict_files,
 )
 from hf_cifar.cli import main
+from hf_cifar.config.objects import named
 
 OPTIONS = {
     "use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 8, "learning_rate": 5e-3,
@@ -97,6 +101,22 @@ def test_what_a_file_cannot_repeat_is_said_in_one_line(data, tiny_vit, tmp_path,
     )
     again = evaluate_saved(config, DataConfig(dataset_name=data))
     assert again.metrics["num_images"] == 8
+
+
+def test_a_model_in_memory_is_evaluated_and_predicts(data, stripes, tiny_vit, tmp_path):
+    result = finetune_classifier(tiny_vit, data, output_dir=tmp_path / "run", **OPTIONS)
+    model = (result.model, result.image_processor)
+    config = EvaluateConfig(model_name_or_path=model, use_cpu=True)
+    again = evaluate_saved(config, DataConfig(dataset_name=data))
+    assert again.metrics["accuracy"] == result.metrics["validation"]["accuracy"]
+    image = str(next((stripes / "test").rglob("*.png")))
+    by_object, by_name = (
+        next(predict_files(PredictConfig(model_name_or_path=each, use_cpu=True), [image]))
+        for each in (model, str(tmp_path / "run"))
+    )
+    assert by_object == by_name
+    with pytest.raises(UserError, match="a Linear alone has no labels or no image processor"):
+        load_classifier(named(torch.nn.Linear(2, 2)))
 
 
 def test_a_module_is_saved_as_weights(arrays, tmp_path, caplog):

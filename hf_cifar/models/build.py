@@ -32,7 +32,13 @@ from hf_cifar.models.guards import check_forward, check_labels, library_errors, 
 from hf_cifar.models.heads import head_parameter_names, reset_head, zero_head
 from hf_cifar.models.modules import wrap_module
 from hf_cifar.models.names import check_model_name
-from hf_cifar.models.objects import is_known, is_timm, model_and_processor, save_object
+from hf_cifar.models.objects import (
+    finished_object,
+    is_known,
+    is_timm,
+    model_and_processor,
+    save_object,
+)
 from hf_cifar.models.problem_type import set_problem
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
 from hf_cifar.models.resizing import native_size, resize_transformers
@@ -87,11 +93,13 @@ def build_model(
 def load_classifier(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Classifier:
-    """Load a saved fine-tuned model for evaluation and prediction.
+    """Load a saved fine-tuned model for evaluation and prediction; of one in memory, make a copy.
 
     Raises: UserError for a missing or damaged model.
     """
     check_model_name(name, revision, trust_remote_code=trust_remote_code)
+    if isinstance(name, InMemory):
+        return finished_object(name.value)
     with library_errors(name):
         folder = model_folder(name, revision, trust_remote_code)
         config = _read_config(folder, trust_remote_code)

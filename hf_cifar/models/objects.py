@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, BaseImageProcessor, Pr
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import looks_like_path
-from hf_cifar.models.classifier import label2id
+from hf_cifar.models.classifier import Classifier, label2id
 from hf_cifar.models.files import PROCESSOR_FILES, fetch_if_present
 from hf_cifar.models.processor import plain_processor
 
@@ -30,6 +30,17 @@ def model_and_processor(value: Any) -> tuple[nn.Module, BaseImageProcessor | Non
             "torch.nn.Module, alone or as (model, image_processor)"
         )
     return model, processor
+
+
+def finished_object(value: Any) -> Classifier:
+    """Return a copy of a fine-tuned model in memory. Raises: UserError without labels or image processor."""
+    model, processor = model_and_processor(value)
+    if not isinstance(model, PreTrainedModel) or processor is None:
+        raise UserError(
+            f"a {type(model).__name__} alone has no labels or no image processor; pass (model, "
+            "image_processor) with a transformers model, as finetune_classifier returns"
+        )
+    return Classifier(copy.deepcopy(model).cpu(), processor)
 
 
 def is_timm(model: nn.Module) -> bool:
