@@ -50,13 +50,17 @@ class RunResult:
     image_processor: Any
 
 
-def finetune_classifier(config: RunConfig, source: DataSource | None = None) -> RunResult:
+def finetune_classifier(model: Any = None, dataset: Any = None, **options: Any) -> RunResult:
     """Fine-tune, evaluate and save a classifier; README lists the files in `output_dir`.
 
-    source: the data of `config.data`, if already open.
+    model: a name or path, a transformers or timm model, a torch.nn.Module that returns logits, or
+    (model, image_processor); or a `RunConfig`, with all options. dataset: a name or path, a
+    datasets.Dataset or DatasetDict, a pandas.DataFrame, (images, labels), a dict of columns or of splits, a
+    list of (image, label); or a `DataSource`, if already open. Given objects stay as they are. options: any
+    option by its name, see docs/options.md.
     Raises: UserError before anything is written, for options or data that cannot work.
     """
-    source = source or DataSource(config.data)
+    config, source = requested(model, dataset, options)
     check_request(config, source)
     set_seed(config.train.seed)
     splits = source.splits  # train and validation; test is not read yet
@@ -98,6 +102,19 @@ def prepare_images(
         kind=data.pixel_store, on_bad_image=data.on_bad_image, device=device,
     )  # fmt: skip
     return splits, test
+
+
+def requested(model: Any, dataset: Any, options: dict[str, Any]) -> tuple[RunConfig, DataSource]:
+    """Return the options and the data of a call of `finetune_classifier`."""
+    config = model if isinstance(model, RunConfig) else RunConfig()
+    if not isinstance(model, (RunConfig, type(None))):
+        options = {"model_name_or_path": model, **options}
+    if isinstance(dataset, DataSource):
+        return config.with_options(**options), dataset
+    if dataset is not None:
+        options = {"dataset_name": dataset, **options}
+    config = config.with_options(**options)
+    return config, DataSource(config.data)
 
 
 @contextlib.contextmanager

@@ -109,5 +109,6 @@ def draft_card(config: RunConfig, model: PreTrainedModel, known: dict[str, Any])
         run=known,
         metrics={name: {"num_images": 0, "accuracy": 0.0} for name in names},
         class_names=list(model.config.id2label.values()),
+        module_class=getattr(model.config, "module_class", ""),
     )
     return render_card(facts)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
 from hf_cifar.audit.leakage import find_leakage
+from hf_cifar.config.model import ModelConfig
+from hf_cifar.config.objects import InMemory
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.columns import class_counts
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import Splits
-from hf_cifar.hub.origin import find_origin
+from hf_cifar.hub.origin import Origin, find_origin
 from hf_cifar.hub.push import Target
 from hf_cifar.models.blocks import describe_trainable
 from hf_cifar.runs.environment import environment
@@ -40,8 +42,8 @@ def known_facts(splits: Splits, test: Split | None, config: RunConfig) -> dict[s
     value_range = splits.validation.pixels.value_range
     return {
         "repo_id": Target.of_run(config.train).repo_id,  # the folder may be renamed
-        "model": asdict(find_origin(model.model_name_or_path, "model", model.model_revision)),
-        "dataset": asdict(find_origin(data.dataset_name, "dataset")),
+        "model": asdict(origin_of_model(model)),
+        "dataset": asdict(find_origin(str(data.dataset_name), "dataset")),
         "split_hash": splits.hash,
         "source_splits": {
             "train": splits.train.source_split,
@@ -65,6 +67,16 @@ def skipped_rows(splits: Splits) -> dict[str, list[int]]:
             rows = sorted({*split.skipped.tolist(), *during.tolist()})
             found |= {split.name: rows} if rows else {}
     return found
+
+
+def origin_of_model(config: ModelConfig) -> Origin:
+    """Return the origin of a run's model; for one in memory, that of the checkpoint it was loaded from."""
+    name = config.model_name_or_path
+    if not isinstance(name, InMemory):
+        return find_origin(name, "model", config.model_revision)
+    model = name.value[0] if isinstance(name.value, tuple) else name.value
+    base = getattr(model, "name_or_path", "")
+    return replace(find_origin(base, "model"), name=str(name)) if base else Origin(str(name))
 
 
 def run_facts(

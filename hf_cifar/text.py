@@ -28,10 +28,7 @@ def listed(values: Iterable[Any], limit: int | None = None) -> str:
 
 def nearest(name: str, known: Iterable[str], similarity: float = 0.5) -> str | None:
     """Return the known name that is most similar to a misspelled one, or None. similarity: 0..1."""
-    known = list(known)
-    # --model is short for --model_name_or_path, --dataset for --dataset_name.
-    longer = [other for other in known if other.startswith((f"{name}_name", f"{name}_rate"))]
-    return next(iter(longer or difflib.get_close_matches(name, known, 1, similarity)), None)
+    return next(iter(difflib.get_close_matches(name, list(known), 1, similarity)), None)
 
 
 def nearest_hint(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -68,9 +69,10 @@ class Hub:
 
     refused: (action, repo id) -> HTTP status. faults: (action, repo id) -> statuses or DROP, one for each
     request until none is left. Actions: whoami and validate, which name no repo (""), write, create, branch,
-    preupload, lfs, upload, commit, and answer, which fails after the commit; info and download, of a
-    path after the repo id. A fault of None lets one request pass. refused_cards: model names
-    that validate rejects. requests: the log of requests.
+    preupload, lfs, upload, commit, and answer, which fails after the commit; info, listing, and download, of
+    a path after the repo id. A fault of None lets one request pass. refused_cards: model names
+    that validate rejects. etag: a mirror's ETag of a content, quotes included; None for the Hub's.
+    requests: the log of requests.
     """
 
     def __init__(self) -> None:
@@ -79,6 +81,7 @@ class Hub:
         self.refused: dict[tuple[str, str], int] = {}
         self.faults: dict[tuple[str, str], list[int | str | None]] = {}
         self.refused_cards: set[str] = set()
+        self.etag: Callable[[bytes], str] | None = None
         self.requests: list[str] = []
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -163,7 +166,9 @@ class Handler(BaseHTTPRequestHandler):
                 )
         elif found := re.fullmatch(r"/api/(\w+)/(.+)/paths-info/([^/]+)", path):
             form = parse_qs(body.decode())
-            if repo := self.repo(found[1], found[2]):
+            if self.fails("listing", found[2]):
+                pass
+            elif repo := self.repo(found[1], found[2]):
                 self.answer([repo.entry(p) for p in form.get("paths", []) if p in repo.files])
         elif not self.authorised():
             return
@@ -278,7 +283,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"error": "Entry not found"}, 404, headers)
             return
         headers = {
-            "ETag": f'"{repo.oid(path)}"',
+            "ETag": self.hub.etag(repo.files[path]) if self.hub.etag else f'"{repo.oid(path)}"',
             "X-Repo-Commit": repo.sha,
             "Accept-Ranges": "bytes",
         }

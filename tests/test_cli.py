@@ -173,7 +173,7 @@ LAST = ["--resume_from_checkpoint", "last"]
 BAD = {
     "command": (["tune"], "unknown command 'tune'"),
     "option": (["finetune", "--learning_rat", "1"], "nearest: --learning_rate"),
-    "short option": (["finetune", "--model", "x"], "nearest: --model_name_or_path"),
+    "short option": (["finetune", "--model", "x"], "--model: pass --model_name_or_path"),
     "recipe": (["finetune", "--recipe", "quikstart"], "nearest: quickstart"),
     "recipe shown": (["recipes", "nope"], "unknown recipe 'nope'"),
     "config": (["finetune", "--config", "none.yaml"], "no file none.yaml"),

@@ -9,10 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import numbers
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from hf_cifar.config.fields import field_names, field_types
+from hf_cifar.config.other_tools import instead
 from hf_cifar.errors import UserError
 from hf_cifar.text import nearest, nearest_hint, one_line
 
@@ -74,23 +78,47 @@ def wants_help(tokens: Sequence[str]) -> bool:
     return "-h" in tokens or "--help" in tokens
 
 
-def refuse_options(rest: Iterable[str], classes: Sequence[type]) -> None:
-    """Raises: UserError for an unknown option among the tokens left over by `parse`; names the nearest."""
+def refuse_options(rest: Sequence[str], classes: Sequence[type]) -> None:
+    """Raises: UserError for an unknown option among the tokens left over by `parse`; says what to pass
+    instead, or names the nearest."""
+    known = names_of(classes)
+    refuse_names_of_other_tools(rest, known)
     for token in rest:
         if token.startswith("--"):
-            raise unknown_option(token, names_of(classes))
+            raise unknown_option(token, known)
 
 
-def refuse_early(rest: Iterable[str], classes: Sequence[type]) -> None:
-    """Raises: UserError for a misspelled option of ours among the tokens left over by `parse`, or one without
-    effect. Other mistakes show when transformers' options are read, which takes seconds."""
+def refuse_early(rest: Sequence[str], classes: Sequence[type]) -> None:
+    """Raises: UserError for a misspelled option of ours among the tokens left over by `parse`, one of
+    another tool, or one without effect. Other mistakes show when transformers' options are read, which takes
+    seconds."""
     known = names_of(classes)
+    refuse_names_of_other_tools(rest)
     for token in rest:
         name = token[2:].partition("=")[0] if token.startswith("--") else ""
         if name.removeprefix("no_") in WITHOUT_EFFECT:
             raise UserError(f"--{name} has no effect here; leave it out")
         if name and nearest(name, known, MISSPELLED):
             raise unknown_option(token, known)
+
+
+def refuse_names_of_other_tools(rest: Sequence[str], known: Sequence[str] | None = None) -> None:
+    """Raises: UserError that says, for all options of other tools at once, what to pass instead.
+
+    known: the options of the command; None for finetune. `-b 64` is understood too, and in finetune, where
+    no file names follow, `batch=64`.
+    """
+    found = {}
+    for before, token in zip(["", *rest], rest, strict=False):
+        flag, equals, _ = token.partition("=")
+        is_word = not flag.startswith("-")
+        if is_word and (not equals or before.startswith("-") or known is not None):
+            continue
+        if advice := instead(flag.lstrip("-+"), known):
+            found[flag] = advice
+    if found:
+        advice = "; ".join(f"{flag}: {advice}" for flag, advice in found.items())
+        raise UserError(f"unknown option{'s' * (len(found) > 1)} {advice}")
 
 
 def names_of(classes: Sequence[type]) -> list[str]:
@@ -100,6 +128,10 @@ def names_of(classes: Sequence[type]) -> list[str]:
 
 def unexpected_argument(token: str) -> UserError:
     """Return the error for a word that belongs to no option."""
+    if Path(token).is_dir():
+        return UserError(
+            f"unexpected argument {token!r}; pass a folder of images as --dataset_name {token}"
+        )
     return UserError(f"unexpected argument {token!r}; options start with --, see --help")
 
 
@@ -203,6 +235,30 @@ def convert(field: dataclasses.Field, words: str | list[str], kind: Any) -> Any:
     return parse_number(flag, word, kind) if kind in (int, float) else word
 
 
+def from_python(config: Any, name: str, value: Any) -> Any:
+    """Return a value for an option of a config object; a number may be given as text, a list as a tuple.
+
+    Raises: UserError for a value of another type.
+    """
+    kind = field_types(type(config))[name]
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if get_origin(kind) is list and isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, str) and kind is not str and get_origin(kind) is not Literal:
+        (field,) = (each for each in dataclasses.fields(config) if each.name == name)
+        return convert(field, [value] if get_origin(kind) is list else value, kind)
+    if value is not None and kind in (int, float):
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or (kind is int and value != int(value)):
+            number = "a whole number" if kind is int else "a number"
+            raise UserError(f"--{name} takes {number}, not {value!r}")
+        return kind(value)
+    if kind is bool and value not in (None, True, False):
+        raise UserError(f"--{name} takes True or False, not {value!r}")
+    return value
+
+
 def parse_number(flag: str, word: str, kind: type) -> float:
     """Raises: UserError for a word that is not a number."""
     try:
@@ -221,6 +277,16 @@ def parse_json(flag: str, word: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{flag} takes a JSON object, not {word!r}")
     return value
+
+
+def require_inherited(names: Iterable[str], ours: Sequence[type]) -> None:
+    """Imports torch. Raises: UserError for a name that is not an option of TrainingArguments."""
+    from transformers import TrainingArguments
+
+    theirs = [each.name for each in dataclasses.fields(TrainingArguments)]
+    for name in names:
+        if name not in theirs:
+            raise unknown_option(f"--{name}", [*theirs, *names_of(ours)])
 
 
 def parse_inherited(tokens: Sequence[str], ours: Sequence[type]) -> dict[str, Any]:

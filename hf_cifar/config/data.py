@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_cifar.config.fields import check_fields, option
+from hf_cifar.config.objects import named
 from hf_cifar.errors import UserError
 
 MAX_IMAGE_PIXELS = 8192 * 8192
@@ -43,7 +44,10 @@ class ValueRange:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images and labels to use, and how they are split."""
+    """Which images and labels to use, and how they are split.
+
+    In Python, `dataset_name` may be the data set itself, see `data.objects`.
+    """
 
     _argument_group_name = "data"
 
@@ -110,6 +114,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset_name", named(self.dataset_name))
         check_fields(self)
         if not 0 < self.train_val_split < 1:
             raise UserError(

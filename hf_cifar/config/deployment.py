@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 from hf_cifar.config.data import MAX_IMAGE_PIXELS, PILLOW_PIXELS
 from hf_cifar.config.fields import check_fields, option, refuse_both_formats
+from hf_cifar.config.objects import named
 from hf_cifar.errors import UserError
 
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Which saved model to classify with, and how."""
+    """Which saved model to classify with, and how.
+
+    In Python, `model_name_or_path` may be (model, image_processor), as in a `RunResult`.
+    """
 
     _argument_group_name = "prediction"
 
@@ -36,6 +40,7 @@ class PredictConfig:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model_name_or_path", named(self.model_name_or_path))
         check_fields(self)
         refuse_both_formats(self)
 

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_cifar.config.fields import check_fields, option, refuse_both_formats
+from hf_cifar.config.objects import named
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Which saved model to evaluate, and on which split."""
+    """Which saved model to evaluate, and on which split.
+
+    In Python, `model_name_or_path` may be (model, image_processor), as in a `RunResult`.
+    """
 
     _argument_group_name = "evaluation"
 
@@ -44,6 +48,7 @@ class EvaluateConfig:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model_name_or_path", named(self.model_name_or_path))
         check_fields(self)
         refuse_both_formats(self)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_cifar.config.fields import check_fields, option
+from hf_cifar.config.objects import named
 from hf_cifar.errors import UserError
 
 SCRATCH, BUNDLED = "scratch/", "bundled/"
@@ -13,7 +14,11 @@ SCRATCH, BUNDLED = "scratch/", "bundled/"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which pretrained model to start from."""
+    """Which pretrained model to start from.
+
+    In Python, `model_name_or_path` may be the model itself, or
+    (model, image_processor), see `models.objects`.
+    """
 
     _argument_group_name = "model"
 
@@ -43,6 +48,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model_name_or_path", named(self.model_name_or_path))
         check_fields(self)
         if self.freeze not in ("none", "backbone") and not self.freeze.isdigit():
             raise UserError(

@@ -43,7 +43,7 @@ def yaml_tokens(text: str | bytes, source: str) -> list[str]:
         )
     tokens = []
     for name, value in values.items():
-        if not str(name).isidentifier():
+        if not str(name).replace("-", "_").isidentifier():
             raise UserError(f"{source}: {name!r} is not the name of an option")
         if value is None or value == []:
             continue

@@ -12,8 +12,15 @@ from typing import Any
 import yaml
 
 from hf_cifar.config.augmentation import AugmentConfig
-from hf_cifar.config.command_line import parse, parse_inherited, refuse_early
+from hf_cifar.config.command_line import (
+    from_python,
+    parse,
+    parse_inherited,
+    refuse_early,
+    require_inherited,
+)
 from hf_cifar.config.data import DataConfig
+from hf_cifar.config.fields import field_names
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.recipes import expand_tokens
 from hf_cifar.config.training import TrainingConfig
@@ -47,6 +54,30 @@ class RunConfig:
         return cls(data, augment, model, train, trainer)
 
     @classmethod
+    def of(cls, **options: Any) -> RunConfig:
+        """Make a configuration of options by name; values may be objects, see `with_options`."""
+        return cls().with_options(**options)
+
+    def with_options(self, **options: Any) -> RunConfig:
+        """Return a copy with these options replaced, ours and those of TrainingArguments, by name.
+
+        Imports torch only if there are options of TrainingArguments that are not ours.
+        Raises: UserError for an unknown option or a bad value.
+        """
+        parts: dict[str, Any] = {
+            "data": self.data, "augment": self.augment, "model": self.model, "train": self.train,
+        }  # fmt: skip
+        rest = dict(options)
+        for part, config in parts.items():
+            names = [name for name in field_names(type(config)) if name in rest]
+            values = {name: from_python(config, name, rest.pop(name)) for name in names}
+            parts[part] = dataclasses.replace(config, **values)
+        if rest:
+            refuse_early([f"--{name}" for name in rest], CONFIGS)
+            require_inherited(rest, CONFIGS)
+        return RunConfig(**parts, trainer={**self.trainer, **rest})
+
+    @classmethod
     def load(cls, path: str | Path) -> RunConfig:
         """Read a file of `to_yaml`."""
         return cls.parse(["--config", str(path)])
@@ -75,6 +106,8 @@ def _plain(value: Any) -> Any:
     """Return the value in a form that YAML and a command line can represent."""
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, str):
+        return str(value)  # of an object in memory, its name
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value):

@@ -18,8 +18,10 @@ from datasets import DatasetDict, IterableDatasetDict
 from huggingface_hub.errors import EntryNotFoundError
 
 from hf_cifar.config.data import DataConfig
+from hf_cifar.config.objects import InMemory, require_object
 from hf_cifar.data.columns import standard_columns
 from hf_cifar.data.folders import from_pixels, load_local, refuse_configuration, refuse_streaming
+from hf_cifar.data.objects import open_object
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.hub.fetch import fetch
@@ -55,6 +57,10 @@ def open_data_set(config: DataConfig, streaming: bool = False) -> DatasetDict | 
     Raises: UserError for an unknown data set, no network, or a source that cannot be streamed.
     """
     name = config.dataset_name
+    if isinstance(name, InMemory):
+        refuse_configuration(config)
+        return open_object(name.value, streaming)
+    require_object(name, "data set")
     if name.startswith(BUNDLED):
         refuse_configuration(config)
         refuse_streaming(name, streaming)

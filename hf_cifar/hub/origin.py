@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import metadata_load
 
 from hf_cifar.config.model import SCRATCH
+from hf_cifar.config.objects import MEMORY
 from hf_cifar.hub.fetch import fetch
 from hf_cifar.hub.reach import looks_like_path
 
@@ -93,7 +94,7 @@ def find_origin(name: str, kind: str, revision: str | None = None) -> Origin:
     """
     if name in BUNDLED_ORIGINS:
         return BUNDLED_ORIGINS[name]
-    if name.startswith(SCRATCH):
+    if name.startswith((SCRATCH, MEMORY)):
         return Origin(name)
     hub_id = None if looks_like_path(name) else name
     card = _find_file(name, "README.md", kind, revision)

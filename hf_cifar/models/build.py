@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import (
 
 from hf_cifar.config.data import ValueRange
 from hf_cifar.config.model import BUNDLED, SCRATCH, ModelConfig
+from hf_cifar.config.objects import InMemory
 from hf_cifar.models.article import (
     ArticleCNNConfig,
     ArticleCNNForImageClassification,
@@ -28,11 +31,25 @@ from hf_cifar.models.classifier import Classifier, label2id
 from hf_cifar.models.files import count_weights, model_folder
 from hf_cifar.models.guards import check_forward, check_labels, library_errors, limit_model_size
 from hf_cifar.models.heads import head_parameter_names, reset_head, zero_head
+from hf_cifar.models.modules import wrap_module
 from hf_cifar.models.names import check_model_name
+from hf_cifar.models.objects import (
+    finished_object,
+    is_known,
+    is_timm,
+    model_and_processor,
+    save_object,
+)
 from hf_cifar.models.problem_type import set_problem
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
 from hf_cifar.models.resizing import native_size, resize_transformers
-from hf_cifar.models.timm_models import build_bundled, build_timm, reset_timm_head, resize_timm
+from hf_cifar.models.timm_models import (
+    build_bundled,
+    build_timm,
+    reset_timm_head,
+    resize_timm,
+    wrap_timm,
+)
 from hf_cifar.models.value_range import set_value_range
 from hf_cifar.text import listed
 
@@ -61,7 +78,9 @@ def build_model(
     name = config.model_name_or_path
     check_model_name(name, config.model_revision, trust_remote_code=config.trust_remote_code)
     with library_errors(name):
-        if name.startswith(SCRATCH):
+        if isinstance(name, InMemory):
+            classifier, new = _build_object(name.value, config, id2label)
+        elif name.startswith(SCRATCH):
             classifier, new = _build_scratch(name.removeprefix(SCRATCH), config, id2label)
         elif name.startswith(BUNDLED):
             classifier, new = build_bundled(config, id2label)
@@ -81,11 +100,13 @@ def build_model(
 def load_classifier(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Classifier:
-    """Load a saved fine-tuned model for evaluation and prediction.
+    """Load a saved fine-tuned model for evaluation and prediction; of one in memory, make a copy.
 
     Raises: UserError for a missing or damaged model.
     """
     check_model_name(name, revision, trust_remote_code=trust_remote_code)
+    if isinstance(name, InMemory):
+        return finished_object(name.value)
     with library_errors(name):
         folder = model_folder(name, revision, trust_remote_code)
         config = _read_config(folder, trust_remote_code)
@@ -158,6 +179,27 @@ def _load_pretrained(config: ModelConfig, id2label: dict[int, str]) -> tuple[Cla
     return Classifier(model, transformers_processor(processor, size, config.resize_mode)), new
 
 
+def _build_object(
+    value: Any, config: ModelConfig, id2label: dict[int, str]
+) -> tuple[Classifier, set[str]]:
+    """Build the classifier of a model in memory, which stays as it is."""
+    model, processor = model_and_processor(value)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if frozen and config.freeze == "none":
+        logger.warning(
+            "%s parameters of the model were frozen and train now; pass freeze=... to keep some frozen",
+            f"{frozen:,}",
+        )
+    if is_timm(model):
+        return wrap_timm(model, config, id2label)
+    if not isinstance(model, PreTrainedModel) or not is_known(model):
+        return wrap_module(model, processor, config, id2label)
+    with tempfile.TemporaryDirectory() as folder:
+        save_object(model, processor, config, id2label, Path(folder))
+        saved = dataclasses.replace(config, model_name_or_path=folder, model_revision=None)
+        return _load_pretrained(saved, id2label)
+
+
 def _build_scratch(
     name: str, config: ModelConfig, id2label: dict[int, str]
 ) -> tuple[Classifier, set[str]]:
@@ -175,6 +217,8 @@ def _log_summary(name: str, model: PreTrainedModel, new: set[str]) -> None:
     tensors = len(model.state_dict())
     if len(new) >= tensors:
         logger.info("%s: all %d tensors are newly initialised", name, tensors)
+    elif not new:
+        logger.info("%s: all %d tensors kept", name, tensors)
     else:
         logger.info(
             "%s: %d tensors kept, %d newly initialised (%s)",

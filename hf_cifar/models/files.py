@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,19 @@ from hf_cifar.errors import UserError
 from hf_cifar.hub.fetch import fetch
 from hf_cifar.hub.reach import looks_like_path, require_network
 from hf_cifar.models.names import check_code_is_pinned, hub_errors
+from hf_cifar.text import listed
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+PICKLE, PICKLES = "pytorch_model.bin", "pytorch_model*.bin"  # whole, or in shards
+OTHER_WEIGHTS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
+# Tensors that share memory are copied, as the format demands. A shell does not change it in double quotes.
+CONVERSION = (
+    "import sys, pathlib, torch; from safetensors.torch import save_file; f = pathlib.Path(sys.argv[1]); "
+    "save_file({k: v.contiguous().clone() for p in sorted(f.glob('pytorch_model*.bin')) for k, v in "
+    "torch.load(p, map_location='cpu', weights_only=True).items()}, f / 'model.safetensors', "
+    "{'format': 'pt'})"
+)
 MAX_NUMBER = 2**18  # far above any width, depth or number of classes of an image classifier
 
 
@@ -33,6 +46,12 @@ def model_folder(name: str, revision: str | None, trust_remote_code: bool) -> Pa
     for file in (CONFIG, *PROCESSOR_FILES):
         if (folder / file).is_file():
             _check_values(read_object(folder / file), folder / file, trust_remote_code)
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if module := config.get("module_class"):
+        raise UserError(
+            f"{name} is a {module}, a torch.nn.Module that no config describes; in Python, make one, and "
+            f"load its weights with load_state_dict(safetensors.torch.load_file('{folder / WEIGHTS}'))"
+        )
     return folder
 
 
@@ -45,11 +64,11 @@ def _fetch_model(name: str, revision: str, trust_remote_code: bool) -> Path:
         folder = fetch(name, CONFIG, revision=revision).parent
         commit = folder.name
         for file in PROCESSOR_FILES:
-            _fetch_if_present(name, file, commit)
-        if _fetch_if_present(name, WEIGHTS, commit) is None:
-            index = _fetch_if_present(name, INDEX, commit)
+            fetch_if_present(name, file, commit)
+        if fetch_if_present(name, WEIGHTS, commit) is None:
+            index = fetch_if_present(name, INDEX, commit)
             if index is None:
-                raise UserError(_no_weights(name))
+                raise UserError(_no_weights(folder, name, commit))
             for shard in _shards(index):
                 fetch(name, shard, revision=commit)
         if trust_remote_code:
@@ -59,7 +78,8 @@ def _fetch_model(name: str, revision: str, trust_remote_code: bool) -> Path:
     return folder
 
 
-def _fetch_if_present(name: str, file: str, commit: str) -> Path | None:
+def fetch_if_present(name: str, file: str, commit: str) -> Path | None:
+    """Fetch a file of a Hub model; None if the model does not have it."""
     from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -76,7 +96,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise UserError(_no_weights(str(folder)))
+        raise UserError(_no_weights(folder))
     return [folder / shard for shard in _shards(folder / INDEX)]
 
 
@@ -93,20 +113,61 @@ def count_weights(folder: Path) -> int:
     return count
 
 
-def _no_weights(where: str) -> str:
-    return (
-        f"no file named {WEIGHTS} in {where}; a pytorch_model.bin is not read, because it is a pickle, which "
-        "can run any code: convert it, or pass a --model_revision that has it (often refs/pr/N on the Hub)"
-    )
+def _no_weights(folder: Path, name: str = "", commit: str = "") -> str:
+    """Explain that a model has no safetensors file, and how to make one from a pickle if there is one.
+
+    folder: of the model, in the cache if it is `name` on the Hub, at `commit`.
+    """
+    from huggingface_hub import constants
+
+    problem = f"no file named {WEIGHTS} in {name or folder}"
+    elsewhere = ", or pass a --model_revision that has it (often refs/pr/N)" if name else ""
+    if missing := _missing_shards(folder):
+        return (
+            f"{problem}, and {PICKLE}.index.json lists {listed(missing, 3)}, which is missing too"
+        )
+    if any(folder.glob(PICKLES)):
+        return (
+            f"{problem}, only a pickle, which can run any code and is not read; convert it with: "
+            f"{_conversion(folder)}{elsewhere}"
+        )
+    if name and not constants.HF_HUB_OFFLINE:
+        fetch_first = f"hf download {name} --revision {commit} --include '{PICKLES}'"
+        return (
+            f"{problem}; a {PICKLE} is a pickle, which can run any code and is not read; convert it with: "
+            f"{fetch_first} && {_conversion(folder)}{elsewhere}"
+        )
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in OTHER_WEIGHTS)
+    found = f"; found {listed(others, 3)}, which is not read" if others else ""
+    return f"{problem}{found}; save the model with save_pretrained{elsewhere}"
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    """Names of the pickled shards that an index lists and the folder lacks."""
+    index = folder / f"{PICKLE}.index.json"
+    names = _listed(index) if index.is_file() else []
+    return [name for name in names if not (folder / name).is_file()]
+
+
+def _conversion(folder: Path) -> str:
+    """A shell command that converts the pickled weights in a folder to safetensors, without running any code
+    that they may hold."""
+    quoted = shlex.quote if os.name == "posix" else lambda path: subprocess.list2cmdline([path])
+    return f'python -c "{CONVERSION}" {quoted(str(folder.absolute()))}'
 
 
 def _shards(index: Path) -> list[str]:
     """Names of the files in an index. Raises: UserError for other files than safetensors next to it."""
-    listed = read_object(index).get("weight_map")
-    names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
+    names = _listed(index)
     if not names or any(Path(n).name != n or not n.endswith(".safetensors") for n in names):
         raise UserError(f"{index} must list only .safetensors files in its own folder; fix it")
     return names
+
+
+def _listed(index: Path) -> list[str]:
+    """Names of the files in an index of shards."""
+    shards = read_object(index).get("weight_map")
+    return sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
 
 
 def read_object(path: Path) -> dict[str, Any]:

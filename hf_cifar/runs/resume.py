@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_cifar.config.objects import kind_of
 from hf_cifar.config.run import CONFIGS, RunConfig
 from hf_cifar.config.training import TrainingConfig
 from hf_cifar.errors import UserError
@@ -80,6 +81,8 @@ def check_same_run(folder: Path, config: RunConfig) -> list[str]:
         left_open = value == "auto" or (
             name == "torch_compile" and config.train.precision == "auto"
         )
+        if name == "model_name_or_path" and kind_of(str(value)) == kind_of(str(before)):
+            continue  # the weights of a model in memory come from the checkpoint
         if value == before or left_open or (before is None and _is_inherited_default(name, value)):
             continue
         if not _may_change(name, fields, config):

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_cifar.config.metrics import shown
+from hf_cifar.config.objects import require_object
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import DataSource, prepare_splits
 from hf_cifar.errors import UserError
@@ -53,6 +54,8 @@ def reproduce_run(
     RunFolder(folder).require_finished()
     facts = RunFolder(folder).facts()
     config = config_of_rerun(folder, Path(output_dir), facts)
+    require_object(config.data.dataset_name, "data set")
+    require_object(config.model.model_name_or_path, "model")
     source = DataSource(config.data)
     with original_conditions(facts):
         num_processes = start_processes(config).count
