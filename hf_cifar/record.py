@@ -38,6 +38,7 @@ def known_facts(source: DataSource, config: RunConfig) -> dict[str, Any]:
         "repo_id": Target.of_run(config.train).repo_id,  # the folder may be renamed
         "model": asdict(find_origin(model.model_name_or_path, "model", model.model_revision)),
         "dataset": asdict(find_origin(data.dataset_name, "dataset")),
+        "source": source.facts,
         "split_hash": splits.hash,
         "source_splits": {
             "train": splits.train.source_split,

@@ -16,6 +16,7 @@ from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.model import BUNDLED, SCRATCH
 from hf_cifar.errors import UserError
 from hf_cifar.models.names import check_model_name
+from hf_cifar.runs.processes import is_main_process
 
 if TYPE_CHECKING:
     from hf_cifar.data.splits import DataSource
@@ -79,6 +80,7 @@ def check_images(data: DataConfig, splits: Sequence[str]) -> DataSource:
     from hf_cifar.data.split import require_readable
     from hf_cifar.data.splits import DataSource
 
+    show_notes(is_main_process())
     source = DataSource(data)
     parts = [
         source.test_split if name == "test" else getattr(source.splits, name) for name in splits
@@ -98,4 +100,9 @@ def quieten(main_process: bool) -> None:
     datasets.logging.set_verbosity_error()
     # It reports its search for CUDA.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    show_notes(main_process)
+
+
+def show_notes(main_process: bool) -> None:
+    """Let this package print its one-line notes, in the main process only."""
     logging.getLogger("hf_cifar").setLevel(logging.INFO if main_process else logging.ERROR)

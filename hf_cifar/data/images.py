@@ -7,7 +7,6 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -146,12 +145,3 @@ def pnm_bytes(pixels: np.ndarray) -> bytes:
     """
     kind = b"P6" if pixels.ndim == 3 else b"P5"
     return b"%s %d %d 255\n" % (kind, pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """List the files below `folder` whose extension Pillow can open, sorted."""
-    known = set(_formats())
-    extensions = {ext for ext, form in Image.registered_extensions().items() if form in known}
-    return sorted(
-        p for p in Path(folder).rglob("*") if p.suffix.lower() in extensions and p.is_file()
-    )

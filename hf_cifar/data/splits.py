@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -15,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.columns import class_counts, class_label, label_array
 from hf_cifar.data.pixels import Pixels
-from hf_cifar.data.sources import load_source
+from hf_cifar.data.sources import Source, read_source
 from hf_cifar.data.split import Split, find_faults, render_rows, subset
 from hf_cifar.data.stratify import stratified, subsample
 from hf_cifar.data.streams import Stream, collect, load_streams, num_rows, require_every_class
@@ -82,7 +83,24 @@ class DataSource:
     @functools.cached_property
     def rows(self) -> Mapping[str, Dataset | IterableDataset]:
         """All rows by the source's own splits, with columns image (encoded) and label."""
-        return load_streams(self.config) if self.config.streaming else load_source(self.config)
+        return load_streams(self.config) if self.config.streaming else self._source.splits
+
+    @functools.cached_property
+    def _source(self) -> Source:
+        return read_source(self.config)
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the source is, as plain values: a line about it, images by split, files left out by reason, and
+        notes; empty for a stream, which is not counted."""
+        if self.config.streaming:
+            return {}
+        return {
+            "description": self._source.description,
+            "num_images": {split: len(rows) for split, rows in self.rows.items()},
+            "left_out": self._source.left_out,
+            "notes": list(self._source.notes),
+        }
 
     def pixels(self, source_split: str) -> Pixels:
         """The images of one of the source's own splits, shared by all splits made from it."""
