@@ -119,8 +119,7 @@ def expand_paths(paths: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     left_out: Counter[str] = Counter()
     for path in map(Path, paths):
-        if not path.exists():
-            path = path.expanduser()
+        path = path if path.exists() else path.expanduser()
         if not path.is_dir():
             files.append(path)
             continue

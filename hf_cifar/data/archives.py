@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 from tqdm.auto import tqdm
 
 from hf_cifar.data.cache import cache_folder, one_process_at_a_time
-from hf_cifar.data.listing import ARCHIVE_SUFFIXES, image_suffixes, suffix_of
+from hf_cifar.data.listing import ARCHIVE_SUFFIXES, image_suffixes
 from hf_cifar.errors import UserError
 from hf_cifar.text import one_line
 
@@ -69,13 +69,13 @@ def is_web_dataset(path: str | Path) -> bool:
                 folder, _, name = member.name.rpartition("/")
                 if member.isfile() and not name.startswith("."):
                     key, _, field = name.partition(".")
-                    fields.setdefault(f"{folder}/{key}", set()).add(f".{field.lower()}")
+                    fields.setdefault(f"{folder}/{key}", set()).add(
+                        f".{field.rpartition('.')[2].lower()}"
+                    )
     except DAMAGE as error:
         raise _damaged(path, error) from None
     known = image_suffixes()
-    rows = {
-        key: kinds for key, kinds in fields.items() if any(suffix_of(k) in known for k in kinds)
-    }
+    rows = {key: kinds for key, kinds in fields.items() if kinds & known}
     folders = {key.rpartition("/")[0] for key in rows}
     label = (
         {".cls", ".json"} if len(folders) == 1 else {".cls"}

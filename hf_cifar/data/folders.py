@@ -38,6 +38,7 @@ from hf_cifar.data.images import pnm_bytes
 from hf_cifar.data.layout import Layout, NoClassFolders, read_layout
 from hf_cifar.data.listing import (
     TABLE_SUFFIXES,
+    File,
     Listing,
     list_files,
     render_left_out,
@@ -45,6 +46,7 @@ from hf_cifar.data.listing import (
 )
 from hf_cifar.data.tables import (
     NoTable,
+    agree,
     candidates,
     holds_images,
     metadata_files,
@@ -62,12 +64,14 @@ class Source:
     """An open data set.
 
     description: one line about what it is, None if there is nothing to say. left_out: files that are not
-    used, counted by reason. notes: decisions that its owner may not expect, one line each.
+    used, counted by reason; rows_left_out: rows of a table. notes: decisions that its owner may not expect,
+    one line each.
     """
 
     splits: DatasetDict | IterableDatasetDict
     description: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)
+    rows_left_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -99,9 +103,9 @@ def from_pixels(columns: dict[str, Any], names: dict[str, list[str]]) -> Dataset
     return Dataset.from_dict({"image": encoded} | {c: columns[c] for c in names}, features=features)
 
 
-def from_layout(layout: Layout, config: DataConfig) -> DatasetDict:
+def from_layout(layout: Layout) -> DatasetDict:
     """Make a data set of the files of a layout, which are not read."""
-    image = config.image_column_name or "image"
+    image = layout.image_column
     label: Any = ClassLabel(names=layout.class_names)
     ids = {name: i for i, name in enumerate(layout.class_names)}
     every = (each for rows in layout.splits.values() for _, each in rows)
@@ -155,7 +159,7 @@ def load_local(path: Path, config: DataConfig, streaming: bool) -> Source:
         refuse_streaming(config.dataset_name, streaming)
         return Source(_load_saved(path, config))
     listing = list_files(path)
-    if _declares_files(path) or _has_shards(listing):
+    if config.labels_file is None and (_declares_files(path) or _has_shards(listing)):
         return Source(_load_shards(path, config, streaming, listing))
     listing = _with_archives(listing)
     layout = None
@@ -173,8 +177,13 @@ def _source(layout: Layout, config: DataConfig, streaming: bool) -> Source:
             f"{config.dataset_name} is a folder of image files, sorted by class, which a stream cannot "
             "shuffle; leave out --streaming (the files are read in place, not copied)"
         )
-    left_out = {reason: count for reason, count in layout.left_out.items() if count}
-    return Source(from_layout(layout, config), layout.describe(), left_out, tuple(layout.notes))
+    left_out, rows_left_out = (
+        {reason: count for reason, count in counts.items() if count}
+        for counts in (layout.left_out, layout.rows_left_out)
+    )
+    return Source(
+        from_layout(layout), layout.describe(), left_out, rows_left_out, tuple(layout.notes)
+    )
 
 
 def _load_file(path: Path, config: DataConfig, streaming: bool) -> Source:
@@ -186,8 +195,7 @@ def _load_file(path: Path, config: DataConfig, streaming: bool) -> Source:
         kind = "webdataset" if is_archive(path) else "parquet"
         return Source(_load_shards(path, config, streaming, builder=kind))
     if suffix_of(path.name) in TABLE_SUFFIXES:
-        folder = list_files(path.parent)
-        layout = read_table_layout(folder, str(path), config, requested=True)
+        layout = read_table_layout(list_files(path.parent), str(path), config, requested=True)
         return _source(layout, config, streaming)
     raise UserError(
         f"{path} is not a data set; pass a folder of images, a zip or tar of one, a table of paths and "
@@ -250,7 +258,7 @@ def _read_images(listing: Listing, config: DataConfig) -> Layout | None:
             return found
     if layout is not None and config.folders != "auto":
         return layout
-    fitting, unclear = _fitting_tables(listing, config, depth=None if layout is None else 0)
+    fitting, unclear = _fitting_tables(listing, config, layout)
     if layout is not None:
         return _agreed(layout, fitting, unclear, config)
     if len(fitting) == 1:
@@ -277,14 +285,16 @@ def _labels_path(listing: Listing, config: DataConfig) -> str:
 
 
 def _fitting_tables(
-    listing: Listing, config: DataConfig, depth: int | None
+    listing: Listing, config: DataConfig, layout: Layout | None
 ) -> tuple[dict[str, Layout], dict[str, UserError]]:
-    """The tables that label the images, by name, and the errors of those that name images unclearly."""
+    """The tables that label the images, by name, and the errors of those that name images unclearly. layout:
+    the class folders, if there are any; only tables beside them count then."""
     fitting: dict[str, Layout] = {}
     unclear: dict[str, UserError] = {}
-    for file in candidates(listing, depth)[:MAX_TABLES]:
+    folder_of = None if layout is None else _class_of(layout)
+    for file in candidates(listing, None if layout is None else 0)[:MAX_TABLES]:
         try:
-            fitting[file.name] = read_table_layout(listing, file.path, config)
+            fitting[file.name] = read_table_layout(listing, file.path, config, folder_of=folder_of)
         except NoTable:
             continue
         except UserError as error:
@@ -292,28 +302,29 @@ def _fitting_tables(
     return fitting, unclear
 
 
+def _class_of(layout: Layout) -> dict[File, Any]:
+    return {file: label for rows in layout.splits.values() for file, label in rows}
+
+
 def _agreed(
     layout: Layout, fitting: dict[str, Layout], unclear: dict[str, UserError], config: DataConfig
 ) -> Layout:
     """Choose between class folders and tables. Raises: UserError if they contradict each other."""
-    if config.label_column_name not in (None, "label") and len(fitting) == 1:
+    columns = (config.image_column_name, config.label_column_name)
+    if set(columns) - {None, "image", "label"} and len(fitting) == 1:
         return next(iter(fitting.values()))
-    folder_of = {file: name for rows in layout.splits.values() for file, name in rows}
+    folder_of = _class_of(layout)
     for name, table in fitting.items():
-        pairs = {
-            (folder_of[file], label)
-            for rows in table.splits.values()
-            for file, label in rows
-            if file in folder_of
-        }
-        if len({a for a, _ in pairs}) < len(pairs) or len({b for _, b in pairs}) < len(pairs):
+        if not agree((folder_of.get(file), label) for file, label in _class_of(table).items()):
             raise UserError(
                 f"the folders ({listed(layout.class_names, 3)}) and {name} ({listed(table.class_names, 3)}) "
-                f"give different classes; pass --labels_file {name}, or --folders classes"
+                f"give different classes; pass --labels_file {name}, or --folders "
+                f"{'splits' if layout.split_names else 'classes'}"
             )
-    for name in unclear:
-        layout.notes.append(
-            f"{name} names images too and is not used; --labels_file {name} uses it"
+    for name, error in unclear.items():
+        raise UserError(
+            f"the images are in folders ({listed(layout.class_names, 3)}), and {name} names them too, but "
+            f"{error}, or use the folders with --folders {'splits' if layout.split_names else 'classes'}"
         )
     return layout
 

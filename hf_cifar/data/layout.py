@@ -5,6 +5,7 @@ No image is opened for this, and no name of a file decides.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -44,8 +45,9 @@ class Layout:
     """What a folder of images holds.
 
     splits: the images of each split with their class, or classes. class_names: in the order of their ids.
-    labels_from: where the classes come from. left_out: files that are not used, counted by reason.
-    split_names: what the owner calls each split; empty without splits. label_column: its name in a table.
+    labels_from: where the classes come from. left_out: files that are not used, counted by reason;
+    rows_left_out: rows of a table.
+    split_names: what the owner calls each split; empty without splits. image_column, label_column: their names in a table.
     notes: what was decided that the owner may not expect, one line each.
     """
 
@@ -53,7 +55,9 @@ class Layout:
     class_names: list[str]
     labels_from: str
     left_out: Counter[str] = field(default_factory=Counter)
+    rows_left_out: Counter[str] = field(default_factory=Counter)
     split_names: dict[str, str] = field(default_factory=dict)
+    image_column: str = "image"
     label_column: str = "label"
     notes: list[str] = field(default_factory=list)
 
@@ -67,17 +71,21 @@ class Layout:
                 for split, name in self.split_names.items()
             )
             parts.append(f"{named} {'are splits' if len(self.split_names) > 1 else 'is a split'}")
-        if self.left_out.total():
-            parts.append(f"left out: {render_left_out(self.left_out)}")
+        counts = {"file": self.left_out, "row": self.rows_left_out}
+        if any(count.total() for count in counts.values()):
+            left_out = [
+                render_left_out(count, what) for what, count in counts.items() if count.total()
+            ]
+            parts.append(f"left out: {' and '.join(left_out)}")
         return "; ".join(parts)
 
 
 def read_layout(listing: Listing, folders: str = "auto") -> Layout:
     """Decide what the folders of a listing are. folders: auto, classes or splits.
 
-    Raises: NoClassFolders if no folder, or not that of train, holds class folders; UserError for folders
-    that can be read in two ways, a single class, an image outside the classes, a class that only another
-    split has, or a folder without a readable image.
+    Raises: NoClassFolders if no folder, or not that of train, holds two class folders, or two readings make
+    sense; UserError for an image outside the classes, a class that only another split has, or a folder
+    without a readable image.
     """
     return _Reader(listing).read(folders)
 
@@ -90,9 +98,7 @@ class _Reader:
         self.listing = listing
         self.images: dict[str, list[File]] = defaultdict(list)  # by each folder above them
         self.direct: dict[str, list[File]] = defaultdict(list)  # by the folder that holds them
-        self.below: dict[str, set[str]] = defaultdict(
-            set
-        )  # names of the folders with images in a folder
+        self.below: dict[str, set[str]] = defaultdict(set)  # names of the folders in it with images
         for file in listing.images:
             parts = file.name.split("/")[:-1]
             self.direct["".join(f"{part}/" for part in parts)].append(file)
@@ -115,7 +121,7 @@ class _Reader:
         names = sorted({name for classes in labelled for name in classes})
         if len(names) < 2:
             where = self.show(inside + (f"{used['train']}/" if "train" in used else ""))
-            raise UserError(
+            raise NoClassFolders(
                 f"{where} has one class folder, {one_line(names[0])}; a classifier needs two or more"
             )
         self.warn_of_case(names)
@@ -134,7 +140,7 @@ class _Reader:
             names,
             "folders" + (f" in {one_line(inside)}" if inside else ""),
             self.left_out,
-            {split: f"{one_line(name)}/" for split, name in used.items()},
+            split_names={split: f"{one_line(name)}/" for split, name in used.items()},
             notes=self.notes,
         )
 
@@ -181,7 +187,7 @@ class _Reader:
                 return {}
             classes = {each for top in tops.values() for each in self.below[top]}
             what = f" with the classes {listed(sorted(classes), MAX_NAMES)}" if classes else ""
-            raise UserError(
+            raise NoClassFolders(
                 f"{self.show(inside)} can be read in two ways: {slashed(roles)} as splits{what}, without "
                 f"{slashed(others)}; or {listed(names, MAX_NAMES)} as classes. Pass --folders splits or "
                 "--folders classes"
@@ -204,7 +210,7 @@ class _Reader:
         self.refuse_stray(inside)
         if empty := [name for name in self.empty_folders(inside) if split_roles([name])]:
             self.notes.append(
-                f"{slashed(empty)} in {self.show(inside)} without images: not a split"
+                f"{slashed(empty)} in {self.near(inside)} without images: not a split"
             )
         tops = self.enter_splits({name: f"{inside}{name}/" for name in roles}, roles)
         splits: dict[str, dict[str, list[File]]] = {}
@@ -294,7 +300,7 @@ class _Reader:
                 found.append(name)
         if found and warn:
             self.notes.append(
-                f"{slashed(found)} in {self.show(top)} {'have' if len(found) > 1 else 'has'} no images: "
+                f"{slashed(found)} in {self.near(top)} {'have' if len(found) > 1 else 'has'} no images: "
                 f"left out, not {'classes' if len(found) > 1 else 'a class'}"
             )
         return found
@@ -304,7 +310,7 @@ class _Reader:
         count = len(self.images.pop(top))
         self.left_out[f"unlabelled in {one_line(top)}"] += count
         self.notes.append(
-            f"{self.show(top)} has no class folders: its {count:,} images have no labels and are left out"
+            f"{self.near(top)} has no class folders: its {count:,} images have no labels and are left out"
             + advice
         )
 
@@ -345,8 +351,12 @@ class _Reader:
         return result
 
     def show(self, folder: str) -> str:
-        """The path of a folder, for a message."""
-        return one_line(f"{self.root}/{folder}".rstrip("/"))
+        """The path of a folder, for an error."""
+        return one_line(os.path.join(self.root, folder).rstrip("/"))
+
+    def near(self, folder: str) -> str:
+        """The path of a folder from the root's own name on, for a note."""
+        return one_line(f"{os.path.basename(self.root)}/{folder}")
 
 
 def split_roles(names: Iterable[str]) -> dict[str, str]:

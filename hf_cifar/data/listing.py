@@ -93,7 +93,8 @@ def list_files(root: str | Path, mounts: dict[str, str] | None = None) -> Listin
     Raises: UserError for a folder that cannot be listed.
     """
     listing = Listing(os.path.abspath(root))
-    todo: list[tuple[str, str, tuple[tuple[int, int], ...]]]  # prefix of the names, folder, those above
+    # Prefix of the names, folder, and the identities of it and those above.
+    todo: list[tuple[str, str, tuple[tuple[int, int], ...]]]
     todo = [("", listing.root, (_identity(listing.root),))]
     todo += [(f"{name}/", path, (_identity(path),)) for name, path in (mounts or {}).items()]
     seen: set[tuple[str, tuple[int, int]]] = set()
@@ -118,6 +119,8 @@ def list_files(root: str | Path, mounts: dict[str, str] | None = None) -> Listin
             if reason is HIDDEN or entry.name.lower() in SYSTEM_NAMES:
                 is_folder = entry.is_dir(follow_symlinks=False)
                 listing.left_out[reason] += _count_below(entry.path) if is_folder else 1
+            elif _is_cycle(entry):
+                listing.left_out[BROKEN] += 1
             elif entry.is_dir():
                 identity = _identity(entry.path)
                 branch = name.split("/")[0] if prefix else name
@@ -135,6 +138,15 @@ def list_files(root: str | Path, mounts: dict[str, str] | None = None) -> Listin
     listing.others.sort()
     listing.folders.sort()
     return listing
+
+
+def _is_cycle(entry: os.DirEntry) -> bool:
+    """True for a link that leads to itself, or to a place that cannot be reached."""
+    try:
+        entry.is_dir()
+    except OSError:
+        return True
+    return False
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -217,9 +229,9 @@ def list_images(folder: str | Path) -> tuple[list[str], Counter[str]]:
     return [os.path.join(folder, name) for name in names], listing.all_left_out()
 
 
-def render_left_out(left_out: Counter[str]) -> str:
-    """Render counts of files: `12 files (7 .txt, 3 hidden, 2 not images)`."""
+def render_left_out(left_out: Counter[str], what: str = "file") -> str:
+    """Render counts: `12 files (7 .txt, 3 hidden, 2 not images)`."""
     total = sum(left_out.values())
     most = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     parts = listed((f"{count:,} {reason}" for reason, count in most if count), MAX_REASONS)
-    return f"{total:,} file{'s' if total != 1 else ''} ({parts})"
+    return f"{total:,} {what}{'s' if total != 1 else ''} ({parts})"

@@ -91,15 +91,15 @@ class DataSource:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """What the source is, as plain values: a line about it, images by split, files left out by reason, and
-        notes; empty for a stream, which is not counted."""
+        """What the source is, as plain values: a line about it, images by split, and what is left out, by
+        reason; empty for a stream, which is not counted."""
         if self.config.streaming:
             return {}
         return {
             "description": self._source.description,
             "num_images": {split: len(rows) for split, rows in self.rows.items()},
             "left_out": self._source.left_out,
-            "notes": list(self._source.notes),
+            "rows_left_out": self._source.rows_left_out,
         }
 
     def pixels(self, source_split: str) -> Pixels:

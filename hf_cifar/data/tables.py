@@ -12,7 +12,7 @@ import math
 import os
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,17 @@ def metadata_files(listing: Listing) -> list[File]:
 
 
 def read_table_layout(
-    listing: Listing, path: str, config: DataConfig, *, requested: bool = False
+    listing: Listing,
+    path: str,
+    config: DataConfig,
+    *,
+    requested: bool = False,
+    folder_of: Mapping[File, str] | None = None,
 ) -> Layout:
     """Read the images and labels that a table names.
 
-    requested: the user named the table, so that a single row that names an image is enough.
+    requested: the user named the table, so that two rows that name an image are enough. folder_of: the class
+    folders of the images, which decide between columns that could be labels.
     Raises: NoTable if no column names images; UserError for a table whose meaning is not clear.
     """
     table = read_table(path)
@@ -83,7 +89,7 @@ def read_table_layout(
         raise NoTable(f"{one_line(path)} holds predictions")
     names = _Names(listing, table)
     column = _path_column(table, names, config.image_column_name, requested)
-    if column is None:  # without a header
+    if column is not None and column.lower() not in PATH_NAMES and names.matches(column):
         table = _without_header(table)
         column = _path_column(table, names, None, requested)
     if column is None:
@@ -93,9 +99,9 @@ def read_table_layout(
         )
     values = [_text(value) for value in table.columns[column]]
     files = names.resolve(values)
-    return _layout(
-        listing, table, {column, *names.same_files(table, column, files)}, files, values, config
-    )
+    folders = None if folder_of is None else [file and folder_of.get(file) for file in files]
+    path_columns = {column, *names.same_files(table, column, files)}
+    return _layout(listing, table, path_columns, files, values, config, folders)
 
 
 def read_metadata_layout(
@@ -415,12 +421,13 @@ def _layout(
     files: list[File | None],
     values: list[str],
     config: DataConfig,
+    folders: list[str | None] | None = None,
 ) -> Layout:
     """Put the rows of a table into splits. Raises: UserError for labels that are not clear."""
     notes: list[str] = []
     split_column = _split_column(table, path_columns)
     rest = set(path_columns) | ({split_column} if split_column else set())
-    label_column, labels = _labels(table, rest, config, notes)
+    label_column, labels = _labels(table, rest, config, notes, folders)
     missing = [value for value, file in zip(values, files, strict=True) if file is None]
     if len(missing) == len(files):
         raise UserError(
@@ -468,9 +475,16 @@ def _layout(
     left_out = listing.all_left_out()
     left_out[suffix_of(table.name)] -= 1 if left_out[suffix_of(table.name)] else 0
     left_out[f"images not in {table.name}"] += len(set(listing.images) - set(rows))
+    rows_left_out = Counter(
+        {
+            "without an image": len(missing),
+            "without a label": len(unlabelled),
+            "of an image that is there twice": repeated,
+        }
+    )
     return Layout(
-        splits, class_names, f"column {label_column!r} of {table.name}", left_out, split_names,
-        label_column, notes,
+        splits, class_names, f"column {label_column!r} of {table.name}", left_out, rows_left_out,
+        split_names, config.image_column_name or "_image", label_column, notes,
     )  # fmt: skip
 
 
@@ -530,11 +544,17 @@ def _label_by_name(table: Table, taken: set[str], config: DataConfig) -> str | N
 
 
 def _labels(
-    table: Table, taken: set[str], config: DataConfig, notes: list[str]
+    table: Table,
+    taken: set[str],
+    config: DataConfig,
+    notes: list[str],
+    folders: list[str | None] | None,
 ) -> tuple[str, list[Any]]:
     """Find the labels: the column's name and the class of each row, None where it is missing.
 
-    Raises: UserError if no column, or more than one, could be the labels.
+    folders: the class folder of each row's image, if there are such folders.
+    Raises: UserError if no column, or more than one, could be the labels; beside class folders, NoTable if
+    none could.
     """
     column = _label_by_name(table, taken, config)
     others = [name for name in table.columns if name not in taken]
@@ -542,21 +562,41 @@ def _labels(
         if one_hot := _one_hot(table, others):
             return one_hot
         found = [name for name in others if _could_be_labels(table.columns[name])]
-        if len(found) != 1:
-            what = (
-                f"{listed(found, 8)} could be"
-                if found
-                else f"none of {listed(others, 8) or 'them'} is"
-            )
-            raise UserError(
-                f"the label column of {table.name} is not clear: {what} its labels; choose one with "
+        if (
+            folders is None
+            and not found
+            and len(others) == 1
+            and _is_plain(table.columns[others[0]])
+        ):
+            found = others
+        if folders is not None:
+            agreeing = [
+                name for name in found if agree(zip(folders, table.columns[name], strict=True))
+            ]
+            found = agreeing[:1] or found
+        if not found:
+            error = UserError if folders is None else NoTable
+            raise error(
+                f"none of the columns {listed(table.columns, 8)} of {table.name} labels its images; pass "
                 "--label_column_name"
+            )
+        if len(found) > 1:
+            raise UserError(
+                f"the label column of {table.name} is not clear: {listed(found, 8)} could be its labels; "
+                "choose one with --label_column_name"
             )
         column = found[0]
     if config.label_column_name is None and len(others) > 1:
         rest = listed((name for name in others if name != column), 8)
         notes.append(f"{table.name}: the labels are in column {column!r}; not used: {rest}")
     return column, _label_cells(table.columns[column])
+
+
+def agree(pairs: Iterable[tuple[Any, Any]]) -> bool:
+    """True if each left value always stands beside the same right value, and the reverse; pairs with None
+    do not count."""
+    distinct = {pair for pair in pairs if None not in pair}
+    return len({a for a, _ in distinct}) == len(distinct) == len({b for _, b in distinct})
 
 
 def _label_cells(cells: list[Any]) -> list[Any]:
