@@ -46,9 +46,9 @@ class Layout:
 
     splits: the images of each split with their class, or classes. class_names: in the order of their ids.
     labels_from: where the classes come from. left_out: files that are not used, counted by reason;
-    rows_left_out: rows of a table.
-    split_names: what the owner calls each split; empty without splits. image_column, label_column: their names in a table.
-    notes: what was decided that the owner may not expect, one line each.
+    rows_left_out: rows of a table. split_names: what the owner calls each split; empty without splits.
+    image_column, label_column: names of the columns of a data set made from this. notes: what was decided
+    that the owner may not expect, one line each.
     """
 
     splits: dict[str, list[tuple[File, str | tuple[str, ...]]]]
