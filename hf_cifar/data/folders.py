@@ -91,6 +91,22 @@ def refuse_streaming(name: str, streaming: bool) -> None:
         )
 
 
+def refuse_folder_options(config: DataConfig) -> None:
+    """Raises: UserError if an option for folders of images is given for other data."""
+    given = [
+        name
+        for name, value, default in (
+            ("--labels_file", config.labels_file, None),
+            ("--folders", config.folders, "auto"),
+        )
+        if value != default
+    ]
+    if given:
+        raise UserError(
+            f"{given[0]} is for a folder of images, and {config.dataset_name} is none; leave it out"
+        )
+
+
 def from_pixels(columns: dict[str, Any], names: dict[str, list[str]]) -> Dataset:
     """Make a data set of raw pixels [N, H, W] or [N, H, W, 3] and label columns."""
     features = Features(
@@ -147,6 +163,7 @@ def load_local(path: Path, config: DataConfig, streaming: bool) -> Source:
     if not path.exists():
         raise UserError(f"no data set {config.dataset_name}: there is no such file or folder")
     if cifar_version(path) is not None:
+        refuse_folder_options(config)
         refuse_configuration(config)
         refuse_streaming(config.dataset_name, streaming)
         parts, names = read_cifar(path)
@@ -156,6 +173,7 @@ def load_local(path: Path, config: DataConfig, streaming: bool) -> Source:
     if path.is_file():
         return _load_file(path, config, streaming)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        refuse_folder_options(config)
         refuse_streaming(config.dataset_name, streaming)
         return Source(_load_saved(path, config))
     listing = list_files(path)
@@ -350,6 +368,7 @@ def _load_shards(
     builder: str | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """Open a folder of Parquet files, WebDataset shards or other files that `datasets` reads, or one file."""
+    refuse_folder_options(config)
     files = {"data_files": {"train": str(path)}} if builder else {}
     with quiet_datasets():
         try:

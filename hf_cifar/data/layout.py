@@ -194,7 +194,7 @@ class _Reader:
             )
         for name in others:
             count = len(self.images[f"{inside}{name}/"])
-            self.left_out[f"images in {name}/"] += count
+            self.left_out[f"in {name}/"] += count
         twice = [name for name in roles if list(roles.values()).count(roles[name]) > 1]
         if twice:
             raise UserError(
@@ -334,12 +334,13 @@ class _Reader:
         self, classes: dict[str, list[File]], names: list[str], split: str
     ) -> dict[str, list[File]]:
         """Name the classes of a split as in train. Raises: UserError for a class that train lacks."""
+        by_name = set(names)
         known = Counter(name.casefold() for name in names)
         by_case = {name.casefold(): name for name in names}
         result: dict[str, list[File]] = defaultdict(list)
         for name, files in classes.items():
             same = name
-            if name not in names:
+            if name not in by_name:
                 if known[name.casefold()] != 1:
                     raise UserError(
                         f"class {name!r} is only in {split}/ ({len(files):,} images), not in train; add "

@@ -36,8 +36,8 @@ SYSTEM_NAMES = {
     "$recycle.bin", "#recycle", "@eadir", "__macosx", "__pycache__", "desktop.ini", "ehthumbs.db", "icon\r",
     "lost+found", "picasa.ini", "system volume information", "thumbs.db",
 }  # fmt: skip
-HIDDEN, SYSTEM, OWN_RUNS = "hidden", "system files", "files of runs"
-BROKEN, SEEN, NO_IMAGE = "broken links", "links to folders already listed", "not images"
+HIDDEN, SYSTEM, OWN_RUNS = "hidden", "system", "of runs"
+BROKEN, SEEN, NO_IMAGE = "broken", "already listed", "not images"
 MAX_REASONS = 6  # in a line
 HEAD_BYTES = 32
 HEIF_BRANDS = {

@@ -26,6 +26,7 @@ from hf_cifar.data.folders import (
     from_pixels,
     load_local,
     refuse_configuration,
+    refuse_folder_options,
     refuse_streaming,
 )
 from hf_cifar.errors import UserError
@@ -79,16 +80,13 @@ def open_data_set(config: DataConfig, streaming: bool = False) -> Source:
     """
     name = config.dataset_name
     if name.startswith(BUNDLED):
+        refuse_folder_options(config)
         refuse_configuration(config)
         refuse_streaming(name, streaming)
         return Source(_load_bundled(name.removeprefix(BUNDLED)))
     if looks_like_path(name):
         return load_local(Path(name).expanduser(), config, streaming)
-    if config.labels_file is not None:
-        raise UserError(
-            f"--labels_file is for a folder of images, and {name} is none; leave it out, or correct "
-            "--dataset_name"
-        )
+    refuse_folder_options(config)
     return Source(_load_hub(name, config, streaming))
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import posixpath
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import pyarrow
 from pyarrow import parquet, types
 
 from hf_cifar.config.data import DataConfig
+from hf_cifar.data.columns import check_class_names
 from hf_cifar.data.layout import ORDER, SPLIT_WORDS, Layout, split_roles, words_of
 from hf_cifar.data.listing import TABLE_SUFFIXES, File, Listing, composed, suffix_of
 from hf_cifar.errors import UserError
@@ -32,7 +34,7 @@ PATH_NAMES = {
     "image_path", "img", "img_path", "name", "path",
 }  # fmt: skip
 LABEL_NAMES = ("label", "labels", "class", "target", "category")
-SPLIT_COLUMN_NAMES = {"split", "set", "subset", "partition", "usage", "fold", "phase"}
+SPLIT_COLUMN_NAMES = {"partition", "phase", "set", "split", "subset", "usage"}
 DELIMITERS = (",", ";", "\t", "|")
 SAMPLE = 300  # rows that decide whether a table fits
 MAX_NAMES = 3  # in a line
@@ -425,7 +427,7 @@ def _layout(
 ) -> Layout:
     """Put the rows of a table into splits. Raises: UserError for labels that are not clear."""
     notes: list[str] = []
-    split_column = _split_column(table, path_columns)
+    split_column = _split_column(table, path_columns, config)
     rest = set(path_columns) | ({split_column} if split_column else set())
     label_column, labels = _labels(table, rest, config, notes, folders)
     missing = [value for value, file in zip(values, files, strict=True) if file is None]
@@ -436,8 +438,8 @@ def _layout(
         )
     if missing:
         notes.append(
-            f"{table.name}: {len(missing):,} of {len(files):,} rows name an image that does not exist and "
-            f"are left out: {listed(missing, MAX_NAMES)}"
+            f"{table.name}: left out {len(missing):,} of {len(files):,} rows that name no image: "
+            f"{listed(missing, MAX_NAMES)}"
         )
     unlabelled = [
         value for value, file, label in zip(values, files, labels, strict=True)
@@ -445,7 +447,7 @@ def _layout(
     ]  # fmt: skip
     if unlabelled:
         notes.append(
-            f"{table.name}: {len(unlabelled):,} rows have no label and are left out: "
+            f"{table.name}: left out {len(unlabelled):,} of {len(files):,} rows without a label: "
             f"{listed(unlabelled, MAX_NAMES)}"
         )
     rows: dict[File, tuple[int, Any]] = {}
@@ -462,10 +464,12 @@ def _layout(
                 "image see metadata.jsonl in docs/data.md"
             )
     if repeated:
-        notes.append(f"{table.name}: {repeated:,} rows repeat an image and are left out")
+        notes.append(
+            f"{table.name}: left out {repeated:,} of {len(files):,} rows that repeat an image"
+        )
     if not rows:
         raise UserError(f"{table.name} has no row with an image and a label")
-    split_of, split_names = _splits(table, split_column, rows)
+    split_of, split_names = _splits(table, split_column, rows, config.folders)
     splits: dict[str, list] = {
         split: sorted((f, label) for f, (_, label) in rows.items() if split_of[f] == split)
         for split in ORDER
@@ -474,12 +478,12 @@ def _layout(
     class_names = _class_names(splits, table)
     left_out = listing.all_left_out()
     left_out[suffix_of(table.name)] -= 1 if left_out[suffix_of(table.name)] else 0
-    left_out[f"images not in {table.name}"] += len(set(listing.images) - set(rows))
+    left_out[f"not in {table.name}"] += len(set(listing.images) - set(rows))
     rows_left_out = Counter(
         {
-            "without an image": len(missing),
+            "naming no image": len(missing),
             "without a label": len(unlabelled),
-            "of an image that is there twice": repeated,
+            "repeating an image": repeated,
         }
     )
     return Layout(
@@ -488,31 +492,54 @@ def _layout(
     )  # fmt: skip
 
 
-def _split_column(table: Table, path_columns: set[str]) -> str | None:
-    """Find the column that names splits."""
+def _split_column(table: Table, taken: set[str], config: DataConfig) -> str | None:
+    """Find the column that names splits by its values. Raises: UserError if only some of them are splits."""
     for name, cells in table.columns.items():
-        if name in path_columns or name.lower() not in SPLIT_COLUMN_NAMES or not _is_plain(cells):
+        is_label = name == config.label_column_name or name.lower() in LABEL_NAMES
+        if name in taken or is_label or not _is_plain(cells):
             continue
-        if {_text(cell).lower() for cell in cells} <= SPLIT_WORDS.keys():
+        values = set(map(_text, cells))
+        roles = split_roles(values)
+        if len(roles) == len(values) and "train" in roles.values():
             return name
+        if roles and name.lower() in SPLIT_COLUMN_NAMES:
+            raise UserError(
+                f"column {name!r} of {table.name} names splits, but not only: "
+                f"{listed(sorted(map(repr, values)), 8)}; use train, validation and test, or rename it"
+            )
     return None
 
 
 def _splits(
-    table: Table, split_column: str | None, rows: dict[File, tuple[int, Any]]
+    table: Table, split_column: str | None, rows: dict[File, tuple[int, Any]], folders: str
 ) -> tuple[dict[File, str], dict[str, str]]:
-    """The split of each image, and what its owner calls each split: by a column, else by the folders."""
+    """The split of each image, and what its owner calls each split: by a column, else by the folders.
+
+    Raises: UserError if only some of the folders are splits. folders: classes if none is.
+    """
     if split_column is not None:
-        words = {f: _text(table.columns[split_column][number]) for f, (number, _) in rows.items()}
-        names = {SPLIT_WORDS[word.lower()]: word for word in sorted(set(words.values()))}
-        ordered = {split: names[split] for split in ORDER if split in names}
-        return {f: SPLIT_WORDS[word.lower()] for f, word in words.items()}, ordered
-    tops = _top_folders([file.name for file in rows])
-    roles = split_roles(set(tops))
-    if "" in tops or set(tops) - set(roles) or len(set(roles.values())) < len(roles):
+        cells = list(map(_text, table.columns[split_column]))
+        roles, mark = split_roles(set(cells)), ""
+        names = {file: cells[row] for file, (row, _) in rows.items()}
+    else:
+        tops = _top_folders([file.name for file in rows])
+        roles, mark = {} if folders == "classes" else split_roles(set(tops)), "/"
+        names = dict(zip(rows, tops, strict=True))
+    if not roles:
         return dict.fromkeys(rows, "train"), {}
-    ordered = {roles[top]: f"{top}/" for top in sorted(roles, key=lambda t: ORDER.index(roles[t]))}
-    return {file: roles[top] for file, top in zip(rows, tops, strict=True)}, ordered
+    others = sorted(set(names.values()) - set(roles))
+    if others and set(roles.values()) == {"train"}:
+        return dict.fromkeys(rows, "train"), {}
+    if others:
+        raise UserError(
+            f"{table.name} names images in {listed(f'{name}/' for name in sorted(roles))} and in "
+            f"{listed(f'{name}/' for name in others)}; add a column split with train, validation or test to "
+            "it, or pass --folders classes to train on all of them"
+        )
+    return {file: roles[name] for file, name in names.items()}, {
+        roles[name]: f"{name}{mark}"
+        for name in sorted(set(names.values()), key=lambda n: ORDER.index(roles[n]))
+    }
 
 
 def _top_folders(names: list[str]) -> list[str]:
@@ -605,6 +632,11 @@ def _label_cells(cells: list[Any]) -> list[Any]:
         return [None if cell is None else tuple(map(_text, cell)) for cell in cells]
     present = [cell for cell in cells if not _is_missing(cell)]
     whole = bool(present) and all(_is_whole(cell) for cell in present)
+    if present and not whole and all(_is_fraction(cell) or _is_whole(cell) for cell in present):
+        fraction = next(cell for cell in present if _is_fraction(cell))
+        raise UserError(
+            f"the labels are numbers such as {fraction}, not classes; pass --label_column_name"
+        )
     return [
         None if _is_missing(cell) else str(int(float(cell))) if whole else _text(cell)
         for cell in cells
@@ -622,12 +654,19 @@ def _is_whole(cell: Any) -> bool:
     return isinstance(cell, float) and cell.is_integer()
 
 
+def _is_fraction(cell: Any) -> bool:
+    """True for 0.37, as a number or as text."""
+    if isinstance(cell, str):
+        return re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", cell) is not None and not _is_whole(cell)
+    return isinstance(cell, float) and not cell.is_integer()
+
+
 def _could_be_labels(cells: list[Any]) -> bool:
     """True for a column with at least two values that each repeat on average."""
     if not _is_plain(cells):
         return False
     present = [cell for cell in cells if not _is_missing(cell)]
-    if any(isinstance(cell, float) and not cell.is_integer() for cell in present):
+    if any(_is_fraction(cell) for cell in present):
         return False
     return 2 <= len(set(present)) <= max(2, len(present) // 2)
 
@@ -673,6 +712,7 @@ def _class_names(splits: dict[str, list], table: Table) -> list[str]:
         raise NoTable(
             f"{table.name} has one class, {listed(found)}; a classifier needs two or more"
         )
+    check_class_names(list(found))
     if all(name.lstrip("-").isdecimal() for name in found):
         return sorted(found, key=lambda name: (int(name), name))
     return sorted(found)

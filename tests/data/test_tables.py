@@ -138,7 +138,7 @@ def test_competition_layout_with_the_same_ids_in_test(tmp_path, caplog):
     check(source(tmp_path))
     assert caplog.messages == [
         f"{tmp_path.name}: 3 classes from column 'label' of trainLabels.csv, 9 images; train/ is a split; "
-        "left out: 31 files (30 images not in trainLabels.csv, 1 .csv)"
+        "left out: 31 files (30 not in trainLabels.csv, 1 .csv)"
     ]
 
 
@@ -160,6 +160,47 @@ def test_a_column_names_the_splits(tmp_path):
     assert "train, val (validation), Test (test) are splits" in result.description
 
 
+def test_a_column_of_splits_is_known_by_its_values(tmp_path):
+    lines = [
+        f"images/{i}.png,{label_of(i)},{'test set' if i > 5 else 'train set'}\n" for i in range(9)
+    ]
+    photos(tmp_path, NAMES, "path,label,used for\n" + "".join(lines))
+    check(source(tmp_path), 6)
+    lines = [line.replace("test set", "later") for line in lines]
+    photos(tmp_path, NAMES, "path,label,split\n" + "".join(lines))
+    with pytest.raises(
+        UserError, match=r"'split' of labels.csv names splits, but not only: 'later', 'train"
+    ):
+        source(tmp_path)
+
+
+def test_only_some_folders_of_a_table_are_splits(tmp_path):
+    names = [f"{('train', 'test', 'extra')[i // 3]}/{i}.png" for i in range(9)]
+    text = "path,label\n" + "".join(f"{name},{label_of(i)}\n" for i, name in enumerate(names))
+    photos(tmp_path, names, text)
+    with pytest.raises(
+        UserError, match=r"names images in test/, train/ and in extra/; add a column split"
+    ):
+        source(tmp_path, labels_file="labels.csv")
+    check(source(tmp_path, labels_file="labels.csv", folders="classes"))
+
+
+def test_fractions_are_no_labels(tmp_path):
+    lines = [f"images/{i}.png,{i / 7:.3f}\n" for i in range(9)]
+    photos(tmp_path, NAMES, "path,label\n" + "".join(lines))
+    with pytest.raises(UserError, match=r"the labels are numbers such as 0\.000, not classes"):
+        source(tmp_path)
+
+
+@pytest.mark.parametrize("option", [{"labels_file": "x.csv"}, {"folders": "splits"}])
+def test_options_of_folders_are_refused_for_other_data(tmp_path, save, make_rows, option):
+    for name in ("bundled/digits", "some/name", save(train=make_rows([0, 1]))):
+        with pytest.raises(
+            UserError, match=f"--{next(iter(option))} is for a folder of images, and"
+        ):
+            source(name, **option)
+
+
 def test_class_that_only_test_has_is_refused(tmp_path):
     lines = [
         f"images/{i}.png,{label_of(i)},{'test' if i % 3 == 2 else 'train'}\n" for i in range(9)
@@ -177,14 +218,13 @@ def test_missing_files_are_counted_and_named(tmp_path, caplog):
     (tmp_path / "images/notes.txt").write_text("x")
     check(source(tmp_path), 6)
     assert (
-        "labels.csv: 3 of 9 rows name an image that does not exist and are left out: images/6.png, "
-        "images/7.png, images/8.png"
+        "labels.csv: left out 3 of 9 rows that name no image: images/6.png, images/7.png, images/8.png"
     ) in caplog.messages
     facts = DataSource(DataConfig(dataset_name=str(tmp_path))).facts
-    assert facts["left_out"] == {".txt": 1, "images not in labels.csv": 1}
-    assert facts["rows_left_out"] == {"without an image": 3}
+    assert facts["left_out"] == {".txt": 1, "not in labels.csv": 1}
+    assert facts["rows_left_out"] == {"naming no image": 3}
     assert facts["description"].endswith(
-        "left out: 2 files (1 .txt, 1 images not in labels.csv) and 3 rows (3 without an image)"
+        "left out: 2 files (1 .txt, 1 not in labels.csv) and 3 rows (3 naming no image)"
     )
 
 
@@ -220,8 +260,8 @@ def test_labels_are_text(tmp_path, labels, names):
 def test_rows_without_a_label_or_repeated(tmp_path, caplog):
     text = csv_of(lambda i: f"images/{i}.png").replace("8.png,owl", "8.png,") + "images/0.png,cat\n"
     check(source(photos(tmp_path, NAMES, text)), 8)
-    assert "labels.csv: 1 rows have no label and are left out: images/8.png" in caplog.messages
-    assert "labels.csv: 1 rows repeat an image and are left out" in caplog.messages
+    assert "labels.csv: left out 1 of 10 rows without a label: images/8.png" in caplog.messages
+    assert "labels.csv: left out 1 of 10 rows that repeat an image" in caplog.messages
 
 
 def test_two_labels_of_one_image_are_refused(tmp_path):
