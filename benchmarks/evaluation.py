@@ -26,7 +26,7 @@ from hf_cifar import (
     load_splits,
     predict_files,
 )
-from hf_cifar.data.images import list_images
+from hf_cifar.data.listing import list_images
 from hf_cifar.models.folding import fold_norms
 from hf_cifar.predict import map_batches
 from hf_cifar.training.memory import keep_freed_memory
@@ -40,7 +40,7 @@ Found = tuple[float, list[str]]  # images/s, labels
 def ours(model: str, images: str) -> Found:
     """Run this package with its defaults on a folder, model loading included, modules already imported."""
     config = PredictConfig(model_name_or_path=model)
-    list(predict_files(config, [str(list_images(Path(images))[0])]))
+    list(predict_files(config, list_images(images)[0][:1]))
     start = time.perf_counter()
     records = list(predict_files(config, [images]))
     return len(records) / (time.perf_counter() - start), [record["label"] for record in records]
@@ -48,7 +48,7 @@ def ours(model: str, images: str) -> Found:
 
 def theirs(batch_size: int, model: str, images: str) -> Found:
     """Run transformers' pipeline on the same files."""
-    files = [str(path) for path in list_images(Path(images))]
+    files, _ = list_images(images)
     pipeline("image-classification", model=model)(files[0])
     start = time.perf_counter()
     classify = pipeline("image-classification", model=model)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
@@ -17,7 +18,8 @@ import torch
 
 from hf_cifar.config.data import ValueRange
 from hf_cifar.config.deployment import PredictConfig
-from hf_cifar.data.images import decode_image, list_images
+from hf_cifar.data.images import decode_image
+from hf_cifar.data.listing import list_images, render_left_out
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.folding import fold_norms
@@ -26,6 +28,7 @@ from hf_cifar.models.value_range import value_range_of
 from hf_cifar.training.memory import keep_freed_memory
 from hf_cifar.transforms.preprocessing import Preprocessing
 
+logger = logging.getLogger(__name__)
 MAX_THREADS = 8
 
 Batch = TypeVar("Batch")
@@ -112,15 +115,25 @@ def _decoded(file: Path, max_pixels: int, value_range: ValueRange | None) -> np.
 
 
 def expand_paths(paths: Sequence[str]) -> list[Path]:
-    """Replace each folder by the image files below it, sorted."""
+    """Replace each folder by the images below it, sorted, and log how many other files there are. A file is
+    always taken, whatever its name."""
     if not paths:
         raise UserError("no images to predict; pass files or folders")
     files: list[Path] = []
+    left_out: Counter[str] = Counter()
     for path in map(Path, paths):
-        found = list_images(path) if path.is_dir() else [path]
+        path = path if path.exists() else path.expanduser()
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found, others = list_images(path)
         if not found:
-            raise UserError(f"no image files in {path}; pass another folder")
-        files += found
+            among = f" among {render_left_out(others)}" if others else ""
+            raise UserError(f"no image files in {path}{among}; pass another folder")
+        files += map(Path, found)
+        left_out += others
+    if left_out:
+        logger.info("left out: %s", render_left_out(left_out))
     return files
 
 

@@ -16,7 +16,7 @@ from hf_cifar.config.objects import InMemory
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.columns import class_counts
 from hf_cifar.data.split import Split
-from hf_cifar.data.splits import Splits
+from hf_cifar.data.splits import DataSource, Splits
 from hf_cifar.hub.origin import Origin, find_origin
 from hf_cifar.hub.push import Target
 from hf_cifar.models.blocks import describe_trainable
@@ -33,17 +33,20 @@ class Fitted:
     energy: dict[str, float | str] | None
 
 
-def known_facts(splits: Splits, test: Split | None, config: RunConfig) -> dict[str, Any]:
+def known_facts(
+    source: DataSource, splits: Splits, test: Split | None, config: RunConfig
+) -> dict[str, Any]:
     """Return the facts of a run known before training, as plain values: model, data, split, versions.
 
-    test: compared with train, with --check_leakage.
+    splits: of the source, with their images. test: compared with train, with --check_leakage.
     """
     model, data = config.model, config.data
-    value_range = splits.validation.pixels.value_range
+    value_range = source.value_range
     return {
         "repo_id": Target.of_run(config.train).repo_id,  # the folder may be renamed
         "model": asdict(origin_of_model(model)),
         "dataset": asdict(find_origin(str(data.dataset_name), "dataset")),
+        "source": source.facts,
         "split_hash": splits.hash,
         "source_splits": {
             "train": splits.train.source_split,

@@ -80,7 +80,7 @@ def open_source(data: DataConfig, splits: Sequence[str]) -> DataSource:
     is."""
     from hf_cifar.data.splits import DataSource
 
-    tell(is_main_process())
+    show_notes(is_main_process())
     source = DataSource(data)
     for name in splits:
         _ = source.test_split if name == "test" else getattr(source.splits, name)
@@ -98,9 +98,9 @@ def quieten(main_process: bool) -> None:
     datasets.logging.set_verbosity_error()
     # It reports its search for CUDA.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    tell(main_process)
+    show_notes(main_process)
 
 
-def tell(main_process: bool) -> None:
-    """Let this package report its one-line notes in the main process, and only errors in the others."""
+def show_notes(main_process: bool) -> None:
+    """Let this package print its one-line notes, in the main process only."""
     logging.getLogger("hf_cifar").setLevel(logging.INFO if main_process else logging.ERROR)

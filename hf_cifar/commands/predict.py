@@ -17,7 +17,7 @@ from hf_cifar.platform import BROKEN_PIPE_STATUS, is_broken_pipe
 def predict(config: PredictConfig, paths: Sequence[str]) -> int:
     """Print one JSON record for each image; exit status 1 if one could not be read."""
     require_model(config)
-    missing = [path for path in paths if not Path(path).exists()]
+    missing = [path for path in paths if not Path(path).expanduser().exists()]
     if not paths or len(missing) == len(paths):
         raise UserError(
             f"no such file or folder: {missing[0]}"
@@ -31,7 +31,9 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
     failed = 0
     for record in predict_files(config, paths):
         try:
-            print(json.dumps(record, ensure_ascii=False), flush=True)
+            # A path that is no Unicode text can only be printed with escapes.
+            plain = record["path"].isprintable()
+            print(json.dumps(record, ensure_ascii=not plain), flush=True)
         except OSError as error:
             if not is_broken_pipe(error):
                 raise

@@ -53,12 +53,23 @@ class DataConfig:
 
     dataset_name: str = option(
         "uoft-cs/cifar10",
-        "Hub id, local folder (Hub layout, save_to_disk, or images in class folders), CIFAR archive, or "
-        "bundled/digits.",
+        "Hub id, local folder (images in class folders or with a table of labels, Hub layout, save_to_disk), "
+        "zip or tar of one, CIFAR archive, or bundled/digits.",
         public=False,
     )
     dataset_config_name: str | None = option(
         None, "Configuration of a data set that has more than one."
+    )
+    folders: Literal["auto", "classes", "splits"] = option(
+        "auto",
+        "What the folders directly below a folder of images are; auto: splits if all are named train, "
+        "validation, test or the like, else classes.",
+    )
+    labels_file: str | None = option(
+        None,
+        "CSV, TSV, JSON lines or Parquet file with the paths and labels of the images in --dataset_name; "
+        "default: found there if there is exactly one.",
+        public=False,
     )
     image_column_name: str | None = option(None, "Image column; default: found by its type.")
     label_column_name: str | None = option(

@@ -25,6 +25,7 @@ from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.recipes import expand_tokens
 from hf_cifar.config.training import TrainingConfig
 
+CONFIG_FILE = "config.yaml"  # in the folder of a run: its settled options
 CONFIGS = (DataConfig, AugmentConfig, ModelConfig, TrainingConfig)
 
 
@@ -100,6 +101,15 @@ class RunConfig:
     def with_training(self, **changes: Any) -> RunConfig:
         """Return a copy with these training options replaced."""
         return dataclasses.replace(self, train=dataclasses.replace(self.train, **changes))
+
+
+def is_run_config(path: str | Path) -> bool:
+    """Return True for a file that `to_yaml` wrote."""
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return text.startswith("dataset_name:") and "\noutput_dir:" in text
 
 
 def _plain(value: Any) -> Any:

@@ -1,21 +1,78 @@
-"""Open data sets on this machine: CIFAR archives, saved data sets, folders of images or Parquet files."""
+"""Open data sets on this machine: folders and archives of images, CIFAR archives, saved data sets, shards."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDatasetDict
+import pyarrow
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    DatasetInfo,
+    Features,
+    Image,
+    IterableDatasetDict,
+    List,
+)
+from datasets.table import InMemoryTable
+from huggingface_hub import metadata_load
 from pyarrow import parquet
 
 from hf_cifar.config.data import DataConfig
+from hf_cifar.data.archives import (
+    archive_name,
+    is_archive,
+    is_web_dataset,
+    refuse_other_archives,
+    unpack,
+)
 from hf_cifar.data.cifar_archives import cifar_version, read_cifar
 from hf_cifar.data.columns import class_label, quiet_datasets
-from hf_cifar.data.images import list_images, pnm_bytes
+from hf_cifar.data.images import pnm_bytes
+from hf_cifar.data.layout import Layout, NoClassFolders, read_layout
+from hf_cifar.data.listing import (
+    TABLE_SUFFIXES,
+    File,
+    Listing,
+    list_files,
+    render_left_out,
+    suffix_of,
+)
+from hf_cifar.data.tables import (
+    NoTable,
+    agree,
+    candidates,
+    holds_images,
+    metadata_files,
+    read_metadata_layout,
+    read_table_layout,
+)
 from hf_cifar.errors import UserError
-from hf_cifar.text import first_line
+from hf_cifar.text import first_line, listed
+
+MAX_TABLES = 50  # that are opened to find the one with the labels
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An open data set.
+
+    description: one line about what it is, None if there is nothing to say. left_out: files that are not
+    used, counted by reason; rows_left_out: rows of a table. notes: decisions that its owner may not expect,
+    one line each.
+    """
+
+    splits: DatasetDict | IterableDatasetDict
+    description: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+    rows_left_out: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def refuse_configuration(config: DataConfig) -> None:
@@ -34,6 +91,22 @@ def refuse_streaming(name: str, streaming: bool) -> None:
         )
 
 
+def refuse_folder_options(config: DataConfig) -> None:
+    """Raises: UserError if an option for folders of images is given for other data."""
+    given = [
+        name
+        for name, value, default in (
+            ("--labels_file", config.labels_file, None),
+            ("--folders", config.folders, "auto"),
+        )
+        if value != default
+    ]
+    if given:
+        raise UserError(
+            f"{given[0]} is for a folder of images, and {config.dataset_name} is none; leave it out"
+        )
+
+
 def from_pixels(columns: dict[str, Any], names: dict[str, list[str]]) -> Dataset:
     """Make a data set of raw pixels [N, H, W] or [N, H, W, 3] and label columns."""
     features = Features(
@@ -46,72 +119,275 @@ def from_pixels(columns: dict[str, Any], names: dict[str, list[str]]) -> Dataset
     return Dataset.from_dict({"image": encoded} | {c: columns[c] for c in names}, features=features)
 
 
-def load_local(
-    path: Path, config: DataConfig, streaming: bool
-) -> DatasetDict | IterableDatasetDict:
+def from_layout(layout: Layout) -> DatasetDict:
+    """Make a data set of the files of a layout, which are not read."""
+    image = layout.image_column
+    label: Any = ClassLabel(names=layout.class_names)
+    ids = {name: i for i, name in enumerate(layout.class_names)}
+    every = (each for rows in layout.splits.values() for _, each in rows)
+    is_multi_label = any(isinstance(each, tuple) for each in every)
+    features = Features(
+        {image: Image(decode=False), layout.label_column: List(label) if is_multi_label else label}
+    )
+    splits = {}
+    for split, rows in layout.splits.items():
+        # A path that is no Unicode text cannot be stored in a column.
+        contents = [
+            None if _is_text(file.path) else Path(file.path).read_bytes() for file, _ in rows
+        ]
+        paths = [file.path if _is_text(file.path) else None for file, _ in rows]
+        cells = pyarrow.StructArray.from_arrays(
+            [pyarrow.array(contents, pyarrow.binary()), pyarrow.array(paths, pyarrow.string())],
+            ["bytes", "path"],
+        )
+        labels = [
+            [ids[name] for name in each] if isinstance(each, tuple) else ids[each]
+            for _, each in rows
+        ]
+        columns = {image: cells, layout.label_column: pyarrow.array(labels)}
+        table = pyarrow.table(columns).cast(features.arrow_schema)
+        splits[split] = Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
+    return DatasetDict(splits)
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def load_local(path: Path, config: DataConfig, streaming: bool) -> Source:
     """Open all splits of a file or folder. Raises: UserError if it is not a data set."""
     if not path.exists():
         raise UserError(f"no data set {config.dataset_name}: there is no such file or folder")
     if cifar_version(path) is not None:
+        refuse_folder_options(config)
         refuse_configuration(config)
         refuse_streaming(config.dataset_name, streaming)
         parts, names = read_cifar(path)
-        return DatasetDict({split: from_pixels(columns, names) for split, columns in parts.items()})
-    if path.is_file():
-        raise UserError(
-            f"{path} is not a CIFAR archive; pass a folder of images, a Hub-layout folder, or an official "
-            "cifar-10/100 tar.gz"
+        return Source(
+            DatasetDict({split: from_pixels(columns, names) for split, columns in parts.items()})
         )
+    if path.is_file():
+        return _load_file(path, config, streaming)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        refuse_folder_options(config)
+        refuse_streaming(config.dataset_name, streaming)
+        return Source(_load_saved(path, config))
+    listing = list_files(path)
+    if config.labels_file is None and (_declares_files(path) or _has_shards(listing)):
+        return Source(_load_shards(path, config, streaming, listing))
+    listing = _with_archives(listing)
+    layout = None
+    if listing.images or config.labels_file or candidates(listing) or metadata_files(listing):
+        layout = _read_images(listing, config)
+    if layout is None:
+        return Source(_load_shards(path, config, streaming, listing))
+    return _source(layout, config, streaming)
+
+
+def _source(layout: Layout, config: DataConfig, streaming: bool) -> Source:
+    refuse_configuration(config)
+    if streaming:
+        raise UserError(
+            f"{config.dataset_name} is a folder of image files, sorted by class, which a stream cannot "
+            "shuffle; leave out --streaming (the files are read in place, not copied)"
+        )
+    left_out, rows_left_out = (
+        {reason: count for reason, count in counts.items() if count}
+        for counts in (layout.left_out, layout.rows_left_out)
+    )
+    return Source(
+        from_layout(layout), layout.describe(), left_out, rows_left_out, tuple(layout.notes)
+    )
+
+
+def _load_file(path: Path, config: DataConfig, streaming: bool) -> Source:
+    """Open an archive, a table of paths, or a Parquet file."""
+    refuse_other_archives(path)
+    if is_archive(path) and not is_web_dataset(path):
+        return load_local(unpack(path), config, streaming)
+    if is_archive(path) or holds_images(str(path)):
+        kind = "webdataset" if is_archive(path) else "parquet"
+        return Source(_load_shards(path, config, streaming, builder=kind))
+    if suffix_of(path.name) in TABLE_SUFFIXES:
+        layout = read_table_layout(list_files(path.parent), str(path), config, requested=True)
+        return _source(layout, config, streaming)
+    raise UserError(
+        f"{path} is not a data set; pass a folder of images, a zip or tar of one, a table of paths and "
+        "labels, a Hub-layout folder, or an official cifar-10/100 tar.gz"
+    )
+
+
+def _with_archives(listing: Listing) -> Listing:
+    """If there are only archives in a folder, list what is in them, each as a folder of its name."""
+    archives = [f for f in listing.others if "/" not in f.name and is_archive(f.name)]
+    if listing.images or not archives:
+        return listing
+    mounts = {archive_name(file.name): str(unpack(file.path)) for file in archives}
+    unpacked = list_files(listing.root, mounts)
+    unpacked.others = [file for file in unpacked.others if file not in archives]
+    return unpacked
+
+
+def _has_shards(listing: Listing) -> bool:
+    """True for Parquet files of images, or tar files of WebDataset."""
+    if any(f.name.endswith(".parquet") and holds_images(f.path) for f in listing.others):
+        return True
+    tars = [f for f in listing.others if is_archive(f.name) and not f.name.lower().endswith(".zip")]
+    return bool(tars) and not listing.images and is_web_dataset(tars[0].path)
+
+
+def _declares_files(path: Path) -> bool:
+    """True if a README says which files are which split, as on the Hub."""
+    try:
+        card = metadata_load(path / "README.md") or {}
+    except Exception:  # a README of any kind
+        return False
+    configs = card.get("configs")
+    return isinstance(configs, list) and any(
+        isinstance(c, dict) and "data_files" in c for c in configs
+    )
+
+
+def _read_images(listing: Listing, config: DataConfig) -> Layout | None:
+    """Find where the classes of images come from: folders, metadata files or a table.
+
+    Returns None if there are no images and no table of any. Raises: UserError if that is not clear.
+    """
+    if config.labels_file is not None:
+        return read_table_layout(listing, _labels_path(listing, config), config, requested=True)
+    layout: Layout | None = None
+    problem = UserError("no images")
+    try:
+        layout = read_layout(listing, config.folders)
+    except UserError as error:
+        problem = error
+    if metadata_files(listing):
+        try:
+            found = read_metadata_layout(listing, config, by_name=layout is not None)
+        except NoTable:
+            if layout is None:
+                raise
+            found = None
+        if found is not None:
+            return found
+    if layout is not None and config.folders != "auto":
+        return layout
+    fitting, unclear = _fitting_tables(listing, config, layout)
+    if layout is not None:
+        return _agreed(layout, fitting, unclear, config)
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    if fitting:
+        raise UserError(
+            f"multiple tables have labels of these images: {listed(fitting)}; choose one with --labels_file"
+        )
+    if unclear and (not listing.images or isinstance(problem, NoClassFolders)):
+        raise next(iter(unclear.values()))
+    if not listing.images:
+        return None
+    raise problem
+
+
+def _labels_path(listing: Listing, config: DataConfig) -> str:
+    """The path of --labels_file, which may also be given below the folder of the images."""
+    assert config.labels_file is not None
+    path = os.path.expanduser(config.labels_file)
+    for each in (path, os.path.join(listing.root, path)):
+        if os.path.isfile(each):
+            return each
+    raise UserError(f"--labels_file {config.labels_file}: there is no such file")
+
+
+def _fitting_tables(
+    listing: Listing, config: DataConfig, layout: Layout | None
+) -> tuple[dict[str, Layout], dict[str, UserError]]:
+    """The tables that label the images, by name, and the errors of those that name images unclearly. layout:
+    the class folders, if there are any; only tables beside them count then."""
+    fitting: dict[str, Layout] = {}
+    unclear: dict[str, UserError] = {}
+    folder_of = None if layout is None else _class_of(layout)
+    for file in candidates(listing, None if layout is None else 0)[:MAX_TABLES]:
+        try:
+            fitting[file.name] = read_table_layout(listing, file.path, config, folder_of=folder_of)
+        except NoTable:
+            continue
+        except UserError as error:
+            unclear[file.name] = error
+    return fitting, unclear
+
+
+def _class_of(layout: Layout) -> dict[File, Any]:
+    return {file: label for rows in layout.splits.values() for file, label in rows}
+
+
+def _agreed(
+    layout: Layout, fitting: dict[str, Layout], unclear: dict[str, UserError], config: DataConfig
+) -> Layout:
+    """Choose between class folders and tables. Raises: UserError if they contradict each other."""
+    columns = (config.image_column_name, config.label_column_name)
+    if set(columns) - {None, "image", "label"} and len(fitting) == 1:
+        return next(iter(fitting.values()))
+    folder_of = _class_of(layout)
+    for name, table in fitting.items():
+        if not agree((folder_of.get(file), label) for file, label in _class_of(table).items()):
+            raise UserError(
+                f"the folders ({listed(layout.class_names, 3)}) and {name} ({listed(table.class_names, 3)}) "
+                f"give different classes; pass --labels_file {name}, or --folders "
+                f"{'splits' if layout.split_names else 'classes'}"
+            )
+    for name, error in unclear.items():
+        raise UserError(
+            f"the images are in folders ({listed(layout.class_names, 3)}), and {name} names them too, but "
+            f"{error}, or use the folders with --folders {'splits' if layout.split_names else 'classes'}"
+        )
+    return layout
+
+
+def _load_saved(path: Path, config: DataConfig) -> DatasetDict:
     with quiet_datasets():
         try:
-            if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-                refuse_streaming(config.dataset_name, streaming)
-                saved = datasets.load_from_disk(str(path))
-                return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-            splits = datasets.load_dataset(
-                str(path), config.dataset_config_name, streaming=streaming
-            )
-            _check_class_folders(path, splits)
-            _check_parquet_names(path, config.dataset_config_name, splits)
-            return splits
-        except IndexError:  # raised by load_from_disk for a split without rows
+            saved = datasets.load_from_disk(str(path))
+        except IndexError:  # a split without rows
             raise UserError(
                 f"a split of {config.dataset_name} has no images; save it without empty splits"
             ) from None
+        except Exception as error:  # a file of unknown origin can fail in any way
+            raise _unreadable(config, error) from error
+    return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+
+
+def _load_shards(
+    path: Path,
+    config: DataConfig,
+    streaming: bool,
+    listing: Listing | None = None,
+    builder: str | None = None,
+) -> DatasetDict | IterableDatasetDict:
+    """Open a folder of Parquet files, WebDataset shards or other files that `datasets` reads, or one file."""
+    refuse_folder_options(config)
+    files = {"data_files": {"train": str(path)}} if builder else {}
+    with quiet_datasets():
+        try:
+            splits = datasets.load_dataset(
+                builder or str(path), config.dataset_config_name, streaming=streaming, **files
+            )
+            if builder is None:
+                _check_parquet_names(path, config.dataset_config_name, splits)
+            return splits
         except UserError:
             raise
         except Exception as error:  # a file of unknown origin can fail in any way
-            raise UserError(
-                f"cannot load data set {config.dataset_name}: {first_line(error)}"
-            ) from error
+            raise _unreadable(config, error, listing) from error
 
 
-def _check_class_folders(path: Path, splits: DatasetDict | IterableDatasetDict) -> None:
-    """Check a folder of images: it must have one non-empty folder for each class.
-
-    Raises: UserError that names the only class, an image outside the class folders, or an empty folder.
-    """
-    columns = set(next(iter(splits.values())).features or ())
-    if not columns <= {"image", "label"} or "image" not in columns:
-        return
-    images = list_images(path)
-    folders = sorted({image.parent for image in images})
-    if not folders:
-        return  # parquet, or an archive
-    if "label" not in columns:
-        stray = next((image for image in images if image.parent == path), None)
-        others = [folder for folder in folders if folder != path]
-        if stray is not None and others:
-            raise UserError(f"{stray} is not in a class folder; move it into one, or remove it")
-        if len({folder.name for folder in others}) == 1:
-            raise UserError(
-                f"{path} has one class folder, {others[0].name}; a classifier needs two or more"
-            )
-        raise UserError(f"the images in {path} have no labels; put them into one folder per class")
-    for parent in {folder.parent for folder in folders}:
-        for folder in sorted(parent.iterdir()):
-            if folder.is_dir() and not any(folder.iterdir()):
-                raise UserError(f"class folder {folder} has no images; add some or remove it")
+def _unreadable(config: DataConfig, error: Exception, listing: Listing | None = None) -> UserError:
+    left_out = None if listing is None else listing.all_left_out()
+    files = f"; no image among {render_left_out(left_out)}" if left_out else ""
+    return UserError(f"cannot load data set {config.dataset_name}: {first_line(error)}{files}")
 
 
 def _check_parquet_names(

@@ -10,7 +10,6 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -28,7 +27,6 @@ from hf_cifar.data.depth import (
     sample_values,
 )
 from hf_cifar.data.formats import RAW_KIND, foreign_kind, is_heic
-from hf_cifar.data.formats import looks_like_image as looks_like_image
 from hf_cifar.data.jpeg import decode_jpeg, turned
 from hf_cifar.data.tiff import TiffPage
 from hf_cifar.errors import UserError
@@ -311,12 +309,3 @@ def pnm_bytes(pixels: np.ndarray) -> bytes:
     """
     kind = b"P6" if pixels.ndim == 3 else b"P5"
     return b"%s %d %d 255\n" % (kind, pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """List the files below `folder` whose extension Pillow can open, sorted."""
-    known = set(_formats())
-    extensions = {ext for ext, form in Image.registered_extensions().items() if form in known}
-    return sorted(
-        p for p in Path(folder).rglob("*") if p.suffix.lower() in extensions and p.is_file()
-    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import re
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -20,25 +22,41 @@ from huggingface_hub.errors import EntryNotFoundError
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.objects import InMemory, require_object
 from hf_cifar.data.columns import standard_columns
-from hf_cifar.data.folders import from_pixels, load_local, refuse_configuration, refuse_streaming
+from hf_cifar.data.folders import (
+    Source,
+    from_pixels,
+    load_local,
+    refuse_configuration,
+    refuse_folder_options,
+    refuse_streaming,
+)
 from hf_cifar.data.objects import open_object
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.hub.fetch import fetch
+from hf_cifar.hub.origin import public_name
 from hf_cifar.hub.reach import looks_like_path, require_network
 from hf_cifar.text import first_line
 
+logger = logging.getLogger(__name__)
 BUNDLED = "bundled/"
 NUM_DOWNLOADS = 8  # in parallel
 
 
 def load_source(config: DataConfig) -> DatasetDict:
-    """Load all splits, with columns `image` (encoded, not decoded) and `label` (ClassLabel, or lists).
+    """Load all splits, see `read_source`."""
+    return read_source(config).splits
+
+
+def read_source(config: DataConfig) -> Source:
+    """Load all splits, with columns `image` (encoded, not decoded) and `label` (ClassLabel, or lists), and
+    log what the source is.
 
     Raises: UserError for an unknown data set, no network, or columns that cannot be identified.
     """
     name = config.dataset_name
-    splits = open_data_set(config)
+    source = open_data_set(config)
+    splits = source.splits
     empty = [split for split, rows in splits.items() if not len(rows)]
     if empty or not splits:
         raise UserError(
@@ -48,26 +66,35 @@ def load_source(config: DataConfig) -> DatasetDict:
     splits = DatasetDict(
         {split: splits[split] for split in sorted(splits, key=lambda s: s != "train")}
     )
-    return standard_columns(splits, config)
+    source = replace(source, splits=standard_columns(splits, config))
+    if source.description is not None:
+        source = replace(source, description=f"{public_name(name)}: {source.description}")
+        logger.info("%s", source.description)
+    for note in source.notes:
+        logger.warning("%s", note)
+    return source
 
 
-def open_data_set(config: DataConfig, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+def open_data_set(config: DataConfig, streaming: bool = False) -> Source:
     """Open all splits with their original columns. streaming: without reading them, for a folder or the Hub.
 
     Raises: UserError for an unknown data set, no network, or a source that cannot be streamed.
     """
     name = config.dataset_name
     if isinstance(name, InMemory):
+        refuse_folder_options(config)
         refuse_configuration(config)
-        return open_object(name.value, streaming)
+        return Source(open_object(name.value, streaming))
     require_object(name, "data set")
     if name.startswith(BUNDLED):
+        refuse_folder_options(config)
         refuse_configuration(config)
         refuse_streaming(name, streaming)
-        return _load_bundled(name.removeprefix(BUNDLED))
+        return Source(_load_bundled(name.removeprefix(BUNDLED)))
     if looks_like_path(name):
         return load_local(Path(name).expanduser(), config, streaming)
-    return _load_hub(name, config, streaming)
+    refuse_folder_options(config)
+    return Source(_load_hub(name, config, streaming))
 
 
 def _load_bundled(name: str) -> DatasetDict:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from hf_cifar.data.columns import class_counts, class_label, label_array
 from hf_cifar.data.images import find_value_range
 from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.preparation import CPU
-from hf_cifar.data.sources import load_source
+from hf_cifar.data.sources import Source, read_source
 from hf_cifar.data.split import Split, readable, with_images
 from hf_cifar.data.stratify import stratified, subsample
 from hf_cifar.data.streams import (
@@ -94,7 +95,24 @@ class DataSource:
     @functools.cached_property
     def rows(self) -> Mapping[str, Dataset | IterableDataset]:
         """All rows by the source's own splits, with columns image (encoded) and label."""
-        return load_streams(self.config) if self.config.streaming else load_source(self.config)
+        return load_streams(self.config) if self.config.streaming else self._source.splits
+
+    @functools.cached_property
+    def _source(self) -> Source:
+        return read_source(self.config)
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the source is, as plain values: a line about it, images by split, and what is left out, by
+        reason; empty for a stream, which is not counted."""
+        if self.config.streaming:
+            return {}
+        return {
+            "description": self._source.description,
+            "num_images": {split: len(rows) for split, rows in self.rows.items()},
+            "left_out": self._source.left_out,
+            "rows_left_out": self._source.rows_left_out,
+        }
 
     def pixels(self, source_split: str) -> Pixels:
         """The images of one of the source's own splits, shared by all splits made from it."""

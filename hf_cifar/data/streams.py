@@ -31,7 +31,7 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
     Raises: UserError for a source that cannot be streamed, or that does not declare its columns' types.
     """
     standard: dict[str, IterableDataset] = {}
-    for split, rows in open_data_set(config, streaming=True).items():
+    for split, rows in open_data_set(config, streaming=True).splits.items():
         if rows.features is None:
             raise UserError(
                 f"{config.dataset_name} does not declare the types of its columns; leave out --streaming"

@@ -14,7 +14,7 @@ from hf_cifar.config.command_line import parse
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.fields import field_names
 from hf_cifar.config.recipes import yaml_tokens
-from hf_cifar.config.run import RunConfig
+from hf_cifar.config.run import CONFIG_FILE, RunConfig
 from hf_cifar.errors import UserError
 from hf_cifar.text import one_line
 
@@ -34,7 +34,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config_path = self.path / "config.yaml"  # the settled options
+        self.config_path = self.path / CONFIG_FILE  # the settled options
         self.facts_path = self.path / "run.json"  # what happened; written last, with the card
         self.metrics_path = self.path / "metrics.json"  # by split
         self.corruptions_path = self.path / "corruptions.json"  # by split

@@ -374,7 +374,9 @@ def test_file_that_is_not_an_archive_is_refused(tmp_path):
         load_splits(DataConfig(dataset_name=str(path)))
     other = tmp_path / "data.csv"
     other.write_text("a,b")
-    with pytest.raises(
-        UserError, match=r"data.csv is not a CIFAR archive; pass a folder of images"
-    ):
+    with pytest.raises(UserError, match=r"data.csv has no rows"):
         load_splits(DataConfig(dataset_name=str(other)))
+    notes = tmp_path / "notes.txt"
+    notes.write_text("a,b")
+    with pytest.raises(UserError, match=r"notes.txt is not a data set; pass a folder of images"):
+        load_splits(DataConfig(dataset_name=str(notes)))

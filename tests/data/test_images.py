@@ -8,7 +8,7 @@ from pictures import ORIENTATION, UPRIGHT, encode, grey_rgb, over_white, tiff
 from PIL import Image
 
 from hf_cifar.data import images
-from hf_cifar.data.images import decode_cell, decode_cells, decode_image, list_images, pnm_bytes
+from hf_cifar.data.images import decode_cell, decode_cells, decode_image, pnm_bytes
 from hf_cifar.errors import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -229,7 +229,6 @@ def test_formats_without_a_size_check_are_refused(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "icon.ico")
     with pytest.raises(UserError, match="it is an icon; convert it to PNG or JPEG"):
         decode_image(tmp_path / "icon.ico")
-    assert list_images(tmp_path) == []
 
 
 @pytest.mark.parametrize("form", ["AVIF", "JPEG2000", "WEBP", "QOI"])
@@ -343,14 +342,3 @@ def test_cells_and_errors_keep_their_order():
 def test_pnm_bytes_decode_to_themselves(pixels):
     expected = pixels if pixels.ndim == 3 else grey_rgb(pixels)
     assert close(decode_image(pnm_bytes(pixels)), expected)
-
-
-def test_list_images_finds_only_images_sorted(tmp_path):
-    (tmp_path / "b").mkdir()
-    for name in ("z.PNG", "a.jpg", "b/c.webp"):
-        Image.fromarray(RGB).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "folder.png").mkdir()
-    assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path)] == [
-        "a.jpg", "b/c.webp", "z.PNG",
-    ]  # fmt: skip

@@ -361,18 +361,14 @@ def image_folder(root, *files):
 
 
 @pytest.mark.parametrize(
-    ("files", "empty", "message"),
+    ("files", "message"),
     [
-        (["a/1.png", "a/2.png"], None, "has one class folder, a; a classifier needs two"),
-        (["1.png", "2.png"], None, "have no labels; put them into one folder per class"),
-        (["a/1.png", "b/1.png", "stray.png"], None, r"stray\.png is not in a class folder"),
-        (["a/1.png", "b/1.png"], "c", r"class folder .*c has no images; add some or remove it"),
-        (["train/a/1.png", "train/b/1.png"], "train/c", r"class folder .*c has no images"),
+        (["a/1.png", "a/2.png"], "has one class folder, a; a classifier needs two"),
+        (["1.png", "2.png"], "have no labels; put them into one folder per class"),
+        (["a/1.png", "b/1.png", "stray.png"], r"stray\.png is not in a class folder"),
     ],
 )
-def test_wrong_class_folders_are_refused(tmp_path, files, empty, message):
+def test_wrong_class_folders_are_refused(tmp_path, files, message):
     folder = image_folder(tmp_path / "images", *files)
-    if empty:
-        (folder / empty).mkdir()
     with pytest.raises(UserError, match=message):
         load_source(DataConfig(dataset_name=str(folder)))

@@ -40,7 +40,7 @@ def load(kind):
         folder = model_folder("me/model", None, False)
         names = [path.name for path in model.iterdir()]
         return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
-    splits = open_data_set(DataConfig(dataset_name="me/data"))
+    splits = open_data_set(DataConfig(dataset_name="me/data")).splits
     names = splits["train"].features["label"].names
     plain = splits.cast_column("img", datasets.Image(decode=False))
     return {"names": names} | {split: plain[split][:] for split in ("train", "test")}
