@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_cifar.config.data import FULL_RANGE, DataConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
-from hf_cifar.data.preparation import CPU
 from hf_cifar.data.split import Split, prepare_split
 from hf_cifar.data.splits import DataSource
 from hf_cifar.data.store import (
+    CPU,
     PreparedStore,
     ResidentStore,
     build_store,

@@ -69,6 +69,13 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def num_cores() -> int:
+    """Number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
     """Read bytes at a position of a file into a buffer; returns their number, less at the end of the file."""
     if hasattr(os, "preadv"):

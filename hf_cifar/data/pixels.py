@@ -7,7 +7,6 @@ can be prepared at any time: in a pass before the training, or by the loader whe
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import logging
@@ -21,10 +20,9 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from hf_cifar.config.data import MAX_IMAGE_PIXELS, ValueRange
@@ -32,15 +30,15 @@ from hf_cifar.data.cache import cache_folder, content_key, make_room, one_proces
 from hf_cifar.data.images import decode_cell
 from hf_cifar.data.pixel_file import MISSING, READABLE, STORED, UNREADABLE, PixelFile
 from hf_cifar.errors import UserError
+from hf_cifar.platform import num_cores
 from hf_cifar.progress import Progress
-from hf_cifar.transforms.preprocessing import Preprocessing
-from hf_cifar.transforms.resizing import LIBRARIES
+
+if TYPE_CHECKING:  # mistakes in data are found without importing torch
+    from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 # Images that all have the same size of at most this many pixels are stored in that size, for every model.
 SMALL_PIXELS = 64 * 64
-# Training images are stored this much larger than the model's input, as a margin for random crops.
-TRAINING_MARGIN = 8 / 7
 NUM_SURVEYED = 32  # images that are decoded to learn the size and the time of all
 TASK = 32  # images per task of a thread
 MAX_THREADS = 16
@@ -146,7 +144,7 @@ class Pixels:
         augmented: for training, with a margin for random crops. exact_size: False for rows that are prepared
         one by one, when an image of another size would come too late.
         """
-        view = stored_view(preprocessing, augmented=augmented)
+        view = preprocessing.stored(augmented=augmented)
         size = None if self._mixed or not exact_size else self.survey.size
         if size is not None and math.prod(size) <= max(SMALL_PIXELS, math.prod(view.size)):
             return Form(size)
@@ -163,23 +161,6 @@ class Pixels:
         """Remember that the images differ in size, so that `form` never takes this form again."""
         self._mixed = True
         self._prepared = {key: each for key, each in self._prepared.items() if key[0] != form}
-
-
-def stored_view(preprocessing: Preprocessing, *, augmented: bool) -> Preprocessing:
-    """Return the view in which images are stored: for training enlarged, for evaluation without the crop.
-
-    Enlarged images are resized by torch, the faster library, because no image processor makes them. The
-    statistics do not matter: models that differ in nothing else share the stored images.
-    """
-    preprocessing = dataclasses.replace(
-        preprocessing, mean=(0.0,) * 3, std=(1.0,) * 3, rescale_factor=1.0
-    )
-    if not augmented:
-        return preprocessing.uncropped()
-    library = (
-        "torchvision" if ("torchvision", preprocessing.interpolation) in LIBRARIES else "pillow"
-    )
-    return dataclasses.replace(preprocessing.enlarged(TRAINING_MARGIN), library=library)
 
 
 class Prepared:
@@ -269,7 +250,7 @@ class Prepared:
 
         tasks: deque[Future[int]] = deque()
         threads = num_threads()
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(threads, initializer=_compute_on_one_core) as pool:
             try:
                 for start in range(0, len(positions), TASK):
                     tasks.append(pool.submit(work, positions[start : start + TASK]))
@@ -339,9 +320,14 @@ def _remove(folder: Path, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _compute_on_one_core() -> None:
+    """Let this thread's operations use one core: the threads share the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def num_threads() -> int:
     """Number of threads that decode: the cores of this process."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return max(1, min(MAX_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(MAX_THREADS, num_cores() // processes))

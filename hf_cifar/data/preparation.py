@@ -8,15 +8,19 @@ import logging
 import math
 import os
 from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
-import torch
 
 from hf_cifar.data.cache import cache_folder, free_bytes
 from hf_cifar.data.pixels import OtherSize, Pixels, Prepared
 from hf_cifar.text import duration
-from hf_cifar.transforms.preprocessing import Preprocessing
+
+if TYPE_CHECKING:  # mistakes in data are found without importing torch
+    import torch
+
+    from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 # Share of the free memory that resident images may take, and the most bytes of one split on a CPU: the system
@@ -28,7 +32,6 @@ DISK_SHARE = 0.5
 DEVICE_SHARE = 0.25
 # Work of at least this many seconds is announced.
 SECONDS_ANNOUNCED = 3
-CPU = torch.device("cpu")
 
 
 def memory_to_spare() -> int:
@@ -38,13 +41,19 @@ def memory_to_spare() -> int:
     return int(min(spare, MEMORY_LIMIT))
 
 
-def fits_in_memory(num_bytes: int, device: torch.device = CPU) -> bool:
+def fits_in_memory(num_bytes: int, device: torch.device | None = None) -> bool:
     """True if images of this size may be kept on the device, or in memory."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if num_bytes < DEVICE_SHARE * free:
-            return True
-    return num_bytes <= memory_to_spare()
+    return fits_on_gpu(num_bytes, device) or num_bytes <= memory_to_spare()
+
+
+def fits_on_gpu(num_bytes: int, device: torch.device | None) -> bool:
+    """True if images of this size may be kept on the device, and it is a GPU."""
+    if device is None or device.type != "cuda":
+        return False
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return num_bytes < DEVICE_SHARE * free
 
 
 class SplitImages:
@@ -65,7 +74,7 @@ class SplitImages:
         augmented: bool,
         kind: str = "auto",
         lazy: bool = False,
-        device: torch.device = CPU,
+        device: torch.device | None = None,
     ) -> None:
         self.name, self.pixels, self.positions = name, pixels, positions
         self.preprocessing, self.augmented = preprocessing, augmented

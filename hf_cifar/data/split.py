@@ -8,19 +8,23 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from hf_cifar.data.columns import class_label, label_array
 from hf_cifar.data.images import decode_cells
 from hf_cifar.data.pixels import SMALL_PIXELS, Form, OtherSize, Pixels
-from hf_cifar.data.preparation import CPU, SplitImages
+from hf_cifar.data.preparation import SplitImages
 from hf_cifar.errors import UserError
 from hf_cifar.progress import progress
 from hf_cifar.text import render_numbers
-from hf_cifar.transforms.preprocessing import Preprocessing
+
+if TYPE_CHECKING:  # mistakes in data are found without importing torch
+    import torch
+
+    from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +162,7 @@ def with_images(
     augmented: bool = False,
     kind: str = "auto",
     lazy: bool = False,
-    device: torch.device = CPU,
+    device: torch.device | None = None,
 ) -> Split:
     """Return a split with its images for a model, not prepared yet. See `SplitImages`."""
     images = SplitImages(
@@ -206,7 +210,7 @@ def prepare_split(
     augmented: bool = False,
     kind: str = "auto",
     on_bad_image: str = "error",
-    device: torch.device = CPU,
+    device: torch.device | None = None,
 ) -> Split:
     """Return a split with its images for a model, prepared, and without the unreadable ones."""
     images = with_images(split, preprocessing, augmented=augmented, kind=kind, device=device)

@@ -8,17 +8,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from datasets import Dataset, IterableDataset
 
 from hf_cifar.config.data import FULL_RANGE, DataConfig, ValueRange
 from hf_cifar.data.columns import class_counts, class_label, label_array
 from hf_cifar.data.images import find_value_range
 from hf_cifar.data.pixels import Pixels
-from hf_cifar.data.preparation import CPU
 from hf_cifar.data.sources import Source, read_source
 from hf_cifar.data.split import Split, readable, with_images
 from hf_cifar.data.stratify import stratified, subsample
@@ -31,7 +29,11 @@ from hf_cifar.data.streams import (
     require_every_class,
 )
 from hf_cifar.errors import UserError
-from hf_cifar.transforms.preprocessing import Preprocessing
+
+if TYPE_CHECKING:  # mistakes in data are found without importing torch
+    import torch
+
+    from hf_cifar.transforms.preprocessing import Preprocessing
 
 # Training images examined for more than 8 bits; of a stream, the first ones.
 IMAGES_FOR_RANGE, STREAMED_FOR_RANGE = 500, 64
@@ -167,7 +169,10 @@ def load_test_split(config: DataConfig) -> Split:
 
 
 def prepare_splits(
-    splits: Splits, preprocessing: Preprocessing, config: DataConfig, device: torch.device = CPU
+    splits: Splits,
+    preprocessing: Preprocessing,
+    config: DataConfig,
+    device: torch.device | None = None,
 ) -> Splits:
     """Return the splits with their images for a model, decoded in one pass, see `readable`.
 

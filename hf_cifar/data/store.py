@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_cifar.data.pixels import Prepared
-from hf_cifar.data.preparation import CPU, DEVICE_SHARE, SplitImages
+from hf_cifar.data.preparation import SplitImages, fits_on_gpu
 from hf_cifar.data.split import Split, UnreadableImages
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 # A split with a smaller share of its source reads only its own rows into memory.
 SHARED_FRACTION = 0.5
 CHUNK = 1024  # images that are read at once
+CPU = torch.device("cpu")
 
 
 class ResidentStore(Dataset):
@@ -232,9 +233,8 @@ def _resident(images: SplitImages, device: torch.device) -> tuple[Tensor, Tensor
 
 def _allocated(count: int, prepared: Prepared, device: torch.device) -> Tensor:
     """Allocate images [count, h, w, 3] on the device if they fit there, else in memory."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        device = device if count * prepared.form.row_bytes < DEVICE_SHARE * free else CPU
+    if not fits_on_gpu(count * prepared.form.row_bytes, device):
+        device = CPU
     return torch.empty((count, *prepared.form.size, 3), dtype=torch.uint8, device=device)
 
 

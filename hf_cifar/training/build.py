@@ -16,11 +16,10 @@ from transformers import (
 
 from hf_cifar.config.augmentation import AugmentConfig
 from hf_cifar.config.run import RunConfig
-from hf_cifar.data.pixels import stored_view
-from hf_cifar.data.preparation import CPU
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import Splits, prepare_splits
 from hf_cifar.data.store import (
+    CPU,
     PreparedStore,
     ResidentStore,
     ShardStore,
@@ -132,7 +131,7 @@ def shard_store(
     )  # fmt: skip
     return ShardStore(
         train,
-        stored_view(preprocessing, augmented=True),
+        preprocessing.stored(augmented=True),
         batch_size=args.train_batch_size,
         seed=args.seed,
         rank=args.process_index,

@@ -15,6 +15,8 @@ from hf_cifar.errors import UserError
 from hf_cifar.transforms.resampling import KERNELS, Levels, whole_image
 from hf_cifar.transforms.resizing import LIBRARIES, resize_exactly
 
+# Training images are stored this much larger than the model's input, as a margin for random crops.
+TRAINING_MARGIN = 8 / 7
 # The transformers processor that adds a border of the mean colour.
 PADS_TO_SQUARE = "LlavaImageProcessor"
 # Pillow's numbers for its filters, which transformers saves as `resample`.
@@ -164,6 +166,18 @@ class Preprocessing:
         if self.border is not None:
             return "pad"
         return "crop" if isinstance(self.resize, int) else "squash"
+
+    def stored(self, *, augmented: bool) -> Preprocessing:
+        """Return the view in which images are stored: for training enlarged, for evaluation without the crop.
+
+        Enlarged images are resized by torch, the faster library, because no image processor makes them. The
+        statistics do not matter: models that differ in nothing else share the stored images.
+        """
+        plain = replace(self, mean=(0.0,) * 3, std=(1.0,) * 3, rescale_factor=1.0)
+        if not augmented:
+            return plain.uncropped()
+        library = "torchvision" if ("torchvision", self.interpolation) in LIBRARIES else "pillow"
+        return replace(plain.enlarged(TRAINING_MARGIN), library=library)
 
     def enlarged(self, factor: float) -> Preprocessing:
         """The same view of an image with `factor` times as many pixels per side."""

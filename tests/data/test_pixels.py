@@ -13,7 +13,7 @@ from hf_cifar.config.data import DataConfig
 from hf_cifar.data import pixels as pixels_module
 from hf_cifar.data.cache import make_room
 from hf_cifar.data.pixel_file import MISSING, STORED, PixelFile
-from hf_cifar.data.pixels import Form, Pixels, stored_view
+from hf_cifar.data.pixels import Form, Pixels
 from hf_cifar.data.preparation import SplitImages
 from hf_cifar.data.split import Split, prepare_split, subset
 from hf_cifar.data.splits import DataSource, load_splits, prepare_splits
@@ -128,7 +128,7 @@ def test_images_of_mixed_sizes_are_stored_as_the_library_resizes_them(save, make
     splits = load(path)
     for augmented in (False, True):
         for split in map(lambda each, a=augmented: ready(each, augmented=a), parts(splits)):
-            view = stored_view(VIEW, augmented=augmented)
+            view = VIEW.stored(augmented=augmented)
             images, _ = split.images.read(np.arange(len(split)))
             assert images.shape[1:3] == ((14, 14) if augmented else (12, 12))
             for row, image in zip(split.row_ids, images, strict=True):
@@ -143,7 +143,7 @@ def test_odd_size_among_many_is_found_in_time(save, make_rows, monkeypatch):
     sizes[31] = (9, 8)
     rows = make_rows([0, 1] * 30, sizes=sizes)
     split = ready(load(save(train=rows, validation=make_rows([0, 1]))).train)
-    assert split.images.prepared.form.view == stored_view(VIEW, augmented=False)
+    assert split.images.prepared.form.view == VIEW.stored(augmented=False)
     images, readable = split.images.read(np.array([30, 31]))
     assert readable.all()
     assert (images[1] == VIEW.view_image(pictures(rows)[31])).all()

@@ -18,7 +18,6 @@ from transformers import AutoImageProcessor
 from hf_cifar.cli import main
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.images import decode_image
-from hf_cifar.data.pixels import stored_view
 from hf_cifar.data.split import prepare_split
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import build_store
@@ -146,7 +145,7 @@ def test_the_same_pixels_everywhere(tmp_path, vit, capsys, record_result):
     train = load_splits(DataConfig(dataset_name=str(tmp_path / "data"))).train
     store = build_store(prepare_split(train, preprocessing, augmented=True, kind="streamed"))
     names = [Path(row["path"]).name for row in train.rows["image"]]
-    enlarged = stored_view(preprocessing, augmented=True)
+    enlarged = preprocessing.stored(augmented=True)
     same = sum(
         bool(np.abs(image - expected).max() <= 1)  # where transparency is blended, otherwise equal
         and all(image.tobytes() in images for images in ways.values())
