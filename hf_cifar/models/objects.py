@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, BaseImageProcessor, PreTrainedModel
 
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
@@ -50,7 +50,7 @@ def is_timm(model: nn.Module) -> bool:
 
 def is_known(model: PreTrainedModel) -> bool:
     """Return True if transformers can build the model's classifier from its config."""
-    return type(model.config) in AutoModelForImageClassification._model_mapping
+    return type(model.config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
 def save_object(
