@@ -11,6 +11,7 @@ import dataclasses
 import json
 import numbers
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -200,9 +201,13 @@ def render_default(value: Any) -> str:
 def explicit_flags(
     tokens: Sequence[str], kinds: dict[str, Any], paths_follow: bool = False
 ) -> list[str]:
-    """Write a bare `--flag` as `--flag true`, and names with underscores. paths_follow: see `parse`."""
-    explicit = []
+    """Write a bare `--flag` as `--flag true`, names with underscores, and `--flag -1,2` with an equals sign,
+    which argparse takes for an option. paths_follow: see `parse`."""
+    explicit: list[str] = []
     for token, following in zip(tokens, [*tokens[1:], "--"], strict=False):
+        if explicit and re.match(r"-[\d.]", token) and re.fullmatch(r"--\w+", explicit[-1]):
+            explicit[-1] += f"={token}"
+            continue
         if not token.startswith("--"):
             explicit.append(token)
             continue

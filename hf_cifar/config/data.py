@@ -35,7 +35,7 @@ class ValueRange:
         except ValueError:
             raise UserError(
                 f"--value_range is {text!r}; it takes LOW,HIGH, for example 0,4095 or "
-                f"--value_range=-1024,3000, or {FULL_RANGE}"
+                f"-1024,3000, or {FULL_RANGE}"
             ) from None
 
     def __str__(self) -> str:

@@ -28,6 +28,7 @@ TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0")
 # The share of values below and above the range that is found in training images, in percent.
 PERCENTILES = (0.1, 99.9)
 VALUES_PER_IMAGE = 4096
+VALUES_AT_ONCE = 2**20  # as 64-bit numbers, so that a large scan does not take eight times its size
 PREMULTIPLIED, STRAIGHT = 1, 2  # kinds of alpha in TIFF
 # How a stored image is turned or mirrored for display, by its EXIF orientation.
 UPRIGHT = {
@@ -54,12 +55,19 @@ class DeepPixels:
 
     def to_rgb(self, value_range: ValueRange | None) -> np.ndarray:
         """Scale to [H, W, 3] uint8, transparency over white; values outside the range become 0 or 255."""
-        low, high = (value_range or self.full).low, (value_range or self.full).high
-        pixels = (self.values.astype(np.float64) - low) * (255 / (high - low))
-        pixels = np.nan_to_num(pixels, nan=0.0).clip(0, 255)
-        if self.alpha is not None:
-            pixels = 255 - (255 - pixels) * self.alpha[..., None]
-        return np.broadcast_to(pixels.round().astype(np.uint8), (*pixels.shape[:2], 3)).copy()
+        chosen = value_range or self.full
+        height, width, _ = self.values.shape
+        rgb = np.empty((height, width, 3), np.uint8)
+        step = max(1, VALUES_AT_ONCE // max(1, width))
+        for top in range(0, height, step):
+            rows = slice(top, top + step)
+            values = self.values[rows].astype(np.float64)
+            pixels = (values - chosen.low) * (255 / (chosen.high - chosen.low))
+            pixels = np.nan_to_num(pixels, nan=0.0).clip(0, 255)
+            if self.alpha is not None:
+                pixels = 255 - (255 - pixels) * self.alpha[rows, :, None]
+            rgb[rows] = pixels.round()
+        return rgb
 
     def upright(self, orientation: int) -> DeepPixels:
         """Turn or mirror the image as its EXIF orientation says."""

@@ -127,9 +127,11 @@ class TiffPage:
             data = np.asarray(grey)
         if self.bits % 8:
             bits = np.unpackbits(data, axis=1)[:, : width * count * self.bits]
-            weights = 2 ** np.arange(self.bits - 1, -1, -1)
-            unpacked = bits.reshape(height, width, count, self.bits) @ weights
-            return unpacked.astype(np.uint16)
+            bits = bits.reshape(height, width, count, self.bits)
+            unpacked = np.zeros((height, width, count), np.uint16)
+            for place in range(self.bits):
+                unpacked = unpacked << 1 | bits[..., place]
+            return unpacked
         tiles = [
             self._undo_predictor(data[:, num_bytes(left) : num_bytes(left + tile_width)], count)
             for left in range(0, whole_width, tile_width)

@@ -124,6 +124,8 @@ def test_every_recipe_parses_and_states_what_was_measured(name):
         (["--flip", "2"], ["--flip", "2"]),
         (["--freeze", "half"], ["--freeze", "half"]),
         (["--max_train_samples", "0"], ["--max_train_samples"]),
+        (["--value_range", "5"], ["--value_range is '5'", "0,4095"]),
+        (["--resize_mode", "stretch"], ["--resize_mode", "squash"]),
         (["--max_image_pixels", "0"], ["--max_image_pixels", "178956970"]),
         (["--streaming", "--on_bad_image", "skip"], ["--on_bad_image skip", "--streaming"]),
         (["--image_size", "-1"], ["--image_size"]),
@@ -164,6 +166,15 @@ def test_a_bad_yaml_file_is_an_error(tmp_path, text):
 def test_a_stray_argument_is_refused(tokens, words):
     with pytest.raises(UserError, match=words):
         RunConfig.parse(tokens)
+
+
+def test_a_value_may_begin_with_a_minus(tmp_path):
+    config = parse("--value_range", "-1024,3000", "--output_dir", str(tmp_path))
+    assert config.data.value_range == "-1024,3000"
+    assert parse("--value_range=-1024,3000").data == config.data
+    file = tmp_path / "config.yaml"
+    file.write_text("value_range: -1024,3000\n")
+    assert parse("--config", str(file)).data == config.data
 
 
 def test_lists_flags_and_hyphens():

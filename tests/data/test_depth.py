@@ -8,7 +8,7 @@ from pictures import UPRIGHT, encode, grey_rgb, png16, tiff
 from PIL import Image
 
 from hf_cifar.config.data import DataConfig, ValueRange
-from hf_cifar.data import images
+from hf_cifar.data import depth, images
 from hf_cifar.data.images import decode_cell, decode_cells, decode_image, find_value_range
 from hf_cifar.errors import UserError
 
@@ -123,6 +123,12 @@ def test_orientation_is_applied(orientation):
     for form in ("PNG", "TIFF"):
         encoded = encode(Image.fromarray(TWELVE), form, exif=exif)
         assert (decode_image(encoded, value_range=RANGE) == grey).all()
+
+
+def test_a_large_scan_is_scaled_in_parts(monkeypatch):
+    whole = decode_image(COLOUR_FILES["tiff"], value_range=RANGE)
+    monkeypatch.setattr(depth, "VALUES_AT_ONCE", 25)
+    assert (decode_image(COLOUR_FILES["tiff"], value_range=RANGE) == whole).all()
 
 
 def test_images_of_eight_bits_do_not_change():

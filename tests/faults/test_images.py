@@ -258,9 +258,7 @@ def test_bombs(tmp_path, vit, capfd, record_result):
         message, megabytes = in_child(lambda content=content: refusal(content))
         most = max(most, megabytes)
         wanted = (
-            "exceed the limit of 67,108,864|exceeds limit|not a known"
-            if "ico" in name
-            else "exceed"
+            "exceed the limit of 67,108,864|exceeds limit|is an icon" if "ico" in name else "exceed"
         )
         refused += any(word in message for word in wanted.split("|")) and megabytes < 50
     kinds = "PNG of 20 KB, GIF, WebP, JPEG, BMP, ICO"
