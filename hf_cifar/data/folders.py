@@ -178,13 +178,20 @@ def load_local(path: Path, config: DataConfig, streaming: bool) -> Source:
         return Source(_load_saved(path, config))
     listing = list_files(path)
     if config.labels_file is None and (_declares_files(path) or _has_shards(listing)):
-        return Source(_load_shards(path, config, streaming, listing))
+        return Source(_load_shards(path, config, streaming))
     listing = _with_archives(listing)
     layout = None
     if listing.images or config.labels_file or candidates(listing) or metadata_files(listing):
         layout = _read_images(listing, config)
     if layout is None:
-        return Source(_load_shards(path, config, streaming, listing))
+        readable = (*TABLE_SUFFIXES, ".arrow", ".json", ".tar", ".zip")
+        if not any(file.name.lower().endswith(readable) for file in listing.others):
+            left_out = listing.all_left_out()
+            files = f", no image among {render_left_out(left_out)}" if left_out else ""
+            raise UserError(
+                f"cannot load data set {config.dataset_name}: it doesn't contain any data files{files}"
+            )
+        return Source(_load_shards(path, config, streaming))
     return _source(layout, config, streaming)
 
 
@@ -364,7 +371,6 @@ def _load_shards(
     path: Path,
     config: DataConfig,
     streaming: bool,
-    listing: Listing | None = None,
     builder: str | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """Open a folder of Parquet files, WebDataset shards or other files that `datasets` reads, or one file."""
@@ -381,13 +387,11 @@ def _load_shards(
         except UserError:
             raise
         except Exception as error:  # a file of unknown origin can fail in any way
-            raise _unreadable(config, error, listing) from error
+            raise _unreadable(config, error) from error
 
 
-def _unreadable(config: DataConfig, error: Exception, listing: Listing | None = None) -> UserError:
-    left_out = None if listing is None else listing.all_left_out()
-    files = f"; no image among {render_left_out(left_out)}" if left_out else ""
-    return UserError(f"cannot load data set {config.dataset_name}: {first_line(error)}{files}")
+def _unreadable(config: DataConfig, error: Exception) -> UserError:
+    return UserError(f"cannot load data set {config.dataset_name}: {first_line(error)}")
 
 
 def _check_parquet_names(

@@ -31,7 +31,7 @@ DOCUMENTS = {
     ".7z", ".aae", ".arrow", ".bin", ".cfg", ".ckpt", ".csv", ".db", ".doc", ".docx", ".gz", ".h5", ".htm",
     ".html", ".ini", ".ipynb", ".json", ".jsonl", ".lock", ".log", ".mat", ".md", ".md5", ".npy", ".npz",
     ".onnx", ".parquet", ".pdf", ".pkl", ".pt", ".pth", ".py", ".rst", ".safetensors", ".sh", ".sqlite",
-    ".tar", ".toml", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".xmp", ".yaml", ".yml", ".zip",
+    ".tar", ".tfevents", ".toml", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".xmp", ".yaml", ".yml", ".zip",
 }  # fmt: skip
 MAX_NAMES = 5  # in a line
 
@@ -185,6 +185,7 @@ class _Reader:
                         tops[name], "; if it is a class, pass --folders classes"
                     )
                 return {}
+            tops = self.enter_splits(tops, roles)
             classes = {each for top in tops.values() for each in self.below[top]}
             what = f" with the classes {listed(sorted(classes), MAX_NAMES)}" if classes else ""
             raise NoClassFolders(
@@ -239,7 +240,7 @@ class _Reader:
         for name, top in tops.items():
             while not self.direct[top] and len(self.below[top]) == 1:
                 (same,) = self.below[top]
-                if split_roles([same]).get(same) != roles[name]:
+                if same != name and split_roles([same]).get(same) != roles[name]:
                     break
                 top += f"{same}/"
             tops[name] = top
@@ -290,7 +291,9 @@ class _Reader:
             kinds = Counter(
                 kind_of(f.name) for f in self.listing.others if f.name.startswith(f"{folder}/")
             )
-            foreign = Counter({kind: n for kind, n in kinds.items() if kind not in DOCUMENTS})
+            foreign = (
+                sum(n for kind, n in kinds.items() if kind not in DOCUMENTS) > kinds.total() / 2
+            )
             if foreign and warn:
                 raise UserError(
                     f"folder {self.show(f'{folder}/')} has no image that can be read, only "

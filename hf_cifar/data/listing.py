@@ -190,6 +190,8 @@ def suffix_of(name: str) -> str:
 
 def kind_of(name: str) -> str:
     """Name the kind of a file that is no image, for a count: its suffix if that is a plain one."""
+    if os.path.basename(name).startswith("events.out.tfevents."):  # of TensorBoard
+        return ".tfevents"
     suffix = suffix_of(name)
     return suffix if re.fullmatch(r"\.[a-z0-9]{1,8}", suffix) else NO_IMAGE
 

@@ -24,7 +24,7 @@ from pyarrow import parquet, types
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.columns import check_class_names
 from hf_cifar.data.layout import ORDER, SPLIT_WORDS, Layout, split_roles, words_of
-from hf_cifar.data.listing import TABLE_SUFFIXES, File, Listing, composed, suffix_of
+from hf_cifar.data.listing import TABLE_SUFFIXES, File, Listing, composed, image_suffixes, suffix_of
 from hf_cifar.errors import UserError
 from hf_cifar.text import listed, nearest_hint, one_line
 
@@ -95,6 +95,8 @@ def read_table_layout(
         table = _without_header(table)
         column = _path_column(table, names, None, requested)
     if column is None:
+        if folder_of is None:
+            _refuse_missing_images(listing, table)
         raise NoTable(
             f"no column of {table.name} names images in {one_line(listing.root)} "
             f"(columns: {listed(table.columns, 8)}); pass --image_column_name"
@@ -104,6 +106,18 @@ def read_table_layout(
     folders = None if folder_of is None else [file and folder_of.get(file) for file in files]
     path_columns = {column, *names.same_files(table, column, files)}
     return _layout(listing, table, path_columns, files, values, config, folders)
+
+
+def _refuse_missing_images(listing: Listing, table: Table) -> None:
+    """Raises: UserError for a table of images that do not exist."""
+    for name, cells in table.columns.items():
+        names = [_text(cell) for cell in cells] if _is_plain(cells) else []
+        if names and sum(suffix_of(each) in image_suffixes() for each in names) > len(names) / 2:
+            raise UserError(
+                f"none of the {len(names):,} images in column {name!r} of {table.name} is in "
+                f"{one_line(listing.root)}, such as {listed(names, MAX_NAMES)}; correct the paths, or pass "
+                "the folder of the images as --dataset_name and the table as --labels_file"
+            )
 
 
 def read_metadata_layout(

@@ -185,9 +185,10 @@ def test_folders_that_are_no_classes(tmp_path):
         "annotations/2.xml=<x/>",
         "empty/",
         "a/none/",
+        "logs/events.out.tfevents.1.host=x",
     )
     assert result.class_names == ["a", "b"]
-    assert result.left_out == {".xml": 2}
+    assert result.left_out == {".xml": 2, ".tfevents": 1}
     assert result.notes == [f"empty/ in {tmp_path.name}/ has no images: left out, not a class"]
 
 

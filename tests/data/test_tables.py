@@ -231,7 +231,7 @@ def test_missing_files_are_counted_and_named(tmp_path, caplog):
 def test_no_image_of_the_table_exists(tmp_path):
     photos(tmp_path, NAMES, csv_of(lambda i: f"pictures/p{i}.jpg"))
     with pytest.raises(
-        UserError, match=r"no column of labels.csv names images in .*columns: path, label"
+        UserError, match=r"none of the 9 images in column 'path' of labels.csv is in .*p0.jpg"
     ):
         source(tmp_path, labels_file="labels.csv")
     with pytest.raises(
