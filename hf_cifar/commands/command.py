@@ -16,6 +16,7 @@ from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.model import BUNDLED, SCRATCH
 from hf_cifar.errors import UserError
 from hf_cifar.models.names import check_model_name
+from hf_cifar.runs.processes import is_main_process
 
 if TYPE_CHECKING:
     from hf_cifar.data.splits import DataSource
@@ -79,6 +80,9 @@ def check_images(data: DataConfig, splits: Sequence[str]) -> DataSource:
     from hf_cifar.data.split import require_readable
     from hf_cifar.data.splits import DataSource
 
+    # What is chosen or left out while reading is said, in the main process.
+    level = logging.INFO if is_main_process() else logging.ERROR
+    logging.getLogger("hf_cifar").setLevel(level)
     source = DataSource(data)
     parts = [
         source.test_split if name == "test" else getattr(source.splits, name) for name in splits

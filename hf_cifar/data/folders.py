@@ -12,8 +12,9 @@ from pyarrow import parquet
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.cifar_archives import cifar_version, read_cifar
-from hf_cifar.data.columns import class_label, quiet_datasets
+from hf_cifar.data.columns import quiet_datasets
 from hf_cifar.data.images import list_images, pnm_bytes
+from hf_cifar.data.labels import class_label
 from hf_cifar.errors import UserError
 from hf_cifar.text import first_line
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from hf_cifar.data.columns import class_label, label_array
 from hf_cifar.data.images import decode_cell
+from hf_cifar.data.labels import class_label, label_array
 from hf_cifar.data.pixels import SHARED_FRACTION, ImageView, Pixels
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError

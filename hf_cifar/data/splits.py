@@ -13,13 +13,22 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data.columns import class_counts, class_label, label_array
+from hf_cifar.data.columns import standard_split
+from hf_cifar.data.labels import (
+    SHOWN_CLASSES,
+    class_counts,
+    class_label,
+    is_hidden,
+    label_array,
+    with_known_classes,
+)
 from hf_cifar.data.pixels import Pixels
-from hf_cifar.data.sources import load_source
+from hf_cifar.data.sources import load_source, open_data_set
 from hf_cifar.data.split import Split, find_faults, render_rows, subset
 from hf_cifar.data.stratify import stratified, subsample
 from hf_cifar.data.streams import Stream, collect, load_streams, num_rows, require_every_class
 from hf_cifar.errors import UserError
+from hf_cifar.text import listed
 
 logger = logging.getLogger(__name__)
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
@@ -112,6 +121,59 @@ def load_test_split(config: DataConfig) -> Split:
     return DataSource(config).test_split
 
 
+def load_other_split(config: DataConfig, name: str, class_names: Sequence[str]) -> Split:
+    """Load validation or test of data on which a model was not trained, with the classes of the model.
+
+    Classes are matched by name; some may have no images. A data set without splits is loaded whole.
+    Raises: UserError for classes that the model does not know, or a data set without such a split.
+    """
+    found: Mapping[str, Dataset | IterableDataset]
+    found = load_streams(config) if config.streaming else open_data_set(config)
+    source_split = _other_split(found, name, config)
+    given, row_ids = found[source_split], None
+    if isinstance(given, IterableDataset):
+        rows, row_ids = collect(source_split, given, config.max_eval_samples)
+    else:
+        rows = standard_split(given, source_split, config)
+    if not len(rows) or is_hidden(rows):
+        raise UserError(
+            f"split {source_split} of {config.dataset_name} has no {'labels' if len(rows) else 'images'}; "
+            "pass another --dataset_name or --split"
+        )
+    rows = with_known_classes(rows, class_names, source_split)
+    whole = _whole_split(name, Pixels(source_split, rows, row_ids, config.max_image_pixels))
+    counts = class_counts(whole.labels, len(class_names))
+    absent = [each for each, count in zip(class_names, counts, strict=True) if not count]
+    if absent:
+        logger.info(
+            "%s of the model's %s classes have no images in %s of %s: %s",
+            f"{len(absent):,}", f"{len(class_names):,}", source_split, config.dataset_name,
+            listed(absent, SHOWN_CLASSES),
+        )  # fmt: skip
+    return _usable(_sampled(whole, "max_eval_samples", config), config)
+
+
+def is_named(split: Split) -> bool:
+    """True if the source itself calls it validation or test; False for a part of train, or a source without
+    splits."""
+    return split.source_split in ("test", *VALIDATION_NAMES)
+
+
+def _other_split(found: Mapping, name: str, config: DataConfig) -> str:
+    """Name of the split to measure: the one of that name, or the only one of a source without splits."""
+    named = {
+        each: next((own for own in names if own in found), None)
+        for each, names in (("validation", VALIDATION_NAMES), ("test", ("test",)))
+    }
+    chosen, other = named.pop(name), *named
+    if chosen is not None:
+        return chosen
+    if len(found) == 1 and named[other] is None:
+        return next(iter(found))
+    advice = f"--split {other}" if named[other] else "--dataset_name with only those to measure"
+    raise UserError(f"{config.dataset_name} has no {name} split, only {list(found)}; pass {advice}")
+
+
 def _splits(source: DataSource) -> Splits:
     config, rows = source.config, source.rows
     train_name = _train_name(rows)
@@ -119,7 +181,6 @@ def _splits(source: DataSource) -> Splits:
     labels = label_array(train.rows)
     names = class_label(train.rows.features["label"]).names
     _require_classes(names, config)
-    _require_every_class(labels, names, "image", train_name)
     own = _own_validation(rows)
     if own is not None:
         validation = _whole_split("validation", source.pixels(own))
@@ -132,7 +193,7 @@ def _splits(source: DataSource) -> Splits:
     train_split = _sampled(Split("train", train, train_rows), "max_train_samples", config)
     validation = _sampled(validation, "max_eval_samples", config)
     train_split, validation = _usable(train_split, config), _usable(validation, config)
-    _require_every_class(train_split.labels, names, "readable image", train_name)
+    _require_every_class(train_split.labels, names, train_name)
     return Splits(train_split, validation)
 
 
@@ -154,13 +215,13 @@ def _sampled(split: Split, limit: str, config: DataConfig) -> Split:
     return subsample(split, getattr(config, limit), config.split_seed, f"--{limit}")
 
 
-def _require_every_class(labels: np.ndarray, names: list[str], what: str, where: str) -> None:
+def _require_every_class(labels: np.ndarray, names: list[str], where: str) -> None:
     counts = class_counts(labels, len(names))
     missing = [name for name, count in zip(names, counts, strict=True) if not count]
     if missing:
         raise UserError(
-            f"class {missing[0]!r} has no {what} in {where} ({len(missing)} of {len(names)} classes are "
-            "missing); add images or remove the class"
+            f"class {missing[0]!r} has no readable image in {where} ({len(missing)} of {len(names)} classes "
+            "are missing); add images or remove the class"
         )
 
 
