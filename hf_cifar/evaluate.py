@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_cifar.config.data import FULL_RANGE, DataConfig
+from hf_cifar.config.data import FULL_RANGE, DataConfig, is_same_source
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
 from hf_cifar.data.split import Split, prepare_split
-from hf_cifar.data.splits import DataSource
+from hf_cifar.data.splits import DataSource, is_named, load_other_split
 from hf_cifar.data.store import (
     CPU,
     PreparedStore,
@@ -39,6 +40,7 @@ from hf_cifar.progress import progress
 from hf_cifar.report.card import is_untouched, save_card
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import computes_on_cpu
+from hf_cifar.text import listed
 from hf_cifar.training.losses import evaluation_loss
 from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -141,34 +143,32 @@ def evaluate_saved(
 ) -> Predictions:
     """Evaluate a saved model on one split, and update metrics, predictions and card in its folder.
 
-    source: the open data set of `data`, if there is one.
-    Raises: UserError if the data's classes are not the model's, or only one of them has multiple labels.
+    Classes are matched by name. Data other than the run's are measured whole if they have no splits. source:
+    the open data set of `data`, if there is one.
+    Raises: UserError for classes that the model does not know, or if only one of model and data has multiple
+    labels.
     """
     if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
         raise UserError(
             "--fp16 needs a GPU and there is none; use --bf16 --use_cpu, or leave it out"
         )
     temperature = temperature_of(config.model_name_or_path)
-    source = source or DataSource(data_as_trained(config, data))
-    split = source.test_split if config.split == "test" else source.splits.validation
+    data = data_as_trained(config, data)
     model, image_processor = load_classifier(
         config.model_name_or_path,
         revision=config.model_revision,
         trust_remote_code=config.trust_remote_code,
     )
     known = {int(i): name for i, name in model.config.id2label.items()}
-    if known != split.id2label:
-        raise UserError(
-            f"the model has the classes {list(known.values())[:5]}..., but the data has "
-            f"{list(split.id2label.values())[:5]}...; pass the --dataset_name that it was trained on"
-        )
+    preprocessing = Preprocessing.from_image_processor(image_processor)
+    names = [known[i] for i in range(len(known))]
+    split = split_to_evaluate(config, data, names, preprocessing, source)
     if is_multi_label(model) != (split.labels.ndim == 2):
         kinds = ("one label", "multiple labels")
         raise UserError(
             f"the model assigns {kinds[is_multi_label(model)]}, but the data "
             f"{kinds[split.labels.ndim == 2]}; pass the --label_column_name that it was trained on"
         )
-    preprocessing = Preprocessing.from_image_processor(image_processor)
     split = prepare_split(
         split, preprocessing, kind=data.pixel_store, on_bad_image=data.on_bad_image
     )
@@ -218,6 +218,140 @@ def data_as_trained(config: EvaluateConfig, data: DataConfig) -> DataConfig:
         config.model_name_or_path, config.model_revision, trust_remote_code=config.trust_remote_code
     )
     return dataclasses.replace(data, value_range=FULL_RANGE if found is None else str(found))
+
+
+def split_to_evaluate(
+    config: EvaluateConfig,
+    data: DataConfig,
+    class_names: Sequence[str],
+    preprocessing: Preprocessing,
+    source: DataSource | None = None,
+) -> Split:
+    """Load the split to evaluate, with the classes of the model.
+
+    Validation of the data that the run was trained on is the run's own: rows that it did not train on. Other
+    data without splits are measured whole. source: the open data set of `data`, if there is one.
+    Raises: UserError for a split that is missing, has unknown classes, or could have been trained on.
+    """
+    run = RunFolder(config.model_name_or_path)
+    own = run.data() if run.has_run else None
+    if own is not None and is_same_source(own, data):
+        source = source or DataSource(data)
+        if config.split == "test":
+            return _require_classes(source.test_split, class_names, data)
+        return _validation_of_run(run, own, source, class_names)
+    split = load_other_split(data, config.split, class_names)
+    if is_named(split):
+        return split
+    if own is not None and not data.streaming:
+        moved = dataclasses.replace(
+            own,
+            dataset_name=data.dataset_name,
+            dataset_config_name=data.dataset_config_name,
+            pixel_store=data.pixel_store,
+            value_range=data.value_range,
+        )
+        if _has_data_of_run(run, moved, len(split), preprocessing):
+            if config.split == "test":
+                raise UserError(
+                    f"{data.dataset_name} holds the images that the run was trained on, and no test split; "
+                    "pass other data, or --split validation for those that it did not train on"
+                )
+            logger.info(
+                "%s holds the data of the run: only its validation images are measured",
+                data.dataset_name,
+            )
+            source = DataSource(dataclasses.replace(moved, max_eval_samples=data.max_eval_samples))
+            return _validation_of_run(run, moved, source, class_names)
+    if own is not None and _is_train_of_run(run, split, preprocessing):
+        logger.warning(
+            "%s holds the images that the run was trained on: the metrics say nothing about new ones",
+            data.dataset_name,
+        )
+    logger.info(
+        "%s has no splits: all of its images are measured, %s", data.dataset_name, f"{len(split):,}"
+    )
+    return split
+
+
+# Options that decide which rows of train become validation.
+SPLIT_OPTIONS = ("train_val_split", "split_seed", "label_column_name", "streaming")
+
+
+def _validation_of_run(
+    run: RunFolder, own: DataConfig, source: DataSource, class_names: Sequence[str]
+) -> Split:
+    """Return validation of the data of a run. own: the options of the run.
+
+    Raises: UserError if it is a part of train, and the run may have trained on rows of it: because of another
+    option, or because the data has changed.
+    """
+    data, splits = source.config, source.splits
+    if is_named(splits.validation):
+        return _require_classes(splits.validation, class_names, data)
+    for name in SPLIT_OPTIONS:
+        asked, original = getattr(data, name), getattr(own, name)
+        if asked != original:
+            raise UserError(
+                f"--{name} {asked} would put images into validation that the run trained on, with --{name} "
+                f"{original}; leave it out"
+            )
+    recorded = run.facts().get("split_hash")
+    same = data == dataclasses.replace(
+        own, pixel_store=data.pixel_store, value_range=data.value_range
+    )
+    original_splits = splits if same else DataSource(own).splits
+    if recorded is not None and original_splits.hash != recorded:
+        raise UserError(
+            f"{data.dataset_name} has changed since the run, so that images it trained on would be in "
+            "validation; restore the data, or pass new images alone as --dataset_name"
+        )
+    return _require_classes(splits.validation, class_names, data)
+
+
+def _require_classes(split: Split, class_names: Sequence[str], data: DataConfig) -> Split:
+    """Raises: UserError if the data of a run no longer has the classes of its model."""
+    names = list(split.id2label.values())
+    if names != list(class_names):
+        raise UserError(
+            f"the model has the classes {listed(class_names, 5)}, but {data.dataset_name} now has "
+            f"{listed(names, 5)}; restore the data, or pass the images to measure alone as --dataset_name"
+        )
+    return split
+
+
+def _has_data_of_run(
+    run: RunFolder, moved: DataConfig, num_images: int, preprocessing: Preprocessing
+) -> bool:
+    """True if the rows of a run's train and validation are those of another data set."""
+    facts = run.facts()
+    whole = moved.max_train_samples is None and moved.max_eval_samples is None
+    total = facts.get("num_train", 0) + facts.get("num_validation", 0)
+    if moved.on_bad_image == "error" and whole and total != num_images:
+        return False
+    try:
+        splits = DataSource(moved).splits
+        if splits.hash != facts.get("split_hash"):
+            return False
+        recorded = facts.get("pixel_hashes", {}).get("validation")
+        return recorded is None or pixel_hash(splits.validation, preprocessing) == recorded
+    except UserError:
+        return False
+
+
+def _is_train_of_run(run: RunFolder, split: Split, preprocessing: Preprocessing) -> bool:
+    """True if the images of a split are those that a run trained on, as far as its pixels are recorded."""
+    facts = run.facts()
+    recorded = facts.get("pixel_hashes", {}).get("train")
+    as_many = recorded is not None and facts.get("num_train") == len(split)
+    return as_many and pixel_hash(split, preprocessing, augmented=True) == recorded
+
+
+def pixel_hash(
+    split: Split, preprocessing: Preprocessing, *, augmented: bool = False
+) -> str | None:
+    """Return the hash of a split's images as a run records it. Raises: UserError for unreadable images."""
+    return images_of(prepare_split(split, preprocessing, augmented=augmented)).pixel_hash
 
 
 def temperature_of(model_name_or_path: str) -> float:

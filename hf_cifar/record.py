@@ -14,7 +14,7 @@ from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.objects import InMemory
 from hf_cifar.config.run import RunConfig
-from hf_cifar.data.columns import class_counts
+from hf_cifar.data.labels import class_counts
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource, Splits
 from hf_cifar.hub.origin import Origin, find_origin

@@ -198,8 +198,8 @@ def test_evaluate_adds_test_to_the_same_file(timm_run, stripes):
 
 
 def test_evaluate_refuses_other_classes(timm_run):
-    config = EvaluateConfig(model_name_or_path=str(timm_run), use_cpu=True)
-    with pytest.raises(UserError, match=r"across.*dataset_name"):
+    config = EvaluateConfig(model_name_or_path=str(timm_run), split="test", use_cpu=True)
+    with pytest.raises(UserError, match=r"10 of the 10 classes.*'0'.*across.*dataset_name"):
         evaluate_saved(config, DataConfig(dataset_name="bundled/digits"))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import load_from_disk
+from datasets import ClassLabel, List, Value, load_from_disk
 from PIL import Image
 from tiny import tiny_config, tiny_trainer
 from transformers import AutoModelForImageClassification, pipeline
@@ -123,9 +123,37 @@ def test_evaluate_refuses_data_with_another_kind_of_labels(finished, lights, tmp
             .add_column("light", [i % 3 for i in range(len(rows[split]))], feature=feature)
         )
     rows.save_to_disk(str(tmp_path / "one"))
-    config = EvaluateConfig(model_name_or_path=str(finished.output_dir), use_cpu=True)
+    config = EvaluateConfig(model_name_or_path=str(finished.output_dir), split="test", use_cpu=True)
     with pytest.raises(UserError, match="assigns multiple labels, but the data one label"):
         evaluate_saved(config, DataConfig(dataset_name=str(tmp_path / "one")))
+
+
+def test_evaluate_matches_lists_of_classes_by_name(finished, lights, tmp_path):
+    test = load_from_disk(str(lights))["test"]
+    words = [["rgb"[i] for i in row] for row in test["lights"]]
+    some = [i for i, row in enumerate(words) if "g" not in row]
+    turned = List(ClassLabel(names=list("xbgr")))
+    ids = [["xbgr".index(name) for name in row] for row in words]
+    original = Predictions.load(finished.output_dir, "test")
+    for name, column, feature in (("turned", ids, turned), ("words", words, List(Value("string")))):
+        rows = test.remove_columns("lights").add_column("labels", column, feature=feature)
+        for part in (list(range(len(test))), some):
+            folder = tmp_path / f"{name}{len(part)}"
+            rows.select(part).save_to_disk(str(folder))
+            config = EvaluateConfig(
+                model_name_or_path=str(finished.output_dir), split="test", use_cpu=True,
+                output_dir=str(tmp_path / "out"),
+            )  # fmt: skip
+            found = evaluate_saved(config, DataConfig(dataset_name=str(folder)))
+            np.testing.assert_array_equal(found.labels, original.labels[part])
+            np.testing.assert_allclose(found.logits, original.logits[part], atol=1e-4)
+    words[2] = ["r", "violet"]
+    rows = test.remove_columns("lights").add_column("labels", words)
+    rows.save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(
+        UserError, match=r"does not know 1 of the \d classes .*'violet' \(1 image\)"
+    ):
+        evaluate_saved(config, DataConfig(dataset_name=str(tmp_path / "other")))
 
 
 def test_predict_gives_the_labels_that_reach_their_thresholds(finished, photos):

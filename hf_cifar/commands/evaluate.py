@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_cifar.commands.command import Command, open_source, quieten, require_model
+from hf_cifar.commands.command import Command, quieten, require_model
 from hf_cifar.config.command_line import parse, refuse_options, unexpected_argument
-from hf_cifar.config.data import DataConfig
+from hf_cifar.config.data import DataConfig, is_same_source
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.fields import field_names
 from hf_cifar.errors import UserError
@@ -30,13 +30,11 @@ def evaluate(argv: Sequence[str]) -> int:
         raise unexpected_argument(rest[0])
     require_model(config)
 
-    from hf_cifar.evaluate import data_as_trained, evaluate_saved
+    from hf_cifar.evaluate import evaluate_saved
     from hf_cifar.evaluation.tables import render_metrics
 
-    data = data_as_trained(config, data)
-    source = open_source(data, [config.split])
     quieten(is_main_process())
-    evaluation = evaluate_saved(config, data, source)
+    evaluation = evaluate_saved(config, data)
     if is_main_process():
         print(render_metrics({evaluation.split: evaluation.metrics}))
     return 0
@@ -62,5 +60,7 @@ def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str
             "run keeps its own metrics"
         )
     if "--dataset_name" in other:
-        return []
+        _, data, _ = parse(CONFIGS, [t for t in argv if t not in ("-h", "--help")], PROG)
+        if not is_same_source(folder.data(), data):
+            return []
     return folder.data_tokens()

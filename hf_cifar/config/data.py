@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from hf_cifar.config.fields import check_fields, option
@@ -71,11 +72,16 @@ class DataConfig:
         "default: found there if there is exactly one.",
         public=False,
     )
-    image_column_name: str | None = option(None, "Image column; default: found by its type.")
+    image_column_name: str | None = option(
+        None,
+        "Image column; default: found by its type, or by its name (such as image or img) among equals. "
+        "Images, bytes, names of files, arrays or lists of pixels.",
+    )
     label_column_name: str | None = option(
         None,
-        "Label column; default: found by its type. Class labels, strings or integers; for multi-label data, "
-        "lists of class labels or strings.",
+        "Label column; default: found by its type, or by its name (label, labels, class, target or category)"
+        ". Class labels, strings, whole numbers or booleans; for multi-label data, lists of class labels or "
+        "strings.",
     )
     train_val_split: float = option(
         0.1,
@@ -140,3 +146,13 @@ class DataConfig:
                 "--on_bad_image skip cannot be combined with --streaming: the skipped rows would be unknown; "
                 "leave one of them out"
             )
+
+
+def is_same_source(one: DataConfig, other: DataConfig) -> bool:
+    """True if both name the same data set, whatever they select of it."""
+    if one.dataset_config_name != other.dataset_config_name:
+        return False
+    paths = [Path(each.dataset_name).expanduser() for each in (one, other)]
+    if all(path.exists() for path in paths):
+        return paths[0].samefile(paths[1])
+    return one.dataset_name == other.dataset_name

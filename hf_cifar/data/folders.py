@@ -33,8 +33,9 @@ from hf_cifar.data.archives import (
     unpack,
 )
 from hf_cifar.data.cifar_archives import cifar_version, read_cifar
-from hf_cifar.data.columns import class_label, quiet_datasets
+from hf_cifar.data.columns import quiet_datasets
 from hf_cifar.data.images import pnm_bytes
+from hf_cifar.data.labels import class_label
 from hf_cifar.data.layout import Layout, NoClassFolders, read_layout
 from hf_cifar.data.listing import (
     TABLE_SUFFIXES,

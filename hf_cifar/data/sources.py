@@ -66,9 +66,14 @@ def read_source(config: DataConfig) -> Source:
     splits = DatasetDict(
         {split: splits[split] for split in sorted(splits, key=lambda s: s != "train")}
     )
-    source = replace(source, splits=standard_columns(splits, config))
+    return announced(replace(source, splits=standard_columns(splits, config)), config)
+
+
+def announced(source: Source, config: DataConfig) -> Source:
+    """Log what a source is, and what its owner may not expect of it."""
     if source.description is not None:
-        source = replace(source, description=f"{public_name(name)}: {source.description}")
+        name = public_name(str(config.dataset_name))
+        source = replace(source, description=f"{name}: {source.description}")
         logger.info("%s", source.description)
     for note in source.notes:
         logger.warning("%s", note)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from datasets import Dataset
 
-from hf_cifar.data.columns import class_label, label_array
 from hf_cifar.data.images import decode_cells
+from hf_cifar.data.labels import class_label, label_array
 from hf_cifar.data.pixels import SMALL_PIXELS, Form, OtherSize, Pixels
 from hf_cifar.data.preparation import SplitImages
 from hf_cifar.errors import UserError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,10 +15,18 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from hf_cifar.config.data import FULL_RANGE, DataConfig, ValueRange
-from hf_cifar.data.columns import class_counts, class_label, label_array
+from hf_cifar.data.columns import standard_split
 from hf_cifar.data.images import find_value_range
+from hf_cifar.data.labels import (
+    SHOWN_CLASSES,
+    class_counts,
+    class_label,
+    is_hidden,
+    label_array,
+    with_known_classes,
+)
 from hf_cifar.data.pixels import Pixels
-from hf_cifar.data.sources import Source, read_source
+from hf_cifar.data.sources import Source, announced, open_data_set, read_source
 from hf_cifar.data.split import Split, readable, with_images
 from hf_cifar.data.stratify import stratified, subsample
 from hf_cifar.data.streams import (
@@ -29,12 +38,14 @@ from hf_cifar.data.streams import (
     require_every_class,
 )
 from hf_cifar.errors import UserError
+from hf_cifar.text import listed
 
 if TYPE_CHECKING:  # mistakes in data are found without importing torch
     import torch
 
     from hf_cifar.transforms.preprocessing import Preprocessing
 
+logger = logging.getLogger(__name__)
 # Training images examined for more than 8 bits; of a stream, the first ones.
 IMAGES_FOR_RANGE, STREAMED_FOR_RANGE = 500, 64
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
@@ -136,9 +147,8 @@ class DataSource:
 
         The rows are the same in every process, for every split of train, and when a run resumes.
         """
-        requested = self.config.value_range
-        if requested is not None:
-            return None if requested == FULL_RANGE else ValueRange.parse(requested)
+        if self.config.value_range is not None:
+            return requested_range(self.config)
         train = self.rows[_train_name(self.rows)]
         if isinstance(train, IterableDataset):
             first = islice(train, STREAMED_FOR_RANGE)
@@ -147,6 +157,12 @@ class DataSource:
             places = np.linspace(0, len(train) - 1, min(len(train), IMAGES_FOR_RANGE))
             cells = (train[int(place)]["image"] for place in places.round())
         return find_value_range(cells, self.config.max_image_pixels)
+
+
+def requested_range(config: DataConfig) -> ValueRange | None:
+    """Return the range of --value_range; None if it is not given, or the full range of the images' type."""
+    requested = config.value_range
+    return None if requested in (None, FULL_RANGE) else ValueRange.parse(requested)
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -191,8 +207,66 @@ def prepare_splits(
         return Splits(train, *readable(validation, on_bad_image=config.on_bad_image))
     train, validation = readable(train, validation, on_bad_image=config.on_bad_image)
     names = list(splits.id2label.values())
-    _require_every_class(train.labels, names, "readable image", train.source_split)
+    _require_every_class(train.labels, names, train.source_split)
     return Splits(train, validation)
+
+
+def load_other_split(config: DataConfig, name: str, class_names: Sequence[str]) -> Split:
+    """Load validation or test of data on which a model was not trained, with the classes of the model.
+
+    Classes are matched by name; some may have no images. A data set without splits is loaded whole.
+    Raises: UserError for classes that the model does not know, or a data set without such a split.
+    """
+    found: Mapping[str, Dataset | IterableDataset]
+    found = (
+        load_streams(config)
+        if config.streaming
+        else announced(open_data_set(config), config).splits
+    )
+    source_split = _other_split(found, name, config)
+    given, row_ids = found[source_split], None
+    if isinstance(given, IterableDataset):
+        rows, row_ids = collect(source_split, given, config.max_eval_samples)
+    else:
+        rows = standard_split(given, source_split, config)
+    if not len(rows) or is_hidden(rows):
+        raise UserError(
+            f"split {source_split} of {config.dataset_name} has no {'labels' if len(rows) else 'images'}; "
+            "pass another --dataset_name or --split"
+        )
+    rows = with_known_classes(rows, class_names, source_split)
+    limit, values = config.max_image_pixels, requested_range(config)
+    whole = _whole_split(name, Pixels(source_split, rows, row_ids, limit, values))
+    counts = class_counts(whole.labels, len(class_names))
+    absent = [each for each, count in zip(class_names, counts, strict=True) if not count]
+    if absent:
+        logger.info(
+            "%s of the model's %s classes have no images in %s of %s: %s",
+            f"{len(absent):,}", f"{len(class_names):,}", source_split, config.dataset_name,
+            listed(absent, SHOWN_CLASSES),
+        )  # fmt: skip
+    return _sampled(whole, "max_eval_samples", config)
+
+
+def is_named(split: Split) -> bool:
+    """True if the source itself calls it validation or test; False for a part of train, or a source without
+    splits."""
+    return split.source_split in ("test", *VALIDATION_NAMES)
+
+
+def _other_split(found: Mapping, name: str, config: DataConfig) -> str:
+    """Name of the split to measure: the one of that name, or the only one of a source without splits."""
+    named = {
+        each: next((own for own in names if own in found), None)
+        for each, names in (("validation", VALIDATION_NAMES), ("test", ("test",)))
+    }
+    chosen, other = named.pop(name), *named
+    if chosen is not None:
+        return chosen
+    if len(found) == 1 and named[other] is None:
+        return next(iter(found))
+    advice = f"--split {other}" if named[other] else "--dataset_name with only those to measure"
+    raise UserError(f"{config.dataset_name} has no {name} split, only {list(found)}; pass {advice}")
 
 
 def _splits(source: DataSource) -> Splits:
@@ -202,7 +276,6 @@ def _splits(source: DataSource) -> Splits:
     labels = label_array(train.rows)
     names = class_label(train.rows.features["label"]).names
     _require_classes(names, config)
-    _require_every_class(labels, names, "image", train_name)
     own = _own_validation(rows)
     if own is not None:
         validation = _whole_split("validation", source.pixels(own))
@@ -235,13 +308,13 @@ def _sampled(split: Split, limit: str, config: DataConfig) -> Split:
     return subsample(split, getattr(config, limit), config.split_seed, f"--{limit}")
 
 
-def _require_every_class(labels: np.ndarray, names: list[str], what: str, where: str) -> None:
+def _require_every_class(labels: np.ndarray, names: list[str], where: str) -> None:
     counts = class_counts(labels, len(names))
     missing = [name for name, count in zip(names, counts, strict=True) if not count]
     if missing:
         raise UserError(
-            f"class {missing[0]!r} has no {what} in {where} ({len(missing)} of {len(names)} classes are "
-            "missing); add images or remove the class"
+            f"class {missing[0]!r} has no readable image in {where} ({len(missing)} of {len(names)} classes "
+            "are missing); add images or remove the class"
         )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
 
-from hf_cifar.data.columns import class_counts
+from hf_cifar.data.labels import SHOWN_CLASSES, class_counts
 from hf_cifar.data.split import Split, subset
 from hf_cifar.errors import UserError
+from hf_cifar.text import listed
+
+logger = logging.getLogger(__name__)
 
 
 def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -> Split:
@@ -29,15 +33,24 @@ def stratified(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divide rows into two sorted arrays of row numbers; the second gets `share` of each class."""
     counts = class_counts(labels, len(names))
-    # With multiple labels per image, a rare label may be in train only.
-    if len(labels) < 2 or (labels.ndim == 1 and counts.min() < 2):
+    alone = [name for name, count in zip(names, counts, strict=True) if count == 1]
+    if len(labels) < 2 or (labels.ndim == 1 and counts.max() < 2):
         raise UserError(
-            f"class {names[counts.argmin()]!r} has one image in {split}; train and validation need one each, "
-            "so add another"
+            f"class {names[counts.argmax()]!r} has one image in {split}, and no class has more; train and "
+            "validation need one each, so add others"
         )
-    # At least one image of each class in both parts.
-    fewest = len(names) if labels.ndim == 1 else min(fewest_images(labels), len(labels) // 2)
-    size = min(max(round(len(labels) * share), fewest), len(labels) - fewest)
+    if alone:
+        logger.warning(
+            "%s of %s classes have one image, which is in train, so validation has none of them: %s",
+            f"{len(alone):,}", f"{len(names):,}", listed(alone, SHOWN_CLASSES),
+        )  # fmt: skip
+    # At least one image of each class in both parts, if it has two.
+    if labels.ndim == 1:
+        fewest, most = int((counts > 1).sum()), len(labels) - int((counts > 0).sum())
+    else:
+        fewest = min(fewest_images(labels), len(labels) // 2)
+        most = len(labels) - fewest
+    size = min(max(round(len(labels) * share), fewest), most)
     second = _choose_rows(labels, size, seed, spare=1)
     return np.setdiff1d(np.arange(len(labels)), second), second
 
@@ -50,7 +63,7 @@ def _choose_rows(labels: np.ndarray, size: int, seed: int, spare: int = 0) -> np
     if labels.ndim == 2:
         return stratified_choice(labels, size, seed, spare)
     generator = np.random.default_rng(seed)
-    classes, counts = np.unique(labels, return_counts=True)
+    counts = np.unique(labels, return_counts=True)[1]
     exact = counts * size / len(labels)
     take = np.clip(np.floor(exact).astype(int), 1, counts - spare)
     order = np.argsort(-(exact - np.floor(exact)), kind="stable")
@@ -61,9 +74,9 @@ def _choose_rows(labels: np.ndarray, size: int, seed: int, spare: int = 0) -> np
                 break
             if (step > 0 and take[i] < counts[i] - spare) or (step < 0 and take[i] > 1):
                 take[i] += step
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
     chosen = [
-        generator.permutation(np.flatnonzero(labels == c))[:n]
-        for c, n in zip(classes, take, strict=True)
+        generator.permutation(rows)[:count] for rows, count in zip(by_class, take, strict=True)
     ]
     return np.sort(np.concatenate(chosen))
 
@@ -81,14 +94,17 @@ def stratified_choice(labels: np.ndarray, size: int, seed: int, spare: int = 0) 
 
     Source: Sechidis, Tsoumakas and Vlahavas, On the Stratification of Multi-Label Data, 2011.
     """
-    num_rows, labels = len(labels), labels.astype(np.int64)
-    counts = labels.sum(axis=0)
+    num_rows = len(labels)
+    counts = labels.sum(axis=0, dtype=np.int64)
     # Labels per class, and images, still needed in the first part (not chosen) and the second (chosen).
     chosen = np.minimum(np.maximum(counts * size / num_rows, 1), np.maximum(counts - spare, 0))
     wanted = np.stack([counts - chosen, chosen])
     room = np.array([num_rows - size, size])
     part = np.full(num_rows, -1)
     shuffled = np.random.default_rng(seed).permutation(num_rows)
+    classes_of = _nonzero_by_row(labels)  # of each row
+    rows_of = _nonzero_by_row(labels[shuffled].T)  # of each class, as positions in `shuffled`
+    left = counts.copy()  # labels per class that wait for a part
 
     def place(row: int, need: np.ndarray) -> None:
         """Put a row into the part that needs it more; if equal, into the one with more room."""
@@ -96,16 +112,20 @@ def stratified_choice(labels: np.ndarray, size: int, seed: int, spare: int = 0) 
         into = int(room[1] > 0 and (room[0] == 0 or second > first))
         part[row] = into
         room[into] -= 1
-        wanted[into] -= labels[row]
+        wanted[into, classes_of[row]] -= 1
+        left[classes_of[row]] -= 1
 
-    while True:
-        waiting = shuffled[part[shuffled] < 0]
-        left = labels[waiting].sum(axis=0)
-        if not left.any():
-            break
+    while left.any():
         rarest = np.where(left > 0, left, num_rows + 1).argmin()
-        for row in waiting[labels[waiting, rarest] > 0]:
+        rows = shuffled[rows_of[rarest]]
+        for row in rows[part[rows] < 0]:
             place(row, wanted[:, rarest])
-    for row in waiting:  # those without a label
+    for row in shuffled[part[shuffled] < 0]:  # those without a label
         place(row, room)
     return np.flatnonzero(part == 1)
+
+
+def _nonzero_by_row(array: np.ndarray) -> list[np.ndarray]:
+    """The columns that are not 0 in each row."""
+    rows, columns = np.nonzero(array)
+    return np.split(columns, np.searchsorted(rows, np.arange(1, len(array))))

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, IterableDataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from datasets.utils.file_utils import xopen
 
 from hf_cifar.config.data import MAX_IMAGE_PIXELS, DataConfig, ValueRange
-from hf_cifar.data.columns import holds_lists, image_and_label, quiet_datasets, with_standard_names
+from hf_cifar.data.columns import image_and_label, quiet_datasets, with_standard_names
 from hf_cifar.data.images import decode_image
+from hf_cifar.data.labels import holds_lists
 from hf_cifar.data.sources import open_data_set
 from hf_cifar.errors import UserError
 
@@ -44,6 +45,8 @@ def load_streams(config: DataConfig) -> dict[str, IterableDataset]:
         image, label = image_and_label(rows.features, config)
         # Before anything else: a stream that decodes would return re-encoded images.
         rows = with_standard_names(rows.decode(False), split, image, label)
+        if not isinstance(rows.features["image"], Image):  # bytes
+            rows = rows.cast_column("image", Image(decode=False))
         if holds_lists(rows.features["label"]):
             raise UserError(
                 f"column {label!r} holds multiple labels per image, which cannot be streamed; leave out "

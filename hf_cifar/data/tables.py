@@ -22,7 +22,7 @@ import pyarrow
 from pyarrow import parquet, types
 
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data.columns import check_class_names
+from hf_cifar.data.labels import check_class_names
 from hf_cifar.data.layout import ORDER, SPLIT_WORDS, Layout, split_roles, words_of
 from hf_cifar.data.listing import TABLE_SUFFIXES, File, Listing, composed, image_suffixes, suffix_of
 from hf_cifar.errors import UserError

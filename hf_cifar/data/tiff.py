@@ -130,7 +130,7 @@ class TiffPage:
             bits = bits.reshape(height, width, count, self.bits)
             unpacked = np.zeros((height, width, count), np.uint16)
             for place in range(self.bits):
-                unpacked = unpacked << 1 | bits[..., place]
+                unpacked = (unpacked << 1 | bits[..., place]).astype(np.uint16)
             return unpacked
         tiles = [
             self._undo_predictor(data[:, num_bytes(left) : num_bytes(left + tile_width)], count)

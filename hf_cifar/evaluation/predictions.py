@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from hf_cifar.data.columns import class_label, holds_lists, indicators
+from hf_cifar.data.labels import class_label, holds_lists, indicators
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.multi_label import MultiLabel
 from hf_cifar.evaluation.outcome import DRAWS, Outcome

@@ -105,7 +105,9 @@ def test_tag_missing_in_train_is_named(save, make_rows):
 )
 def test_splits_with_different_classes_are_refused(save, make_rows, feature, labels):
     folder = save(train=make_rows(LISTS, List(TAGS)), test=make_rows(labels, feature))
-    with pytest.raises(UserError, match=r"split test (has the classes .*'cat'|are)"):
+    with pytest.raises(
+        UserError, match=r"test row 0: label 'a' is not one of the 3|split test are"
+    ):
         load_source(config(folder))
 
 
@@ -135,10 +137,13 @@ def test_a_class_with_one_image_stays_in_train(save, make_rows):
     assert splits.train.labels[:, 2].sum() == 1 and splits.validation.labels[:, 2].sum() == 0
 
 
-def test_a_class_without_an_image_is_refused(save, make_rows):
-    folder = save(train=make_rows([[0], [1], [0, 1], []], List(TAGS)))
-    with pytest.raises(UserError, match=r"class 'owl' has no image in train"):
-        load_splits(config(folder))
+def test_a_class_without_images_is_left_out_of_lists_too(save, make_rows, caplog):
+    lists = [[0, 2], [2], [0], []] * 3
+    folder = save(train=make_rows(lists, List(TAGS)), test=make_rows([[2], []], List(TAGS)))
+    splits = load_splits(config(folder))
+    assert splits.id2label == {0: "cat", 1: "owl"}
+    assert "1 of 3 classes have no images and are left out: dog" in caplog.text
+    np.testing.assert_array_equal(load_test_split(config(folder)).labels, [[0, 1], [0, 0]])
 
 
 def test_data_set_with_one_image_is_refused(save, make_rows):
@@ -148,7 +153,7 @@ def test_data_set_with_one_image_is_refused(save, make_rows):
 
 
 def test_selected_rows_keep_their_labels(make_rows):
-    from hf_cifar.data.columns import label_array
+    from hf_cifar.data.labels import label_array
 
     rows: Dataset = make_rows(LISTS, List(TAGS)).select([3, 1])
     np.testing.assert_array_equal(label_array(rows), [[1, 1, 0], [0, 1, 1]])

@@ -8,6 +8,7 @@ from PIL import Image
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.images import decode_cell
+from hf_cifar.data.labels import class_label
 from hf_cifar.data.sources import load_source, open_data_set
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.errors import UserError
@@ -188,9 +189,10 @@ def test_two_label_columns_are_listed(save, make_rows):
 def test_two_image_columns_are_listed(save, make_rows):
     rows = make_rows([0, 1])
     masks = make_rows([0, 1], image="mask").remove_columns("label")
+    rows = rows.rename_column("img", "scan")
     folder = save(train=concatenate_datasets([rows, masks], axis=1))
     with pytest.raises(
-        UserError, match=r"multiple image columns: \['img', 'mask'\]; .*--image_col"
+        UserError, match=r"multiple image columns: \['scan', 'mask'\]; .*--image_col"
     ):
         source(folder)
     assert "image" in source(folder, image_column_name="mask")["train"].column_names
@@ -229,7 +231,7 @@ def test_images_without_class_folders(tmp_path):
         (["a", " "], Value("string"), "train row 1: the label is missing"),
         (["a", "b", "a "], Value("string"), "labels 'a' and 'a ' differ only in white space"),
         ([4, 3, -1], Value("int64"), "train row 2: label -1 is negative"),
-        ([1.0, 2.5], Value("float32"), "float32; it must be class labels, strings or int"),
+        ([1.0, 2.5], Value("float32"), "train row 1: label 2.5 is not a whole number"),
         ([[0], [1]], List(Value("int64")), "List.* it must be class labels, strings or integers"),
     ],
 )
@@ -237,6 +239,66 @@ def test_bad_labels_are_named_by_row(save, make_rows, labels, feature, message):
     folder = save(train=make_rows(labels, feature))
     with pytest.raises(UserError, match=message):
         source(folder, label_column_name="label")
+
+
+@pytest.mark.parametrize("name", ["label", "Labels", "CLASS", "Target", "category"])
+@pytest.mark.parametrize(
+    ("labels", "feature", "names"),
+    [
+        ([True, False], Value("bool"), ["False", "True"]),
+        ([2.0, 10.0], Value("float32"), ["2", "10"]),
+        ([2, 10], Value("int16"), ["2", "10"]),
+        (["b", "a"], Value("string"), ["a", "b"]),
+        ([["b"], ["a", "b"]], List(Value("string")), ["a", "b"]),
+    ],
+)
+def test_an_obvious_name_makes_a_label_column(
+    save, make_rows, caplog, name, labels, feature, names
+):
+    caplog.set_level("INFO")
+    rows = make_rows(labels, feature, label=name).add_column("weight", [0.5, 1.5])
+    found = source(save(train=rows))["train"].features["label"]
+    assert class_label(found).names == names
+    assert f"label column: '{name}', by its name; --label_column_name chooses" in caplog.text
+
+
+def test_an_obvious_name_decides_between_label_columns(save, make_rows, caplog):
+    caplog.set_level("INFO")
+    rows = make_rows([0, 1, 1], label="quality").add_column(
+        "category", [1, 0, 0], feature=ClassLabel(names=["x", "y"])
+    )
+    folder = save(train=rows)
+    assert source(folder)["train"]["label"][:] == [1, 0, 0]
+    assert "label column: 'category', by its name; --label_column_name chooses an" in caplog.text
+    assert source(folder, label_column_name="quality")["train"]["label"][:] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("label", "class"), ("labels", "Target"), ("quality", "label")]
+)
+def test_two_columns_that_could_be_labels_are_listed(save, make_rows, first, second):
+    # Of two types: an undeclared column that is called label is a candidate too.
+    rows = make_rows([0, 1, 1], label=first)
+    if first != "quality":
+        rows = rows.cast_column(first, Value("int64"))
+    folder = save(train=rows.add_column(second, ["a", "b", "c"]))
+    with pytest.raises(UserError, match=rf"multiple label columns: \['{first}', '{second}'\]"):
+        source(folder)
+
+
+def test_declared_classes_with_an_obvious_name_are_the_labels(save, make_rows):
+    rows = make_rows([0, 1, 1], label="label").add_column("class", ["a", "b", "c"])
+    assert source(save(train=rows))["train"].features["label"].names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("name", ["image", "Image", "img", "picture", "photo"])
+def test_an_obvious_name_decides_between_image_columns(save, make_rows, caplog, name):
+    caplog.set_level("INFO")
+    rows = make_rows([0, 1], image=name, sizes=((4, 6),))
+    masks = make_rows([0, 1], image="mask").remove_columns("label")
+    loaded = source(save(train=concatenate_datasets([masks, rows], axis=1)))
+    assert pixels(loaded["train"])[0].shape == (4, 6, 3)
+    assert f"image column: '{name}', by its name; --image_column_name chooses an" in caplog.text
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -279,9 +341,11 @@ def test_parquet_files_with_different_classes_are_refused(tmp_path, make_rows, s
         open_data_set(DataConfig(dataset_name=str(folder)), streaming)
 
 
-def test_splits_with_different_classes_are_refused(save, make_rows):
-    other = make_rows([0, 1], ClassLabel(names=["dog", "cat"]))
-    with pytest.raises(UserError, match=r"split test has the classes \['dog', 'cat'\]"):
+def test_splits_with_other_classes_are_refused(save, make_rows):
+    other = make_rows([0, 1, 2], ClassLabel(names=["dog", "owl", "rat"]))
+    with pytest.raises(
+        UserError, match=r"test row 1: label 'owl' .*\(2 such classes: 'owl', 'rat'\)"
+    ):
         source(save(train=make_rows([0, 1]), test=other))
 
 
@@ -293,9 +357,19 @@ def test_split_without_the_columns_is_refused():
         {"img": noise, "label": [0, 1]},
         features=Features({"img": ImageFeature(), "label": ClassLabel(names=["a", "b"])}),
     )
-    splits = DatasetDict(train=rows, test=rows.remove_columns("label"))
-    with pytest.raises(UserError, match=r"split test has columns \['img'\], not img and label"):
+    splits = DatasetDict(train=rows, test=rows.rename_column("img", "scan"))
+    with pytest.raises(UserError, match=r"test has columns \['scan', 'label'\], not img and label"):
         standard_columns(splits, DataConfig())
+    splits = DatasetDict(train=rows, validation=rows.remove_columns("label"))
+    with pytest.raises(UserError, match=r"validation has columns \['img'\], not img and label"):
+        standard_columns(splits, DataConfig())
+
+
+def test_a_test_split_without_a_label_column_is_left_out(save, make_rows, caplog):
+    caplog.set_level("INFO")
+    rows = make_rows([0, 1, 1, 0])
+    assert list(source(save(train=rows, test=rows.remove_columns("label")))) == ["train"]
+    assert "split test has no column 'label', and is left out" in caplog.text
 
 
 @pytest.mark.parametrize("hidden", [-1, None])

@@ -291,17 +291,49 @@ def test_the_limit_on_pixels_reaches_the_split(save, make_rows):
     prepare_splits(load(folder), VIEW, DataConfig())
 
 
-def test_class_missing_in_train_is_refused(save, make_rows):
+@pytest.mark.parametrize("other", ["validation", "test"])
+def test_class_missing_in_train_is_refused(save, make_rows, other):
+    folder = save(train=make_rows([0, 2] * 5, THREE), **{other: make_rows([0, 1], THREE)})
     with pytest.raises(
-        UserError, match=r"class 'bee' has no image in train \(1 of 3 classes are missing\); add"
+        UserError, match=f"{other} row 1: label 'bee' is not one of the 2 classes .* train; add"
     ):
-        load(save(train=make_rows([0, 2] * 5, THREE), test=make_rows([1], THREE)))
-
-
-def test_class_with_one_image_is_refused(save, make_rows):
-    folder = save(train=make_rows([0] * 9 + [1]))
-    with pytest.raises(UserError, match="class 'dog' has one image in train; train and validation"):
         load(folder)
+
+
+def test_classes_without_images_are_left_out_and_renumbered(save, make_rows, caplog):
+    folder = save(train=make_rows([2, 0, 2] * 5, THREE), test=make_rows([2, 2, 0], THREE))
+    splits = load(folder)
+    assert splits.id2label == {0: "ant", 1: "cow"}
+    assert "1 of 3 classes have no images and are left out: bee" in caplog.text
+    assert counts(splits.train) == [4, 9] and counts(splits.validation) == [1, 1]
+    test = load_test_split(DataConfig(dataset_name=str(folder)))
+    assert (test.id2label, test.labels.tolist()) == (splits.id2label, [1, 1, 0])
+
+
+def test_classes_are_matched_by_name(save, make_rows):
+    turned = ClassLabel(names=["cow", "dog", "ant", "bee"])  # no image of a dog
+    folder = save(
+        train=make_rows([0, 1, 2] * 5, THREE),
+        validation=make_rows([2, 0, 3], turned),
+        test=make_rows(["cow", "ant"], Value("string")),
+    )
+    splits = load(folder)
+    assert splits.id2label == {0: "ant", 1: "bee", 2: "cow"}
+    assert splits.validation.labels.tolist() == [0, 2, 1]
+    assert load_test_split(DataConfig(dataset_name=str(folder))).labels.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.9])
+def test_classes_with_one_image_stay_in_train(save, make_rows, caplog, share):
+    splits = load(save(train=make_rows([0] * 9 + [1, 2], THREE)), train_val_split=share)
+    assert counts(splits.train)[1:] == [1, 1] and counts(splits.validation)[1:] == [0, 0]
+    assert len(splits.train) + len(splits.validation) == 11 and len(splits.validation) > 0
+    assert "2 of 3 classes have one image, which is in train, so validation" in caplog.text
+
+
+def test_one_image_of_each_class_cannot_be_split(save, make_rows):
+    with pytest.raises(UserError, match="'cat' has one image in train, and no class has more"):
+        load(save(train=make_rows([0, 1])))
     own = load(save(train=make_rows([0] * 9 + [1]), validation=make_rows([0, 1])))
     assert counts(own.train) == [9, 1]
 

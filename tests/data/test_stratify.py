@@ -1,12 +1,14 @@
 """hf_cifar.data.stratify: a stratified split of multi-label images."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from datasets import ClassLabel, List
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.splits import load_splits
-from hf_cifar.data.stratify import stratified_choice
+from hf_cifar.data.stratify import stratified, stratified_choice
 
 TAGS = ClassLabel(names=["cat", "dog", "owl"])
 
@@ -55,3 +57,15 @@ def test_validation_is_taken_from_train(save, make_rows):
     assert (len(few.train), len(few.validation)) == (30, 5)
     assert few.train.labels.any(axis=0).all()
     assert np.isin(few.train.row_ids, splits.train.row_ids).all()
+
+
+def test_the_chosen_rows_never_change():
+    # A saved run is resumed, and evaluated later, on the split that these rows define.
+    labels = np.random.default_rng(0).integers(0, 7, 300) ** 2 // 7
+    single = np.unique(labels, return_inverse=True)[1]
+    for each, num_labels, digest in (
+        (single, 5, "87294ca8c7204e95"),
+        (drawn_labels(0), 12, "2f60d178cd1b4cc5"),
+    ):
+        chosen = stratified(each, 0.1, [str(i) for i in range(num_labels)], 42, "train")[1]
+        assert hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()[:16] == digest
