@@ -47,7 +47,7 @@ def known_facts(
         "model": asdict(origin_of_model(model)),
         "dataset": asdict(find_origin(str(data.dataset_name), "dataset")),
         "source": source.facts,
-        "split_hash": splits.hash,
+        "split_hash": source.splits.hash,  # unreadable images included
         "source_splits": {
             "train": splits.train.source_split,
             "validation": splits.validation.source_split,

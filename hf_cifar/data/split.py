@@ -155,6 +155,13 @@ def subset(split: Split, positions: np.ndarray) -> Split:
     return replace(split, positions=split.positions[positions], images=images)
 
 
+def without_rows(split: Split, row_ids: Sequence[int]) -> Split:
+    """Leave out the rows with these ids, such as those that a run skipped."""
+    if not len(row_ids):
+        return split
+    return subset(split, np.flatnonzero(~np.isin(split.row_ids, row_ids)))
+
+
 def with_images(
     split: Split,
     preprocessing: Preprocessing,

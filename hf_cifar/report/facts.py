@@ -16,7 +16,7 @@ import numpy as np
 from hf_cifar.audit.duplicates import find_duplicates
 from hf_cifar.audit.properties import image_properties
 from hf_cifar.config.evaluation import ReportConfig
-from hf_cifar.data.split import Split
+from hf_cifar.data.split import Split, without_rows
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.calibration import NUM_BINS, reliability
@@ -90,6 +90,7 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
     if config.check_duplicates:
         train = source.splits.train
         if isinstance(train, Split):
+            train = without_rows(train, run.get("skipped_rows", {}).get("train", []))
             facts["duplicates"], of_pairs = duplicates_of(
                 evaluated, split, train, config.gallery_size
             )
@@ -186,6 +187,7 @@ def matching_split(source: DataSource, evaluated: Predictions) -> Split:
     Raises: UserError if it cannot be read or has changed.
     """
     split = source.test_split if evaluated.split == "test" else source.splits.validation
+    split = without_rows(split, evaluated.skipped_rows)
     same = np.array_equal(split.row_ids, evaluated.row_ids)
     if not same or not np.array_equal(split.labels, evaluated.labels):
         raise UserError(

@@ -109,13 +109,12 @@ def check_data(source: DataSource, folder: Path, facts: dict[str, Any]) -> None:
     )
     _, image_processor = load_classifier(str(folder), trust_remote_code=True)
     preprocessing = Preprocessing.from_image_processor(image_processor)
-    splits = prepare_splits(source.splits, preprocessing, source.config)
-    if splits.hash != facts["split_hash"]:
+    if source.splits.hash != facts["split_hash"]:
         raise UserError(
-            f"rows or labels of {name} have changed: split hash {splits.hash[:16]}, "
+            f"rows or labels of {name} have changed: split hash {source.splits.hash[:16]}, "
             f"originally {facts['split_hash'][:16]}; {advice}"
         )
-    now = pixel_hashes(splits)
+    now = pixel_hashes(prepare_splits(source.splits, preprocessing, source.config))
     for split, original in facts.get("pixel_hashes", {}).items():
         if now.get(split, original) != original:
             raise UserError(

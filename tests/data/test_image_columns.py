@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, LargeList, List, Value
 from datasets import Image as ImageFeature
+from pictures import encode
 from PIL import Image
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.images import decode_cell
 from hf_cifar.data.sources import load_source
-from hf_cifar.data.split import require_readable
-from hf_cifar.data.splits import load_splits
+from hf_cifar.data.splits import load_splits, prepare_splits
 from hf_cifar.errors import UserError
-from tests.pictures import encode
+from hf_cifar.transforms.preprocessing import Preprocessing
+
+VIEW = Preprocessing((12, 12), None, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 GENERATOR = np.random.default_rng(0)
 COLOUR = GENERATOR.integers(0, 256, (4, 8, 6, 3), dtype=np.uint8)
@@ -95,7 +97,7 @@ def test_a_file_that_is_missing_is_an_unreadable_image(tmp_path):
     data = DataConfig(dataset_name=str(tmp_path), train_val_split=0.5)
     splits = load_splits(data)
     with pytest.raises(UserError, match=r"train row 5: no image file .*nothing\.png"):
-        require_readable(splits.train, splits.validation)
+        prepare_splits(splits, VIEW, DataConfig())
 
 
 def test_strings_that_name_no_files_are_no_images(save):
@@ -191,7 +193,7 @@ def test_sizes_may_differ_and_images_may_be_missing(save):
     with pytest.raises(
         UserError, match=r"2 images cannot be read, train rows 1, 5.* cell is empty"
     ):
-        require_readable(splits.train, splits.validation)
+        prepare_splits(splits, VIEW, DataConfig())
 
 
 @pytest.mark.parametrize(

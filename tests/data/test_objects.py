@@ -9,7 +9,10 @@ from PIL import Image
 
 from hf_cifar import DataConfig, UserError, load_splits, load_test_split
 from hf_cifar.data.sources import load_source
+from hf_cifar.data.splits import prepare_splits
+from hf_cifar.transforms.preprocessing import Preprocessing
 
+VIEW = Preprocessing((12, 12), None, "bicubic", (0.5,) * 3, (0.5,) * 3)
 generator = np.random.default_rng(0)
 PIXELS = generator.integers(0, 256, (40, 6, 8, 3)).astype(np.uint8)
 LABELS = [i % 2 for i in range(40)]
@@ -135,7 +138,8 @@ def test_a_transform_is_not_used_and_said_so(caplog):
 
 def test_a_missing_image_is_skipped_on_request():
     data = ([None, *PIXELS[1:]], LABELS)
-    splits = load_splits(DataConfig(dataset_name=data, on_bad_image="skip"))
+    config = DataConfig(dataset_name=data, on_bad_image="skip")
+    splits = prepare_splits(load_splits(config), VIEW, config)
     assert len(splits.train) + len(splits.validation) == 39
 
 
