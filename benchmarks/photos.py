@@ -1,16 +1,15 @@
-"""Photographs: preparing them once, compared with decoding them in every epoch.
+"""Photographs: prepared once, compared with decoding them in every epoch; time to the first step; growth.
 
-python -m benchmarks.photos [--images 20000] [--classes 100] [--rounds 3] [--folder FOLDER] [--growth]
+python -m benchmarks.photos [--only data|training|start|growth] [--images 20000] [--classes 100] [--rounds 3]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import json
 import os
-import shutil
-import statistics
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,13 +22,15 @@ import torch
 from datasets import load_dataset
 from torch.utils.data import DataLoader, RandomSampler
 
-from benchmarks.measure import compare, conditions, write
-from benchmarks.peers import Task, ceiling, collate, ours, pil_transform, plain, timm_pattern
+from benchmarks.measure import compare
+from benchmarks.peers import Task, chosen_setting, collate, pil_transform, train_as
 from benchmarks.pictures import write_photographs
-from benchmarks.turns import workers
+from benchmarks.training import compare_in_turns
+from benchmarks.turns import CONTEXT
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.cache import disk_bytes
-from hf_cifar.data.split import Split, prepare_split, with_images
+from hf_cifar.data.pixels import Pixels
+from hf_cifar.data.split import Split, prepare_split
 from hf_cifar.data.splits import DataSource
 from hf_cifar.data.store import build_store
 from hf_cifar.training.memory import keep_freed_memory
@@ -37,10 +38,9 @@ from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
 from hf_cifar.transforms.views import RandomView
 
+MODEL = "bundled/efficientnet_lite0"
 SIZE, BATCH, NUM_WORKERS = 128, 64, 2
-VIEW = Preprocessing(
-    SIZE, (SIZE, SIZE), "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-)
+VIEW = Preprocessing(SIZE, (SIZE, SIZE), "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 AUGMENTATION = Augmentation(RandomView(min_area=0.25, flip=0.5))
 SECONDS = 5  # per variant and round
 
@@ -99,77 +99,164 @@ def timm_batches(folder: Path) -> Iterator[int]:
             yield len(images)
 
 
-def first_pass(split: Split) -> float:
-    """Return images/s of preparing some images in an empty cache."""
-    with tempfile.TemporaryDirectory() as cache:
-        before = os.environ.get("HF_CIFAR_CACHE")
-        os.environ["HF_CIFAR_CACHE"] = cache
+@contextlib.contextmanager
+def empty_cache() -> Iterator[Path]:
+    """Let the package use an empty cache until the block ends."""
+    before = os.environ["HF_CIFAR_CACHE"]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_CIFAR_CACHE"] = folder
         try:
-            start = time.perf_counter()
-            part = Split(split.name, fresh(split), split.positions[:2000])
-            prepare_split(part, VIEW, augmented=True, kind="disk")
-            return len(part) / (time.perf_counter() - start)
+            yield Path(folder)
         finally:
-            os.environ.pop("HF_CIFAR_CACHE")
-            if before is not None:
-                os.environ["HF_CIFAR_CACHE"] = before
+            os.environ["HF_CIFAR_CACHE"] = before
 
 
-def fresh(split: Split):
-    """Return the pixels of a split, without what is prepared of them."""
+def first_pass(split: Split, count: int = 2000) -> float:
+    """Return images/s of preparing some images for the first time."""
     pixels = split.pixels
-    again = type(pixels)(pixels.source_split, pixels.rows)
-    again.key = pixels.key
-    return again
+    again = Pixels(pixels.source_split, pixels.rows)
+    again.__dict__["key"] = pixels.key  # hashing the files is part of every run, not of the pass
+    with empty_cache():
+        start = time.perf_counter()
+        prepare_split(
+            Split(split.name, again, split.positions[:count]), VIEW, augmented=True, kind="disk"
+        )
+        return count / (time.perf_counter() - start)
+
+
+def delivered(split: Split) -> Iterator[int]:
+    """Yield the sizes of endless batches as the loader hands them over, uint8, not transformed."""
+    store, generator = build_store(split), np.random.default_rng(0)
+    while True:
+        yield len(store.__getitems__(generator.integers(0, len(split), BATCH).tolist())["labels"])
 
 
 def data_side(folder: Path, rounds: int) -> None:
     """Compare the images per second that reach the model, and the first pass."""
-    source = DataSource(DataConfig(dataset_name=str(folder)))
-    train = source.splits.train
+    train = DataSource(DataConfig(dataset_name=str(folder))).splits.train
     start = time.perf_counter()
     prepared = prepare_split(train, VIEW, augmented=True, kind="disk")
     seconds = time.perf_counter() - start
     cache = Path(os.environ["HF_CIFAR_CACHE"])
     facts = {
-        "prepared": f"{len(train):,} images in {seconds:.0f} s",
+        "images": len(train),
+        "first_pass_seconds": round(seconds, 1),
         "disk_mb": round(sum(disk_bytes(path) for path in cache.iterdir()) / 1e6),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+    }
+    plain = {
+        f"plain, {NUM_WORKERS} workers": lambda: timed(plain_batches(folder)),
+        f"timm, {NUM_WORKERS} workers": lambda: timed(timm_batches(folder)),
     }
     compare(
-        f"photographs, data side, {SIZE} px",
-        {
-            "ours, from the second epoch on": lambda: timed(our_batches(prepared)),
-            f"plain, {NUM_WORKERS} workers": lambda: timed(plain_batches(folder)),
-            f"timm, {NUM_WORKERS} workers": lambda: timed(timm_batches(folder)),
-        },
+        f"photographs at {SIZE} px, to the model's input, from the second epoch on",
+        {"ours": lambda: timed(our_batches(prepared)), **plain},
+        rounds=rounds, **facts,
+    )  # fmt: skip
+    compare(
+        f"photographs at {SIZE} px, to the device, from the second epoch on",
+        {"ours": lambda: timed(delivered(prepared)), **plain},
         rounds=rounds,
-        **facts,
     )
     compare(
-        f"photographs, first pass, {SIZE} px",
-        {
-            "ours, first pass": lambda: first_pass(train),
-            f"plain, {NUM_WORKERS} workers": lambda: timed(plain_batches(folder)),
-        },
+        f"photographs at {SIZE} px, first pass",
+        {"ours": lambda: first_pass(train), **plain},
         rounds=rounds,
     )
+
+
+def training(folder: Path, turns: int) -> None:
+    """Compare whole training from the second epoch on with the plain recipe, timm and ready tensors."""
+    task = Task(MODEL, SIZE, 32, dataset_name=str(folder), images=str(folder))
+    train = DataSource(DataConfig(dataset_name=str(folder))).splits.train
+    prepare_split(train, VIEW, augmented=True, kind="disk")
+    task = Task(**{**vars(task), "setting": chosen_setting(task)})
+    peers = ("ours", "ceiling", f"plain, bf16 and {NUM_WORKERS} workers", "timm")
+    works = {peer: functools.partial(train_as, peer, task) for peer in peers}
+    compare_in_turns(
+        "training efficientnet_lite0 on photographs", works, task, turns, setting=str(task.setting)
+    )
+
+
+def seconds_to_first_step(folder: Path, output: Path) -> tuple[float, float]:
+    """Return the seconds from the command to its first training step, and the peak memory in MB."""
+    command = [
+        sys.executable, "scripts/finetune.py", "--dataset_name", str(folder),
+        "--model_name_or_path", MODEL, "--image_size", str(SIZE), "--max_steps", "2",
+        "--logging_steps", "1", "--eval_strategy", "no", "--save_strategy", "no",
+        "--output_dir", str(output),
+    ]  # fmt: skip
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    seconds = time.perf_counter() - start
+    peak = _peak_mb(process.pid)
+    process.kill()
+    process.wait()
+    return seconds, peak
+
+
+def _peak_mb(pid: int) -> float:
+    """Return the peak of a process's resident memory in MB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1e3
+    return float("nan")
+
+
+def start(folder: Path, rounds: int, label: str) -> None:
+    """Measure the seconds from the command to the first step: first run, and a later one."""
+    peaks: list[float] = []
+
+    def run() -> float:
+        with tempfile.TemporaryDirectory() as output:
+            seconds, peak = seconds_to_first_step(folder, Path(output, "run"))
+        peaks.append(peak)
+        return seconds
+
+    def first() -> float:
+        with empty_cache():
+            return run()
+
+    later: dict[str, Callable[[], float]] = {"first run": first, "later run": run}
+    compare(f"seconds to the first step, {label}", later, "s", rounds)
+    print(f"peak memory at the first step: {max(peaks):,.0f} MB")
 
 
 def main() -> None:
-    """Measure the data side."""
+    """Measure the data side, training, the start, and how the start grows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("data", "training", "start", "growth"))
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--folder", type=Path, help="default: generated photographs")
     options = parser.parse_args()
     keep_freed_memory()
+    CONTEXT.set_forkserver_preload(["benchmarks.peers"])
+    parts = [options.only] if options.only else ["data", "training", "start"]
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["HF_CIFAR_CACHE"] = str(Path(scratch, "pixels"))
         folder = options.folder or write_photographs(
             Path(scratch, "photos"), options.images, options.classes
         )
-        data_side(folder, options.rounds)
+        if "data" in parts:
+            data_side(folder, options.rounds)
+        if "training" in parts:
+            training(folder, options.turns)
+        label = f"{options.images:,} photographs, {options.classes:,} classes"
+        if "start" in parts:
+            start(folder, options.rounds, label)
+        if "growth" in parts:
+            for images, classes in ((5_000, 10), (20_000, 100), (80_000, 1_000)):
+                grown = write_photographs(Path(scratch, f"{images}"), images, classes, 150, 200)
+                start(grown, 1, f"{images:,} small photographs, {classes:,} classes")
 
 
 if __name__ == "__main__":

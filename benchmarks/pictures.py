@@ -18,13 +18,20 @@ QUALITY = 90
 
 
 def scene(seed: int) -> Image.Image:
-    """A picture with structure at all sizes, as photographs have: noise of octaves, the coarse ones strongest."""
+    """A picture with structure at all sizes, as photographs have: noise of octaves, the coarse ones
+    strongest."""
     generator = np.random.default_rng(seed)
     pixels = np.zeros((CANVAS, CANVAS, 3), np.float32)
     for side in (4, 16, 64, 256, 1024):
         noise = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
         octave = Image.fromarray(noise).resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
-        pixels += (np.asarray(octave, np.float32) - 128) * {4: 1.0, 16: 0.6, 64: 0.4, 256: 0.2, 1024: 0.08}[side]
+        pixels += (np.asarray(octave, np.float32) - 128) * {
+            4: 1.0,
+            16: 0.6,
+            64: 0.4,
+            256: 0.2,
+            1024: 0.08,
+        }[side]
     return Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8))
 
 
@@ -67,9 +74,7 @@ def main() -> None:
     parser.add_argument("--low", type=int, default=400)
     parser.add_argument("--high", type=int, default=500)
     options = parser.parse_args()
-    write_photographs(
-        options.folder, options.images, options.classes, options.low, options.high
-    )
+    write_photographs(options.folder, options.images, options.classes, options.low, options.high)
 
 
 if __name__ == "__main__":
