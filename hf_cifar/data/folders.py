@@ -49,6 +49,7 @@ from hf_cifar.data.tables import (
     agree,
     candidates,
     holds_images,
+    join_tables,
     metadata_files,
     read_metadata_layout,
     read_table_layout,
@@ -288,6 +289,8 @@ def _read_images(listing: Listing, config: DataConfig) -> Layout | None:
         return _agreed(layout, fitting, unclear, config)
     if len(fitting) == 1:
         return next(iter(fitting.values()))
+    if joined := join_tables(listing, fitting):
+        return joined
     if fitting:
         raise UserError(
             f"multiple tables have labels of these images: {listed(fitting)}; choose one with --labels_file"
