@@ -130,6 +130,15 @@ def test_final_metrics_are_those_of_the_saved_model_in_fp32(stripes, tiny_vit, t
     )
 
 
+def test_run_json_says_what_the_source_is(vit_run, stripes):
+    assert json.loads((vit_run / "run.json").read_text())["source"] == {
+        "description": f"{stripes.name}: 2 classes from folders, 102 images; train/, test/ are splits",
+        "num_images": {"train": 80, "test": 22},
+        "left_out": {},
+        "rows_left_out": {},
+    }
+
+
 def test_a_damaged_run_json_is_a_one_line_error(vit_run, stripes, tmp_path):
     folder = shutil.copytree(vit_run, tmp_path / "run")
     (folder / "run.json").write_text('{"temperature": ')

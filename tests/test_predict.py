@@ -13,7 +13,8 @@ import torch
 
 from hf_cifar import PredictConfig, build_model, predict_files
 from hf_cifar.config.model import ModelConfig
-from hf_cifar.predict import map_batches
+from hf_cifar.errors import UserError
+from hf_cifar.predict import expand_paths, map_batches
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -51,6 +52,24 @@ def test_records_do_not_depend_on_the_number_of_threads(saved, stripes, num_thre
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert torch.get_num_threads() == num_threads
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_folders_are_listed_as_in_training(stripes, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="hf_cifar")
+    monkeypatch.chdir(tmp_path)
+    picture = next((stripes / "test").rglob("*.png")).read_bytes()
+    for name in ("a/[1] x.png", "a/b/2", "a/.hidden.png", "a/.ipynb_checkpoints/1.png", "3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture)
+    (tmp_path / "a/notes.md").write_text("text")
+    found = [
+        path.as_posix() for path in expand_paths(["a", "a/.hidden.png", "a/notes.md", "3.txt"])
+    ]
+    assert found == ["a/[1] x.png", "a/b/2", "a/.hidden.png", "a/notes.md", "3.txt"]
+    assert caplog.messages == ["left out: 3 files (2 hidden, 1 .md)"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image files in empty; pass another folder"):
+        expand_paths(["empty"])
 
 
 def test_results_are_in_order_whichever_is_ready_first(num_threads):

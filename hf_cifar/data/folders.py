@@ -50,6 +50,7 @@ from hf_cifar.data.tables import (
     agree,
     candidates,
     holds_images,
+    join_tables,
     metadata_files,
     read_metadata_layout,
     read_table_layout,
@@ -57,7 +58,8 @@ from hf_cifar.data.tables import (
 from hf_cifar.errors import UserError
 from hf_cifar.text import first_line, listed
 
-MAX_TABLES = 50  # that are opened to find the one with the labels
+# Tables that are opened to find the one with the labels.
+MAX_TABLES, MAX_TABLE_BYTES = 50, 500 * 1024**2
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,6 +291,8 @@ def _read_images(listing: Listing, config: DataConfig) -> Layout | None:
         return _agreed(layout, fitting, unclear, config)
     if len(fitting) == 1:
         return next(iter(fitting.values()))
+    if joined := join_tables(listing, fitting):
+        return joined
     if fitting:
         raise UserError(
             f"multiple tables have labels of these images: {listed(fitting)}; choose one with --labels_file"
@@ -319,6 +323,8 @@ def _fitting_tables(
     unclear: dict[str, UserError] = {}
     folder_of = None if layout is None else _class_of(layout)
     for file in candidates(listing, None if layout is None else 0)[:MAX_TABLES]:
+        if os.path.getsize(file.path) > MAX_TABLE_BYTES:
+            continue
         try:
             fitting[file.name] = read_table_layout(listing, file.path, config, folder_of=folder_of)
         except NoTable:

@@ -176,10 +176,8 @@ class _Reader:
             n for n, top in tops.items() if len(self.below[top]) > 1 and not self.direct[top]
         ]
         if others and folders == "auto":
-            if (
-                len(roles) == 1 and not sorted_in
-            ):  # a class that is called train, as in bus, car, train
-                (name,) = roles
+            if len(roles) == 1 and not sorted_in:
+                (name,) = roles  # a class that is called train, as in bus, car, train
                 if roles[name] == "test" and not self.below[tops[name]]:
                     self.leave_out_unlabelled(
                         tops[name], "; if it is a class, pass --folders classes"

@@ -120,6 +120,40 @@ def _refuse_missing_images(listing: Listing, table: Table) -> None:
             )
 
 
+def join_tables(listing: Listing, tables: dict[str, Layout]) -> Layout | None:
+    """Join tables that are named as splits, such as train.csv and test.csv; None if they are not.
+
+    Raises: UserError for an image that is in two of them.
+    """
+    stems = {posixpath.splitext(posixpath.basename(name))[0]: name for name in tables}
+    roles = split_roles(stems)
+    if len(set(roles.values())) < len(tables) or "train" not in roles.values():
+        return None
+    names = {role: stems[stem] for stem, role in roles.items()}
+    names = {split: names[split] for split in ORDER if split in names}
+    splits: dict[str, list] = {}
+    used: set[File] = set()
+    for split, name in names.items():
+        splits[split] = sorted(row for rows in tables[name].splits.values() for row in rows)
+        files = {file for file, _ in splits[split]}
+        if twice := used & files:
+            raise UserError(
+                f"{one_line(min(twice).name)} is in {name} and in another table; choose one of "
+                f"{listed(names.values())} with --labels_file"
+            )
+        used |= files
+    joined = " and ".join(names.values())
+    left_out = listing.all_left_out() - Counter(suffix_of(name) for name in tables)
+    left_out[f"not in {joined}"] += len(set(listing.images) - used)
+    rows_left_out = sum((table.rows_left_out for table in tables.values()), Counter())
+    notes = [note for table in tables.values() for note in table.notes]
+    first = tables[names["train"]]
+    return Layout(
+        splits, _class_names(splits, joined), f"column {first.label_column!r} of {joined}", left_out,
+        rows_left_out, names, first.image_column, first.label_column, notes,
+    )  # fmt: skip
+
+
 def read_metadata_layout(
     listing: Listing, config: DataConfig, *, by_name: bool = False
 ) -> Layout | None:
@@ -275,15 +309,15 @@ class _Names:
     def __init__(self, listing: Listing, table: Table) -> None:
         self.listing, self.table = listing, table
         self.by_name = {file.name: file for file in listing.images}
-        self.ends: dict[str, list[File]] = defaultdict(
-            list
-        )  # by file name, with and without its suffix
+        # By file name, and by folder and name; with the suffix of the file and without it.
+        self.ends: dict[str, list[File]] = defaultdict(list)
         for file in listing.images:
-            base = posixpath.basename(file.name).casefold()
-            self.ends[base].append(file)
-            stem = posixpath.splitext(base)[0]
-            if stem != base:
-                self.ends[stem].append(file)
+            path = file.name.casefold()
+            for end in {path, posixpath.splitext(path)[0]}:
+                parts = end.split("/")
+                self.ends[parts[-1]].append(file)
+                if len(parts) > 1:
+                    self.ends["/".join(parts[-2:])].append(file)
         inside = os.path.relpath(table.folder, listing.root).replace(os.sep, "/")
         self.inside = "" if inside == "." or inside.startswith("..") else composed(inside)
 
@@ -306,7 +340,10 @@ class _Names:
         if not parts:
             return []
         tail = "/".join(parts).casefold()
-        found = [file for file in self.ends.get(parts[-1].casefold(), ()) if _ends_with(file, tail)]
+        if exact := self.by_name.get("/".join(parts)):
+            return [exact]
+        near = self.ends.get("/".join(parts[-2:]).casefold(), ())
+        found = [file for file in near if _ends_with(file, tail)]
         whole_names = [f for f in found if f"/{f.name.casefold()}".endswith(f"/{tail}")]
         found = whole_names or found
         if len(found) > 1:
@@ -489,7 +526,7 @@ def _layout(
         for split in ORDER
         if split in split_of.values()
     }
-    class_names = _class_names(splits, table)
+    class_names = _class_names(splits, table.name)
     left_out = listing.all_left_out()
     left_out[suffix_of(table.name)] -= 1 if left_out[suffix_of(table.name)] else 0
     left_out[f"not in {table.name}"] += len(set(listing.images) - set(rows))
@@ -701,7 +738,7 @@ def _one_hot(table: Table, columns: list[str]) -> tuple[str, list[Any]] | None:
     return "label", [columns[row.index(True)] for row in rows]
 
 
-def _class_names(splits: dict[str, list], table: Table) -> list[str]:
+def _class_names(splits: dict[str, list], table: str) -> list[str]:
     """The classes that occur in train, in order: numbers by value, else by text.
 
     Raises: UserError for a class that only another split has.
@@ -719,13 +756,11 @@ def _class_names(splits: dict[str, list], table: Table) -> list[str]:
         for name, count in classes(rows).items():
             if name not in found:
                 raise UserError(
-                    f"class {name!r} of {table.name} is only in {split} ({count:,} images), not in train; "
+                    f"class {name!r} of {table} is only in {split} ({count:,} images), not in train; "
                     "add training images, or remove its rows"
                 )
     if len(found) < 2:
-        raise NoTable(
-            f"{table.name} has one class, {listed(found)}; a classifier needs two or more"
-        )
+        raise NoTable(f"{table} has one class, {listed(found)}; a classifier needs two or more")
     check_class_names(list(found))
     if all(name.lstrip("-").isdecimal() for name in found):
         return sorted(found, key=lambda name: (int(name), name))

@@ -283,6 +283,22 @@ def test_two_tables_are_listed(tmp_path):
     check(source(tmp_path, labels_file="other.csv"))
 
 
+def test_a_table_for_each_split(tmp_path):
+    text = csv_of(lambda i: f"images/{i}.png").splitlines()
+    photos(tmp_path, NAMES, "\n".join(text[:7]), "train_labels.csv")
+    photos(tmp_path, [], "\n".join([text[0], *text[7:]]), "test_labels.csv")
+    result = read_source(DataConfig(dataset_name=str(tmp_path)))
+    check(result.splits, 6)
+    check(result.splits, 3, "test")
+    assert result.description == (
+        f"{tmp_path.name}: 3 classes from column 'label' of train_labels.csv and test_labels.csv, 9 images; "
+        "train_labels.csv (train), test_labels.csv (test) are splits"
+    )
+    photos(tmp_path, [], "\n".join([text[0], *text[6:]]), "test_labels.csv")
+    with pytest.raises(UserError, match=r"images/5.png is in test_labels.csv and in another table"):
+        source(tmp_path)
+
+
 def test_columns_that_are_not_clear_are_listed(tmp_path, caplog):
     lines = [f"images/{i}.png,{label_of(i)},{'ab'[i % 2]}\n" for i in range(9)]
     photos(tmp_path, NAMES, "path,kind,colour\n" + "".join(lines))

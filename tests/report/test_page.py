@@ -99,6 +99,23 @@ def test_no_local_path_is_in_the_report(run):
         assert str(run.parent) not in text and os.path.expanduser("~") not in text
 
 
+def test_page_says_what_the_source_is(run, tmp_path):
+    folder = tmp_path / "digits"
+    shutil.copytree(run, folder)
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["source"] == {
+        "description": None, "num_images": {"train": 1442, "test": 355}, "left_out": {}, "rows_left_out": {},
+    }  # fmt: skip
+    facts["source"]["description"] = (
+        "photos: 2 classes from folders, 60 images; left out: 1 file (1 .txt)"
+    )
+    (folder / "run.json").write_text(json.dumps(facts))
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert f"<p>Source: {facts['source']['description']}.</p>" in page
+    assert "<p>Source" not in (run / "report.html").read_text()
+
+
 def test_report_without_the_data(run, tmp_path, caplog):
     folder = tmp_path / "alone"
     shutil.copytree(run, folder)
