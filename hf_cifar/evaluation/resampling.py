@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from scipy import sparse
 
 from hf_cifar.evaluation.metrics import Counts
 
@@ -19,14 +20,23 @@ def draw_counts(confusion: Array, draws: int, generator: np.random.Generator) ->
 
     Resampling images and counting them equals one multinomial draw over the non-empty cells.
     """
-    cells = np.flatnonzero(confusion)
-    count = confusion.sum()
-    shares = confusion.ravel()[cells] / count
+    rows, columns = np.nonzero(confusion)
+    count, num_classes = confusion.sum(), len(confusion)
+    shares = confusion[rows, columns] / count
+    hits = np.where(rows == columns, 1.0, 0.0)
+    # Each sums the drawn cells by class: the correct ones, all by prediction, all by truth.
+    sums = [
+        sparse.csr_array((values, (np.arange(len(rows)), classes)), (len(rows), num_classes))
+        for values, classes in (
+            (hits, rows),
+            (np.ones(len(rows)), columns),
+            (np.ones(len(rows)), rows),
+        )
+    ]
     parts = []
-    for size in chunks(draws, at_once=max(1, 10_000_000 // confusion.size)):
-        drawn = np.zeros((size, confusion.size))
-        drawn[:, cells] = generator.multinomial(count, shares, size=size)
-        parts.append(Counts.from_confusion(drawn.reshape(size, *confusion.shape)))
+    for size in chunks(draws, at_once=max(1, 10_000_000 // len(rows))):
+        drawn = generator.multinomial(count, shares, size=size).astype(np.float64)
+        parts.append([drawn @ each for each in sums])
     return Counts(*map(np.concatenate, zip(*parts, strict=True)))
 
 
