@@ -27,7 +27,7 @@ from hf_cifar.data.labels import (
 )
 from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.sources import Source, announced, open_data_set, read_source
-from hf_cifar.data.split import Split, readable, with_images
+from hf_cifar.data.split import Split, UnreadableImages, readable, with_images
 from hf_cifar.data.stratify import stratified, subsample
 from hf_cifar.data.streams import (
     Stream,
@@ -204,7 +204,10 @@ def prepare_splits(
         splits.train, preprocessing, augmented=True, kind=kind, lazy=lazy, device=device
     )
     if lazy:
-        return Splits(train, *readable(validation, on_bad_image=config.on_bad_image))
+        try:
+            return Splits(train, *readable(validation, on_bad_image=config.on_bad_image))
+        except UnreadableImages:
+            logger.warning("an image of validation cannot be read; checking those of train")
     train, validation = readable(train, validation, on_bad_image=config.on_bad_image)
     names = list(splits.id2label.values())
     _require_every_class(train.labels, names, train.source_split)
