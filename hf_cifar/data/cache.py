@@ -128,7 +128,8 @@ def make_room(folder: Path, num_bytes: int, keep: str = "") -> None:
             return
         used -= sizes[name]
         for path in groups[name]:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # in use on Windows
+                path.unlink(missing_ok=True)
 
 
 def disk_bytes(path: Path) -> int:
