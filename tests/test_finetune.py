@@ -492,7 +492,8 @@ def test_the_draft_card_equals_the_final_card_except_for_metrics(vit_run):
     folder = RunFolder(vit_run)
     config = folder.load_config()
     model = load_classifier(str(vit_run))[0]
-    draft = draft_card(config, model, known_facts(DataSource(config.data), config))
+    source = DataSource(config.data)
+    draft = draft_card(config, model, known_facts(source, source.splits, None, config))
     draft = ModelCard(draft).data.to_dict()
     final = ModelCard((vit_run / "README.md").read_text()).data.to_dict()
     results = [metadata.pop("model-index")[0]["results"] for metadata in (draft, final)]
