@@ -29,7 +29,9 @@ class Progress:
         self.count = 0
         self._start = self._last = time.monotonic()
         shown = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._bar = tqdm(desc=what, total=total, unit=f" {unit}", leave=False) if shown else None
+        self._bar: tqdm | None = None
+        if shown:  # work of an instant needs no bar
+            self._bar = tqdm(desc=what, total=total, unit=f" {unit}", leave=False, delay=1)
 
     def update(self, count: int = 1) -> None:
         """Add to the number of finished items."""

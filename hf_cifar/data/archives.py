@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, NamedTuple
 
-from tqdm.auto import tqdm
-
 from hf_cifar.data.cache import cache_folder, one_process_at_a_time
 from hf_cifar.data.listing import ARCHIVE_SUFFIXES, image_suffixes
 from hf_cifar.errors import UserError
+from hf_cifar.progress import Progress
 from hf_cifar.text import one_line
 
 OTHER_ARCHIVES = (".7z", ".rar", ".tar.zst")
@@ -132,9 +131,7 @@ def _damaged(path: str | Path, error: Exception) -> Exception:
 def _unpack_into(folder: Path, path: Path) -> None:
     budget = _Budget(folder, path)
     is_zip = path.name.lower().endswith(".zip")
-    with tqdm(
-        desc=f"unpacking {path.name}", unit="B", unit_scale=True, disable=None, leave=False
-    ) as progress:
+    with Progress(f"unpacking {path.name}", unit="files") as shown:
         links = []
         for member in _zip_members(path, budget) if is_zip else _tar_members(path):
             budget.count_member()
@@ -146,8 +143,8 @@ def _unpack_into(folder: Path, path: Path) -> None:
             with member.source as source, open(target, "wb") as file:
                 while chunk := source.read(CHUNK):
                     budget.count_bytes(len(chunk))
-                    progress.update(len(chunk))
                     file.write(chunk)
+            shown.update()
     # Made last, so that nothing is written through one.
     for link, member in links:
         if member.is_hard:

@@ -20,6 +20,7 @@ from hf_cifar.config.run import CONFIG_FILE, is_run_config
 from hf_cifar.data.formats import looks_like_image
 from hf_cifar.data.images import REFUSED_FORMATS
 from hf_cifar.errors import UserError
+from hf_cifar.progress import Progress
 from hf_cifar.text import listed, one_line
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -83,6 +84,7 @@ def list_files(root: str | Path, mounts: dict[str, str] | None = None) -> Listin
     todo = [("", listing.root, (_identity(listing.root),))]
     todo += [(f"{name}/", path, (_identity(path),)) for name, path in (mounts or {}).items()]
     seen: set[tuple[str, tuple[int, int]]] = set()
+    shown = Progress(f"listing {os.path.basename(listing.root)}", unit="files")
     while todo:
         prefix, folder, above = todo.pop()
         try:
@@ -98,6 +100,7 @@ def list_files(root: str | Path, mounts: dict[str, str] | None = None) -> Listin
             continue
         if prefix:
             listing.folders.append(prefix[:-1])
+        shown.update(len(entries))
         for entry in entries:
             name = prefix + composed(entry.name)
             reason = HIDDEN if entry.name.startswith(".") else SYSTEM
@@ -119,6 +122,7 @@ def list_files(root: str | Path, mounts: dict[str, str] | None = None) -> Listin
                 files.append(File(name, entry.path))
             else:  # a link to nothing, a pipe, a socket
                 listing.left_out[BROKEN if entry.is_symlink() else NO_IMAGE] += 1
+    shown.close()
     listing.images.sort()
     listing.others.sort()
     listing.folders.sort()
