@@ -10,6 +10,7 @@ _PUBLIC = {
     "AugmentConfig": "hf_cifar.config.augmentation",
     "DataConfig": "hf_cifar.config.data",
     "EvaluateConfig": "hf_cifar.config.evaluation",
+    "ImageClassificationTrainer": "hf_cifar.training.trainer",
     "ModelConfig": "hf_cifar.config.model",
     "PredictConfig": "hf_cifar.config.deployment",
     "Predictions": "hf_cifar.evaluation.predictions",

@@ -19,14 +19,7 @@ from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
 from hf_cifar.data.split import Split, prepare_split
 from hf_cifar.data.splits import DataSource, is_named, load_other_split
-from hf_cifar.data.store import (
-    CPU,
-    PreparedStore,
-    ResidentStore,
-    build_store,
-    default_num_workers,
-    images_of,
-)
+from hf_cifar.data.store import default_num_workers, images_of
 from hf_cifar.data.stratify import subsample
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedStore
@@ -41,7 +34,7 @@ from hf_cifar.report.card import is_untouched, save_card
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import computes_on_cpu
 from hf_cifar.text import listed
-from hf_cifar.training.losses import evaluation_loss
+from hf_cifar.training.dataset import store_of
 from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -63,13 +56,8 @@ def evaluate_classifier(
     if store is None:
         if split.images is None:
             split = prepare_split(split, trainer.preprocessing)
-        store = _store_of(trainer, split)
+        store = store_of(split, trainer.args)
     return predict_images(trainer, split, store, temperature)
-
-
-def _store_of(trainer: ImageClassificationTrainer, split: Split) -> ResidentStore | PreparedStore:
-    device = trainer.args.device if trainer.args.dataloader_num_workers == 0 else CPU
-    return build_store(split, device=device)
 
 
 def predict_images(
@@ -95,7 +83,7 @@ def evaluate_corrupted(
     """Return the accuracy under each corruption at severities 1 to 5, and without one, on up to `num_images`
     images of the split, stratified. Images are corrupted at their stored size."""
     part = subsample(split, max(num_images, len(split.id2label)), seed=0)
-    store = _store_of(trainer, part)
+    store = store_of(part, trainer.args)
 
     def hits(images: Dataset) -> int:
         return int(predict_images(trainer, part, images).correct.sum())
@@ -186,13 +174,10 @@ def evaluate_saved(
                 bf16=config.bf16,
                 fp16=config.fp16,
                 use_cpu=computes_on_cpu(config.use_cpu),
-                remove_unused_columns=False,
-                label_names=["labels"],
                 report_to="none",
             ),
             processing_class=image_processor,
             preprocessing=preprocessing,
-            evaluation_loss=evaluation_loss(multi_label=is_multi_label(model)),
         )
         evaluation = evaluate_classifier(trainer, split, temperature)
         corrupted = None
@@ -297,6 +282,8 @@ def _validation_of_run(
                 f"{original}; leave it out"
             )
     recorded = run.facts().get("split_hash")
+    # The name again, which may be an object in memory.
+    own = dataclasses.replace(own, dataset_name=data.dataset_name)
     same = data == dataclasses.replace(
         own, pixel_store=data.pixel_store, value_range=data.value_range
     )

@@ -18,6 +18,16 @@ SECONDS = 10  # between two lines
 Item = TypeVar("Item")
 
 
+def in_notebook() -> bool:
+    """True in the kernel of a notebook."""
+    return "ipykernel" in sys.modules
+
+
+def shows_bars() -> bool:
+    """True if bars can be drawn: on a terminal or in a notebook."""
+    return in_notebook() or sys.stderr.isatty()
+
+
 class Progress:
     """Counts the items of some work, and shows count, rate and time left.
 
@@ -28,9 +38,8 @@ class Progress:
         self.what, self.total, self.unit = what, total, unit
         self.count = 0
         self._start = self._last = time.monotonic()
-        shown = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._bar: tqdm | None = None
-        if shown:  # work of an instant needs no bar
+        if shows_bars():  # work of an instant needs no bar
             self._bar = tqdm(desc=what, total=total, unit=f" {unit}", leave=False, delay=1)
 
     def update(self, count: int = 1) -> None:

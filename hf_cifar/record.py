@@ -104,7 +104,7 @@ def run_facts(
             for split in (splits.train, splits.validation)
             if isinstance(split, Split)  # unknown for a stream
         },
-        "pixel_hashes": pixel_hashes(splits),
+        "pixel_hashes": pixel_hashes((splits.train, splits.validation)),
         "trainable": describe_trainable(trainer.model),
         "steps": state.global_step,
         "epochs": state.epoch,

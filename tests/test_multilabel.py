@@ -247,7 +247,7 @@ def test_a_mixed_batch_trains_on_mixed_labels(tmp_path, lights, tiny_vit, flag):
     trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
     inputs = trainer._prepare_inputs(batch)
-    targets, labels = inputs["targets"], batch["labels"].float()
+    targets, labels = inputs["labels"], batch["labels"].float()
     assert targets.shape == labels.shape and not torch.equal(targets, labels)
     # A light that is on brightens its share of an image, so the mean colour determines the target.
     colours = inputs["pixel_values"].mean(dim=(2, 3))

@@ -96,10 +96,24 @@ def with_classes(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     return {split: own.write(splits[split], names) for split, own in labels.items()}
 
 
-def with_known_classes(rows: Dataset, names: Sequence[str], split: str) -> Dataset:
+def label_names(rows: Dataset, split: str) -> list[str]:
+    """Names of the classes: those of a ClassLabel, in its order, or the distinct labels, sorted.
+
+    Raises: UserError that names the row of a missing or impossible label.
+    """
+    return _Labels.read(rows, split).names
+
+
+def with_known_classes(
+    rows: Dataset,
+    names: Sequence[str],
+    split: str,
+    advice: str = "remove or rename the others, or pass another --dataset_name or --label_column_name",
+) -> Dataset:
     """Make the labels of other data ids of the classes that a model knows, matched by name.
 
-    Raises: UserError that lists the classes that the model does not know, for a missing label.
+    advice: what to do about unknown classes. Raises: UserError that lists the classes that the model does not
+    know, for a missing label.
     """
     found = _Labels.read(rows, split)
     counts = np.bincount(found.ids, minlength=len(found.names))
@@ -112,8 +126,7 @@ def with_known_classes(rows: Dataset, names: Sequence[str], split: str) -> Datas
     if unknown:
         raise UserError(
             f"the model does not know {len(unknown)} of the {np.count_nonzero(counts)} classes of {split}: "
-            f"{listed(unknown, SHOWN_CLASSES)}; it knows {listed(names, SHOWN_CLASSES)}: remove or rename "
-            "the others, or pass another --dataset_name or --label_column_name"
+            f"{listed(unknown, SHOWN_CLASSES)}; it knows {listed(names, SHOWN_CLASSES)}: {advice}"
         )
     return found.write(rows, list(names))
 

@@ -45,7 +45,8 @@ def open_object(value: Any, streaming: bool = False) -> DatasetDict | IterableDa
         if streaming:
             return value
         logger.info(
-            "reading an IterableDataset into memory; streaming=True reads it during training"
+            "reading an IterableDataset into memory; finetune_classifier with streaming=True reads it during "
+            "training"
         )
         return DatasetDict({split: _collected(rows) for split, rows in value.items()})
     if streaming:

@@ -149,14 +149,18 @@ class DataSource:
         """
         if self.config.value_range is not None:
             return requested_range(self.config)
-        train = self.rows[_train_name(self.rows)]
-        if isinstance(train, IterableDataset):
-            first = islice(train, STREAMED_FOR_RANGE)
-            cells = ({"bytes": read_encoded(row["image"])} for row in first)
-        else:
-            places = np.linspace(0, len(train) - 1, min(len(train), IMAGES_FOR_RANGE))
-            cells = (train[int(place)]["image"] for place in places.round())
-        return find_value_range(cells, self.config.max_image_pixels)
+        return range_of_rows(self.rows[_train_name(self.rows)], self.config)
+
+
+def range_of_rows(rows: Dataset | IterableDataset, config: DataConfig) -> ValueRange | None:
+    """Find the range of some of the images, see `find_value_range`."""
+    if isinstance(rows, IterableDataset):
+        first = islice(rows, STREAMED_FOR_RANGE)
+        cells = ({"bytes": read_encoded(row["image"])} for row in first)
+    else:
+        places = np.linspace(0, len(rows) - 1, min(len(rows), IMAGES_FOR_RANGE))
+        cells = (rows[int(place)]["image"] for place in places.round())
+    return find_value_range(cells, config.max_image_pixels)
 
 
 def requested_range(config: DataConfig) -> ValueRange | None:

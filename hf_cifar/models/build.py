@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -198,6 +200,33 @@ def _build_object(
         save_object(model, processor, config, id2label, Path(folder))
         saved = dataclasses.replace(config, model_name_or_path=folder, model_revision=None)
         return _load_pretrained(saved, id2label)
+
+
+def wrap_network(
+    network: nn.Module,
+    image_processor: BaseImageProcessor | None,
+    id2label: dict[int, str],
+    *,
+    multi_label: bool = False,
+) -> Classifier:
+    """Make a classifier of a copy of a timm model, or of a torch.nn.Module that returns logits.
+
+    Frozen parameters stay frozen. Raises: UserError if it does not fit the labels, or the size of its input
+    is unknown.
+    """
+    if is_timm(network):
+        classifier, new = wrap_timm(network, ModelConfig(), id2label)
+        classifier = Classifier(classifier.model, image_processor or classifier.image_processor)
+    else:
+        classifier, new = wrap_module(network, image_processor, ModelConfig(), id2label)
+    model = classifier.model
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    for name, parameter in model.named_parameters():
+        if name not in new:
+            parameter.requires_grad = name.partition(".")[2] not in frozen
+    set_problem(model, multi_label)
+    _log_summary(type(network).__name__, model, new)
+    return classifier
 
 
 def _build_scratch(

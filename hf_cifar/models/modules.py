@@ -90,8 +90,8 @@ def wrap_module(
     if processor is None:
         if config.image_size is None:
             raise UserError(
-                f"a {cls.__name__} does not say the size of its input; pass image_size, or "
-                "(model, image_processor)"
+                f"a {cls.__name__} does not say the size of its input; pass image_size, (model, "
+                "image_processor), or the processing_class of a Trainer"
             )
         processor = plain_processor(config.image_size)
         logger.warning(

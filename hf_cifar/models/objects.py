@@ -5,11 +5,17 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, BaseImageProcessor, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    PreTrainedModel,
+)
 
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
@@ -19,6 +25,7 @@ from hf_cifar.models.files import PROCESSOR_FILES, fetch_if_present
 from hf_cifar.models.processor import plain_processor
 
 logger = logging.getLogger(__name__)
+PROCESSOR = "(model, image_processor), or the processing_class of a Trainer"  # where one is missing
 
 
 def model_and_processor(value: Any) -> tuple[nn.Module, BaseImageProcessor | None]:
@@ -79,6 +86,18 @@ def save_object(
         _copy_processor(model, config, folder)
 
 
+def processor_of(model: PreTrainedModel) -> BaseImageProcessor:
+    """Return the image processor of the checkpoint that a model was loaded from, or else a plain one.
+
+    Raises: UserError for a model that has none, and does not say the size of its input.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        if model.config.model_type != "timm_wrapper":  # whose config is its processor's too
+            _copy_processor(model, ModelConfig(), Path(folder))
+        return AutoImageProcessor.from_pretrained(folder)
+
+
 def _copy_processor(model: PreTrainedModel, config: ModelConfig, folder: Path) -> None:
     """Copy the image processor of the checkpoint that a model was loaded from, or else save a plain one."""
     name = model.name_or_path
@@ -91,14 +110,13 @@ def _copy_processor(model: PreTrainedModel, config: ModelConfig, folder: Path) -
     size = config.image_size or getattr(model.config, "image_size", None)
     if not isinstance(size, int):
         raise UserError(
-            f"the {type(model).__name__} does not say the size of its input; pass image_size, or "
-            "(model, image_processor)"
+            f"the {type(model).__name__} does not say the size of its input; pass {PROCESSOR}, or image_size"
         )
     plain_processor(size).save_pretrained(folder)
     logger.warning(
-        "%s has no image processor: pixels are scaled to 0..1 and not normalised; pass "
-        "(model, image_processor) for another scale",
+        "%s has no image processor: pixels are scaled to 0..1 and not normalised; pass %s for another scale",
         type(model).__name__,
+        PROCESSOR,
     )
 
 

@@ -8,8 +8,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_cifar.config.data import ValueRange
+from hf_cifar.config.objects import InMemory
 from hf_cifar.errors import UserError
 from hf_cifar.models.files import model_folder
+from hf_cifar.models.objects import model_and_processor
 
 
 def set_value_range(model: PreTrainedModel, value_range: ValueRange | None) -> None:
@@ -31,7 +33,10 @@ def value_range_of(model: PreTrainedModel) -> ValueRange | None:
 def saved_value_range(
     name: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> ValueRange | None:
-    """The same of a saved model, whose weights are not loaded."""
+    """The same of a saved model, whose weights are not loaded, or of one in memory."""
+    if isinstance(name, InMemory):
+        model, _ = model_and_processor(name.value)
+        return value_range_of(model) if isinstance(model, PreTrainedModel) else None
     path = model_folder(name, revision, trust_remote_code) / "config.json"
     try:
         return _range_in(json.loads(path.read_text(encoding="utf-8")))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import sys
+import logging
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -16,11 +17,13 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.config.training import TrainingConfig
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
+from hf_cifar.progress import shows_bars
 from hf_cifar.runs.processes import computes_on_cpu
 from hf_cifar.text import one_line
 from hf_cifar.training.optimizers import optimizer_class, optimizer_name
 from hf_cifar.training.schedules import check_schedule
 
+logger = logging.getLogger(__name__)
 TRACKERS = {"tensorboard", "trackio"}  # installed by the extra `track`
 # Options hidden from the Trainer: precision is set below, hub/push.py pushes once at the end, no logger may
 # record a token, a smaller batch must not change the step, and the plan has already found the checkpoint.
@@ -50,7 +53,7 @@ def training_arguments(config: RunConfig, num_workers: int) -> TrainingArguments
         "report_to": train.report_to or "none",
         "greater_is_better": BEST_METRICS[metric],
         "logging_nan_inf_filter": False,
-        "disable_tqdm": not sys.stderr.isatty()  # bars for people, lines for logs
+        "disable_tqdm": not shows_bars()  # bars for people, lines for logs
         if train.disable_tqdm is None
         else train.disable_tqdm,
     } | dict(config.trainer)
@@ -75,6 +78,28 @@ def training_arguments(config: RunConfig, num_workers: int) -> TrainingArguments
         # Batches are copied to a GPU while it computes.
         arguments.accelerator_config.non_blocking = arguments.dataloader_pin_memory
     return arguments
+
+
+def own_arguments(args: TrainingArguments | None) -> TrainingArguments:
+    """Return a copy of a user's arguments with what the prepared images require."""
+    args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
+    args.remove_unused_columns, args.label_names = False, ["labels"]
+    args.disable_tqdm = args.disable_tqdm or not shows_bars()
+    return args
+
+
+def set_workers(args: TrainingArguments, num_workers: int) -> None:
+    """Set the number of loader workers, and what depends on it."""
+    if args.dataloader_num_workers > num_workers:
+        logger.info(
+            "dataloader_num_workers is %d instead of %d: images are prepared, and workers would only copy",
+            num_workers,
+            args.dataloader_num_workers,
+        )
+    args.dataloader_num_workers = num_workers
+    args.dataloader_pin_memory &= num_workers > 0  # images on the device cannot be pinned
+    if not num_workers:
+        args.dataloader_persistent_workers, args.dataloader_prefetch_factor = False, None
 
 
 def check_libraries(args: TrainingArguments, model: PreTrainedModel) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -14,32 +13,22 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_cifar.config.augmentation import AugmentConfig
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import Splits, prepare_splits
-from hf_cifar.data.store import (
-    CPU,
-    PreparedStore,
-    ResidentStore,
-    ShardStore,
-    build_store,
-    default_num_workers,
-)
+from hf_cifar.data.store import PreparedStore, ResidentStore, ShardStore, default_num_workers
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.training.arguments import check_libraries, training_arguments
+from hf_cifar.training.augmenting import augmentation
 from hf_cifar.training.autotune import DTYPES, computing_as
 from hf_cifar.training.averaging import WeightAverage
+from hf_cifar.training.dataset import any_decodes, store_of
 from hf_cifar.training.features import FeatureStore, feature_store, features_suffice
-from hf_cifar.training.losses import evaluation_loss, training_loss
 from hf_cifar.training.resumable import identity
 from hf_cifar.training.trainer import ImageClassificationTrainer
-from hf_cifar.transforms.augmentation import Augmentation
-from hf_cifar.transforms.policies import Policy
 from hf_cifar.transforms.preprocessing import Preprocessing
-from hf_cifar.transforms.views import RandomView
 
 if TYPE_CHECKING:  # hf_cifar.plan imports this package
     from hf_cifar.plan import Plan
@@ -62,26 +51,24 @@ def build_trainer(
         splits = prepare_splits(splits, preprocessing, config.data, plan.processes.device)
     num_workers = train.dataloader_num_workers
     if num_workers is None:
-        num_workers = default_num_workers(decodes=decodes_while_training(splits))
+        decodes = any_decodes((splits.train, splits.validation))
+        num_workers = default_num_workers(decodes=decodes)
     args = training_arguments(config, num_workers)
     check_libraries(args, model)
-    device = args.device if num_workers == 0 else CPU  # a worker process must not touch a GPU
     stores: list[Any] = [
-        train_store(splits.train, preprocessing, args, config, device),
-        build_store(splits.validation, device=device),
+        train_store(splits.train, preprocessing, args, config),
+        store_of(splits.validation, args),
     ]
     if trains_on_features(config, model, preprocessing):
         with computing_as(plan.setting, model.to(args.device)):
             stores = feature_stores(model, splits, stores, preprocessing, config)
-    multi_label, patience = is_multi_label(model), train.early_stopping_patience
+    patience = train.early_stopping_patience
     return ImageClassificationTrainer(
         model=model,
         args=args,
         processing_class=image_processor,
         train_dataset=stores[0],
         eval_dataset=stores[1],
-        loss=training_loss(train, multi_label=multi_label),
-        evaluation_loss=evaluation_loss(multi_label=multi_label),
         preprocessing=preprocessing,
         augmentation=augmentation(config.augment),
         setting=plan.setting,
@@ -93,25 +80,16 @@ def build_trainer(
     )
 
 
-def decodes_while_training(splits: Splits) -> bool:
-    """Return True if images are decoded while the model trains or is evaluated."""
-    return any(
-        isinstance(split, Stream) or (split.images is not None and split.images.decodes)
-        for split in (splits.train, splits.validation)
-    )
-
-
 def train_store(
     train: Split | Stream,
     preprocessing: Preprocessing,
     args: TrainingArguments,
     config: RunConfig,
-    device: torch.device,
 ) -> ShardStore | ResidentStore | PreparedStore:
     """Return the store of the training images."""
     if isinstance(train, Stream):
         return shard_store(train, preprocessing, args, config)
-    return build_store(train, device=device, skips=config.data.on_bad_image == "skip")
+    return store_of(train, args, skips=config.data.on_bad_image == "skip")
 
 
 def shard_store(
@@ -192,26 +170,3 @@ def feature_stores(
             (splits.train, splits.validation), stores, (config.train.feature_views, 1), strict=True
         )
     ]
-
-
-def augmentation(options: AugmentConfig) -> Augmentation:
-    """Return the random transform of training batches defined by the options."""
-    view = RandomView(
-        padding=options.crop_padding,
-        min_area=options.crop_scale,
-        max_ratio=options.crop_ratio,
-        flip=options.flip,
-        rotation=options.rotation,
-        shear=options.shear,
-        zoom=options.zoom,
-    )
-    policies = {
-        "none": lambda: None,
-        "trivial_augment": Policy.trivial_augment,
-        "rand_augment": lambda: Policy.rand_augment(
-            options.rand_augment_ops, options.rand_augment_magnitude / 30
-        ),
-    }
-    names = {each.name for each in dataclasses.fields(Augmentation)} - {"view", "policy"}
-    of_one_name = {name: getattr(options, name) for name in names}
-    return Augmentation(view=view, policy=policies[options.auto_augment](), **of_one_name)

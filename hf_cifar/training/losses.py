@@ -8,8 +8,6 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_cifar.config.training import TrainingConfig
-
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -31,10 +29,9 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def training_loss(train: TrainingConfig, *, multi_label: bool) -> Loss:
-    """Return the loss that a run minimises, on images with one label each or with any number of labels."""
-    loss = LOSSES[_name(multi_label)]
-    return functools.partial(loss, label_smoothing=train.label_smoothing_factor)
+def training_loss(label_smoothing: float, *, multi_label: bool) -> Loss:
+    """Return the loss to minimise, on images with one label each or with any number of labels."""
+    return functools.partial(LOSSES[_name(multi_label)], label_smoothing=label_smoothing)
 
 
 def evaluation_loss(*, multi_label: bool) -> Loss:

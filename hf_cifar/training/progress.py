@@ -8,7 +8,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from hf_cifar.config.metrics import training_metrics, words
 from hf_cifar.errors import UserError
-from hf_cifar.progress import Progress
+from hf_cifar.progress import Progress, in_notebook
 
 
 def evaluation_line(epoch: float | None, logs: dict[str, float]) -> str:
@@ -81,6 +81,17 @@ class TrainingProgress(ProgressCallback):
             self.training_bar.set_postfix(
                 loss=f"{logs['loss']:.3f}", lr=f"{logs['learning_rate']:.1e}"
             )
+
+
+def training_progress(*, bars: bool) -> TrainerCallback:
+    """Return the callback that shows a training: as a bar, in a notebook with a table, or as lines."""
+    if not bars:
+        return TrainingLines()
+    if not in_notebook():
+        return TrainingProgress()
+    from hf_cifar.training.notebook import NotebookProgress  # needs IPython
+
+    return NotebookProgress()
 
 
 class TrainingLines(TrainerCallback):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import random
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import Splits
+from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.training.checkpoints import (
     complete_checkpoint,
@@ -279,19 +281,22 @@ def all_finite(model: nn.Module) -> bool:
 
 def identity(splits: Splits, num_processes: int) -> dict[str, Any]:
     """Return the values that must be the same when a run is resumed."""
-    facts: dict[str, Any] = {
-        "split": splits.hash,
-        "classes": list(splits.id2label.values()),
-        "processes": num_processes,
-    }
-    for split in (splits.train, splits.validation):
-        if isinstance(split, Split):
-            facts[f"labels of {split.name}"] = hashlib.sha256(split.labels.tobytes()).hexdigest()
+    parts = [s for s in (splits.train, splits.validation) if isinstance(s, Split)]
+    return {"split": splits.hash} | identity_of(parts, splits.id2label, num_processes)
+
+
+def identity_of(
+    splits: Sequence[Split], id2label: dict[int, str], num_processes: int
+) -> dict[str, Any]:
+    """Return the same of splits that were not made together."""
+    facts: dict[str, Any] = {"classes": list(id2label.values()), "processes": num_processes}
+    for split in splits:
+        facts[f"labels of {split.name}"] = hashlib.sha256(split.labels.tobytes()).hexdigest()
     return facts | {f"pixels of {name}": sha for name, sha in pixel_hashes(splits).items()}
 
 
-def pixel_hashes(splits: Splits) -> dict[str, str]:
-    """Return the SHA-256 of the prepared images of both splits; none for one that is not in the cache yet."""
-    parts = [s for s in (splits.train, splits.validation) if isinstance(s, Split)]
+def pixel_hashes(splits: Iterable[Split | Stream]) -> dict[str, str]:
+    """Return the SHA-256 of the prepared images of each split; none for one that is not in the cache yet."""
+    parts = [each for each in splits if isinstance(each, Split)]
     found = {split.name: split.images.pixel_hash for split in parts if split.images is not None}
     return {name: sha for name, sha in found.items() if sha is not None}

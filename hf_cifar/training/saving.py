@@ -6,25 +6,30 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from hf_cifar.training.trainer import ImageClassificationTrainer
+from transformers import Trainer
 
 UNPREFIXED = {"timm_wrapper": "timm_model.", "torch_module": "network."}
 
 
-def save_classifier(trainer: ImageClassificationTrainer, folder: Path) -> None:
+def save_classifier(trainer: Trainer, folder: Path, weights: dict[str, Any] | None = None) -> None:
     """Save model and image processor as plain transformers files, without any pickle.
+
+    weights: default: gathered from the model, in all processes.
 
     A timm model's weights keep timm's names, so both transformers and timm load the folder; those of a
     torch.nn.Module keep its own, for load_state_dict.
     """
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered if sharded
+    if weights is None:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered if sharded
     # torch.compile adds a prefix to every name.
     weights = {name.removeprefix("_orig_mod."): value for name, value in weights.items()}
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if prefix := UNPREFIXED.get(model.config.model_type):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        folder.mkdir(parents=True, exist_ok=True)
         # Written to a temporary folder first, so that no reader sees part of a model.
         with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as aside:
             model.save_pretrained(aside, state_dict=weights)

@@ -12,62 +12,100 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
+from hf_cifar.config.augmentation import AugmentConfig
+from hf_cifar.config.data import DataConfig
 from hf_cifar.data.store import ShardStore, take_batch
+from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluate_metrics import compute_training_metrics
 from hf_cifar.models.blocks import frozen_norms
+from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.signals import Stopped
+from hf_cifar.training.arguments import own_arguments
+from hf_cifar.training.augmenting import augmentation as build_augmentation
 from hf_cifar.training.autotune import MEMORY_FORMATS, Setting, computing_as
 from hf_cifar.training.averaging import WeightAverage
+from hf_cifar.training.checkpoints import STAGING, newest_checkpoint
+from hf_cifar.training.dataset import prepare_evaluation, prepare_inputs
 from hf_cifar.training.features import accepting_features, draw_view
 from hf_cifar.training.guards import FiniteLoss, FittingBatch, StopSignals, worker_errors
-from hf_cifar.training.losses import Loss
+from hf_cifar.training.losses import Loss, evaluation_loss, training_loss
 from hf_cifar.training.memory import keep_freed_memory
 from hf_cifar.training.optimizers import build_optimizer
-from hf_cifar.training.progress import (
-    EvaluationProgress,
-    StopAtNaN,
-    TrainingLines,
-    TrainingProgress,
-)
+from hf_cifar.training.progress import EvaluationProgress, StopAtNaN, training_progress
 from hf_cifar.training.resumable import ResumableTrainer
 from hf_cifar.training.sampling import shard_loader
+from hf_cifar.training.saving import save_classifier
 from hf_cifar.training.schedules import build_schedule
 from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
 
-DEFAULT_SETTING = Setting()
+DEFAULT_SETTING, DEFAULT_AUGMENTATION = Setting(), AugmentConfig()
 
 
 class ImageClassificationTrainer(ResumableTrainer):
-    """Trains on uint8 batches: each is transformed on the device, inside the step.
+    """Trains on images that are prepared once, and transformed on the device, inside the step.
 
-    preprocessing: the transform of the saved image processor, applied to evaluation batches. evaluation_loss,
-    loss: for evaluation and for training. augmentation: the random transform applied to training batches
-    instead, drawn from a generator seeded by (seed, step, micro-batch, rank), so that a resumed run sees the
-    images that an uninterrupted one would. setting: how the model computes while it trains. averaging: of the
-    weights that are evaluated and saved. layer_decay: see `build_optimizer`. shrink_batch: restart training
-    that runs out of memory with smaller steps, accumulated to the same batch.
+    Used like a transformers Trainer. model: of transformers, trained in place; of timm or a torch.nn.Module
+    with logits, of which `trainer.model` is a copy. train_dataset, eval_dataset, and those of `evaluate` and
+    `predict`: a datasets.Dataset, a torch data set or list of (image, label), (images, labels), a
+    pandas.DataFrame, a dict of columns, or a `Split`; their classes are matched to the model's by name. An
+    IterableDataset is read into memory. processing_class: the image processor; default: the checkpoint's.
+    data: options of their columns, unreadable images and storage.
+
+    preprocessing: default: the image processor's, applied to evaluation batches. loss: of training; default:
+    cross-entropy, smoothed as `args` say. augmentation: the random transform applied to training batches
+    instead, or its options; drawn from a generator seeded by (seed, step, micro-batch, rank), so that a
+    resumed run sees the images that an uninterrupted one would. setting: how the model computes while it
+    trains. averaging: of the weights that are evaluated and saved. layer_decay: see `build_optimizer`.
+    shrink_batch: restart training that runs out of memory with smaller steps, accumulated to the same batch.
+    Raises: UserError for data that do not fit the model.
     """
 
     optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
-        *args: Any,
-        preprocessing: Preprocessing,
-        evaluation_loss: Loss,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        data: DataConfig | None = None,
+        preprocessing: Preprocessing | None = None,
         loss: Loss | None = None,
-        augmentation: Augmentation | None = None,
+        augmentation: Augmentation | AugmentConfig | None = DEFAULT_AUGMENTATION,
         setting: Setting = DEFAULT_SETTING,
         averaging: WeightAverage | None = None,
         layer_decay: float = 1.0,
-        callbacks: Sequence[TrainerCallback] = (),
+        compute_metrics: Any = compute_training_metrics,
+        callbacks: Sequence[TrainerCallback] | None = None,
         shrink_batch: bool = False,
+        identity: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"model is a {type(model).__name__}; pass a transformers model, a timm model or a "
+                "torch.nn.Module"
+            )
+        if data_collator is not None:
+            raise UserError(
+                "data_collator would not be used: images are batched already; leave it out"
+            )
+        args = own_arguments(args)
+        shrink_batch, args.auto_find_batch_size = shrink_batch or args.auto_find_batch_size, False
+        set_seed(args.seed)  # of a new head
+        self.data = data or DataConfig()
+        inputs = prepare_inputs(
+            model, processing_class, train_dataset, eval_dataset, args, self.data, preprocessing,
+            augmented=augmentation is not None,
+        )  # fmt: skip
         self.averaging = averaging or WeightAverage(0.0)
         # Compile for the actual sizes: symbolic ones take minutes on some networks.
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
@@ -75,17 +113,27 @@ class ImageClassificationTrainer(ResumableTrainer):
             # The parent does not smooth multi-label data, and warns about it; `loss` does smooth.
             warnings.filterwarnings("ignore", "Label smoothing is not compatible")
             super().__init__(
-                *args,
-                data_collator=take_batch,
-                compute_metrics=compute_training_metrics,
-                callbacks=[self.averaging, *callbacks],
+                inputs.model,
+                args,
+                take_batch,
+                inputs.train,
+                inputs.evaluation,
+                inputs.image_processor,
+                compute_metrics=compute_metrics,
+                callbacks=[self.averaging, *(callbacks or ())],
+                identity=identity or inputs.identity,
                 **kwargs,
             )
         # A model whose forward takes **kwargs but ignores num_items_in_batch inflates its gradients under
         # accumulation and multiple processes (huggingface/transformers#48207); a mean loss never does.
         self.model_accepts_loss_kwargs = False
-        self.loss, self.evaluation_loss = loss, evaluation_loss
-        self.preprocessing, self.augmentation = preprocessing, augmentation
+        multi_label, smoothing = is_multi_label(self.model), self.args.label_smoothing_factor
+        self.loss = loss or training_loss(smoothing, multi_label=multi_label)
+        self.evaluation_loss = evaluation_loss(multi_label=multi_label)
+        self.preprocessing = inputs.preprocessing
+        if isinstance(augmentation, AugmentConfig):
+            augmentation = build_augmentation(augmentation)
+        self.augmentation = augmentation
         self.setting, self.memory_format = setting, MEMORY_FORMATS[setting.memory_format]
         self.layer_decay = layer_decay
         if self.args.device.type == "cpu":
@@ -93,9 +141,10 @@ class ImageClassificationTrainer(ResumableTrainer):
         self._frozen_norms = frozen_norms(self.model)
         self._micro_batch = (-1, -1)
         self._row_ids: Tensor | None = None
-        bars = not self.args.disable_tqdm
-        self.remove_callback(ProgressCallback if bars else PrinterCallback)
-        self.add_callback(TrainingProgress if bars else TrainingLines)
+        self.remove_callback(
+            PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK
+        )
+        self.add_callback(training_progress(bars=not self.args.disable_tqdm))
         self.add_callback(EvaluationProgress)
         self.add_callback(StopAtNaN)
         self.finite_loss = FiniteLoss(self.args.learning_rate)
@@ -106,12 +155,16 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.stop_signals = StopSignals()
         self.add_callback(self.stop_signals)
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
-        """Train, from a checkpoint's folder if one is given. A signal ends it after the current step, with a
-        checkpoint of that step.
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, from a checkpoint's folder if one is given; True is the newest one of `args.output_dir`.
 
-        Raises: Stopped. UserError if the loss is not finite, or one image at a time does not fit into memory.
+        A signal ends it after the current step, with a checkpoint of that step.
+
+        Raises: Stopped. UserError if the loss is not finite, one image at a time does not fit into memory, or
+        there is no checkpoint.
         """
+        if isinstance(resume_from_checkpoint, bool):
+            resume_from_checkpoint = self._newest_checkpoint() if resume_from_checkpoint else None
         self.resuming.checkpoint = self.averaging.checkpoint = resume_from_checkpoint
 
         def train() -> TrainOutput:
@@ -136,6 +189,15 @@ class ImageClassificationTrainer(ResumableTrainer):
             self.stop_signals.request.raise_if_requested()
         return output
 
+    def _newest_checkpoint(self) -> str:
+        folder = self.args.output_dir
+        found = newest_checkpoint(folder) if folder else None
+        if found is None:
+            raise UserError(
+                f"no checkpoint in {folder} to resume from; leave out resume_from_checkpoint"
+            )
+        return str(found)
+
     @property
     def classifier(self) -> nn.Module:
         """The model itself, without the wrappers of distribution and compilation."""
@@ -156,10 +218,21 @@ class ImageClassificationTrainer(ResumableTrainer):
         """Return 0: the parent would count each pixel as a token, and list all parameters in every step."""
         return 0
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; during training, with the averaged weights."""
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate on a data set of any kind; during training, with the averaged weights."""
+        if not isinstance(eval_dataset, str):  # of one of several
+            eval_dataset = self._stores(eval_dataset, "validation")
         with self.averaging.applied(self.classifier):
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predict the images of a data set of any kind, with labels."""
+        return super().predict(self._stores(test_dataset, "test"), *args, **kwargs)
+
+    def _stores(self, given: Any, name: str) -> Any:
+        return prepare_evaluation(
+            self.classifier, given, name, self.args, self.data, self.preprocessing
+        )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         with worker_errors():
@@ -178,7 +251,8 @@ class ImageClassificationTrainer(ResumableTrainer):
             ) in self._frozen_norms:  # the parent sets all norms to training mode in every step
                 norm.eval()
         if self.model.training and self.augmentation is not None:
-            pixel_values, inputs["targets"] = self.augmentation(
+            # Mixed labels are probabilities.
+            pixel_values, inputs["labels"] = self.augmentation(
                 inputs["pixel_values"],
                 inputs["labels"],
                 self.preprocessing,
@@ -208,15 +282,21 @@ class ImageClassificationTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss of the batch, with soft targets if it was mixed."""
-        logits = model(pixel_values=inputs["pixel_values"]).logits
-        loss_function = self.loss if self.model.training else self.evaluation_loss
-        assert loss_function is not None  # a trainer without `loss` only evaluates
-        loss = loss_function(logits.float(), inputs.get("targets", inputs["labels"]))
+        outputs = model(pixel_values=inputs["pixel_values"])
+        logits, labels = outputs.logits, inputs["labels"]
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+        else:
+            loss = (self.loss if self.model.training else self.evaluation_loss)(
+                logits.float(), labels
+            )
         if self.model.training:
             self.finite_loss.watch(self.state.global_step + 1, loss, logits, self._row_ids)
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer_cls_and_kwargs is not None:
+            return super().create_optimizer(model)
         if self.optimizer is None:
             self.optimizer = build_optimizer(
                 self.model if model is None else model, self.args, self.layer_decay
@@ -235,15 +315,18 @@ class ImageClassificationTrainer(ResumableTrainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """Save a checkpoint's weights under their names in memory.
+        """Save the model; in a checkpoint, with its weights under their names in memory.
 
         The parent writes those of a ViT under their old names, then reads them back with strict=False:
         a resumed run, or the best checkpoint at the end, would silently lack them (transformers 5.23).
         """
         if not self.args.should_save:
             return
-        folder = output_dir or self.args.output_dir
-        self.averaging.save_trained(self.classifier, Path(folder))
+        folder = Path(output_dir or self.args.output_dir)
+        if folder.name != STAGING:
+            save_classifier(self, folder, state_dict)
+            return
+        self.averaging.save_trained(self.classifier, folder)
         with self.averaging.applied(self.classifier):
             self.classifier.save_pretrained(
                 folder, state_dict=state_dict, save_original_format=False

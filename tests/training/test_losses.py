@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_cifar.config.training import TrainingConfig
 from hf_cifar.training.losses import LOSSES, binary_cross_entropy, evaluation_loss, training_loss
 
 
@@ -24,8 +23,7 @@ def test_smoothing_of_one_label_equals_cross_entropy(logits):
 def test_the_loss_suits_the_labels(logits, smoothing):
     ids = torch.tensor([1, 3, 0, 2, 2, 1])
     lists = (logits > 0.3).long()
-    train = TrainingConfig(label_smoothing_factor=smoothing)
-    single, multiple = (training_loss(train, multi_label=kind) for kind in (False, True))
+    single, multiple = (training_loss(smoothing, multi_label=kind) for kind in (False, True))
     wanted = F.cross_entropy(logits, ids, label_smoothing=smoothing)
     assert torch.equal(single(logits, ids), wanted)
     assert torch.equal(multiple(logits, lists), binary_cross_entropy(logits, lists, smoothing))
