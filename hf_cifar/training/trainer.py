@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from hf_cifar.training.arguments import own_arguments
 from hf_cifar.training.augmenting import augmentation as build_augmentation
 from hf_cifar.training.autotune import MEMORY_FORMATS, Setting, computing_as
 from hf_cifar.training.averaging import WeightAverage
+from hf_cifar.training.card import write_card
 from hf_cifar.training.checkpoints import STAGING, newest_checkpoint
 from hf_cifar.training.dataset import prepare_evaluation, prepare_inputs
 from hf_cifar.training.features import accepting_features, draw_view
@@ -140,6 +142,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             keep_freed_memory()
         self._frozen_norms = frozen_norms(self.model)
         self._micro_batch = (-1, -1)
+        self._measured: dict[str, float] | None = None  # of the model as it is
         self._row_ids: Tensor | None = None
         self.remove_callback(
             PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK
@@ -165,6 +168,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         """
         if isinstance(resume_from_checkpoint, bool):
             resume_from_checkpoint = self._newest_checkpoint() if resume_from_checkpoint else None
+        self._measured = None
         self.resuming.checkpoint = self.averaging.checkpoint = resume_from_checkpoint
 
         def train() -> TrainOutput:
@@ -223,11 +227,20 @@ class ImageClassificationTrainer(ResumableTrainer):
         if not isinstance(eval_dataset, str):  # of one of several
             eval_dataset = self._stores(eval_dataset, "validation")
         with self.averaging.applied(self.classifier):
-            return super().evaluate(eval_dataset, *args, **kwargs)
+            metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if eval_dataset is None and not self.is_in_train:
+            self._measured = metrics
+        return metrics
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predict the images of a data set of any kind, with labels."""
         return super().predict(self._stores(test_dataset, "test"), *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write a card of what is known, see `card.py`; the parent's arguments."""
+        if self.is_world_process_zero():
+            given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+            write_card(self, self._measured, **given)
 
     def _stores(self, given: Any, name: str) -> Any:
         return prepare_evaluation(

@@ -168,17 +168,13 @@ def test_a_resumed_training_has_the_same_bits(ds, tiny_vit, tmp_path):
         folder = tmp_path / name
         for steps in (*stops, 24):
             args = arguments(folder, save_steps=5, eval_strategy="steps", eval_steps=5)
-            trainer = ImageClassificationTrainer(
-                vit(tiny_vit), args, train_dataset=ds["train"], eval_dataset=ds["validation"],
-            )  # fmt: skip
+            trainer = ImageClassificationTrainer(vit(tiny_vit), args, **sets)
             trainer.add_callback(StopAt(steps))
             trainer.train(resume_from_checkpoint=bool(stops) and steps == 24)
         weights.append({name: p.clone() for name, p in trainer.model.state_dict().items()})
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     few = ds["train"].select(range(40))
-    fewer = ImageClassificationTrainer(
-        vit(tiny_vit), args, train_dataset=few, eval_dataset=ds["validation"]
-    )
+    fewer = ImageClassificationTrainer(vit(tiny_vit), args, **{**sets, "train_dataset": few})
     with pytest.raises(UserError, match="belongs to a run with different labels of train"):
         fewer.train(resume_from_checkpoint=True)
     with pytest.raises(UserError, match=r"no checkpoint in .* to resume from"):
@@ -209,7 +205,7 @@ def test_classes_are_matched_by_name_in_any_order(ds, stripes, tiny_vit, tmp_pat
 def test_a_model_without_names_takes_those_of_the_data(ds, tiny_vit, tmp_path, caplog):
     caplog.set_level("INFO")
     plain = ViTForImageClassification.from_pretrained(
-        tiny_vit, num_labels=2, id2label=None, ignore_mismatched_sizes=True
+        tiny_vit, num_labels=2, ignore_mismatched_sizes=True
     )
     plain.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
     trainer = ImageClassificationTrainer(plain, arguments(tmp_path), train_dataset=ds["train"])
@@ -222,7 +218,7 @@ def test_a_model_without_names_takes_those_of_the_data(ds, tiny_vit, tmp_path, c
     assert list(three.config.id2label.values()) == ["0", "1", "2"]
     many = ds["train"].cast_column("label", ClassLabel(names=[*NAMES, "cat", "dog"]))
     with pytest.raises(
-        UserError, match="4 classes, .* the model 3 without names; load it with num_l"
+        UserError, match=r"4 classes, .* the model 3 without names; load it with num_l"
     ):
         ImageClassificationTrainer(
             ViTForImageClassification.from_pretrained(tiny_vit),
@@ -243,7 +239,9 @@ def test_images_of_mixed_sizes_and_other_kinds_of_data(stripes, tiny_vit, tmp_pa
     assert {"eval_all_accuracy", "eval_half_accuracy"} <= metrics.keys()
     whole = trainer.evaluate(mixed)["eval_loss"]
     assert whole == metrics["eval_all_loss"]
-    pairs = [(image, NAMES[label]) for image, label in zip(mixed["image"], mixed["label"])]
+    pairs = [
+        (image, NAMES[label]) for image, label in zip(mixed["image"], mixed["label"], strict=True)
+    ]
     columns = {"image": mixed["image"], "label": [name for _, name in pairs]}
     images = [np.asarray(image) for image, _ in pairs]
     for given in (pairs, columns, (images, columns["label"]), mixed.to_iterable_dataset()):
@@ -311,7 +309,7 @@ def test_compute_loss_can_be_overridden_or_given(ds, tiny_vit, tmp_path):
 def test_own_metrics(ds, tiny_vit, tmp_path):
     trainer = ImageClassificationTrainer(
         vit(tiny_vit), arguments(tmp_path), eval_dataset=ds["validation"],
-        compute_metrics=lambda output: {"hits": int((output.predictions.argmax(1) == output.label_ids).sum())},
+        compute_metrics=lambda output: {"hits": (output.predictions.argmax(1) == output.label_ids).sum()},
     )  # fmt: skip
     assert 0 <= trainer.evaluate()["eval_hits"] <= 16
 
@@ -393,7 +391,8 @@ def test_a_trained_model_is_pushed_with_a_card(ds, tiny_vit, tmp_path):
     card = files["README.md"].decode()
     assert str(tmp_path) not in card
     accuracy = float(done.stdout.splitlines()[-1])
-    assert f"Accuracy: {accuracy:g}" in card
+    assert f"| accuracy | {accuracy:.4f} |" in card
+    assert "64 images, 4 steps of 8 images" in card
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         (tmp_path / "pulled").mkdir(exist_ok=True)
         (tmp_path / "pulled" / name).write_bytes(files[name])
