@@ -14,10 +14,12 @@ _PUBLIC = {
     "ModelConfig": "hf_cifar.config.model",
     "PredictConfig": "hf_cifar.config.deployment",
     "Predictions": "hf_cifar.evaluation.predictions",
+    "ReportConfig": "hf_cifar.config.evaluation",
     "RunConfig": "hf_cifar.config.run",
     "TrainingConfig": "hf_cifar.config.training",
     "UserError": "hf_cifar.errors",
     "build_model": "hf_cifar.models.build",
+    "build_report": "hf_cifar.report.facts",
     "build_trainer": "hf_cifar.training.build",
     "compare_runs": "hf_cifar.evaluation.comparison",
     "compute_metrics": "hf_cifar.evaluation.predictions",
@@ -32,6 +34,7 @@ _PUBLIC = {
     "plan_run": "hf_cifar.plan",
     "predict_files": "hf_cifar.predict",
     "reproduce_run": "hf_cifar.studies.reproduce",
+    "write_report": "hf_cifar.report.page",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -17,10 +17,12 @@ from hf_cifar import (
     PredictConfig,
     RunConfig,
     UserError,
+    build_report,
     evaluate_saved,
     finetune_classifier,
     load_classifier,
     predict_files,
+    write_report,
 )
 from hf_cifar.cli import main
 from hf_cifar.config.objects import named
@@ -145,6 +147,22 @@ def test_a_module_is_saved_as_weights(arrays, tmp_path, caplog):
             EvaluateConfig(model_name_or_path=str(tmp_path / "run")),
             DataConfig(dataset_name=arrays),
         )
+
+
+def test_a_report_of_an_object_has_its_pictures(data, tiny_vit, tmp_path, caplog):
+    run = tmp_path / "run"
+    finetune_classifier(tiny_vit, data, output_dir=run, **OPTIONS)
+    assert build_report(run).pictures == {}
+    assert "was an object in Python" in caplog.text
+    report = build_report(run, dataset=data)
+    shown = report.facts["worst_errors"] + report.facts["least_confident_hits"]
+    assert shown
+    for row in shown:
+        picture = np.asarray(data[row["row_id"]]["image"])
+        assert np.array_equal(report.pictures[row["picture"]], picture)
+    assert "data:image/png;base64," in write_report(run, dataset=data).read_text()
+    with pytest.raises(UserError, match=r"was made with memory/Dataset-.*; pass the same object"):
+        build_report(run, dataset=data.select(range(70)))
 
 
 def test_unknown_options_get_a_hint(data):

@@ -5,6 +5,7 @@ This needs neither the model nor torch. Pictures are read from the run's data se
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 from hf_cifar.audit.duplicates import find_duplicates
 from hf_cifar.audit.properties import image_properties
 from hf_cifar.config.evaluation import ReportConfig
+from hf_cifar.config.objects import MEMORY
 from hf_cifar.data.split import Split, without_rows
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
@@ -34,6 +36,7 @@ from hf_cifar.report.wording import role_of
 from hf_cifar.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
+DEFAULTS = ReportConfig()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +47,14 @@ class Report:
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def build_report(folder: str | Path, config: ReportConfig) -> Report:
+def build_report(
+    folder: str | Path, config: ReportConfig = DEFAULTS, dataset: Any = None
+) -> Report:
     """Collect all facts from the files of a run.
 
-    Raises: UserError if the folder has no predictions, or a file is damaged.
+    dataset: the data of a run with a data set in memory, which has no name to open it by; without it, the
+    report has no pictures.
+    Raises: UserError if the folder has no predictions, a file is damaged, or the run had other data.
     """
     folder = Path(folder)
     found = saved_splits(folder)
@@ -74,8 +81,9 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
     facts["role"] = (
         role_of(evaluated.split, metrics[evaluated.split], facts["options"]) if run else ""
     )
+    source = None if dataset is None else given_source(folder, dataset)
     try:
-        source = DataSource(RunFolder(folder).data())
+        source = source or DataSource(RunFolder(folder).data())
         split = matching_split(source, evaluated)
     except UserError as error:
         # Only logged: the reason may contain a local path, which must not be in a report.
@@ -96,6 +104,18 @@ def build_report(folder: str | Path, config: ReportConfig) -> Report:
             )
             pictures |= of_pairs
     return Report(facts, pictures)
+
+
+def given_source(folder: Path, dataset: Any) -> DataSource:
+    """Return an object as the data of a run. Raises: UserError if the run had another object."""
+    data = RunFolder(folder).data()
+    given = dataclasses.replace(data, dataset_name=dataset)
+    if data.dataset_name.startswith(MEMORY) and str(given.dataset_name) != data.dataset_name:
+        raise UserError(
+            f"{folder} was made with {data.dataset_name}, and dataset is {given.dataset_name}; pass the "
+            "same object"
+        )
+    return DataSource(given)
 
 
 def run_facts(folder: Path, run: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hf_cifar.config.metrics import shown, training_metrics, words
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.tables import render_number
 from hf_cifar.report import charts
-from hf_cifar.report.facts import Report, build_report
+from hf_cifar.report.facts import DEFAULTS, Report, build_report
 from hf_cifar.report.wording import render_skipped
 from hf_cifar.runs.folder import RunFolder, write_json, write_text
 
@@ -26,13 +26,13 @@ MAX_SIDE = 128  # px per side of a picture in the page
 MATRIX_CLASSES = 40
 
 
-def write_report(folder: str | Path, config: ReportConfig) -> Path:
+def write_report(folder: str | Path, config: ReportConfig = DEFAULTS, dataset: Any = None) -> Path:
     """Write report.json and report.html into the folder of a run. Returns the path of the page.
 
-    Raises: UserError like `build_report`, or if the folder is not writable.
+    dataset: see `build_report`. Raises: UserError like `build_report`, or if the folder is not writable.
     """
     folder, files = Path(folder), RunFolder(folder)
-    report = build_report(folder, config)
+    report = build_report(folder, config, dataset)
     page = render_page(report)
     try:
         write_json(files.page_facts_path, report.facts)
