@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart picture test test-all test-faults quality style docs lock bench clean
+.PHONY: quickstart picture test test-all test-faults quality style docs notebook lock bench clean
 
 quickstart: $(VENV)/installed
 	rm -rf outputs/quickstart
@@ -39,6 +39,10 @@ style: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python scripts/generated_pages.py
 	$(BIN)/python scripts/api_page.py
+
+# A minute; the committed outputs are those of this run.
+notebook: $(VENV)/installed
+	$(BIN)/python scripts/run_notebook.py
 
 # The newest versions that setup.cfg admits, with the hashes that PyPI gives; run the tests with them after.
 lock: $(VENV)/installed

@@ -47,6 +47,9 @@ EXAMPLES = {
         "EvaluateConfig": """
 >>> on_test = hf_cifar.EvaluateConfig(model_name_or_path="digits", split="test", use_cpu=True)
 """,
+        "ReportConfig": """
+>>> small = hf_cifar.ReportConfig(gallery_size=4)
+""",
         "PredictConfig": """
 >>> three_best = hf_cifar.PredictConfig(model_name_or_path="digits", top_k=3, use_cpu=True)
 """,
@@ -89,6 +92,20 @@ True
 >>> trainer.train().global_step
 epoch 1.00: validation accuracy ...
 52
+""",
+        "ImageClassificationTrainer": """
+>>> from transformers import TrainingArguments
+>>> by_itself = hf_cifar.ImageClassificationTrainer(
+...     model=network,
+...     args=TrainingArguments("by-itself", max_steps=20, use_cpu=True, disable_tqdm=True),
+...     train_dataset=splits.train,  # or a datasets.Dataset
+...     eval_dataset=splits.validation,
+... )
+>>> by_itself.train().global_step
+20
+>>> by_itself.evaluate()["eval_accuracy"] > 0.5
+epoch ...
+True
 """,
         "load_classifier": """
 >>> network, image_processor = hf_cifar.load_classifier("digits")
@@ -142,6 +159,16 @@ True
 >>> comparison = hf_cifar.compare_runs(["seeds/seed-42", "seeds/seed-43"])
 >>> comparison["split"], comparison["num_images"]
 ('validation', 100)
+""",
+        "build_report": """
+>>> report = hf_cifar.build_report("digits", small)
+>>> row = report.facts["least_confident_hits"][0]
+>>> report.pictures[row["picture"]].shape
+(8, 8, 3)
+""",
+        "write_report": """
+>>> hf_cifar.write_report("digits", small).name
+'report.html'
 """,
         "predict_files": """
 >>> from PIL import Image

@@ -227,12 +227,10 @@ def prepare_inputs(
     args: TrainingArguments,
     data: DataConfig,
     preprocessing: Preprocessing | None = None,
-    *,
-    augmented: bool = False,
 ) -> Inputs:
     """Open the data sets, match their classes, prepare their images, and set the loader's workers in `args`.
 
-    Stores, which have all of that, stay as they are. augmented: training images have a margin for crops.
+    Stores, which have all of that, stay as they are.
     """
     train = opened(train_dataset, "train", data)
     evals = {name: opened(each, name, data) for name, each in _by_name(eval_dataset).items()}
@@ -244,7 +242,7 @@ def prepare_inputs(
     if isinstance(train, Split):
         set_range_of(model, train, data)
         train = matched_split(train, model, data)
-        train = prepared(train, preprocessing, data, args.device, augmented=augmented)
+        train = prepared(train, preprocessing, data, args.device, augmented=True)
     evals = {
         name: prepared(matched_split(each, model, data), preprocessing, data, args.device)
         if isinstance(each, Split)

@@ -45,8 +45,6 @@ from hf_cifar.training.schedules import build_schedule
 from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
 
-DEFAULT_SETTING, DEFAULT_AUGMENTATION = Setting(), AugmentConfig()
-
 
 class ImageClassificationTrainer(ResumableTrainer):
     """Trains on images that are prepared once, and transformed on the device, inside the step.
@@ -60,7 +58,7 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     preprocessing: default: the image processor's, applied to evaluation batches. loss: of training; default:
     cross-entropy, smoothed as `args` say. augmentation: the random transform applied to training batches
-    instead, or its options; drawn from a generator seeded by (seed, step, micro-batch, rank), so that a
+    instead, or its options, by default those of `AugmentConfig()`; drawn from a generator seeded by (seed, step, micro-batch, rank), so that a
     resumed run sees the images that an uninterrupted one would. setting: how the model computes while it
     trains. averaging: of the weights that are evaluated and saved. layer_decay: see `build_optimizer`.
     shrink_batch: restart training that runs out of memory with smaller steps, accumulated to the same batch.
@@ -81,11 +79,11 @@ class ImageClassificationTrainer(ResumableTrainer):
         data: DataConfig | None = None,
         preprocessing: Preprocessing | None = None,
         loss: Loss | None = None,
-        augmentation: Augmentation | AugmentConfig | None = DEFAULT_AUGMENTATION,
-        setting: Setting = DEFAULT_SETTING,
+        augmentation: Augmentation | AugmentConfig | None = None,
+        setting: Setting | None = None,
         averaging: WeightAverage | None = None,
         layer_decay: float = 1.0,
-        compute_metrics: Any = compute_training_metrics,
+        compute_metrics: Any = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         shrink_batch: bool = False,
         identity: dict[str, Any] | None = None,
@@ -106,7 +104,6 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.data = data or DataConfig()
         inputs = prepare_inputs(
             model, processing_class, train_dataset, eval_dataset, args, self.data, preprocessing,
-            augmented=augmentation is not None,
         )  # fmt: skip
         self.averaging = averaging or WeightAverage(0.0)
         # Compile for the actual sizes: symbolic ones take minutes on some networks.
@@ -121,7 +118,7 @@ class ImageClassificationTrainer(ResumableTrainer):
                 inputs.train,
                 inputs.evaluation,
                 inputs.image_processor,
-                compute_metrics=compute_metrics,
+                compute_metrics=compute_metrics or compute_training_metrics,
                 callbacks=[self.averaging, *(callbacks or ())],
                 identity=identity or inputs.identity,
                 **kwargs,
@@ -133,10 +130,11 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.loss = loss or training_loss(smoothing, multi_label=multi_label)
         self.evaluation_loss = evaluation_loss(multi_label=multi_label)
         self.preprocessing = inputs.preprocessing
-        if isinstance(augmentation, AugmentConfig):
-            augmentation = build_augmentation(augmentation)
+        if not isinstance(augmentation, Augmentation):
+            augmentation = build_augmentation(augmentation or AugmentConfig())
         self.augmentation = augmentation
-        self.setting, self.memory_format = setting, MEMORY_FORMATS[setting.memory_format]
+        self.setting = setting or Setting()
+        self.memory_format = MEMORY_FORMATS[self.setting.memory_format]
         self.layer_decay = layer_decay
         if self.args.device.type == "cpu":
             keep_freed_memory()
@@ -263,7 +261,7 @@ class ImageClassificationTrainer(ResumableTrainer):
                 norm
             ) in self._frozen_norms:  # the parent sets all norms to training mode in every step
                 norm.eval()
-        if self.model.training and self.augmentation is not None:
+        if self.model.training:
             # Mixed labels are probabilities.
             pixel_values, inputs["labels"] = self.augmentation(
                 inputs["pixel_values"],
