@@ -65,7 +65,7 @@ def overridden():
         for ours in vars(module).values():
             if isinstance(ours, type) and ours.__module__.startswith("hf_cifar."):
                 for base in ours.__mro__:
-                    if not base.__module__.startswith("hf_cifar."):
+                    if not base.__module__.startswith(("hf_cifar.", "enum")):
                         shared = vars(ours).keys() & vars(base).keys()
                         found |= {
                             f"{base.__name__}.{name}": vars(base)[name]

@@ -58,9 +58,9 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     preprocessing: default: the image processor's, applied to evaluation batches. loss: of training; default:
     cross-entropy, smoothed as `args` say. augmentation: the random transform applied to training batches
-    instead, or its options, by default those of `AugmentConfig()`; drawn from a generator seeded by (seed, step, micro-batch, rank), so that a
-    resumed run sees the images that an uninterrupted one would. setting: how the model computes while it
-    trains. averaging: of the weights that are evaluated and saved. layer_decay: see `build_optimizer`.
+    instead, or its options; default: `AugmentConfig()`. It is drawn from a generator seeded by (seed, step,
+    micro-batch, rank), so that a resumed run sees the images that an uninterrupted one would. setting: how
+    the model computes while it trains; default: float32, with the model's own attention kernel. averaging: of the weights that are evaluated and saved. layer_decay: see `build_optimizer`.
     shrink_batch: restart training that runs out of memory with smaller steps, accumulated to the same batch.
     Raises: UserError for data that do not fit the model.
     """
