@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, List
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin, TrainingArguments
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.objects import MEMORY
-from hf_cifar.data.columns import standard_split
+from hf_cifar.data.columns import LABEL_NAMES, quiet_datasets, standard_split
 from hf_cifar.data.labels import (
     SHOWN_CLASSES,
     class_label,
     holds_lists,
+    is_hidden,
     label_names,
     with_known_classes,
 )
@@ -51,6 +52,7 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 STORES = (ResidentStore, PreparedStore, ShardStore, FeatureStore, CorruptedStore)
+HALF = (torch.float16, torch.bfloat16)
 IN_MEMORY = f"{MEMORY}dataset"  # no name of a folder, to which paths would be relative
 
 
@@ -80,6 +82,32 @@ def opened(given: Any, name: str, data: DataConfig) -> Any:
     if not len(rows):
         raise UserError(f"{name} has no images; pass another data set")
     return Split(name, Pixels(name, rows, None, data.max_image_pixels), np.arange(len(rows)))
+
+
+def lacks_labels(given: Any, data: DataConfig) -> bool:
+    """True for a `Dataset` without a label column, or with one that has no label."""
+    if not isinstance(given, Dataset) or data.label_column_name is not None:
+        return False
+    if not any(
+        isinstance(class_label(feature), ClassLabel) or name.casefold() in LABEL_NAMES
+        for name, feature in given.features.items()
+    ):
+        return True
+    rows = standard_split(given, "test", replace(data, dataset_name=IN_MEMORY))
+    return bool(len(rows)) and is_hidden(rows)
+
+
+def with_placeholders(given: Dataset, model: PreTrainedModel, data: DataConfig) -> Split:
+    """Open a data set without labels as a split in which every label is the first class, or none."""
+    label: Any = ClassLabel(names=class_names(model))
+    values: list[Any] = [0] * len(given)
+    if is_multi_label(model):
+        label, values = List(label), [[]] * len(given)
+    others = {n for n in given.features if n.casefold() in LABEL_NAMES}
+    others |= {n for n, f in given.features.items() if isinstance(class_label(f), ClassLabel)}
+    with quiet_datasets():
+        rows = given.remove_columns(list(others)).add_column("label", values, feature=label)
+    return opened(rows, "test", data)
 
 
 def as_classifier(model: nn.Module, processing_class: Any, split: Split | None) -> Classifier:
@@ -126,6 +154,14 @@ def complete_config(model: PreTrainedModel, split: Split) -> None:
     if holds_lists(split.rows.features["label"]) and model.config.problem_type is None:
         logger.info("%s has lists of labels: the model assigns any number of them", split.name)
         set_problem(model, multi_label=True)
+
+
+def train_as_float32(model: PreTrainedModel) -> None:
+    """Convert the weights of a checkpoint in half precision, which would lose small updates."""
+    kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in HALF}
+    if kinds:
+        logger.info("the model's weights are %s, and train as float32", " and ".join(sorted(kinds)))
+        model.float()
 
 
 def set_range_of(model: PreTrainedModel, train: Split, data: DataConfig) -> None:
@@ -180,13 +216,12 @@ def matched_split(split: Split, model: PreTrainedModel, data: DataConfig) -> Spl
             "problem_type in its config, or pass other labels"
         )
     names, values = class_names(model), value_range_of(model)
-    kind = class_label(split.rows.features["label"])
-    if isinstance(kind, ClassLabel) and kind.names == names and split.pixels.value_range == values:
-        return split
     advice = (
         'rename them, or name the numbers with ds.cast_column("label", ClassLabel(names=[...]))'
     )
     rows = with_known_classes(split.rows, names, split.name, advice)
+    if rows is split.rows and split.pixels.value_range == values:
+        return split
     pixels = Pixels(split.source_split, rows, split.row_ids, data.max_image_pixels, values)
     return Split(split.name, pixels, np.arange(len(rows)), split.skipped)
 
@@ -240,6 +275,7 @@ def prepare_inputs(
     if given:
         complete_config(model, given[0])
     if isinstance(train, Split):
+        train_as_float32(model)
         set_range_of(model, train, data)
         train = matched_split(train, model, data)
         train = prepared(train, preprocessing, data, args.device, augmented=True)

@@ -31,7 +31,12 @@ from hf_cifar.training.autotune import MEMORY_FORMATS, Setting, computing_as
 from hf_cifar.training.averaging import WeightAverage
 from hf_cifar.training.card import write_card
 from hf_cifar.training.checkpoints import STAGING, newest_checkpoint
-from hf_cifar.training.dataset import prepare_evaluation, prepare_inputs
+from hf_cifar.training.dataset import (
+    lacks_labels,
+    prepare_evaluation,
+    prepare_inputs,
+    with_placeholders,
+)
 from hf_cifar.training.features import accepting_features, draw_view
 from hf_cifar.training.guards import FiniteLoss, FittingBatch, StopSignals, worker_errors
 from hf_cifar.training.losses import Loss, evaluation_loss, training_loss
@@ -60,12 +65,14 @@ class ImageClassificationTrainer(ResumableTrainer):
     cross-entropy, smoothed as `args` say. augmentation: the random transform applied to training batches
     instead, or its options; default: `AugmentConfig()`. It is drawn from a generator seeded by (seed, step,
     micro-batch, rank), so that a resumed run sees the images that an uninterrupted one would. setting: how
-    the model computes while it trains; default: float32, with the model's own attention kernel. averaging: of the weights that are evaluated and saved. layer_decay: see `build_optimizer`.
-    shrink_batch: restart training that runs out of memory with smaller steps, accumulated to the same batch.
+    the model computes while it trains; default: float32, with the model's own attention kernel. averaging: of
+    the weights that are evaluated and saved. layer_decay: see `build_optimizer`. shrink_batch: restart
+    training that runs out of memory with smaller steps, accumulated to the same batch.
     Raises: UserError for data that do not fit the model.
     """
 
     optimizer: torch.optim.Optimizer | None
+    compute_metrics: Any
 
     def __init__(
         self,
@@ -231,8 +238,17 @@ class ImageClassificationTrainer(ResumableTrainer):
         return metrics
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
-        """Predict the images of a data set of any kind, with labels."""
-        return super().predict(self._stores(test_dataset, "test"), *args, **kwargs)
+        """Predict the images of a data set of any kind; of a datasets.Dataset also without labels."""
+        if not lacks_labels(test_dataset, self.data):
+            return super().predict(self._stores(test_dataset, "test"), *args, **kwargs)
+        unlabelled = with_placeholders(test_dataset, self.classifier, self.data)
+        compute_metrics, self.compute_metrics = self.compute_metrics, None
+        try:
+            output = super().predict(self._stores(unlabelled, "test"), *args, **kwargs)
+        finally:
+            self.compute_metrics = compute_metrics
+        times = {n: v for n, v in (output.metrics or {}).items() if not n.endswith("_loss")}
+        return PredictionOutput(output.predictions, None, times)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write a card of what is known, see `card.py`; the parent's arguments."""

@@ -340,6 +340,34 @@ def test_a_setting_that_cannot_be_used_is_refused(ds, tiny_vit, tmp_path):
     assert trainer.train_dataset.labels.tolist() == two["kind"]
 
 
+@pytest.mark.parametrize("hidden", ["no column", "minus one", "None"])
+def test_images_without_labels_are_predicted(hidden, ds, tiny_vit, tmp_path):
+    trainer = ImageClassificationTrainer(vit(tiny_vit), arguments(tmp_path))
+    wanted = trainer.predict(ds["test"]).predictions
+    rows = ds["test"].remove_columns("label")
+    if hidden != "no column":
+        value = -1 if hidden == "minus one" else None
+        rows = rows.add_column("label", [value] * 22, feature=ClassLabel(names=NAMES))
+    output = trainer.predict(rows)
+    assert np.array_equal(output.predictions, wanted)
+    assert output.label_ids is None
+    assert not [name for name in output.metrics if "accuracy" in name or "loss" in name]
+    assert trainer.predict(ds["test"]).metrics["test_accuracy"] >= 0  # computed again
+    with pytest.raises(UserError, match="label"):
+        trainer.evaluate(rows)
+
+
+def test_half_precision_weights_train_as_float32(ds, tiny_vit, tmp_path, caplog):
+    caplog.set_level("INFO")
+    model = vit(tiny_vit).half()
+    trainer = ImageClassificationTrainer(
+        model, arguments(tmp_path, max_steps=2), train_dataset=ds["train"]
+    )
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert "the model's weights are float16, and train as float32" in caplog.text
+    trainer.train()
+
+
 def test_loader_workers_are_set_for_prepared_images(ds, tiny_vit, tmp_path, caplog):
     caplog.set_level("INFO")
     args = arguments(
