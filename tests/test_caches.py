@@ -8,6 +8,10 @@ import hf_cifar
 
 # All caches, with the small values that they contain.
 LIGHT = {
+    "hf_cifar.data.images._note_full_range",  # None
+    "hf_cifar.data.images._register_heic",  # None
+    "hf_cifar.data.listing.image_suffixes",
+    "hf_cifar.hub.fetch._warn_of",  # None
     "hf_cifar.hub.origin.find_origin",  # ids and commits
     "hf_cifar.models.names._timm_models",  # names
     "hf_cifar.training.memory.keep_freed_memory",  # None

@@ -127,10 +127,15 @@ class TiffPage:
             data = np.asarray(grey)
         if self.bits % 8:
             bits = np.unpackbits(data, axis=1)[:, : width * count * self.bits]
-            bits = bits.reshape(height, width, count, self.bits)
+            each = bits.reshape(height, width, count, self.bits)
             unpacked = np.zeros((height, width, count), np.uint16)
             for place in range(self.bits):
+<<<<<<< HEAD
                 unpacked = (unpacked << 1 | bits[..., place]).astype(np.uint16)
+=======
+                unpacked <<= 1
+                unpacked |= each[..., place]
+>>>>>>> depth
             return unpacked
         tiles = [
             self._undo_predictor(data[:, num_bytes(left) : num_bytes(left + tile_width)], count)

@@ -3,7 +3,6 @@ processors."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,9 +56,8 @@ def by_pillow(image: np.ndarray, size: tuple[int, int], interpolation: str) -> n
 
 def by_torch(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
     """Resize an image [H, W, 3] uint8 to (height, width) with torch, as torchvision does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    writable = image if image.flags.writeable else image.copy()  # torch warns of others
+    pixels = torch.from_numpy(writable).permute(2, 0, 1)[None]
     resized = F.interpolate(pixels, size, mode=interpolation, antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 

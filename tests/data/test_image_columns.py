@@ -244,7 +244,7 @@ def test_a_stream_of_bytes_is_read_and_numbers_are_refused(tmp_path, datasets_ca
     rows.to_parquet(str(folder / "train.parquet"))
     options = {"dataset_name": str(folder), "streaming": True, "max_eval_samples": 8}
     splits = load_splits(DataConfig(train_val_split=0.7, **options))
-    assert all(any((i == c).all() for c in COLOUR) for i in splits.validation.images)
+    assert all(any((i == c).all() for c in COLOUR) for i in splits.validation.pictures(""))
     rows = rows.remove_columns("picture").add_column("picture", GREY.tolist() * 4)
     rows.to_parquet(str(folder / "train.parquet"))
     with pytest.raises(UserError, match="is an image column"):

@@ -208,4 +208,4 @@ def test_random_views_vary_what_evaluation_shows(photo, name, part):
     framed, box = preprocessing.frame(image)
     assert (box - torch.tensor([part])).abs().max() <= 1
     whole = resample(framed, box, preprocessing.size, preprocessing.interpolation)
-    assert (whole - preprocessing.view(image)).abs().mean() <= 1
+    assert (whole - preprocessing.view(image)).abs().mean() <= 2
