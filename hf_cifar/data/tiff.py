@@ -130,12 +130,8 @@ class TiffPage:
             each = bits.reshape(height, width, count, self.bits)
             unpacked = np.zeros((height, width, count), np.uint16)
             for place in range(self.bits):
-<<<<<<< HEAD
-                unpacked = (unpacked << 1 | bits[..., place]).astype(np.uint16)
-=======
                 unpacked <<= 1
                 unpacked |= each[..., place]
->>>>>>> depth
             return unpacked
         tiles = [
             self._undo_predictor(data[:, num_bytes(left) : num_bytes(left + tile_width)], count)
