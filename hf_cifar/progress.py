@@ -20,7 +20,10 @@ Item = TypeVar("Item")
 
 def in_notebook() -> bool:
     """True in the kernel of a notebook."""
-    return "ipykernel" in sys.modules
+    # Not by `ipykernel`, which ipywidgets, and so tqdm, may import anywhere.
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def shows_bars() -> bool:

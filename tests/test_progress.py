@@ -1,6 +1,8 @@
 """hf_cifar.progress: lines for logs, with count, rate and time left."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -42,3 +44,11 @@ def test_unknown_total_and_quick_work(clock, caplog):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_process_with_ipykernel_is_no_notebook():
+    code = (
+        "import ipykernel, IPython; from hf_cifar.progress import in_notebook; print(in_notebook())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

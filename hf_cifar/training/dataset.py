@@ -235,7 +235,8 @@ def prepared(
     augmented: bool = False,
 ) -> Split:
     """Return a split with its images in the form that the model needs, unless it has them."""
-    if split.images is not None:
+    found = split.images
+    if found and (found.preprocessing, found.augmented) == (preprocessing, augmented):
         return split
     return prepare_split(
         split, preprocessing,
