@@ -37,7 +37,7 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 # Images of train are decoded before training if that takes this long at most.
-CHECK_SECONDS = 60
+CHECK_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,8 @@ def best_metric(requested: str | None, model: PreTrainedModel) -> str:
 def settle_check(
     config: RunConfig, splits: Splits, preprocessing: Preprocessing
 ) -> Literal["all", "used"]:
-    """Return when images of train are decoded: as requested, else all before training if that takes a minute
-    at most, or the head alone trains, on features of all images."""
+    """Return when images of train are decoded: as requested, else all before training if that takes ten
+    seconds at most, or the head alone trains, on features of all images."""
     check = config.data.check_images
     if check != "auto":
         return check

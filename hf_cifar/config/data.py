@@ -111,7 +111,7 @@ class DataConfig:
     check_images: Literal["auto", "all", "used"] = option(
         "auto",
         "When images of train are decoded and checked: all before training, or used, each when its turn "
-        "comes, so that training starts at once; auto: all if that takes a minute at most.",
+        "comes, so that training starts at once; auto: all if that takes ten seconds at most.",
     )
     on_bad_image: Literal["error", "skip"] = option(
         "error",
