@@ -17,6 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.split import Split, prepare_split, readable
 from hf_cifar.data.splits import DataSource, Splits, prepare_splits
+from hf_cifar.data.store import images_of
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.evaluate import calibrate_classifier, evaluate_classifier
@@ -147,7 +148,7 @@ def fit(trainer: ImageClassificationTrainer, splits: Splits, plan: Plan) -> Fitt
             seconds = time.perf_counter() - start
         else:
             checkpoint = None if plan.checkpoint is None else str(plan.checkpoint)
-            with listing_unreadable(splits.train):
+            with listing_unreadable(splits.train, plan.config.data.on_bad_image):
                 output = trainer.train(resume_from_checkpoint=checkpoint)
             seconds = output.metrics["train_runtime"]
     if trainer.args.gradient_accumulation_steps != train.gradient_accumulation_steps:
@@ -159,12 +160,12 @@ def fit(trainer: ImageClassificationTrainer, splits: Splits, plan: Plan) -> Fitt
 
 
 @contextlib.contextmanager
-def listing_unreadable(train: Split | Stream) -> Iterator[None]:
+def listing_unreadable(train: Split | Stream, on_bad_image: str) -> Iterator[None]:
     """If training stops at an unreadable image, check the remaining ones too, to name them all at once."""
     try:
         yield
     except UserError:
-        if isinstance(train, Split) and train.images is not None and train.images.faults:
+        if on_bad_image == "error" and isinstance(train, Split) and images_of(train).faults:
             logger.warning("an image of train cannot be read; checking the others")
             readable(train)
         raise

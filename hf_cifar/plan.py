@@ -18,7 +18,7 @@ from hf_cifar.config.metrics import best_metrics, metrics_of
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.config.run import RunConfig
 from hf_cifar.config.training import TrainingConfig
-from hf_cifar.data.preparation import SplitImages
+from hf_cifar.data.split import Split, with_images
 from hf_cifar.data.splits import Splits
 from hf_cifar.data.store import default_num_workers
 from hf_cifar.data.streams import Stream
@@ -78,7 +78,7 @@ def plan_run(
     resumed = with_options_of(before, config)
     train = resumed.train
     preprocessing = Preprocessing.from_image_processor(image_processor)
-    check = settle_check(resumed, splits, preprocessing)
+    check = settle_check(resumed, splits, preprocessing, processes)
     resumed = dataclasses.replace(
         resumed, data=dataclasses.replace(resumed.data, check_images=check)
     )
@@ -218,20 +218,30 @@ def best_metric(requested: str | None, model: PreTrainedModel) -> str:
 
 
 def settle_check(
-    config: RunConfig, splits: Splits, preprocessing: Preprocessing
+    config: RunConfig, splits: Splits, preprocessing: Preprocessing, processes: Processes
 ) -> Literal["all", "used"]:
     """Return when images of train are decoded: as requested, else all before training if that takes ten
-    seconds at most, or the head alone trains, on features of all images."""
+    seconds at most, or the head alone trains, on features of all images.
+
+    The first process measures for all.
+    """
     check = config.data.check_images
     if check != "auto":
         return check
-    if isinstance(splits.train, Stream) or computes_features(config):
+    if isinstance(splits.train, Stream) or config.computes_features:
         return "all"
-    train = splits.train
-    images = SplitImages(
-        train.name, train.pixels, train.positions, preprocessing,
-        augmented=True, kind=config.data.pixel_store,
-    )  # fmt: skip
+    found: list[Literal["all", "used"]] = ["all"]
+    if processes.is_main:
+        found[0] = measured_check(splits.train, preprocessing, config.data.pixel_store)
+    if processes.count > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def measured_check(train: Split, preprocessing: Preprocessing, kind: str) -> Literal["all", "used"]:
+    """Return when images of train are decoded, by the time that a few of them take."""
+    images = with_images(train, preprocessing, augmented=True, kind=kind).images
+    assert images is not None
     seconds = images.seconds
     if seconds <= CHECK_SECONDS:
         return "all"
@@ -241,12 +251,6 @@ def settle_check(
         images, duration(seconds), images.space(),
     )  # fmt: skip
     return "used"
-
-
-def computes_features(config: RunConfig) -> bool:
-    """Return True if the options ask for the head alone to train, on features that are computed once."""
-    wanted = config.model.freeze == "backbone" and config.train.feature_views > 0
-    return wanted and not config.data.streaming
 
 
 def settle_workers(train: TrainingConfig, splits: Splits, processes: Processes) -> int | None:
@@ -341,7 +345,7 @@ def num_batches(config: RunConfig, num_images: int, processes: Processes) -> int
     """Return the number of forward and backward passes of one process in the complete run."""
     train = config.train
     batch = train.per_device_train_batch_size * processes.num_devices
-    if computes_features(config):
+    if config.computes_features:
         # One forward pass for each view, each about a third of a training step.
         return math.ceil(num_images * train.feature_views / batch / 3)
     if train.max_steps > 0:

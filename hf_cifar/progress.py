@@ -34,15 +34,23 @@ def shows_bars() -> bool:
 class Progress:
     """Counts the items of some work, and shows count, rate and time left.
 
-    what: the work, as in 'preparing train'. unit: of the items, plural. total: their number, if known.
+    what: the work, as in 'preparing train'. unit: of the items, plural. total: their number, if known. bar:
+    whether as a bar; None: if one can be drawn.
     """
 
-    def __init__(self, what: str, total: int | None = None, unit: str = "images") -> None:
+    def __init__(
+        self,
+        what: str,
+        total: int | None = None,
+        unit: str = "images",
+        *,
+        bar: bool | None = None,
+    ) -> None:
         self.what, self.total, self.unit = what, total, unit
         self.count = 0
         self._start = self._last = time.monotonic()
         self._bar: tqdm | None = None
-        if shows_bars():  # work of an instant needs no bar
+        if shows_bars() if bar is None else bar:  # work of an instant needs no bar
             self._bar = tqdm(desc=what, total=total, unit=f" {unit}", leave=False, delay=1)
 
     def update(self, count: int = 1) -> None:

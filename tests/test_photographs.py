@@ -108,6 +108,15 @@ def test_unreadable_image_that_training_meets_lists_all(
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_another_error_of_a_run_that_skips_stays(tmp_path, photos, tiny_vit, capsys):
+    damage(photos, *(f"day/{i:02d}.jpg" for i in range(10)))  # each batch meets some
+    flags = ["--check_images", "used", "--on_bad_image", "skip", "--optim", "sgd"]
+    flags += ["--learning_rate", "1e3", "--max_grad_norm", "0", "--num_train_epochs", "9"]
+    assert run(photos, tmp_path / "run", tiny_vit, *flags) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "training diverged" in last and "cannot be read" not in last
+
+
 def test_skipped_images_are_recorded_however_they_are_found(tmp_path, photos, tiny_vit):
     damage(photos, "day/03.jpg", "night/07.jpg", "night/08.jpg")
     for check in ("all", "used"):

@@ -98,6 +98,12 @@ class RunConfig:
         """Return the options as YAML: `hf-cifar finetune --config FILE` is the same run."""
         return yaml.safe_dump(self.options(), sort_keys=False)
 
+    @property
+    def computes_features(self) -> bool:
+        """True if the options ask for the head alone to train, on features that are computed once."""
+        wanted = self.model.freeze == "backbone" and self.train.feature_views > 0
+        return wanted and not self.data.streaming
+
     def with_training(self, **changes: Any) -> RunConfig:
         """Return a copy with these training options replaced."""
         return dataclasses.replace(self, train=dataclasses.replace(self.train, **changes))

@@ -7,6 +7,7 @@ can be prepared at any time: in a pass before the training, or by the loader whe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -39,7 +40,7 @@ if TYPE_CHECKING:  # mistakes in data are found without importing torch
 logger = logging.getLogger(__name__)
 # Images that all have the same size of at most this many pixels are stored in that size, for every model.
 SMALL_PIXELS = 64 * 64
-NUM_SURVEYED = 32  # images that are decoded to learn the size and the time of all
+NUM_SURVEYED = 32  # images that are decoded to learn the size of all
 TASK = 32  # images per task of a thread
 MAX_THREADS = 16
 
@@ -68,16 +69,6 @@ class Form(NamedTuple):
         if image.shape[:2] != self.size:
             raise OtherSize
         return image
-
-
-class Survey(NamedTuple):
-    """What a few images spread over a source show.
-
-    size: (height, width) of all of them, or None. seconds: median time to decode one on one core.
-    """
-
-    size: tuple[int, int] | None
-    seconds: float
 
 
 class Pixels:
@@ -123,18 +114,13 @@ class Pixels:
         return decode_cell(cell, self.max_pixels, self.value_range)
 
     @functools.cached_property
-    def survey(self) -> Survey:
-        """Decode a few images spread over all rows."""
-        sizes, times = set(), []
+    def common_size(self) -> tuple[int, int] | None:
+        """(height, width) of all images, judged by a few spread over all rows; None if they differ."""
+        sizes = set()
         for position in np.linspace(0, len(self) - 1, min(NUM_SURVEYED, len(self))).astype(int):
-            start = time.perf_counter()
-            try:
+            with contextlib.suppress(UserError):
                 sizes.add(self.decode(int(position)).shape[:2])
-            except UserError:
-                continue
-            times.append(time.perf_counter() - start)
-        size = sizes.pop() if len(sizes) == 1 else None
-        return Survey(size, float(np.median(times)) if times else 0.0)
+        return sizes.pop() if len(sizes) == 1 else None
 
     def form(
         self, preprocessing: Preprocessing, *, augmented: bool, exact_size: bool = True
@@ -145,7 +131,7 @@ class Pixels:
         one by one, when an image of another size would come too late.
         """
         view = preprocessing.stored(augmented=augmented)
-        size = None if self._mixed or not exact_size else self.survey.size
+        size = None if self._mixed or not exact_size else self.common_size
         if size is not None and math.prod(size) <= max(SMALL_PIXELS, math.prod(view.size)):
             return Form(size)
         return Form(view.size, view)
@@ -175,9 +161,8 @@ class Prepared:
         self._retried = False
         self._stores = stores
         self._temporary: weakref.finalize | None = None
-        self.reasons: dict[
-            int, str
-        ] = {}  # why a row is unreadable, as far as this process has tried
+        # Why a row is unreadable, as far as this process has tried.
+        self.reasons: dict[int, str] = {}
         digest = hashlib.sha256(f"{pixels.key} {form} {stores}".encode()).hexdigest()
         self._file = self._open(digest)
 
@@ -299,13 +284,6 @@ class Prepared:
             if image is not None:
                 images[number], stored[number] = image, True
         return images, stored
-
-    def read_all(self, positions: np.ndarray) -> np.ndarray:
-        """Return the images [B, height, width, 3] at positions that are all readable."""
-        images = np.empty((len(positions), *self.form.size, 3), np.uint8)
-        for start in range(0, len(positions), 1024):
-            images[start : start + 1024] = self.read(positions[start : start + 1024])[0]
-        return images
 
     def pixel_hash(self, positions: np.ndarray) -> str | None:
         """SHA-256 of the form and the stored images' checksums, in order; None if some are not stored."""

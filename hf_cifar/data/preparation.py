@@ -7,8 +7,8 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import psutil
@@ -32,6 +32,8 @@ DISK_SHARE = 0.5
 DEVICE_SHARE = 0.25
 # Work of at least this many seconds is announced.
 SECONDS_ANNOUNCED = 3
+
+Result = TypeVar("Result")
 
 
 def memory_to_spare() -> int:
@@ -105,7 +107,7 @@ class SplitImages:
     @property
     def seconds(self) -> float:
         """Estimate of the time to prepare the images that are missing."""
-        return self.prepared.seconds(self.positions)
+        return self._of_any_size(lambda: self.prepared.seconds(self.positions))
 
     def prepare(self) -> None:
         """Prepare all images that are missing, and announce work that takes more than a few seconds."""
@@ -113,12 +115,17 @@ class SplitImages:
         if seconds > SECONDS_ANNOUNCED:
             took = duration(seconds)
             logger.info("%s: preparing %s takes about %s%s", self.name, self, took, self.space())
+        what = f"preparing {self.name}"
+        self._of_any_size(lambda: self.prepared.prepare(self.positions, what))
+
+    def _of_any_size(self, work: Callable[[], Result]) -> Result:
+        """Do some work; if it meets an image of another size, do it in a form that has room for any."""
         try:
-            self.prepared.prepare(self.positions, f"preparing {self.name}")
+            return work()
         except OtherSize:
             self.pixels.reject(self.prepared.form)
             self.prepared, self.kind = self._choose(self.kind)
-            self.prepare()
+            return work()
 
     @property
     def faults(self) -> dict[int, str]:

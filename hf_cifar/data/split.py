@@ -91,7 +91,7 @@ class Split:
         what: the work that needs them, for its progress.
         Raises: UnreadableImages, for images one by one after all rows have been tried.
         """
-        size = self.pixels.survey.size
+        size = self.pixels.common_size
         if size is None or math.prod(size) > SMALL_PIXELS:
             return self._decoded(what)
         prepared = self.pixels.prepared(Form(size))

@@ -303,8 +303,7 @@ def _test_split(source: DataSource) -> Split:
     if config.streaming:
         rows, row_ids = collect("test", source.rows["test"], config.max_eval_samples)
         return _whole_split("test", source.pixels_of("test", rows, row_ids))
-    test = _sampled(_whole_split("test", source.pixels("test")), "max_eval_samples", config)
-    return test
+    return _sampled(_whole_split("test", source.pixels("test")), "max_eval_samples", config)
 
 
 def _whole_split(name: str, pixels: Pixels) -> Split:

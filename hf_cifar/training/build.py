@@ -128,10 +128,8 @@ def trains_on_features(
         raise UserError(
             "--head_solver lbfgs is for one label per image, and this data is multi-label; leave it out"
         )
-    wanted = config.model.freeze == "backbone" and config.train.feature_views > 0
-    wanted = wanted and not config.data.streaming
     mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
-    if wanted and not mixed and features_suffice(model, preprocessing):
+    if config.computes_features and not mixed and features_suffice(model, preprocessing):
         return True
     if config.train.head_solver == "lbfgs":
         raise UserError(

@@ -104,8 +104,9 @@ class TrainingLines(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and state.global_step >= state.max_steps:
             print(nothing_left(state.global_step), flush=True)
-        left = state.max_steps - state.global_step
-        self._shown = Progress("training", left, "steps") if state.is_world_process_zero else None
+        if state.is_world_process_zero:
+            left = state.max_steps - state.global_step
+            self._shown = Progress("training", left, "steps", bar=False)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._shown is not None:

@@ -136,17 +136,18 @@ def test_images_of_mixed_sizes_are_stored_as_the_library_resizes_them(save, make
     assert len(list(folder.glob("*.pixels"))) == 2  # with a margin, and exact
 
 
-def test_odd_size_among_many_is_found_in_time(save, make_rows, monkeypatch):
-    """The sample sees one size only, and one image of 200 has another one."""
+@pytest.mark.parametrize("odd", [28, 31], ids=["in the estimate", "in the pass"])
+def test_odd_size_among_many_is_found_in_time(save, make_rows, monkeypatch, odd):
+    """The sample sees one size only, and one image of 60 has another one."""
     monkeypatch.setattr(pixels_module, "NUM_SURVEYED", 2)
     sizes = [(8, 8)] * 60
-    sizes[31] = (9, 8)
+    sizes[odd] = (9, 8)
     rows = make_rows([0, 1] * 30, sizes=sizes)
     split = ready(load(save(train=rows, validation=make_rows([0, 1]))).train)
     assert split.images.prepared.form.view == VIEW.stored(augmented=False)
-    images, readable = split.images.read(np.array([30, 31]))
+    images, readable = split.images.read(np.array([30, odd]))
     assert readable.all()
-    assert (images[1] == VIEW.view_image(pictures(rows)[31])).all()
+    assert (images[1] == VIEW.view_image(pictures(rows)[odd])).all()
 
 
 def test_bad_images_are_skipped_and_tried_again(save, make_rows, decoded):

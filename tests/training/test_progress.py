@@ -38,6 +38,13 @@ def test_a_nan_validation_loss_ends_training(value):
     StopAtNaN().on_log(ARGS, state(), None, logs={"loss": value})
 
 
+def test_requested_lines_stay_lines_on_a_terminal(monkeypatch):
+    monkeypatch.setattr("hf_cifar.progress.shows_bars", lambda: True)
+    lines = TrainingLines()
+    lines.on_train_begin(ARGS, state(), None)
+    assert lines._shown._bar is None
+
+
 def test_lines_for_logs_and_pipes(capsys):
     lines = TrainingLines()
     lines.on_log(ARGS, state(), None, logs={"loss": 0.5, "learning_rate": 1e-3})
