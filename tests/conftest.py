@@ -17,6 +17,13 @@ def own_disk_cache(tmp_path_factory):
     os.environ["HF_CIFAR_CACHE"] = str(tmp_path_factory.mktemp("disk_cache"))
 
 
+@pytest.fixture
+def pixel_cache(tmp_path, monkeypatch):
+    """The folder of an empty disk cache of the test's own."""
+    monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "pixels"))
+    return tmp_path / "pixels"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def streams_end_at_once():
     """Do not let `datasets` sleep at the end of each stream, for downloads that no test starts."""

@@ -15,9 +15,8 @@ FLAGS = ["--precision", "fp32", "--num_train_epochs", "1", "--image_size", "16"]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "pixels"))
-    return tmp_path / "pixels"
+def cache(pixel_cache):
+    return pixel_cache
 
 
 @pytest.fixture

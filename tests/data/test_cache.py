@@ -12,9 +12,8 @@ from hf_cifar.data.cache import content_key, load_array, save_array
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "pixels"))
-    return tmp_path / "pixels"
+def folder(pixel_cache):
+    return pixel_cache
 
 
 def undecoded(rows):

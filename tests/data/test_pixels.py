@@ -28,9 +28,8 @@ EVERYTHING = {"kind": "disk"}
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "pixels"))
-    return tmp_path / "pixels"
+def folder(pixel_cache):
+    return pixel_cache
 
 
 @pytest.fixture

@@ -16,18 +16,16 @@ from hf_cifar.data.store import PreparedStore, ResidentStore, build_store, take_
 from hf_cifar.errors import UserError
 from hf_cifar.transforms.preprocessing import Preprocessing
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+pytestmark = [
+    pytest.mark.usefixtures("pixel_cache"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
+]
 PREPROCESSING = Preprocessing.from_image_processor(
     ViTImageProcessor(size={"height": 12, "width": 12}, resample=3)
 )
 CROPPING = Preprocessing(14, (12, 12), "bicubic", (0.5,) * 3, (0.5,) * 3)
 MIXED = ((8, 8), (20, 13), (9, 30))
 KINDS = ["resident", "disk", "streamed"]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / "pixels"))
 
 
 @pytest.fixture

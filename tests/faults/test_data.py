@@ -172,7 +172,9 @@ LABEL_FAULTS = {
     "names permuted, in a stream": (
         TRUE, NAMES, "validation", TRUE, TURNED, "has the classes", ("--streaming",),
     ),
-    "a declared class that train lacks": (TRUE, THREE, "test", [*TRUE, 2], THREE, "test row 20: label 'up'", ()),
+    "a declared class that train lacks": (
+        TRUE, THREE, "test", [*TRUE, 2], THREE, "test row 20: label 'up'", (),
+    ),
     "beyond the last class": ([*TRUE, 2], NAMES, "test", TRUE, NAMES, "train row 20: label 2", ()),
     "-1 in train": ([-1, *TRUE], NAMES, "test", TRUE, NAMES, "train row 0: label -1", ()),
     "-1 in a subset of test": (TRUE, NAMES, "test", [0, 1, -1], NAMES, "test row 2: label -1", ()),
