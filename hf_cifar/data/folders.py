@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,12 @@ from hf_cifar.data.listing import (
     TABLE_SUFFIXES,
     File,
     Listing,
+    kind_of,
     list_files,
     render_left_out,
     suffix_of,
 )
+from hf_cifar.data.pixel_tables import is_pixel_table, read_pixel_tables
 from hf_cifar.data.tables import (
     NoTable,
     agree,
@@ -56,10 +59,24 @@ from hf_cifar.data.tables import (
     read_table_layout,
 )
 from hf_cifar.errors import UserError
-from hf_cifar.text import first_line, listed
+from hf_cifar.text import first_line, listed, nearest_hint
 
 # Tables that are opened to find the one with the labels.
 MAX_TABLES, MAX_TABLE_BYTES = 50, 500 * 1024**2
+IN_PYTHON = (
+    "load it in Python, and pass its images and labels to finetune_classifier (docs/data.md)"
+)
+# What to do with files that are not read, by their suffix.
+ADVICE = {
+    **dict.fromkeys((".npy", ".npz", ".mat", ".h5", ".hdf5", ".pkl", ".pickle", ".pt", ".pth"), IN_PYTHON),
+    **dict.fromkeys((".tfrecord", ".tfrecords", ".rec", ".mdb", ".lmdb", ".db", ".sqlite"), IN_PYTHON),
+    **dict.fromkeys((".idx3-ubyte", ".idx1-ubyte", ".gz"), "unpack it if it is packed, then " + IN_PYTHON),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as CSV, with the images' names and their labels"),
+    **dict.fromkeys((".rar", ".7z", ".zst"), "unpack it, and pass the folder"),
+    **dict.fromkeys((".pdf", ".svg", ".dcm", ".mp4", ".avi", ".mov"), "convert it to PNG or JPEG images"),
+}  # fmt: skip
+LABEL_LISTS = {".json", ".ndjson", ".txt", ".lst"}
+NO_LABELS = ("readme", "license", "licence", "requirements", "notes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +181,9 @@ def _is_text(path: str) -> bool:
 def load_local(path: Path, config: DataConfig, streaming: bool) -> Source:
     """Open all splits of a file or folder. Raises: UserError if it is not a data set."""
     if not path.exists():
-        raise UserError(f"no data set {config.dataset_name}: there is no such file or folder")
+        raise UserError(
+            f"no data set {config.dataset_name}: there is no such file or folder{_hint(path)}"
+        )
     if cifar_version(path) is not None:
         refuse_folder_options(config)
         refuse_configuration(config)
@@ -191,9 +210,16 @@ def load_local(path: Path, config: DataConfig, streaming: bool) -> Source:
         if not any(file.name.lower().endswith(readable) for file in listing.others):
             left_out = listing.all_left_out()
             files = f", no image among {render_left_out(left_out)}" if left_out else ""
+            advice = next(
+                (ADVICE[s] for f in listing.others if (s := suffix_of(f.name)) in ADVICE), ""
+            )
             raise UserError(
                 f"cannot load data set {config.dataset_name}: it doesn't contain any data files{files}"
+                + (f"; {advice}" if advice else "")
             )
+        pixels = [file for file in listing.others if _holds_pixels(file.path)]
+        if pixels:
+            return _pixel_source(pixels, listing, config, streaming)
         return Source(_load_shards(path, config, streaming))
     return _source(layout, config, streaming)
 
@@ -218,17 +244,60 @@ def _load_file(path: Path, config: DataConfig, streaming: bool) -> Source:
     """Open an archive, a table of paths, or a Parquet file."""
     refuse_other_archives(path)
     if is_archive(path) and not is_web_dataset(path):
-        return load_local(unpack(path), config, streaming)
+        folder = unpack(path)
+        try:
+            return load_local(folder, config, streaming)
+        except UserError as error:
+            raise type(error)(str(error).replace(str(folder), str(path))) from None
     if is_archive(path) or holds_images(str(path)):
         kind = "webdataset" if is_archive(path) else "parquet"
         return Source(_load_shards(path, config, streaming, builder=kind))
-    if suffix_of(path.name) in TABLE_SUFFIXES:
+    if _holds_pixels(str(path)):
+        return _pixel_source([File(path.name, str(path))], None, config, streaming)
+    if suffix_of(path.name) in (*TABLE_SUFFIXES, ".json"):
         layout = read_table_layout(list_files(path.parent), str(path), config, requested=True)
         return _source(layout, config, streaming)
+    if suffix_of(path.name) in ADVICE:
+        raise UserError(f"{path} is not a data set that is read; {ADVICE[suffix_of(path.name)]}")
     raise UserError(
         f"{path} is not a data set; pass a folder of images, a zip or tar of one, a table of paths and "
         "labels, a Hub-layout folder, or an official cifar-10/100 tar.gz"
     )
+
+
+def _hint(path: Path) -> str:
+    """What a name that does not exist may mean."""
+    text = str(path)
+    if "*" in text or "?" in text:
+        return "; pass a folder, not a pattern of files"
+    if path.parent.is_dir():
+        return nearest_hint(path.name, (each.name for each in path.parent.iterdir()))
+    return ""
+
+
+def _holds_pixels(path: str) -> bool:
+    return suffix_of(path) == ".csv" and is_pixel_table(path)
+
+
+def _pixel_source(
+    tables: list[File], listing: Listing | None, config: DataConfig, streaming: bool
+) -> Source:
+    """Open tables with the pixels of an image in each row. listing: of the folder that holds them."""
+    refuse_folder_options(config)
+    refuse_configuration(config)
+    refuse_streaming(config.dataset_name, streaming)
+    splits = read_pixel_tables(tables, config)
+    count = sum(map(len, splits.values()))
+    left_out = Counter[str]()
+    if listing is not None:
+        names = {file.name for file in tables}
+        left_out = listing.left_out + Counter(
+            kind_of(file.name) for file in listing.others if file.name not in names
+        )
+    description = f"the pixels of {count:,} images in {listed(file.name for file in tables)}"
+    if left_out:
+        description += f"; left out: {render_left_out(left_out)}"
+    return Source(splits, description, dict(left_out))
 
 
 def _with_archives(listing: Listing) -> Listing:
@@ -286,7 +355,7 @@ def _read_images(listing: Listing, config: DataConfig) -> Layout | None:
             return found
     if layout is not None and config.folders != "auto":
         return layout
-    fitting, unclear = _fitting_tables(listing, config, layout)
+    fitting, unclear, rejected = _fitting_tables(listing, config, layout)
     if layout is not None:
         return _agreed(layout, fitting, unclear, config)
     if len(fitting) == 1:
@@ -301,7 +370,29 @@ def _read_images(listing: Listing, config: DataConfig) -> Layout | None:
         raise next(iter(unclear.values()))
     if not listing.images:
         return None
+    if isinstance(problem, NoClassFolders):
+        raise NoClassFolders(f"{problem}{_unused_labels(listing, rejected)}")
     raise problem
+
+
+def _unused_labels(listing: Listing, rejected: dict[str, UserError]) -> str:
+    """Name a file that may have the labels of images without class folders, and say why it is not used."""
+    if rejected:
+        name, error = next(iter(rejected.items()))
+        return f". {name} is not used: {error}"
+    for file in listing.others:
+        name, suffix = os.path.basename(file.name), suffix_of(file.name)
+        if suffix in (".xlsx", ".xls", ".ods"):
+            return f". {file.name} is not read: {ADVICE[suffix]}"
+        if (
+            suffix in LABEL_LISTS
+            and not name.lower().startswith(NO_LABELS)
+            and "/" not in file.name
+        ):
+            return f". If {name} has the labels, pass --labels_file {name}"
+        if suffix == ".xml":
+            return f". Labels in XML files such as {file.name} are not read: write them into a CSV"
+    return ""
 
 
 def _labels_path(listing: Listing, config: DataConfig) -> str:
@@ -316,22 +407,23 @@ def _labels_path(listing: Listing, config: DataConfig) -> str:
 
 def _fitting_tables(
     listing: Listing, config: DataConfig, layout: Layout | None
-) -> tuple[dict[str, Layout], dict[str, UserError]]:
-    """The tables that label the images, by name, and the errors of those that name images unclearly. layout:
-    the class folders, if there are any; only tables beside them count then."""
+) -> tuple[dict[str, Layout], dict[str, UserError], dict[str, UserError]]:
+    """The tables that label the images, by name, and the errors of those that name images unclearly, and of
+    the others. layout: the class folders, if there are any; only tables beside them count then."""
     fitting: dict[str, Layout] = {}
     unclear: dict[str, UserError] = {}
+    rejected: dict[str, UserError] = {}
     folder_of = None if layout is None else _class_of(layout)
     for file in candidates(listing, None if layout is None else 0)[:MAX_TABLES]:
         if os.path.getsize(file.path) > MAX_TABLE_BYTES:
             continue
         try:
             fitting[file.name] = read_table_layout(listing, file.path, config, folder_of=folder_of)
-        except NoTable:
-            continue
+        except NoTable as error:
+            rejected[file.name] = error
         except UserError as error:
             unclear[file.name] = error
-    return fitting, unclear
+    return fitting, unclear, rejected
 
 
 def _class_of(layout: Layout) -> dict[File, Any]:

@@ -29,7 +29,7 @@ ORDER = ("train", "validation", "test")
 # Kinds of files that lie beside images. A folder with only these is no class.
 DOCUMENTS = {
     ".7z", ".aae", ".arrow", ".bin", ".cfg", ".ckpt", ".csv", ".db", ".doc", ".docx", ".gz", ".h5", ".htm",
-    ".html", ".ini", ".ipynb", ".json", ".jsonl", ".lock", ".log", ".md", ".md5", ".npz",
+    ".html", ".ini", ".ipynb", ".json", ".jsonl", ".lock", ".log", ".md", ".md5", ".ndjson", ".npz",
     ".onnx", ".parquet", ".pkl", ".pt", ".pth", ".py", ".rst", ".safetensors", ".sh", ".sqlite",
     ".tar", ".tfevents", ".toml", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".xmp", ".yaml", ".yml", ".zip",
 }  # fmt: skip

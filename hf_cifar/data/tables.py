@@ -5,6 +5,7 @@ The columns are found by their content: one names images of the listing, another
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -36,6 +37,7 @@ PATH_NAMES = {
 LABEL_NAMES = ("label", "labels", "class", "target", "category")
 SPLIT_COLUMN_NAMES = {"partition", "phase", "set", "split", "subset", "usage"}
 DELIMITERS = (",", ";", "\t", "|")
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 SAMPLE = 300  # rows that decide whether a table fits
 MAX_NAMES = 3  # in a line
 
@@ -126,6 +128,8 @@ def join_tables(listing: Listing, tables: dict[str, Layout]) -> Layout | None:
     Raises: UserError for an image that is in two of them.
     """
     stems = {posixpath.splitext(posixpath.basename(name))[0]: name for name in tables}
+    if len(stems) < len(tables):  # train/_classes.csv and test/_classes.csv
+        stems = {posixpath.basename(posixpath.dirname(name)): name for name in tables}
     roles = split_roles(stems)
     if len(set(roles.values())) < len(tables) or "train" not in roles.values():
         return None
@@ -198,6 +202,10 @@ def read_table(path: str) -> Table:
             columns = _read_parquet(path)
         elif suffix in (".jsonl", ".ndjson"):
             columns = _read_json_lines(Path(path).read_bytes())
+        elif suffix == ".json":
+            columns = _read_json(Path(path).read_bytes())
+        elif suffix in SPREADSHEETS:
+            raise NoTable("is a spreadsheet; save it as CSV")
         else:
             columns = _read_delimited(Path(path).read_bytes(), suffix)
     except NoTable as error:
@@ -232,15 +240,36 @@ def _read_parquet(path: str) -> dict[str, list[Any]]:
 
 
 def _read_json_lines(content: bytes) -> dict[str, list[Any]]:
-    rows = [json.loads(line) for line in _decode(content).splitlines() if line.strip()]
+    return _json_columns(
+        [json.loads(line) for line in _decode(content).splitlines() if line.strip()]
+    )
+
+
+def _read_json(content: bytes) -> dict[str, list[Any]]:
+    """Read a list of objects, an object of columns, or one of names and labels."""
+    found = json.loads(_decode(content))
+    if isinstance(found, list):
+        return _json_columns(found)
+    cells = list(found.values()) if isinstance(found, dict) else []
+    if cells and all(isinstance(cell, (str, int)) for cell in cells):
+        return {"file": list(found), "label": cells}
+    raise NoTable(
+        'is no list of objects such as {"file": "1.png", "label": "cat"}; write the names of the '
+        "images and their labels into a CSV"
+    )
+
+
+def _json_columns(rows: list[Any]) -> dict[str, list[Any]]:
     if not all(isinstance(row, dict) for row in rows):
-        raise NoTable("has lines that are no JSON objects")
+        raise NoTable("has rows that are no JSON objects")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _read_delimited(content: bytes, suffix: str) -> dict[str, list[Any]]:
     text = _decode(content)
+    if declared := re.match(r"sep=(.)\r?\n", text):  # for Excel
+        text = text[declared.end() :]
     delimiters = [*("\t" * (suffix == ".tsv")), *DELIMITERS, *(" " * (suffix in (".txt", ".lst")))]
     delimiter = max(delimiters, key=lambda each: _regularity(text, each))
     rows = [row for row in _cells(text, delimiter) if any(cell.strip() for cell in row)]
@@ -679,6 +708,7 @@ def agree(pairs: Iterable[tuple[Any, Any]]) -> bool:
 
 def _label_cells(cells: list[Any]) -> list[Any]:
     """Labels as text, with 1.0 as 1 if all are such numbers; lists as tuples; None where one is missing."""
+    cells = _parsed_lists(cells)
     if any(isinstance(cell, list) for cell in cells):
         return [None if cell is None else tuple(map(_text, cell)) for cell in cells]
     present = [cell for cell in cells if not _is_missing(cell)]
@@ -692,6 +722,20 @@ def _label_cells(cells: list[Any]) -> list[Any]:
         None if _is_missing(cell) else str(int(float(cell))) if whole else _text(cell)
         for cell in cells
     ]
+
+
+def _parsed_lists(cells: list[Any]) -> list[Any]:
+    """Parse text such as "['cat', 'dog']", as pandas writes lists; other cells stay as they are."""
+    texts = [cell for cell in cells if not _is_missing(cell)]
+    if not texts or not all(
+        isinstance(text, str) and text.startswith("[") and text.endswith("]") for text in texts
+    ):
+        return cells
+    try:
+        lists = [None if _is_missing(cell) else ast.literal_eval(cell) for cell in cells]
+    except (ValueError, SyntaxError):
+        return cells
+    return lists
 
 
 def _is_missing(cell: Any) -> bool:
@@ -733,6 +777,12 @@ def _one_hot(table: Table, columns: list[str]) -> tuple[str, list[Any]] | None:
             return None
         numbers.append([text.startswith("1") for text in texts])
     rows = list(zip(*numbers, strict=True))
+    if any(sum(row) > 1 for row in rows):
+        raise UserError(
+            f"the columns {listed(columns, 8)} of {table.name} are 0 or 1, and in some rows more than one "
+            "is 1; choose one with --label_column_name, or see multiple labels per image in "
+            "docs/data.md"
+        )
     if any(sum(row) != 1 for row in rows):
         return None
     return "label", [columns[row.index(True)] for row in rows]

@@ -118,8 +118,8 @@ def test_splits_and_classes(tmp_path, folders, splits):
          r"a/, b/ in fold1/, fold2/ as classes. Join them, one folder per class, or --folders classes"),
         (several("2023/a", "2023/b", "2024/a", "2024/b"), "two ways: 2023, 2024 as classes"),
         (several("images/a", "images/b", "masks/a", "masks/b"), r"Pass .*images, or --folders classes"),
-        (several("data/data/a", "data/data/b", "logos"), r"or a/, b/ in data/ as classes. Pass .*data/data,"),
-        (several("birds/train/a", "birds/test/a", "docs"), r"test/, train/ in birds/ as splits. Pass .*birds"),
+        (several("data/data/a", "data/data/b", "logos"), r"a/, b/ in data/ as classes. Pass .*data/data,"),
+        (several("a/train/b", "a/test/b", "docs"), r"test/, train/ in a/ as splits. Pass .*a, or"),
     ],
 )  # fmt: skip
 def test_unclear_folders_are_refused(tmp_path, files, message):

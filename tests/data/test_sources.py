@@ -200,9 +200,7 @@ def test_two_image_columns_are_listed(save, make_rows):
 
 def test_missing_image_column_is_refused(save):
     folder = save(train=Dataset.from_dict({"text": ["a"], "label": [0]}))
-    with pytest.raises(
-        UserError, match=r"\['text', 'label'\] is an image column; .*--image_column"
-    ):
+    with pytest.raises(UserError, match=r"text, label is an image column; .*--image_column"):
         source(folder)
     with pytest.raises(UserError, match=r"column 'text' holds .*, not images"):
         source(folder, image_column_name="text")
@@ -415,6 +413,27 @@ def test_missing_folder_is_refused(name):
     assert looks_like_path(name)
     with pytest.raises(UserError, match=f"no data set {name}: there is no such file or folder"):
         source(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("photso", r"no such file or folder \(nearest: photos\)"),
+        ("photos/*", "pass a folder, not a pattern of files"),
+        (
+            "photos/x.npz",
+            r"x.npz is not a data set that is read; load it in Python, .*finetune_classifier",
+        ),
+        ("photos/x.xlsx", "save it as CSV"),
+        ("photos", r"no image among 2 files \(1 .npz, 1 .xlsx\); load it in Python"),
+    ],
+)
+def test_what_to_do_with_what_is_no_data_set(tmp_path, name, message):
+    (tmp_path / "photos").mkdir()
+    for each in ("x.npz", "x.xlsx"):
+        (tmp_path / "photos" / each).write_bytes(b"PK")
+    with pytest.raises(UserError, match=message):
+        source(tmp_path / name)
 
 
 def test_unknown_hub_and_bundled_names_are_refused():

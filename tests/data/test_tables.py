@@ -96,13 +96,13 @@ def test_a_table_is_found_by_itself(tmp_path, text):
     check(source(photos(tmp_path, NAMES, text)))
 
 
-@pytest.mark.parametrize("suffix", [".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".tsv", ".jsonl", ".ndjson", ".parquet"])
 def test_other_forms_of_tables(tmp_path, suffix):
     rows = [{"file": f"images/{i}.png", "kind": label_of(i), "size": i / 7} for i in range(9)]
     path = photos(tmp_path, NAMES) / f"labels{suffix}"
     if suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
-    elif suffix == ".jsonl":
+    elif suffix in (".jsonl", ".ndjson"):
         path.write_text("\n".join(map(json.dumps, rows)))
     else:
         path.write_text("file\tkind\n" + "".join(f"{r['file']}\t{r['kind']}\n" for r in rows))
@@ -281,6 +281,92 @@ def test_two_tables_are_listed(tmp_path):
     ):
         source(tmp_path)
     check(source(tmp_path, labels_file="other.csv"))
+
+
+def test_a_table_in_the_folder_of_each_split(tmp_path):
+    for part in ("train", "test"):
+        folder = photos(tmp_path / part, [f"{i}.png" for i in range(9)])
+        rows = "".join(
+            f"{i}.png," + ",".join(str(int(k == i % 3)) for k in range(3)) + "\n" for i in range(9)
+        )
+        (folder / "_classes.csv").write_text(f"filename,cat,dog,owl\n{rows}")
+    splits = source(tmp_path)
+    check(splits)
+    check(splits, split="test")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"file": name, "label": label_of(i)} for i, name in enumerate(NAMES)],
+        {name: label_of(i) for i, name in enumerate(NAMES)},
+    ],
+)
+def test_json(tmp_path, content):
+    photos(tmp_path, NAMES, json.dumps(content), "labels.json")
+    check(source(tmp_path, labels_file="labels.json"))
+    check(source(tmp_path / "labels.json"))
+    with pytest.raises(UserError, match=r"images; .* If labels.json has the labels, pass --labels"):
+        source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("labels.csv", "file,label\n", r"labels.csv is not used: .*labels.csv has no rows"),
+        (
+            "labels.csv",
+            "file,label\n0,cat\n1,cat\n2,cat\n",
+            "has one class, cat; a classifier needs two",
+        ),
+        ("labels.xlsx", "PK", "labels.xlsx is not read: save it as CSV"),
+        ("images/1.xml", "<x/>", r"Labels in XML files such as images/1.xml are not read"),
+    ],
+)
+def test_why_a_table_is_not_used(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message):
+        source(photos(tmp_path, NAMES, text, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("labels.xlsx", "PK", "is a spreadsheet; save it as CSV"),
+        (
+            "labels.json",
+            '{"images": [], "annotations": []}',
+            "is no list of objects such as .*into a CSV",
+        ),
+        (
+            "labels.csv",
+            "file,cat,dog\n0,1,1\n1,0,1\n2,1,0\n",
+            "in some rows more than one is 1; choose",
+        ),
+    ],
+)
+def test_requested_tables_that_are_not_read(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message):
+        source(photos(tmp_path, NAMES, text, name), labels_file=name)
+
+
+def test_a_requested_column_that_does_not_exist(tmp_path):
+    photos(tmp_path, NAMES, csv_of(lambda i: i))
+    with pytest.raises(UserError, match=r"only path, label \(nearest: label\)"):
+        source(tmp_path, label_column_name="labl")
+
+
+def test_lists_as_text(tmp_path):
+    rows = "".join(f"{i},\"['{label_of(i)}', 'pet']\"\n" for i in range(9))
+    found = source(photos(tmp_path, NAMES, f"id,label\n{rows}"))["train"]
+    assert found.features["label"] == List(ClassLabel(names=["cat", "dog", "owl", "pet"]))
+    assert found["label"][:3] == [[0, 3], [1, 3], [2, 3]]
+
+
+def test_the_separator_line_of_excel(tmp_path):
+    text = "sep=;\n" + csv_of(lambda i: i, ";")
+    result = read_source(DataConfig(dataset_name=str(photos(tmp_path, NAMES, text))))
+    check(result.splits)
+    assert not result.rows_left_out
 
 
 def test_a_table_for_each_split(tmp_path):
