@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ from hf_cifar.data.tables import (
     read_table_layout,
 )
 from hf_cifar.errors import UserError
+from hf_cifar.hub.reach import url_advice
 from hf_cifar.text import first_line, listed, nearest_hint
 
 # Tables that are opened to find the one with the labels.
@@ -178,11 +180,17 @@ def _is_text(path: str) -> bool:
     return True
 
 
-def load_local(path: Path, config: DataConfig, streaming: bool) -> Source:
-    """Open all splits of a file or folder. Raises: UserError if it is not a data set."""
+def load_local(
+    path: Path, config: DataConfig, streaming: bool, known: Sequence[str] = ()
+) -> Source:
+    """Open all splits of a file or folder. known: classes of which there may be only one.
+
+    Raises: UserError if it is not a data set.
+    """
     if not path.exists():
         raise UserError(
-            f"no data set {config.dataset_name}: there is no such file or folder{_hint(path)}"
+            f"no data set {config.dataset_name}: there is no such file or folder"
+            f"{_hint(config.dataset_name, path)}"
         )
     if cifar_version(path) is not None:
         refuse_folder_options(config)
@@ -193,7 +201,7 @@ def load_local(path: Path, config: DataConfig, streaming: bool) -> Source:
             DatasetDict({split: from_pixels(columns, names) for split, columns in parts.items()})
         )
     if path.is_file():
-        return _load_file(path, config, streaming)
+        return _load_file(path, config, streaming, known)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         refuse_folder_options(config)
         refuse_streaming(config.dataset_name, streaming)
@@ -204,7 +212,7 @@ def load_local(path: Path, config: DataConfig, streaming: bool) -> Source:
     listing = _with_archives(listing)
     layout = None
     if listing.images or config.labels_file or candidates(listing) or metadata_files(listing):
-        layout = _read_images(listing, config)
+        layout = _read_images(listing, config, known)
     if layout is None:
         readable = (*TABLE_SUFFIXES, ".arrow", ".json", ".tar", ".zip")
         if not any(file.name.lower().endswith(readable) for file in listing.others):
@@ -240,13 +248,13 @@ def _source(layout: Layout, config: DataConfig, streaming: bool) -> Source:
     )
 
 
-def _load_file(path: Path, config: DataConfig, streaming: bool) -> Source:
+def _load_file(path: Path, config: DataConfig, streaming: bool, known: Sequence[str]) -> Source:
     """Open an archive, a table of paths, or a Parquet file."""
     refuse_other_archives(path)
     if is_archive(path) and not is_web_dataset(path):
         folder = unpack(path)
         try:
-            return load_local(folder, config, streaming)
+            return load_local(folder, config, streaming, known)
         except UserError as error:
             raise type(error)(str(error).replace(str(folder), str(path))) from None
     if is_archive(path) or holds_images(str(path)):
@@ -255,7 +263,9 @@ def _load_file(path: Path, config: DataConfig, streaming: bool) -> Source:
     if _holds_pixels(str(path)):
         return _pixel_source([File(path.name, str(path))], None, config, streaming)
     if suffix_of(path.name) in (*TABLE_SUFFIXES, ".json"):
-        layout = read_table_layout(list_files(path.parent), str(path), config, requested=True)
+        layout = read_table_layout(
+            list_files(path.parent), str(path), config, requested=True, known=known
+        )
         return _source(layout, config, streaming)
     if suffix_of(path.name) in ADVICE:
         raise UserError(f"{path} is not a data set that is read; {ADVICE[suffix_of(path.name)]}")
@@ -265,8 +275,10 @@ def _load_file(path: Path, config: DataConfig, streaming: bool) -> Source:
     )
 
 
-def _hint(path: Path) -> str:
-    """What a name that does not exist may mean."""
+def _hint(name: str, path: Path) -> str:
+    """What a name that is no file or folder may mean."""
+    if advice := url_advice(name):
+        return advice
     text = str(path)
     if "*" in text or "?" in text:
         return "; pass a folder, not a pattern of files"
@@ -331,17 +343,19 @@ def _declares_files(path: Path) -> bool:
     )
 
 
-def _read_images(listing: Listing, config: DataConfig) -> Layout | None:
+def _read_images(listing: Listing, config: DataConfig, known: Sequence[str]) -> Layout | None:
     """Find where the classes of images come from: folders, metadata files or a table.
 
     Returns None if there are no images and no table of any. Raises: UserError if that is not clear.
     """
     if config.labels_file is not None:
-        return read_table_layout(listing, _labels_path(listing, config), config, requested=True)
+        return read_table_layout(
+            listing, _labels_path(listing, config), config, requested=True, known=known
+        )
     layout: Layout | None = None
     problem = UserError("no images")
     try:
-        layout = read_layout(listing, config.folders)
+        layout = read_layout(listing, config.folders, known)
     except UserError as error:
         problem = error
     if metadata_files(listing):
@@ -355,7 +369,7 @@ def _read_images(listing: Listing, config: DataConfig) -> Layout | None:
             return found
     if layout is not None and config.folders != "auto":
         return layout
-    fitting, unclear, rejected = _fitting_tables(listing, config, layout)
+    fitting, unclear, rejected = _fitting_tables(listing, config, layout, known)
     if layout is not None:
         return _agreed(layout, fitting, unclear, config)
     if len(fitting) == 1:
@@ -406,7 +420,7 @@ def _labels_path(listing: Listing, config: DataConfig) -> str:
 
 
 def _fitting_tables(
-    listing: Listing, config: DataConfig, layout: Layout | None
+    listing: Listing, config: DataConfig, layout: Layout | None, known: Sequence[str]
 ) -> tuple[dict[str, Layout], dict[str, UserError], dict[str, UserError]]:
     """The tables that label the images, by name, and the errors of those that name images unclearly, and of
     the others. layout: the class folders, if there are any; only tables beside them count then."""
@@ -418,7 +432,9 @@ def _fitting_tables(
         if os.path.getsize(file.path) > MAX_TABLE_BYTES:
             continue
         try:
-            fitting[file.name] = read_table_layout(listing, file.path, config, folder_of=folder_of)
+            fitting[file.name] = read_table_layout(
+                listing, file.path, config, folder_of=folder_of, known=known
+            )
         except NoTable as error:
             rejected[file.name] = error
         except UserError as error:

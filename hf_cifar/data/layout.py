@@ -80,14 +80,15 @@ class Layout:
         return "; ".join(parts)
 
 
-def read_layout(listing: Listing, folders: str = "auto") -> Layout:
-    """Decide what the folders of a listing are. folders: auto, classes or splits.
+def read_layout(listing: Listing, folders: str = "auto", known: Iterable[str] = ()) -> Layout:
+    """Decide what the folders of a listing are. folders: auto, classes or splits. known: classes of which
+    there may be only one.
 
     Raises: NoClassFolders if no folder, or not that of train, holds two class folders, or two readings make
     sense; UserError for an image outside the classes, a class that only another split has, or a folder
     without a readable image.
     """
-    return _Reader(listing).read(folders)
+    return _Reader(listing).read(folders, set(known))
 
 
 class _Reader:
@@ -110,7 +111,7 @@ class _Reader:
         self.left_out = listing.all_left_out()
         self.notes: list[str] = []
 
-    def read(self, folders: str) -> Layout:
+    def read(self, folders: str, known: set[str]) -> Layout:
         inside = self.enter()
         roles = self.roles_of(inside, folders)
         if roles:
@@ -121,7 +122,7 @@ class _Reader:
             splits, used = {"train": self.read_classes(inside)}, {}
         labelled = [splits["train"]] if "train" in splits else splits.values()
         names = sorted({name for classes in labelled for name in classes})
-        if len(names) < 2:
+        if len(names) < 2 and not known.issuperset(names):
             where = self.show(inside + (f"{used['train']}/" if "train" in used else ""))
             raise NoClassFolders(
                 f"{where} has one class folder, {one_line(names[0])}; a classifier needs two or more"

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -80,8 +81,11 @@ def announced(source: Source, config: DataConfig) -> Source:
     return source
 
 
-def open_data_set(config: DataConfig, streaming: bool = False) -> Source:
-    """Open all splits with their original columns. streaming: without reading them, for a folder or the Hub.
+def open_data_set(config: DataConfig, streaming: bool = False, known: Sequence[str] = ()) -> Source:
+    """Open all splits with their original columns.
+
+    streaming: without reading them, for a folder or the Hub. known: the classes of a model, of which a folder
+    of images may have only one.
 
     Raises: UserError for an unknown data set, no network, or a source that cannot be streamed.
     """
@@ -97,7 +101,7 @@ def open_data_set(config: DataConfig, streaming: bool = False) -> Source:
         refuse_streaming(name, streaming)
         return Source(_load_bundled(name.removeprefix(BUNDLED)))
     if looks_like_path(name):
-        return load_local(Path(name).expanduser(), config, streaming)
+        return load_local(Path(name).expanduser(), config, streaming, known)
     refuse_folder_options(config)
     return Source(_load_hub(name, config, streaming))
 

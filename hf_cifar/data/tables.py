@@ -81,11 +81,13 @@ def read_table_layout(
     *,
     requested: bool = False,
     folder_of: Mapping[File, str] | None = None,
+    known: Sequence[str] = (),
 ) -> Layout:
     """Read the images and labels that a table names.
 
     requested: the user named the table, so that two rows that name an image are enough. folder_of: the class
-    folders of the images, which decide between columns that could be labels.
+    folders of the images, which decide between columns that could be labels. known: classes of which there
+    may be only one.
     Raises: NoTable if no column names images; UserError for a table whose meaning is not clear.
     """
     table = read_table(path)
@@ -107,7 +109,7 @@ def read_table_layout(
     files = names.resolve(values)
     folders = None if folder_of is None else [file and folder_of.get(file) for file in files]
     path_columns = {column, *names.same_files(table, column, files)}
-    return _layout(listing, table, path_columns, files, values, config, folders)
+    return _layout(listing, table, path_columns, files, values, config, folders, known)
 
 
 def _refuse_missing_images(listing: Listing, table: Table) -> None:
@@ -504,6 +506,7 @@ def _layout(
     values: list[str],
     config: DataConfig,
     folders: list[str | None] | None = None,
+    known: Sequence[str] = (),
 ) -> Layout:
     """Put the rows of a table into splits. Raises: UserError for labels that are not clear."""
     notes: list[str] = []
@@ -555,7 +558,7 @@ def _layout(
         for split in ORDER
         if split in split_of.values()
     }
-    class_names = _class_names(splits, table.name)
+    class_names = _class_names(splits, table.name, known)
     left_out = listing.all_left_out()
     left_out[suffix_of(table.name)] -= 1 if left_out[suffix_of(table.name)] else 0
     left_out[f"not in {table.name}"] += len(set(listing.images) - set(rows))
@@ -788,7 +791,7 @@ def _one_hot(table: Table, columns: list[str]) -> tuple[str, list[Any]] | None:
     return "label", [columns[row.index(True)] for row in rows]
 
 
-def _class_names(splits: dict[str, list], table: str) -> list[str]:
+def _class_names(splits: dict[str, list], table: str, known: Sequence[str] = ()) -> list[str]:
     """The classes that occur in train, in order: numbers by value, else by text.
 
     Raises: UserError for a class that only another split has.
@@ -809,7 +812,7 @@ def _class_names(splits: dict[str, list], table: str) -> list[str]:
                     f"class {name!r} of {table} is only in {split} ({count:,} images), not in train; "
                     "add training images, or remove its rows"
                 )
-    if len(found) < 2:
+    if len(found) < 2 and not set(known).issuperset(found):
         raise NoTable(f"{table} has one class, {listed(found)}; a classifier needs two or more")
     check_class_names(list(found))
     if all(name.lstrip("-").isdecimal() for name in found):

@@ -420,6 +420,9 @@ def test_missing_folder_is_refused(name):
     [
         ("photso", r"no such file or folder \(nearest: photos\)"),
         ("photos/*", "pass a folder, not a pattern of files"),
+        ("https://huggingface.co/datasets/a/b/tree/main", "; pass the id, a/b$"),
+        ("s3://bucket/photos", "it is a URL: download it, and pass the file or folder"),
+        ("file:///home/me/photos", "; pass /home/me/photos$"),
         (
             "photos/x.npz",
             r"x.npz is not a data set that is read; load it in Python, .*finetune_classifier",
@@ -433,7 +436,7 @@ def test_what_to_do_with_what_is_no_data_set(tmp_path, name, message):
     for each in ("x.npz", "x.xlsx"):
         (tmp_path / "photos" / each).write_bytes(b"PK")
     with pytest.raises(UserError, match=message):
-        source(tmp_path / name)
+        source(name if "://" in name else tmp_path / name)
 
 
 def test_unknown_hub_and_bundled_names_are_refused():
