@@ -288,7 +288,7 @@ def _hint(name: str, path: Path) -> str:
 
 
 def _holds_pixels(path: str) -> bool:
-    return suffix_of(path) == ".csv" and is_pixel_table(path)
+    return suffix_of(path) in (".csv", ".parquet") and is_pixel_table(path)
 
 
 def _pixel_source(
@@ -372,8 +372,14 @@ def _read_images(listing: Listing, config: DataConfig, known: Sequence[str]) -> 
     fitting, unclear, rejected = _fitting_tables(listing, config, layout, known)
     if layout is not None:
         return _agreed(layout, fitting, unclear, config)
-    if len(fitting) == 1:
+    if len(fitting) == 1 and not unclear:
         return next(iter(fitting.values()))
+    if fitting and unclear:
+        name, reason = next(iter(unclear.items()))
+        raise UserError(
+            f"{listed(fitting)} labels images, and {name} names some, too, but {reason}; or choose the table "
+            "with --labels_file"
+        )
     if joined := join_tables(listing, fitting):
         return joined
     if fitting:
@@ -394,16 +400,16 @@ def _unused_labels(listing: Listing, rejected: dict[str, UserError]) -> str:
     if rejected:
         name, error = next(iter(rejected.items()))
         return f". {name} is not used: {error}"
+    stems = {os.path.splitext(os.path.basename(file.name))[0] for file in listing.images}
     for file in listing.others:
         name, suffix = os.path.basename(file.name), suffix_of(file.name)
         if suffix in (".xlsx", ".xls", ".ods"):
             return f". {file.name} is not read: {ADVICE[suffix]}"
-        if (
-            suffix in LABEL_LISTS
-            and not name.lower().startswith(NO_LABELS)
-            and "/" not in file.name
-        ):
-            return f". If {name} has the labels, pass --labels_file {name}"
+        is_sidecar = name.lower().startswith(NO_LABELS) or os.path.splitext(name)[0] in stems
+        if suffix in LABEL_LISTS and not is_sidecar and file.name.count("/") < 2:
+            return f". If {name} has the labels, pass --labels_file {file.name}"
+        if suffix == ".mat":
+            return f". Labels in files such as {file.name} are not read: write them into a CSV"
         if suffix == ".xml":
             return f". Labels in XML files such as {file.name} are not read: write them into a CSV"
     return ""

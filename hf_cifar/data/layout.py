@@ -64,7 +64,8 @@ class Layout:
     def describe(self) -> str:
         """Describe the layout in one line."""
         count = sum(map(len, self.splits.values()))
-        parts = [f"{len(self.class_names):,} classes from {self.labels_from}, {count:,} images"]
+        classes = f"{len(self.class_names):,} class{'es' if len(self.class_names) != 1 else ''}"
+        parts = [f"{classes} from {self.labels_from}, {count:,} images"]
         if self.split_names:
             named = ", ".join(
                 name if name.rstrip("/") == split else f"{name} ({split})"
@@ -293,7 +294,7 @@ class _Reader:
         if numbered and alike and words_of("".join(inner[names[0]][1])):
             advice = "Join them, one folder per class"
         elif (split or fillers) and len(names) > 1:
-            names = [*split, *fillers]
+            names = [*split, *(name for name in fillers if name not in split)]
             advice = f"Pass {self.show(inner[names[0]][0])}"
         else:
             return

@@ -14,6 +14,7 @@ import pyarrow
 from datasets import Dataset, DatasetDict
 from datasets.table import InMemoryTable
 from pyarrow import csv as pyarrow_csv
+from pyarrow import parquet
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.layout import ORDER, split_roles
@@ -27,15 +28,38 @@ csv.field_size_limit(2**24)
 
 
 def is_pixel_table(path: str) -> bool:
-    """True for a CSV file with the pixels of one image in each row."""
+    """True for a CSV or Parquet file with the pixels of one image in each row."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(itertools.islice(csv.reader(file), 2))
-    except (OSError, ValueError, csv.Error):
+        rows = _first_rows(path)
+    except (OSError, ValueError, StopIteration, csv.Error, pyarrow.ArrowException):
         return False
     if len(rows) < 2 or len(rows[0]) != len(rows[1]):
         return False
     return _pixel_text(rows) is not None or len(_pixel_columns(rows)) >= FEWEST_PIXELS
+
+
+def _first_rows(path: str) -> list[list[str]]:
+    """The header and the first row, or the first two rows."""
+    if path.lower().endswith(".parquet"):
+        file = parquet.ParquetFile(path)
+        first = next(file.iter_batches(batch_size=1)).to_pylist()[0]
+        return [
+            list(first),
+            [str(c) if isinstance(c, (int, float, str)) else "" for c in first.values()],
+        ]
+    with open(path, encoding="utf-8-sig", newline="") as text:
+        return list(itertools.islice(csv.reader(text), 2))
+
+
+def _read_table(path: str, rows: list[list[str]]) -> pyarrow.Table:
+    if path.lower().endswith(".parquet"):
+        return parquet.read_table(path)
+    has_header = not all(re.fullmatch(r"[\d.]+", cell.strip()) for cell in rows[0])
+    return pyarrow_csv.read_csv(
+        path,
+        pyarrow_csv.ReadOptions(autogenerate_column_names=not has_header, block_size=2**24),
+        convert_options=pyarrow_csv.ConvertOptions(strings_can_be_null=False),
+    )
 
 
 def read_pixel_tables(files: Sequence[File], config: DataConfig) -> DatasetDict:
@@ -90,15 +114,9 @@ def _pixel_text(rows: list[list[str]]) -> int | None:
 
 
 def _read(path: str, config: DataConfig) -> pyarrow.Table:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(itertools.islice(csv.reader(file), 2))
-    has_header = not all(re.fullmatch(r"[\d.]+", cell.strip()) for cell in rows[0])
+    rows = _first_rows(path)
     try:
-        table = pyarrow_csv.read_csv(
-            path,
-            pyarrow_csv.ReadOptions(autogenerate_column_names=not has_header, block_size=2**24),
-            convert_options=pyarrow_csv.ConvertOptions(strings_can_be_null=False),
-        )
+        table = _read_table(path, rows)
         text = _pixel_text(rows)
         columns = [text] if text is not None else _pixel_columns(rows)
         if text is not None:

@@ -37,7 +37,7 @@ from hf_cifar.extras import require
 from hf_cifar.hub.fetch import fetch
 from hf_cifar.hub.origin import public_name
 from hf_cifar.hub.reach import looks_like_path, require_network
-from hf_cifar.text import first_line
+from hf_cifar.text import first_line, nearest
 
 logger = logging.getLogger(__name__)
 BUNDLED = "bundled/"
@@ -100,10 +100,24 @@ def open_data_set(config: DataConfig, streaming: bool = False, known: Sequence[s
         refuse_configuration(config)
         refuse_streaming(name, streaming)
         return Source(_load_bundled(name.removeprefix(BUNDLED)))
+    if not name:
+        raise UserError("--dataset_name is empty; pass a folder of images, or a Hub id")
     if looks_like_path(name):
         return load_local(Path(name).expanduser(), config, streaming, known)
     refuse_folder_options(config)
-    return Source(_load_hub(name, config, streaming))
+    try:
+        return Source(_load_hub(name, config, streaming))
+    except UserError as error:
+        raise type(error)(f"{error}{_local_hint(name)}") from None
+
+
+def _local_hint(name: str) -> str:
+    """Suggest a folder here, if the name that is no Hub id is like it."""
+    folder = Path(name).parent
+    if not folder.is_dir():
+        return ""
+    found = nearest(Path(name).name, (each.name for each in folder.iterdir() if each.is_dir()))
+    return f" (nearest folder here: {folder / found})" if found else ""
 
 
 def _load_bundled(name: str) -> DatasetDict:

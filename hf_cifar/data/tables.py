@@ -36,6 +36,17 @@ PATH_NAMES = {
 }  # fmt: skip
 LABEL_NAMES = ("label", "labels", "class", "target", "category")
 SPLIT_COLUMN_NAMES = {"partition", "phase", "set", "split", "subset", "usage"}
+# Never anything else, whatever its values.
+DIVIDING = {
+    "is_test",
+    "is_train",
+    "is_training",
+    "is_val",
+    "is_valid",
+    "is_validation",
+    "partition",
+    "split",
+}
 DELIMITERS = (",", ";", "\t", "|")
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 SAMPLE = 300  # rows that decide whether a table fits
@@ -559,6 +570,7 @@ def _layout(
         if split in split_of.values()
     }
     class_names = _class_names(splits, table.name, known)
+    notes += _alike(class_names)
     left_out = listing.all_left_out()
     left_out[suffix_of(table.name)] -= 1 if left_out[suffix_of(table.name)] else 0
     left_out[f"not in {table.name}"] += len(set(listing.images) - set(rows))
@@ -585,10 +597,11 @@ def _split_column(table: Table, taken: set[str], config: DataConfig) -> str | No
         roles = split_roles(values)
         if len(roles) == len(values) and "train" in roles.values():
             return name
-        if roles and name.lower() in SPLIT_COLUMN_NAMES:
+        if name.lower() in DIVIDING or (roles and name.lower() in SPLIT_COLUMN_NAMES):
             raise UserError(
-                f"column {name!r} of {table.name} names splits, but not only: "
-                f"{listed(sorted(map(repr, values)), 8)}; use train, validation and test, or rename it"
+                f"column {name!r} of {table.name} names splits{', but not only' if roles else ' as'}: "
+                f"{listed(sorted(map(repr, values)), 8)}; write train, validation and test into a column "
+                "split, or rename it"
             )
     return None
 
@@ -789,6 +802,19 @@ def _one_hot(table: Table, columns: list[str]) -> tuple[str, list[Any]] | None:
     if any(sum(row) != 1 for row in rows):
         return None
     return "label", [columns[row.index(True)] for row in rows]
+
+
+def _alike(names: list[str]) -> list[str]:
+    """Note the classes that differ only in upper and lower case."""
+    found = defaultdict(list)
+    for name in names:
+        found[name.casefold()].append(name)
+    return [
+        f"classes {' and '.join(map(repr, same))} differ only in upper and lower case; they are separate "
+        "classes, so write them alike if they are one"
+        for same in found.values()
+        if len(same) > 1
+    ]
 
 
 def _class_names(splits: dict[str, list], table: str, known: Sequence[str] = ()) -> list[str]:

@@ -195,6 +195,7 @@ def test_unknown_dds_pixels_are_a_user_error():
     [
         (b"some words", "not a known image format"),
         (b"", "the file is empty"),
+        (b"PK\x03\x04", "it is an archive; unpack it"),
         (b"<html>not found</html>", "it is a web page, .*; download it again"),
         (b"\n<!DOCTYPE html>\n<html>", "it is a web page"),
         (

@@ -119,6 +119,7 @@ def test_splits_and_classes(tmp_path, folders, splits):
         (several("2023/a", "2023/b", "2024/a", "2024/b"), "two ways: 2023, 2024 as classes"),
         (several("images/a", "images/b", "masks/a", "masks/b"), r"Pass .*images, or --folders classes"),
         (several("data/data/a", "data/data/b", "logos"), r"a/, b/ in data/ as classes. Pass .*data/data,"),
+        (several("data/train/b", "data/test/b", "docs"), r"in data/ as splits. Pass .*data, or"),
         (several("a/train/b", "a/test/b", "docs"), r"test/, train/ in a/ as splits. Pass .*a, or"),
     ],
 )  # fmt: skip

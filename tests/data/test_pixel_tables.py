@@ -1,6 +1,8 @@
 """hf_cifar.data.pixel_tables: the pixels of an image in each row of a CSV file."""
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from hf_cifar.config.data import DataConfig
@@ -40,6 +42,14 @@ def test_a_column_for_each_pixel(tmp_path, header, as_file):
     splits = load_source(DataConfig(dataset_name=str(path if as_file else tmp_path)))
     assert list(splits) == ["train"]
     check(splits["train"], range(9))
+
+
+def test_parquet(tmp_path):
+    columns = {name: [int(pixels(i).flat[k]) for i in range(9)] for k, name in enumerate(NAMED)}
+    table = pyarrow.table({"digit": [i % 3 for i in range(9)], **columns})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    for name in (tmp_path, tmp_path / "train.parquet"):
+        check(load_source(DataConfig(dataset_name=str(name)))["train"], range(9))
 
 
 def test_competition_layout(tmp_path):

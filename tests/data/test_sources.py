@@ -439,6 +439,17 @@ def test_what_to_do_with_what_is_no_data_set(tmp_path, name, message):
         source(name if "://" in name else tmp_path / name)
 
 
+def test_a_folder_that_is_spelled_like_a_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"bundled/digits \(nearest folder here: photos\)"):
+        source("photso")
+    with pytest.raises(UserError, match=r"\(nearest folder here: photos/train\)"):
+        source("photos/tran")
+    with pytest.raises(UserError, match="--dataset_name is empty"):
+        source("")
+
+
 def test_unknown_hub_and_bundled_names_are_refused():
     assert not looks_like_path("nobody/nothing")
     with pytest.raises(

@@ -320,6 +320,8 @@ def test_json(tmp_path, content):
             "has one class, cat; a classifier needs two",
         ),
         ("labels.xlsx", "PK", "labels.xlsx is not read: save it as CSV"),
+        ("a/list.txt", "0 1", "If list.txt has the labels, pass --labels_file a/list.txt"),
+        ("labels.mat", "MATLAB", r"Labels in files such as labels.mat are not read"),
         ("images/1.xml", "<x/>", r"Labels in XML files such as images/1.xml are not read"),
     ],
 )
@@ -367,6 +369,38 @@ def test_the_separator_line_of_excel(tmp_path):
     result = read_source(DataConfig(dataset_name=str(photos(tmp_path, NAMES, text))))
     check(result.splits)
     assert not result.rows_left_out
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "shown"),
+    [("split", "012", "as: '0', '1', '2'"), ("is_valid", ["True", "False"], "as: 'False', 'True'")],
+)
+def test_a_column_that_divides_the_rows_in_other_words(tmp_path, column, values, shown):
+    rows = "".join(f"{i},{label_of(i)},{values[i % len(values)]}\n" for i in range(9))
+    photos(tmp_path, NAMES, f"id,label,{column}\n{rows}")
+    with pytest.raises(
+        UserError, match=f"column '{column}' of labels.csv names splits {shown}; write"
+    ):
+        source(tmp_path)
+
+
+def test_classes_that_differ_in_case(tmp_path):
+    text = csv_of(lambda i: i).replace("1,dog", "1,Dog").replace("4,dog", "4,Dog")
+    result = read_source(DataConfig(dataset_name=str(photos(tmp_path, NAMES, text))))
+    assert result.notes[-1].startswith(
+        "classes 'Dog' and 'dog' differ only in upper and lower case"
+    )
+
+
+def test_a_clear_table_beside_one_that_is_not(tmp_path):
+    photos(tmp_path, NAMES, csv_of(lambda i: i), "b.csv")
+    rows = "".join(f"{i},{label_of(i)},{i % 2}\n" for i in range(9))
+    photos(tmp_path, [], f"id,kind,shape\n{rows}", "a.csv")
+    with pytest.raises(
+        UserError, match=r"b.csv labels images, and a.csv names some, too, but the label"
+    ):
+        source(tmp_path)
+    check(source(tmp_path, labels_file="b.csv"))
 
 
 def test_a_table_for_each_split(tmp_path):
