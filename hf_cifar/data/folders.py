@@ -372,13 +372,14 @@ def _read_images(listing: Listing, config: DataConfig, known: Sequence[str]) -> 
     fitting, unclear, rejected = _fitting_tables(listing, config, layout, known)
     if layout is not None:
         return _agreed(layout, fitting, unclear, config)
-    if len(fitting) == 1 and not unclear:
-        return next(iter(fitting.values()))
-    if fitting and unclear:
-        name, reason = next(iter(unclear.items()))
+    if len(fitting) == 1:
+        (found,) = fitting.values()
+        if "train" in found.splits or not unclear:
+            return found
+        name = next((name for name in unclear if "train" in name.lower()), next(iter(unclear)))
         raise UserError(
-            f"{listed(fitting)} labels images, and {name} names some, too, but {reason}; or choose the table "
-            "with --labels_file"
+            f"{listed(fitting)} labels only images of {listed(found.splits)}, and {name} cannot be used: "
+            f"{unclear[name]}; or choose the table with --labels_file"
         )
     if joined := join_tables(listing, fitting):
         return joined

@@ -392,15 +392,21 @@ def test_classes_that_differ_in_case(tmp_path):
     )
 
 
-def test_a_clear_table_beside_one_that_is_not(tmp_path):
-    photos(tmp_path, NAMES, csv_of(lambda i: i), "b.csv")
+def test_a_clear_table_of_test_beside_one_of_train_that_is_not(tmp_path):
     rows = "".join(f"{i},{label_of(i)},{i % 2}\n" for i in range(9))
-    photos(tmp_path, [], f"id,kind,shape\n{rows}", "a.csv")
+    photos(tmp_path / "Train", [f"{i}.png" for i in range(9)])
+    photos(tmp_path / "Test", [f"t{i}.png" for i in range(9)])
+    (tmp_path / "Meta.csv").write_text(f"id,form,shape\n{rows}")
+    (tmp_path / "Train.csv").write_text(f"id,kind,shape\n{rows}")
+    (tmp_path / "Test.csv").write_text(csv_of(lambda i: f"t{i}"))
     with pytest.raises(
-        UserError, match=r"b.csv labels images, and a.csv names some, too, but the label"
+        UserError,
+        match=r"Test.csv labels only images of test, and Train.csv cannot be used: the label",
     ):
         source(tmp_path)
-    check(source(tmp_path, labels_file="b.csv"))
+    check(source(tmp_path, labels_file="Train.csv", label_column_name="kind"))
+    (tmp_path / "Test.csv").write_text(csv_of(lambda i: i))
+    check(source(tmp_path))
 
 
 def test_a_table_for_each_split(tmp_path):
