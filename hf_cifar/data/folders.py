@@ -74,6 +74,7 @@ ADVICE = {
     **dict.fromkeys((".tfrecord", ".tfrecords", ".rec", ".mdb", ".lmdb", ".db", ".sqlite"), IN_PYTHON),
     **dict.fromkeys((".idx3-ubyte", ".idx1-ubyte", ".gz"), "unpack it if it is packed, then " + IN_PYTHON),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as CSV, with the images' names and their labels"),
+    ".arrow": "pass the folder that save_to_disk wrote",
     **dict.fromkeys((".rar", ".7z", ".zst"), "unpack it, and pass the folder"),
     **dict.fromkeys((".pdf", ".svg", ".dcm", ".mp4", ".avi", ".mov"), "convert it to PNG or JPEG images"),
 }  # fmt: skip
@@ -208,7 +209,7 @@ def load_local(
         return Source(_load_saved(path, config))
     listing = list_files(path)
     if config.labels_file is None and (_declares_files(path) or _has_shards(listing)):
-        return Source(_load_shards(path, config, streaming))
+        return _shards_source(path, listing, config, streaming)
     listing = _with_archives(listing)
     layout = None
     if listing.images or config.labels_file or candidates(listing) or metadata_files(listing):
@@ -398,6 +399,7 @@ def _read_images(listing: Listing, config: DataConfig, known: Sequence[str]) -> 
 
 def _unused_labels(listing: Listing, rejected: dict[str, UserError]) -> str:
     """Name a file that may have the labels of images without class folders, and say why it is not used."""
+    rejected = {n: e for n, e in rejected.items() if not n.startswith("predictions/")}
     if rejected:
         name, error = next(iter(rejected.items()))
         return f". {name} is not used: {error}"
@@ -510,6 +512,26 @@ def _load_shards(
             raise
         except Exception as error:  # a file of unknown origin can fail in any way
             raise _unreadable(config, error) from error
+
+
+def _shards_source(path: Path, listing: Listing, config: DataConfig, streaming: bool) -> Source:
+    """Open a folder of shards. Raises: UserError if it has class folders, too."""
+    images, notes = len(listing.images), []
+    if images and not _declares_files(path):
+        try:
+            names = read_layout(listing).class_names
+        except UserError:
+            names = []
+        if names:
+            raise UserError(
+                f"{config.dataset_name} holds class folders ({listed(names, 3)}) and Parquet or tar files of "
+                "images; pass one of them as --dataset_name"
+            )
+    if images:
+        notes.append(
+            f"{path.name}: left out {images:,} image files beside the Parquet or tar files"
+        )
+    return Source(_load_shards(path, config, streaming), notes=tuple(notes))
 
 
 def _unreadable(config: DataConfig, error: Exception) -> UserError:

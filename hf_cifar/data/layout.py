@@ -288,9 +288,8 @@ class _Reader:
             )
         numbered = len({re.sub(r"\d+", "", name) for name in names}) == 1 < len(names)
         alike = len({tuple(each) for _, each in inner.values()}) == 1 and len(inner) == len(names)
-        fillers = [
-            name for name in inner if set(words_of(name)) <= SPLIT_FILLERS and words_of(name)
-        ]
+        no_class = {*SPLIT_FILLERS, "labeled", "labelled"}
+        fillers = [name for name in inner if set(words_of(name)) <= no_class and words_of(name)]
         if numbered and alike and words_of("".join(inner[names[0]][1])):
             advice = "Join them, one folder per class"
         elif (split or fillers) and len(names) > 1:

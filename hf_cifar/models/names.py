@@ -81,7 +81,9 @@ def _no_model(name: str) -> str:
         return f"{problem}models are in its folders {listed(inside, 3)}; pass one of them"
     others = sorted(each.name for each in folder.iterdir() if each.suffix in WEIGHT_SUFFIXES)
     if "model.safetensors" in others:
-        return f"{problem}model.safetensors is there, but not the config.json of the model; add it"
+        return (
+            f"{problem}config.json does not exist beside model.safetensors; add that of the model"
+        )
     found = f"; found {listed(others, 3)}, which is not read" if others else ""
     return f"{problem}{Path(name) / 'config.json'} does not exist{found}; save the model with save_pretrained"
 

@@ -120,6 +120,7 @@ def test_splits_and_classes(tmp_path, folders, splits):
         (several("images/a", "images/b", "masks/a", "masks/b"), r"Pass .*images, or --folders classes"),
         (several("data/data/a", "data/data/b", "logos"), r"a/, b/ in data/ as classes. Pass .*data/data,"),
         (several("data/train/b", "data/test/b", "docs"), r"in data/ as splits. Pass .*data, or"),
+        (several("labeled/a", "labeled/b", "unlabeled"), r"in labeled/ as classes. Pass .*labeled, or"),
         (several("a/train/b", "a/test/b", "docs"), r"test/, train/ in a/ as splits. Pass .*a, or"),
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ from PIL import Image
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.images import decode_cell
 from hf_cifar.data.labels import class_label
-from hf_cifar.data.sources import load_source, open_data_set
+from hf_cifar.data.sources import load_source, open_data_set, read_source
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import looks_like_path
@@ -437,6 +437,19 @@ def test_what_to_do_with_what_is_no_data_set(tmp_path, name, message):
         (tmp_path / "photos" / each).write_bytes(b"PK")
     with pytest.raises(UserError, match=message):
         source(name if "://" in name else tmp_path / name)
+
+
+def test_images_beside_parquet_files(tmp_path, make_rows):
+    folder = image_folder(tmp_path / "photos", "assets/logo.png")
+    make_rows([0, 1, 0, 1]).to_parquet(str(folder / "train.parquet"))
+    result = read_source(DataConfig(dataset_name=str(folder)))
+    assert len(result.splits["train"]) == 4
+    assert result.notes == ("photos: left out 1 image files beside the Parquet or tar files",)
+    image_folder(folder, "cat/1.png", "dog/1.png")
+    with pytest.raises(
+        UserError, match=r"holds class folders \(assets, cat, dog\) and Parquet or tar"
+    ):
+        source(folder)
 
 
 def test_a_folder_that_is_spelled_like_a_hub_id(tmp_path, monkeypatch):

@@ -303,7 +303,7 @@ def test_unsupported_image_size_is_refused(name, size, expected, checkpoints):
             "",
             r"models are in its folders run1, run2; pass one of",
         ),
-        (["model.safetensors"], "", "model.safetensors is there, but not the config.json"),
+        (["model.safetensors"], "", "config.json does not exist beside model.safe"),
         (["adapter_config.json"], "", r"it is a PEFT adapter; .*merge_and_unload"),
         (
             ["best.pt"],
