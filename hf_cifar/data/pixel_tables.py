@@ -24,6 +24,10 @@ from hf_cifar.text import listed, one_line
 
 FEWEST_PIXELS = 64
 SPLIT_COLUMN_NAMES = {"partition", "set", "split", "subset", "usage"}
+KAGGLE_SPLITS = {
+    "PublicTest": "validation",
+    "PrivateTest": "test",
+}  # of the public and private ranking
 csv.field_size_limit(2**24)
 
 
@@ -154,7 +158,7 @@ def _by_column(table: pyarrow.Table, name: str) -> dict[str, pyarrow.Table]:
     if column is None:
         return {"train": table}
     values = sorted(map(str, set(table.column(column).to_pylist())))
-    roles = split_roles(values)
+    roles = split_roles(values) | {v: KAGGLE_SPLITS[v] for v in values if v in KAGGLE_SPLITS}
     if len(set(roles.values())) < len(values):
         raise UserError(
             f"column {column!r} of {name} names splits, but not only: {listed(map(repr, values), 8)}; use "

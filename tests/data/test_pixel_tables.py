@@ -75,7 +75,10 @@ def test_pixels_as_text_and_a_column_of_splits(tmp_path, separator):
     splits = load_source(DataConfig(dataset_name=str(path)))
     check(splits["train"], range(6))
     check(splits["test"], range(6, 9))
-    path.write_text(path.read_text().replace("Test", "Other"))
+    path.write_text(path.read_text().replace("Test", "PrivateTest"))
+    splits = load_source(DataConfig(dataset_name=str(path)))
+    assert {split: len(found) for split, found in splits.items()} == {"train": 6, "test": 3}
+    path.write_text(path.read_text().replace("PrivateTest", "Other"))
     with pytest.raises(
         UserError, match=r"'Usage' of faces.csv names splits, but not only: 'Other',"
     ):
