@@ -92,6 +92,21 @@ def test_a_subset_of_the_classes_is_measured(measure, stripes, tmp_path, caplog)
     assert metrics["intervals"]["per_class"]["across"]["recall"] is None
 
 
+def test_a_folder_of_one_class_is_measured(measure, stripes, tmp_path):
+    shutil.copytree(stripes / "test" / "down", tmp_path / "some" / "down")
+    assert measure(tmp_path / "some", "test").labels.tolist() == [1] * 11
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "some")
+    assert len(measure(tmp_path / "packed.zip", "test").labels) == 11
+    shutil.copytree(tmp_path / "some" / "down", tmp_path / "table" / "images")
+    names = sorted(path.name for path in (tmp_path / "table" / "images").iterdir())
+    rows = "".join(f"{name},down\n" for name in names)
+    (tmp_path / "table" / "labels.csv").write_text(f"file,label\n{rows}")
+    assert len(measure(tmp_path / "table", "test").labels) == 11
+    (tmp_path / "some" / "down").rename(tmp_path / "some" / "up")
+    with pytest.raises(UserError, match="has one class folder, up; a classifier needs two"):
+        measure(tmp_path / "some", "test")
+
+
 def test_unknown_classes_are_listed(measure, stripes, save):
     rows = rows_of(stripes, "test", ["across", "down"], ["across", "down", "dots", "grid"])
     labels = rows["label"][:]

@@ -302,6 +302,16 @@ def test_early_stopping(tmp_path, stripes, tiny_vit):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["epochs"] == 3
 
 
+@pytest.mark.parametrize("place", [".", "train", "train/down"])
+def test_a_folder_of_the_data_is_no_output_folder(tmp_path, stripes, tiny_vit, place):
+    data = tmp_path / "data"
+    shutil.copytree(stripes, data)
+    before = sorted(data.rglob("*"))
+    with pytest.raises(UserError, match=r"--output_dir .* holds the data; pass a new folder"):
+        tiny_run(data / place, data, tiny_vit)
+    assert sorted(data.rglob("*")) == before
+
+
 def test_a_folder_with_a_run_is_refused_and_unchanged(vit_run, stripes, tiny_vit):
     before = {p: p.stat().st_mtime_ns for p in vit_run.rglob("*")}
     with pytest.raises(UserError, match=r"holds another run.*--resume_from_checkpoint"):

@@ -126,7 +126,7 @@ def _image_column(features: Features, config: DataConfig, rows: Dataset | None) 
             logger.info("image column: %r, names of files in %s", chosen, folder)
         return chosen
     raise UserError(
-        f"none of the columns {list(features)} is an image column; pass --image_column_name"
+        f"none of the columns {listed(features, 8)} is an image column; pass --image_column_name"
     )
 
 
@@ -148,8 +148,8 @@ def _label_column(features: Features, config: DataConfig, image: str) -> str:
     found = declared if both else [*declared, *called]
     if not found:
         raise UserError(
-            f"none of the columns {list(features)} is a class label column; pass --label_column_name, or put "
-            "images into one folder per class"
+            f"none of the columns {listed(features, 8)} is a class label column; pass "
+            "--label_column_name, or put images into one folder per class"
         )
     if not declared and len(found) == 1:
         _log_choice(found[0], others, "label")

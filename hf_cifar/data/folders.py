@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,10 +43,12 @@ from hf_cifar.data.listing import (
     TABLE_SUFFIXES,
     File,
     Listing,
+    kind_of,
     list_files,
     render_left_out,
     suffix_of,
 )
+from hf_cifar.data.pixel_tables import is_pixel_table, read_pixel_tables
 from hf_cifar.data.tables import (
     NoTable,
     agree,
@@ -56,10 +60,26 @@ from hf_cifar.data.tables import (
     read_table_layout,
 )
 from hf_cifar.errors import UserError
-from hf_cifar.text import first_line, listed
+from hf_cifar.hub.reach import url_advice
+from hf_cifar.text import first_line, listed, nearest_hint
 
 # Tables that are opened to find the one with the labels.
 MAX_TABLES, MAX_TABLE_BYTES = 50, 500 * 1024**2
+IN_PYTHON = (
+    "load it in Python, and pass its images and labels to finetune_classifier (docs/data.md)"
+)
+# What to do with files that are not read, by their suffix.
+ADVICE = {
+    **dict.fromkeys((".npy", ".npz", ".mat", ".h5", ".hdf5", ".pkl", ".pickle", ".pt", ".pth"), IN_PYTHON),
+    **dict.fromkeys((".tfrecord", ".tfrecords", ".rec", ".mdb", ".lmdb", ".db", ".sqlite"), IN_PYTHON),
+    **dict.fromkeys((".idx3-ubyte", ".idx1-ubyte", ".gz"), "unpack it if it is packed, then " + IN_PYTHON),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as CSV, with the images' names and their labels"),
+    ".arrow": "pass the folder that save_to_disk wrote",
+    **dict.fromkeys((".rar", ".7z", ".zst"), "unpack it, and pass the folder"),
+    **dict.fromkeys((".pdf", ".svg", ".dcm", ".mp4", ".avi", ".mov"), "convert it to PNG or JPEG images"),
+}  # fmt: skip
+LABEL_LISTS = {".json", ".ndjson", ".txt", ".lst"}
+NO_LABELS = ("readme", "license", "licence", "requirements", "notes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,10 +181,18 @@ def _is_text(path: str) -> bool:
     return True
 
 
-def load_local(path: Path, config: DataConfig, streaming: bool) -> Source:
-    """Open all splits of a file or folder. Raises: UserError if it is not a data set."""
+def load_local(
+    path: Path, config: DataConfig, streaming: bool, known: Sequence[str] = ()
+) -> Source:
+    """Open all splits of a file or folder. known: classes of which there may be only one.
+
+    Raises: UserError if it is not a data set.
+    """
     if not path.exists():
-        raise UserError(f"no data set {config.dataset_name}: there is no such file or folder")
+        raise UserError(
+            f"no data set {config.dataset_name}: there is no such file or folder"
+            f"{_hint(config.dataset_name, path)}"
+        )
     if cifar_version(path) is not None:
         refuse_folder_options(config)
         refuse_configuration(config)
@@ -174,26 +202,33 @@ def load_local(path: Path, config: DataConfig, streaming: bool) -> Source:
             DatasetDict({split: from_pixels(columns, names) for split, columns in parts.items()})
         )
     if path.is_file():
-        return _load_file(path, config, streaming)
+        return _load_file(path, config, streaming, known)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         refuse_folder_options(config)
         refuse_streaming(config.dataset_name, streaming)
         return Source(_load_saved(path, config))
     listing = list_files(path)
     if config.labels_file is None and (_declares_files(path) or _has_shards(listing)):
-        return Source(_load_shards(path, config, streaming))
+        return _shards_source(path, listing, config, streaming)
     listing = _with_archives(listing)
     layout = None
     if listing.images or config.labels_file or candidates(listing) or metadata_files(listing):
-        layout = _read_images(listing, config)
+        layout = _read_images(listing, config, known)
     if layout is None:
         readable = (*TABLE_SUFFIXES, ".arrow", ".json", ".tar", ".zip")
         if not any(file.name.lower().endswith(readable) for file in listing.others):
             left_out = listing.all_left_out()
             files = f", no image among {render_left_out(left_out)}" if left_out else ""
+            advice = next(
+                (ADVICE[s] for f in listing.others if (s := suffix_of(f.name)) in ADVICE), ""
+            )
             raise UserError(
                 f"cannot load data set {config.dataset_name}: it doesn't contain any data files{files}"
+                + (f"; {advice}" if advice else "")
             )
+        pixels = [file for file in listing.others if _holds_pixels(file.path)]
+        if pixels:
+            return _pixel_source(pixels, listing, config, streaming)
         return Source(_load_shards(path, config, streaming))
     return _source(layout, config, streaming)
 
@@ -214,21 +249,68 @@ def _source(layout: Layout, config: DataConfig, streaming: bool) -> Source:
     )
 
 
-def _load_file(path: Path, config: DataConfig, streaming: bool) -> Source:
+def _load_file(path: Path, config: DataConfig, streaming: bool, known: Sequence[str]) -> Source:
     """Open an archive, a table of paths, or a Parquet file."""
     refuse_other_archives(path)
     if is_archive(path) and not is_web_dataset(path):
-        return load_local(unpack(path), config, streaming)
+        folder = unpack(path)
+        try:
+            return load_local(folder, config, streaming, known)
+        except UserError as error:
+            raise type(error)(str(error).replace(str(folder), str(path))) from None
     if is_archive(path) or holds_images(str(path)):
         kind = "webdataset" if is_archive(path) else "parquet"
         return Source(_load_shards(path, config, streaming, builder=kind))
-    if suffix_of(path.name) in TABLE_SUFFIXES:
-        layout = read_table_layout(list_files(path.parent), str(path), config, requested=True)
+    if _holds_pixels(str(path)):
+        return _pixel_source([File(path.name, str(path))], None, config, streaming)
+    if suffix_of(path.name) in (*TABLE_SUFFIXES, ".json"):
+        layout = read_table_layout(
+            list_files(path.parent), str(path), config, requested=True, known=known
+        )
         return _source(layout, config, streaming)
+    if suffix_of(path.name) in ADVICE:
+        raise UserError(f"{path} is not a data set that is read; {ADVICE[suffix_of(path.name)]}")
     raise UserError(
         f"{path} is not a data set; pass a folder of images, a zip or tar of one, a table of paths and "
         "labels, a Hub-layout folder, or an official cifar-10/100 tar.gz"
     )
+
+
+def _hint(name: str, path: Path) -> str:
+    """What a name that is no file or folder may mean."""
+    if advice := url_advice(name):
+        return advice
+    text = str(path)
+    if "*" in text or "?" in text:
+        return "; pass a folder, not a pattern of files"
+    if path.parent.is_dir():
+        return nearest_hint(path.name, (each.name for each in path.parent.iterdir()))
+    return ""
+
+
+def _holds_pixels(path: str) -> bool:
+    return suffix_of(path) in (".csv", ".parquet") and is_pixel_table(path)
+
+
+def _pixel_source(
+    tables: list[File], listing: Listing | None, config: DataConfig, streaming: bool
+) -> Source:
+    """Open tables with the pixels of an image in each row. listing: of the folder that holds them."""
+    refuse_folder_options(config)
+    refuse_configuration(config)
+    refuse_streaming(config.dataset_name, streaming)
+    splits = read_pixel_tables(tables, config)
+    count = sum(map(len, splits.values()))
+    left_out = Counter[str]()
+    if listing is not None:
+        names = {file.name for file in tables}
+        left_out = listing.left_out + Counter(
+            kind_of(file.name) for file in listing.others if file.name not in names
+        )
+    description = f"the pixels of {count:,} images in {listed(file.name for file in tables)}"
+    if left_out:
+        description += f"; left out: {render_left_out(left_out)}"
+    return Source(splits, description, dict(left_out))
 
 
 def _with_archives(listing: Listing) -> Listing:
@@ -262,17 +344,19 @@ def _declares_files(path: Path) -> bool:
     )
 
 
-def _read_images(listing: Listing, config: DataConfig) -> Layout | None:
+def _read_images(listing: Listing, config: DataConfig, known: Sequence[str]) -> Layout | None:
     """Find where the classes of images come from: folders, metadata files or a table.
 
     Returns None if there are no images and no table of any. Raises: UserError if that is not clear.
     """
     if config.labels_file is not None:
-        return read_table_layout(listing, _labels_path(listing, config), config, requested=True)
+        return read_table_layout(
+            listing, _labels_path(listing, config), config, requested=True, known=known
+        )
     layout: Layout | None = None
     problem = UserError("no images")
     try:
-        layout = read_layout(listing, config.folders)
+        layout = read_layout(listing, config.folders, known)
     except UserError as error:
         problem = error
     if metadata_files(listing):
@@ -286,11 +370,18 @@ def _read_images(listing: Listing, config: DataConfig) -> Layout | None:
             return found
     if layout is not None and config.folders != "auto":
         return layout
-    fitting, unclear = _fitting_tables(listing, config, layout)
+    fitting, unclear, rejected = _fitting_tables(listing, config, layout, known)
     if layout is not None:
         return _agreed(layout, fitting, unclear, config)
     if len(fitting) == 1:
-        return next(iter(fitting.values()))
+        (found,) = fitting.values()
+        if "train" in found.splits or not unclear:
+            return found
+        name = next((name for name in unclear if "train" in name.lower()), next(iter(unclear)))
+        raise UserError(
+            f"{listed(fitting)} labels only images of {listed(found.splits)}, and {name} cannot be used: "
+            f"{unclear[name]}; or choose the table with --labels_file"
+        )
     if joined := join_tables(listing, fitting):
         return joined
     if fitting:
@@ -301,7 +392,30 @@ def _read_images(listing: Listing, config: DataConfig) -> Layout | None:
         raise next(iter(unclear.values()))
     if not listing.images:
         return None
+    if isinstance(problem, NoClassFolders):
+        raise NoClassFolders(f"{problem}{_unused_labels(listing, rejected)}")
     raise problem
+
+
+def _unused_labels(listing: Listing, rejected: dict[str, UserError]) -> str:
+    """Name a file that may have the labels of images without class folders, and say why it is not used."""
+    rejected = {n: e for n, e in rejected.items() if not n.startswith("predictions/")}
+    if rejected:
+        name, error = next(iter(rejected.items()))
+        return f". {name} is not used: {error}"
+    stems = {os.path.splitext(os.path.basename(file.name))[0] for file in listing.images}
+    for file in listing.others:
+        name, suffix = os.path.basename(file.name), suffix_of(file.name)
+        if suffix in (".xlsx", ".xls", ".ods"):
+            return f". {file.name} is not read: {ADVICE[suffix]}"
+        is_sidecar = name.lower().startswith(NO_LABELS) or os.path.splitext(name)[0] in stems
+        if suffix in LABEL_LISTS and not is_sidecar and file.name.count("/") < 2:
+            return f". If {name} has the labels, pass --labels_file {file.name}"
+        if suffix == ".mat":
+            return f". Labels in files such as {file.name} are not read: write them into a CSV"
+        if suffix == ".xml":
+            return f". Labels in XML files such as {file.name} are not read: write them into a CSV"
+    return ""
 
 
 def _labels_path(listing: Listing, config: DataConfig) -> str:
@@ -315,23 +429,26 @@ def _labels_path(listing: Listing, config: DataConfig) -> str:
 
 
 def _fitting_tables(
-    listing: Listing, config: DataConfig, layout: Layout | None
-) -> tuple[dict[str, Layout], dict[str, UserError]]:
-    """The tables that label the images, by name, and the errors of those that name images unclearly. layout:
-    the class folders, if there are any; only tables beside them count then."""
+    listing: Listing, config: DataConfig, layout: Layout | None, known: Sequence[str]
+) -> tuple[dict[str, Layout], dict[str, UserError], dict[str, UserError]]:
+    """The tables that label the images, by name, and the errors of those that name images unclearly, and of
+    the others. layout: the class folders, if there are any; only tables beside them count then."""
     fitting: dict[str, Layout] = {}
     unclear: dict[str, UserError] = {}
+    rejected: dict[str, UserError] = {}
     folder_of = None if layout is None else _class_of(layout)
     for file in candidates(listing, None if layout is None else 0)[:MAX_TABLES]:
         if os.path.getsize(file.path) > MAX_TABLE_BYTES:
             continue
         try:
-            fitting[file.name] = read_table_layout(listing, file.path, config, folder_of=folder_of)
-        except NoTable:
-            continue
+            fitting[file.name] = read_table_layout(
+                listing, file.path, config, folder_of=folder_of, known=known
+            )
+        except NoTable as error:
+            rejected[file.name] = error
         except UserError as error:
             unclear[file.name] = error
-    return fitting, unclear
+    return fitting, unclear, rejected
 
 
 def _class_of(layout: Layout) -> dict[File, Any]:
@@ -395,6 +512,26 @@ def _load_shards(
             raise
         except Exception as error:  # a file of unknown origin can fail in any way
             raise _unreadable(config, error) from error
+
+
+def _shards_source(path: Path, listing: Listing, config: DataConfig, streaming: bool) -> Source:
+    """Open a folder of shards. Raises: UserError if it has class folders, too."""
+    images, notes = len(listing.images), []
+    if images and not _declares_files(path):
+        try:
+            names = read_layout(listing).class_names
+        except UserError:
+            names = []
+        if names:
+            raise UserError(
+                f"{config.dataset_name} holds class folders ({listed(names, 3)}) and Parquet or tar files of "
+                "images; pass one of them as --dataset_name"
+            )
+    if images:
+        notes.append(
+            f"{path.name}: left out {images:,} image files beside the Parquet or tar files"
+        )
+    return Source(_load_shards(path, config, streaming), notes=tuple(notes))
 
 
 def _unreadable(config: DataConfig, error: Exception) -> UserError:

@@ -86,3 +86,16 @@ def _brands(head: bytes) -> set[bytes]:
         return set()
     end = min(int.from_bytes(head[:4], "big"), len(head))
     return {head[8:12], *(head[start : start + 4] for start in range(16, end, 4))}
+
+
+def text_kind(head: bytes) -> str:
+    """Say what a file that no decoder knows is, by its first bytes (at least 64)."""
+    if not head:
+        return "the file is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; run: git lfs pull"
+    if head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"Rar!", b"7z\xbc\xaf")):
+        return "it is an archive; unpack it"
+    if re.match(rb"\s*<(!doctype\s+html|html|head|body)", head, re.IGNORECASE):
+        return "it is a web page, as a failed download leaves it; download it again"
+    return "not a known image format"

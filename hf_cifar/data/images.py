@@ -26,7 +26,7 @@ from hf_cifar.data.depth import (
     range_of,
     sample_values,
 )
-from hf_cifar.data.formats import RAW_KIND, foreign_kind, is_heic
+from hf_cifar.data.formats import RAW_KIND, foreign_kind, is_heic, text_kind
 from hf_cifar.data.jpeg import decode_jpeg, turned
 from hf_cifar.data.tiff import TiffPage
 from hf_cifar.errors import UserError
@@ -204,7 +204,7 @@ def _open_image(file: BinaryIO) -> Image.Image:
     try:
         return Image.open(file, formats=_formats())
     except UnidentifiedImageError:
-        raise UserError("cannot read image: not a known image format") from None
+        raise UserError(f"cannot read image: {text_kind(head)}") from None
 
 
 def _foreign(kind: str) -> UserError:

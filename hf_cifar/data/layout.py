@@ -29,8 +29,8 @@ ORDER = ("train", "validation", "test")
 # Kinds of files that lie beside images. A folder with only these is no class.
 DOCUMENTS = {
     ".7z", ".aae", ".arrow", ".bin", ".cfg", ".ckpt", ".csv", ".db", ".doc", ".docx", ".gz", ".h5", ".htm",
-    ".html", ".ini", ".ipynb", ".json", ".jsonl", ".lock", ".log", ".mat", ".md", ".md5", ".npy", ".npz",
-    ".onnx", ".parquet", ".pdf", ".pkl", ".pt", ".pth", ".py", ".rst", ".safetensors", ".sh", ".sqlite",
+    ".html", ".ini", ".ipynb", ".json", ".jsonl", ".lock", ".log", ".md", ".md5", ".ndjson", ".npz",
+    ".onnx", ".parquet", ".pkl", ".pt", ".pth", ".py", ".rst", ".safetensors", ".sh", ".sqlite",
     ".tar", ".tfevents", ".toml", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".xmp", ".yaml", ".yml", ".zip",
 }  # fmt: skip
 MAX_NAMES = 5  # in a line
@@ -64,7 +64,8 @@ class Layout:
     def describe(self) -> str:
         """Describe the layout in one line."""
         count = sum(map(len, self.splits.values()))
-        parts = [f"{len(self.class_names):,} classes from {self.labels_from}, {count:,} images"]
+        classes = f"{len(self.class_names):,} class{'es' if len(self.class_names) != 1 else ''}"
+        parts = [f"{classes} from {self.labels_from}, {count:,} images"]
         if self.split_names:
             named = ", ".join(
                 name if name.rstrip("/") == split else f"{name} ({split})"
@@ -80,14 +81,15 @@ class Layout:
         return "; ".join(parts)
 
 
-def read_layout(listing: Listing, folders: str = "auto") -> Layout:
-    """Decide what the folders of a listing are. folders: auto, classes or splits.
+def read_layout(listing: Listing, folders: str = "auto", known: Iterable[str] = ()) -> Layout:
+    """Decide what the folders of a listing are. folders: auto, classes or splits. known: classes of which
+    there may be only one.
 
     Raises: NoClassFolders if no folder, or not that of train, holds two class folders, or two readings make
     sense; UserError for an image outside the classes, a class that only another split has, or a folder
     without a readable image.
     """
-    return _Reader(listing).read(folders)
+    return _Reader(listing).read(folders, set(known))
 
 
 class _Reader:
@@ -110,16 +112,18 @@ class _Reader:
         self.left_out = listing.all_left_out()
         self.notes: list[str] = []
 
-    def read(self, folders: str) -> Layout:
+    def read(self, folders: str, known: set[str]) -> Layout:
         inside = self.enter()
         roles = self.roles_of(inside, folders)
         if roles:
             splits, used = self.read_splits(inside, roles)
         else:
+            if folders == "auto":
+                self.refuse_unlikely_classes(inside)
             splits, used = {"train": self.read_classes(inside)}, {}
         labelled = [splits["train"]] if "train" in splits else splits.values()
         names = sorted({name for classes in labelled for name in classes})
-        if len(names) < 2:
+        if len(names) < 2 and not known.issuperset(names):
             where = self.show(inside + (f"{used['train']}/" if "train" in used else ""))
             raise NoClassFolders(
                 f"{where} has one class folder, {one_line(names[0])}; a classifier needs two or more"
@@ -263,7 +267,63 @@ class _Reader:
             )
         self.refuse_stray(top)
         self.empty_folders(top, warn=True)
+        self.note_deeper(top, names)
         return {name: self.images[f"{top}{name}/"] for name in names}
+
+    def refuse_unlikely_classes(self, top: str) -> None:
+        """Raises: UserError if folders that would be classes hold the splits, or the classes, themselves."""
+        names = sorted(self.below[top])
+        inner = {name: self.folders_in(f"{top}{name}/") for name in names}
+        inner = {name: found for name, found in inner.items() if len(found[1]) > 1}
+        split = {
+            name: each
+            for name, (_, each) in inner.items()
+            if len(roles := split_roles(each)) == len(each) and "train" in roles.values()
+        }
+        where = self.show(top)
+        if len(split) == len(names) > 1:
+            raise NoClassFolders(
+                f"{slashed(names)} in {where} each hold splits, {slashed(split[names[0]])}; make those the "
+                "top folders, with the classes in them, or pass --folders classes to train on all images"
+            )
+        numbered = len({re.sub(r"\d+", "", name) for name in names}) == 1 < len(names)
+        alike = len({tuple(each) for _, each in inner.values()}) == 1 and len(inner) == len(names)
+        no_class = {*SPLIT_FILLERS, "labeled", "labelled"}
+        fillers = [name for name in inner if set(words_of(name)) <= no_class and words_of(name)]
+        if numbered and alike and words_of("".join(inner[names[0]][1])):
+            advice = "Join them, one folder per class"
+        elif (split or fillers) and len(names) > 1:
+            names = [*split, *(name for name in fillers if name not in split)]
+            advice = f"Pass {self.show(inner[names[0]][0])}"
+        else:
+            return
+        raise NoClassFolders(
+            f"{where} can be read in two ways: {listed(sorted(self.below[top]), MAX_NAMES)} as classes; or "
+            f"{slashed(inner[names[0]][1])} in {slashed(names)} as {'splits' if split else 'classes'}. "
+            f"{advice}, or --folders classes"
+        )
+
+    def folders_in(self, top: str) -> tuple[str, list[str]]:
+        """Enter folders that hold nothing but one folder; returns the last one, and the folders in it, which
+        are none if images lie beside them."""
+        while not self.direct[top] and len(self.below[top]) == 1:
+            top += f"{next(iter(self.below[top]))}/"
+        return top, [] if self.direct[top] else sorted(self.below[top])
+
+    def note_deeper(self, top: str, names: list[str]) -> None:
+        """Note the folders below classes, unless each class has nothing but one."""
+        deeper: Counter[str] = Counter()
+        for name in names:
+            for each in self.below[f"{top}{name}/"]:
+                deeper[each] += len(self.images[f"{top}{name}/{each}/"])
+        if len(deeper) > 1 or any(
+            self.direct[f"{top}{name}/"] for name in names if self.below[f"{top}{name}/"]
+        ):
+            most = sorted(deeper.items(), key=lambda item: (-item[1], item[0]))
+            counts = listed((f"{count:,} in {one_line(name)}/" for name, count in most), MAX_NAMES)
+            self.notes.append(
+                f"{self.near(top)}: images below the class folders are used: {counts}"
+            )
 
     def refuse_stray(self, top: str) -> None:
         stray = self.direct[top]

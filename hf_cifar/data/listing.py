@@ -23,7 +23,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.progress import Progress
 from hf_cifar.text import listed, one_line
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 # Formats of Pillow that hold no photograph, or that it can only name.
 NO_PHOTOS = {"BUFR", "CUR", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from hf_cifar.extras import require
 from hf_cifar.hub.fetch import fetch
 from hf_cifar.hub.origin import public_name
 from hf_cifar.hub.reach import looks_like_path, require_network
-from hf_cifar.text import first_line
+from hf_cifar.text import first_line, nearest
 
 logger = logging.getLogger(__name__)
 BUNDLED = "bundled/"
@@ -80,8 +81,11 @@ def announced(source: Source, config: DataConfig) -> Source:
     return source
 
 
-def open_data_set(config: DataConfig, streaming: bool = False) -> Source:
-    """Open all splits with their original columns. streaming: without reading them, for a folder or the Hub.
+def open_data_set(config: DataConfig, streaming: bool = False, known: Sequence[str] = ()) -> Source:
+    """Open all splits with their original columns.
+
+    streaming: without reading them, for a folder or the Hub. known: the classes of a model, of which a folder
+    of images may have only one.
 
     Raises: UserError for an unknown data set, no network, or a source that cannot be streamed.
     """
@@ -96,10 +100,24 @@ def open_data_set(config: DataConfig, streaming: bool = False) -> Source:
         refuse_configuration(config)
         refuse_streaming(name, streaming)
         return Source(_load_bundled(name.removeprefix(BUNDLED)))
+    if not name:
+        raise UserError("--dataset_name is empty; pass a folder of images, or a Hub id")
     if looks_like_path(name):
-        return load_local(Path(name).expanduser(), config, streaming)
+        return load_local(Path(name).expanduser(), config, streaming, known)
     refuse_folder_options(config)
-    return Source(_load_hub(name, config, streaming))
+    try:
+        return Source(_load_hub(name, config, streaming))
+    except UserError as error:
+        raise type(error)(f"{error}{_local_hint(name)}") from None
+
+
+def _local_hint(name: str) -> str:
+    """Suggest a folder here, if the name that is no Hub id is like it."""
+    folder = Path(name).parent
+    if not folder.is_dir():
+        return ""
+    found = nearest(Path(name).name, (each.name for each in folder.iterdir() if each.is_dir()))
+    return f" (nearest folder here: {folder / found})" if found else ""
 
 
 def _load_bundled(name: str) -> DatasetDict:

@@ -228,7 +228,7 @@ def load_other_split(config: DataConfig, name: str, class_names: Sequence[str]) 
     found = (
         load_streams(config)
         if config.streaming
-        else announced(open_data_set(config), config).splits
+        else announced(open_data_set(config, known=class_names), config).splits
     )
     source_split = _other_split(found, name, config)
     given, row_ids = found[source_split], None

@@ -5,6 +5,7 @@ The columns are found by their content: one names images of the listing, another
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -35,7 +36,19 @@ PATH_NAMES = {
 }  # fmt: skip
 LABEL_NAMES = ("label", "labels", "class", "target", "category")
 SPLIT_COLUMN_NAMES = {"partition", "phase", "set", "split", "subset", "usage"}
+# Never anything else, whatever its values.
+DIVIDING = {
+    "is_test",
+    "is_train",
+    "is_training",
+    "is_val",
+    "is_valid",
+    "is_validation",
+    "partition",
+    "split",
+}
 DELIMITERS = (",", ";", "\t", "|")
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 SAMPLE = 300  # rows that decide whether a table fits
 MAX_NAMES = 3  # in a line
 
@@ -79,11 +92,13 @@ def read_table_layout(
     *,
     requested: bool = False,
     folder_of: Mapping[File, str] | None = None,
+    known: Sequence[str] = (),
 ) -> Layout:
     """Read the images and labels that a table names.
 
     requested: the user named the table, so that two rows that name an image are enough. folder_of: the class
-    folders of the images, which decide between columns that could be labels.
+    folders of the images, which decide between columns that could be labels. known: classes of which there
+    may be only one.
     Raises: NoTable if no column names images; UserError for a table whose meaning is not clear.
     """
     table = read_table(path)
@@ -105,7 +120,7 @@ def read_table_layout(
     files = names.resolve(values)
     folders = None if folder_of is None else [file and folder_of.get(file) for file in files]
     path_columns = {column, *names.same_files(table, column, files)}
-    return _layout(listing, table, path_columns, files, values, config, folders)
+    return _layout(listing, table, path_columns, files, values, config, folders, known)
 
 
 def _refuse_missing_images(listing: Listing, table: Table) -> None:
@@ -126,6 +141,8 @@ def join_tables(listing: Listing, tables: dict[str, Layout]) -> Layout | None:
     Raises: UserError for an image that is in two of them.
     """
     stems = {posixpath.splitext(posixpath.basename(name))[0]: name for name in tables}
+    if len(stems) < len(tables):  # train/_classes.csv and test/_classes.csv
+        stems = {posixpath.basename(posixpath.dirname(name)): name for name in tables}
     roles = split_roles(stems)
     if len(set(roles.values())) < len(tables) or "train" not in roles.values():
         return None
@@ -198,6 +215,10 @@ def read_table(path: str) -> Table:
             columns = _read_parquet(path)
         elif suffix in (".jsonl", ".ndjson"):
             columns = _read_json_lines(Path(path).read_bytes())
+        elif suffix == ".json":
+            columns = _read_json(Path(path).read_bytes())
+        elif suffix in SPREADSHEETS:
+            raise NoTable("is a spreadsheet; save it as CSV")
         else:
             columns = _read_delimited(Path(path).read_bytes(), suffix)
     except NoTable as error:
@@ -232,15 +253,36 @@ def _read_parquet(path: str) -> dict[str, list[Any]]:
 
 
 def _read_json_lines(content: bytes) -> dict[str, list[Any]]:
-    rows = [json.loads(line) for line in _decode(content).splitlines() if line.strip()]
+    return _json_columns(
+        [json.loads(line) for line in _decode(content).splitlines() if line.strip()]
+    )
+
+
+def _read_json(content: bytes) -> dict[str, list[Any]]:
+    """Read a list of objects, an object of columns, or one of names and labels."""
+    found = json.loads(_decode(content))
+    if isinstance(found, list):
+        return _json_columns(found)
+    cells = list(found.values()) if isinstance(found, dict) else []
+    if cells and all(isinstance(cell, (str, int)) for cell in cells):
+        return {"file": list(found), "label": cells}
+    raise NoTable(
+        'is no list of objects such as {"file": "1.png", "label": "cat"}; write the names of the '
+        "images and their labels into a CSV"
+    )
+
+
+def _json_columns(rows: list[Any]) -> dict[str, list[Any]]:
     if not all(isinstance(row, dict) for row in rows):
-        raise NoTable("has lines that are no JSON objects")
+        raise NoTable("has rows that are no JSON objects")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _read_delimited(content: bytes, suffix: str) -> dict[str, list[Any]]:
     text = _decode(content)
+    if declared := re.match(r"sep=(.)\r?\n", text):  # for Excel
+        text = text[declared.end() :]
     delimiters = [*("\t" * (suffix == ".tsv")), *DELIMITERS, *(" " * (suffix in (".txt", ".lst")))]
     delimiter = max(delimiters, key=lambda each: _regularity(text, each))
     rows = [row for row in _cells(text, delimiter) if any(cell.strip() for cell in row)]
@@ -475,6 +517,7 @@ def _layout(
     values: list[str],
     config: DataConfig,
     folders: list[str | None] | None = None,
+    known: Sequence[str] = (),
 ) -> Layout:
     """Put the rows of a table into splits. Raises: UserError for labels that are not clear."""
     notes: list[str] = []
@@ -526,7 +569,8 @@ def _layout(
         for split in ORDER
         if split in split_of.values()
     }
-    class_names = _class_names(splits, table.name)
+    class_names = _class_names(splits, table.name, known)
+    notes += _alike(class_names)
     left_out = listing.all_left_out()
     left_out[suffix_of(table.name)] -= 1 if left_out[suffix_of(table.name)] else 0
     left_out[f"not in {table.name}"] += len(set(listing.images) - set(rows))
@@ -553,10 +597,11 @@ def _split_column(table: Table, taken: set[str], config: DataConfig) -> str | No
         roles = split_roles(values)
         if len(roles) == len(values) and "train" in roles.values():
             return name
-        if roles and name.lower() in SPLIT_COLUMN_NAMES:
+        if name.lower() in DIVIDING or (roles and name.lower() in SPLIT_COLUMN_NAMES):
             raise UserError(
-                f"column {name!r} of {table.name} names splits, but not only: "
-                f"{listed(sorted(map(repr, values)), 8)}; use train, validation and test, or rename it"
+                f"column {name!r} of {table.name} names splits{', but not only' if roles else ' as'}: "
+                f"{listed(sorted(map(repr, values)), 8)}; write train, validation and test into a column "
+                "split, or rename it"
             )
     return None
 
@@ -679,6 +724,7 @@ def agree(pairs: Iterable[tuple[Any, Any]]) -> bool:
 
 def _label_cells(cells: list[Any]) -> list[Any]:
     """Labels as text, with 1.0 as 1 if all are such numbers; lists as tuples; None where one is missing."""
+    cells = _parsed_lists(cells)
     if any(isinstance(cell, list) for cell in cells):
         return [None if cell is None else tuple(map(_text, cell)) for cell in cells]
     present = [cell for cell in cells if not _is_missing(cell)]
@@ -692,6 +738,20 @@ def _label_cells(cells: list[Any]) -> list[Any]:
         None if _is_missing(cell) else str(int(float(cell))) if whole else _text(cell)
         for cell in cells
     ]
+
+
+def _parsed_lists(cells: list[Any]) -> list[Any]:
+    """Parse text such as "['cat', 'dog']", as pandas writes lists; other cells stay as they are."""
+    texts = [cell for cell in cells if not _is_missing(cell)]
+    if not texts or not all(
+        isinstance(text, str) and text.startswith("[") and text.endswith("]") for text in texts
+    ):
+        return cells
+    try:
+        lists = [None if _is_missing(cell) else ast.literal_eval(cell) for cell in cells]
+    except (ValueError, SyntaxError):
+        return cells
+    return lists
 
 
 def _is_missing(cell: Any) -> bool:
@@ -733,12 +793,31 @@ def _one_hot(table: Table, columns: list[str]) -> tuple[str, list[Any]] | None:
             return None
         numbers.append([text.startswith("1") for text in texts])
     rows = list(zip(*numbers, strict=True))
+    if any(sum(row) > 1 for row in rows):
+        raise UserError(
+            f"the columns {listed(columns, 8)} of {table.name} are 0 or 1, and in some rows more than one "
+            "is 1; choose one with --label_column_name, or see multiple labels per image in "
+            "docs/data.md"
+        )
     if any(sum(row) != 1 for row in rows):
         return None
     return "label", [columns[row.index(True)] for row in rows]
 
 
-def _class_names(splits: dict[str, list], table: str) -> list[str]:
+def _alike(names: list[str]) -> list[str]:
+    """Note the classes that differ only in upper and lower case."""
+    found = defaultdict(list)
+    for name in names:
+        found[name.casefold()].append(name)
+    return [
+        f"classes {' and '.join(map(repr, same))} differ only in upper and lower case; they are separate "
+        "classes, so write them alike if they are one"
+        for same in found.values()
+        if len(same) > 1
+    ]
+
+
+def _class_names(splits: dict[str, list], table: str, known: Sequence[str] = ()) -> list[str]:
     """The classes that occur in train, in order: numbers by value, else by text.
 
     Raises: UserError for a class that only another split has.
@@ -759,7 +838,7 @@ def _class_names(splits: dict[str, list], table: str) -> list[str]:
                     f"class {name!r} of {table} is only in {split} ({count:,} images), not in train; "
                     "add training images, or remove its rows"
                 )
-    if len(found) < 2:
+    if len(found) < 2 and not set(known).issuperset(found):
         raise NoTable(f"{table} has one class, {listed(found)}; a classifier needs two or more")
     check_class_names(list(found))
     if all(name.lstrip("-").isdecimal() for name in found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 import urllib.request
@@ -20,6 +21,19 @@ def looks_like_path(name: str) -> bool:
         or name.count("/") > 1
         or "\\" in name  # on Windows
     )
+
+
+def url_advice(name: str) -> str:
+    """What to pass instead of a URL, which is no name of a data set or model; empty for other names."""
+    if not re.match(r"[a-z0-9]+://", name):
+        return ""
+    url = urlsplit(name)
+    if url.scheme == "file":
+        return f"; pass {url.path}"
+    if url.hostname in ("huggingface.co", "hf.co", "www.huggingface.co"):
+        parts = url.path.strip("/").removeprefix("datasets/").split("/")
+        return f"; pass the id, {'/'.join(parts[:2])}"
+    return "; it is a URL: download it, and pass the file or folder"
 
 
 def require_network(what: str, timeout_s: float = 3.0) -> None:

@@ -16,13 +16,12 @@ from safetensors import SafetensorError, safe_open
 from hf_cifar.errors import UserError
 from hf_cifar.hub.fetch import fetch
 from hf_cifar.hub.reach import looks_like_path, require_network
-from hf_cifar.models.names import check_code_is_pinned, hub_errors
+from hf_cifar.models.names import WEIGHT_SUFFIXES, check_code_is_pinned, hub_errors
 from hf_cifar.text import listed
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 PICKLE, PICKLES = "pytorch_model.bin", "pytorch_model*.bin"  # whole, or in shards
-OTHER_WEIGHTS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
 # Tensors that share memory are copied, as the format demands. A shell does not change it in double quotes.
 CONVERSION = (
     "import sys, pathlib, torch; from safetensors.torch import save_file; f = pathlib.Path(sys.argv[1]); "
@@ -137,7 +136,7 @@ def _no_weights(folder: Path, name: str = "", commit: str = "") -> str:
             f"{problem}; a {PICKLE} is a pickle, which can run any code and is not read; convert it with: "
             f"{fetch_first} && {_conversion(folder)}{elsewhere}"
         )
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in OTHER_WEIGHTS)
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     found = f"; found {listed(others, 3)}, which is not read" if others else ""
     return f"{problem}{found}; save the model with save_pretrained{elsewhere}"
 

@@ -13,12 +13,15 @@ from hf_cifar.config.model import BUNDLED, SCRATCH
 from hf_cifar.config.objects import InMemory, require_object
 from hf_cifar.errors import UserError
 from hf_cifar.hub.fetch import fetch
-from hf_cifar.hub.reach import looks_like_path, require_network
-from hf_cifar.text import nearest_hint, one_line
+from hf_cifar.hub.reach import looks_like_path, require_network, url_advice
+from hf_cifar.text import listed, nearest_hint, one_line
 
 ARTICLE_NAMES = ("article_cnn", "article_mlp")
 BUNDLED_NAMES = ("efficientnet_lite0",)
 COMMIT = re.compile(r"[0-9a-f]{40}")
+WEIGHT_SUFFIXES = {
+    ".bin", ".ckpt", ".gguf", ".h5", ".keras", ".msgpack", ".onnx", ".pb", ".pt", ".pth", ".safetensors",
+}  # fmt: skip
 
 
 def check_model_name(
@@ -48,11 +51,41 @@ def check_model_name(
             )
     elif looks_like_path(name):
         if not (Path(name).expanduser() / "config.json").is_file():
-            raise UserError(f"no model in {name}: {Path(name) / 'config.json'} does not exist")
+            raise UserError(_no_model(name))
     else:
         require_network(f"model {name}")
         with hub_errors(name, revision or "main", purpose):
             fetch(name, "config.json", revision=revision or "main")
+
+
+def _no_model(name: str) -> str:
+    """Say why a path is no model, and what is there instead."""
+    folder = Path(name).expanduser()
+    problem = f"no model in {name}: "
+    if advice := url_advice(name):
+        return f"no model {name}{advice}"
+    if folder.is_file():
+        return f"{name} is a file; pass the folder of a model, with its config.json"
+    if not folder.is_dir():
+        hint = ""
+        if folder.parent.is_dir():
+            hint = nearest_hint(folder.name, (each.name for each in folder.parent.iterdir()))
+        return f"{problem}{Path(name) / 'config.json'} does not exist{hint}"
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{problem}it is a PEFT adapter; load it onto its model, and save that with "
+            "merge_and_unload().save_pretrained(FOLDER)"
+        )
+    inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if inside:
+        return f"{problem}models are in its folders {listed(inside, 3)}; pass one of them"
+    others = sorted(each.name for each in folder.iterdir() if each.suffix in WEIGHT_SUFFIXES)
+    if "model.safetensors" in others:
+        return (
+            f"{problem}config.json does not exist beside model.safetensors; add that of the model"
+        )
+    found = f"; found {listed(others, 3)}, which is not read" if others else ""
+    return f"{problem}{Path(name) / 'config.json'} does not exist{found}; save the model with save_pretrained"
 
 
 def check_code_is_pinned(name: str, revision: str | None, trust_remote_code: bool) -> None:

@@ -34,6 +34,7 @@ from hf_cifar.hub.origin import public_name
 from hf_cifar.report.public import public_options
 from hf_cifar.report.wording import role_of
 from hf_cifar.runs.folder import RunFolder
+from hf_cifar.text import listed
 
 logger = logging.getLogger(__name__)
 DEFAULTS = ReportConfig()
@@ -58,6 +59,12 @@ def build_report(
     """
     folder = Path(folder)
     found = saved_splits(folder)
+    if not found and not RunFolder(folder).model_config_path.is_file():
+        runs = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        inside = f"; models are in its folders {listed(runs, 3)}" if runs else ""
+        raise UserError(
+            f"{folder} is not the folder of a run{inside}; pass the --output_dir of one"
+        )
     if not found:
         raise UserError(
             f"no predictions in {folder}; run: hf-cifar evaluate --model_name_or_path {folder}"

@@ -89,6 +89,12 @@ def test_archive_with_splits(tmp_path):
     assert counts(source(write_zip(tmp_path / "a.zip", files))) == {"train": 4, "test": 4}
 
 
+def test_an_error_names_the_archive(tmp_path):
+    path = write(tmp_path / "flat.zip", {"1.png": PNG, "2.png": PNG})
+    with pytest.raises(UserError, match=r"the images in \S+/flat.zip have no labels"):
+        source(path)
+
+
 def test_archive_beside_class_folders_is_left_out(tmp_path):
     for name, content in CATS.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -190,9 +190,23 @@ def test_unknown_dds_pixels_are_a_user_error():
         decode_image(bytes(raw))
 
 
-def test_text_file_is_refused():
-    with pytest.raises(UserError, match="cannot read image: not a known image format"):
-        decode_image(b"<html>not found</html>")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"some words", "not a known image format"),
+        (b"", "the file is empty"),
+        (b"PK\x03\x04", "it is an archive; unpack it"),
+        (b"<html>not found</html>", "it is a web page, .*; download it again"),
+        (b"\n<!DOCTYPE html>\n<html>", "it is a web page"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "it is a pointer of Git LFS; run: git lfs",
+        ),
+    ],
+)
+def test_other_files_are_refused(content, message):
+    with pytest.raises(UserError, match=f"cannot read image: {message}"):
+        decode_image(content)
 
 
 def test_truncated_image_is_refused():

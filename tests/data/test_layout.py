@@ -111,6 +111,17 @@ def test_splits_and_classes(tmp_path, folders, splits):
         ([*several("a", "b"), "fox/1.svg=<svg/>", "fox/2.svg=<svg/>"],
          r"fox has no image that can be read, only 2 files \(2 .svg\); convert them"),
         ([*several("a", "b"), "raw/1.nef=II*\0"], r"raw has no image that can be read, only 1 file "),
+        ([*several("a", "b"), "c/1.npy=x"], r"c has no image that can be read, only 1 file \(1 .npy\)"),
+        (several("a/train", "a/test", "b/train", "b/test"),
+         r"a/, b/ in .* each hold splits, test/, train/; make those the top folders, .*--folders classes"),
+        (several("fold1/a", "fold1/b", "fold2/a", "fold2/b"), r"two ways: fold1, fold2 as classes; or "
+         r"a/, b/ in fold1/, fold2/ as classes. Join them, one folder per class, or --folders classes"),
+        (several("2023/a", "2023/b", "2024/a", "2024/b"), "two ways: 2023, 2024 as classes"),
+        (several("images/a", "images/b", "masks/a", "masks/b"), r"Pass .*images, or --folders classes"),
+        (several("data/data/a", "data/data/b", "logos"), r"a/, b/ in data/ as classes. Pass .*data/data,"),
+        (several("data/train/b", "data/test/b", "docs"), r"in data/ as splits. Pass .*data, or"),
+        (several("labeled/a", "labeled/b", "unlabeled"), r"in labeled/ as classes. Pass .*labeled, or"),
+        (several("a/train/b", "a/test/b", "docs"), r"test/, train/ in a/ as splits. Pass .*a, or"),
     ],
 )  # fmt: skip
 def test_unclear_folders_are_refused(tmp_path, files, message):
@@ -149,6 +160,27 @@ def test_a_flat_test_folder_beside_classes_is_unlabelled(tmp_path):
     assert found(result) == {"train": {"cat": 2, "dog": 2}}
     assert "left out; if it is a class, pass --folders classes" in result.notes[0]
     assert set(layout(tmp_path, folders="classes").class_names) == {"cat", "dog", "test"}
+
+
+@pytest.mark.parametrize(
+    ("files", "note"),
+    [
+        (several("a", "b"), None),
+        (several("a/images", "b/images"), None),
+        (several("a/images", "a/masks", "b/images", "b/masks"), "4 in images/, 4 in masks/"),
+        (several("1/x", "1/y", "2/x"), "4 in x/, 2 in y/"),
+        (several("a", "a/more", "b"), "2 in more/"),
+    ],
+)
+def test_folders_below_the_classes_are_noted(tmp_path, files, note):
+    notes = layout(tmp_path, *files).notes
+    start = f"{tmp_path.name}/: images below the class folders are used: "
+    assert notes == ([] if note is None else [start + note])
+
+
+def test_folders_of_numbers_in_classes_of_numbers(tmp_path):
+    files = several("0/1", "0/2", "1/1", "1/2")
+    assert found(layout(tmp_path, *files)) == {"train": {"0": 4, "1": 4}}
 
 
 def test_names_of_files_never_decide(tmp_path):

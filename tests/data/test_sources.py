@@ -9,7 +9,7 @@ from PIL import Image
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.images import decode_cell
 from hf_cifar.data.labels import class_label
-from hf_cifar.data.sources import load_source, open_data_set
+from hf_cifar.data.sources import load_source, open_data_set, read_source
 from hf_cifar.data.splits import load_splits, load_test_split
 from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import looks_like_path
@@ -200,9 +200,7 @@ def test_two_image_columns_are_listed(save, make_rows):
 
 def test_missing_image_column_is_refused(save):
     folder = save(train=Dataset.from_dict({"text": ["a"], "label": [0]}))
-    with pytest.raises(
-        UserError, match=r"\['text', 'label'\] is an image column; .*--image_column"
-    ):
+    with pytest.raises(UserError, match=r"text, label is an image column; .*--image_column"):
         source(folder)
     with pytest.raises(UserError, match=r"column 'text' holds .*, not images"):
         source(folder, image_column_name="text")
@@ -415,6 +413,54 @@ def test_missing_folder_is_refused(name):
     assert looks_like_path(name)
     with pytest.raises(UserError, match=f"no data set {name}: there is no such file or folder"):
         source(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("photso", r"no such file or folder \(nearest: photos\)"),
+        ("photos/*", "pass a folder, not a pattern of files"),
+        ("https://huggingface.co/datasets/a/b/tree/main", "; pass the id, a/b$"),
+        ("s3://bucket/photos", "it is a URL: download it, and pass the file or folder"),
+        ("file:///home/me/photos", "; pass /home/me/photos$"),
+        (
+            "photos/x.npz",
+            r"x.npz is not a data set that is read; load it in Python, .*finetune_classifier",
+        ),
+        ("photos/x.xlsx", "save it as CSV"),
+        ("photos", r"no image among 2 files \(1 .npz, 1 .xlsx\); load it in Python"),
+    ],
+)
+def test_what_to_do_with_what_is_no_data_set(tmp_path, name, message):
+    (tmp_path / "photos").mkdir()
+    for each in ("x.npz", "x.xlsx"):
+        (tmp_path / "photos" / each).write_bytes(b"PK")
+    with pytest.raises(UserError, match=message):
+        source(name if "://" in name else tmp_path / name)
+
+
+def test_images_beside_parquet_files(tmp_path, make_rows):
+    folder = image_folder(tmp_path / "photos", "assets/logo.png")
+    make_rows([0, 1, 0, 1]).to_parquet(str(folder / "train.parquet"))
+    result = read_source(DataConfig(dataset_name=str(folder)))
+    assert len(result.splits["train"]) == 4
+    assert result.notes == ("photos: left out 1 image files beside the Parquet or tar files",)
+    image_folder(folder, "cat/1.png", "dog/1.png")
+    with pytest.raises(
+        UserError, match=r"holds class folders \(assets, cat, dog\) and Parquet or tar"
+    ):
+        source(folder)
+
+
+def test_a_folder_that_is_spelled_like_a_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"bundled/digits \(nearest folder here: photos\)"):
+        source("photso")
+    with pytest.raises(UserError, match=r"\(nearest folder here: photos/train\)"):
+        source("photos/tran")
+    with pytest.raises(UserError, match="--dataset_name is empty"):
+        source("")
 
 
 def test_unknown_hub_and_bundled_names_are_refused():

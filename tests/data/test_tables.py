@@ -96,13 +96,13 @@ def test_a_table_is_found_by_itself(tmp_path, text):
     check(source(photos(tmp_path, NAMES, text)))
 
 
-@pytest.mark.parametrize("suffix", [".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".tsv", ".jsonl", ".ndjson", ".parquet"])
 def test_other_forms_of_tables(tmp_path, suffix):
     rows = [{"file": f"images/{i}.png", "kind": label_of(i), "size": i / 7} for i in range(9)]
     path = photos(tmp_path, NAMES) / f"labels{suffix}"
     if suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
-    elif suffix == ".jsonl":
+    elif suffix in (".jsonl", ".ndjson"):
         path.write_text("\n".join(map(json.dumps, rows)))
     else:
         path.write_text("file\tkind\n" + "".join(f"{r['file']}\t{r['kind']}\n" for r in rows))
@@ -281,6 +281,132 @@ def test_two_tables_are_listed(tmp_path):
     ):
         source(tmp_path)
     check(source(tmp_path, labels_file="other.csv"))
+
+
+def test_a_table_in_the_folder_of_each_split(tmp_path):
+    for part in ("train", "test"):
+        folder = photos(tmp_path / part, [f"{i}.png" for i in range(9)])
+        rows = "".join(
+            f"{i}.png," + ",".join(str(int(k == i % 3)) for k in range(3)) + "\n" for i in range(9)
+        )
+        (folder / "_classes.csv").write_text(f"filename,cat,dog,owl\n{rows}")
+    splits = source(tmp_path)
+    check(splits)
+    check(splits, split="test")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"file": name, "label": label_of(i)} for i, name in enumerate(NAMES)],
+        {name: label_of(i) for i, name in enumerate(NAMES)},
+    ],
+)
+def test_json(tmp_path, content):
+    photos(tmp_path, NAMES, json.dumps(content), "labels.json")
+    check(source(tmp_path, labels_file="labels.json"))
+    check(source(tmp_path / "labels.json"))
+    with pytest.raises(UserError, match=r"images; .* If labels.json has the labels, pass --labels"):
+        source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("labels.csv", "file,label\n", r"labels.csv is not used: .*labels.csv has no rows"),
+        (
+            "labels.csv",
+            "file,label\n0,cat\n1,cat\n2,cat\n",
+            "has one class, cat; a classifier needs two",
+        ),
+        ("labels.xlsx", "PK", "labels.xlsx is not read: save it as CSV"),
+        ("a/list.txt", "0 1", "If list.txt has the labels, pass --labels_file a/list.txt"),
+        ("labels.mat", "MATLAB", r"Labels in files such as labels.mat are not read"),
+        ("images/1.xml", "<x/>", r"Labels in XML files such as images/1.xml are not read"),
+    ],
+)
+def test_why_a_table_is_not_used(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message):
+        source(photos(tmp_path, NAMES, text, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("labels.xlsx", "PK", "is a spreadsheet; save it as CSV"),
+        (
+            "labels.json",
+            '{"images": [], "annotations": []}',
+            "is no list of objects such as .*into a CSV",
+        ),
+        (
+            "labels.csv",
+            "file,cat,dog\n0,1,1\n1,0,1\n2,1,0\n",
+            "in some rows more than one is 1; choose",
+        ),
+    ],
+)
+def test_requested_tables_that_are_not_read(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message):
+        source(photos(tmp_path, NAMES, text, name), labels_file=name)
+
+
+def test_a_requested_column_that_does_not_exist(tmp_path):
+    photos(tmp_path, NAMES, csv_of(lambda i: i))
+    with pytest.raises(UserError, match=r"only path, label \(nearest: label\)"):
+        source(tmp_path, label_column_name="labl")
+
+
+def test_lists_as_text(tmp_path):
+    rows = "".join(f"{i},\"['{label_of(i)}', 'pet']\"\n" for i in range(9))
+    found = source(photos(tmp_path, NAMES, f"id,label\n{rows}"))["train"]
+    assert found.features["label"] == List(ClassLabel(names=["cat", "dog", "owl", "pet"]))
+    assert found["label"][:3] == [[0, 3], [1, 3], [2, 3]]
+
+
+def test_the_separator_line_of_excel(tmp_path):
+    text = "sep=;\n" + csv_of(lambda i: i, ";")
+    result = read_source(DataConfig(dataset_name=str(photos(tmp_path, NAMES, text))))
+    check(result.splits)
+    assert not result.rows_left_out
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "shown"),
+    [("split", "012", "as: '0', '1', '2'"), ("is_valid", ["True", "False"], "as: 'False', 'True'")],
+)
+def test_a_column_that_divides_the_rows_in_other_words(tmp_path, column, values, shown):
+    rows = "".join(f"{i},{label_of(i)},{values[i % len(values)]}\n" for i in range(9))
+    photos(tmp_path, NAMES, f"id,label,{column}\n{rows}")
+    with pytest.raises(
+        UserError, match=f"column '{column}' of labels.csv names splits {shown}; write"
+    ):
+        source(tmp_path)
+
+
+def test_classes_that_differ_in_case(tmp_path):
+    text = csv_of(lambda i: i).replace("1,dog", "1,Dog").replace("4,dog", "4,Dog")
+    result = read_source(DataConfig(dataset_name=str(photos(tmp_path, NAMES, text))))
+    assert result.notes[-1].startswith(
+        "classes 'Dog' and 'dog' differ only in upper and lower case"
+    )
+
+
+def test_a_clear_table_of_test_beside_one_of_train_that_is_not(tmp_path):
+    rows = "".join(f"{i},{label_of(i)},{i % 2}\n" for i in range(9))
+    photos(tmp_path / "Train", [f"{i}.png" for i in range(9)])
+    photos(tmp_path / "Test", [f"t{i}.png" for i in range(9)])
+    (tmp_path / "Meta.csv").write_text(f"id,form,shape\n{rows}")
+    (tmp_path / "Train.csv").write_text(f"id,kind,shape\n{rows}")
+    (tmp_path / "Test.csv").write_text(csv_of(lambda i: f"t{i}"))
+    with pytest.raises(
+        UserError,
+        match=r"Test.csv labels only images of test, and Train.csv cannot be used: the label",
+    ):
+        source(tmp_path)
+    check(source(tmp_path, labels_file="Train.csv", label_column_name="kind"))
+    (tmp_path / "Test.csv").write_text(csv_of(lambda i: i))
+    check(source(tmp_path))
 
 
 def test_a_table_for_each_split(tmp_path):

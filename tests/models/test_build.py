@@ -296,8 +296,37 @@ def test_unsupported_image_size_is_refused(name, size, expected, checkpoints):
 
 
 @pytest.mark.parametrize(
+    ("files", "name", "expected"),
+    [
+        (
+            ["run1/config.json", "run2/config.json"],
+            "",
+            r"models are in its folders run1, run2; pass one of",
+        ),
+        (["model.safetensors"], "", "config.json does not exist beside model.safe"),
+        (["adapter_config.json"], "", r"it is a PEFT adapter; .*merge_and_unload"),
+        (
+            ["best.pt"],
+            "",
+            r"config.json does not exist; found best.pt, which is not read; save the model",
+        ),
+        (["best.pt"], "best.pt", r"best.pt is a file; pass the folder of a model"),
+        (["run1/config.json"], "run2", r"config.json does not exist \(nearest: run1\)"),
+    ],
+)
+def test_folders_that_are_no_model(tmp_path, files, name, expected):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError, match=expected):
+        build(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
     ("name", "expected"),
     [
+        ("https://huggingface.co/google/vit-base", r"no model .*; pass the id, google/vit-base$"),
+        ("https://example.org/model.zip", r"it is a URL: download it, and pass the file or folder"),
         ("scratch/resnet5O", r"unknown architecture 'resnet5O' \(nearest: resnet50\)"),
         ("scratch/article_cmn", r"\(nearest: article_cnn\)"),
         ("bundled/resnet50", r"unknown bundled model 'resnet50'.*bundled/efficientnet_lite0"),

@@ -149,6 +149,12 @@ def test_report_from_predictions_only(tmp_path, draw):
 
 def test_folder_without_predictions_is_a_one_line_error(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
+    assert "is not the folder of a run; pass the" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "models are in its folders run; pass" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "run")]) == 2
     assert "no predictions in" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "missing")]) == 2
     assert main(["report"]) == 2
