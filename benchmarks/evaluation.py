@@ -28,7 +28,7 @@ from hf_cifar import (
 )
 from hf_cifar.data.listing import list_images
 from hf_cifar.models.folding import fold_norms
-from hf_cifar.predict import map_batches
+from hf_cifar.threads import map_in_threads
 from hf_cifar.training.memory import keep_freed_memory
 
 MODEL, NUM_IMAGES, IMAGE_SIZE = "scratch/tf_efficientnet_lite0", 4000, 96
@@ -81,7 +81,7 @@ def alone(image_size: int, num_images: int, model: str, images: str) -> Found:
                 compute(batch)
             torch.cuda.synchronize()
             return size * num_batches
-        return size * len(list(map_batches(compute, batches, torch.get_num_threads())))
+        return size * len(list(map_in_threads(compute, batches, torch.get_num_threads())))
 
     computed(torch.get_num_threads())
     start = time.perf_counter()

@@ -25,6 +25,7 @@ from hf_cifar.commands import (
 )
 from hf_cifar.commands.command import Command
 from hf_cifar.errors import UserError
+from hf_cifar.platform import BROKEN_PIPE_STATUS, is_broken_pipe
 from hf_cifar.runs.processes import is_main_process
 from hf_cifar.runs.signals import Stopped, handled_signals, stop_at_once
 from hf_cifar.text import one_line
@@ -53,10 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # data/images.py reports problems of image files itself.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        return _dispatch(argv)
+        status = _dispatch(argv)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         return _report(error)
     except Exception as error:
+        if isinstance(error, OSError) and is_broken_pipe(error) and not _reaches_reader():
+            return BROKEN_PIPE_STATUS
         try:
             return _report_resources(error)
         except RuntimeError as late:  # torch reports a dead loader process when its signal arrives
@@ -83,6 +88,19 @@ def _dispatch(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")
     return COMMANDS[argv[0]](argv[0], argv[1:])
+
+
+def _reaches_reader() -> bool:
+    """Return False if the reader of stdout, such as `head`, closed the pipe; a connection can break too.
+
+    What is left to write is then discarded, or Python would fail to write it at exit.
+    """
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _report(error: Exception | str) -> int:

@@ -6,9 +6,8 @@ import contextlib
 import logging
 import math
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from hf_cifar.models.build import load_classifier
 from hf_cifar.models.folding import fold_norms
 from hf_cifar.models.problem_type import thresholds_of
 from hf_cifar.models.value_range import value_range_of
+from hf_cifar.threads import map_in_threads
 from hf_cifar.training.memory import keep_freed_memory
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -70,7 +70,7 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     num_threads = min(MAX_THREADS, torch.get_num_threads(), len(files))
     size = min(config.batch_size, math.ceil(len(files) / num_threads))
     batches = [files[start : start + size] for start in range(0, len(files), size)]
-    yield from chain.from_iterable(map_batches(records, batches, num_threads))
+    yield from chain.from_iterable(map_in_threads(records, batches, num_threads))
 
 
 def _autocast_dtype(config: PredictConfig, device: torch.device) -> torch.dtype:
@@ -79,32 +79,6 @@ def _autocast_dtype(config: PredictConfig, device: torch.device) -> torch.dtype:
             "--fp16 needs a GPU, and none is in use; use --bf16 instead, or leave it out"
         )
     return torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else torch.float32
-
-
-def map_batches(
-    work: Callable[[Batch], Result], batches: Iterable[Batch], num_threads: int
-) -> Iterator[Result]:
-    """Run one batch per thread, with the cores divided among the threads; yields results in order.
-
-    On a CPU, a batch on its own core takes less core time than a batch on all cores, which wait for each
-    other in every layer.
-    """
-    all_cores = torch.get_num_threads()
-    results: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(
-        num_threads, initializer=torch.set_num_threads, initargs=(all_cores // num_threads,)
-    ) as pool:
-        try:
-            for batch in batches:
-                results.append(pool.submit(work, batch))
-                if len(results) > 2 * num_threads:
-                    yield results.popleft().result()
-            while results:
-                yield results.popleft().result()
-        finally:
-            for pending in results:
-                pending.cancel()
-            torch.set_num_threads(all_cores)  # new threads inherit the number set by any thread
 
 
 def _decoded(file: Path, max_pixels: int, value_range: ValueRange | None) -> np.ndarray | UserError:

@@ -1,6 +1,7 @@
 """hf_cifar.cli: the commands as a user runs them."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -353,3 +354,28 @@ def test_every_public_name_exists_and_has_a_docstring():
         text = getattr(hf_cifar, name).__doc__
         # A dataclass or NamedTuple without a docstring gets its signature as one.
         assert text and not text.startswith(f"{name}("), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["predict", "finetune", "--help"])
+def test_closed_pipe_ends_a_command_silently(command, finished, stripes, tiny_vit, tmp_path):
+    arguments = {
+        "predict": ["--model_name_or_path", str(finished), "--batch_size", "1", "--use_cpu"]
+        + [str(stripes / "test")] * 200,
+        "finetune": tiny_options(
+            tmp_path / "run", stripes, tiny_vit, "--num_train_epochs", "500", "--logging_steps", "1"
+        ),
+        "--help": [],
+    }[command]
+    code = "import sys; from hf_cifar.cli import main; sys.exit(main())"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, command, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        if command != "--help":  # which is printed at once, at the end
+            assert process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGPIPE, errors
+    assert "Traceback" not in errors and "Broken" not in errors
+    assert command == "finetune" or errors == ""

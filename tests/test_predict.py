@@ -1,20 +1,12 @@
 """hf_cifar.predict: parallel batches have the results of sequential ones and no side effects."""
 
-import contextlib
-import json
-import random
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 import torch
 
 from hf_cifar import PredictConfig, build_model, predict_files
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
-from hf_cifar.predict import expand_paths, map_batches
+from hf_cifar.predict import expand_paths
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -70,46 +62,3 @@ def test_folders_are_listed_as_in_training(stripes, tmp_path, monkeypatch, caplo
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image files in empty; pass another folder"):
         expand_paths(["empty"])
-
-
-def test_results_are_in_order_whichever_is_ready_first(num_threads):
-    def work(number):
-        time.sleep(random.random() / 50)
-        return number, torch.get_num_threads()
-
-    results = list(map_batches(work, range(20), min(3, num_threads)))
-    assert results == [(number, 1) for number in range(20)]
-    assert list(map_batches(work, range(2), 1)) == [(n, num_threads) for n in range(2)]
-
-
-def test_stopping_early_restores_the_number_of_threads(num_threads):
-    begun = []
-    with contextlib.closing(map_batches(begun.append, range(1000), num_threads)) as results:
-        next(results)
-    assert len(begun) <= 3 * num_threads + 1
-    assert torch.get_num_threads() == num_threads
-
-
-def test_error_in_a_batch_is_raised_to_the_caller(num_threads):
-    def work(number):
-        if number == 3:
-            raise OSError("no such disk")
-        return number
-
-    results = map_batches(work, range(100), num_threads)
-    assert [next(results) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(OSError, match="no such disk"):
-        next(results)
-    assert torch.get_num_threads() == num_threads
-
-
-@pytest.mark.slow
-def test_closed_pipe_ends_prediction_silently(saved, stripes):
-    main = "import sys; from hf_cifar.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", main, "predict", "--model_name_or_path", saved]
-    command += ["--batch_size", "1", "--use_cpu", *[str(stripes / "test")] * 200]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert "label" in json.loads(process.stdout.readline())
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 128 + signal.SIGPIPE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 from hf_cifar.commands.command import Command, quieten, require_model
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.errors import UserError
-from hf_cifar.platform import BROKEN_PIPE_STATUS, is_broken_pipe
 
 
 def predict(config: PredictConfig, paths: Sequence[str]) -> int:
@@ -30,16 +28,9 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
     quieten(True)
     failed = 0
     for record in predict_files(config, paths):
-        try:
-            # A path that is no Unicode text can only be printed with escapes.
-            plain = record["path"].isprintable()
-            print(json.dumps(record, ensure_ascii=not plain), flush=True)
-        except OSError as error:
-            if not is_broken_pipe(error):
-                raise
-            # The reader, such as `head`, closed the pipe: prevent Python from flushing into it at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return BROKEN_PIPE_STATUS
+        # A path that is no Unicode text can only be printed with escapes.
+        plain = record["path"].isprintable()
+        print(json.dumps(record, ensure_ascii=not plain), flush=True)
         failed += "error" in record
     if failed:
         print(f"hf-cifar: {failed} image(s) could not be read", file=sys.stderr)

@@ -17,9 +17,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections import deque
 from collections.abc import Hashable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -226,6 +224,7 @@ class Prepared:
 
     def _in_threads(self, positions: np.ndarray) -> Iterator[int]:
         """Decode positions on all cores; yields the number of images after each task."""
+        from hf_cifar.threads import map_in_threads  # imports torch
 
         def work(task: np.ndarray) -> int:
             cells = self.pixels.rows[task]["image"]
@@ -233,19 +232,8 @@ class Prepared:
                 self._render(position, cell)
             return len(task)
 
-        tasks: deque[Future[int]] = deque()
-        threads = num_threads()
-        with ThreadPoolExecutor(threads, initializer=_compute_on_one_core) as pool:
-            try:
-                for start in range(0, len(positions), TASK):
-                    tasks.append(pool.submit(work, positions[start : start + TASK]))
-                    if len(tasks) > 2 * threads:
-                        yield tasks.popleft().result()
-                while tasks:
-                    yield tasks.popleft().result()
-            finally:
-                for task in tasks:
-                    task.cancel()
+        tasks = [positions[start : start + TASK] for start in range(0, len(positions), TASK)]
+        return map_in_threads(work, tasks, num_threads())
 
     def _render(
         self, position: int, cell: dict | None = None, *, keep: bool = True
@@ -296,13 +284,6 @@ class Prepared:
 def _remove(folder: Path, process: int) -> None:
     if os.getpid() == process:  # not in a loader's worker
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _compute_on_one_core() -> None:
-    """Let this thread's operations use one core: the threads share the cores."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def num_threads() -> int:

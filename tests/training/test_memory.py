@@ -29,4 +29,5 @@ with ThreadPoolExecutor(1) as pool:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after, in_a_thread = map(int, done.stdout.split())
-    assert max(after, in_a_thread) < before / 50
+    # One of the 240 tensors may come from new memory; large pages make fewer faults before.
+    assert max(after, in_a_thread) < before / 20
