@@ -85,6 +85,10 @@ def own_arguments(args: TrainingArguments | None) -> TrainingArguments:
     args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
     args.remove_unused_columns, args.label_names = False, ["labels"]
     args.disable_tqdm = args.disable_tqdm or not shows_bars()
+    if args.push_to_hub:
+        logger.warning(
+            "push_to_hub=True: nothing is pushed while training; call trainer.push_to_hub() after it"
+        )
     return args
 
 

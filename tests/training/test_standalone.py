@@ -409,6 +409,7 @@ def test_a_trained_model_is_pushed_with_a_card(ds, tiny_vit, tmp_path):
             capture_output=True, text=True, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        assert "nothing is pushed while training; call trainer.push_to_hub()" in done.stderr
         files = hub.repos["models", "me/lines"].files
     assert {
         "config.json",
