@@ -66,7 +66,8 @@ class Progress:
         """Return one line, such as `preparing train: 3,400 of 40,000 images, 310/s, 2 min left`."""
         rate = self.count / max(1e-9, time.monotonic() - self._start)
         of = "" if self.total is None else f" of {self.total:,}"
-        line = f"{self.what}: {self.count:,}{of} {self.unit}, {rate:,.3g}/s"
+        decimals = 0 if rate >= 10 else 1 if rate >= 1 else 2
+        line = f"{self.what}: {self.count:,}{of} {self.unit}, {rate:,.{decimals}f}/s"
         if self.total is None or not self.count:
             return line
         return f"{line}, {duration((self.total - self.count) / rate)} left"

@@ -38,6 +38,13 @@ def test_unknown_total_and_quick_work(clock, caplog):
     assert list(progress(range(3), "reading")) == [0, 1, 2]
 
 
+def test_rates_have_no_exponent(clock):
+    shown = Progress("preparing train", unit="images")
+    clock[0] = 10.0
+    shown.update(13_728)
+    assert shown.line() == "preparing train: 13,728 images, 1,373/s"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.7, "1 min"), (95, "1 min 35 s"), (7500, "2 h 5 min"), (7200, "2 h")],
