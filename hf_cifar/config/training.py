@@ -23,11 +23,17 @@ Optimizer = Literal[
     "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise",
     "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw", "schedule_free_radam",
     "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
+    # Those of timm. Its other names are these with caution=true or corrected_weight_decay=true.
+    "adabelief", "adadelta", "adafactorbv", "adam", "adamax", "adamp", "adamuon", "adamw", "adan", "adanw",
+    "adopt", "adoptw", "kron", "kronw", "lamb", "lambw", "laprop", "larc", "lars", "lion", "madgrad",
+    "madgradw", "mars", "momentum", "muon", "nadam", "nadamuon", "nadamw", "nesterov", "nesterovw",
+    "nlarc", "nlars", "nmuon", "novograd", "novogradw", "radabelief", "radam", "radamw", "rmsproptf",
+    "rmsproptfw", "sgdp", "sgdw",
 ]  # fmt: skip
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
-    "warmup_stable_decay", "greedy",
+    "warmup_stable_decay", "greedy", "exponential", "step", "multistep", "inverse_time", "one_cycle",
 ]  # fmt: skip
 SAME_FOLDER = ("true", "last", "latest")  # of --resume_from_checkpoint
 
@@ -61,13 +67,21 @@ class TrainingConfig:
     warmup_steps: float = option(
         0.1, "Warm-up, in steps, or as a share of all steps if below 1.", low=0
     )
-    optim: Optimizer = option("adamw_torch_fused", "Optimiser, by its name in transformers.")  # noqa: RUF009
+    optim: Optimizer = option(  # noqa: RUF009
+        "adamw_torch_fused", "Optimiser, by its name in transformers or timm."
+    )
     optim_args: str | None = option(
         None, "Arguments of the optimiser, for example momentum=0.9,nesterov=true."
     )
     weight_decay: float = option(
         0.05, "Weight decay, applied to weight matrices and kernels only.", low=0, high=1e3
     )
+    l1_decay: float = option(
+        0.0,
+        "L1 decay, applied to weight matrices and kernels only: each step moves them this times the rate "
+        "towards 0.",
+        low=0, high=1e3,
+    )  # fmt: skip
     layer_decay: float = option(
         1.0,
         "Layer-wise decay: each block's rate is this factor times that of the next one towards the head; 1 "

@@ -74,6 +74,7 @@ def build_trainer(
         setting=plan.setting,
         averaging=WeightAverage(train.ema_decay),
         layer_decay=train.layer_decay,
+        l1_decay=train.l1_decay,
         shrink_batch=train.auto_find_batch_size,
         identity=identity(splits, plan.processes.count),
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],

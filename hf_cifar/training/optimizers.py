@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
 import math
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, get_args
 
+import torch
 from accelerate.utils import extract_model_from_parallel
+from timm.optim import get_optimizer_class, get_optimizer_info
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from hf_cifar.config import training as config
 from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import block_depths
 
@@ -34,12 +40,12 @@ class Rates(NamedTuple):
 
 
 def build_optimizer(
-    model: nn.Module, args: TrainingArguments, layer_decay: float = 1.0
+    model: nn.Module, args: TrainingArguments, layer_decay: float = 1.0, l1_decay: float = 0.0
 ) -> Optimizer:
     """Return the optimiser that `args` name, a key of `OPTIMIZERS`.
 
-    Weight decay applies to weight matrices and kernels only; a layer decay other than 1 lowers the learning
-    rate block by block towards the input.
+    Weight decay and L1 decay apply to weight matrices and kernels only; a layer decay other than 1 lowers
+    the learning rate block by block towards the input.
     """
     build, options = optimizer_class(args, model)
     groups: Any = parameter_groups(model, args.weight_decay)
@@ -52,7 +58,27 @@ def build_optimizer(
         depths = block_depths(classifier)
         by_parameter = {p: depths[name] for name, p in classifier.named_parameters()}
         decay_learning_rates(optimizer, by_parameter, layer_decay)
+    if l1_decay:
+        weights = {p for p in parameter_groups(model, 0.0)[0]["params"]}
+        optimizer.register_step_post_hook(
+            functools.partial(shrink, weights=weights, decay=l1_decay)
+        )
     return optimizer
+
+
+@torch.no_grad()
+def shrink(optimizer: Optimizer, *_: Any, weights: Collection[nn.Parameter], decay: float) -> None:
+    """Move the `weights` of an optimiser by `decay` times their rate towards 0, and not beyond.
+
+    This is the proximal operator of an L1 penalty. Like AdamW's weight decay, and unlike a term of the loss,
+    it does not pass through the optimiser's moments; and weights become exactly 0.
+
+    Source: Parikh and Boyd, Proximal Algorithms, 2014, section 6.5.2.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in weights:
+                torch.nn.functional.softshrink(parameter, float(group["lr"]) * decay, out=parameter)
 
 
 def optimizer_class(
@@ -173,17 +199,60 @@ def decay_learning_rates(
     optimizer.param_groups[:] = groups
 
 
+def timm_optimizer(
+    args: TrainingArguments, model: nn.Module
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Return an optimiser of timm and its options.
+
+    `--adam_beta1` and its kin apply if they are not the Trainer's defaults: timm has its own for each.
+    """
+    name = optimizer_name(args)
+    build, info = get_optimizer_class(name), get_optimizer_info(name)
+    options: dict[str, Any] = {"lr": args.learning_rate}
+    accepted = inspect.signature(build).parameters
+    if "momentum" in accepted and not accepted["momentum"].default:
+        options["momentum"] = 0.9
+    betas = (args.adam_beta1, args.adam_beta2)
+    if betas != (0.9, 0.999):
+        if info.num_betas != 2 or not info.has_betas:
+            raise ValueError("it does not have two betas; leave out --adam_beta1 and --adam_beta2")
+        options["betas"] = betas
+    if args.adam_epsilon != 1e-8:
+        options["eps"] = args.adam_epsilon
+    options |= parse_arguments(args.optim_args)
+    if unknown := options.keys() - accepted.keys():
+        raise ValueError(f"it does not take {', '.join(sorted(unknown))}")
+    return build, options
+
+
+def parse_arguments(text: str | None) -> dict[str, Any]:
+    """Parse `momentum=0.9,betas=(0.9,0.95)`. Raises: ValueError."""
+    found = {}
+    for part in re.split(r",(?![^(]*\))", (text or "").replace(" ", "")):
+        if not part:
+            continue
+        name, is_given, value = part.partition("=")
+        if not is_given:
+            raise ValueError(f"{part} is not NAME=VALUE")
+        try:
+            found[name] = ast.literal_eval(value.title() if value in ("true", "false") else value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
 # Functions of the arguments and the model, with the result of `optimizer_class`.
-OPTIMIZERS: dict[str, Callable[..., tuple[type[Optimizer], dict[str, Any]]]] = dict.fromkeys(
-    (name.value for name in OptimizerNames), Trainer.get_optimizer_cls_and_kwargs
-)
+OPTIMIZERS: dict[str, Callable[..., tuple[type[Optimizer], dict[str, Any]]]] = {
+    name: Trainer.get_optimizer_cls_and_kwargs if name in tuple(OptimizerNames) else timm_optimizer
+    for name in get_args(config.Optimizer)
+}
 # Optimisers by their update rule. Others have no known rate.
 OPTIMIZER_FAMILIES = {
     **dict.fromkeys(
         (
             "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused",
             "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "adamw_bnb_8bit", "adamw_8bit",
-            "paged_adamw_32bit", "paged_adamw_8bit",
+            "paged_adamw_32bit", "paged_adamw_8bit", "adamw",
         ),
         "adamw",
     ),

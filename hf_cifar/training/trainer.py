@@ -66,8 +66,8 @@ class ImageClassificationTrainer(ResumableTrainer):
     instead, or its options; default: `AugmentConfig()`. It is drawn from a generator seeded by (seed, step,
     micro-batch, rank), so that a resumed run sees the images that an uninterrupted one would. setting: how
     the model computes while it trains; default: float32, with the model's own attention kernel. averaging: of
-    the weights that are evaluated and saved. layer_decay: see `build_optimizer`. shrink_batch: restart
-    training that runs out of memory with smaller steps, accumulated to the same batch.
+    the weights that are evaluated and saved. layer_decay, l1_decay: see `build_optimizer`. shrink_batch:
+    restart training that runs out of memory with smaller steps, accumulated to the same batch.
     Raises: UserError for data that do not fit the model.
     """
 
@@ -90,6 +90,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         setting: Setting | None = None,
         averaging: WeightAverage | None = None,
         layer_decay: float = 1.0,
+        l1_decay: float = 0.0,
         compute_metrics: Any = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         shrink_batch: bool = False,
@@ -142,7 +143,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.augmentation = augmentation
         self.setting = setting or Setting()
         self.memory_format = MEMORY_FORMATS[self.setting.memory_format]
-        self.layer_decay = layer_decay
+        self.layer_decay, self.l1_decay = layer_decay, l1_decay
         if self.args.device.type == "cpu":
             keep_freed_memory()
         self._frozen_norms = frozen_norms(self.model)
@@ -326,7 +327,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             return super().create_optimizer(model)
         if self.optimizer is None:
             self.optimizer = build_optimizer(
-                self.model if model is None else model, self.args, self.layer_decay
+                self.model if model is None else model, self.args, self.layer_decay, self.l1_decay
             )
         return self.optimizer
 

@@ -11,6 +11,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.training_args import OptimizerNames
 
 from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import freeze
@@ -24,6 +25,7 @@ from hf_cifar.training.optimizers import (
     default_rates,
     model_family,
     parameter_groups,
+    parse_arguments,
 )
 
 
@@ -201,3 +203,78 @@ def test_rates_decay_with_depth_and_keep_the_groups_options():
         p: (0.4 * 0.5**depth, 0.1 if p.ndim > 1 else 0.0) for p, depth in depths.items()
     }
     assert optimizer.param_groups[0]["lr"] == 0.4  # the rate that the Trainer reports
+
+
+TIMM = [name for name in OPTIMIZERS if name not in tuple(OptimizerNames)]
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_every_optimiser_of_timm_takes_the_step_of_timm(tmp_path, name):
+    ours, theirs = vit(), vit()
+    theirs.load_state_dict(ours.state_dict())
+    args = TrainingArguments(
+        output_dir=tmp_path, learning_rate=0.01, weight_decay=0.1, use_cpu=True
+    )
+    args.optim = name
+    momentum = 0.95 if "muon" in name else 0.9
+    reference = timm.optim.create_optimizer_v2(
+        parameter_groups(theirs, 0.1), name, lr=0.01, weight_decay=0.1, momentum=momentum
+    )
+    for model, optimizer in ((ours, build_optimizer(ours, args)), (theirs, reference)):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        torch.manual_seed(0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            pixel_values = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+            model(pixel_values).logits.square().sum().backward()
+            torch.manual_seed(1)
+            optimizer.step()
+        assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for key, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[key]), key
+
+
+def test_the_articles_step_of_adam(tmp_path):
+    """g = 0.2, m = 0.1, v = 0.3: m becomes 0.11 and v 0.29974."""
+    weight = torch.nn.Linear(1, 1, bias=False)
+    args = TrainingArguments(output_dir=tmp_path, learning_rate=0.1, use_cpu=True)
+    args.optim = "adam"
+    optimizer = build_optimizer(weight, args)
+    state = {"step": torch.tensor(1.0), "exp_avg": torch.tensor([[0.1]])}
+    optimizer.state[weight.weight] = state | {"exp_avg_sq": torch.tensor([[0.3]])}
+    weight.weight.grad = torch.tensor([[0.2]])
+    optimizer.step()
+    state = optimizer.state[weight.weight]
+    assert state["exp_avg"].item() == pytest.approx(0.11)
+    assert state["exp_avg_sq"].item() == pytest.approx(0.29974)
+
+
+def test_arguments_of_optimisers_are_parsed_and_checked(tmp_path):
+    assert parse_arguments("momentum=0.9, nesterov=true,betas=(0.9,0.95),mode=flat") == {
+        "momentum": 0.9, "nesterov": True, "betas": (0.9, 0.95), "mode": "flat",
+    }  # fmt: skip
+    args = TrainingArguments(output_dir=tmp_path, learning_rate=0.1, use_cpu=True, adam_beta2=0.95)
+    args.optim, args.optim_args = "lion", "caution=true"
+    assert build_optimizer(vit(), args).defaults["betas"] == (0.9, 0.95)
+    assert build_optimizer(vit(), args).defaults["caution"] is True
+    args.optim = "momentum"
+    with pytest.raises(ValueError, match="does not have two betas"):
+        build_optimizer(vit(), args)
+    args.optim, args.optim_args = "lion", "momentum=0.5"
+    with pytest.raises(ValueError, match="does not take momentum"):
+        build_optimizer(vit(), args)
+
+
+def test_l1_decay_moves_weights_towards_zero(tmp_path):
+    layer = torch.nn.Linear(3, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.5, -0.5, 0.001]]))
+        layer.bias.fill_(0.5)
+    args = TrainingArguments(output_dir=tmp_path, learning_rate=0.1, weight_decay=0.0, use_cpu=True)
+    args.optim = "sgd"
+    optimizer = build_optimizer(layer, args, l1_decay=0.2)
+    layer.weight.grad, layer.bias.grad = torch.tensor([[1.0, 0, 0]]), torch.zeros(1)
+    optimizer.step()
+    assert layer.weight.tolist()[0] == pytest.approx([0.5 - 0.1 - 0.02, -0.48, 0.0])
+    assert layer.weight[0, 2] == 0
+    assert layer.bias.item() == 0.5
