@@ -8,8 +8,7 @@ import io
 import logging
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -30,6 +29,7 @@ from hf_cifar.data.formats import RAW_KIND, foreign_kind, is_heic, text_kind
 from hf_cifar.data.jpeg import decode_jpeg, turned
 from hf_cifar.data.tiff import TiffPage
 from hf_cifar.errors import UserError
+from hf_cifar.platform import num_cores
 from hf_cifar.text import one_line
 
 # Icons contain other images, which are decoded before their size can be checked; EPS is a program to run.
@@ -256,14 +256,15 @@ def decode_cell(
 
 
 def decode_cells(
-    cells: Sequence[dict],
+    cells: Iterable[dict],
     max_pixels: int = MAX_IMAGE_PIXELS,
     value_range: ValueRange | None = None,
 ) -> Iterator[np.ndarray | UserError]:
-    """Decode many cells, in order, on all cores (Pillow releases the GIL).
+    """Decode many cells, in order, on all cores; at most a few images per core are in memory.
 
     Yields [H, W, 3] uint8, or the error for an unreadable cell.
     """
+    from hf_cifar.threads import map_in_threads  # imports torch
 
     def attempt(cell: dict) -> np.ndarray | UserError:
         try:
@@ -271,8 +272,7 @@ def decode_cells(
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(attempt, cells)
+    yield from map_in_threads(attempt, cells, min(8, num_cores()))
 
 
 def find_value_range(

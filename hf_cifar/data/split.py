@@ -104,15 +104,12 @@ class Split:
 
     def _decoded(self, what: str) -> Iterator[np.ndarray]:
         faults: dict[int, str] = {}
-        images = (
-            image
-            for start in range(0, len(self), 1024)
-            for image in decode_cells(
-                self.rows[start : start + 1024]["image"],
-                self.pixels.max_pixels,
-                self.pixels.value_range,
-            )
+        cells = (
+            cell
+            for start in range(0, len(self), 64)
+            for cell in self.rows[start : start + 64]["image"]
         )
+        images = decode_cells(cells, self.pixels.max_pixels, self.pixels.value_range)
         for position, image in enumerate(progress(images, what, len(self))):
             if isinstance(image, UserError):
                 faults[position] = str(image)

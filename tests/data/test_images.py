@@ -1,3 +1,4 @@
+import contextlib
 import io
 import struct
 import sys
@@ -350,6 +351,19 @@ def test_cells_and_errors_keep_their_order():
         for i, (got, image) in enumerate(zip(found, pictures, strict=True))
         if i != 17
     )
+
+
+def test_few_decoded_images_wait_for_their_turn():
+    taken = []
+
+    def cells():
+        for number in range(1000):
+            taken.append(number)
+            yield {"bytes": pnm_bytes(RGB), "path": None}
+
+    with contextlib.closing(decode_cells(cells())) as images:
+        next(images)
+    assert len(taken) <= 3 * 8
 
 
 @pytest.mark.parametrize("pixels", [RGB, GREY], ids=["rgb", "grey"])
