@@ -243,18 +243,20 @@ def split_to_evaluate(
                     "pass other data, or --split validation for those that it did not train on"
                 )
             logger.info(
-                "%s holds the data of the run: only its validation images are measured",
+                "%s holds the data of the run: only its validation images are evaluated",
                 data.dataset_name,
             )
             source = DataSource(dataclasses.replace(moved, max_eval_samples=data.max_eval_samples))
             return _validation_of_run(run, moved, source, class_names)
     if own is not None and _is_train_of_run(run, split, preprocessing):
         logger.warning(
-            "%s holds the images that the run was trained on: the metrics say nothing about new ones",
+            "%s holds the images that the run was trained on: the metrics say nothing about new images",
             data.dataset_name,
         )
     logger.info(
-        "%s has no splits: all of its images are measured, %s", data.dataset_name, f"{len(split):,}"
+        "%s has no splits: all of its images are evaluated, %s",
+        data.dataset_name,
+        f"{len(split):,}",
     )
     return split
 
@@ -291,7 +293,7 @@ def _validation_of_run(
     if recorded is not None and original_splits.hash != recorded:
         raise UserError(
             f"{data.dataset_name} has changed since the run, so that images it trained on would be in "
-            "validation; restore the data, or pass new images alone as --dataset_name"
+            "validation; restore the data, or pass only new images as --dataset_name"
         )
     return _require_classes(splits.validation, class_names, data)
 
@@ -302,7 +304,7 @@ def _require_classes(split: Split, class_names: Sequence[str], data: DataConfig)
     if names != list(class_names):
         raise UserError(
             f"the model has the classes {listed(class_names, 5)}, but {data.dataset_name} now has "
-            f"{listed(names, 5)}; restore the data, or pass the images to measure alone as --dataset_name"
+            f"{listed(names, 5)}; restore the data, or pass only the images to evaluate as --dataset_name"
         )
     return split
 

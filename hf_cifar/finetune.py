@@ -166,7 +166,7 @@ def listing_unreadable(train: Split | Stream, on_bad_image: str) -> Iterator[Non
         yield
     except UserError:
         if on_bad_image == "error" and isinstance(train, Split) and images_of(train).faults:
-            logger.warning("an image of train cannot be read; checking the others")
+            logger.warning("a training image cannot be read; checking the others")
             readable(train)
         raise
 

@@ -46,8 +46,8 @@ def require_object(name: str, what: str) -> None:
     """Raises: UserError for the name of an object of another process. what: "model" or "data set"."""
     if name.startswith(MEMORY) and not isinstance(name, InMemory):
         raise UserError(
-            f"the {what} of this run, {name}, was an object in Python, which no file can repeat; pass the "
-            "same object in Python"
+            f"the {what} of this run, {name}, was a Python object, which cannot be loaded from a file; pass "
+            "the same object in Python"
         )
 
 

@@ -186,12 +186,12 @@ class _Budget:
     def check(self, num_bytes: int) -> None:
         if num_bytes > self.most:
             raise UserError(
-                f"{self.path} unpacks to more than {MAX_RATIO} times its size, as no archive of images does; "
-                "it was not unpacked. If it is good, unpack it and pass the folder"
+                f"{self.path} unpacks to more than {MAX_RATIO} times its size, unlike archives of images; it "
+                "was not unpacked; if you trust it, unpack it and pass the folder"
             )
         if num_bytes > self.free:
             raise UserError(
-                f"no space left to unpack {self.path} into {cache_folder()}; free some, or set "
+                f"no space left to unpack {self.path} into {cache_folder()}; free some space, or set "
                 "HF_CIFAR_CACHE to a folder on another disk"
             )
 
@@ -245,5 +245,5 @@ def _safe_name(path: Path, name: str) -> str:
 
 def _outside(path: Path, name: str) -> UserError:
     return UserError(
-        f"{path} contains {one_line(name)}, which leads out of its folder; it was not unpacked"
+        f"{path} contains {one_line(name)}, which points outside its folder; it was not unpacked"
     )

@@ -72,7 +72,7 @@ IN_PYTHON = (
 ADVICE = {
     **dict.fromkeys((".npy", ".npz", ".mat", ".h5", ".hdf5", ".pkl", ".pickle", ".pt", ".pth"), IN_PYTHON),
     **dict.fromkeys((".tfrecord", ".tfrecords", ".rec", ".mdb", ".lmdb", ".db", ".sqlite"), IN_PYTHON),
-    **dict.fromkeys((".idx3-ubyte", ".idx1-ubyte", ".gz"), "unpack it if it is packed, then " + IN_PYTHON),
+    **dict.fromkeys((".idx3-ubyte", ".idx1-ubyte", ".gz"), "if it is packed, unpack it, then " + IN_PYTHON),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as CSV, with the images' names and their labels"),
     ".arrow": "pass the folder that save_to_disk wrote",
     **dict.fromkeys((".rar", ".7z", ".zst"), "unpack it, and pass the folder"),
@@ -126,7 +126,7 @@ def refuse_folder_options(config: DataConfig) -> None:
     ]
     if given:
         raise UserError(
-            f"{given[0]} is for a folder of images, and {config.dataset_name} is none; leave it out"
+            f"{given[0]} is for a folder of images, and {config.dataset_name} is not one; leave it out"
         )
 
 
@@ -269,7 +269,7 @@ def _load_file(path: Path, config: DataConfig, streaming: bool, known: Sequence[
         )
         return _source(layout, config, streaming)
     if suffix_of(path.name) in ADVICE:
-        raise UserError(f"{path} is not a data set that is read; {ADVICE[suffix_of(path.name)]}")
+        raise UserError(f"{path} is not a supported data set; {ADVICE[suffix_of(path.name)]}")
     raise UserError(
         f"{path} is not a data set; pass a folder of images, a zip or tar of one, a table of paths and "
         "labels, a Hub-layout folder, or an official cifar-10/100 tar.gz"
@@ -386,7 +386,7 @@ def _read_images(listing: Listing, config: DataConfig, known: Sequence[str]) -> 
         return joined
     if fitting:
         raise UserError(
-            f"multiple tables have labels of these images: {listed(fitting)}; choose one with --labels_file"
+            f"multiple tables have labels for these images: {listed(fitting)}; choose one with --labels_file"
         )
     if unclear and (not listing.images or isinstance(problem, NoClassFolders)):
         raise next(iter(unclear.values()))

@@ -190,7 +190,7 @@ def find_reading(rows: Dataset, split: str) -> Reading:
 
 # Said about a layout that the numbers do not show.
 NOTES = {
-    "planes": ", all red ones first, then green, then blue (as in CIFAR)",
+    "planes": ", all red values first, then green, then blue (as in CIFAR)",
     "pixels": ", red, green and blue of each pixel together",
     "channels first": ", channels first",
 }
@@ -225,7 +225,7 @@ def _layout(shapes: set[tuple[int, ...]], sample: list[np.ndarray]) -> str:
             if all(shape[axis] in channels for shape in shapes)
         ]
     if len(fits) != 1:
-        problem = "which could have its channels first or last" if fits else "which is no image"
+        problem = "which could have its channels first or last" if fits else "which is not an image"
         raise UserError(f"the image column holds numbers of shape {found}, {problem}; {advice}")
     return fits[0]
 
@@ -366,7 +366,7 @@ def _rows_of(
                 except ValueError:
                     raise UserError(
                         f"{split} row {start + i}: its lists have different lengths, or lack a number, so "
-                        "they are no image; fix or remove it"
+                        "they are not an image; fix or remove it"
                     ) from None
         start += len(cells)
 

@@ -74,8 +74,8 @@ def _scaled(deep: DeepPixels, value_range: ValueRange | None) -> np.ndarray:
 @functools.cache  # once per process
 def _note_full_range() -> None:
     logger.warning(
-        "images of more than 8 bits are scaled by the whole range of their type, such as 0 to 65535: those "
-        "that use less of it look dark. A training finds their range, or --value_range sets it"
+        "images of more than 8 bits are scaled by the full range of their type, such as 0 to 65535, so those "
+        "that use less of it look dark; training finds their range, or pass --value_range"
     )
 
 
@@ -295,7 +295,7 @@ def find_value_range(
         return None
     found = range_of(samples)
     logger.info(
-        "%s of %s images examined have more than 8 bits: the values %s to %s, where 99.8%% of theirs lie, "
+        "%s of %s images examined have more than 8 bits: values from %s to %s, which are 99.8%% of all, "
         "become 0 to 255; --value_range LOW,HIGH sets another range",
         f"{len(samples):,}", f"{count:,}", *str(found).split(","),
     )  # fmt: skip

@@ -201,8 +201,8 @@ class _Reader:
         twice = [name for name in roles if list(roles.values()).count(roles[name]) > 1]
         if twice:
             raise UserError(
-                f"{slashed(twice)} in {self.show(inside)} are all {roles[twice[0]]} by their names; "
-                "join them, or rename one; if they are classes, pass --folders classes"
+                f"{slashed(twice)} in {self.show(inside)} are all named as {roles[twice[0]]}; "
+                "merge them, or rename one; if they are classes, pass --folders classes"
             )
         return {name: roles[name] for name in sorted(roles, key=lambda n: ORDER.index(roles[n]))}
 
@@ -291,16 +291,16 @@ class _Reader:
         no_class = {*SPLIT_FILLERS, "labeled", "labelled"}
         fillers = [name for name in inner if set(words_of(name)) <= no_class and words_of(name)]
         if numbered and alike and words_of("".join(inner[names[0]][1])):
-            advice = "Join them, one folder per class"
+            advice = "Merge them into one folder per class, or pass"
         elif (split or fillers) and len(names) > 1:
             names = [*split, *(name for name in fillers if name not in split)]
-            advice = f"Pass {self.show(inner[names[0]][0])}"
+            advice = f"Pass {self.show(inner[names[0]][0])}, or"
         else:
             return
         raise NoClassFolders(
             f"{where} can be read in two ways: {listed(sorted(self.below[top]), MAX_NAMES)} as classes; or "
             f"{slashed(inner[names[0]][1])} in {slashed(names)} as {'splits' if split else 'classes'}. "
-            f"{advice}, or --folders classes"
+            f"{advice} --folders classes"
         )
 
     def folders_in(self, top: str) -> tuple[str, list[str]]:
@@ -383,7 +383,7 @@ class _Reader:
             if len(same) > 1:
                 self.notes.append(
                     f"classes {' and '.join(map(repr, same))} differ only in upper and lower case, or in "
-                    "spaces; they are separate classes, so join the folders if they are one"
+                    "spaces; they are separate classes, so merge the folders if they are one"
                 )
         twice = [name for name, count in Counter(self.listing.folders).items() if count > 1]
         if twice:

@@ -211,7 +211,7 @@ def prepare_splits(
         try:
             return Splits(train, *readable(validation, on_bad_image=config.on_bad_image))
         except UnreadableImages:
-            logger.warning("an image of validation cannot be read; checking those of train")
+            logger.warning("a validation image cannot be read; checking the training images")
     train, validation = readable(train, validation, on_bad_image=config.on_bad_image)
     names = list(splits.id2label.values())
     _require_every_class(train.labels, names, train.source_split)
@@ -272,7 +272,7 @@ def _other_split(found: Mapping, name: str, config: DataConfig) -> str:
         return chosen
     if len(found) == 1 and named[other] is None:
         return next(iter(found))
-    advice = f"--split {other}" if named[other] else "--dataset_name with only those to measure"
+    advice = f"--split {other}" if named[other] else "--dataset_name with only those to evaluate"
     raise UserError(f"{config.dataset_name} has no {name} split, only {list(found)}; pass {advice}")
 
 

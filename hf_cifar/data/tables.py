@@ -130,7 +130,7 @@ def _refuse_missing_images(listing: Listing, table: Table) -> None:
         if names and sum(suffix_of(each) in image_suffixes() for each in names) > len(names) / 2:
             raise UserError(
                 f"none of the {len(names):,} images in column {name!r} of {table.name} is in "
-                f"{one_line(listing.root)}, such as {listed(names, MAX_NAMES)}; correct the paths, or pass "
+                f"{one_line(listing.root)}, such as {listed(names, MAX_NAMES)}; fix the paths, or pass "
                 "the folder of the images as --dataset_name and the table as --labels_file"
             )
 
@@ -267,14 +267,14 @@ def _read_json(content: bytes) -> dict[str, list[Any]]:
     if cells and all(isinstance(cell, (str, int)) for cell in cells):
         return {"file": list(found), "label": cells}
     raise NoTable(
-        'is no list of objects such as {"file": "1.png", "label": "cat"}; write the names of the '
+        'is not a list of objects such as {"file": "1.png", "label": "cat"}; write the names of the '
         "images and their labels into a CSV"
     )
 
 
 def _json_columns(rows: list[Any]) -> dict[str, list[Any]]:
     if not all(isinstance(row, dict) for row in rows):
-        raise NoTable("has rows that are no JSON objects")
+        raise NoTable("has rows that are not JSON objects")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -554,7 +554,7 @@ def _layout(
         if before[1] != label:
             raise UserError(
                 f"{table.name} gives {one_line(file.name)} two labels, {before[1]!r} in row "
-                f"{before[0] + 1} and {label!r} in row {number + 1}; correct it, or for multiple labels per "
+                f"{before[0] + 1} and {label!r} in row {number + 1}; fix it, or for multiple labels per "
                 "image see metadata.jsonl in docs/data.md"
             )
     if repeated:
@@ -599,9 +599,9 @@ def _split_column(table: Table, taken: set[str], config: DataConfig) -> str | No
             return name
         if name.lower() in DIVIDING or (roles and name.lower() in SPLIT_COLUMN_NAMES):
             raise UserError(
-                f"column {name!r} of {table.name} names splits{', but not only' if roles else ' as'}: "
-                f"{listed(sorted(map(repr, values)), 8)}; write train, validation and test into a column "
-                "split, or rename it"
+                f"the values of column {name!r} of {table.name} are not all names of splits: "
+                f"{listed(sorted(map(repr, values)), 8)}; use train, validation and test, or "
+                "rename it"
             )
     return None
 
@@ -705,7 +705,7 @@ def _labels(
             )
         if len(found) > 1:
             raise UserError(
-                f"the label column of {table.name} is not clear: {listed(found, 8)} could be its labels; "
+                f"the label column of {table.name} is ambiguous: {listed(found, 8)} could be labels; "
                 "choose one with --label_column_name"
             )
         column = found[0]
@@ -811,7 +811,7 @@ def _alike(names: list[str]) -> list[str]:
         found[name.casefold()].append(name)
     return [
         f"classes {' and '.join(map(repr, same))} differ only in upper and lower case; they are separate "
-        "classes, so write them alike if they are one"
+        "classes, so spell them alike if they are one"
         for same in found.values()
         if len(same) > 1
     ]

@@ -75,7 +75,7 @@ def opened(given: Any, name: str, data: DataConfig) -> Any:
         )
     if isinstance(given, str):
         raise UserError(
-            f"{name} is the name {given!r}; pass a datasets.Dataset, as load_dataset returns it"
+            f"{name} is the string {given!r}; pass a datasets.Dataset, such as one from load_dataset"
         )
     rows = open_object({"train": given})["train"]
     rows = standard_split(rows, name, replace(data, dataset_name=IN_MEMORY))
@@ -127,7 +127,7 @@ def as_classifier(model: nn.Module, processing_class: Any, split: Split | None) 
         return Classifier(model, processor or processor_of(model))
     if split is None:
         raise UserError(
-            f"a {type(model).__name__} has no names of classes; pass train_dataset, or a transformers model"
+            f"a {type(model).__name__} has no class names; pass train_dataset, or a transformers model"
         )
     count = model.num_classes if is_timm(model) else None
     names = _names_by_number(split, count)
@@ -160,7 +160,9 @@ def train_as_float32(model: PreTrainedModel) -> None:
     """Convert the weights of a checkpoint in half precision, which would lose small updates."""
     kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in HALF}
     if kinds:
-        logger.info("the model's weights are %s, and train as float32", " and ".join(sorted(kinds)))
+        logger.info(
+            "the model's weights are %s, and are trained as float32", " and ".join(sorted(kinds))
+        )
         model.float()
 
 
@@ -184,15 +186,15 @@ def _name_classes(model: PreTrainedModel, split: Split) -> None:
     is_declared = isinstance(class_label(split.rows.features["label"]), ClassLabel)
     if len(names) > count or (len(names) < count and not is_declared):
         raise UserError(
-            f"{split.name} has {len(names)} classes, {listed(names, SHOWN_CLASSES)}, but the model {count} "
-            f"without names; load it with num_labels={len(names)}"
+            f"{split.name} has {len(names)} classes, {listed(names, SHOWN_CLASSES)}, but the model has "
+            f"{count} without names; load it with num_labels={len(names)}"
         )
     if len(names) < count:
         logger.warning(
             "%s has %d classes and the model %d: the last %d have no images",
             split.name, len(names), count, count - len(names),
         )  # fmt: skip
-    logger.info("the model's classes had no names: they are %s", listed(names, SHOWN_CLASSES))
+    logger.info("the model's classes had no names and are now %s", listed(names, SHOWN_CLASSES))
     names = [*names, *generic[len(names) :]]
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = label2id(model.config.id2label)
