@@ -131,7 +131,7 @@ def decode_image(
 
 
 def _jpeg_pixels(image: Image.Image, file: BinaryIO) -> np.ndarray | None:
-    """Decode a grey or RGB JPEG file by the faster decoder; None for other and damaged ones."""
+    """Decode a grey or RGB JPEG file with the faster decoder; return None for other or damaged files."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
     orientation = _exif_orientation(image.info.get("exif") or b"")
@@ -143,7 +143,7 @@ def _jpeg_pixels(image: Image.Image, file: BinaryIO) -> np.ndarray | None:
 
 
 def read_deep(cell: dict | None, max_pixels: int = MAX_IMAGE_PIXELS) -> DeepPixels | None:
-    """Read one cell of an image column if its image has more than 8 bits; of others, only the header.
+    """Read one cell of an image column; return None, after its header, unless it has more than 8 bits.
 
     Raises: UserError as `decode_cell`.
     """
@@ -180,7 +180,7 @@ def _opened(source: bytes | str | os.PathLike) -> BinaryIO:
 def _deep_page(file: BinaryIO) -> TiffPage | None:
     """The first page of a TIFF file if it has more than 8 bits; returns to the beginning of the file.
 
-    Raises: UserError for a camera's raw file, which is a TIFF file to Pillow.
+    Raises: UserError for a camera raw file, which Pillow takes for a TIFF file.
     """
     page, head = None, file.read(HEAD_BYTES)
     file.seek(0)

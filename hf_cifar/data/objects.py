@@ -1,4 +1,4 @@
-"""Open data sets in memory: of the library `datasets`, of pandas, or images with labels."""
+"""Open data sets in memory: from the library `datasets`, from pandas, or images with labels."""
 
 from __future__ import annotations
 

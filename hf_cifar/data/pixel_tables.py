@@ -27,7 +27,7 @@ SPLIT_COLUMN_NAMES = {"partition", "set", "split", "subset", "usage"}
 KAGGLE_SPLITS = {
     "PublicTest": "validation",
     "PrivateTest": "test",
-}  # of the public and private ranking
+}  # of the public and private leaderboard
 csv.field_size_limit(2**24)
 
 

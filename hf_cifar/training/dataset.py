@@ -57,13 +57,14 @@ IN_MEMORY = f"{MEMORY}dataset"  # no name of a folder, to which paths would be r
 
 
 def is_several(given: Any) -> bool:
-    """True for data sets by name, which a Trainer evaluates one after another; False for one of columns."""
+    """True for a dict of data sets, which a Trainer evaluates one after another; False for one of columns."""
     kinds = (Dataset, IterableDataset, Split, *STORES)
     return isinstance(given, Mapping) and all(isinstance(each, kinds) for each in given.values())
 
 
 def opened(given: Any, name: str, data: DataConfig) -> Any:
-    """Open a data set of any kind in memory as a split, with its labels as they are; None and stores stay.
+    """Open a data set of any kind in memory as a split, with its labels as they are; return None and
+    stores unchanged.
 
     Raises: UserError for an object that is not a data set, or columns that cannot be identified.
     """
@@ -111,9 +112,9 @@ def with_placeholders(given: Dataset, model: PreTrainedModel, data: DataConfig) 
 
 
 def as_classifier(model: nn.Module, processing_class: Any, split: Split | None) -> Classifier:
-    """Return a transformers model with its image processor; of another network, make one for the split.
+    """Return a transformers model with its image processor; wrap any other network for the split.
 
-    Raises: UserError for a network that has no names of classes, or none of the size of its input.
+    Raises: UserError for a network without class names, or whose input size is unknown.
     """
     processor = processing_class
     if isinstance(processor, ProcessorMixin):
@@ -145,7 +146,7 @@ def _names_by_number(split: Split, count: int | None) -> list[str]:
 
 
 def complete_config(model: PreTrainedModel, split: Split) -> None:
-    """Complete a model's config by a data set: the names of its classes, if they have none, and whether an
+    """Complete a model's config from a data set: the names of its classes, if they have none, and whether an
     image may have multiple labels.
 
     Raises: UserError for another number of classes.
@@ -157,7 +158,7 @@ def complete_config(model: PreTrainedModel, split: Split) -> None:
 
 
 def train_as_float32(model: PreTrainedModel) -> None:
-    """Convert the weights of a checkpoint in half precision, which would lose small updates."""
+    """Convert half-precision weights to float32, because half precision would lose small updates."""
     kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in HALF}
     if kinds:
         logger.info(
@@ -268,7 +269,7 @@ def prepare_inputs(
 ) -> Inputs:
     """Open the data sets, match their classes, prepare their images, and set the loader's workers in `args`.
 
-    Stores, which have all of that, stay as they are.
+    Stores already have all of that, and stay unchanged.
     """
     train = opened(train_dataset, "train", data)
     evals = {name: opened(each, name, data) for name, each in _by_name(eval_dataset).items()}
@@ -309,7 +310,7 @@ def prepare_evaluation(
     data: DataConfig,
     preprocessing: Preprocessing,
 ) -> Any:
-    """Return the store of a data set to evaluate, or several by name; None and stores stay."""
+    """Return the store of a data set to evaluate, or multiple by name; return None and stores unchanged."""
     if is_several(given):
         return {
             each: prepare_evaluation(model, given[each], each, args, data, preprocessing)

@@ -104,7 +104,7 @@ def test_strings_that_name_no_files_are_no_images(save):
     folder = save(train=make(["a.png", "b.png"], Value("string"), "file"))
     with pytest.raises(UserError, match=r"none of the columns .* is an image column"):
         read(folder)
-    with pytest.raises(UserError, match=r"'file' holds .*, not images or names of files in"):
+    with pytest.raises(UserError, match=r"'file' holds .*, not images or file names in"):
         read(folder, image_column_name="file")
 
 
