@@ -166,7 +166,7 @@ def data_side(folder: Path, rounds: int) -> None:
 
 
 def training(folder: Path, turns: int) -> None:
-    """Compare whole training from the second epoch on with the plain recipe, timm and ready tensors."""
+    """Compare complete training from the second epoch on with the plain recipe, timm and ready tensors."""
     task = Task(MODEL, SIZE, 32, dataset_name=str(folder), images=str(folder))
     train = DataSource(DataConfig(dataset_name=str(folder))).splits.train
     prepare_split(train, VIEW, augmented=True, kind="disk")

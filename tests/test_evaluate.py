@@ -77,7 +77,7 @@ def test_data_without_splits_are_measured_whole(measure, stripes, tmp_path, spli
     shutil.copytree(stripes / "test", tmp_path / "later")
     found = measure(tmp_path / "later", split)
     assert (found.split, len(found.labels)) == (split, 22)
-    assert "later has no splits: all of its images are measured, 22" in caplog.text
+    assert "later has no splits: all of its images are evaluated, 22" in caplog.text
 
 
 def test_a_subset_of_the_classes_is_measured(measure, stripes, tmp_path, caplog):

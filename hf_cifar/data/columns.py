@@ -1,4 +1,4 @@
-"""Find the image and label columns by type, an obvious name deciding between equals, and standardize them."""
+"""Find the image and label columns by type, or by an obvious name if multiple fit, and standardize them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _image_column(features: Features, config: DataConfig, rows: Dataset | None) 
     if requested is not None:
         _require_column(requested, features, "image")
         if not holds_images(requested):
-            files = "" if kinds[requested] != Kind.TEXT else f" or names of files in {folder}"
+            files = "" if kinds[requested] != Kind.TEXT else f" or file names in {folder}"
             raise UserError(
                 f"column {requested!r} holds {features[requested]}, not images{files}; pass another "
                 "--image_column_name"
@@ -123,7 +123,7 @@ def _image_column(features: Features, config: DataConfig, rows: Dataset | None) 
             continue
         chosen = _decide(found, _called(found, IMAGE_NAMES), "image")
         if kinds[chosen] == Kind.TEXT:
-            logger.info("image column: %r, names of files in %s", chosen, folder)
+            logger.info("image column: %r, file names in %s", chosen, folder)
         return chosen
     raise UserError(
         f"none of the columns {listed(features, 8)} is an image column; pass --image_column_name"

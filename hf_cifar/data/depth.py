@@ -101,7 +101,7 @@ def deep_tiff(page: TiffPage, encoded: bytes) -> DeepPixels:
 
 
 def _full_range(values: np.ndarray, bits: int) -> ValueRange:
-    """The range of a type: of 16 bits if it has more, and 0..1 or 0..255 for floats."""
+    """The range of a type: that of 16 bits if it has more, and 0..1 or 0..255 for floats."""
     if values.dtype.kind == "f":
         return ValueRange(0, 1 if np.nanmax(values, initial=0) <= 1 else 255)
     if values.dtype.kind == "i" and bits == 16:
@@ -110,7 +110,7 @@ def _full_range(values: np.ndarray, bits: int) -> ValueRange:
 
 
 def deep_pixels(image: Image.Image) -> DeepPixels | None:
-    """Read an open image as stored, not turned; None if it has 8 bits or fewer."""
+    """Read an open image as stored, not rotated; None if it has 8 bits or fewer."""
     if image.mode in GREY_MODES and not _declares_maximum(image):
         values = np.asarray(image)
         full = _full_range(values, 32) if image.mode == "F" else ValueRange(0, 2**16 - 1)
@@ -129,8 +129,8 @@ def _clear(image: Image.Image, values: np.ndarray) -> np.ndarray | None:
 
 
 def _deep_png(image: ImageFile.ImageFile) -> DeepPixels:
-    """Read 16 bits with Pillow, which keeps one byte of two: the high one, or the low one if it is told that
-    the bytes of a number are in the other order."""
+    """Read 16 bits with Pillow, which keeps the high byte of each number, or the low byte if it is told that
+    the bytes are in the opposite order."""
     encoded, kind = encoded_file(image), str(image.tile[0].args).partition(";")[0]
     if kind == "LA":
         pairs = _unpacked(encoded, "RGBA")

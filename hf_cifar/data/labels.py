@@ -263,7 +263,7 @@ def _check_type(feature: Any) -> None:
 def _check_values(
     distinct: list[Any], codes: np.ndarray, positions: np.ndarray, split: str
 ) -> None:
-    """Raises: UserError that names the first row of a value that is no label."""
+    """Raises: UserError that names the first row of a value that is not a label."""
     for code, value in enumerate(distinct):
         if value is None or value != value or str(value).strip() == "":
             problem = "the label is missing"

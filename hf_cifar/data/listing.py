@@ -55,7 +55,7 @@ class File(NamedTuple):
 class Listing:
     """The files below `root`, sorted by name.
 
-    others: files that are no images, by their names. left_out: files that are never looked into, counted by
+    others: files that are not images. left_out: files that are never looked into, counted by
     reason. folders: names of all folders below the root, without hidden ones. run_parents: the folders that
     hold folders of runs, at any depth.
     """
@@ -68,7 +68,7 @@ class Listing:
     run_parents: set[str] = field(default_factory=set)
 
     def all_left_out(self) -> Counter[str]:
-        """Count everything that is no image, by reason."""
+        """Count everything that is not an image, by reason."""
         return self.left_out + Counter(kind_of(file.name) for file in self.others)
 
 
@@ -153,8 +153,8 @@ def _count_below(folder: str) -> int:
 
 
 def composed(name: str) -> str:
-    """Compose the characters of a name (Unicode NFC), as most systems write them; bytes that are no text are
-    written as escapes."""
+    """Compose the characters of a name (Unicode NFC), as most systems write them; bytes that are not
+    text become escapes."""
     if name.isascii():
         return name
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
@@ -164,7 +164,7 @@ def composed(name: str) -> str:
 def is_image_file(path: str) -> bool:
     """True for a file with the suffix of an image, or with the first bytes of one.
 
-    Such a file may still be damaged. A camera's raw file is none.
+    Such a file may still be damaged. A camera raw file does not count.
     """
     suffix = suffix_of(path)
     if suffix in image_suffixes():
@@ -193,7 +193,7 @@ def suffix_of(name: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """Name the kind of a file that is no image, for a count: its suffix if that is a plain one."""
+    """Name the kind of a file that is not an image, for a count: its suffix if that is a plain one."""
     if os.path.basename(name).startswith("events.out.tfevents."):  # of TensorBoard
         return ".tfevents"
     suffix = suffix_of(name)

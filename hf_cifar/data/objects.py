@@ -1,4 +1,4 @@
-"""Open data sets in memory: of the library `datasets`, of pandas, or images with labels."""
+"""Open data sets in memory: from the library `datasets`, from pandas, or images with labels."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _rows(value: Any, known: Sequence[str] | None = None) -> Dataset:
     if isinstance(value, Dataset):
         if value.format["type"] == "custom":
             logger.warning(
-                "the transform of the Dataset is not used: model and options say how to prepare images"
+                "the transform of the Dataset is not used: model and options decide how to prepare images"
             )
         return value.with_format(None)
     if isinstance(value, IterableDataset):

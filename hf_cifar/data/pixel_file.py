@@ -84,7 +84,7 @@ class PixelFile:
         """Store the image [height, width, 3] of a row. Raises: OSError, for example if the disk is full."""
         data = np.ascontiguousarray(image).data.cast("B")
         write_at(self._descriptor, data, row * self.row_bytes)
-        # The state comes last: a process that dies before leaves a missing row.
+        # The state comes last: a process that dies earlier leaves a missing row.
         self._rows["crc"][row] = zlib.crc32(data)
         self._rows["state"][row] = STORED
         self._checked[row] = True

@@ -2,7 +2,7 @@
 
 `Pixels` has the encoded images of one of a source's own splits. `Prepared` has them as the model needs them,
 uint8 in one size, in a file of the cache whose name is made from the source's images and that form. Any rows
-can be prepared at any time: in a pass before the training, or by the loader when their turn comes.
+can be prepared at any time: in a pass before training, or by the loader when they are first used.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ class Pixels:
 class Prepared:
     """The images of a source in one form, [N, height, width, 3] uint8, in a file that later runs continue.
 
-    Positions are those of `Pixels`. Without a file (`stores`, or a full disk) an image is decoded at each
-    use.
+    Positions are those of `Pixels`. Without a file (`stores` is False, or the disk is full), an
+    image is decoded at each use.
     """
 
     def __init__(self, pixels: Pixels, form: Form, *, stores: bool = True) -> None:
@@ -178,7 +178,7 @@ class Prepared:
             return PixelFile(folder / name, len(self.pixels), self.form.size)
 
     def missing(self, positions: np.ndarray) -> np.ndarray:
-        """Return those of the positions [B] that nobody has tried to decode yet."""
+        """Return those of the positions [B] that have not been decoded yet."""
         return positions[self._file.states(positions) == MISSING]
 
     def unreadable(self, positions: np.ndarray) -> dict[int, str]:
@@ -238,7 +238,7 @@ class Prepared:
     def _render(
         self, position: int, cell: dict | None = None, *, keep: bool = True
     ) -> np.ndarray | None:
-        """Decode one image into the form, and keep it or the fact that it is unreadable: then None."""
+        """Decode one image into the form; return None, and record it, if it is unreadable. keep: store it."""
         try:
             cell = self.pixels.rows[position]["image"] if cell is None else cell
             image = self.form.render(self.pixels.decode_cell(cell))

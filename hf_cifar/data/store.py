@@ -103,7 +103,7 @@ class PreparedStore(Dataset):
             if not (self.skips and readable.any()):
                 faults = self.images.faults
                 bad = {row: faults[row] for row in rows[~readable].tolist()}
-                # A loader's worker passes on errors that are made from their message alone.
+                # A loader's worker can only pass on errors that are made from a message alone.
                 raise UserError(str(UnreadableImages([(self.split, bad)])))
             images, rows = images[readable], rows[readable]
         return {
@@ -212,8 +212,10 @@ def build_store(
 
 
 def _resident(images: SplitImages, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return a tensor with the images, and the position of each of the split's images in it if it has others
-    too: small images of one size are in one tensor for all splits of a source, which each split completes."""
+    """Return a tensor with the images, and the position of each of them if the tensor holds others too.
+
+    Small images of one size share a tensor for all splits of a source; each split fills in its own.
+    """
     prepared, own, shared = images.prepared, images.tensors, images.pixels.tensors
     key, count, num_all = (prepared.form, device), len(images), len(images.pixels)
     is_shared = prepared.form.view is None and (key in shared or count >= SHARED_FRACTION * num_all)

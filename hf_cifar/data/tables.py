@@ -36,7 +36,7 @@ PATH_NAMES = {
 }  # fmt: skip
 LABEL_NAMES = ("label", "labels", "class", "target", "category")
 SPLIT_COLUMN_NAMES = {"partition", "phase", "set", "split", "subset", "usage"}
-# Never anything else, whatever its values.
+# Columns that can only name splits, whatever their values.
 DIVIDING = {
     "is_test",
     "is_train",
@@ -54,7 +54,7 @@ MAX_NAMES = 3  # in a line
 
 
 class NoTable(UserError):
-    """A file that is no table of images and labels."""
+    """A file that is not a table of images and labels."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def read_table_layout(
     requested: the user named the table, so that two rows that name an image are enough. folder_of: the class
     folders of the images, which decide between columns that could be labels. known: classes of which there
     may be only one.
-    Raises: NoTable if no column names images; UserError for a table whose meaning is not clear.
+    Raises: NoTable if no column names images; UserError for a table whose meaning is ambiguous.
     """
     table = read_table(path)
     if "top_k" in table.columns and not requested:
@@ -130,7 +130,7 @@ def _refuse_missing_images(listing: Listing, table: Table) -> None:
         if names and sum(suffix_of(each) in image_suffixes() for each in names) > len(names) / 2:
             raise UserError(
                 f"none of the {len(names):,} images in column {name!r} of {table.name} is in "
-                f"{one_line(listing.root)}, such as {listed(names, MAX_NAMES)}; correct the paths, or pass "
+                f"{one_line(listing.root)}, such as {listed(names, MAX_NAMES)}; fix the paths, or pass "
                 "the folder of the images as --dataset_name and the table as --labels_file"
             )
 
@@ -208,7 +208,7 @@ def read_metadata_layout(
 
 
 def read_table(path: str) -> Table:
-    """Read a table. Raises: NoTable for a file that is none, or holds images itself."""
+    """Read a table. Raises: NoTable for a file that is not one, or holds images itself."""
     name, suffix = os.path.basename(path), suffix_of(path)
     try:
         if suffix == ".parquet":
@@ -267,14 +267,14 @@ def _read_json(content: bytes) -> dict[str, list[Any]]:
     if cells and all(isinstance(cell, (str, int)) for cell in cells):
         return {"file": list(found), "label": cells}
     raise NoTable(
-        'is no list of objects such as {"file": "1.png", "label": "cat"}; write the names of the '
+        'is not a list of objects such as {"file": "1.png", "label": "cat"}; write the names of the '
         "images and their labels into a CSV"
     )
 
 
 def _json_columns(rows: list[Any]) -> dict[str, list[Any]]:
     if not all(isinstance(row, dict) for row in rows):
-        raise NoTable("has rows that are no JSON objects")
+        raise NoTable("has rows that are not JSON objects")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -304,7 +304,7 @@ def _read_delimited(content: bytes, suffix: str) -> dict[str, list[Any]]:
 
 
 def _decode(content: bytes) -> str:
-    """Decode text with or without a byte order mark; what is not Unicode is Windows' western encoding."""
+    """Decode text with or without a byte order mark; text that is not Unicode is read as Windows-1252."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16")
     try:
@@ -331,7 +331,7 @@ def _regularity(text: str, delimiter: str) -> tuple[bool, int]:
 
 
 def _without_header(table: Table) -> Table:
-    """The same table, read as one whose first line is a row."""
+    """Return the table with its header as the first row."""
     return Table(
         table.name,
         table.folder,
@@ -519,7 +519,7 @@ def _layout(
     folders: list[str | None] | None = None,
     known: Sequence[str] = (),
 ) -> Layout:
-    """Put the rows of a table into splits. Raises: UserError for labels that are not clear."""
+    """Put the rows of a table into splits. Raises: UserError for labels that are ambiguous."""
     notes: list[str] = []
     split_column = _split_column(table, path_columns, config)
     rest = set(path_columns) | ({split_column} if split_column else set())
@@ -554,7 +554,7 @@ def _layout(
         if before[1] != label:
             raise UserError(
                 f"{table.name} gives {one_line(file.name)} two labels, {before[1]!r} in row "
-                f"{before[0] + 1} and {label!r} in row {number + 1}; correct it, or for multiple labels per "
+                f"{before[0] + 1} and {label!r} in row {number + 1}; fix it, or for multiple labels per "
                 "image see metadata.jsonl in docs/data.md"
             )
     if repeated:
@@ -599,9 +599,9 @@ def _split_column(table: Table, taken: set[str], config: DataConfig) -> str | No
             return name
         if name.lower() in DIVIDING or (roles and name.lower() in SPLIT_COLUMN_NAMES):
             raise UserError(
-                f"column {name!r} of {table.name} names splits{', but not only' if roles else ' as'}: "
-                f"{listed(sorted(map(repr, values)), 8)}; write train, validation and test into a column "
-                "split, or rename it"
+                f"the values of column {name!r} of {table.name} are not all names of splits: "
+                f"{listed(sorted(map(repr, values)), 8)}; use train, validation and test, or "
+                "rename it"
             )
     return None
 
@@ -609,7 +609,7 @@ def _split_column(table: Table, taken: set[str], config: DataConfig) -> str | No
 def _splits(
     table: Table, split_column: str | None, rows: dict[File, tuple[int, Any]], folders: str
 ) -> tuple[dict[File, str], dict[str, str]]:
-    """The split of each image, and what its owner calls each split: by a column, else by the folders.
+    """Return the split of each image, and the original name of each split: by a column, else by the folders.
 
     Raises: UserError if only some of the folders are splits. folders: classes if none is.
     """
@@ -705,7 +705,7 @@ def _labels(
             )
         if len(found) > 1:
             raise UserError(
-                f"the label column of {table.name} is not clear: {listed(found, 8)} could be its labels; "
+                f"the label column of {table.name} is ambiguous: {listed(found, 8)} could be labels; "
                 "choose one with --label_column_name"
             )
         column = found[0]
@@ -716,14 +716,13 @@ def _labels(
 
 
 def agree(pairs: Iterable[tuple[Any, Any]]) -> bool:
-    """True if each left value always stands beside the same right value, and the reverse; pairs with None
-    do not count."""
+    """True if left and right values correspond one to one; pairs with None do not count."""
     distinct = {pair for pair in pairs if None not in pair}
     return len({a for a, _ in distinct}) == len(distinct) == len({b for _, b in distinct})
 
 
 def _label_cells(cells: list[Any]) -> list[Any]:
-    """Labels as text, with 1.0 as 1 if all are such numbers; lists as tuples; None where one is missing."""
+    """Return labels as text, 1.0 as 1 if all are whole; lists as tuples; None where one is missing."""
     cells = _parsed_lists(cells)
     if any(isinstance(cell, list) for cell in cells):
         return [None if cell is None else tuple(map(_text, cell)) for cell in cells]
@@ -773,7 +772,7 @@ def _is_fraction(cell: Any) -> bool:
 
 
 def _could_be_labels(cells: list[Any]) -> bool:
-    """True for a column with at least two values that each repeat on average."""
+    """True for a column with at least two distinct values, which occur twice each on average."""
     if not _is_plain(cells):
         return False
     present = [cell for cell in cells if not _is_missing(cell)]
@@ -811,7 +810,7 @@ def _alike(names: list[str]) -> list[str]:
         found[name.casefold()].append(name)
     return [
         f"classes {' and '.join(map(repr, same))} differ only in upper and lower case; they are separate "
-        "classes, so write them alike if they are one"
+        "classes, so spell them alike if they are one"
         for same in found.values()
         if len(same) > 1
     ]

@@ -133,7 +133,7 @@ def test_interrupted_unpacking_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", ["zip", "tar"])
 def test_members_that_lead_out_are_refused(tmp_path, name, suffix):
     path = write(tmp_path / f"a.{suffix}", CATS | {name: PNG})
-    with pytest.raises(UserError, match="which leads out of its folder; it was not unpacked"):
+    with pytest.raises(UserError, match="which points outside its folder; it was not unpacked"):
         source(path)
     assert sorted(os.listdir(tmp_path)) == ["a." + suffix, "cache"]
     assert not list((tmp_path / "cache").rglob("*.png"))
@@ -151,7 +151,7 @@ def test_members_that_lead_out_are_refused(tmp_path, name, suffix):
 )
 def test_links_that_lead_out_are_refused(tmp_path, links):
     path = write_tar(tmp_path / "a.tar", CATS, links)
-    with pytest.raises(UserError, match="which leads out of its folder; it was not unpacked"):
+    with pytest.raises(UserError, match="which points outside its folder; it was not unpacked"):
         source(path)
     assert not list((tmp_path / "cache/archives").rglob("*.png"))
 
@@ -170,7 +170,7 @@ def test_a_link_in_a_zip_that_leads_out_is_refused(tmp_path):
     path = write_zip(tmp_path / "a.zip", CATS | {})
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(member, "/etc/passwd")
-    with pytest.raises(UserError, match="which leads out of its folder"):
+    with pytest.raises(UserError, match="which points outside its folder"):
         source(path)
 
 

@@ -143,7 +143,7 @@ def test_without_a_range_the_type_decides_and_a_line_says_so(caplog):
     images._note_full_range.cache_clear()
     for _ in range(2):
         assert (decode_image(png16(COLOUR)) == (COLOUR / 257).round()).all()
-    assert caplog.text.count("scaled by the whole range of their type") == 1
+    assert caplog.text.count("scaled by the full range of their type") == 1
     declared = decode_image(pgm(TWELVE, 4095))
     assert (declared == grey_rgb(scaled(TWELVE, 0, 4095))).all()
 

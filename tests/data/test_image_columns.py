@@ -104,7 +104,7 @@ def test_strings_that_name_no_files_are_no_images(save):
     folder = save(train=make(["a.png", "b.png"], Value("string"), "file"))
     with pytest.raises(UserError, match=r"none of the columns .* is an image column"):
         read(folder)
-    with pytest.raises(UserError, match=r"'file' holds .*, not images or names of files in"):
+    with pytest.raises(UserError, match=r"'file' holds .*, not images or file names in"):
         read(folder, image_column_name="file")
 
 
@@ -152,7 +152,7 @@ def test_the_layout_of_flat_colours_is_that_of_smooth_images(save, photo, caplog
     pictures = np.stack([np.asarray(photo(16, 16, seed)) for seed in range(4)])
     for cells, said in (
         (pictures.reshape(4, -1), "red, green and blue of each pixel together"),
-        (pictures.transpose(0, 3, 1, 2).reshape(4, -1), "all red ones first"),
+        (pictures.transpose(0, 3, 1, 2).reshape(4, -1), "all red values first"),
     ):
         caplog.clear()
         loaded = read(save(train=make(cells.tolist(), nested(List, 1, "int64"))))
@@ -200,8 +200,8 @@ def test_sizes_may_differ_and_images_may_be_missing(save):
     ("cells", "depth", "message"),
     [
         (COLOUR[:, :, :3].transpose(0, 2, 1, 3), 3, "shape 3 x 8 x 3, which could have its channels f"),
-        (COLOUR[..., :2], 3, "shape 8 x 6 x 2, which is no image"),
-        (GREY[:, :, :2], 2, "shape 8 x 2, which is no image"),
+        (COLOUR[..., :2], 3, "shape 8 x 6 x 2, which is not an image"),
+        (GREY[:, :, :2], 2, "shape 8 x 2, which is not an image"),
         (GREY.reshape(4, 48)[:, :47], 1, "lists of 47 numbers, neither a grey square"),
         (GREY.reshape(4, 48)[:, :4], 1, "lists of 4 numbers, neither"),
         ([[1] * 64, [1] * 16], 1, "lists of 16, 64 numbers"),

@@ -201,7 +201,7 @@ def test_unknown_dds_pixels_are_a_user_error():
         (b"\n<!DOCTYPE html>\n<html>", "it is a web page"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid",
-            "it is a pointer of Git LFS; run: git lfs",
+            "it is a Git LFS pointer; run: git lfs",
         ),
     ],
 )

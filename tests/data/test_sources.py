@@ -425,7 +425,7 @@ def test_missing_folder_is_refused(name):
         ("file:///home/me/photos", "; pass /home/me/photos$"),
         (
             "photos/x.npz",
-            r"x.npz is not a data set that is read; load it in Python, .*finetune_classifier",
+            r"x.npz is not a supported data set; load it in Python, .*finetune_classifier",
         ),
         ("photos/x.xlsx", "save it as CSV"),
         ("photos", r"no image among 2 files \(1 .npz, 1 .xlsx\); load it in Python"),

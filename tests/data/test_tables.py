@@ -169,7 +169,7 @@ def test_a_column_of_splits_is_known_by_its_values(tmp_path):
     lines = [line.replace("test set", "later") for line in lines]
     photos(tmp_path, NAMES, "path,label,split\n" + "".join(lines))
     with pytest.raises(
-        UserError, match=r"'split' of labels.csv names splits, but not only: 'later', 'train"
+        UserError, match=r"'split' of labels.csv are not all names of splits: 'later', 'train"
     ):
         source(tmp_path)
 
@@ -277,7 +277,7 @@ def test_two_tables_are_listed(tmp_path):
     (tmp_path / "other.csv").write_text(csv_of(lambda i: i, header="id,label"))
     with pytest.raises(
         UserError,
-        match=r"multiple tables have labels of these images: labels.csv, other.csv; choose .*--labels_file",
+        match=r"multiple tables have labels for these images: labels.csv, other.csv; choose .*--labels_file",
     ):
         source(tmp_path)
     check(source(tmp_path, labels_file="other.csv"))
@@ -337,7 +337,7 @@ def test_why_a_table_is_not_used(tmp_path, name, text, message):
         (
             "labels.json",
             '{"images": [], "annotations": []}',
-            "is no list of objects such as .*into a CSV",
+            "is not a list of objects such as .*into a CSV",
         ),
         (
             "labels.csv",
@@ -373,13 +373,14 @@ def test_the_separator_line_of_excel(tmp_path):
 
 @pytest.mark.parametrize(
     ("column", "values", "shown"),
-    [("split", "012", "as: '0', '1', '2'"), ("is_valid", ["True", "False"], "as: 'False', 'True'")],
+    [("split", "012", "'0', '1', '2'"), ("is_valid", ["True", "False"], "'False', 'True'")],
 )
 def test_a_column_that_divides_the_rows_in_other_words(tmp_path, column, values, shown):
     rows = "".join(f"{i},{label_of(i)},{values[i % len(values)]}\n" for i in range(9))
     photos(tmp_path, NAMES, f"id,label,{column}\n{rows}")
     with pytest.raises(
-        UserError, match=f"column '{column}' of labels.csv names splits {shown}; write"
+        UserError,
+        match=f"column '{column}' of labels.csv are not all names of splits: {shown}; use",
     ):
         source(tmp_path)
 
@@ -428,7 +429,7 @@ def test_a_table_for_each_split(tmp_path):
 def test_columns_that_are_not_clear_are_listed(tmp_path, caplog):
     lines = [f"images/{i}.png,{label_of(i)},{'ab'[i % 2]}\n" for i in range(9)]
     photos(tmp_path, NAMES, "path,kind,colour\n" + "".join(lines))
-    with pytest.raises(UserError, match=r"not clear: kind, colour could be .*--label_column_name"):
+    with pytest.raises(UserError, match=r"ambiguous: kind, colour could be .*--label_column_name"):
         source(tmp_path)
     check(source(tmp_path, label_column_name="kind"))
     with pytest.raises(
