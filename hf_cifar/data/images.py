@@ -8,8 +8,7 @@ import io
 import logging
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -253,26 +252,6 @@ def decode_cell(
     Raises: UserError as `decode_image`, and for an empty cell.
     """
     return decode_image(_source_of(cell), max_pixels, value_range)
-
-
-def decode_cells(
-    cells: Sequence[dict],
-    max_pixels: int = MAX_IMAGE_PIXELS,
-    value_range: ValueRange | None = None,
-) -> Iterator[np.ndarray | UserError]:
-    """Decode many cells, in order, on all cores (Pillow releases the GIL).
-
-    Yields [H, W, 3] uint8, or the error for an unreadable cell.
-    """
-
-    def attempt(cell: dict) -> np.ndarray | UserError:
-        try:
-            return decode_cell(cell, max_pixels, value_range)
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(attempt, cells)
 
 
 def find_value_range(
