@@ -179,19 +179,9 @@ def _labels(values: Any) -> list[Any]:
 
 def _encoded(images: Any) -> list[dict[str, Any] | None]:
     """Encode pictures, arrays, files and bytes as cells of an image column."""
-    largest = _largest(images) if len(images) and hasattr(images[0], "dtype") else 0.0
+    floats = [image for image in images if "float" in str(getattr(image, "dtype", ""))]
+    largest = float(np.max([float(image.max()) for image in floats], initial=0))  # NaN if one is
     return [_cell(image, largest) for image in images]
-
-
-def _largest(images: Any) -> float:
-    """Return the largest value of arrays of floats, 0 for integers. Raises: UserError for a negative one."""
-    if "float" not in str(images[0].dtype):
-        return 0.0
-    if min(float(image.min()) for image in images) < 0:
-        raise UserError(
-            "the images hold negative numbers, as after normalising; pass them as uint8, or as floats in 0..1"
-        )
-    return max(float(image.max()) for image in images)
 
 
 def _cell(image: Any, largest: float) -> dict[str, Any] | None:
@@ -210,17 +200,20 @@ def _cell(image: Any, largest: float) -> dict[str, Any] | None:
     if not hasattr(image, "ndim"):
         raise UserError(f"a {type(image).__name__} is not an image; pass {KINDS}")
     pixels = _pixels(image)
+    if pixels.dtype.kind in "if" and pixels.size and pixels.min() < 0:
+        raise UserError(
+            "the images hold negative numbers, as after normalising; pass them as uint8, or as floats in 0..1"
+        )
     if pixels.dtype.kind == "f":
-        pixels = pixels * (255 if largest <= 1 else 1)
-        if largest > 255:
+        if not largest <= 255:
             raise UserError(
                 f"the images hold floats up to {largest:g}; pass uint8, or floats in 0..1"
             )
-        pixels = pixels.round()
+        pixels = (pixels * (255 if largest <= 1 else 1)).round()
     elif pixels.dtype == bool:
         pixels = pixels * 255
     elif pixels.dtype != np.uint8 and pixels.size and pixels.max() > 255:
-        if pixels.ndim == 2 and pixels.min() >= 0 and pixels.max() < 2**16:
+        if pixels.ndim == 2 and pixels.max() < 2**16:
             return _tiff(PIL.Image.fromarray(pixels.astype(np.uint16)))
         raise UserError(
             f"the images hold {pixels.dtype} up to {pixels.max()}; pass uint8, or 16-bit grey [H, W]"
