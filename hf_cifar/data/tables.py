@@ -159,6 +159,12 @@ def join_tables(listing: Listing, tables: dict[str, Layout]) -> Layout | None:
                 f"{listed(names.values())} with --labels_file"
             )
         used |= files
+    lists = {name: isinstance(splits[split][0][1], tuple) for split, name in names.items()}
+    if len(set(lists.values())) > 1:
+        raise UserError(
+            f"{listed(name for name in lists if lists[name])} has lists of labels, and "
+            f"{listed(name for name in lists if not lists[name])} one label for each image; write them alike"
+        )
     joined = " and ".join(names.values())
     left_out = listing.all_left_out() - Counter(suffix_of(name) for name in tables)
     left_out[f"not in {joined}"] += len(set(listing.images) - used)
@@ -254,7 +260,7 @@ def _read_parquet(path: str) -> dict[str, list[Any]]:
 
 def _read_json_lines(content: bytes) -> dict[str, list[Any]]:
     return _json_columns(
-        [json.loads(line) for line in _decode(content).splitlines() if line.strip()]
+        [json.loads(line) for line in _decode(content).split("\n") if line.strip()]
     )
 
 
@@ -477,6 +483,16 @@ def _is_plain(cells: Iterable[Any]) -> bool:
     return all(cell is None or isinstance(cell, (str, int, float)) for cell in cells)
 
 
+def _holds_lists(cells: Iterable[Any]) -> bool:
+    """True for lists of text; a single label may stand for a list of one."""
+    return all(
+        all(isinstance(each, str) for each in cell)
+        if isinstance(cell, list)
+        else cell is None or isinstance(cell, str)
+        for cell in cells
+    )
+
+
 def _path_column(table: Table, names: _Names, requested: str | None, explicit: bool) -> str | None:
     """Find the column that names images; None if there is none."""
     if requested is not None:
@@ -661,7 +677,8 @@ def _label_by_name(table: Table, taken: set[str], config: DataConfig) -> str | N
         )
     named = [
         name for name in table.columns
-        if name.lower() in LABEL_NAMES and name not in taken and _is_plain(table.columns[name])
+        if name.lower() in LABEL_NAMES and name not in taken
+        and (_is_plain(table.columns[name]) or _holds_lists(table.columns[name]))
     ]  # fmt: skip
     return named[0] if len(named) == 1 else None
 
@@ -726,7 +743,11 @@ def _label_cells(cells: list[Any]) -> list[Any]:
     """Labels as text, with 1.0 as 1 if all are such numbers; lists as tuples; None where one is missing."""
     cells = _parsed_lists(cells)
     if any(isinstance(cell, list) for cell in cells):
-        return [None if cell is None else tuple(map(_text, cell)) for cell in cells]
+        return [
+            tuple(map(_text, cell)) if isinstance(cell, list)
+            else None if _is_missing(cell) else (_text(cell),)
+            for cell in cells
+        ]  # fmt: skip
     present = [cell for cell in cells if not _is_missing(cell)]
     whole = bool(present) and all(_is_whole(cell) for cell in present)
     if present and not whole and all(_is_fraction(cell) or _is_whole(cell) for cell in present):

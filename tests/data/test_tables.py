@@ -554,3 +554,33 @@ def test_training_splits_of_a_table(tmp_path):
     text = "path,label\n" + "".join(f"{name},{label_of(i)}\n" for i, name in enumerate(names))
     splits = load_splits(DataConfig(dataset_name=str(photos(tmp_path, names, text))))
     assert len(splits.train) == 27 and splits.id2label == dict(enumerate(CLASSES))
+
+
+def json_lines(rows):
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+
+
+@pytest.mark.parametrize("single", ["cat", ["cat"]])
+def test_lists_of_labels_are_found_by_name(tmp_path, single):
+    """One label alone is a list of one."""
+    rows = [
+        {"file_name": f"{i}.png", "labels": ["cat", "owl"] if i % 2 else single} for i in range(9)
+    ]
+    root = photos(tmp_path, [f"{i}.png" for i in range(9)], json_lines(rows), "metadata.jsonl")
+    found = source(root)["train"]
+    assert found.features["label"] == List(ClassLabel(names=["cat", "owl"]))
+    assert sorted(map(len, found["label"])) == [1] * 5 + [2] * 4
+
+
+def test_tables_of_lists_and_of_single_labels_are_not_joined(tmp_path):
+    lists = "path,label\n" + "".join(f"train/{i}.png,\"['cat', 'dog']\"\n" for i in range(9))
+    single = csv_of(lambda i: f"test/{i}.png", header="path,label")
+    root = photos(tmp_path, [f"train/{i}.png" for i in range(9)], lists, "train.csv")
+    photos(root, [f"test/{i}.png" for i in range(9)], single.replace("owl", "dog"), "test.csv")
+    with pytest.raises(UserError, match=r"train.csv has lists of labels, and test.csv one label"):
+        source(root)
+
+
+def test_line_separators_inside_of_json_text(tmp_path):
+    rows = [{"path": NAMES[i], "label": label_of(i), "text": "a\u2028b"} for i in range(9)]
+    check(source(photos(tmp_path, NAMES, json_lines(rows), "labels.jsonl")))
