@@ -241,7 +241,11 @@ def _allocated(count: int, prepared: Prepared, device: torch.device) -> Tensor:
 def _fill(pixels: Tensor, rows: np.ndarray, prepared: Prepared, positions: np.ndarray) -> None:
     """Read the images at `positions` [B] into rows [B] of a tensor."""
     for start in range(0, len(rows), CHUNK):
-        chunk, _ = prepared.read(positions[start : start + CHUNK])
+        wanted = positions[start : start + CHUNK]
+        chunk, readable = prepared.read(wanted)
+        if not readable.all():
+            reason = prepared.reasons[int(wanted[~readable][0])]
+            raise UserError(f"an image can no longer be read: {reason}; start again")
         where = torch.from_numpy(rows[start : start + CHUNK]).to(pixels.device)
         pixels[where] = torch.from_numpy(chunk).to(pixels.device)
 

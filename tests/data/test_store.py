@@ -9,6 +9,9 @@ from transformers import ViTImageProcessor
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data import preparation
+from hf_cifar.data.images import decode_cell
+from hf_cifar.data.pixel_file import MISSING
+from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.preparation import memory_to_spare
 from hf_cifar.data.split import prepare_split, with_images
 from hf_cifar.data.splits import load_splits
@@ -162,6 +165,14 @@ def test_stores_can_be_sent_to_spawned_workers(train):
         store = store_of(train(MIXED), kind=kind)
         copy = pickle.loads(pickle.dumps(store))
         assert torch.equal(copy[0]["pixel_values"], store[0]["pixel_values"])
+
+
+def test_an_image_that_is_lost_after_preparation_is_no_black_one(train, monkeypatch):
+    split = prepare_split(train(MIXED), PREPROCESSING, kind="resident")
+    split.images.prepared._file.mark(int(split.positions[3]), MISSING)
+    monkeypatch.setattr(Pixels, "decode_cell", lambda self, cell: decode_cell(None))
+    with pytest.raises(UserError, match=r"an image can no longer be read: .*the cell is empty"):
+        build_store(split)
 
 
 @pytest.mark.parametrize("sizes", [((8, 8),), MIXED], ids=["one size", "mixed"])
