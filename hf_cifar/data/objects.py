@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from datasets import (
     List,
 )
 
-from hf_cifar.data.columns import class_label, quiet_datasets
+from hf_cifar.data.columns import class_label, in_memory, quiet_datasets
 from hf_cifar.data.images import pnm_bytes, to_rgb
 from hf_cifar.errors import UserError
 
@@ -64,8 +64,10 @@ def open_object(value: Any, streaming: bool = False) -> DatasetDict | IterableDa
 
 
 def _collected(rows: IterableDataset) -> Dataset:
-    with quiet_datasets():
-        return Dataset.from_list(list(rows.decode(False)), features=rows.features)
+    if rows.features is None:
+        with quiet_datasets():
+            return Dataset.from_list(list(rows.decode(False)))
+    return in_memory(rows.decode(False), rows.features)
 
 
 def _rows(value: Any, known: Sequence[str] | None = None) -> Dataset:
@@ -108,13 +110,12 @@ def _from_columns(columns: Mapping[str, Any], known: Sequence[str] | None = None
     others = [name for name in columns if name not in pictures]
     if len(pictures) == len(others) == 1:
         return _labelled(columns[pictures[0]], columns[others[0]], None, known)
-    found = {name: _encoded(columns[name]) for name in pictures}
-    found |= {name: _labels(columns[name]) for name in others}
-    with quiet_datasets():
-        rows = Dataset.from_dict(found)
-        return rows.cast(
-            Features({**rows.features, **dict.fromkeys(pictures, Image(decode=False))})
-        )
+    labels = {name: _labels(columns[name]) for name in others}
+    features = Features(dict.fromkeys(pictures, Image(decode=False)))
+    features |= Dataset.from_dict(labels).features
+    found = {name: _encoded(columns[name]) for name in pictures} | labels
+    rows = zip(*found.values(), strict=True)
+    return in_memory((dict(zip(found, row, strict=True)) for row in rows), features)
 
 
 def _labelled(
@@ -133,8 +134,8 @@ def _labelled(
         )
     label, values = _label_feature(_labels(labels), names, known)
     features = Features({"image": Image(decode=False), "label": label})
-    with quiet_datasets():
-        return Dataset.from_dict({"image": _encoded(images), "label": values}, features)
+    cells = zip(_encoded(images), values, strict=True)
+    return in_memory(({"image": image, "label": each} for image, each in cells), features)
 
 
 def _label_feature(
@@ -177,11 +178,11 @@ def _labels(values: Any) -> list[Any]:
     return [[str(i) for i, value in enumerate(row) if value] for row in found]
 
 
-def _encoded(images: Any) -> list[dict[str, Any] | None]:
+def _encoded(images: Any) -> Iterator[dict[str, Any] | None]:
     """Encode pictures, arrays, files and bytes as cells of an image column."""
     floats = [image for image in images if "float" in str(getattr(image, "dtype", ""))]
     largest = float(np.max([float(image.max()) for image in floats], initial=0))  # NaN if one is
-    return [_cell(image, largest) for image in images]
+    return (_cell(image, largest) for image in images)
 
 
 def _cell(image: Any, largest: float) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from PIL import Image
 
 from hf_cifar import DataConfig, UserError, load_splits, load_test_split
+from hf_cifar.data import columns
 from hf_cifar.data.images import decode_cell
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.splits import prepare_splits
@@ -139,6 +140,19 @@ def test_floats_after_a_missing_image_are_scaled_alike():
     images = [None, *PIXELS[1:].astype(np.float32)]
     rows = load_source(DataConfig(dataset_name=(images, LABELS)))["train"]
     assert np.array_equal(decode_cell(rows[1]["image"]), PIXELS[1])
+
+
+@pytest.mark.parametrize("kind", ["pairs", "columns", "stream"])
+def test_images_of_more_than_one_piece_keep_their_order(monkeypatch, kind):
+    monkeypatch.setattr(columns, "PIECE_BYTES", 1000)
+    data = {
+        "pairs": (PIXELS, LABELS),
+        "columns": {"image": list(PIXELS), "label": LABELS, "place": [str(i) for i in range(40)]},
+        "stream": IterableDataset.from_generator(rows_of_pictures, features=dataset().features),
+    }[kind]
+    rows = load_source(DataConfig(dataset_name=data))["train"]
+    assert np.array_equal([decode_cell(cell) for cell in rows["image"]], PIXELS)
+    assert rows["label"][:] == LABELS
 
 
 def test_a_missing_image_is_skipped_on_request():
