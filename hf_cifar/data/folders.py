@@ -43,7 +43,6 @@ from hf_cifar.data.listing import (
     TABLE_SUFFIXES,
     File,
     Listing,
-    kind_of,
     list_files,
     render_left_out,
     suffix_of,
@@ -303,10 +302,7 @@ def _pixel_source(
     count = sum(map(len, splits.values()))
     left_out = Counter[str]()
     if listing is not None:
-        names = {file.name for file in tables}
-        left_out = listing.left_out + Counter(
-            kind_of(file.name) for file in listing.others if file.name not in names
-        )
+        left_out = listing.all_left_out({file.path for file in tables})
     description = f"the pixels of {count:,} images in {listed(file.name for file in tables)}"
     if left_out:
         description += f"; left out: {render_left_out(left_out)}"

@@ -15,7 +15,7 @@ import posixpath
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,15 @@ class NoTable(UserError):
 
 @dataclass(frozen=True)
 class Table:
-    """Named columns of equal length; a cell is text, a number, a bool, a list or None."""
+    """Named columns of equal length; a cell is text, a number, a bool, a list or None.
+
+    paths: of its files.
+    """
 
     name: str
     folder: str
     columns: dict[str, list[Any]]
+    paths: frozenset[str]
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
@@ -166,7 +170,7 @@ def join_tables(listing: Listing, tables: dict[str, Layout]) -> Layout | None:
             f"{listed(name for name in lists if not lists[name])} one label for each image; write them alike"
         )
     joined = " and ".join(names.values())
-    left_out = listing.all_left_out() - Counter(suffix_of(name) for name in tables)
+    left_out = listing.all_left_out({file.path for file in listing.others if file.name in tables})
     left_out[f"not in {joined}"] += len(set(listing.images) - used)
     rows_left_out = sum((table.rows_left_out for table in tables.values()), Counter())
     notes = [note for table in tables.values() for note in table.notes]
@@ -207,7 +211,8 @@ def read_metadata_layout(
             before = columns.setdefault(name, [None] * (len(files) - len(table)))
             before += table.columns.get(name, [None] * len(table))
     names = sorted({posixpath.basename(file.name) for file in metadata_files(listing)})
-    table = Table(" and ".join(names), listing.root, columns)
+    paths = frozenset(file.path for file in metadata_files(listing))
+    table = Table(" and ".join(names), listing.root, columns, paths)
     if by_name and _label_by_name(table, path_columns, config) is None:
         return None
     return _layout(listing, table, path_columns, files, values, config)
@@ -231,7 +236,8 @@ def read_table(path: str) -> Table:
         raise NoTable(f"{one_line(path)} {error}") from None
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
         raise NoTable(f"{one_line(path)} cannot be read as a table: {one_line(error)}") from None
-    table = Table(name, os.path.dirname(os.path.abspath(path)), columns)
+    whole = os.path.abspath(path)
+    table = Table(name, os.path.dirname(whole), columns, frozenset([whole]))
     if not len(table):
         raise NoTable(f"{one_line(path)} has no rows")
     return table
@@ -338,11 +344,12 @@ def _regularity(text: str, delimiter: str) -> tuple[bool, int]:
 
 def _without_header(table: Table) -> Table:
     """The same table, read as one whose first line is a row."""
-    return Table(
-        table.name,
-        table.folder,
-        {f"column {n}": [head, *cells] for n, (head, cells) in enumerate(table.columns.items(), 1)},
-    )
+    columns = {}
+    for number, (head, cells) in enumerate(table.columns.items(), 1):
+        own = f"column {number}"  # what `_read_delimited` calls an empty cell
+        first = "" if head == own else head.removesuffix(f" ({number})")
+        columns[own] = [first, *cells]
+    return replace(table, columns=columns)
 
 
 def _text(value: Any) -> str:
@@ -587,8 +594,7 @@ def _layout(
     }
     class_names = _class_names(splits, table.name, known)
     notes += _alike(class_names)
-    left_out = listing.all_left_out()
-    left_out[suffix_of(table.name)] -= 1 if left_out[suffix_of(table.name)] else 0
+    left_out = listing.all_left_out(table.paths)
     left_out[f"not in {table.name}"] += len(set(listing.images) - set(rows))
     rows_left_out = Counter(
         {
@@ -782,7 +788,7 @@ def _is_missing(cell: Any) -> bool:
 def _is_whole(cell: Any) -> bool:
     """True for 3.0, as a number or as text."""
     if isinstance(cell, str):
-        return cell.endswith(".0") and cell[:-2].lstrip("-").isdecimal()
+        return cell.endswith(".0") and cell[:-2].removeprefix("-").isdecimal()
     return isinstance(cell, float) and cell.is_integer()
 
 
@@ -862,6 +868,6 @@ def _class_names(splits: dict[str, list], table: str, known: Sequence[str] = ())
     if len(found) < 2 and not set(known).issuperset(found):
         raise NoTable(f"{table} has one class, {listed(found)}; a classifier needs two or more")
     check_class_names(list(found))
-    if all(name.lstrip("-").isdecimal() for name in found):
+    if all(name.removeprefix("-").isdecimal() for name in found):
         return sorted(found, key=lambda name: (int(name), name))
     return sorted(found)

@@ -584,3 +584,33 @@ def test_tables_of_lists_and_of_single_labels_are_not_joined(tmp_path):
 def test_line_separators_inside_of_json_text(tmp_path):
     rows = [{"path": NAMES[i], "label": label_of(i), "text": "a\u2028b"} for i in range(9)]
     check(source(photos(tmp_path, NAMES, json_lines(rows), "labels.jsonl")))
+
+
+def test_every_metadata_file_is_used_and_not_counted(tmp_path):
+    for part in ("train", "test"):
+        rows = "".join(f"{i}.png,{label_of(i)}\n" for i in range(9))
+        photos(
+            tmp_path / part, [f"{i}.png" for i in range(9)], f"file_name,label\n{rows}",
+            "metadata.csv",
+        )  # fmt: skip
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    assert read_source(DataConfig(dataset_name=str(tmp_path))).left_out == {".csv": 1}
+
+
+def test_another_table_is_counted_beside_a_table_elsewhere(tmp_path):
+    root = photos(tmp_path / "photos", NAMES, "a,b\n1,2\n", "notes.csv")
+    (tmp_path / "labels.csv").write_text(csv_of(lambda i: f"images/{i}.png"))
+    config = DataConfig(dataset_name=str(root), labels_file=str(tmp_path / "labels.csv"))
+    assert read_source(config).left_out == {".csv": 1}
+
+
+def test_an_empty_cell_in_the_first_line_of_a_table_without_names(tmp_path):
+    text = "".join(f"{NAMES[i]},{'' if i == 0 else label_of(i)}\n" for i in range(9))
+    root = photos(tmp_path, NAMES, text)
+    check(source(root, label_column_name="column 2"), count=8)
+
+
+def test_classes_that_are_almost_numbers(tmp_path):
+    text = "path,label\n" + "".join(f"{NAMES[i]},--{i % 3}\n" for i in range(9))
+    names = source(photos(tmp_path, NAMES, text))["train"].features["label"].names
+    assert names == ["--0", "--1", "--2"]
