@@ -180,7 +180,10 @@ def _labels(values: Any) -> list[Any]:
 
 def _encoded(images: Any) -> Iterator[dict[str, Any] | None]:
     """Encode pictures, arrays, files and bytes as cells of an image column."""
-    floats = [image for image in images if "float" in str(getattr(image, "dtype", ""))]
+    floats = [
+        image for image in images
+        if "float" in str(getattr(image, "dtype", "")) and 0 not in image.shape
+    ]  # fmt: skip
     largest = float(np.max([float(image.max()) for image in floats], initial=0))  # NaN if one is
     return (_cell(image, largest) for image in images)
 
@@ -201,7 +204,11 @@ def _cell(image: Any, largest: float) -> dict[str, Any] | None:
     if not hasattr(image, "ndim"):
         raise UserError(f"a {type(image).__name__} is not an image; pass {KINDS}")
     pixels = _pixels(image)
-    if pixels.dtype.kind in "if" and pixels.size and pixels.min() < 0:
+    if not pixels.size or pixels.dtype.kind not in "buifO":
+        raise UserError(
+            f"an image is {pixels.dtype} of shape {list(pixels.shape)}; pass uint8, or floats in 0..1"
+        )
+    if pixels.dtype.kind in "if" and pixels.min() < 0:
         raise UserError(
             "the images hold negative numbers, as after normalising; pass them as uint8, or as floats in 0..1"
         )
@@ -213,7 +220,7 @@ def _cell(image: Any, largest: float) -> dict[str, Any] | None:
         pixels = (pixels * (255 if largest <= 1 else 1)).round()
     elif pixels.dtype == bool:
         pixels = pixels * 255
-    elif pixels.dtype != np.uint8 and pixels.size and pixels.max() > 255:
+    elif pixels.dtype != np.uint8 and pixels.max() > 255:
         if pixels.ndim == 2 and pixels.max() < 2**16:
             return _tiff(PIL.Image.fromarray(pixels.astype(np.uint16)))
         raise UserError(
@@ -232,7 +239,10 @@ def _tiff(image: PIL.Image.Image) -> dict[str, Any]:
 def _pixels(image: Any) -> np.ndarray:
     """Return an array or tensor as [H, W] or [H, W, 3]. Raises: UserError for another shape."""
     is_tensor = hasattr(image, "detach")
-    pixels = np.asarray(image.detach().cpu() if is_tensor else image)
+    if is_tensor:
+        image = image.detach().cpu()
+        image = image.float() if "bfloat16" in str(image.dtype) else image  # unknown to NumPy
+    pixels = np.asarray(image)
     channels = (1, 3, 4)
     is_first = pixels.ndim == 3 and pixels.shape[0] in channels
     if is_first and (is_tensor or pixels.shape[2] not in channels):

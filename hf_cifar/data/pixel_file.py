@@ -42,16 +42,16 @@ class PixelFile:
     def __init__(self, path: Path, num_rows: int, size: tuple[int, int]) -> None:
         self.path = path
         self.size = size
-        rows = path.with_suffix(".rows")
-        if not rows.exists() or rows.stat().st_size != num_rows * ROW.itemsize:
-            staging = path.with_suffix(f".{os.getpid()}.tmp")
-            np.zeros(num_rows, ROW).tofile(staging)
-            os.replace(staging, rows)
         self._num_rows = num_rows
         self._open()
 
     def _open(self) -> None:
-        self._rows = np.memmap(self.path.with_suffix(".rows"), ROW, "r+", shape=(self._num_rows,))
+        rows = self.path.with_suffix(".rows")
+        if not rows.exists() or rows.stat().st_size != self._num_rows * ROW.itemsize:
+            staging = self.path.with_suffix(f".{os.getpid()}.tmp")
+            np.zeros(self._num_rows, ROW).tofile(staging)
+            os.replace(staging, rows)
+        self._rows = np.memmap(rows, ROW, "r+", shape=(self._num_rows,))
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         self._descriptor = os.open(self.path.with_suffix(".pixels"), flags, 0o666)
         self._checked = np.zeros(self._num_rows, bool)  # by this process

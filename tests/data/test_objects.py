@@ -142,6 +142,12 @@ def test_floats_after_a_missing_image_are_scaled_alike():
     assert np.array_equal(decode_cell(rows[1]["image"]), PIXELS[1])
 
 
+def test_bfloat16():
+    halves = torch.tensor((PIXELS > 99) * 1.0).permute(0, 3, 1, 2).bfloat16()
+    rows = load_source(DataConfig(dataset_name=(halves, LABELS)))["train"]
+    assert np.array_equal(decode_cell(rows[0]["image"]), (PIXELS[0] > 99) * 255)
+
+
 @pytest.mark.parametrize("kind", ["pairs", "columns", "stream"])
 def test_images_of_more_than_one_piece_keep_their_order(monkeypatch, kind):
     monkeypatch.setattr(columns, "PIECE_BYTES", 1000)
@@ -170,6 +176,8 @@ def test_a_missing_image_is_skipped_on_request():
         ((PIXELS.astype(np.int64) - 100, LABELS), "the images hold negative numbers"),
         (([None, *(PIXELS[1:] * -1.0)], LABELS), "the images hold negative numbers"),
         ((np.where(PIXELS, np.nan, 0.5), LABELS), "the images hold floats up to nan"),
+        ((PIXELS[:, :0] * 1.0, LABELS), r"an image is float64 of shape \[0, 8, 3\]"),
+        ((PIXELS.astype(str), LABELS), "an image is <U3"),
         ((PIXELS.astype(np.float32) * 10, LABELS), "the images hold floats up to 2550"),
         ((PIXELS.astype(np.int32) * 10, LABELS), "int32 up to .*; pass uint8"),
         ((PIXELS.reshape(40, -1), LABELS), r"an image has the shape \[144\]"),

@@ -264,6 +264,16 @@ def test_file_of_another_number_of_rows_is_not_reused(tmp_path):
     assert (PixelFile(tmp_path / "a", 7, (4, 5)).states(np.arange(7)) == MISSING).all()
 
 
+def test_a_worker_finds_the_file_deleted_by_another_run(tmp_path):
+    file = PixelFile(tmp_path / "a", 4, (4, 5))
+    file.write(2, noise(4)[2])
+    sent = pickle.dumps(file)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert not pickle.loads(sent).read(np.arange(4))[1].any()
+    assert file.read(np.arange(4))[1].tolist() == [False, False, True, False]
+
+
 def test_full_disk_only_costs_time(save, make_rows, monkeypatch, caplog):
     rows = make_rows([0, 1] * 20)
     calls = []
