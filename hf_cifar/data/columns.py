@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.image_columns import NUMBERS, Kind, encoded_images, image_kind, names_files
-from hf_cifar.data.labels import class_label, is_hidden, may_be_labels, with_classes
+from hf_cifar.data.labels import LABEL_NAMES, class_label, is_hidden, may_be_labels, with_classes
 from hf_cifar.errors import UserError
 from hf_cifar.text import listed
 
@@ -22,7 +22,6 @@ PIECE_BYTES = 256 * 1024**2  # of a table in memory
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 # Names that decide between columns of one type, in any case.
 IMAGE_NAMES = {"image", "images", "img", "picture", "photo", "pixels"}
-LABEL_NAMES = {"label", "labels", "class", "target", "category"}
 
 
 @contextlib.contextmanager

@@ -24,9 +24,10 @@ from hf_cifar.data.depth import (
     is_unread_tiff,
     range_of,
     sample_values,
+    turned,
 )
 from hf_cifar.data.formats import RAW_KIND, foreign_kind, is_heic, text_kind
-from hf_cifar.data.jpeg import decode_jpeg, turned
+from hf_cifar.data.jpeg import decode_jpeg
 from hf_cifar.data.tiff import TiffPage
 from hf_cifar.errors import UserError
 from hf_cifar.text import one_line

@@ -20,6 +20,7 @@ from hf_cifar.data.preparation import SplitImages, fits_on_gpu
 from hf_cifar.data.split import Split, UnreadableImages
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
+from hf_cifar.platform import num_cores
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -254,7 +255,7 @@ def default_num_workers(*, decodes: bool) -> int:
     """Number of loader workers: this process's share of the cores if they decode, else none."""
     if not decodes:
         return 0
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def to_batch(image) -> Tensor:

@@ -23,7 +23,7 @@ import pyarrow
 from pyarrow import parquet, types
 
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data.labels import check_class_names
+from hf_cifar.data.labels import LABEL_NAMES, check_class_names
 from hf_cifar.data.layout import ORDER, SPLIT_WORDS, Layout, split_roles, words_of
 from hf_cifar.data.listing import TABLE_SUFFIXES, File, Listing, composed, image_suffixes, suffix_of
 from hf_cifar.errors import UserError
@@ -34,7 +34,6 @@ PATH_NAMES = {
     "file", "file_name", "file_path", "filename", "filepath", "id", "image", "image_id", "image_name",
     "image_path", "img", "img_path", "name", "path",
 }  # fmt: skip
-LABEL_NAMES = ("label", "labels", "class", "target", "category")
 SPLIT_COLUMN_NAMES = {"partition", "phase", "set", "split", "subset", "usage"}
 # Never anything else, whatever its values.
 DIVIDING = {
