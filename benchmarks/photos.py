@@ -141,7 +141,7 @@ def data_side(folder: Path, rounds: int) -> None:
     facts = {
         "images": len(train),
         "first_pass_seconds": round(seconds, 1),
-        "disk_mb": round(sum(disk_bytes(path) for path in cache.iterdir()) / 1e6),
+        "disk_mb": round(sum(disk_bytes(path.stat()) for path in cache.iterdir()) / 1e6),
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
     }
     plain = {

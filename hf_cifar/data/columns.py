@@ -6,22 +6,22 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.image_columns import NUMBERS, Kind, encoded_images, image_kind, names_files
-from hf_cifar.data.labels import class_label, is_hidden, may_be_labels, with_classes
+from hf_cifar.data.labels import LABEL_NAMES, class_label, is_hidden, may_be_labels, with_classes
 from hf_cifar.errors import UserError
 from hf_cifar.text import listed
 
 logger = logging.getLogger(__name__)
+PIECE_BYTES = 256 * 1024**2  # of a table in memory
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 # Names that decide between columns of one type, in any case.
 IMAGE_NAMES = {"image", "images", "img", "picture", "photo", "pixels"}
-LABEL_NAMES = {"label", "labels", "class", "target", "category"}
 
 
 @contextlib.contextmanager
@@ -34,6 +34,27 @@ def quiet_datasets() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+def in_memory(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
+    """Make a data set of rows with encoded images, in pieces: Arrow holds at most 2 GB of bytes in one."""
+    pieces, piece, size = [], [], 0
+    with quiet_datasets():
+        for row in rows:
+            piece.append(row)
+            size += sum(map(_num_bytes, row.values()))
+            if size >= PIECE_BYTES:
+                pieces.append(Dataset.from_list(piece, features))
+                piece, size = [], 0
+        if piece or not pieces:
+            columns = {name: [row.get(name) for row in piece] for name in features}
+            pieces.append(Dataset.from_dict(columns, features))
+        return datasets.concatenate_datasets(pieces)
+
+
+def _num_bytes(cell: Any) -> int:
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    return len(content) if isinstance(content, bytes) else 0
 
 
 def standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:

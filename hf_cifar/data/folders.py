@@ -43,7 +43,6 @@ from hf_cifar.data.listing import (
     TABLE_SUFFIXES,
     File,
     Listing,
-    kind_of,
     list_files,
     render_left_out,
     suffix_of,
@@ -61,7 +60,7 @@ from hf_cifar.data.tables import (
 )
 from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import url_advice
-from hf_cifar.text import first_line, listed, nearest_hint
+from hf_cifar.text import first_line, listed, nearest_hint, one_line
 
 # Tables that are opened to find the one with the labels.
 MAX_TABLES, MAX_TABLE_BYTES = 50, 500 * 1024**2
@@ -303,10 +302,7 @@ def _pixel_source(
     count = sum(map(len, splits.values()))
     left_out = Counter[str]()
     if listing is not None:
-        names = {file.name for file in tables}
-        left_out = listing.left_out + Counter(
-            kind_of(file.name) for file in listing.others if file.name not in names
-        )
+        left_out = listing.all_left_out({file.path for file in tables})
     description = f"the pixels of {count:,} images in {listed(file.name for file in tables)}"
     if left_out:
         description += f"; left out: {render_left_out(left_out)}"
@@ -318,7 +314,14 @@ def _with_archives(listing: Listing) -> Listing:
     archives = [f for f in listing.others if "/" not in f.name and is_archive(f.name)]
     if listing.images or not archives:
         return listing
-    mounts = {archive_name(file.name): str(unpack(file.path)) for file in archives}
+    of_name = {archive_name(file.name): file for file in archives}
+    for file in archives:
+        if (other := of_name[archive_name(file.name)]) != file:
+            raise UserError(
+                f"{file.name} and {other.name} in {one_line(listing.root)} have the same name; rename or "
+                "remove one"
+            )
+    mounts = {name: str(unpack(file.path)) for name, file in of_name.items()}
     unpacked = list_files(listing.root, mounts)
     unpacked.others = [file for file in unpacked.others if file not in archives]
     return unpacked

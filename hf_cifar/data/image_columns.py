@@ -117,12 +117,15 @@ def _encode_files(rows: Dataset, folder: Path | None) -> Dataset:
     names_paths = isinstance(feature, dict) or image_kind(feature) == Kind.TEXT
     if not names_paths or folder is None:
         return rows.cast_column("image", Image(decode=False))
-    column = rows.select_columns(["image"]).with_format("arrow")[:]["image"].combine_chunks()
-    contents = None
-    if isinstance(feature, dict):
-        parts = [column.type.field(i).name for i in range(column.type.num_fields)]
-        if "path" not in parts:
-            return rows.cast_column("image", Image(decode=False))
+    chunked = rows.select_columns(["image"]).with_format("arrow")[:]["image"]
+    contents, parts = None, list(feature) if isinstance(feature, dict) else []
+    has_all = "bytes" in parts and not any(
+        pc.struct_field(chunk, "bytes").null_count for chunk in chunked.chunks
+    )
+    if has_all or (parts and "path" not in parts):
+        return rows.cast_column("image", Image(decode=False))
+    column = chunked.combine_chunks()
+    if parts:
         contents = pc.struct_field(column, "bytes") if "bytes" in parts else None
         column = pc.struct_field(column, "path")
     if contents is None or pyarrow.types.is_null(contents.type):

@@ -24,12 +24,12 @@ from hf_cifar.data.depth import (
     is_unread_tiff,
     range_of,
     sample_values,
+    turned,
 )
 from hf_cifar.data.formats import RAW_KIND, foreign_kind, is_heic, text_kind
-from hf_cifar.data.jpeg import decode_jpeg, turned
+from hf_cifar.data.jpeg import decode_jpeg
 from hf_cifar.data.tiff import TiffPage
 from hf_cifar.errors import UserError
-from hf_cifar.platform import num_cores
 from hf_cifar.text import one_line
 
 # Icons contain other images, which are decoded before their size can be checked; EPS is a program to run.
@@ -253,26 +253,6 @@ def decode_cell(
     Raises: UserError as `decode_image`, and for an empty cell.
     """
     return decode_image(_source_of(cell), max_pixels, value_range)
-
-
-def decode_cells(
-    cells: Iterable[dict],
-    max_pixels: int = MAX_IMAGE_PIXELS,
-    value_range: ValueRange | None = None,
-) -> Iterator[np.ndarray | UserError]:
-    """Decode many cells, in order, on all cores; at most a few images per core are in memory.
-
-    Yields [H, W, 3] uint8, or the error for an unreadable cell.
-    """
-    from hf_cifar.threads import map_in_threads  # imports torch
-
-    def attempt(cell: dict) -> np.ndarray | UserError:
-        try:
-            return decode_cell(cell, max_pixels, value_range)
-        except UserError as error:
-            return error
-
-    yield from map_in_threads(attempt, cells, min(8, num_cores()))
 
 
 def find_value_range(

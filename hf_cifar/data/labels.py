@@ -20,6 +20,8 @@ from hf_cifar.errors import UserError
 from hf_cifar.text import listed, one_line
 
 logger = logging.getLogger(__name__)
+# Names of label columns, in any case.
+LABEL_NAMES = {"label", "labels", "class", "target", "category"}
 SHOWN_CLASSES = 20  # of a list in a message
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -67,9 +68,11 @@ class Listing:
     folders: list[str] = field(default_factory=list)
     run_parents: set[str] = field(default_factory=set)
 
-    def all_left_out(self) -> Counter[str]:
-        """Count everything that is not an image, by reason."""
-        return self.left_out + Counter(kind_of(file.name) for file in self.others)
+    def all_left_out(self, used: Container[str] = ()) -> Counter[str]:
+        """Count everything that is not an image, by reason. used: paths of tables, which are read."""
+        return self.left_out + Counter(
+            kind_of(file.name) for file in self.others if file.path not in used
+        )
 
 
 def list_files(root: str | Path, mounts: dict[str, str] | None = None) -> Listing:

@@ -37,7 +37,7 @@ def is_pixel_table(path: str) -> bool:
         rows = _first_rows(path)
     except (OSError, ValueError, StopIteration, csv.Error, pyarrow.ArrowException):
         return False
-    if len(rows) < 2 or len(rows[0]) != len(rows[1]):
+    if len(rows) < 2 or not rows[0] or len(rows[0]) != len(rows[1]):
         return False
     return _pixel_text(rows) is not None or len(_pixel_columns(rows)) >= FEWEST_PIXELS
 

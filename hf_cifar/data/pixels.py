@@ -99,8 +99,12 @@ class Pixels:
 
     @functools.cached_property
     def key(self) -> str:
-        """Cache key: SHA-256 of all encoded images, the limit on their size, and their values' range."""
-        key = f"{content_key(self.rows)}-{self.max_pixels}"
+        """Cache key of all images, see `key_of`."""
+        return self.key_of(self.rows)
+
+    def key_of(self, rows: Dataset) -> str:
+        """Cache key: SHA-256 of some encoded images, the limit on their size, and their values' range."""
+        key = f"{content_key(rows)}-{self.max_pixels}"
         return key if self.value_range is None else f"{key}-values-{self.value_range}"
 
     def decode(self, position: int) -> np.ndarray:
@@ -212,9 +216,7 @@ class Prepared:
             if not len(wanted):
                 return
             if self._stores:
-                make_room(
-                    cache_folder(), len(wanted) * self.form.row_bytes, keep=self._file.path.name
-                )
+                make_room(cache_folder(), len(wanted) * self.form.row_bytes)
             with Progress(what, len(wanted)) as shown:
                 for count in self._in_threads(np.sort(wanted)):
                     shown.update(count)

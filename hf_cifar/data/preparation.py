@@ -62,8 +62,8 @@ class SplitImages:
     """The images of a split in the form that a model needs, and where they are kept during training.
 
     positions: [N] of the split's images in `pixels`. augmented: for training, with a margin for random crops.
-    kind: auto, resident, disk or streamed; never auto once chosen. lazy: images are prepared when they are
-    first used, not in a pass before.
+    kind: auto, resident, disk or streamed; the attribute is never auto. lazy: images are prepared when their
+    turn comes, not in a pass before.
     """
 
     def __init__(
@@ -82,10 +82,11 @@ class SplitImages:
         self.preprocessing, self.augmented = preprocessing, augmented
         self.lazy, self.device = lazy, device
         self.tensors: dict[Hashable, torch.Tensor] = {}  # made from the images, see `store`
-        self.prepared, self.kind = self._choose(kind)
+        self._requested = kind
+        self.prepared, self.kind = self._choose()
 
-    def _choose(self, kind: str) -> tuple[Prepared, str]:
-        pixels = self.pixels
+    def _choose(self) -> tuple[Prepared, str]:
+        pixels, kind = self.pixels, self._requested
         form = pixels.form(self.preprocessing, augmented=self.augmented, exact_size=not self.lazy)
         prepared = pixels.prepared(form, stores=kind != "streamed")
         if kind != "auto":
@@ -124,7 +125,7 @@ class SplitImages:
             return work()
         except OtherSize:
             self.pixels.reject(self.prepared.form)
-            self.prepared, self.kind = self._choose(self.kind)
+            self.prepared, self.kind = self._choose()
             return work()
 
     @property

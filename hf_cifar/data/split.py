@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from datasets import Dataset
 
-from hf_cifar.data.images import decode_cells
 from hf_cifar.data.labels import class_label, label_array
-from hf_cifar.data.pixels import SMALL_PIXELS, Form, OtherSize, Pixels
+from hf_cifar.data.pixels import SMALL_PIXELS, Form, OtherSize, Pixels, num_threads
 from hf_cifar.data.preparation import SplitImages
 from hf_cifar.errors import UserError
 from hf_cifar.progress import progress
@@ -103,13 +102,16 @@ class Split:
         return images if readable.all() else self._decoded(what)  # which names the unreadable ones
 
     def _decoded(self, what: str) -> Iterator[np.ndarray]:
+        from hf_cifar.threads import map_in_threads  # imports torch
+
+        def attempt(position: int) -> np.ndarray | UserError:
+            try:
+                return self.pixels.decode(position)
+            except UserError as error:
+                return error
+
         faults: dict[int, str] = {}
-        cells = (
-            cell
-            for start in range(0, len(self), 64)
-            for cell in self.rows[start : start + 64]["image"]
-        )
-        images = decode_cells(cells, self.pixels.max_pixels, self.pixels.value_range)
+        images = map_in_threads(attempt, self.positions.tolist(), num_threads())
         for position, image in enumerate(progress(images, what, len(self))):
             if isinstance(image, UserError):
                 faults[position] = str(image)

@@ -15,7 +15,7 @@ import posixpath
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import pyarrow
 from pyarrow import parquet, types
 
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data.labels import check_class_names
+from hf_cifar.data.labels import LABEL_NAMES, check_class_names
 from hf_cifar.data.layout import ORDER, SPLIT_WORDS, Layout, split_roles, words_of
 from hf_cifar.data.listing import TABLE_SUFFIXES, File, Listing, composed, image_suffixes, suffix_of
 from hf_cifar.errors import UserError
@@ -34,7 +34,6 @@ PATH_NAMES = {
     "file", "file_name", "file_path", "filename", "filepath", "id", "image", "image_id", "image_name",
     "image_path", "img", "img_path", "name", "path",
 }  # fmt: skip
-LABEL_NAMES = ("label", "labels", "class", "target", "category")
 SPLIT_COLUMN_NAMES = {"partition", "phase", "set", "split", "subset", "usage"}
 # Columns that can only name splits, whatever their values.
 DIVIDING = {
@@ -59,11 +58,15 @@ class NoTable(UserError):
 
 @dataclass(frozen=True)
 class Table:
-    """Named columns of equal length; a cell is text, a number, a bool, a list or None."""
+    """Named columns of equal length; a cell is text, a number, a bool, a list or None.
+
+    paths: of its files.
+    """
 
     name: str
     folder: str
     columns: dict[str, list[Any]]
+    paths: frozenset[str]
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
@@ -159,8 +162,14 @@ def join_tables(listing: Listing, tables: dict[str, Layout]) -> Layout | None:
                 f"{listed(names.values())} with --labels_file"
             )
         used |= files
+    lists = {name: isinstance(splits[split][0][1], tuple) for split, name in names.items()}
+    if len(set(lists.values())) > 1:
+        raise UserError(
+            f"{listed(name for name in lists if lists[name])} has lists of labels, and "
+            f"{listed(name for name in lists if not lists[name])} one label for each image; write them alike"
+        )
     joined = " and ".join(names.values())
-    left_out = listing.all_left_out() - Counter(suffix_of(name) for name in tables)
+    left_out = listing.all_left_out({file.path for file in listing.others if file.name in tables})
     left_out[f"not in {joined}"] += len(set(listing.images) - used)
     rows_left_out = sum((table.rows_left_out for table in tables.values()), Counter())
     notes = [note for table in tables.values() for note in table.notes]
@@ -201,7 +210,8 @@ def read_metadata_layout(
             before = columns.setdefault(name, [None] * (len(files) - len(table)))
             before += table.columns.get(name, [None] * len(table))
     names = sorted({posixpath.basename(file.name) for file in metadata_files(listing)})
-    table = Table(" and ".join(names), listing.root, columns)
+    paths = frozenset(file.path for file in metadata_files(listing))
+    table = Table(" and ".join(names), listing.root, columns, paths)
     if by_name and _label_by_name(table, path_columns, config) is None:
         return None
     return _layout(listing, table, path_columns, files, values, config)
@@ -225,7 +235,8 @@ def read_table(path: str) -> Table:
         raise NoTable(f"{one_line(path)} {error}") from None
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
         raise NoTable(f"{one_line(path)} cannot be read as a table: {one_line(error)}") from None
-    table = Table(name, os.path.dirname(os.path.abspath(path)), columns)
+    whole = os.path.abspath(path)
+    table = Table(name, os.path.dirname(whole), columns, frozenset([whole]))
     if not len(table):
         raise NoTable(f"{one_line(path)} has no rows")
     return table
@@ -254,7 +265,7 @@ def _read_parquet(path: str) -> dict[str, list[Any]]:
 
 def _read_json_lines(content: bytes) -> dict[str, list[Any]]:
     return _json_columns(
-        [json.loads(line) for line in _decode(content).splitlines() if line.strip()]
+        [json.loads(line) for line in _decode(content).split("\n") if line.strip()]
     )
 
 
@@ -332,11 +343,12 @@ def _regularity(text: str, delimiter: str) -> tuple[bool, int]:
 
 def _without_header(table: Table) -> Table:
     """Return the table with its header as the first row."""
-    return Table(
-        table.name,
-        table.folder,
-        {f"column {n}": [head, *cells] for n, (head, cells) in enumerate(table.columns.items(), 1)},
-    )
+    columns = {}
+    for number, (head, cells) in enumerate(table.columns.items(), 1):
+        own = f"column {number}"  # what `_read_delimited` calls an empty cell
+        first = "" if head == own else head.removesuffix(f" ({number})")
+        columns[own] = [first, *cells]
+    return replace(table, columns=columns)
 
 
 def _text(value: Any) -> str:
@@ -477,6 +489,16 @@ def _is_plain(cells: Iterable[Any]) -> bool:
     return all(cell is None or isinstance(cell, (str, int, float)) for cell in cells)
 
 
+def _holds_lists(cells: Iterable[Any]) -> bool:
+    """True for lists of text; a single label may stand for a list of one."""
+    return all(
+        all(isinstance(each, str) for each in cell)
+        if isinstance(cell, list)
+        else cell is None or isinstance(cell, str)
+        for cell in cells
+    )
+
+
 def _path_column(table: Table, names: _Names, requested: str | None, explicit: bool) -> str | None:
     """Find the column that names images; None if there is none."""
     if requested is not None:
@@ -571,8 +593,7 @@ def _layout(
     }
     class_names = _class_names(splits, table.name, known)
     notes += _alike(class_names)
-    left_out = listing.all_left_out()
-    left_out[suffix_of(table.name)] -= 1 if left_out[suffix_of(table.name)] else 0
+    left_out = listing.all_left_out(table.paths)
     left_out[f"not in {table.name}"] += len(set(listing.images) - set(rows))
     rows_left_out = Counter(
         {
@@ -661,7 +682,8 @@ def _label_by_name(table: Table, taken: set[str], config: DataConfig) -> str | N
         )
     named = [
         name for name in table.columns
-        if name.lower() in LABEL_NAMES and name not in taken and _is_plain(table.columns[name])
+        if name.lower() in LABEL_NAMES and name not in taken
+        and (_is_plain(table.columns[name]) or _holds_lists(table.columns[name]))
     ]  # fmt: skip
     return named[0] if len(named) == 1 else None
 
@@ -725,7 +747,11 @@ def _label_cells(cells: list[Any]) -> list[Any]:
     """Return labels as text, 1.0 as 1 if all are whole; lists as tuples; None where one is missing."""
     cells = _parsed_lists(cells)
     if any(isinstance(cell, list) for cell in cells):
-        return [None if cell is None else tuple(map(_text, cell)) for cell in cells]
+        return [
+            tuple(map(_text, cell)) if isinstance(cell, list)
+            else None if _is_missing(cell) else (_text(cell),)
+            for cell in cells
+        ]  # fmt: skip
     present = [cell for cell in cells if not _is_missing(cell)]
     whole = bool(present) and all(_is_whole(cell) for cell in present)
     if present and not whole and all(_is_fraction(cell) or _is_whole(cell) for cell in present):
@@ -760,7 +786,7 @@ def _is_missing(cell: Any) -> bool:
 def _is_whole(cell: Any) -> bool:
     """True for 3.0, as a number or as text."""
     if isinstance(cell, str):
-        return cell.endswith(".0") and cell[:-2].lstrip("-").isdecimal()
+        return cell.endswith(".0") and cell[:-2].removeprefix("-").isdecimal()
     return isinstance(cell, float) and cell.is_integer()
 
 
@@ -840,6 +866,6 @@ def _class_names(splits: dict[str, list], table: str, known: Sequence[str] = ())
     if len(found) < 2 and not set(known).issuperset(found):
         raise NoTable(f"{table} has one class, {listed(found)}; a classifier needs two or more")
     check_class_names(list(found))
-    if all(name.lstrip("-").isdecimal() for name in found):
+    if all(name.removeprefix("-").isdecimal() for name in found):
         return sorted(found, key=lambda name: (int(name), name))
     return sorted(found)

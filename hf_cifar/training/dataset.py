@@ -15,8 +15,9 @@ from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin, Tr
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.objects import MEMORY
-from hf_cifar.data.columns import LABEL_NAMES, quiet_datasets, standard_split
+from hf_cifar.data.columns import quiet_datasets, standard_split
 from hf_cifar.data.labels import (
+    LABEL_NAMES,
     SHOWN_CLASSES,
     class_label,
     holds_lists,

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_cifar.data.cache import content_key, load_array, one_process_at_a_time, save_array
+from hf_cifar.data.cache import load_array, one_process_at_a_time, save_array
 from hf_cifar.data.split import Split
 from hf_cifar.data.store import PreparedStore, ResidentStore, images_of, take_batch
 from hf_cifar.models.heads import head_parameter_names, linear_head
@@ -138,7 +138,7 @@ def feature_store(
     """
     device = next(model.parameters()).device
     details = [preprocessing, views, dtype, (augmentation, seed) if views > 1 else None]
-    pixels = images_of(split).pixel_hash or content_key(split.rows)
+    pixels = images_of(split).pixel_hash or split.pixels.key_of(split.rows)
     digest = hashlib.sha256(f"{pixels} {details}".encode())
     head = head_parameter_names(model)
     for name, value in model.state_dict().items():

@@ -95,6 +95,14 @@ def test_an_error_names_the_archive(tmp_path):
         source(path)
 
 
+def test_two_archives_of_one_name_are_refused(tmp_path):
+    write_zip(tmp_path / "cats.zip", {"1.png": PNG})
+    write_tar(tmp_path / "cats.tar.gz", {"2.png": PNG})
+    write_zip(tmp_path / "dogs.zip", {"3.png": PNG})
+    with pytest.raises(UserError, match=r"cats.tar.gz and cats.zip in \S+ have the same name"):
+        source(tmp_path)
+
+
 def test_archive_beside_class_folders_is_left_out(tmp_path):
     for name, content in CATS.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hf_cifar.config.data import DataConfig, ValueRange
 from hf_cifar.data import depth, images
-from hf_cifar.data.images import decode_cell, decode_cells, decode_image, find_value_range
+from hf_cifar.data.images import decode_cell, decode_image, find_value_range
 from hf_cifar.errors import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -209,7 +209,8 @@ def test_the_range_of_fractions_is_found():
 
 
 def test_cells_are_decoded_with_the_range():
-    (found,) = decode_cells(cells_of(COLOUR_FILES["png"]), value_range=RANGE)
+    (cell,) = cells_of(COLOUR_FILES["png"])
+    found = decode_cell(cell, value_range=RANGE)
     assert (found == scaled(COLOUR, 100, 4000)).all()
 
 

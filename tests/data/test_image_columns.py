@@ -3,13 +3,26 @@
 import io
 
 import numpy as np
+import pyarrow
 import pytest
-from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, LargeList, List, Value
+from datasets import (
+    Array2D,
+    Array3D,
+    ClassLabel,
+    Dataset,
+    Features,
+    LargeList,
+    List,
+    Value,
+    concatenate_datasets,
+)
 from datasets import Image as ImageFeature
+from datasets.table import InMemoryTable
 from pictures import encode
 from PIL import Image
 
 from hf_cifar.config.data import DataConfig
+from hf_cifar.data.image_columns import encoded_images
 from hf_cifar.data.images import decode_cell
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.splits import load_splits, prepare_splits
@@ -65,6 +78,17 @@ def test_structs_of_bytes_and_path(save, path):
     feature = {"bytes": Value("binary"), **({"path": Value("string")} if path else {})}
     loaded = read(save(train=make(cells, feature)))
     np.testing.assert_array_equal(decoded(loaded["train"]), COLOUR)
+
+
+def test_structs_of_more_than_two_gigabytes(tmp_path):
+    content = pyarrow.py_buffer(bytes(2**30))
+    ends = pyarrow.py_buffer(np.array([0, 2**30], np.int32))
+    cell = pyarrow.Array.from_buffers(pyarrow.binary(), 1, [None, ends, content])
+    cells = pyarrow.StructArray.from_arrays([cell, pyarrow.array(["1.png"])], ["bytes", "path"])
+    table = InMemoryTable(pyarrow.table({"image": cells, "label": [0]}))
+    rows = concatenate_datasets([Dataset(table, fingerprint="one")] * 3)
+    found = encoded_images({"train": rows}, tmp_path)["train"]
+    assert found.features["image"] == ImageFeature(decode=False) and len(found) == 3
 
 
 @pytest.mark.parametrize("how", ["absolute", "relative", "below", "windows", "struct"])

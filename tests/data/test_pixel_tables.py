@@ -103,3 +103,11 @@ def test_other_tables_hold_no_pixels(tmp_path):
     path = write(tmp_path / "a.csv", ",".join(["label", *NAMED[1:]]), [row(0), row(1)])
     with pytest.raises(UserError, match=r"no column of a.csv names images"):
         load_source(DataConfig(dataset_name=str(path)))
+
+
+def test_a_table_of_empty_lines(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("\n\n\n")
+    for name in (path, tmp_path):
+        with pytest.raises(UserError):
+            load_source(DataConfig(dataset_name=str(name)))

@@ -1,5 +1,6 @@
 """hf_cifar.training.features: a head trained on cached features is the head of the uncached run."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from tiny import tiny_config
 from transformers import AutoModelForImageClassification
 
 from hf_cifar.cli import main
+from hf_cifar.config.data import DataConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import ResidentStore
 from hf_cifar.errors import UserError
@@ -113,6 +115,18 @@ def test_changed_conditions_give_new_features(tmp_path, stripes, tiny_vit, chang
     other, _ = make_trainer(parse(tmp_path, stripes, tiny_vit, *change))
     features = one.train_dataset.features, other.train_dataset.features
     assert features[0].shape != features[1].shape or not torch.equal(*features)
+
+
+def test_another_range_of_values_gives_new_features(tmp_path, tiny_vit):
+    """Also for images that are not stored."""
+    scans = [np.arange(i, i + 1024, dtype=np.uint16).reshape(32, 32) for i in range(24)]
+    parts = []
+    for values in ("0,2000", "0,9000"):
+        config = parse(tmp_path, "", tiny_vit)
+        data = DataConfig((scans, [0, 1] * 12), pixel_store="streamed", value_range=values)
+        config = dataclasses.replace(config, data=data)
+        parts.append(make_trainer(config)[0].train_dataset.features)
+    assert not torch.equal(*parts)
 
 
 def test_views_are_drawn_per_image_only_in_training(tmp_path, stripes, tiny_vit):
