@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_cifar.config.data import FULL_RANGE, DataConfig, is_same_source
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
+from hf_cifar.data.listing import refuse_data_folder
 from hf_cifar.data.split import Split, prepare_split
 from hf_cifar.data.splits import DataSource, is_named, load_other_split
 from hf_cifar.data.store import default_num_workers, images_of
@@ -140,6 +141,7 @@ def evaluate_saved(
         raise UserError(
             "--fp16 needs a GPU and there is none; use --bf16 --use_cpu, or leave it out"
         )
+    check_output(config, data)
     temperature = temperature_of(config.model_name_or_path)
     data = data_as_trained(config, data)
     model, image_processor = load_classifier(
@@ -354,6 +356,18 @@ def temperature_of(model_name_or_path: str) -> float:
         return float(value)
     except (ValueError, TypeError):
         raise UserError(f"{folder.facts_path} is damaged: temperature is {value!r}") from None
+
+
+def check_output(config: EvaluateConfig, data: DataConfig) -> None:
+    """Raises: UserError for an output folder that holds another model or run, or the data."""
+    if config.output_dir is None:
+        return
+    folder, model = Path(config.output_dir), Path(config.model_name_or_path)
+    if model.is_dir() and folder.resolve() == model.resolve():
+        return
+    if RunFolder(folder).has_run or RunFolder(folder).model_config_path.exists():
+        raise UserError(f"{folder} holds another run; pass another --output_dir")
+    refuse_data_folder(folder, data.dataset_name)
 
 
 def output_folder(config: EvaluateConfig) -> Path | None:

@@ -129,6 +129,10 @@ def names_of(classes: Sequence[type]) -> list[str]:
 
 def unexpected_argument(token: str) -> UserError:
     """Return the error for a word that belongs to no option."""
+    if (Path(token) / "config.json").is_file():
+        return UserError(
+            f"unexpected argument {token!r}; pass a model as --model_name_or_path {token}"
+        )
     if Path(token).is_dir():
         return UserError(
             f"unexpected argument {token!r}; pass a folder of images as --dataset_name {token}"

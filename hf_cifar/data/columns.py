@@ -12,6 +12,7 @@ import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 
 from hf_cifar.config.data import DataConfig
+from hf_cifar.config.objects import InMemory
 from hf_cifar.data.image_columns import NUMBERS, Kind, encoded_images, image_kind, names_files
 from hf_cifar.data.labels import LABEL_NAMES, class_label, is_hidden, may_be_labels, with_classes
 from hf_cifar.errors import UserError
@@ -88,7 +89,10 @@ def standard_split(rows: Dataset, split: str, config: DataConfig) -> Dataset:
 
 
 def data_folder(config: DataConfig) -> Path | None:
-    """The folder to which paths in a column are relative; None for a Hub data set."""
+    """The folder to which paths in a column are relative: for an object, the current one; None for a Hub data
+    set."""
+    if isinstance(config.dataset_name, InMemory):
+        return Path.cwd()
     path = Path(config.dataset_name).expanduser()
     if not path.exists():
         return None
@@ -132,7 +136,8 @@ def _image_column(features: Features, config: DataConfig, rows: Dataset | None) 
     if requested is not None:
         _require_column(requested, features, "image")
         if not holds_images(requested):
-            files = "" if kinds[requested] != Kind.TEXT else f" or file names in {folder}"
+            has_files = kinds[requested] == Kind.TEXT and folder is not None
+            files = f" or file names in {folder}" if has_files else ""
             raise UserError(
                 f"column {requested!r} holds {features[requested]}, not images{files}; pass another "
                 "--image_column_name"

@@ -222,8 +222,8 @@ def load_local(
                 (ADVICE[s] for f in listing.others if (s := suffix_of(f.name)) in ADVICE), ""
             )
             raise UserError(
-                f"cannot load data set {config.dataset_name}: it doesn't contain any data files{files}"
-                + (f"; {advice}" if advice else "")
+                f"{config.dataset_name} holds no images{files}; "
+                + (advice or "put them into one folder per class, and pass the folder above")
             )
         pixels = [file for file in listing.others if _holds_pixels(file.path)]
         if pixels:

@@ -75,7 +75,7 @@ def _scaled(deep: DeepPixels, value_range: ValueRange | None) -> np.ndarray:
 def _note_full_range() -> None:
     logger.warning(
         "images of more than 8 bits are scaled by the full range of their type, such as 0 to 65535, so those "
-        "that use less of it look dark; training finds their range, or pass --value_range"
+        "that use less of it look dark; training finds their range, or takes --value_range"
     )
 
 

@@ -216,3 +216,15 @@ def render_left_out(left_out: Counter[str], what: str = "file") -> str:
     most = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     parts = listed((f"{count:,} {reason}" for reason, count in most if count), MAX_REASONS)
     return f"{total:,} {what}{'s' if total != 1 else ''} ({parts})"
+
+
+def refuse_data_folder(folder: Path, dataset_name: str | None) -> None:
+    """Raises: UserError for an output folder that is the data set, or one of its folders of images."""
+    if not dataset_name or not folder.is_dir():
+        return
+    data = Path(dataset_name).expanduser().resolve()
+    inside = data.is_dir() and folder.resolve().is_relative_to(data)
+    if inside and (folder.resolve() == data or list_files(folder).images):
+        raise UserError(
+            f"--output_dir {folder} holds the data; pass a new folder, which may be inside it"
+        )

@@ -379,8 +379,9 @@ def require_test_split(source: DataSource) -> None:
             rows = {name: each for name, each in rows.items() if name != "test"}
     if "test" not in rows:
         raise UserError(
-            f"data set {source.config.dataset_name} has no labelled test split, only {list(rows)}; leave out "
-            "--do_predict and --check_leakage, or evaluate with --split validation"
+            f"data set {source.config.dataset_name} has no labelled test split, only {list(rows)}; add one, "
+            "such as a folder test/ with the classes, or leave out what reads it: --do_predict, "
+            "--check_leakage, --split test"
         )
 
 

@@ -1,5 +1,9 @@
 """hf_cifar.data.objects: data sets in memory, of every kind, as rows of images and labels."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -42,6 +46,14 @@ def rows_of_pictures():
         yield {"image": picture, "label": label}
 
 
+def files():
+    """Paths of the pictures, relative to the current folder."""
+    folder = Path(tempfile.mkdtemp())
+    for number, picture in enumerate(pictures()):
+        picture.save(folder / f"{number}.png")
+    return [os.path.relpath(folder / f"{number}.png") for number in range(len(PIXELS))]
+
+
 def dataset():
     return Dataset.from_dict({"image": pictures(), "label": NAMES}).class_encode_column("label")
 
@@ -52,6 +64,8 @@ KINDS = {
     "DatasetDict": lambda: DatasetDict(train=dataset()),
     "IterableDataset": lambda: dataset().to_iterable_dataset(),
     "DataFrame": lambda: pd.DataFrame({"picture": pictures(), "kind": NAMES}),
+    "names of files": lambda: pd.DataFrame({"picture": files(), "label": NAMES}),
+    "names of files in columns": lambda: {"image": files(), "label": NAMES},
     "arrays": lambda: (PIXELS, np.array(LABELS)),
     "arrays, channels first": lambda: (PIXELS.transpose(0, 3, 1, 2), LABELS),
     "tensors": lambda: (torch.tensor(PIXELS).permute(0, 3, 1, 2), torch.tensor(LABELS)),

@@ -376,7 +376,7 @@ def test_hidden_test_labels_are_left_out(save, make_rows, hidden):
     data = DataConfig(dataset_name=str(folder))
     assert list(load_source(data)) == ["train"]
     assert len(load_splits(data).train) == 2
-    with pytest.raises(UserError, match=r"has no labelled test split, only .*--split validation"):
+    with pytest.raises(UserError, match=r"has no labelled test split, only .*; add one"):
         load_test_split(data)
 
 
@@ -397,7 +397,7 @@ def test_empty_split_is_refused(save, tmp_path, make_rows, empty):
 
 
 def test_empty_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"cannot load data set .*doesn't contain any data files"):
+    with pytest.raises(UserError, match=r"holds no images; put them into one folder per class"):
         source(tmp_path)
 
 

@@ -366,5 +366,5 @@ def test_limit_below_the_number_of_classes_is_refused(folder, flag):
 
 def test_missing_test_split_is_refused(save, make_rows):
     data = DataConfig(dataset_name=str(save(train=make_rows([0, 1] * 5))))
-    with pytest.raises(UserError, match=r"no labelled test split, only \['train'\]; leave out"):
+    with pytest.raises(UserError, match=r"no labelled test split, only \['train'\]; add one"):
         load_test_split(data)

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from sklearn.linear_model import LogisticRegression
-from tiny import tiny_config
+from tiny import tiny_config, tiny_trainer
 from transformers import AutoModelForImageClassification
 
 from hf_cifar.cli import main
@@ -148,6 +148,18 @@ def test_views_are_drawn_per_image_only_in_training(tmp_path, stripes, tiny_vit)
         if torch.equal(values[row], features[view, row])
     }
     assert len(views) > 16  # of 32
+
+
+def test_views_do_not_depend_on_the_evaluation_batch(tmp_path, stripes, tiny_vit, monkeypatch):
+    found = []
+    for size in ("64", "5"):
+        monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / size))
+        flags = ["--freeze", "backbone", "--feature_views", "2", "--rotation", "20"]
+        flags += ["--per_device_eval_batch_size", size]
+        trainer = tiny_trainer(tmp_path / "run", stripes, tiny_vit, *flags)
+        found.append(trainer.train_dataset.features)
+    assert torch.allclose(*found, atol=1e-5)
+    assert not torch.allclose(found[0][0], found[0][1], atol=1e-3)
 
 
 def test_draw_view_without_a_generator_is_the_first():
