@@ -117,7 +117,7 @@ def read_table_layout(
             _refuse_missing_images(listing, table)
         raise NoTable(
             f"no column of {table.name} names images in {one_line(listing.root)} "
-            f"(columns: {listed(table.columns, 8)}); pass --image_column_name"
+            f"(columns: {listed(table.columns, 8)}){_called(listing)}; pass --image_column_name"
         )
     values = [_text(value) for value in table.columns[column]]
     files = names.resolve(values)
@@ -341,6 +341,12 @@ def _regularity(text: str, delimiter: str) -> tuple[bool, int]:
     return len(widths) == 1 and width > 1, width if width > 1 else 0
 
 
+def _called(listing: Listing) -> str:
+    """Show names of images, for a table that has others, such as 1 for 001.jpg."""
+    names = [file.name for file in listing.images]
+    return f"; images are called {listed(sorted(names), MAX_NAMES)}" if names else ""
+
+
 def _without_header(table: Table) -> Table:
     """Return the table with its header as the first row."""
     columns = {}
@@ -550,7 +556,7 @@ def _layout(
     if len(missing) == len(files):
         raise UserError(
             f"none of the {len(files):,} images that {table.name} names is in {one_line(listing.root)}, "
-            f"such as {listed(missing, MAX_NAMES)}"
+            f"such as {listed(missing, MAX_NAMES)}{_called(listing)}"
         )
     if missing:
         notes.append(

@@ -174,6 +174,16 @@ def test_a_column_of_splits_is_known_by_its_values(tmp_path):
         source(tmp_path)
 
 
+def test_ids_that_lost_their_zeros_are_refused_with_the_names_of_the_files(tmp_path):
+    lines = [f"{i},{label_of(i)}\n" for i in range(9)]
+    photos(tmp_path, [f"img/{i:03}.png" for i in range(9)], "id,label\n" + "".join(lines))
+    called = r"images are called img/000\.png, img/001\.png, img/002\.png"
+    with pytest.raises(UserError, match=called):
+        source(tmp_path, labels_file="labels.csv")
+    with pytest.raises(UserError, match=called):
+        source(tmp_path, labels_file="labels.csv", image_column_name="id")
+
+
 def test_only_some_folders_of_a_table_are_splits(tmp_path):
     names = [f"{('train', 'test', 'extra')[i // 3]}/{i}.png" for i in range(9)]
     text = "path,label\n" + "".join(f"{name},{label_of(i)}\n" for i, name in enumerate(names))
