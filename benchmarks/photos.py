@@ -141,7 +141,7 @@ def data_side(folder: Path, rounds: int) -> None:
     facts = {
         "images": len(train),
         "first_pass_seconds": round(seconds, 1),
-        "disk_mb": round(sum(disk_bytes(path) for path in cache.iterdir()) / 1e6),
+        "disk_mb": round(sum(disk_bytes(path.stat()) for path in cache.iterdir()) / 1e6),
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
     }
     plain = {
@@ -166,7 +166,7 @@ def data_side(folder: Path, rounds: int) -> None:
 
 
 def training(folder: Path, turns: int) -> None:
-    """Compare whole training from the second epoch on with the plain recipe, timm and ready tensors."""
+    """Compare complete training from the second epoch on with the plain recipe, timm and ready tensors."""
     task = Task(MODEL, SIZE, 32, dataset_name=str(folder), images=str(folder))
     train = DataSource(DataConfig(dataset_name=str(folder))).splits.train
     prepare_split(train, VIEW, augmented=True, kind="disk")

@@ -18,7 +18,7 @@ QUALITY = 90
 
 
 def scene(seed: int) -> Image.Image:
-    """A picture with structure at all sizes, as photographs have: noise of octaves, the coarse ones
+    """Return a picture with structure at all scales, like a photograph: octaves of noise, the coarse ones
     strongest."""
     generator = np.random.default_rng(seed)
     pixels = np.zeros((CANVAS, CANVAS, 3), np.float32)
@@ -36,7 +36,7 @@ def scene(seed: int) -> Image.Image:
 
 
 def photograph(scenes: list[Image.Image], number: int, low: int, high: int) -> Image.Image:
-    """Cut a picture of low..high px per side from a random scene, at a random place."""
+    """Crop a picture of low..high px per side from a random scene, at a random place."""
     generator = np.random.default_rng(number)
     width, height = generator.integers(low, high + 1, 2).tolist()
     left, top = generator.integers(0, CANVAS - max(width, height) + 1, 2).tolist()

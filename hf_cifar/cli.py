@@ -91,9 +91,9 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _reaches_reader() -> bool:
-    """Return False if the reader of stdout, such as `head`, closed the pipe; a connection can break too.
+    """Return False if the reader of stdout, such as `head`, closed the pipe; a connection may break too.
 
-    What is left to write is then discarded, or Python would fail to write it at exit.
+    Remaining output is then discarded, because Python would fail to write it at exit.
     """
     try:
         print(flush=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_cifar.config.data import FULL_RANGE, DataConfig, is_same_source
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
+from hf_cifar.data.listing import refuse_data_folder
 from hf_cifar.data.split import Split, prepare_split
 from hf_cifar.data.splits import DataSource, is_named, load_other_split
 from hf_cifar.data.store import default_num_workers, images_of
@@ -131,8 +132,8 @@ def evaluate_saved(
 ) -> Predictions:
     """Evaluate a saved model on one split, and update metrics, predictions and card in its folder.
 
-    Classes are matched by name. Data other than the run's are measured whole if they have no splits. source:
-    the open data set of `data`, if there is one.
+    Classes are matched by name. Data other than the run's are evaluated as a whole if they have no splits.
+    source: the open data set of `data`, if there is one.
     Raises: UserError for classes that the model does not know, or if only one of model and data has multiple
     labels.
     """
@@ -140,6 +141,7 @@ def evaluate_saved(
         raise UserError(
             "--fp16 needs a GPU and there is none; use --bf16 --use_cpu, or leave it out"
         )
+    check_output(config, data)
     temperature = temperature_of(config.model_name_or_path)
     data = data_as_trained(config, data)
     model, image_processor = load_classifier(
@@ -214,8 +216,8 @@ def split_to_evaluate(
 ) -> Split:
     """Load the split to evaluate, with the classes of the model.
 
-    Validation of the data that the run was trained on is the run's own: rows that it did not train on. Other
-    data without splits are measured whole. source: the open data set of `data`, if there is one.
+    For the data that the run was trained on, validation is the run's own: rows that it did not train on.
+    Other data without splits are evaluated as a whole. source: the open data set of `data`, if there is one.
     Raises: UserError for a split that is missing, has unknown classes, or could have been trained on.
     """
     run = RunFolder(config.model_name_or_path)
@@ -243,18 +245,20 @@ def split_to_evaluate(
                     "pass other data, or --split validation for those that it did not train on"
                 )
             logger.info(
-                "%s holds the data of the run: only its validation images are measured",
+                "%s holds the data of the run: only its validation images are evaluated",
                 data.dataset_name,
             )
             source = DataSource(dataclasses.replace(moved, max_eval_samples=data.max_eval_samples))
             return _validation_of_run(run, moved, source, class_names)
     if own is not None and _is_train_of_run(run, split, preprocessing):
         logger.warning(
-            "%s holds the images that the run was trained on: the metrics say nothing about new ones",
+            "%s holds the images that the run was trained on: the metrics say nothing about new images",
             data.dataset_name,
         )
     logger.info(
-        "%s has no splits: all of its images are measured, %s", data.dataset_name, f"{len(split):,}"
+        "%s has no splits: all of its images are evaluated, %s",
+        data.dataset_name,
+        f"{len(split):,}",
     )
     return split
 
@@ -266,7 +270,7 @@ SPLIT_OPTIONS = ("train_val_split", "split_seed", "label_column_name", "streamin
 def _validation_of_run(
     run: RunFolder, own: DataConfig, source: DataSource, class_names: Sequence[str]
 ) -> Split:
-    """Return validation of the data of a run. own: the options of the run.
+    """Return the validation split of a run's data. own: the options of the run.
 
     Raises: UserError if it is a part of train, and the run may have trained on rows of it: because of another
     option, or because the data has changed.
@@ -282,7 +286,7 @@ def _validation_of_run(
                 f"{original}; leave it out"
             )
     recorded = run.facts().get("split_hash")
-    # The name again, which may be an object in memory.
+    # An object in memory can be opened by the given name only, not by the recorded one.
     own = dataclasses.replace(own, dataset_name=data.dataset_name)
     same = data == dataclasses.replace(
         own, pixel_store=data.pixel_store, value_range=data.value_range
@@ -291,7 +295,7 @@ def _validation_of_run(
     if recorded is not None and original_splits.hash != recorded:
         raise UserError(
             f"{data.dataset_name} has changed since the run, so that images it trained on would be in "
-            "validation; restore the data, or pass new images alone as --dataset_name"
+            "validation; restore the data, or pass only new images as --dataset_name"
         )
     return _require_classes(splits.validation, class_names, data)
 
@@ -302,7 +306,7 @@ def _require_classes(split: Split, class_names: Sequence[str], data: DataConfig)
     if names != list(class_names):
         raise UserError(
             f"the model has the classes {listed(class_names, 5)}, but {data.dataset_name} now has "
-            f"{listed(names, 5)}; restore the data, or pass the images to measure alone as --dataset_name"
+            f"{listed(names, 5)}; restore the data, or pass only the images to evaluate as --dataset_name"
         )
     return split
 
@@ -352,6 +356,18 @@ def temperature_of(model_name_or_path: str) -> float:
         return float(value)
     except (ValueError, TypeError):
         raise UserError(f"{folder.facts_path} is damaged: temperature is {value!r}") from None
+
+
+def check_output(config: EvaluateConfig, data: DataConfig) -> None:
+    """Raises: UserError for an output folder that holds another model or run, or the data."""
+    if config.output_dir is None:
+        return
+    folder, model = Path(config.output_dir), Path(config.model_name_or_path)
+    if model.is_dir() and folder.resolve() == model.resolve():
+        return
+    if RunFolder(folder).has_run or RunFolder(folder).model_config_path.exists():
+        raise UserError(f"{folder} holds another run; pass another --output_dir")
+    refuse_data_folder(folder, data.dataset_name)
 
 
 def output_folder(config: EvaluateConfig) -> Path | None:

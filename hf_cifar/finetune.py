@@ -57,7 +57,7 @@ def finetune_classifier(model: Any = None, dataset: Any = None, **options: Any) 
     model: a name or path, a transformers or timm model, a torch.nn.Module that returns logits, or
     (model, image_processor); or a `RunConfig`, with all options. dataset: a name or path, a
     datasets.Dataset or DatasetDict, a pandas.DataFrame, (images, labels), a dict of columns or of splits, a
-    list of (image, label); or a `DataSource`, if already open. Given objects stay as they are. options: any
+    list of (image, label); or a `DataSource`, if already open. Objects are not modified. options: any
     option by its name, see docs/options.md.
     Raises: UserError before anything is written, for options or data that cannot work.
     """
@@ -137,7 +137,7 @@ def claimed_folder(plan: Plan) -> Iterator[None]:
 def fit(trainer: ImageClassificationTrainer, splits: Splits, plan: Plan) -> Fitted:
     """Train in epochs, or solve for the head at once.
 
-    Raises: UnreadableImages that names every unreadable row, if training came upon one.
+    Raises: UnreadableImages that names every unreadable row, if training encountered one.
     """
     train = plan.config.train
     with measured_energy(plan.processes.is_main) as energy:
@@ -166,7 +166,7 @@ def listing_unreadable(train: Split | Stream, on_bad_image: str) -> Iterator[Non
         yield
     except UserError:
         if on_bad_image == "error" and isinstance(train, Split) and images_of(train).faults:
-            logger.warning("an image of train cannot be read; checking the others")
+            logger.warning("a training image cannot be read; checking the others")
             readable(train)
         raise
 

@@ -36,7 +36,7 @@ from hf_cifar.training.optimizers import default_rates
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
-# Images of train are decoded before training if that takes this long at most.
+# Training images are decoded before training if that takes at most this long.
 CHECK_SECONDS = 10
 
 
@@ -220,8 +220,8 @@ def best_metric(requested: str | None, model: PreTrainedModel) -> str:
 def settle_check(
     config: RunConfig, splits: Splits, preprocessing: Preprocessing, processes: Processes
 ) -> Literal["all", "used"]:
-    """Return when images of train are decoded: as requested, else all before training if that takes ten
-    seconds at most, or the head alone trains, on features of all images.
+    """Return when training images are decoded: as requested, else all before training if that takes at most
+    ten seconds, or if the head alone trains, on features of all images.
 
     The first process measures for all.
     """
@@ -239,7 +239,7 @@ def settle_check(
 
 
 def measured_check(train: Split, preprocessing: Preprocessing, kind: str) -> Literal["all", "used"]:
-    """Return when images of train are decoded, by the time that a few of them take."""
+    """Return when training images are decoded, by the time that a few of them take."""
     images = with_images(train, preprocessing, augmented=True, kind=kind).images
     assert images is not None
     seconds = images.seconds

@@ -77,7 +77,7 @@ def num_cores() -> int:
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Read bytes at a position of a file into a buffer; returns their number, less at the end of the file."""
+    """Read bytes at a position of a file into a buffer; return their number, fewer at the end of the file."""
     if hasattr(os, "preadv"):
         done = 0
         while done < len(buffer):

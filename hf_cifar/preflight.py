@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_cifar.config.run import RunConfig
 from hf_cifar.config.training import TrainingConfig
 from hf_cifar.data.cache import free_bytes
-from hf_cifar.data.listing import list_files
+from hf_cifar.data.listing import refuse_data_folder
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 from hf_cifar.hub.push import check_push, prepare_push
@@ -44,25 +44,13 @@ def check_request(config: RunConfig, source: DataSource) -> None:
         logger.info("resuming with %s", change)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; pass a folder")
-    _check_not_data(folder, config)
+    if not RunFolder(folder).has_run:
+        refuse_data_folder(folder, config.data.dataset_name)
     check_device(train)
     if train.do_predict or train.check_leakage:
         _ = source.test_split  # raises without labels; its images are checked before training
     if is_main_process():
         check_push(train)
-
-
-def _check_not_data(folder: Path, config: RunConfig) -> None:
-    """Raises: UserError for an output folder that is the data set, or one of its folders of images."""
-    name = config.data.dataset_name
-    if not isinstance(name, str) or not folder.is_dir() or RunFolder(folder).has_run:
-        return
-    data = Path(name).expanduser().resolve()
-    inside = data.is_dir() and folder.resolve().is_relative_to(data)
-    if inside and (folder.resolve() == data or list_files(folder).images):
-        raise UserError(
-            f"--output_dir {folder} holds the data; pass a new folder, which may be inside it"
-        )
 
 
 def check_device(train: TrainingConfig) -> None:

@@ -34,8 +34,8 @@ def shows_bars() -> bool:
 class Progress:
     """Counts the items of some work, and shows count, rate and time left.
 
-    what: the work, as in 'preparing train'. unit: of the items, plural. total: their number, if known. bar:
-    whether as a bar; None: if one can be drawn.
+    what: the work, as in 'preparing train'. unit: of the items, plural. total: their number, if known.
+    bar: show a bar; None: if one can be drawn.
     """
 
     def __init__(

@@ -21,8 +21,8 @@ def map_in_threads(
     On a CPU, a batch on its own core takes less core time than a batch on all cores, which wait for each
     other in every layer.
     """
-    # A thread takes over the number that any other thread set before its own first operation: without this
-    # call, also the calling one.
+    # A thread adopts the number that any other thread set before its own first operation; without this call,
+    # the calling thread would too.
     all_cores = torch.get_num_threads()
     results: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(

@@ -77,7 +77,35 @@ def test_data_without_splits_are_measured_whole(measure, stripes, tmp_path, spli
     shutil.copytree(stripes / "test", tmp_path / "later")
     found = measure(tmp_path / "later", split)
     assert (found.split, len(found.labels)) == (split, 22)
-    assert "later has no splits: all of its images are measured, 22" in caplog.text
+    assert "later has no splits: all of its images are evaluated, 22" in caplog.text
+
+
+def test_names_in_other_capitals_are_matched(measure, stripes, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("Across", "DOWN"):
+        shutil.copytree(stripes / "test" / name.lower(), tmp_path / "later" / name)
+    assert np.bincount(measure(tmp_path / "later", "test").labels).tolist() == [11, 11]
+    assert "class DOWN of train is read as down of the model" in caplog.text
+
+
+def test_another_run_and_the_data_are_never_overwritten(run, stripes, tmp_path):
+    shutil.copytree(stripes / "test", tmp_path / "later")
+    shutil.copytree(run, tmp_path / "another")
+    before = (tmp_path / "another" / "metrics.json").read_bytes()
+    data = DataConfig(dataset_name=str(tmp_path / "later"))
+    for folder, message in (
+        ("another", r"another holds another run; pass another --output_dir"),
+        ("later", r"later holds the data; pass a new folder"),
+        ("later/down", r"down holds the data; pass a new folder"),
+    ):
+        config = EvaluateConfig(
+            model_name_or_path=str(run), use_cpu=True, output_dir=str(tmp_path / folder)
+        )
+        with pytest.raises(UserError, match=message):
+            evaluate_saved(config, data)
+    assert (tmp_path / "another" / "metrics.json").read_bytes() == before
+    argv = ["evaluate", "--model_name_or_path", str(run), "--output_dir", f"{run}/", "--use_cpu"]
+    assert main([*argv, "--dataset_name", str(tmp_path / "later")]) == 2
 
 
 def test_a_subset_of_the_classes_is_measured(measure, stripes, tmp_path, caplog):

@@ -33,7 +33,7 @@ def check(notebook):
     (sheet,) = outputs(notebook, "image/png")
     picture = Image.open(io.BytesIO(base64.b64decode(sheet)))
     assert picture.height == 96
-    rows = re.findall(r"row \d+: \d, taken for \d", printed(notebook))
+    rows = re.findall(r"row \d+: \d, predicted as \d", printed(notebook))
     assert len(rows) == picture.width / 96 > 0
     tables = [html for html in outputs(notebook, "text/html") if "Validation Loss" in html]
     assert len(tables) == 3  # two trainings and an evaluation

@@ -56,7 +56,7 @@ def test_a_name_and_a_data_set_need_no_configuration(data, tiny_vit, tmp_path):
     assert re.fullmatch("memory/Dataset-[0-9a-f]{16}", name)
     assert json.loads((tmp_path / "run/run.json").read_text())["dataset"]["name"] == name
     card = (tmp_path / "run/README.md").read_text()
-    assert f"`{name}`: an object in memory, known by the fingerprint" in card
+    assert f"`{name}`: an object in memory, identified by the fingerprint" in card
     assert pipeline("image-classification", model=str(tmp_path / "run"))(data[0]["image"])
 
 
@@ -89,7 +89,7 @@ def test_what_a_file_cannot_repeat_is_said_in_one_line(data, tiny_vit, tmp_path,
     run = tmp_path / "run"
     model = AutoModelForImageClassification.from_pretrained(tiny_vit)
     finetune_classifier(model, data, output_dir=run, **OPTIONS)
-    words = "was an object in Python, which no file can repeat; pass the same object"
+    words = "was a Python object, which cannot be loaded from a file; pass the same object"
     for command in (
         ["reproduce", str(run)],
         ["evaluate", "--model_name_or_path", str(run)],
@@ -134,14 +134,14 @@ def test_a_module_is_saved_as_weights(arrays, tmp_path, caplog):
     result = finetune_classifier(net, arrays, output_dir=tmp_path / "run", image_size=16, **OPTIONS)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
     card = (tmp_path / "run/README.md").read_text()
-    assert "The network is a `torch.nn.modules.container.Sequential`, which no config" in card
+    assert "The network is a `torch.nn.modules.container.Sequential`, which has no config" in card
     assert "pipeline(" not in card and "library_name: pytorch" in card
     net.load_state_dict(load_file(tmp_path / "run/model.safetensors"))
     pixels = torch.rand(4, 3, 16, 16)
     with torch.inference_mode():
         assert torch.allclose(net(pixels), result.model.eval()(pixel_values=pixels).logits)
     with pytest.raises(
-        UserError, match=r"a torch\.nn\.Module that no config describes; in Python, make"
+        UserError, match=r"a torch\.nn\.Module without a config; create it in Python"
     ):
         evaluate_saved(
             EvaluateConfig(model_name_or_path=str(tmp_path / "run")),
@@ -153,7 +153,7 @@ def test_a_report_of_an_object_has_its_pictures(data, tiny_vit, tmp_path, caplog
     run = tmp_path / "run"
     finetune_classifier(tiny_vit, data, output_dir=run, **OPTIONS)
     assert build_report(run).pictures == {}
-    assert "was an object in Python" in caplog.text
+    assert "was a Python object" in caplog.text
     report = build_report(run, dataset=data)
     shown = report.facts["worst_errors"] + report.facts["least_confident_hits"]
     assert shown

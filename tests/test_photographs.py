@@ -104,6 +104,7 @@ def test_unreadable_image_that_training_meets_lists_all(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "12 images cannot be read, train rows 4-15; " in last
     assert "--on_bad_image skip" in last and "day/04.jpg" in last
+    assert "; the others: " in last and "day/12.jpg and 3 more; fix" in last
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dct
 
+from hf_cifar.platform import num_cores
+from hf_cifar.threads import map_in_threads
 from hf_cifar.transforms import LUMA
 
 Array = np.ndarray
@@ -85,10 +87,14 @@ def _fingerprints(images: Iterable[Array]) -> _Fingerprints:
             digests += map(_digest, images[start : start + BATCH])
             thumbnails.append(thumbnail_of(images[start : start + BATCH]))
     else:  # decoded one by one, to save memory
-        for image in images:
-            digests.append(_digest(image))
-            thumbnails.append(thumbnail_of(image)[None])
+        for digest, thumbnail in map_in_threads(_fingerprint, images, num_cores()):
+            digests.append(digest)
+            thumbnails.append(thumbnail[None])
     return _Fingerprints(digests, np.concatenate(thumbnails))
+
+
+def _fingerprint(image: Array) -> tuple[bytes, Array]:
+    return _digest(image), thumbnail_of(image)
 
 
 def thumbnail_of(image: Array) -> Array:

@@ -28,7 +28,7 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
     quieten(True)
     failed = 0
     for record in predict_files(config, paths):
-        # A path that is no Unicode text can only be printed with escapes.
+        # A path that is not valid Unicode can only be printed with escapes.
         plain = record["path"].isprintable()
         print(json.dumps(record, ensure_ascii=not plain), flush=True)
         failed += "error" in record

@@ -129,6 +129,10 @@ def names_of(classes: Sequence[type]) -> list[str]:
 
 def unexpected_argument(token: str) -> UserError:
     """Return the error for a word that belongs to no option."""
+    if (Path(token) / "config.json").is_file():
+        return UserError(
+            f"unexpected argument {token!r}; pass a model as --model_name_or_path {token}"
+        )
     if Path(token).is_dir():
         return UserError(
             f"unexpected argument {token!r}; pass a folder of images as --dataset_name {token}"
@@ -202,7 +206,7 @@ def explicit_flags(
     tokens: Sequence[str], kinds: dict[str, Any], paths_follow: bool = False
 ) -> list[str]:
     """Write a bare `--flag` as `--flag true`, names with underscores, and `--flag -1,2` with an equals sign,
-    which argparse takes for an option. paths_follow: see `parse`."""
+    because argparse would take -1,2 for an option. paths_follow: see `parse`."""
     explicit: list[str] = []
     for token, following in zip(tokens, [*tokens[1:], "--"], strict=False):
         if explicit and re.match(r"-[\d.]", token) and re.fullmatch(r"--\w+", explicit[-1]):

@@ -74,14 +74,14 @@ class DataConfig:
     )
     image_column_name: str | None = option(
         None,
-        "Image column; default: found by its type, or by its name (such as image or img) among equals. "
-        "Images, bytes, names of files, arrays or lists of pixels.",
+        "Image column; default: found by its type, or by its name (such as image or img) if multiple fit. It "
+        "holds images, bytes, file names, arrays or lists of pixels.",
     )
     label_column_name: str | None = option(
         None,
         "Label column; default: found by its type, or by its name (label, labels, class, target or category)"
-        ". Class labels, strings, whole numbers or booleans; for multi-label data, lists of class labels or "
-        "strings.",
+        ". It holds class labels, strings, whole numbers or booleans; for multi-label data, lists of class "
+        "labels or strings.",
     )
     train_val_split: float = option(
         0.1,
@@ -110,8 +110,8 @@ class DataConfig:
     )
     check_images: Literal["auto", "all", "used"] = option(
         "auto",
-        "When images of train are decoded and checked: all before training, or used, each when its turn "
-        "comes, so that training starts at once; auto: all if that takes ten seconds at most.",
+        "When training images are decoded and checked: all, before training, or used, each at its first use, "
+        "so that training starts at once; auto: all if that takes at most ten seconds.",
     )
     on_bad_image: Literal["error", "skip"] = option(
         "error",
@@ -121,7 +121,7 @@ class DataConfig:
     value_range: str | None = option(
         None,
         "Images of more than 8 bits: LOW,HIGH, the values that become black and white, or full for the whole "
-        "range of the file's type; default: where 99.8% of the values of the training images lie.",
+        "range of the file's type; default: the range of 99.8% of the training images' values.",
     )
     max_image_pixels: int = option(
         MAX_IMAGE_PIXELS,

@@ -26,7 +26,7 @@ class EvaluateConfig:
     output_dir: str | None = option(
         None, "Where to write metrics and predictions; default: the model's folder."
     )
-    per_device_eval_batch_size: int = option(128, "Images per step and process.", low=1, high=2**20)
+    per_device_eval_batch_size: int = option(64, "Images per step and process.", low=1, high=2**20)
     dataloader_num_workers: int | None = option(
         None,
         "Loader processes; default: 0 for images in memory, else one per core.",

@@ -34,8 +34,8 @@ class ModelConfig:
     )
     resize_mode: Literal["crop", "squash", "pad"] | None = option(
         None,
-        "Images of another shape than the input: crop shows the centre, squash changes the aspect ratio, pad "
-        "adds a border of the mean colour; default: as the checkpoint does.",
+        "For images of another shape than the input: crop shows the centre, squash changes the aspect ratio, "
+        "pad adds a border of the mean colour; default: as the checkpoint does.",
     )
     freeze: str = option(
         "none",

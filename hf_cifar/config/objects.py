@@ -1,6 +1,6 @@
 """Objects in place of names: a data set or model in memory as the value of an option, with a fingerprint.
 
-Imports no torch: whoever passes an object has imported what made it.
+Imports no torch: the caller has already imported the library that made the object.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class InMemory(str):
 
 
 def named(value: Any) -> str:
-    """Return a name or path as a string, and any other object with the name `memory/CLASS-FINGERPRINT`."""
+    """Return a name or path as a string; for any other object, return an `InMemory` that holds it."""
     if isinstance(value, str):
         return value
     if isinstance(value, os.PathLike):
@@ -38,7 +38,7 @@ def named(value: Any) -> str:
 
 
 def kind_of(name: str) -> str:
-    """Return the name of an object without its fingerprint; other names as they are."""
+    """Return the name of an object without its fingerprint; return other names unchanged."""
     return name.rpartition("-")[0] if name.startswith(MEMORY) else name
 
 
@@ -46,8 +46,8 @@ def require_object(name: str, what: str) -> None:
     """Raises: UserError for the name of an object of another process. what: "model" or "data set"."""
     if name.startswith(MEMORY) and not isinstance(name, InMemory):
         raise UserError(
-            f"the {what} of this run, {name}, was an object in Python, which no file can repeat; pass the "
-            "same object in Python"
+            f"the {what} of this run, {name}, was a Python object, which cannot be loaded from a file; pass "
+            "the same object in Python"
         )
 
 

@@ -162,21 +162,21 @@ INSTEAD = {
     "--recipe or --config": "cfg config_file conf yaml hyp",
     "--top_k": "topk k",
     "--split": "eval_split",
-    "leave it out: the number of classes is that of the data":
+    "leave it out: the number of classes comes from the data":
         "num_classes num_labels nb_classes n_classes nc classes num_class",
     "leave it out: weights are pretrained unless the model is scratch/NAME":
         "pretrained use_pretrained pretrain from_pretrained imagenet",
-    "leave it out: a new head for the classes of the data is made by itself":
+    "leave it out: a new head for the classes of the data is made automatically":
         "ignore_mismatched_sizes",
-    "leave it out: the configuration and the image processor are those of the model":
+    "leave it out: the configuration and the image processor come from the model":
         "config_name image_processor_name feature_extractor_name tokenizer_name mean std "
         "interpolation crop_pct image_mean image_std processor_name normalize train_interpolation",
     "leave it out: splits are found in the data":
         "train_split train_split_name validation_split_name val_split_name valid_split",
-    "leave it out: the loss follows from the labels, one or multiple for each image":
+    "leave it out: the loss follows from the labels, one or multiple per image":
         "loss criterion bce_loss loss_fn problem_type multi_label multilabel task",
     "leave it out: weights are always saved as safetensors": "save_safetensors save_format",
-    "leave it out: decoded images are kept by themselves":
+    "leave it out: decoded images are cached automatically":
         "cache overwrite_cache use_multi_epochs_loader cache_images",
     "leave it out: a distributed run is started with torchrun or accelerate launch":
         "world_size dist_url dist_backend distributed rank multiprocessing_distributed strategy "

@@ -56,7 +56,7 @@ class RunConfig:
 
     @classmethod
     def of(cls, **options: Any) -> RunConfig:
-        """Make a configuration of options by name; values may be objects, see `with_options`."""
+        """Make a configuration from options by name; values may be objects, see `with_options`."""
         return cls().with_options(**options)
 
     def with_options(self, **options: Any) -> RunConfig:
@@ -80,7 +80,7 @@ class RunConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
-        """Read a file of `to_yaml`."""
+        """Read a file written by `to_yaml`."""
         return cls.parse(["--config", str(path)])
 
     def options(self) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class TrainingConfig:
         None, "Steps between evaluations; default: --save_steps.", low=0, may_change=True
     )
     per_device_eval_batch_size: int = option(
-        128, "Evaluation images per step and process.", low=1, may_change=True
+        64, "Evaluation images per step and process.", low=1, may_change=True
     )
     do_predict: bool = option(False, "At the end, evaluate on test too.", may_change=True)
     calibrate: bool = option(

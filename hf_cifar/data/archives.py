@@ -22,7 +22,7 @@ from hf_cifar.progress import Progress
 from hf_cifar.text import one_line
 
 OTHER_ARCHIVES = (".7z", ".rar", ".tar.zst")
-# More unpacked bytes than this for each byte of the archive are no photographs; small archives may have them.
+# Archives of photographs unpack to fewer bytes than this per byte; small archives are exempt.
 MAX_RATIO = 100
 MIN_BOMB_BYTES = 256 * 1024**2
 MAX_MEMBERS = 5_000_000
@@ -53,9 +53,9 @@ def archive_name(path: str | Path) -> str:
 
 
 def is_web_dataset(path: str | Path) -> bool:
-    """True for a tar in which files of one name, such as 7.jpg and 7.cls, are the fields of a row.
+    """True for a tar in which files that share a name, such as 7.jpg and 7.cls, are the fields of a row.
 
-    Raises: UserError for a file that is no tar.
+    Raises: UserError for a file that is not a tar.
     """
     if str(path).lower().endswith(".zip"):
         return False
@@ -83,7 +83,7 @@ def is_web_dataset(path: str | Path) -> bool:
 
 
 def unpack(path: str | Path) -> Path:
-    """Unpack an archive into the cache; returns the folder, which a later call finds again.
+    """Unpack an archive into the cache, and return the folder, which later calls reuse.
 
     Raises: UserError for a member that would land outside the folder, a bomb, an encrypted or damaged
     archive, or a full disk.
@@ -145,7 +145,7 @@ def _unpack_into(folder: Path, path: Path) -> None:
                     budget.count_bytes(len(chunk))
                     file.write(chunk)
             shown.update()
-    # Made last, so that nothing is written through one.
+    # Links are made last, so that nothing is written through one.
     for link, member in links:
         if member.is_hard:
             os.link(folder / _safe_name(path, member.target), link)
@@ -166,7 +166,7 @@ class _Member(NamedTuple):
 
 
 class _Budget:
-    """Counts what was really unpacked. Raises: UserError for more than a folder of images can need."""
+    """Counts what is actually unpacked. Raises: UserError for more than a folder of images can need."""
 
     def __init__(self, folder: Path, path: Path) -> None:
         self.path, self.folder = path, folder
@@ -186,12 +186,12 @@ class _Budget:
     def check(self, num_bytes: int) -> None:
         if num_bytes > self.most:
             raise UserError(
-                f"{self.path} unpacks to more than {MAX_RATIO} times its size, as no archive of images does; "
-                "it was not unpacked. If it is good, unpack it and pass the folder"
+                f"{self.path} unpacks to more than {MAX_RATIO} times its size, unlike archives of images; it "
+                "was not unpacked; if you trust it, unpack it and pass the folder"
             )
         if num_bytes > self.free:
             raise UserError(
-                f"no space left to unpack {self.path} into {cache_folder()}; free some, or set "
+                f"no space left to unpack {self.path} into {cache_folder()}; free some space, or set "
                 "HF_CIFAR_CACHE to a folder on another disk"
             )
 
@@ -245,5 +245,5 @@ def _safe_name(path: Path, name: str) -> str:
 
 def _outside(path: Path, name: str) -> UserError:
     return UserError(
-        f"{path} contains {one_line(name)}, which leads out of its folder; it was not unpacked"
+        f"{path} contains {one_line(name)}, which points outside its folder; it was not unpacked"
     )

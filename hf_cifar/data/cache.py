@@ -14,14 +14,19 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow
 import pyarrow.compute as pc
 from datasets import Dataset
 from filelock import FileLock
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from hf_cifar.data.pixel_file import names_in_use
+from hf_cifar.progress import Progress
 
 logger = logging.getLogger(__name__)
 # Part of the key: increment it when `data.images` decodes differently.
@@ -38,17 +43,23 @@ def cache_folder() -> Path:
 def content_key(rows: Dataset) -> str:
     """SHA-256 of the encoded images in order; of a file that is only referenced, its path, size and time."""
     digest = hashlib.sha256(b"%d" % DECODER)
-    for table in rows.with_format("arrow").iter(batch_size=1000):
-        for chunk in table.column("image").chunks:
-            contents, paths = pc.struct_field(chunk, "bytes"), pc.struct_field(chunk, "path")
-            for content, path in zip(contents, paths, strict=True):
-                if content.is_valid:
-                    data = content.as_buffer()
-                    digest.update(b"%d " % data.size)
-                    digest.update(data)
-                else:
-                    digest.update(_file_key(path.as_py()))
+    with Progress("identifying images", len(rows)) as shown:
+        for table in rows.with_format("arrow").iter(batch_size=1000):
+            for chunk in table.column("image").chunks:
+                _add_cells(digest, chunk)
+            shown.update(len(table))
     return digest.hexdigest()
+
+
+def _add_cells(digest: Any, cells: pyarrow.Array) -> None:
+    contents, paths = pc.struct_field(cells, "bytes"), pc.struct_field(cells, "path")
+    for content, path in zip(contents, paths, strict=True):
+        if content.is_valid:
+            data = content.as_buffer()
+            digest.update(b"%d " % data.size)
+            digest.update(data)
+        else:
+            digest.update(_file_key(path.as_py()))
 
 
 def _file_key(path: str | None) -> bytes:
@@ -111,19 +122,22 @@ def save_array(key: str, array: np.ndarray) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def make_room(folder: Path, num_bytes: int, keep: str = "") -> None:
-    """Delete the least recently used files if the cache would exceed its limit. keep: name of files to
-    keep."""
-    groups: dict[str, list[Path]] = {}
+def make_room(folder: Path, num_bytes: int) -> None:
+    """Delete the least recently used files, except those that this process uses, if the cache would exceed
+    its limit."""
+    groups: dict[str, dict[Path, os.stat_result]] = {}
     for path in [*folder.glob("*.safetensors"), *folder.glob("*.pixels"), *folder.glob("*.rows")]:
-        groups.setdefault(path.stem, []).append(path)
+        with contextlib.suppress(FileNotFoundError):  # another process deletes files, too
+            groups.setdefault(path.stem, {})[path] = path.stat()
     for path in folder.glob(".*.tmp/*"):
-        groups[str(path)] = [path]
-    sizes = {name: sum(disk_bytes(path) for path in paths) for name, paths in groups.items()}
+        with contextlib.suppress(FileNotFoundError):
+            groups[str(path)] = {path: path.stat()}
+    sizes = {name: sum(map(disk_bytes, parts.values())) for name, parts in groups.items()}
+    last_used = {
+        name: max(each.st_mtime for each in parts.values()) for name, parts in groups.items()
+    }
     used = sum(sizes.values())
-    for name in sorted(
-        groups.keys() - {keep}, key=lambda name: max(p.stat().st_mtime for p in groups[name])
-    ):
+    for name in sorted(groups.keys() - names_in_use(), key=last_used.__getitem__):
         if used + num_bytes <= SIZE_LIMIT:
             return
         used -= sizes[name]
@@ -132,9 +146,8 @@ def make_room(folder: Path, num_bytes: int, keep: str = "") -> None:
                 path.unlink(missing_ok=True)
 
 
-def disk_bytes(path: Path) -> int:
+def disk_bytes(status: os.stat_result) -> int:
     """Bytes that a file takes on the disk: less than its size, if parts of it were never written."""
-    status = path.stat()
     return getattr(status, "st_blocks", status.st_size // 512 + 1) * 512
 
 

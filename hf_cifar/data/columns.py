@@ -1,4 +1,4 @@
-"""Find the image and label columns by type, an obvious name deciding between equals, and standardize them."""
+"""Find the image and label columns by type, or by an obvious name if multiple fit, and standardize them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 
 from hf_cifar.config.data import DataConfig
+from hf_cifar.config.objects import InMemory
 from hf_cifar.data.image_columns import NUMBERS, Kind, encoded_images, image_kind, names_files
-from hf_cifar.data.labels import class_label, is_hidden, may_be_labels, with_classes
+from hf_cifar.data.labels import LABEL_NAMES, class_label, is_hidden, may_be_labels, with_classes
 from hf_cifar.errors import UserError
 from hf_cifar.text import listed
 
 logger = logging.getLogger(__name__)
+PIECE_BYTES = 256 * 1024**2  # of a table in memory
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 # Names that decide between columns of one type, in any case.
 IMAGE_NAMES = {"image", "images", "img", "picture", "photo", "pixels"}
-LABEL_NAMES = {"label", "labels", "class", "target", "category"}
 
 
 @contextlib.contextmanager
@@ -34,6 +35,27 @@ def quiet_datasets() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+def in_memory(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
+    """Make a data set of rows with encoded images, in pieces: Arrow holds at most 2 GB of bytes in one."""
+    pieces, piece, size = [], [], 0
+    with quiet_datasets():
+        for row in rows:
+            piece.append(row)
+            size += sum(map(_num_bytes, row.values()))
+            if size >= PIECE_BYTES:
+                pieces.append(Dataset.from_list(piece, features))
+                piece, size = [], 0
+        if piece or not pieces:
+            columns = {name: [row.get(name) for row in piece] for name in features}
+            pieces.append(Dataset.from_dict(columns, features))
+        return datasets.concatenate_datasets(pieces)
+
+
+def _num_bytes(cell: Any) -> int:
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    return len(content) if isinstance(content, bytes) else 0
 
 
 def standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
@@ -67,7 +89,10 @@ def standard_split(rows: Dataset, split: str, config: DataConfig) -> Dataset:
 
 
 def data_folder(config: DataConfig) -> Path | None:
-    """The folder to which paths in a column are relative; None for a Hub data set."""
+    """The folder to which paths in a column are relative: for an object, the current one; None for a Hub data
+    set."""
+    if isinstance(config.dataset_name, InMemory):
+        return Path.cwd()
     path = Path(config.dataset_name).expanduser()
     if not path.exists():
         return None
@@ -111,7 +136,8 @@ def _image_column(features: Features, config: DataConfig, rows: Dataset | None) 
     if requested is not None:
         _require_column(requested, features, "image")
         if not holds_images(requested):
-            files = "" if kinds[requested] != Kind.TEXT else f" or names of files in {folder}"
+            has_files = kinds[requested] == Kind.TEXT and folder is not None
+            files = f" or file names in {folder}" if has_files else ""
             raise UserError(
                 f"column {requested!r} holds {features[requested]}, not images{files}; pass another "
                 "--image_column_name"
@@ -123,7 +149,7 @@ def _image_column(features: Features, config: DataConfig, rows: Dataset | None) 
             continue
         chosen = _decide(found, _called(found, IMAGE_NAMES), "image")
         if kinds[chosen] == Kind.TEXT:
-            logger.info("image column: %r, names of files in %s", chosen, folder)
+            logger.info("image column: %r, file names in %s", chosen, folder)
         return chosen
     raise UserError(
         f"none of the columns {listed(features, 8)} is an image column; pass --image_column_name"

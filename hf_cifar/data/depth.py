@@ -30,16 +30,12 @@ PERCENTILES = (0.1, 99.9)
 VALUES_PER_IMAGE = 4096
 VALUES_AT_ONCE = 2**20  # as 64-bit numbers, so that a large scan does not take eight times its size
 PREMULTIPLIED, STRAIGHT = 1, 2  # kinds of alpha in TIFF
-# How a stored image is turned or mirrored for display, by its EXIF orientation.
-UPRIGHT = {
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: np.rot90(a, 1),
-}
+# What the EXIF orientation tag 1..8 asks for: mirror left and right, then turn by quarters to the left.
+# Source: CIPA DC-008 (EXIF 2.32), section 4.6.4.
+TURNS = {
+    1: (False, 0), 2: (True, 0), 3: (False, 2), 4: (True, 2),
+    5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,15 @@ class DeepPixels:
 
     def upright(self, orientation: int) -> DeepPixels:
         """Turn or mirror the image as its EXIF orientation says."""
-        turn = UPRIGHT.get(orientation, lambda a: a)
-        alpha = None if self.alpha is None else turn(self.alpha)
-        return DeepPixels(turn(self.values), self.full, alpha)
+        alpha = None if self.alpha is None else turned(self.alpha, orientation)
+        return DeepPixels(turned(self.values, orientation), self.full, alpha)
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn pixels [H, W] or [H, W, C] as their EXIF orientation tag asks for; other tags change nothing."""
+    mirrored, quarters = TURNS.get(orientation, (False, 0))
+    pixels = pixels[:, ::-1] if mirrored else pixels
+    return np.ascontiguousarray(np.rot90(pixels, quarters)) if mirrored or quarters else pixels
 
 
 def deep_tiff(page: TiffPage, encoded: bytes) -> DeepPixels:
@@ -101,7 +103,7 @@ def deep_tiff(page: TiffPage, encoded: bytes) -> DeepPixels:
 
 
 def _full_range(values: np.ndarray, bits: int) -> ValueRange:
-    """The range of a type: of 16 bits if it has more, and 0..1 or 0..255 for floats."""
+    """The range of a type: that of 16 bits if it has more, and 0..1 or 0..255 for floats."""
     if values.dtype.kind == "f":
         return ValueRange(0, 1 if np.nanmax(values, initial=0) <= 1 else 255)
     if values.dtype.kind == "i" and bits == 16:
@@ -110,7 +112,7 @@ def _full_range(values: np.ndarray, bits: int) -> ValueRange:
 
 
 def deep_pixels(image: Image.Image) -> DeepPixels | None:
-    """Read an open image as stored, not turned; None if it has 8 bits or fewer."""
+    """Read an open image as stored, not rotated; None if it has 8 bits or fewer."""
     if image.mode in GREY_MODES and not _declares_maximum(image):
         values = np.asarray(image)
         full = _full_range(values, 32) if image.mode == "F" else ValueRange(0, 2**16 - 1)
@@ -129,8 +131,8 @@ def _clear(image: Image.Image, values: np.ndarray) -> np.ndarray | None:
 
 
 def _deep_png(image: ImageFile.ImageFile) -> DeepPixels:
-    """Read 16 bits with Pillow, which keeps one byte of two: the high one, or the low one if it is told that
-    the bytes of a number are in the other order."""
+    """Read 16 bits with Pillow, which keeps the high byte of each number, or the low byte if it is told that
+    the bytes are in the opposite order."""
     encoded, kind = encoded_file(image), str(image.tile[0].args).partition(";")[0]
     if kind == "LA":
         pairs = _unpacked(encoded, "RGBA")

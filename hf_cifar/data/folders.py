@@ -43,7 +43,6 @@ from hf_cifar.data.listing import (
     TABLE_SUFFIXES,
     File,
     Listing,
-    kind_of,
     list_files,
     render_left_out,
     suffix_of,
@@ -61,7 +60,7 @@ from hf_cifar.data.tables import (
 )
 from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import url_advice
-from hf_cifar.text import first_line, listed, nearest_hint
+from hf_cifar.text import first_line, listed, nearest_hint, one_line
 
 # Tables that are opened to find the one with the labels.
 MAX_TABLES, MAX_TABLE_BYTES = 50, 500 * 1024**2
@@ -72,7 +71,7 @@ IN_PYTHON = (
 ADVICE = {
     **dict.fromkeys((".npy", ".npz", ".mat", ".h5", ".hdf5", ".pkl", ".pickle", ".pt", ".pth"), IN_PYTHON),
     **dict.fromkeys((".tfrecord", ".tfrecords", ".rec", ".mdb", ".lmdb", ".db", ".sqlite"), IN_PYTHON),
-    **dict.fromkeys((".idx3-ubyte", ".idx1-ubyte", ".gz"), "unpack it if it is packed, then " + IN_PYTHON),
+    **dict.fromkeys((".idx3-ubyte", ".idx1-ubyte", ".gz"), "if it is packed, unpack it, then " + IN_PYTHON),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as CSV, with the images' names and their labels"),
     ".arrow": "pass the folder that save_to_disk wrote",
     **dict.fromkeys((".rar", ".7z", ".zst"), "unpack it, and pass the folder"),
@@ -87,7 +86,7 @@ class Source:
     """An open data set.
 
     description: one line about what it is, None if there is nothing to say. left_out: files that are not
-    used, counted by reason; rows_left_out: rows of a table. notes: decisions that its owner may not expect,
+    used, counted by reason; rows_left_out: rows of a table. notes: decisions that the user may not expect,
     one line each.
     """
 
@@ -126,7 +125,7 @@ def refuse_folder_options(config: DataConfig) -> None:
     ]
     if given:
         raise UserError(
-            f"{given[0]} is for a folder of images, and {config.dataset_name} is none; leave it out"
+            f"{given[0]} is for a folder of images, and {config.dataset_name} is not one; leave it out"
         )
 
 
@@ -143,7 +142,7 @@ def from_pixels(columns: dict[str, Any], names: dict[str, list[str]]) -> Dataset
 
 
 def from_layout(layout: Layout) -> DatasetDict:
-    """Make a data set of the files of a layout, which are not read."""
+    """Make a data set from the files of a layout, without reading them."""
     image = layout.image_column
     label: Any = ClassLabel(names=layout.class_names)
     ids = {name: i for i, name in enumerate(layout.class_names)}
@@ -154,7 +153,7 @@ def from_layout(layout: Layout) -> DatasetDict:
     )
     splits = {}
     for split, rows in layout.splits.items():
-        # A path that is no Unicode text cannot be stored in a column.
+        # A path that is not valid Unicode cannot be stored in a column.
         contents = [
             None if _is_text(file.path) else Path(file.path).read_bytes() for file, _ in rows
         ]
@@ -223,8 +222,8 @@ def load_local(
                 (ADVICE[s] for f in listing.others if (s := suffix_of(f.name)) in ADVICE), ""
             )
             raise UserError(
-                f"cannot load data set {config.dataset_name}: it doesn't contain any data files{files}"
-                + (f"; {advice}" if advice else "")
+                f"{config.dataset_name} holds no images{files}; "
+                + (advice or "put them into one folder per class, and pass the folder above")
             )
         pixels = [file for file in listing.others if _holds_pixels(file.path)]
         if pixels:
@@ -269,7 +268,7 @@ def _load_file(path: Path, config: DataConfig, streaming: bool, known: Sequence[
         )
         return _source(layout, config, streaming)
     if suffix_of(path.name) in ADVICE:
-        raise UserError(f"{path} is not a data set that is read; {ADVICE[suffix_of(path.name)]}")
+        raise UserError(f"{path} is not a supported data set; {ADVICE[suffix_of(path.name)]}")
     raise UserError(
         f"{path} is not a data set; pass a folder of images, a zip or tar of one, a table of paths and "
         "labels, a Hub-layout folder, or an official cifar-10/100 tar.gz"
@@ -277,7 +276,7 @@ def _load_file(path: Path, config: DataConfig, streaming: bool, known: Sequence[
 
 
 def _hint(name: str, path: Path) -> str:
-    """What a name that is no file or folder may mean."""
+    """Suggest what to pass instead of a name that is not a file or folder."""
     if advice := url_advice(name):
         return advice
     text = str(path)
@@ -303,10 +302,7 @@ def _pixel_source(
     count = sum(map(len, splits.values()))
     left_out = Counter[str]()
     if listing is not None:
-        names = {file.name for file in tables}
-        left_out = listing.left_out + Counter(
-            kind_of(file.name) for file in listing.others if file.name not in names
-        )
+        left_out = listing.all_left_out({file.path for file in tables})
     description = f"the pixels of {count:,} images in {listed(file.name for file in tables)}"
     if left_out:
         description += f"; left out: {render_left_out(left_out)}"
@@ -318,7 +314,14 @@ def _with_archives(listing: Listing) -> Listing:
     archives = [f for f in listing.others if "/" not in f.name and is_archive(f.name)]
     if listing.images or not archives:
         return listing
-    mounts = {archive_name(file.name): str(unpack(file.path)) for file in archives}
+    of_name = {archive_name(file.name): file for file in archives}
+    for file in archives:
+        if (other := of_name[archive_name(file.name)]) != file:
+            raise UserError(
+                f"{file.name} and {other.name} in {one_line(listing.root)} have the same name; rename or "
+                "remove one"
+            )
+    mounts = {name: str(unpack(file.path)) for name, file in of_name.items()}
     unpacked = list_files(listing.root, mounts)
     unpacked.others = [file for file in unpacked.others if file not in archives]
     return unpacked
@@ -347,7 +350,7 @@ def _declares_files(path: Path) -> bool:
 def _read_images(listing: Listing, config: DataConfig, known: Sequence[str]) -> Layout | None:
     """Find where the classes of images come from: folders, metadata files or a table.
 
-    Returns None if there are no images and no table of any. Raises: UserError if that is not clear.
+    Returns None if there are no images and no table of images. Raises: UserError if that is ambiguous.
     """
     if config.labels_file is not None:
         return read_table_layout(
@@ -386,7 +389,7 @@ def _read_images(listing: Listing, config: DataConfig, known: Sequence[str]) -> 
         return joined
     if fitting:
         raise UserError(
-            f"multiple tables have labels of these images: {listed(fitting)}; choose one with --labels_file"
+            f"multiple tables have labels for these images: {listed(fitting)}; choose one with --labels_file"
         )
     if unclear and (not listing.images or isinstance(problem, NoClassFolders)):
         raise next(iter(unclear.values()))
@@ -419,7 +422,7 @@ def _unused_labels(listing: Listing, rejected: dict[str, UserError]) -> str:
 
 
 def _labels_path(listing: Listing, config: DataConfig) -> str:
-    """The path of --labels_file, which may also be given below the folder of the images."""
+    """The path of --labels_file, which may also be relative to the folder of the images."""
     assert config.labels_file is not None
     path = os.path.expanduser(config.labels_file)
     for each in (path, os.path.join(listing.root, path)):
@@ -431,8 +434,8 @@ def _labels_path(listing: Listing, config: DataConfig) -> str:
 def _fitting_tables(
     listing: Listing, config: DataConfig, layout: Layout | None, known: Sequence[str]
 ) -> tuple[dict[str, Layout], dict[str, UserError], dict[str, UserError]]:
-    """The tables that label the images, by name, and the errors of those that name images unclearly, and of
-    the others. layout: the class folders, if there are any; only tables beside them count then."""
+    """Return the tables that label the images, the errors of those that name images ambiguously, and the
+    errors of the others, by name. layout: the class folders, if any; then only tables beside them count."""
     fitting: dict[str, Layout] = {}
     unclear: dict[str, UserError] = {}
     rejected: dict[str, UserError] = {}

@@ -93,9 +93,9 @@ def text_kind(head: bytes) -> str:
     if not head:
         return "the file is empty"
     if head.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS; run: git lfs pull"
+        return "it is a Git LFS pointer; run: git lfs pull"
     if head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"Rar!", b"7z\xbc\xaf")):
         return "it is an archive; unpack it"
     if re.match(rb"\s*<(!doctype\s+html|html|head|body)", head, re.IGNORECASE):
-        return "it is a web page, as a failed download leaves it; download it again"
+        return "it is a web page, probably from a failed download; download it again"
     return "not a known image format"

@@ -1,4 +1,4 @@
-"""Encode any column of images as `{"bytes", "path"}`: bytes, names of files, arrays and lists of pixels."""
+"""Encode any column of images as `{"bytes", "path"}`: bytes, file names, arrays and lists of pixels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 LOOKED_AT = 20  # rows, to find out whether strings name files
 SMALLEST = 4  # px; lists that make smaller images are boxes or points
 BATCH = 200  # rows
-# Neighbours in a photograph differ less in its true layout, by more than this factor.
+# In the true layout of a photograph, neighbours differ less than in another, by more than this factor.
 CLEARLY = 1.2
 
 
@@ -92,7 +92,7 @@ def names_files(rows: Dataset, column: str, folder: Path | None) -> bool:
 
 
 def _resolved(name: str, folder: Path) -> str:
-    """The path of a file that a column names; back slashes are those of Windows."""
+    """The path of a file that a column names; backslashes are read as those of Windows."""
     path = os.path.join(folder, name)
     if "\\" in name and not os.path.exists(path):
         path = os.path.join(folder, name.replace("\\", "/"))
@@ -102,8 +102,8 @@ def _resolved(name: str, folder: Path) -> str:
 def encoded_images(splits: Mapping[str, Dataset], folder: Path | None) -> dict[str, Dataset]:
     """Encode the column `image` of every split, as Image(decode=False).
 
-    Numbers are read as the first split suggests, which is logged. folder: of relative paths, if any.
-    Raises: UserError for numbers that are no images, or whose layout is ambiguous.
+    Numbers of all splits are read like those of the first; a log line says how. folder: of relative paths, if
+    any. Raises: UserError for numbers that are not images, or whose layout is ambiguous.
     """
     (name, first), *_ = splits.items()
     if image_kind(first.features["image"]) in NUMBERS:
@@ -117,12 +117,15 @@ def _encode_files(rows: Dataset, folder: Path | None) -> Dataset:
     names_paths = isinstance(feature, dict) or image_kind(feature) == Kind.TEXT
     if not names_paths or folder is None:
         return rows.cast_column("image", Image(decode=False))
-    column = rows.select_columns(["image"]).with_format("arrow")[:]["image"].combine_chunks()
-    contents = None
-    if isinstance(feature, dict):
-        parts = [column.type.field(i).name for i in range(column.type.num_fields)]
-        if "path" not in parts:
-            return rows.cast_column("image", Image(decode=False))
+    chunked = rows.select_columns(["image"]).with_format("arrow")[:]["image"]
+    contents, parts = None, list(feature) if isinstance(feature, dict) else []
+    has_all = "bytes" in parts and not any(
+        pc.struct_field(chunk, "bytes").null_count for chunk in chunked.chunks
+    )
+    if has_all or (parts and "path" not in parts):
+        return rows.cast_column("image", Image(decode=False))
+    column = chunked.combine_chunks()
+    if parts:
         contents = pc.struct_field(column, "bytes") if "bytes" in parts else None
         column = pc.struct_field(column, "path")
     if contents is None or pyarrow.types.is_null(contents.type):
@@ -153,9 +156,9 @@ class Reading(NamedTuple):
 
 
 def find_reading(rows: Dataset, split: str) -> Reading:
-    """Find how the numbers of the column `image` are pixels, by their shapes and range, and log it.
+    """Find how the numbers of the column `image` become pixels, by their shapes and range, and log it.
 
-    Raises: UserError for numbers that are no images, or whose layout is ambiguous.
+    Raises: UserError for numbers that are not images, or whose layout is ambiguous.
     """
     shapes: set[tuple[int, ...]] = set()
     low, high, whole, exact = math.inf, -math.inf, True, True
@@ -190,7 +193,7 @@ def find_reading(rows: Dataset, split: str) -> Reading:
 
 # Said about a layout that the numbers do not show.
 NOTES = {
-    "planes": ", all red ones first, then green, then blue (as in CIFAR)",
+    "planes": ", all red values first, then green, then blue (as in CIFAR)",
     "pixels": ", red, green and blue of each pixel together",
     "channels first": ", channels first",
 }
@@ -225,7 +228,7 @@ def _layout(shapes: set[tuple[int, ...]], sample: list[np.ndarray]) -> str:
             if all(shape[axis] in channels for shape in shapes)
         ]
     if len(fits) != 1:
-        problem = "which could have its channels first or last" if fits else "which is no image"
+        problem = "which could have its channels first or last" if fits else "which is not an image"
         raise UserError(f"the image column holds numbers of shape {found}, {problem}; {advice}")
     return fits[0]
 
@@ -324,7 +327,7 @@ def _encode_batch(
 
 
 def _encode(values: np.ndarray, reading: Reading) -> bytes:
-    """Encode one image, exactly but for rounding to 8 bits. Raises: ValueError if it is not as `reading`."""
+    """Encode one image, exact but for rounding to 8 bits. Raises: ValueError if it does not fit `reading`."""
     pixels = _arranged(values, reading.layout)
     kind: Any = {"L": np.uint8, "I;16": np.uint16, "I": np.int32, "F": np.float32}[reading.mode]
     if reading.mode != "F":
@@ -366,7 +369,7 @@ def _rows_of(
                 except ValueError:
                     raise UserError(
                         f"{split} row {start + i}: its lists have different lengths, or lack a number, so "
-                        "they are no image; fix or remove it"
+                        "they are not an image; fix or remove it"
                     ) from None
         start += len(cells)
 

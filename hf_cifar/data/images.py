@@ -8,8 +8,7 @@ import io
 import logging
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -25,9 +24,10 @@ from hf_cifar.data.depth import (
     is_unread_tiff,
     range_of,
     sample_values,
+    turned,
 )
 from hf_cifar.data.formats import RAW_KIND, foreign_kind, is_heic, text_kind
-from hf_cifar.data.jpeg import decode_jpeg, turned
+from hf_cifar.data.jpeg import decode_jpeg
 from hf_cifar.data.tiff import TiffPage
 from hf_cifar.errors import UserError
 from hf_cifar.text import one_line
@@ -74,8 +74,8 @@ def _scaled(deep: DeepPixels, value_range: ValueRange | None) -> np.ndarray:
 @functools.cache  # once per process
 def _note_full_range() -> None:
     logger.warning(
-        "images of more than 8 bits are scaled by the whole range of their type, such as 0 to 65535: those "
-        "that use less of it look dark. A training finds their range, or --value_range sets it"
+        "images of more than 8 bits are scaled by the full range of their type, such as 0 to 65535, so those "
+        "that use less of it look dark; training finds their range, or takes --value_range"
     )
 
 
@@ -131,7 +131,7 @@ def decode_image(
 
 
 def _jpeg_pixels(image: Image.Image, file: BinaryIO) -> np.ndarray | None:
-    """Decode a grey or RGB JPEG file by the faster decoder; None for other and damaged ones."""
+    """Decode a grey or RGB JPEG file with the faster decoder; return None for other or damaged files."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
     orientation = _exif_orientation(image.info.get("exif") or b"")
@@ -143,7 +143,7 @@ def _jpeg_pixels(image: Image.Image, file: BinaryIO) -> np.ndarray | None:
 
 
 def read_deep(cell: dict | None, max_pixels: int = MAX_IMAGE_PIXELS) -> DeepPixels | None:
-    """Read one cell of an image column if its image has more than 8 bits; of others, only the header.
+    """Read one cell of an image column; return None, after its header, unless it has more than 8 bits.
 
     Raises: UserError as `decode_cell`.
     """
@@ -180,7 +180,7 @@ def _opened(source: bytes | str | os.PathLike) -> BinaryIO:
 def _deep_page(file: BinaryIO) -> TiffPage | None:
     """The first page of a TIFF file if it has more than 8 bits; returns to the beginning of the file.
 
-    Raises: UserError for a camera's raw file, which is a TIFF file to Pillow.
+    Raises: UserError for a camera raw file, which Pillow takes for a TIFF file.
     """
     page, head = None, file.read(HEAD_BYTES)
     file.seek(0)
@@ -255,26 +255,6 @@ def decode_cell(
     return decode_image(_source_of(cell), max_pixels, value_range)
 
 
-def decode_cells(
-    cells: Sequence[dict],
-    max_pixels: int = MAX_IMAGE_PIXELS,
-    value_range: ValueRange | None = None,
-) -> Iterator[np.ndarray | UserError]:
-    """Decode many cells, in order, on all cores (Pillow releases the GIL).
-
-    Yields [H, W, 3] uint8, or the error for an unreadable cell.
-    """
-
-    def attempt(cell: dict) -> np.ndarray | UserError:
-        try:
-            return decode_cell(cell, max_pixels, value_range)
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(attempt, cells)
-
-
 def find_value_range(
     cells: Iterable[dict | None], max_pixels: int = MAX_IMAGE_PIXELS
 ) -> ValueRange | None:
@@ -295,7 +275,7 @@ def find_value_range(
         return None
     found = range_of(samples)
     logger.info(
-        "%s of %s images examined have more than 8 bits: the values %s to %s, where 99.8%% of theirs lie, "
+        "%s of %s images examined have more than 8 bits: values from %s to %s, which are 99.8%% of all, "
         "become 0 to 255; --value_range LOW,HIGH sets another range",
         f"{len(samples):,}", f"{count:,}", *str(found).split(","),
     )  # fmt: skip

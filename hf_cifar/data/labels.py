@@ -7,8 +7,9 @@ an error.
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from hf_cifar.errors import UserError
 from hf_cifar.text import listed, one_line
 
 logger = logging.getLogger(__name__)
+# Names of label columns, in any case.
+LABEL_NAMES = {"label", "labels", "class", "target", "category"}
 SHOWN_CLASSES = 20  # of a list in a message
 
 
@@ -118,6 +121,7 @@ def with_known_classes(
     found = _Labels.read(rows, split)
     counts = np.bincount(found.ids, minlength=len(found.names))
     known = set(names)
+    found = replace(found, names=_with_case_of(names, found.names, split))
     unknown = [
         f"{shown} ({count:,} image{'' if count == 1 else 's'})"
         for name, shown, count in zip(found.names, found.shown, counts, strict=True)
@@ -129,6 +133,23 @@ def with_known_classes(
             f"{listed(unknown, SHOWN_CLASSES)}; it knows {listed(names, SHOWN_CLASSES)}: {advice}"
         )
     return found.write(rows, list(names))
+
+
+def _with_case_of(known: Sequence[str], names: list[str], split: str) -> list[str]:
+    """Replace names that the model knows with other capitals or in another Unicode form, and log them."""
+    forms = [unicodedata.normalize("NFC", name).casefold() for name in known]
+    by_form = {
+        form: name for form, name in zip(forms, known, strict=True) if forms.count(form) == 1
+    }
+    found = []
+    for name in names:
+        same = by_form.get(unicodedata.normalize("NFC", name).casefold(), name)
+        if name in known or same in names:
+            same = name
+        elif same != name:
+            logger.info("class %s of %s is read as %s of the model", name, split, same)
+        found.append(same)
+    return found
 
 
 def check_class_names(names: list[str]) -> None:
@@ -263,7 +284,7 @@ def _check_type(feature: Any) -> None:
 def _check_values(
     distinct: list[Any], codes: np.ndarray, positions: np.ndarray, split: str
 ) -> None:
-    """Raises: UserError that names the first row of a value that is no label."""
+    """Raises: UserError that names the first row of a value that is not a label."""
     for code, value in enumerate(distinct):
         if value is None or value != value or str(value).strip() == "":
             problem = "the label is missing"

@@ -21,12 +21,12 @@ SPLIT_WORDS = {
     "eval": "validation", "evaluation": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-# Words that the name of a split folder may contain besides, as in training_set and TestImages.
+# Words that the name of a split folder may also contain, as in training_set and TestImages.
 SPLIT_FILLERS = {"data", "dataset", "image", "images", "imgs", "photos", "pictures", "set", "split"}
-# Words of which the name of an only folder in test is made if it is no class.
+# A single folder in test whose name consists of these words is not a class.
 NO_CLASS = {*SPLIT_FILLERS, *SPLIT_WORDS, "all", "unknown", "unlabeled", "unlabelled"}
 ORDER = ("train", "validation", "test")
-# Kinds of files that lie beside images. A folder with only these is no class.
+# Kinds of files that lie beside images. A folder with only these is not a class.
 DOCUMENTS = {
     ".7z", ".aae", ".arrow", ".bin", ".cfg", ".ckpt", ".csv", ".db", ".doc", ".docx", ".gz", ".h5", ".htm",
     ".html", ".ini", ".ipynb", ".json", ".jsonl", ".lock", ".log", ".md", ".md5", ".ndjson", ".npz",
@@ -46,9 +46,9 @@ class Layout:
 
     splits: the images of each split with their class, or classes. class_names: in the order of their ids.
     labels_from: where the classes come from. left_out: files that are not used, counted by reason;
-    rows_left_out: rows of a table. split_names: what the owner calls each split; empty without splits.
-    image_column, label_column: names of the columns of a data set made from this. notes: what was decided
-    that the owner may not expect, one line each.
+    rows_left_out: rows of a table. split_names: the original name of each split; empty without splits.
+    image_column, label_column: names of the columns of a data set made from this. notes: decisions that the
+    user may not expect, one line each.
     """
 
     splits: dict[str, list[tuple[File, str | tuple[str, ...]]]]
@@ -93,7 +93,7 @@ def read_layout(listing: Listing, folders: str = "auto", known: Iterable[str] = 
 
 
 class _Reader:
-    """Reads one listing: every question about a folder is asked by its name with a final slash, or ""."""
+    """Reads one listing. Folders are named with a trailing slash, the root as ""."""
 
     def __init__(self, listing: Listing) -> None:
         self.root = listing.root
@@ -201,8 +201,8 @@ class _Reader:
         twice = [name for name in roles if list(roles.values()).count(roles[name]) > 1]
         if twice:
             raise UserError(
-                f"{slashed(twice)} in {self.show(inside)} are all {roles[twice[0]]} by their names; "
-                "join them, or rename one; if they are classes, pass --folders classes"
+                f"{slashed(twice)} in {self.show(inside)} are all named as {roles[twice[0]]}; "
+                "merge them, or rename one; if they are classes, pass --folders classes"
             )
         return {name: roles[name] for name in sorted(roles, key=lambda n: ORDER.index(roles[n]))}
 
@@ -212,9 +212,7 @@ class _Reader:
         """Read the classes of each split. Also returns the folders of the splits that have labels."""
         self.refuse_stray(inside)
         if empty := [name for name in self.empty_folders(inside) if split_roles([name])]:
-            self.notes.append(
-                f"{slashed(empty)} in {self.near(inside)} without images: not a split"
-            )
+            self.notes.append(f"{slashed(empty)} in {self.near(inside)}: no images, so not a split")
         tops = self.enter_splits({name: f"{inside}{name}/" for name in roles}, roles)
         splits: dict[str, dict[str, list[File]]] = {}
         for name, split in roles.items():
@@ -225,7 +223,7 @@ class _Reader:
                     "folders; make one folder per class in it, or pass --labels_file with a table of their "
                     "names and labels"
                 )
-            # As in test/unknown/1.png: one folder, which is no class.
+            # As in test/unknown/1.png: one folder, which is not a class.
             foreign = "train" in splits and len(found) == 1 and not found & set(splits["train"])
             if not found or (foreign and all(set(words_of(name)) <= NO_CLASS for name in found)):
                 self.leave_out_unlabelled(tops[name])
@@ -238,7 +236,7 @@ class _Reader:
         return splits, {split: name for name, split in roles.items() if split in splits}
 
     def enter_splits(self, tops: dict[str, str], roles: dict[str, str]) -> dict[str, str]:
-        """Enter train/train and its like, and train/images if every split has nothing but one such folder."""
+        """Enter train/train and the like, and train/images if every split has nothing but one such folder."""
         for name, top in tops.items():
             while not self.direct[top] and len(self.below[top]) == 1:
                 (same,) = self.below[top]
@@ -291,16 +289,16 @@ class _Reader:
         no_class = {*SPLIT_FILLERS, "labeled", "labelled"}
         fillers = [name for name in inner if set(words_of(name)) <= no_class and words_of(name)]
         if numbered and alike and words_of("".join(inner[names[0]][1])):
-            advice = "Join them, one folder per class"
+            advice = "Merge them into one folder per class, or pass"
         elif (split or fillers) and len(names) > 1:
             names = [*split, *(name for name in fillers if name not in split)]
-            advice = f"Pass {self.show(inner[names[0]][0])}"
+            advice = f"Pass {self.show(inner[names[0]][0])}, or"
         else:
             return
         raise NoClassFolders(
             f"{where} can be read in two ways: {listed(sorted(self.below[top]), MAX_NAMES)} as classes; or "
             f"{slashed(inner[names[0]][1])} in {slashed(names)} as {'splits' if split else 'classes'}. "
-            f"{advice}, or --folders classes"
+            f"{advice} --folders classes"
         )
 
     def folders_in(self, top: str) -> tuple[str, list[str]]:
@@ -336,7 +334,7 @@ class _Reader:
     def empty_folders(self, top: str, warn: bool = False) -> list[str]:
         """List the folders in a folder that could be classes but hold no image; warn: add notes.
 
-        Those that hold runs or only documents are no classes. Raises: UserError if warn, for a folder with
+        Those that hold runs or only documents are not classes. Raises: UserError if warn, for a folder with
         files of another kind: a class that would be missing.
         """
         found = []
@@ -383,7 +381,7 @@ class _Reader:
             if len(same) > 1:
                 self.notes.append(
                     f"classes {' and '.join(map(repr, same))} differ only in upper and lower case, or in "
-                    "spaces; they are separate classes, so join the folders if they are one"
+                    "spaces; they are separate classes, so merge the folders if they are one"
                 )
         twice = [name for name, count in Counter(self.listing.folders).items() if count > 1]
         if twice:
@@ -452,5 +450,5 @@ def words_of(name: str) -> list[str]:
 
 
 def slashed(names: Iterable[str]) -> str:
-    """List folders, each with a final slash."""
+    """List folders, each with a trailing slash."""
     return listed((f"{one_line(name)}/" for name in names), MAX_NAMES)

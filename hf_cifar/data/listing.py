@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +56,7 @@ class File(NamedTuple):
 class Listing:
     """The files below `root`, sorted by name.
 
-    others: files that are no images, by their names. left_out: files that are never looked into, counted by
+    others: files that are not images. left_out: files that are never looked into, counted by
     reason. folders: names of all folders below the root, without hidden ones. run_parents: the folders that
     hold folders of runs, at any depth.
     """
@@ -67,9 +68,11 @@ class Listing:
     folders: list[str] = field(default_factory=list)
     run_parents: set[str] = field(default_factory=set)
 
-    def all_left_out(self) -> Counter[str]:
-        """Count everything that is no image, by reason."""
-        return self.left_out + Counter(kind_of(file.name) for file in self.others)
+    def all_left_out(self, used: Container[str] = ()) -> Counter[str]:
+        """Count everything that is not an image, by reason. used: paths of tables, which are read."""
+        return self.left_out + Counter(
+            kind_of(file.name) for file in self.others if file.path not in used
+        )
 
 
 def list_files(root: str | Path, mounts: dict[str, str] | None = None) -> Listing:
@@ -153,8 +156,8 @@ def _count_below(folder: str) -> int:
 
 
 def composed(name: str) -> str:
-    """Compose the characters of a name (Unicode NFC), as most systems write them; bytes that are no text are
-    written as escapes."""
+    """Compose the characters of a name (Unicode NFC), as most systems write them; bytes that are not
+    text become escapes."""
     if name.isascii():
         return name
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
@@ -164,7 +167,7 @@ def composed(name: str) -> str:
 def is_image_file(path: str) -> bool:
     """True for a file with the suffix of an image, or with the first bytes of one.
 
-    Such a file may still be damaged. A camera's raw file is none.
+    Such a file may still be damaged. A camera raw file does not count.
     """
     suffix = suffix_of(path)
     if suffix in image_suffixes():
@@ -193,7 +196,7 @@ def suffix_of(name: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """Name the kind of a file that is no image, for a count: its suffix if that is a plain one."""
+    """Name the kind of a file that is not an image, for a count: its suffix if that is a plain one."""
     if os.path.basename(name).startswith("events.out.tfevents."):  # of TensorBoard
         return ".tfevents"
     suffix = suffix_of(name)
@@ -213,3 +216,15 @@ def render_left_out(left_out: Counter[str], what: str = "file") -> str:
     most = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     parts = listed((f"{count:,} {reason}" for reason, count in most if count), MAX_REASONS)
     return f"{total:,} {what}{'s' if total != 1 else ''} ({parts})"
+
+
+def refuse_data_folder(folder: Path, dataset_name: str | None) -> None:
+    """Raises: UserError for an output folder that is the data set, or one of its folders of images."""
+    if not dataset_name or not folder.is_dir():
+        return
+    data = Path(dataset_name).expanduser().resolve()
+    inside = data.is_dir() and folder.resolve().is_relative_to(data)
+    if inside and (folder.resolve() == data or list_files(folder).images):
+        raise UserError(
+            f"--output_dir {folder} holds the data; pass a new folder, which may be inside it"
+        )

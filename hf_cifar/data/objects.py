@@ -1,11 +1,11 @@
-"""Open data sets in memory: of the library `datasets`, of pandas, or images with labels."""
+"""Open data sets in memory: from the library `datasets`, from pandas, or images with labels."""
 
 from __future__ import annotations
 
 import io
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from datasets import (
     List,
 )
 
-from hf_cifar.data.columns import class_label, quiet_datasets
+from hf_cifar.data.columns import class_label, in_memory, quiet_datasets
 from hf_cifar.data.images import pnm_bytes, to_rgb
 from hf_cifar.errors import UserError
 
@@ -64,8 +64,10 @@ def open_object(value: Any, streaming: bool = False) -> DatasetDict | IterableDa
 
 
 def _collected(rows: IterableDataset) -> Dataset:
-    with quiet_datasets():
-        return Dataset.from_list(list(rows.decode(False)), features=rows.features)
+    if rows.features is None:
+        with quiet_datasets():
+            return Dataset.from_list(list(rows.decode(False)))
+    return in_memory(rows.decode(False), rows.features)
 
 
 def _rows(value: Any, known: Sequence[str] | None = None) -> Dataset:
@@ -73,7 +75,7 @@ def _rows(value: Any, known: Sequence[str] | None = None) -> Dataset:
     if isinstance(value, Dataset):
         if value.format["type"] == "custom":
             logger.warning(
-                "the transform of the Dataset is not used: model and options say how to prepare images"
+                "the transform of the Dataset is not used: model and options decide how to prepare images"
             )
         return value.with_format(None)
     if isinstance(value, IterableDataset):
@@ -108,13 +110,12 @@ def _from_columns(columns: Mapping[str, Any], known: Sequence[str] | None = None
     others = [name for name in columns if name not in pictures]
     if len(pictures) == len(others) == 1:
         return _labelled(columns[pictures[0]], columns[others[0]], None, known)
-    found = {name: _encoded(columns[name]) for name in pictures}
-    found |= {name: _labels(columns[name]) for name in others}
-    with quiet_datasets():
-        rows = Dataset.from_dict(found)
-        return rows.cast(
-            Features({**rows.features, **dict.fromkeys(pictures, Image(decode=False))})
-        )
+    labels = {name: _labels(columns[name]) for name in others}
+    features = Features(dict.fromkeys(pictures, Image(decode=False)))
+    features |= Dataset.from_dict(labels).features
+    found = {name: _encoded(columns[name]) for name in pictures} | labels
+    rows = zip(*found.values(), strict=True)
+    return in_memory((dict(zip(found, row, strict=True)) for row in rows), features)
 
 
 def _labelled(
@@ -133,8 +134,8 @@ def _labelled(
         )
     label, values = _label_feature(_labels(labels), names, known)
     features = Features({"image": Image(decode=False), "label": label})
-    with quiet_datasets():
-        return Dataset.from_dict({"image": _encoded(images), "label": values}, features)
+    cells = zip(_encoded(images), values, strict=True)
+    return in_memory(({"image": image, "label": each} for image, each in cells), features)
 
 
 def _label_feature(
@@ -177,21 +178,14 @@ def _labels(values: Any) -> list[Any]:
     return [[str(i) for i, value in enumerate(row) if value] for row in found]
 
 
-def _encoded(images: Any) -> list[dict[str, Any] | None]:
+def _encoded(images: Any) -> Iterator[dict[str, Any] | None]:
     """Encode pictures, arrays, files and bytes as cells of an image column."""
-    largest = _largest(images) if len(images) and hasattr(images[0], "dtype") else 0.0
-    return [_cell(image, largest) for image in images]
-
-
-def _largest(images: Any) -> float:
-    """Return the largest value of arrays of floats, 0 for integers. Raises: UserError for a negative one."""
-    if "float" not in str(images[0].dtype):
-        return 0.0
-    if min(float(image.min()) for image in images) < 0:
-        raise UserError(
-            "the images hold negative numbers, as after normalising; pass them as uint8, or as floats in 0..1"
-        )
-    return max(float(image.max()) for image in images)
+    floats = [
+        image for image in images
+        if "float" in str(getattr(image, "dtype", "")) and 0 not in image.shape
+    ]  # fmt: skip
+    largest = float(np.max([float(image.max()) for image in floats], initial=0))  # NaN if one is
+    return (_cell(image, largest) for image in images)
 
 
 def _cell(image: Any, largest: float) -> dict[str, Any] | None:
@@ -210,17 +204,24 @@ def _cell(image: Any, largest: float) -> dict[str, Any] | None:
     if not hasattr(image, "ndim"):
         raise UserError(f"a {type(image).__name__} is not an image; pass {KINDS}")
     pixels = _pixels(image)
+    if not pixels.size or pixels.dtype.kind not in "buifO":
+        raise UserError(
+            f"an image is {pixels.dtype} of shape {list(pixels.shape)}; pass uint8, or floats in 0..1"
+        )
+    if pixels.dtype.kind in "if" and pixels.min() < 0:
+        raise UserError(
+            "the images hold negative numbers, as after normalising; pass them as uint8, or as floats in 0..1"
+        )
     if pixels.dtype.kind == "f":
-        pixels = pixels * (255 if largest <= 1 else 1)
-        if largest > 255:
+        if not largest <= 255:
             raise UserError(
                 f"the images hold floats up to {largest:g}; pass uint8, or floats in 0..1"
             )
-        pixels = pixels.round()
+        pixels = (pixels * (255 if largest <= 1 else 1)).round()
     elif pixels.dtype == bool:
         pixels = pixels * 255
-    elif pixels.dtype != np.uint8 and pixels.size and pixels.max() > 255:
-        if pixels.ndim == 2 and pixels.min() >= 0 and pixels.max() < 2**16:
+    elif pixels.dtype != np.uint8 and pixels.max() > 255:
+        if pixels.ndim == 2 and pixels.max() < 2**16:
             return _tiff(PIL.Image.fromarray(pixels.astype(np.uint16)))
         raise UserError(
             f"the images hold {pixels.dtype} up to {pixels.max()}; pass uint8, or 16-bit grey [H, W]"
@@ -238,7 +239,10 @@ def _tiff(image: PIL.Image.Image) -> dict[str, Any]:
 def _pixels(image: Any) -> np.ndarray:
     """Return an array or tensor as [H, W] or [H, W, 3]. Raises: UserError for another shape."""
     is_tensor = hasattr(image, "detach")
-    pixels = np.asarray(image.detach().cpu() if is_tensor else image)
+    if is_tensor:
+        image = image.detach().cpu()
+        image = image.float() if "bfloat16" in str(image.dtype) else image  # unknown to NumPy
+    pixels = np.asarray(image)
     channels = (1, 3, 4)
     is_first = pixels.ndim == 3 and pixels.shape[0] in channels
     if is_first and (is_tensor or pixels.shape[2] not in channels):

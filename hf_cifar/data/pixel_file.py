@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import weakref
 import zlib
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ logger = logging.getLogger(__name__)
 MISSING, STORED, READABLE, UNREADABLE = range(4)
 ROW = np.dtype([("crc", "<u4"), ("state", "u1")])
 SUFFIXES = (".rows", ".pixels")
+_open_files: weakref.WeakSet[PixelFile] = weakref.WeakSet()
+
+
+def names_in_use() -> set[str]:
+    """The names of the files that this process has open, without suffix."""
+    return {file.path.name for file in _open_files}
 
 
 class PixelFile:
@@ -35,19 +42,20 @@ class PixelFile:
     def __init__(self, path: Path, num_rows: int, size: tuple[int, int]) -> None:
         self.path = path
         self.size = size
-        rows = path.with_suffix(".rows")
-        if not rows.exists() or rows.stat().st_size != num_rows * ROW.itemsize:
-            staging = path.with_suffix(f".{os.getpid()}.tmp")
-            np.zeros(num_rows, ROW).tofile(staging)
-            os.replace(staging, rows)
         self._num_rows = num_rows
         self._open()
 
     def _open(self) -> None:
-        self._rows = np.memmap(self.path.with_suffix(".rows"), ROW, "r+", shape=(self._num_rows,))
+        rows = self.path.with_suffix(".rows")
+        if not rows.exists() or rows.stat().st_size != self._num_rows * ROW.itemsize:
+            staging = self.path.with_suffix(f".{os.getpid()}.tmp")
+            np.zeros(self._num_rows, ROW).tofile(staging)
+            os.replace(staging, rows)
+        self._rows = np.memmap(rows, ROW, "r+", shape=(self._num_rows,))
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         self._descriptor = os.open(self.path.with_suffix(".pixels"), flags, 0o666)
         self._checked = np.zeros(self._num_rows, bool)  # by this process
+        _open_files.add(self)
         for suffix in SUFFIXES:
             with contextlib.suppress(OSError):
                 os.utime(self.path.with_suffix(suffix))  # marks it as recently used
@@ -84,7 +92,7 @@ class PixelFile:
         """Store the image [height, width, 3] of a row. Raises: OSError, for example if the disk is full."""
         data = np.ascontiguousarray(image).data.cast("B")
         write_at(self._descriptor, data, row * self.row_bytes)
-        # The state comes last: a process that dies before leaves a missing row.
+        # The state comes last: a process that dies earlier leaves a missing row.
         self._rows["crc"][row] = zlib.crc32(data)
         self._rows["state"][row] = STORED
         self._checked[row] = True

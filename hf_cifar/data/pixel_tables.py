@@ -27,7 +27,7 @@ SPLIT_COLUMN_NAMES = {"partition", "set", "split", "subset", "usage"}
 KAGGLE_SPLITS = {
     "PublicTest": "validation",
     "PrivateTest": "test",
-}  # of the public and private ranking
+}  # of the public and private leaderboard
 csv.field_size_limit(2**24)
 
 
@@ -37,7 +37,7 @@ def is_pixel_table(path: str) -> bool:
         rows = _first_rows(path)
     except (OSError, ValueError, StopIteration, csv.Error, pyarrow.ArrowException):
         return False
-    if len(rows) < 2 or len(rows[0]) != len(rows[1]):
+    if len(rows) < 2 or not rows[0] or len(rows[0]) != len(rows[1]):
         return False
     return _pixel_text(rows) is not None or len(_pixel_columns(rows)) >= FEWEST_PIXELS
 
@@ -133,7 +133,7 @@ def _read(path: str, config: DataConfig) -> pyarrow.Table:
             pixels = np.stack([table.column(i).to_numpy() for i in columns], axis=1)
     except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
         raise UserError(
-            f"{one_line(path)} cannot be read as a table of pixels: {one_line(error, 200)}; correct it"
+            f"{one_line(path)} cannot be read as a table of pixels: {one_line(error, 200)}; fix it"
         ) from None
     if pixels.dtype.kind in "iu" and pixels.min() >= 0 and pixels.max() <= 255:
         pixels = pixels.astype(np.uint8)
@@ -161,8 +161,8 @@ def _by_column(table: pyarrow.Table, name: str) -> dict[str, pyarrow.Table]:
     roles = split_roles(values) | {v: KAGGLE_SPLITS[v] for v in values if v in KAGGLE_SPLITS}
     if len(set(roles.values())) < len(values):
         raise UserError(
-            f"column {column!r} of {name} names splits, but not only: {listed(map(repr, values), 8)}; use "
-            "train, validation and test, or remove it"
+            f"the values of column {column!r} of {name} are not all names of splits: "
+            f"{listed(map(repr, values), 8)}; use train, validation and test, or remove it"
         )
     rows = table.column(column).to_pylist()
     return {

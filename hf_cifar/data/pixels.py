@@ -2,7 +2,7 @@
 
 `Pixels` has the encoded images of one of a source's own splits. `Prepared` has them as the model needs them,
 uint8 in one size, in a file of the cache whose name is made from the source's images and that form. Any rows
-can be prepared at any time: in a pass before the training, or by the loader when their turn comes.
+can be prepared at any time: in a pass before training, or by the loader when they are first used.
 """
 
 from __future__ import annotations
@@ -99,8 +99,12 @@ class Pixels:
 
     @functools.cached_property
     def key(self) -> str:
-        """Cache key: SHA-256 of all encoded images, the limit on their size, and their values' range."""
-        key = f"{content_key(self.rows)}-{self.max_pixels}"
+        """Cache key of all images, see `key_of`."""
+        return self.key_of(self.rows)
+
+    def key_of(self, rows: Dataset) -> str:
+        """Cache key: SHA-256 of some encoded images, the limit on their size, and their values' range."""
+        key = f"{content_key(rows)}-{self.max_pixels}"
         return key if self.value_range is None else f"{key}-values-{self.value_range}"
 
     def decode(self, position: int) -> np.ndarray:
@@ -150,8 +154,8 @@ class Pixels:
 class Prepared:
     """The images of a source in one form, [N, height, width, 3] uint8, in a file that later runs continue.
 
-    Positions are those of `Pixels`. Without a file (`stores`, or a full disk) an image is decoded at each
-    use.
+    Positions are those of `Pixels`. Without a file (`stores` is False, or the disk is full), an
+    image is decoded at each use.
     """
 
     def __init__(self, pixels: Pixels, form: Form, *, stores: bool = True) -> None:
@@ -178,7 +182,7 @@ class Prepared:
             return PixelFile(folder / name, len(self.pixels), self.form.size)
 
     def missing(self, positions: np.ndarray) -> np.ndarray:
-        """Return those of the positions [B] that nobody has tried to decode yet."""
+        """Return those of the positions [B] that have not been decoded yet."""
         return positions[self._file.states(positions) == MISSING]
 
     def unreadable(self, positions: np.ndarray) -> dict[int, str]:
@@ -212,9 +216,7 @@ class Prepared:
             if not len(wanted):
                 return
             if self._stores:
-                make_room(
-                    cache_folder(), len(wanted) * self.form.row_bytes, keep=self._file.path.name
-                )
+                make_room(cache_folder(), len(wanted) * self.form.row_bytes)
             with Progress(what, len(wanted)) as shown:
                 for count in self._in_threads(np.sort(wanted)):
                     shown.update(count)
@@ -238,7 +240,7 @@ class Prepared:
     def _render(
         self, position: int, cell: dict | None = None, *, keep: bool = True
     ) -> np.ndarray | None:
-        """Decode one image into the form, and keep it or the fact that it is unreadable: then None."""
+        """Decode one image into the form; return None, and record it, if it is unreadable. keep: store it."""
         try:
             cell = self.pixels.rows[position]["image"] if cell is None else cell
             image = self.form.render(self.pixels.decode_cell(cell))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # mistakes in data are found without importing torch
 
 logger = logging.getLogger(__name__)
 # Share of the free memory that resident images may take, and the most bytes of one split on a CPU: the system
-# keeps recently read files in free memory, so that more gains nothing.
+# keeps recently read files in free memory, so more would gain nothing.
 MEMORY_SHARE, MEMORY_LIMIT = 0.25, 1024**3
 # Share of the free disk that prepared images may take.
 DISK_SHARE = 0.5
@@ -62,8 +62,8 @@ class SplitImages:
     """The images of a split in the form that a model needs, and where they are kept during training.
 
     positions: [N] of the split's images in `pixels`. augmented: for training, with a margin for random crops.
-    kind: auto, resident, disk or streamed; never auto once chosen. lazy: images are prepared when their turn
-    comes, not in a pass before.
+    kind: auto, resident, disk or streamed; the attribute is never auto. lazy: images are prepared when their
+    turn comes, not in a pass before.
     """
 
     def __init__(
@@ -82,10 +82,11 @@ class SplitImages:
         self.preprocessing, self.augmented = preprocessing, augmented
         self.lazy, self.device = lazy, device
         self.tensors: dict[Hashable, torch.Tensor] = {}  # made from the images, see `store`
-        self.prepared, self.kind = self._choose(kind)
+        self._requested = kind
+        self.prepared, self.kind = self._choose()
 
-    def _choose(self, kind: str) -> tuple[Prepared, str]:
-        pixels = self.pixels
+    def _choose(self) -> tuple[Prepared, str]:
+        pixels, kind = self.pixels, self._requested
         form = pixels.form(self.preprocessing, augmented=self.augmented, exact_size=not self.lazy)
         prepared = pixels.prepared(form, stores=kind != "streamed")
         if kind != "auto":
@@ -119,12 +120,12 @@ class SplitImages:
         self._of_any_size(lambda: self.prepared.prepare(self.positions, what))
 
     def _of_any_size(self, work: Callable[[], Result]) -> Result:
-        """Do some work; if it meets an image of another size, do it in a form that has room for any."""
+        """Do the work; if an image has another size, choose a form for images of any size and repeat it."""
         try:
             return work()
         except OtherSize:
             self.pixels.reject(self.prepared.form)
-            self.prepared, self.kind = self._choose(self.kind)
+            self.prepared, self.kind = self._choose()
             return work()
 
     @property

@@ -71,7 +71,7 @@ def read_source(config: DataConfig) -> Source:
 
 
 def announced(source: Source, config: DataConfig) -> Source:
-    """Log what a source is, and what its owner may not expect of it."""
+    """Log what a source is, and its notes."""
     if source.description is not None:
         name = public_name(str(config.dataset_name))
         source = replace(source, description=f"{name}: {source.description}")
@@ -112,7 +112,7 @@ def open_data_set(config: DataConfig, streaming: bool = False, known: Sequence[s
 
 
 def _local_hint(name: str) -> str:
-    """Suggest a folder here, if the name that is no Hub id is like it."""
+    """Suggest a folder here whose name is similar to a name that is not a Hub id."""
     folder = Path(name).parent
     if not folder.is_dir():
         return ""

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from datasets import Dataset
 
-from hf_cifar.data.images import decode_cells
 from hf_cifar.data.labels import class_label, label_array
-from hf_cifar.data.pixels import SMALL_PIXELS, Form, OtherSize, Pixels
+from hf_cifar.data.pixels import SMALL_PIXELS, Form, OtherSize, Pixels, num_threads
 from hf_cifar.data.preparation import SplitImages
 from hf_cifar.errors import UserError
 from hf_cifar.progress import progress
-from hf_cifar.text import render_numbers
+from hf_cifar.text import listed, render_numbers
 
 if TYPE_CHECKING:  # mistakes in data are found without importing torch
     import torch
@@ -71,10 +70,14 @@ class Split:
     def id2label(self) -> dict[int, str]:
         return dict(enumerate(class_label(self.pixels.rows.features["label"]).names))
 
+    def path_of(self, position: int) -> str | None:
+        """Return the path or name of the file of an image, if it has one."""
+        return (self.rows[int(position)]["image"] or {}).get("path") or None
+
     def describe_row(self, position: int) -> str:
         """Identify a row in an error message: the source's own split, the row number, and the file if any."""
         row = f"{self.source_split} row {self.row_ids[position]}"
-        path = (self.rows[int(position)]["image"] or {}).get("path")
+        path = self.path_of(position)
         return f"{row} ({path})" if path and os.path.exists(path) else row
 
     def decode(self, position: int) -> np.ndarray:
@@ -103,16 +106,16 @@ class Split:
         return images if readable.all() else self._decoded(what)  # which names the unreadable ones
 
     def _decoded(self, what: str) -> Iterator[np.ndarray]:
+        from hf_cifar.threads import map_in_threads  # imports torch
+
+        def attempt(position: int) -> np.ndarray | UserError:
+            try:
+                return self.pixels.decode(position)
+            except UserError as error:
+                return error
+
         faults: dict[int, str] = {}
-        images = (
-            image
-            for start in range(0, len(self), 1024)
-            for image in decode_cells(
-                self.rows[start : start + 1024]["image"],
-                self.pixels.max_pixels,
-                self.pixels.value_range,
-            )
-        )
+        images = map_in_threads(attempt, self.positions.tolist(), num_threads())
         for position, image in enumerate(progress(images, what, len(self))):
             if isinstance(image, UserError):
                 faults[position] = str(image)
@@ -135,10 +138,21 @@ class UnreadableImages(UserError):
             message = f"{first}; fix or remove it"
         else:
             rows = render_rows(found)
-            message = (
-                f"{count:,} images cannot be read, {rows}; the first: {first}; fix or remove them"
-            )
+            message = f"{count:,} images cannot be read, {rows}; the first: {first}"
+            message += render_files(found, intro="; the others: ", skip=1) + "; fix or remove them"
         super().__init__(f"{message}, or pass --on_bad_image skip")
+
+
+def render_files(
+    found: Sequence[tuple[Split, dict[int, str]]], intro: str, skip: int = 0, shown: int = 8
+) -> str:
+    """Format the files of these images after `intro`: `: a.jpg, b.jpg`; empty if they have none.
+
+    skip: number of images at the beginning that are left out.
+    """
+    paths = [split.path_of(position) for split, faults in found for position in sorted(faults)]
+    files = [path for path in paths[skip:] if path and os.path.exists(path)]
+    return intro + listed(files, shown) if files else ""
 
 
 def render_rows(found: Sequence[tuple[Split, dict[int, str]]]) -> str:
@@ -204,8 +218,9 @@ def without(split: Split, faults: dict[int, str]) -> Split:
     if not len(kept):
         raise UserError(f"no image of {split.name} can be read: {next(iter(faults.values()))}")
     logger.warning(
-        "%s: %s of %s images cannot be read and are left out, %s",
+        "%s: %s of %s images cannot be read and are left out, %s%s",
         split.name, f"{len(bad):,}", f"{len(split):,}", render_rows([(split, faults)]),
+        render_files([(split, faults)], intro=": "),
     )  # fmt: skip
     return replace(subset(split, kept), skipped=split.row_ids[bad])
 

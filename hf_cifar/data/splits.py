@@ -143,7 +143,7 @@ class DataSource:
     @functools.cached_property
     def value_range(self) -> ValueRange | None:
         """The values of images of more than 8 bits that become black and white: of --value_range, or found
-        in the source's own train split. None for the full range of their type, and if there are none.
+        in the source's own train split. None for the full range of their type, or without such images.
 
         The rows are the same in every process, for every split of train, and when a run resumes.
         """
@@ -196,7 +196,7 @@ def prepare_splits(
 ) -> Splits:
     """Return the splits with their images for a model, decoded in one pass, see `readable`.
 
-    With --check_images used, those of train are decoded, and found to be unreadable, during training.
+    With --check_images used, training images are decoded, and found to be unreadable, during training.
     Raises: UserError for unreadable images, or a class that loses its last image with them.
     """
     kind = config.pixel_store
@@ -211,7 +211,7 @@ def prepare_splits(
         try:
             return Splits(train, *readable(validation, on_bad_image=config.on_bad_image))
         except UnreadableImages:
-            logger.warning("an image of validation cannot be read; checking those of train")
+            logger.warning("a validation image cannot be read; checking the training images")
     train, validation = readable(train, validation, on_bad_image=config.on_bad_image)
     names = list(splits.id2label.values())
     _require_every_class(train.labels, names, train.source_split)
@@ -262,7 +262,7 @@ def is_named(split: Split) -> bool:
 
 
 def _other_split(found: Mapping, name: str, config: DataConfig) -> str:
-    """Name of the split to measure: the one of that name, or the only one of a source without splits."""
+    """Name of the split to evaluate: the one of that name, or the only one of a source without splits."""
     named = {
         each: next((own for own in names if own in found), None)
         for each, names in (("validation", VALIDATION_NAMES), ("test", ("test",)))
@@ -272,7 +272,7 @@ def _other_split(found: Mapping, name: str, config: DataConfig) -> str:
         return chosen
     if len(found) == 1 and named[other] is None:
         return next(iter(found))
-    advice = f"--split {other}" if named[other] else "--dataset_name with only those to measure"
+    advice = f"--split {other}" if named[other] else "--dataset_name with only those to evaluate"
     raise UserError(f"{config.dataset_name} has no {name} split, only {list(found)}; pass {advice}")
 
 
@@ -379,8 +379,9 @@ def require_test_split(source: DataSource) -> None:
             rows = {name: each for name, each in rows.items() if name != "test"}
     if "test" not in rows:
         raise UserError(
-            f"data set {source.config.dataset_name} has no labelled test split, only {list(rows)}; leave out "
-            "--do_predict and --check_leakage, or evaluate with --split validation"
+            f"data set {source.config.dataset_name} has no labelled test split, only {list(rows)}; add one, "
+            "such as a folder test/ with the classes, or leave out what reads it: --do_predict, "
+            "--check_leakage, --split test"
         )
 
 

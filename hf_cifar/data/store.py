@@ -20,6 +20,7 @@ from hf_cifar.data.preparation import SplitImages, fits_on_gpu
 from hf_cifar.data.split import Split, UnreadableImages
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
+from hf_cifar.platform import num_cores
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class PreparedStore(Dataset):
             if not (self.skips and readable.any()):
                 faults = self.images.faults
                 bad = {row: faults[row] for row in rows[~readable].tolist()}
-                # A loader's worker passes on errors that are made from their message alone.
+                # A loader's worker can only pass on errors that are made from a message alone.
                 raise UserError(str(UnreadableImages([(self.split, bad)])))
             images, rows = images[readable], rows[readable]
         return {
@@ -212,8 +213,10 @@ def build_store(
 
 
 def _resident(images: SplitImages, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return a tensor with the images, and the position of each of the split's images in it if it has others
-    too: small images of one size are in one tensor for all splits of a source, which each split completes."""
+    """Return a tensor with the images, and the position of each of them if the tensor holds others too.
+
+    Small images of one size share a tensor for all splits of a source; each split fills in its own.
+    """
     prepared, own, shared = images.prepared, images.tensors, images.pixels.tensors
     key, count, num_all = (prepared.form, device), len(images), len(images.pixels)
     is_shared = prepared.form.view is None and (key in shared or count >= SHARED_FRACTION * num_all)
@@ -241,7 +244,11 @@ def _allocated(count: int, prepared: Prepared, device: torch.device) -> Tensor:
 def _fill(pixels: Tensor, rows: np.ndarray, prepared: Prepared, positions: np.ndarray) -> None:
     """Read the images at `positions` [B] into rows [B] of a tensor."""
     for start in range(0, len(rows), CHUNK):
-        chunk, _ = prepared.read(positions[start : start + CHUNK])
+        wanted = positions[start : start + CHUNK]
+        chunk, readable = prepared.read(wanted)
+        if not readable.all():
+            reason = prepared.reasons[int(wanted[~readable][0])]
+            raise UserError(f"an image can no longer be read: {reason}; start again")
         where = torch.from_numpy(rows[start : start + CHUNK]).to(pixels.device)
         pixels[where] = torch.from_numpy(chunk).to(pixels.device)
 
@@ -250,7 +257,7 @@ def default_num_workers(*, decodes: bool) -> int:
     """Number of loader workers: this process's share of the cores if they decode, else none."""
     if not decodes:
         return 0
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def to_batch(image) -> Tensor:

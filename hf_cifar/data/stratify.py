@@ -37,7 +37,7 @@ def stratified(
     if len(labels) < 2 or (labels.ndim == 1 and counts.max() < 2):
         raise UserError(
             f"class {names[counts.argmax()]!r} has one image in {split}, and no class has more; train and "
-            "validation need one each, so add others"
+            "validation need one each, so add images"
         )
     if alone:
         logger.warning(

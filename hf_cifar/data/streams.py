@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,7 +14,7 @@ from datasets.distributed import split_dataset_by_node
 from datasets.utils.file_utils import xopen
 
 from hf_cifar.config.data import MAX_IMAGE_PIXELS, DataConfig, ValueRange
-from hf_cifar.data.columns import image_and_label, quiet_datasets, with_standard_names
+from hf_cifar.data.columns import image_and_label, in_memory, with_standard_names
 from hf_cifar.data.images import decode_image
 from hf_cifar.data.labels import holds_lists
 from hf_cifar.data.sources import open_data_set
@@ -144,7 +145,7 @@ def collect(
 
     Raises: UserError that names a row whose label is not one of the classes.
     """
-    found: dict[str, list] = {"image": [], "label": []}
+    found: list[dict[str, Any]] = []
     positions: list[int] = []
     for position, row in enumerate(rows):
         if limit is not None and len(positions) == limit:
@@ -152,13 +153,12 @@ def collect(
         encoded = read_encoded(row["image"])
         if held_out == 1 or unit_hash(encoded, seed) < held_out:
             try:
-                found["label"].append(checked_label(row["label"], rows.features))
+                label = checked_label(row["label"], rows.features)
             except UserError as error:
                 raise UserError(f"{source_split} row {position}: {error}") from None
-            found["image"].append({"bytes": encoded, "path": None})
+            found.append({"image": {"bytes": encoded, "path": None}, "label": label})
             positions.append(position)
-    with quiet_datasets():
-        return Dataset.from_dict(found, features=rows.features), np.asarray(positions, np.int64)
+    return in_memory(found, rows.features), np.asarray(positions, np.int64)
 
 
 def num_rows(rows: IterableDataset, split: str) -> int | None:

@@ -15,7 +15,7 @@ import posixpath
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import pyarrow
 from pyarrow import parquet, types
 
 from hf_cifar.config.data import DataConfig
-from hf_cifar.data.labels import check_class_names
+from hf_cifar.data.labels import LABEL_NAMES, check_class_names
 from hf_cifar.data.layout import ORDER, SPLIT_WORDS, Layout, split_roles, words_of
 from hf_cifar.data.listing import TABLE_SUFFIXES, File, Listing, composed, image_suffixes, suffix_of
 from hf_cifar.errors import UserError
@@ -34,9 +34,8 @@ PATH_NAMES = {
     "file", "file_name", "file_path", "filename", "filepath", "id", "image", "image_id", "image_name",
     "image_path", "img", "img_path", "name", "path",
 }  # fmt: skip
-LABEL_NAMES = ("label", "labels", "class", "target", "category")
 SPLIT_COLUMN_NAMES = {"partition", "phase", "set", "split", "subset", "usage"}
-# Never anything else, whatever its values.
+# Columns that can only name splits, whatever their values.
 DIVIDING = {
     "is_test",
     "is_train",
@@ -54,16 +53,20 @@ MAX_NAMES = 3  # in a line
 
 
 class NoTable(UserError):
-    """A file that is no table of images and labels."""
+    """A file that is not a table of images and labels."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Named columns of equal length; a cell is text, a number, a bool, a list or None."""
+    """Named columns of equal length; a cell is text, a number, a bool, a list or None.
+
+    paths: of its files.
+    """
 
     name: str
     folder: str
     columns: dict[str, list[Any]]
+    paths: frozenset[str]
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
@@ -99,7 +102,7 @@ def read_table_layout(
     requested: the user named the table, so that two rows that name an image are enough. folder_of: the class
     folders of the images, which decide between columns that could be labels. known: classes of which there
     may be only one.
-    Raises: NoTable if no column names images; UserError for a table whose meaning is not clear.
+    Raises: NoTable if no column names images; UserError for a table whose meaning is ambiguous.
     """
     table = read_table(path)
     if "top_k" in table.columns and not requested:
@@ -114,7 +117,7 @@ def read_table_layout(
             _refuse_missing_images(listing, table)
         raise NoTable(
             f"no column of {table.name} names images in {one_line(listing.root)} "
-            f"(columns: {listed(table.columns, 8)}); pass --image_column_name"
+            f"(columns: {listed(table.columns, 8)}){_called(listing)}; pass --image_column_name"
         )
     values = [_text(value) for value in table.columns[column]]
     files = names.resolve(values)
@@ -130,7 +133,7 @@ def _refuse_missing_images(listing: Listing, table: Table) -> None:
         if names and sum(suffix_of(each) in image_suffixes() for each in names) > len(names) / 2:
             raise UserError(
                 f"none of the {len(names):,} images in column {name!r} of {table.name} is in "
-                f"{one_line(listing.root)}, such as {listed(names, MAX_NAMES)}; correct the paths, or pass "
+                f"{one_line(listing.root)}, such as {listed(names, MAX_NAMES)}; fix the paths, or pass "
                 "the folder of the images as --dataset_name and the table as --labels_file"
             )
 
@@ -159,8 +162,14 @@ def join_tables(listing: Listing, tables: dict[str, Layout]) -> Layout | None:
                 f"{listed(names.values())} with --labels_file"
             )
         used |= files
+    lists = {name: isinstance(splits[split][0][1], tuple) for split, name in names.items()}
+    if len(set(lists.values())) > 1:
+        raise UserError(
+            f"{listed(name for name in lists if lists[name])} has lists of labels, and "
+            f"{listed(name for name in lists if not lists[name])} one label for each image; write them alike"
+        )
     joined = " and ".join(names.values())
-    left_out = listing.all_left_out() - Counter(suffix_of(name) for name in tables)
+    left_out = listing.all_left_out({file.path for file in listing.others if file.name in tables})
     left_out[f"not in {joined}"] += len(set(listing.images) - used)
     rows_left_out = sum((table.rows_left_out for table in tables.values()), Counter())
     notes = [note for table in tables.values() for note in table.notes]
@@ -201,14 +210,15 @@ def read_metadata_layout(
             before = columns.setdefault(name, [None] * (len(files) - len(table)))
             before += table.columns.get(name, [None] * len(table))
     names = sorted({posixpath.basename(file.name) for file in metadata_files(listing)})
-    table = Table(" and ".join(names), listing.root, columns)
+    paths = frozenset(file.path for file in metadata_files(listing))
+    table = Table(" and ".join(names), listing.root, columns, paths)
     if by_name and _label_by_name(table, path_columns, config) is None:
         return None
     return _layout(listing, table, path_columns, files, values, config)
 
 
 def read_table(path: str) -> Table:
-    """Read a table. Raises: NoTable for a file that is none, or holds images itself."""
+    """Read a table. Raises: NoTable for a file that is not one, or holds images itself."""
     name, suffix = os.path.basename(path), suffix_of(path)
     try:
         if suffix == ".parquet":
@@ -225,7 +235,8 @@ def read_table(path: str) -> Table:
         raise NoTable(f"{one_line(path)} {error}") from None
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
         raise NoTable(f"{one_line(path)} cannot be read as a table: {one_line(error)}") from None
-    table = Table(name, os.path.dirname(os.path.abspath(path)), columns)
+    whole = os.path.abspath(path)
+    table = Table(name, os.path.dirname(whole), columns, frozenset([whole]))
     if not len(table):
         raise NoTable(f"{one_line(path)} has no rows")
     return table
@@ -254,7 +265,7 @@ def _read_parquet(path: str) -> dict[str, list[Any]]:
 
 def _read_json_lines(content: bytes) -> dict[str, list[Any]]:
     return _json_columns(
-        [json.loads(line) for line in _decode(content).splitlines() if line.strip()]
+        [json.loads(line) for line in _decode(content).split("\n") if line.strip()]
     )
 
 
@@ -267,14 +278,14 @@ def _read_json(content: bytes) -> dict[str, list[Any]]:
     if cells and all(isinstance(cell, (str, int)) for cell in cells):
         return {"file": list(found), "label": cells}
     raise NoTable(
-        'is no list of objects such as {"file": "1.png", "label": "cat"}; write the names of the '
+        'is not a list of objects such as {"file": "1.png", "label": "cat"}; write the names of the '
         "images and their labels into a CSV"
     )
 
 
 def _json_columns(rows: list[Any]) -> dict[str, list[Any]]:
     if not all(isinstance(row, dict) for row in rows):
-        raise NoTable("has rows that are no JSON objects")
+        raise NoTable("has rows that are not JSON objects")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -304,7 +315,7 @@ def _read_delimited(content: bytes, suffix: str) -> dict[str, list[Any]]:
 
 
 def _decode(content: bytes) -> str:
-    """Decode text with or without a byte order mark; what is not Unicode is Windows' western encoding."""
+    """Decode text with or without a byte order mark; text that is not Unicode is read as Windows-1252."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16")
     try:
@@ -330,13 +341,20 @@ def _regularity(text: str, delimiter: str) -> tuple[bool, int]:
     return len(widths) == 1 and width > 1, width if width > 1 else 0
 
 
+def _called(listing: Listing) -> str:
+    """Show names of images, for a table that has others, such as 1 for 001.jpg."""
+    names = [file.name for file in listing.images]
+    return f"; images are called {listed(sorted(names), MAX_NAMES)}" if names else ""
+
+
 def _without_header(table: Table) -> Table:
-    """The same table, read as one whose first line is a row."""
-    return Table(
-        table.name,
-        table.folder,
-        {f"column {n}": [head, *cells] for n, (head, cells) in enumerate(table.columns.items(), 1)},
-    )
+    """Return the table with its header as the first row."""
+    columns = {}
+    for number, (head, cells) in enumerate(table.columns.items(), 1):
+        own = f"column {number}"  # what `_read_delimited` calls an empty cell
+        first = "" if head == own else head.removesuffix(f" ({number})")
+        columns[own] = [first, *cells]
+    return replace(table, columns=columns)
 
 
 def _text(value: Any) -> str:
@@ -477,6 +495,16 @@ def _is_plain(cells: Iterable[Any]) -> bool:
     return all(cell is None or isinstance(cell, (str, int, float)) for cell in cells)
 
 
+def _holds_lists(cells: Iterable[Any]) -> bool:
+    """True for lists of text; a single label may stand for a list of one."""
+    return all(
+        all(isinstance(each, str) for each in cell)
+        if isinstance(cell, list)
+        else cell is None or isinstance(cell, str)
+        for cell in cells
+    )
+
+
 def _path_column(table: Table, names: _Names, requested: str | None, explicit: bool) -> str | None:
     """Find the column that names images; None if there is none."""
     if requested is not None:
@@ -519,7 +547,7 @@ def _layout(
     folders: list[str | None] | None = None,
     known: Sequence[str] = (),
 ) -> Layout:
-    """Put the rows of a table into splits. Raises: UserError for labels that are not clear."""
+    """Put the rows of a table into splits. Raises: UserError for labels that are ambiguous."""
     notes: list[str] = []
     split_column = _split_column(table, path_columns, config)
     rest = set(path_columns) | ({split_column} if split_column else set())
@@ -528,7 +556,7 @@ def _layout(
     if len(missing) == len(files):
         raise UserError(
             f"none of the {len(files):,} images that {table.name} names is in {one_line(listing.root)}, "
-            f"such as {listed(missing, MAX_NAMES)}"
+            f"such as {listed(missing, MAX_NAMES)}{_called(listing)}"
         )
     if missing:
         notes.append(
@@ -554,7 +582,7 @@ def _layout(
         if before[1] != label:
             raise UserError(
                 f"{table.name} gives {one_line(file.name)} two labels, {before[1]!r} in row "
-                f"{before[0] + 1} and {label!r} in row {number + 1}; correct it, or for multiple labels per "
+                f"{before[0] + 1} and {label!r} in row {number + 1}; fix it, or for multiple labels per "
                 "image see metadata.jsonl in docs/data.md"
             )
     if repeated:
@@ -571,8 +599,7 @@ def _layout(
     }
     class_names = _class_names(splits, table.name, known)
     notes += _alike(class_names)
-    left_out = listing.all_left_out()
-    left_out[suffix_of(table.name)] -= 1 if left_out[suffix_of(table.name)] else 0
+    left_out = listing.all_left_out(table.paths)
     left_out[f"not in {table.name}"] += len(set(listing.images) - set(rows))
     rows_left_out = Counter(
         {
@@ -599,9 +626,9 @@ def _split_column(table: Table, taken: set[str], config: DataConfig) -> str | No
             return name
         if name.lower() in DIVIDING or (roles and name.lower() in SPLIT_COLUMN_NAMES):
             raise UserError(
-                f"column {name!r} of {table.name} names splits{', but not only' if roles else ' as'}: "
-                f"{listed(sorted(map(repr, values)), 8)}; write train, validation and test into a column "
-                "split, or rename it"
+                f"the values of column {name!r} of {table.name} are not all names of splits: "
+                f"{listed(sorted(map(repr, values)), 8)}; use train, validation and test, or "
+                "rename it"
             )
     return None
 
@@ -609,7 +636,7 @@ def _split_column(table: Table, taken: set[str], config: DataConfig) -> str | No
 def _splits(
     table: Table, split_column: str | None, rows: dict[File, tuple[int, Any]], folders: str
 ) -> tuple[dict[File, str], dict[str, str]]:
-    """The split of each image, and what its owner calls each split: by a column, else by the folders.
+    """Return the split of each image, and the original name of each split: by a column, else by the folders.
 
     Raises: UserError if only some of the folders are splits. folders: classes if none is.
     """
@@ -661,7 +688,8 @@ def _label_by_name(table: Table, taken: set[str], config: DataConfig) -> str | N
         )
     named = [
         name for name in table.columns
-        if name.lower() in LABEL_NAMES and name not in taken and _is_plain(table.columns[name])
+        if name.lower() in LABEL_NAMES and name not in taken
+        and (_is_plain(table.columns[name]) or _holds_lists(table.columns[name]))
     ]  # fmt: skip
     return named[0] if len(named) == 1 else None
 
@@ -705,7 +733,7 @@ def _labels(
             )
         if len(found) > 1:
             raise UserError(
-                f"the label column of {table.name} is not clear: {listed(found, 8)} could be its labels; "
+                f"the label column of {table.name} is ambiguous: {listed(found, 8)} could be labels; "
                 "choose one with --label_column_name"
             )
         column = found[0]
@@ -716,17 +744,20 @@ def _labels(
 
 
 def agree(pairs: Iterable[tuple[Any, Any]]) -> bool:
-    """True if each left value always stands beside the same right value, and the reverse; pairs with None
-    do not count."""
+    """True if left and right values correspond one to one; pairs with None do not count."""
     distinct = {pair for pair in pairs if None not in pair}
     return len({a for a, _ in distinct}) == len(distinct) == len({b for _, b in distinct})
 
 
 def _label_cells(cells: list[Any]) -> list[Any]:
-    """Labels as text, with 1.0 as 1 if all are such numbers; lists as tuples; None where one is missing."""
+    """Return labels as text, 1.0 as 1 if all are whole; lists as tuples; None where one is missing."""
     cells = _parsed_lists(cells)
     if any(isinstance(cell, list) for cell in cells):
-        return [None if cell is None else tuple(map(_text, cell)) for cell in cells]
+        return [
+            tuple(map(_text, cell)) if isinstance(cell, list)
+            else None if _is_missing(cell) else (_text(cell),)
+            for cell in cells
+        ]  # fmt: skip
     present = [cell for cell in cells if not _is_missing(cell)]
     whole = bool(present) and all(_is_whole(cell) for cell in present)
     if present and not whole and all(_is_fraction(cell) or _is_whole(cell) for cell in present):
@@ -761,7 +792,7 @@ def _is_missing(cell: Any) -> bool:
 def _is_whole(cell: Any) -> bool:
     """True for 3.0, as a number or as text."""
     if isinstance(cell, str):
-        return cell.endswith(".0") and cell[:-2].lstrip("-").isdecimal()
+        return cell.endswith(".0") and cell[:-2].removeprefix("-").isdecimal()
     return isinstance(cell, float) and cell.is_integer()
 
 
@@ -773,7 +804,7 @@ def _is_fraction(cell: Any) -> bool:
 
 
 def _could_be_labels(cells: list[Any]) -> bool:
-    """True for a column with at least two values that each repeat on average."""
+    """True for a column with at least two distinct values, which occur twice each on average."""
     if not _is_plain(cells):
         return False
     present = [cell for cell in cells if not _is_missing(cell)]
@@ -811,7 +842,7 @@ def _alike(names: list[str]) -> list[str]:
         found[name.casefold()].append(name)
     return [
         f"classes {' and '.join(map(repr, same))} differ only in upper and lower case; they are separate "
-        "classes, so write them alike if they are one"
+        "classes, so spell them alike if they are one"
         for same in found.values()
         if len(same) > 1
     ]
@@ -841,6 +872,6 @@ def _class_names(splits: dict[str, list], table: str, known: Sequence[str] = ())
     if len(found) < 2 and not set(known).issuperset(found):
         raise NoTable(f"{table} has one class, {listed(found)}; a classifier needs two or more")
     check_class_names(list(found))
-    if all(name.lstrip("-").isdecimal() for name in found):
+    if all(name.removeprefix("-").isdecimal() for name in found):
         return sorted(found, key=lambda name: (int(name), name))
     return sorted(found)

@@ -1,4 +1,4 @@
-"""TIFF files of any depth. Pillow reads colour of 16 bits at 8, and many other types not at all."""
+"""TIFF files of any depth. Pillow reads 16-bit colour as 8 bits, and many other types not at all."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TiffPage:
 
     @property
     def is_raw(self) -> bool:
-        """True for a camera's raw file. Its first page is often a preview of a few pixels."""
+        """True for a camera raw file. Its first page is often a preview of a few pixels."""
         raw = (COLOUR_FILTER, LINEAR_RAW)
         preview = self.number(SUBFILE, 0) & 1
         return bool(preview) or DNG_VERSION in self.tags or self.number(PHOTOMETRIC, 0) in raw
@@ -103,7 +103,7 @@ class TiffPage:
         return TILE_OFFSETS if self._tiled else STRIP_OFFSETS
 
     def _decoded(self, encoded: bytes, places: slice, count: int) -> np.ndarray:
-        """Let Pillow undo the compression, as of a grey image whose pixels are this one's bytes."""
+        """Let Pillow decompress the page, as a grey image whose pixels are the bytes of this one."""
         height, width = self.size
 
         def num_bytes(pixels: int) -> int:
@@ -160,7 +160,7 @@ class TiffPage:
 
 
 def _with_page(encoded: bytes, page: dict[int, list[int]], order: str) -> bytes:
-    """Copy a TIFF file with a description of its own as the first page. page: the numbers of each tag."""
+    """Copy a TIFF file with new tags for its first page. page: the numbers of each tag."""
     start = len(encoded) + len(encoded) % 2
     after = start + 2 + 12 * len(page) + 4
     entries, longer = b"", b""

@@ -72,7 +72,8 @@ def _require_same_images(first: Predictions, second: Predictions) -> None:
     if a.keys() != b.keys():
         raise UserError(
             f"the two runs predicted different {first.split} images: {len(a):,} and {len(b):,}, with "
-            f"{len(a.keys() & b.keys()):,} in common; evaluate both with the same --split_seed and limit"
+            f"{len(a.keys() & b.keys()):,} in common; compare runs on the same data, evaluated with the same "
+            "--split_seed and limit"
         )
     differing = sum(a[row] != b[row] for row in a)
     if differing:

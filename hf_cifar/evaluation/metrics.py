@@ -109,9 +109,9 @@ def average_precision(scores: Array, positive: Array) -> Array:
 
 
 def _areas(area: Callable[[Array, Array], float], scores: Array, positive: Array) -> Array:
-    """Apply `area` to each class: the numbers of hits and of all images above each distinct score.
+    """Apply `area` to each class, with the numbers of hits and of all images at or above each distinct score.
 
-    scikit-learn's functions check their arguments anew for each class, which takes most of the time with
+    scikit-learn's functions check their arguments again for each class, which takes most of the time with
     1,000.
     """
     found = np.full(scores.shape[1], np.nan)

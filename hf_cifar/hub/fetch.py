@@ -104,7 +104,7 @@ def listed_hashes(repo_id: str, file: str, kind: str, path: Path) -> list[str] |
         hashes = [each.lfs.sha256 if each.lfs else each.blob_id for each in files]
     except (
         Exception
-    ):  # the client raises its own, httpx's and OS errors, and others for odd answers
+    ):  # the client raises its own, httpx's and OS errors, and others for odd responses
         return None
     return [each for each in hashes if each] or None
 

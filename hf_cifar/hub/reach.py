@@ -24,7 +24,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def url_advice(name: str) -> str:
-    """What to pass instead of a URL, which is no name of a data set or model; empty for other names."""
+    """What to pass instead of a URL, which is not the name of a data set or model; empty for other names."""
     if not re.match(r"[a-z0-9]+://", name):
         return ""
     url = urlsplit(name)

@@ -189,7 +189,7 @@ def _build_object(
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if frozen and config.freeze == "none":
         logger.warning(
-            "%s parameters of the model were frozen and train now; pass freeze=... to keep some frozen",
+            "%s parameters of the model were frozen and are trained now; pass freeze=... to keep some frozen",
             f"{frozen:,}",
         )
     if is_timm(model):

@@ -48,7 +48,7 @@ def model_folder(name: str, revision: str | None, trust_remote_code: bool) -> Pa
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if module := config.get("module_class"):
         raise UserError(
-            f"{name} is a {module}, a torch.nn.Module that no config describes; in Python, make one, and "
+            f"{name} is a {module}, a torch.nn.Module without a config; create it in Python, and "
             f"load its weights with load_state_dict(safetensors.torch.load_file('{folder / WEIGHTS}'))"
         )
     return folder

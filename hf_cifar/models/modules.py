@@ -110,7 +110,7 @@ def wrap_module(
         )
     _check_logits(model, native_size(model.config, processor))
     logger.warning(
-        "%s is a torch.nn.Module, which no config describes: the run saves its weights as model.safetensors, "
+        "%s is a torch.nn.Module, which has no config: the run saves its weights as model.safetensors, "
         "for load_state_dict; pipeline and from_pretrained load only transformers and timm models",
         cls.__name__,
     )

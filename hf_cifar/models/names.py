@@ -59,7 +59,7 @@ def check_model_name(
 
 
 def _no_model(name: str) -> str:
-    """Say why a path is no model, and what is there instead."""
+    """Say why a path is not a model, and what is there instead."""
     folder = Path(name).expanduser()
     problem = f"no model in {name}: "
     if advice := url_advice(name):

@@ -51,7 +51,7 @@ def finished_object(value: Any) -> Classifier:
 
 
 def is_timm(model: nn.Module) -> bool:
-    """Return True for a model of timm.create_model."""
+    """Return True for a model made by timm.create_model."""
     return type(model).__module__.startswith("timm.") and hasattr(model, "pretrained_cfg")
 
 
@@ -69,7 +69,7 @@ def save_object(
 ) -> None:
     """Save a model with its image processor as a checkpoint.
 
-    The head is kept, under the data's labels, if it has as many and no names of its own.
+    The head is kept, with the data's labels, if it has as many classes and no names of its own.
     """
     model.save_pretrained(folder)
     saved = copy.deepcopy(model.config)

@@ -47,7 +47,7 @@ def transformers_processor(
 ) -> BaseImageProcessor:
     """Copy a processor with its size set to `size`, without the crop that would remove the border.
 
-    For another mode than its own, return one of a type that has this mode.
+    For another mode than its own, return a processor of a type that supports it.
     """
     resized = _resized(processor, size)
     view = Preprocessing.from_image_processor(resized)

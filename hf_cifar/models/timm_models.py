@@ -34,7 +34,7 @@ def build_bundled(config: ModelConfig, id2label: dict[int, str]) -> tuple[Classi
 def wrap_timm(
     model: nn.Module, config: ModelConfig, id2label: dict[int, str]
 ) -> tuple[Classifier, set[str]]:
-    """Build the transformers model of a timm model with its weights, also of a head of the right size.
+    """Build the transformers model of a timm model with its weights, including a head of the right size.
 
     Raises: UserError for a model made with options that its `pretrained_cfg` does not describe.
     """
@@ -65,7 +65,7 @@ def build_timm(
     *,
     keep_head: bool = False,
 ) -> tuple[Classifier, set[str]]:
-    """Build a timm architecture with timm's initialisation, or with `weights`, of the head on request."""
+    """Build a timm architecture with timm's initialisation, or with `weights`; keep_head: the head's too."""
     import timm
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 

@@ -33,7 +33,7 @@ def value_range_of(model: PreTrainedModel) -> ValueRange | None:
 def saved_value_range(
     name: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> ValueRange | None:
-    """The same of a saved model, whose weights are not loaded, or of one in memory."""
+    """The same for a saved model, without loading its weights, or for one in memory."""
     if isinstance(name, InMemory):
         model, _ = model_and_processor(name.value)
         return value_range_of(model) if isinstance(model, PreTrainedModel) else None

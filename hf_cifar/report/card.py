@@ -61,7 +61,7 @@ class CardFacts:
     class_names: list[str]
     custom_code: bool = False
     article_model: bool = False
-    module_class: str = ""  # of a torch.nn.Module, which no config describes
+    module_class: str = ""  # of a torch.nn.Module, which has no config
 
 
 def load_card(folder: Path) -> tuple[CardFacts, str]:

@@ -101,6 +101,7 @@ def build_report(
         "duplicates": None,
         "pictures": True,
     }
+    name_files(split, facts)
     pictures = dict(named_pictures(split, facts))
     if config.check_duplicates:
         train = source.splits.train
@@ -223,12 +224,25 @@ def matching_split(source: DataSource, evaluated: Predictions) -> Split:
     return split
 
 
-def named_pictures(split: Split, facts: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the pictures (name, [H, W, 3] uint8) of all galleries."""
+def gallery_rows(split: Split, facts: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the entries of all galleries, with their positions in the split."""
     position_of = {row_id: position for position, row_id in enumerate(split.row_ids.tolist())}
     suspects = (facts["label_suspects"] or {"images": []})["images"]
     for row in [*facts["worst_errors"], *facts["least_confident_hits"], *suspects]:
-        yield row["picture"], split.decode(position_of[row["row_id"]])
+        yield row, position_of[row["row_id"]]
+
+
+def name_files(split: Split, facts: dict[str, Any]) -> None:
+    """Add the file of each image in the galleries, as FOLDER/NAME: a local path must not be in a report."""
+    for row, position in gallery_rows(split, facts):
+        if path := split.path_of(position):
+            row["file"] = "/".join(Path(path).parts[-2:])
+
+
+def named_pictures(split: Split, facts: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the pictures (name, [H, W, 3] uint8) of all galleries."""
+    for row, position in gallery_rows(split, facts):
+        yield row["picture"], split.decode(position)
 
 
 def property_slices(split: Split, hits: np.ndarray) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def own_arguments(args: TrainingArguments | None) -> TrainingArguments:
     args.disable_tqdm = args.disable_tqdm or not shows_bars()
     if args.push_to_hub:
         logger.warning(
-            "push_to_hub=True: nothing is pushed while training; call trainer.push_to_hub() after it"
+            "push_to_hub=True: nothing is pushed while training; call trainer.push_to_hub() afterwards"
         )
     return args
 
@@ -96,7 +96,7 @@ def set_workers(args: TrainingArguments, num_workers: int) -> None:
     """Set the number of loader workers, and what depends on it."""
     if args.dataloader_num_workers > num_workers:
         logger.info(
-            "dataloader_num_workers is %d instead of %d: images are prepared, and workers would only copy",
+            "dataloader_num_workers is %d instead of %d: images are prepared, so workers would only copy",
             num_workers,
             args.dataloader_num_workers,
         )

@@ -25,7 +25,7 @@ TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation
 def write_card(trainer: Trainer, measured: dict[str, float] | None, **given: Any) -> None:
     """Write README.md into the output folder, unless the one there was edited.
 
-    measured: metrics of the model as it is, of its own evaluation data; default: those of the training.
+    measured: metrics of the current model on its own evaluation data; default: those logged in training.
     given: what the caller knows, named as in `Trainer.create_model_card`.
     """
     path = Path(trainer.args.output_dir, "README.md")

@@ -15,8 +15,9 @@ from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin, Tr
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.objects import MEMORY
-from hf_cifar.data.columns import LABEL_NAMES, quiet_datasets, standard_split
+from hf_cifar.data.columns import quiet_datasets, standard_split
 from hf_cifar.data.labels import (
+    LABEL_NAMES,
     SHOWN_CLASSES,
     class_label,
     holds_lists,
@@ -57,13 +58,14 @@ IN_MEMORY = f"{MEMORY}dataset"  # no name of a folder, to which paths would be r
 
 
 def is_several(given: Any) -> bool:
-    """True for data sets by name, which a Trainer evaluates one after another; False for one of columns."""
+    """True for a dict of data sets, which a Trainer evaluates one after another; False for one of columns."""
     kinds = (Dataset, IterableDataset, Split, *STORES)
     return isinstance(given, Mapping) and all(isinstance(each, kinds) for each in given.values())
 
 
 def opened(given: Any, name: str, data: DataConfig) -> Any:
-    """Open a data set of any kind in memory as a split, with its labels as they are; None and stores stay.
+    """Open a data set of any kind in memory as a split, with its labels as they are; return None and
+    stores unchanged.
 
     Raises: UserError for an object that is not a data set, or columns that cannot be identified.
     """
@@ -75,7 +77,7 @@ def opened(given: Any, name: str, data: DataConfig) -> Any:
         )
     if isinstance(given, str):
         raise UserError(
-            f"{name} is the name {given!r}; pass a datasets.Dataset, as load_dataset returns it"
+            f"{name} is the string {given!r}; pass a datasets.Dataset, such as one from load_dataset"
         )
     rows = open_object({"train": given})["train"]
     rows = standard_split(rows, name, replace(data, dataset_name=IN_MEMORY))
@@ -111,9 +113,9 @@ def with_placeholders(given: Dataset, model: PreTrainedModel, data: DataConfig) 
 
 
 def as_classifier(model: nn.Module, processing_class: Any, split: Split | None) -> Classifier:
-    """Return a transformers model with its image processor; of another network, make one for the split.
+    """Return a transformers model with its image processor; wrap any other network for the split.
 
-    Raises: UserError for a network that has no names of classes, or none of the size of its input.
+    Raises: UserError for a network without class names, or whose input size is unknown.
     """
     processor = processing_class
     if isinstance(processor, ProcessorMixin):
@@ -127,7 +129,7 @@ def as_classifier(model: nn.Module, processing_class: Any, split: Split | None) 
         return Classifier(model, processor or processor_of(model))
     if split is None:
         raise UserError(
-            f"a {type(model).__name__} has no names of classes; pass train_dataset, or a transformers model"
+            f"a {type(model).__name__} has no class names; pass train_dataset, or a transformers model"
         )
     count = model.num_classes if is_timm(model) else None
     names = _names_by_number(split, count)
@@ -145,7 +147,7 @@ def _names_by_number(split: Split, count: int | None) -> list[str]:
 
 
 def complete_config(model: PreTrainedModel, split: Split) -> None:
-    """Complete a model's config by a data set: the names of its classes, if they have none, and whether an
+    """Complete a model's config from a data set: the names of its classes, if they have none, and whether an
     image may have multiple labels.
 
     Raises: UserError for another number of classes.
@@ -157,10 +159,12 @@ def complete_config(model: PreTrainedModel, split: Split) -> None:
 
 
 def train_as_float32(model: PreTrainedModel) -> None:
-    """Convert the weights of a checkpoint in half precision, which would lose small updates."""
+    """Convert half-precision weights to float32, because half precision would lose small updates."""
     kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in HALF}
     if kinds:
-        logger.info("the model's weights are %s, and train as float32", " and ".join(sorted(kinds)))
+        logger.info(
+            "the model's weights are %s, and are trained as float32", " and ".join(sorted(kinds))
+        )
         model.float()
 
 
@@ -184,15 +188,15 @@ def _name_classes(model: PreTrainedModel, split: Split) -> None:
     is_declared = isinstance(class_label(split.rows.features["label"]), ClassLabel)
     if len(names) > count or (len(names) < count and not is_declared):
         raise UserError(
-            f"{split.name} has {len(names)} classes, {listed(names, SHOWN_CLASSES)}, but the model {count} "
-            f"without names; load it with num_labels={len(names)}"
+            f"{split.name} has {len(names)} classes, {listed(names, SHOWN_CLASSES)}, but the model has "
+            f"{count} without names; load it with num_labels={len(names)}"
         )
     if len(names) < count:
         logger.warning(
             "%s has %d classes and the model %d: the last %d have no images",
             split.name, len(names), count, count - len(names),
         )  # fmt: skip
-    logger.info("the model's classes had no names: they are %s", listed(names, SHOWN_CLASSES))
+    logger.info("the model's classes had no names and are now %s", listed(names, SHOWN_CLASSES))
     names = [*names, *generic[len(names) :]]
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = label2id(model.config.id2label)
@@ -266,7 +270,7 @@ def prepare_inputs(
 ) -> Inputs:
     """Open the data sets, match their classes, prepare their images, and set the loader's workers in `args`.
 
-    Stores, which have all of that, stay as they are.
+    Stores already have all of that, and stay unchanged.
     """
     train = opened(train_dataset, "train", data)
     evals = {name: opened(each, name, data) for name, each in _by_name(eval_dataset).items()}
@@ -307,7 +311,7 @@ def prepare_evaluation(
     data: DataConfig,
     preprocessing: Preprocessing,
 ) -> Any:
-    """Return the store of a data set to evaluate, or several by name; None and stores stay."""
+    """Return the store of a data set to evaluate, or multiple by name; return None and stores unchanged."""
     if is_several(given):
         return {
             each: prepare_evaluation(model, given[each], each, args, data, preprocessing)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_cifar.data.cache import content_key, load_array, one_process_at_a_time, save_array
+from hf_cifar.data.cache import load_array, one_process_at_a_time, save_array
 from hf_cifar.data.split import Split
 from hf_cifar.data.store import PreparedStore, ResidentStore, images_of, take_batch
 from hf_cifar.models.heads import head_parameter_names, linear_head
@@ -28,6 +28,7 @@ from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
+LOADED = 64  # images that are augmented together: an option must not change the random views
 # Penalties of the linear head, the strongest first: each solution is the starting point of the next.
 PENALTIES = tuple(10.0**exponent for exponent in (0, -1, -2, -3, -4, -5, -6))
 
@@ -127,18 +128,18 @@ def feature_store(
     *,
     views: int = 1,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = LOADED,
     num_workers: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> FeatureStore:
     """Return the features of every image of a split, from the disk cache if they were computed before.
 
-    dtype: of the backbone's autocast; the features are float32. The cache key is a hash of images, weights,
-    preprocessing and augmentation.
+    batch_size: images per forward pass. dtype: of the backbone's autocast; the features are float32. The
+    cache key is a hash of images, weights, preprocessing and augmentation.
     """
     device = next(model.parameters()).device
     details = [preprocessing, views, dtype, (augmentation, seed) if views > 1 else None]
-    pixels = images_of(split).pixel_hash or content_key(split.rows)
+    pixels = images_of(split).pixel_hash or split.pixels.key_of(split.rows)
     digest = hashlib.sha256(f"{pixels} {details}".encode())
     head = head_parameter_names(model)
     for name, value in model.state_dict().items():
@@ -150,7 +151,7 @@ def feature_store(
         features = load_array(key)
         if features is None:
             loader = DataLoader(
-                store, batch_size=batch_size, num_workers=num_workers, collate_fn=take_batch
+                store, batch_size=LOADED, num_workers=num_workers, collate_fn=take_batch
             )
             passes = [
                 _one_view(
@@ -160,6 +161,7 @@ def feature_store(
                     augmentation if view else None,
                     (seed, view),
                     dtype,
+                    batch_size,
                 )
                 for view in range(views)
             ]
@@ -180,6 +182,7 @@ def _one_view(
     augmentation: Augmentation | None,
     seed: tuple[int, int],
     dtype: torch.dtype,
+    batch_size: int,
 ) -> Tensor:
     """Compute the features [N, D] of every image in order, as in evaluation, or augmented."""
     head, device = linear_head(model), next(model.parameters()).device
@@ -203,7 +206,8 @@ def _one_view(
                     images, labels, preprocessing, model.config.num_labels, generator
                 )
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                model(pixel_values=pixel_values.contiguous(memory_format=torch.channels_last))
+                for part in pixel_values.split(batch_size):
+                    model(pixel_values=part.contiguous(memory_format=torch.channels_last))
     model.train(was_training)
     return torch.cat([feature.float() for feature in seen])
 

@@ -288,7 +288,7 @@ def identity(splits: Splits, num_processes: int) -> dict[str, Any]:
 def identity_of(
     splits: Sequence[Split], id2label: dict[int, str], num_processes: int
 ) -> dict[str, Any]:
-    """Return the same of splits that were not made together."""
+    """Return the same for splits that were not made together."""
     facts: dict[str, Any] = {"classes": list(id2label.values()), "processes": num_processes}
     for split in splits:
         facts[f"labels of {split.name}"] = hashlib.sha256(split.labels.tobytes()).hexdigest()

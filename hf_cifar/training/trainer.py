@@ -54,12 +54,12 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 class ImageClassificationTrainer(ResumableTrainer):
     """Trains on images that are prepared once, and transformed on the device, inside the step.
 
-    Used like a transformers Trainer. model: of transformers, trained in place; of timm or a torch.nn.Module
-    with logits, of which `trainer.model` is a copy. train_dataset, eval_dataset, and those of `evaluate` and
-    `predict`: a datasets.Dataset, a torch data set or list of (image, label), (images, labels), a
-    pandas.DataFrame, a dict of columns, or a `Split`; their classes are matched to the model's by name. An
-    IterableDataset is read into memory. processing_class: the image processor; default: the checkpoint's.
-    data: options of their columns, unreadable images and storage.
+    Used like a transformers Trainer. model: a transformers model, trained in place; or a timm model or
+    torch.nn.Module that returns logits, which is copied to `trainer.model`. train_dataset, eval_dataset,
+    and those of `evaluate` and `predict`: a datasets.Dataset, a torch data set or list of (image, label),
+    (images, labels), a pandas.DataFrame, a dict of columns, or a `Split`; their classes are matched to the
+    model's by name. An IterableDataset is read into memory. processing_class: the image processor; default:
+    the checkpoint's. data: options for columns, unreadable images and storage.
 
     preprocessing: default: the image processor's, applied to evaluation batches. loss: of training; default:
     cross-entropy, smoothed as `args` say. augmentation: the random transform applied to training batches
@@ -165,7 +165,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.add_callback(self.stop_signals)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train, from a checkpoint's folder if one is given; True is the newest one of `args.output_dir`.
+        """Train, from a checkpoint folder if one is given; True selects the newest one in `args.output_dir`.
 
         A signal ends it after the current step, with a checkpoint of that step.
 
@@ -230,7 +230,7 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on a data set of any kind; during training, with the averaged weights."""
-        if not isinstance(eval_dataset, str):  # of one of several
+        if not isinstance(eval_dataset, str):  # the name of one of multiple data sets
             eval_dataset = self._stores(eval_dataset, "validation")
         with self.averaging.applied(self.classifier):
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
@@ -239,7 +239,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         return metrics
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
-        """Predict the images of a data set of any kind; of a datasets.Dataset also without labels."""
+        """Predict the images of a data set of any kind; a datasets.Dataset may lack labels."""
         if not lacks_labels(test_dataset, self.data):
             return super().predict(self._stores(test_dataset, "test"), *args, **kwargs)
         unlabelled = with_placeholders(test_dataset, self.classifier, self.data)
@@ -252,7 +252,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         return PredictionOutput(output.predictions, None, times)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write a card of what is known, see `card.py`; the parent's arguments."""
+        """Write a card of what is known, see `card.py`, with the parent's arguments."""
         if self.is_world_process_zero():
             given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
             write_card(self, self._measured, **given)

@@ -162,7 +162,7 @@ class Preprocessing:
 
     @property
     def resize_mode(self) -> str:
-        """What happens to an image of another shape than the input: crop, squash or pad."""
+        """How an image of another shape than the input is resized: crop, squash or pad."""
         if self.border is not None:
             return "pad"
         return "crop" if isinstance(self.resize, int) else "squash"
@@ -255,8 +255,8 @@ class Preprocessing:
         return resize_exactly(images, box, self.size, self.interpolation, self.library)
 
     def view_image(self, image: np.ndarray) -> np.ndarray:
-        """Apply `view` to one image [H, W, 3] uint8, giving uint8 [*size, 3], by the library itself: the same
-        pixels, several times as fast on one core of a CPU."""
+        """Apply `view` to one image [H, W, 3] uint8, giving uint8 [*size, 3], with the library itself: the
+        same pixels, several times faster on one CPU core."""
         height, width = image.shape[:2]
         resized = self.resized(height, width)
         top, left = self.corner(resized)
@@ -269,8 +269,8 @@ class Preprocessing:
         return image[top : top + self.size[0], left : left + self.size[1]]
 
     def frame(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The images with their border, if any, and the box [1, 4] in them that random views vary: the part
-        that the crop leaves of images that are not square, else all."""
+        """Return the images with their border, if any, and the box [1, 4] that random views vary: what the
+        crop keeps of images that are not square, else the whole image."""
         images = self.shaped(images)
         height, width = images.shape[-2:]
         if isinstance(self.resize, int) and height != width:

@@ -56,7 +56,8 @@ def by_pillow(image: np.ndarray, size: tuple[int, int], interpolation: str) -> n
 
 def by_torch(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
     """Resize an image [H, W, 3] uint8 to (height, width) with torch, as torchvision does."""
-    writable = image if image.flags.writeable else image.copy()  # torch warns of others
+    # torch warns about read-only arrays.
+    writable = image if image.flags.writeable else image.copy()
     pixels = torch.from_numpy(writable).permute(2, 0, 1)[None]
     resized = F.interpolate(pixels, size, mode=interpolation, antialias=True)
     return resized[0].permute(1, 2, 0).numpy()

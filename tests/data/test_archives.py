@@ -95,6 +95,14 @@ def test_an_error_names_the_archive(tmp_path):
         source(path)
 
 
+def test_two_archives_of_one_name_are_refused(tmp_path):
+    write_zip(tmp_path / "cats.zip", {"1.png": PNG})
+    write_tar(tmp_path / "cats.tar.gz", {"2.png": PNG})
+    write_zip(tmp_path / "dogs.zip", {"3.png": PNG})
+    with pytest.raises(UserError, match=r"cats.tar.gz and cats.zip in \S+ have the same name"):
+        source(tmp_path)
+
+
 def test_archive_beside_class_folders_is_left_out(tmp_path):
     for name, content in CATS.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -133,7 +141,7 @@ def test_interrupted_unpacking_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", ["zip", "tar"])
 def test_members_that_lead_out_are_refused(tmp_path, name, suffix):
     path = write(tmp_path / f"a.{suffix}", CATS | {name: PNG})
-    with pytest.raises(UserError, match="which leads out of its folder; it was not unpacked"):
+    with pytest.raises(UserError, match="which points outside its folder; it was not unpacked"):
         source(path)
     assert sorted(os.listdir(tmp_path)) == ["a." + suffix, "cache"]
     assert not list((tmp_path / "cache").rglob("*.png"))
@@ -151,7 +159,7 @@ def test_members_that_lead_out_are_refused(tmp_path, name, suffix):
 )
 def test_links_that_lead_out_are_refused(tmp_path, links):
     path = write_tar(tmp_path / "a.tar", CATS, links)
-    with pytest.raises(UserError, match="which leads out of its folder; it was not unpacked"):
+    with pytest.raises(UserError, match="which points outside its folder; it was not unpacked"):
         source(path)
     assert not list((tmp_path / "cache/archives").rglob("*.png"))
 
@@ -170,7 +178,7 @@ def test_a_link_in_a_zip_that_leads_out_is_refused(tmp_path):
     path = write_zip(tmp_path / "a.zip", CATS | {})
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(member, "/etc/passwd")
-    with pytest.raises(UserError, match="which leads out of its folder"):
+    with pytest.raises(UserError, match="which points outside its folder"):
         source(path)
 
 

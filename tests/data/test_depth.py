@@ -9,7 +9,7 @@ from PIL import Image
 
 from hf_cifar.config.data import DataConfig, ValueRange
 from hf_cifar.data import depth, images
-from hf_cifar.data.images import decode_cell, decode_cells, decode_image, find_value_range
+from hf_cifar.data.images import decode_cell, decode_image, find_value_range
 from hf_cifar.errors import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -143,7 +143,7 @@ def test_without_a_range_the_type_decides_and_a_line_says_so(caplog):
     images._note_full_range.cache_clear()
     for _ in range(2):
         assert (decode_image(png16(COLOUR)) == (COLOUR / 257).round()).all()
-    assert caplog.text.count("scaled by the whole range of their type") == 1
+    assert caplog.text.count("scaled by the full range of their type") == 1
     declared = decode_image(pgm(TWELVE, 4095))
     assert (declared == grey_rgb(scaled(TWELVE, 0, 4095))).all()
 
@@ -209,7 +209,8 @@ def test_the_range_of_fractions_is_found():
 
 
 def test_cells_are_decoded_with_the_range():
-    (found,) = decode_cells(cells_of(COLOUR_FILES["png"]), value_range=RANGE)
+    (cell,) = cells_of(COLOUR_FILES["png"])
+    found = decode_cell(cell, value_range=RANGE)
     assert (found == scaled(COLOUR, 100, 4000)).all()
 
 

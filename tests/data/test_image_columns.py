@@ -3,13 +3,26 @@
 import io
 
 import numpy as np
+import pyarrow
 import pytest
-from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, LargeList, List, Value
+from datasets import (
+    Array2D,
+    Array3D,
+    ClassLabel,
+    Dataset,
+    Features,
+    LargeList,
+    List,
+    Value,
+    concatenate_datasets,
+)
 from datasets import Image as ImageFeature
+from datasets.table import InMemoryTable
 from pictures import encode
 from PIL import Image
 
 from hf_cifar.config.data import DataConfig
+from hf_cifar.data.image_columns import encoded_images
 from hf_cifar.data.images import decode_cell
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.splits import load_splits, prepare_splits
@@ -67,6 +80,17 @@ def test_structs_of_bytes_and_path(save, path):
     np.testing.assert_array_equal(decoded(loaded["train"]), COLOUR)
 
 
+def test_structs_of_more_than_two_gigabytes(tmp_path):
+    content = pyarrow.py_buffer(bytes(2**30))
+    ends = pyarrow.py_buffer(np.array([0, 2**30], np.int32))
+    cell = pyarrow.Array.from_buffers(pyarrow.binary(), 1, [None, ends, content])
+    cells = pyarrow.StructArray.from_arrays([cell, pyarrow.array(["1.png"])], ["bytes", "path"])
+    table = InMemoryTable(pyarrow.table({"image": cells, "label": [0]}))
+    rows = concatenate_datasets([Dataset(table, fingerprint="one")] * 3)
+    found = encoded_images({"train": rows}, tmp_path)["train"]
+    assert found.features["image"] == ImageFeature(decode=False) and len(found) == 3
+
+
 @pytest.mark.parametrize("how", ["absolute", "relative", "below", "windows", "struct"])
 def test_names_of_files(tmp_path, how):
     files = tmp_path / "photos" / "deep"
@@ -104,7 +128,7 @@ def test_strings_that_name_no_files_are_no_images(save):
     folder = save(train=make(["a.png", "b.png"], Value("string"), "file"))
     with pytest.raises(UserError, match=r"none of the columns .* is an image column"):
         read(folder)
-    with pytest.raises(UserError, match=r"'file' holds .*, not images or names of files in"):
+    with pytest.raises(UserError, match=r"'file' holds .*, not images or file names in"):
         read(folder, image_column_name="file")
 
 
@@ -152,7 +176,7 @@ def test_the_layout_of_flat_colours_is_that_of_smooth_images(save, photo, caplog
     pictures = np.stack([np.asarray(photo(16, 16, seed)) for seed in range(4)])
     for cells, said in (
         (pictures.reshape(4, -1), "red, green and blue of each pixel together"),
-        (pictures.transpose(0, 3, 1, 2).reshape(4, -1), "all red ones first"),
+        (pictures.transpose(0, 3, 1, 2).reshape(4, -1), "all red values first"),
     ):
         caplog.clear()
         loaded = read(save(train=make(cells.tolist(), nested(List, 1, "int64"))))
@@ -200,8 +224,8 @@ def test_sizes_may_differ_and_images_may_be_missing(save):
     ("cells", "depth", "message"),
     [
         (COLOUR[:, :, :3].transpose(0, 2, 1, 3), 3, "shape 3 x 8 x 3, which could have its channels f"),
-        (COLOUR[..., :2], 3, "shape 8 x 6 x 2, which is no image"),
-        (GREY[:, :, :2], 2, "shape 8 x 2, which is no image"),
+        (COLOUR[..., :2], 3, "shape 8 x 6 x 2, which is not an image"),
+        (GREY[:, :, :2], 2, "shape 8 x 2, which is not an image"),
         (GREY.reshape(4, 48)[:, :47], 1, "lists of 47 numbers, neither a grey square"),
         (GREY.reshape(4, 48)[:, :4], 1, "lists of 4 numbers, neither"),
         ([[1] * 64, [1] * 16], 1, "lists of 16, 64 numbers"),

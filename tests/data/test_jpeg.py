@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from hf_cifar.data.jpeg import TURNS, decode_jpeg, turned
+from hf_cifar.data.depth import TURNS, turned
+from hf_cifar.data.jpeg import decode_jpeg
 
 
 def picture(height=61, width=83):

@@ -101,7 +101,7 @@ def test_splits_and_classes(tmp_path, folders, splits):
         (several("train", "test", "bus"), "can be read in two ways"),
         (several("seg_train/a", "seg_train/b", "seg_test/a", "seg_pred"), "without seg_pred/"),
         (several("train", "test"), r"train holds 2 images and no class folders; make one .*--labels_file"),
-        (several("Train/a", "Train/b", "train_set/a"), r"Train/, train_set/ in .* are all train"),
+        (several("Train/a", "Train/b", "train_set/a"), r"Train/, train_set/ in .* are all named as train"),
         (several("train/a", "train/b", "test/a", "test/c"), r"class 'c' is only in test/ \(2 images\)"),
         (several("train/a", "train/b", "val/c"), r"class 'c' is only in val/ \(2 images\), not in train"),
         ([*several("a", "b"), "1.png", "2.png"], r"1.png \(and 1 more\) is not in a class folder"),
@@ -115,7 +115,7 @@ def test_splits_and_classes(tmp_path, folders, splits):
         (several("a/train", "a/test", "b/train", "b/test"),
          r"a/, b/ in .* each hold splits, test/, train/; make those the top folders, .*--folders classes"),
         (several("fold1/a", "fold1/b", "fold2/a", "fold2/b"), r"two ways: fold1, fold2 as classes; or "
-         r"a/, b/ in fold1/, fold2/ as classes. Join them, one folder per class, or --folders classes"),
+         r"a/, b/ in fold1/, fold2/ as classes. Merge them into one folder per class, or pass --folders"),
         (several("2023/a", "2023/b", "2024/a", "2024/b"), "two ways: 2023, 2024 as classes"),
         (several("images/a", "images/b", "masks/a", "masks/b"), r"Pass .*images, or --folders classes"),
         (several("data/data/a", "data/data/b", "logos"), r"a/, b/ in data/ as classes. Pass .*data/data,"),

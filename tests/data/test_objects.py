@@ -1,5 +1,9 @@
 """hf_cifar.data.objects: data sets in memory, of every kind, as rows of images and labels."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +12,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from PIL import Image
 
 from hf_cifar import DataConfig, UserError, load_splits, load_test_split
+from hf_cifar.data import columns
+from hf_cifar.data.images import decode_cell
 from hf_cifar.data.sources import load_source
 from hf_cifar.data.splits import prepare_splits
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -40,6 +46,14 @@ def rows_of_pictures():
         yield {"image": picture, "label": label}
 
 
+def files():
+    """Paths of the pictures, relative to the current folder."""
+    folder = Path(tempfile.mkdtemp())
+    for number, picture in enumerate(pictures()):
+        picture.save(folder / f"{number}.png")
+    return [os.path.relpath(folder / f"{number}.png") for number in range(len(PIXELS))]
+
+
 def dataset():
     return Dataset.from_dict({"image": pictures(), "label": NAMES}).class_encode_column("label")
 
@@ -50,6 +64,8 @@ KINDS = {
     "DatasetDict": lambda: DatasetDict(train=dataset()),
     "IterableDataset": lambda: dataset().to_iterable_dataset(),
     "DataFrame": lambda: pd.DataFrame({"picture": pictures(), "kind": NAMES}),
+    "names of files": lambda: pd.DataFrame({"picture": files(), "label": NAMES}),
+    "names of files in columns": lambda: {"image": files(), "label": NAMES},
     "arrays": lambda: (PIXELS, np.array(LABELS)),
     "arrays, channels first": lambda: (PIXELS.transpose(0, 3, 1, 2), LABELS),
     "tensors": lambda: (torch.tensor(PIXELS).permute(0, 3, 1, 2), torch.tensor(LABELS)),
@@ -102,8 +118,6 @@ def test_grey_alpha_and_16_bit_images():
         (alpha, PIXELS),
         (grey.astype(np.uint16) * 257, np.repeat(grey[..., None], 3, -1)),
     ):
-        from hf_cifar.data.images import decode_cell
-
         rows = load_source(DataConfig(dataset_name=(images, LABELS)))["train"]
         found = np.stack([decode_cell(cell) for cell in rows["image"]])
         assert np.array_equal(found, expected)
@@ -136,6 +150,31 @@ def test_a_transform_is_not_used_and_said_so(caplog):
     assert len(splits.train) == 36 and "the transform of the Dataset is not used" in caplog.text
 
 
+def test_floats_after_a_missing_image_are_scaled_alike():
+    images = [None, *PIXELS[1:].astype(np.float32)]
+    rows = load_source(DataConfig(dataset_name=(images, LABELS)))["train"]
+    assert np.array_equal(decode_cell(rows[1]["image"]), PIXELS[1])
+
+
+def test_bfloat16():
+    halves = torch.tensor((PIXELS > 99) * 1.0).permute(0, 3, 1, 2).bfloat16()
+    rows = load_source(DataConfig(dataset_name=(halves, LABELS)))["train"]
+    assert np.array_equal(decode_cell(rows[0]["image"]), (PIXELS[0] > 99) * 255)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "columns", "stream"])
+def test_images_of_more_than_one_piece_keep_their_order(monkeypatch, kind):
+    monkeypatch.setattr(columns, "PIECE_BYTES", 1000)
+    data = {
+        "pairs": (PIXELS, LABELS),
+        "columns": {"image": list(PIXELS), "label": LABELS, "place": [str(i) for i in range(40)]},
+        "stream": IterableDataset.from_generator(rows_of_pictures, features=dataset().features),
+    }[kind]
+    rows = load_source(DataConfig(dataset_name=data))["train"]
+    assert np.array_equal([decode_cell(cell) for cell in rows["image"]], PIXELS)
+    assert rows["label"][:] == LABELS
+
+
 def test_a_missing_image_is_skipped_on_request():
     data = ([None, *PIXELS[1:]], LABELS)
     config = DataConfig(dataset_name=data, on_bad_image="skip")
@@ -148,6 +187,11 @@ def test_a_missing_image_is_skipped_on_request():
     [
         ((PIXELS, LABELS[:-1]), "40 images have 39 labels"),
         ((PIXELS.astype(np.float32) - 100, LABELS), "the images hold negative numbers"),
+        ((PIXELS.astype(np.int64) - 100, LABELS), "the images hold negative numbers"),
+        (([None, *(PIXELS[1:] * -1.0)], LABELS), "the images hold negative numbers"),
+        ((np.where(PIXELS, np.nan, 0.5), LABELS), "the images hold floats up to nan"),
+        ((PIXELS[:, :0] * 1.0, LABELS), r"an image is float64 of shape \[0, 8, 3\]"),
+        ((PIXELS.astype(str), LABELS), "an image is <U3"),
         ((PIXELS.astype(np.float32) * 10, LABELS), "the images hold floats up to 2550"),
         ((PIXELS.astype(np.int32) * 10, LABELS), "int32 up to .*; pass uint8"),
         ((PIXELS.reshape(40, -1), LABELS), r"an image has the shape \[144\]"),

@@ -80,7 +80,7 @@ def test_pixels_as_text_and_a_column_of_splits(tmp_path, separator):
     assert {split: len(found) for split, found in splits.items()} == {"train": 6, "test": 3}
     path.write_text(path.read_text().replace("PrivateTest", "Other"))
     with pytest.raises(
-        UserError, match=r"'Usage' of faces.csv names splits, but not only: 'Other',"
+        UserError, match=r"'Usage' of faces.csv are not all names of splits: 'Other',"
     ):
         load_source(DataConfig(dataset_name=str(path)))
 
@@ -94,9 +94,7 @@ def test_multiple_tables_of_pixels(tmp_path):
 
 def test_a_row_that_is_damaged(tmp_path):
     path = write(tmp_path / "train.csv", ",".join(["label", *NAMED]), [row(0, 0), row(1, 1), "2,x"])
-    with pytest.raises(
-        UserError, match=r"train.csv cannot be read as a table of pixels: .*correct it"
-    ):
+    with pytest.raises(UserError, match=r"train.csv cannot be read as a table of pixels: .*fix it"):
         load_source(DataConfig(dataset_name=str(path)))
 
 
@@ -105,3 +103,11 @@ def test_other_tables_hold_no_pixels(tmp_path):
     path = write(tmp_path / "a.csv", ",".join(["label", *NAMED[1:]]), [row(0), row(1)])
     with pytest.raises(UserError, match=r"no column of a.csv names images"):
         load_source(DataConfig(dataset_name=str(path)))
+
+
+def test_a_table_of_empty_lines(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("\n\n\n")
+    for name in (path, tmp_path):
+        with pytest.raises(UserError):
+            load_source(DataConfig(dataset_name=str(name)))

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from datasets import Dataset, Features, Image
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data import pixels as pixels_module
+from hf_cifar.data import preparation
 from hf_cifar.data.cache import make_room
 from hf_cifar.data.pixel_file import MISSING, STORED, PixelFile
 from hf_cifar.data.pixels import Form, Pixels
@@ -262,6 +264,16 @@ def test_file_of_another_number_of_rows_is_not_reused(tmp_path):
     assert (PixelFile(tmp_path / "a", 7, (4, 5)).states(np.arange(7)) == MISSING).all()
 
 
+def test_a_worker_finds_the_file_deleted_by_another_run(tmp_path):
+    file = PixelFile(tmp_path / "a", 4, (4, 5))
+    file.write(2, noise(4)[2])
+    sent = pickle.dumps(file)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert not pickle.loads(sent).read(np.arange(4))[1].any()
+    assert file.read(np.arange(4))[1].tolist() == [False, False, True, False]
+
+
 def test_full_disk_only_costs_time(save, make_rows, monkeypatch, caplog):
     rows = make_rows([0, 1] * 20)
     calls = []
@@ -284,18 +296,55 @@ def test_unwritable_cache_only_costs_time(save, make_rows, tmp_path, monkeypatch
     assert f"cannot cache in {tmp_path / 'a_file' / 'cache'}" in caplog.text
 
 
-def test_make_room_keeps_the_file_in_use_and_both_of_its_parts(folder, monkeypatch):
+def test_make_room_keeps_the_files_in_use_and_both_of_their_parts(folder, monkeypatch):
     folder.mkdir()
+    used = PixelFile(folder / "a", 4, (64, 64))
     for age, name in ((300, "a"), (200, "b"), (100, "c")):
-        file = PixelFile(folder / name, 4, (64, 64))
+        file = used if name == "a" else PixelFile(folder / name, 4, (64, 64))
         for row in range(4):
             file.write(row, np.zeros((64, 64, 3), np.uint8))
         for suffix in (".rows", ".pixels"):
             os.utime(folder / f"{name}{suffix}", (1e9 - age,) * 2)
     monkeypatch.setattr("hf_cifar.data.cache.SIZE_LIMIT", 130_000)
-    make_room(folder, 0, keep="a")
+    del file
+    make_room(folder, 0)
     assert {path.stem for path in folder.iterdir()} == {"a", "c"}
     assert (PixelFile(folder / "a", 4, (64, 64)).states(np.arange(4)) == STORED).all()
+
+
+def test_prepared_splits_above_the_limit_do_not_delete_each_other(
+    save, make_rows, folder, monkeypatch
+):
+    monkeypatch.setattr("hf_cifar.data.cache.SIZE_LIMIT", 1)
+    path = save(train=make_rows([0, 1] * 20), validation=make_rows([0, 1] * 10))
+    kept = [ready(split, **EVERYTHING) for split in parts(load(path))]
+    assert len(list(folder.glob("*.pixels"))) == len(kept) == 2
+
+
+def test_make_room_beside_another_process_that_deletes(folder, monkeypatch):
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.safetensors").write_bytes(bytes(100))
+    original = Path.stat
+
+    def stat(path, **options):
+        if path.name == "a.safetensors":
+            path.unlink(missing_ok=True)
+        return original(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr("hf_cifar.data.cache.SIZE_LIMIT", 1)
+    make_room(folder, 0)
+    assert not list(folder.iterdir())
+
+
+def test_images_that_turn_out_to_be_larger_are_kept_where_they_fit(save, make_rows, monkeypatch):
+    monkeypatch.setattr(pixels_module, "NUM_SURVEYED", 2)
+    monkeypatch.setattr(preparation, "MEMORY_LIMIT", 60 * 8 * 8 * 3)
+    sizes = [(8, 8), *[(90, 90)] * 58, (8, 8)]
+    rows = make_rows([0, 1] * 30, sizes=sizes)
+    split = ready(load(save(train=rows, validation=make_rows([0, 1]))).train)
+    assert split.images.kind == "disk"
 
 
 COUNT_DECODED = """

@@ -376,7 +376,7 @@ def test_hidden_test_labels_are_left_out(save, make_rows, hidden):
     data = DataConfig(dataset_name=str(folder))
     assert list(load_source(data)) == ["train"]
     assert len(load_splits(data).train) == 2
-    with pytest.raises(UserError, match=r"has no labelled test split, only .*--split validation"):
+    with pytest.raises(UserError, match=r"has no labelled test split, only .*; add one"):
         load_test_split(data)
 
 
@@ -397,7 +397,7 @@ def test_empty_split_is_refused(save, tmp_path, make_rows, empty):
 
 
 def test_empty_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"cannot load data set .*doesn't contain any data files"):
+    with pytest.raises(UserError, match=r"holds no images; put them into one folder per class"):
         source(tmp_path)
 
 
@@ -425,7 +425,7 @@ def test_missing_folder_is_refused(name):
         ("file:///home/me/photos", "; pass /home/me/photos$"),
         (
             "photos/x.npz",
-            r"x.npz is not a data set that is read; load it in Python, .*finetune_classifier",
+            r"x.npz is not a supported data set; load it in Python, .*finetune_classifier",
         ),
         ("photos/x.xlsx", "save it as CSV"),
         ("photos", r"no image among 2 files \(1 .npz, 1 .xlsx\); load it in Python"),

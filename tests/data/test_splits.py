@@ -6,6 +6,7 @@ from datasets import ClassLabel, Value
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.images import decode_cell
+from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.split import prepare_split
 from hf_cifar.data.splits import Splits, load_splits, load_test_split, prepare_splits
 from hf_cifar.data.stratify import subsample
@@ -224,6 +225,20 @@ def test_empty_cell_names_its_row(save, make_rows):
         list(splits.validation.pictures(""))
 
 
+def test_few_pictures_wait_to_be_compared(save, make_rows, monkeypatch):
+    monkeypatch.setattr("hf_cifar.data.split.num_threads", lambda: 2)
+    decoded, decode = [], Pixels.decode
+    monkeypatch.setattr(
+        Pixels, "decode", lambda self, row: decoded.append(row) or decode(self, row)
+    )
+    rows = make_rows([0, 1] * 50, sizes=((90, 70), (70, 90)))
+    pictures = iter(load(save(train=rows)).train.pictures("comparing"))
+    decoded.clear()
+    assert next(pictures).shape in ((90, 70, 3), (70, 90, 3))
+    pictures.close()
+    assert len(decoded) < 10
+
+
 def test_every_broken_image_is_named(save, make_rows):
     rows = broken(make_rows, 3)
     cells = rows["img"][:]
@@ -351,5 +366,5 @@ def test_limit_below_the_number_of_classes_is_refused(folder, flag):
 
 def test_missing_test_split_is_refused(save, make_rows):
     data = DataConfig(dataset_name=str(save(train=make_rows([0, 1] * 5))))
-    with pytest.raises(UserError, match=r"no labelled test split, only \['train'\]; leave out"):
+    with pytest.raises(UserError, match=r"no labelled test split, only \['train'\]; add one"):
         load_test_split(data)

@@ -1,3 +1,4 @@
+import os
 import pickle
 
 import numpy as np
@@ -9,10 +10,20 @@ from transformers import ViTImageProcessor
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data import preparation
+from hf_cifar.data.images import decode_cell
+from hf_cifar.data.pixel_file import MISSING
+from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.preparation import memory_to_spare
 from hf_cifar.data.split import prepare_split, with_images
 from hf_cifar.data.splits import load_splits
-from hf_cifar.data.store import PreparedStore, ResidentStore, build_store, take_batch, to_batch
+from hf_cifar.data.store import (
+    PreparedStore,
+    ResidentStore,
+    build_store,
+    default_num_workers,
+    take_batch,
+    to_batch,
+)
 from hf_cifar.errors import UserError
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -164,6 +175,14 @@ def test_stores_can_be_sent_to_spawned_workers(train):
         assert torch.equal(copy[0]["pixel_values"], store[0]["pixel_values"])
 
 
+def test_an_image_that_is_lost_after_preparation_is_no_black_one(train, monkeypatch):
+    split = prepare_split(train(MIXED), PREPROCESSING, kind="resident")
+    split.images.prepared._file.mark(int(split.positions[3]), MISSING)
+    monkeypatch.setattr(Pixels, "decode_cell", lambda self, cell: decode_cell(None))
+    with pytest.raises(UserError, match=r"an image can no longer be read: .*the cell is empty"):
+        build_store(split)
+
+
 @pytest.mark.parametrize("sizes", [((8, 8),), MIXED], ids=["one size", "mixed"])
 def test_two_stores_of_a_split_share_their_tensor(train, sizes):
     split = prepare_split(train(sizes), PREPROCESSING)
@@ -180,6 +199,14 @@ def test_size_and_free_memory_and_disk_determine_the_store(train, monkeypatch):
         monkeypatch.setenv("HF_CIFAR_CACHE", str(preparation.cache_folder() / str(memory + disk)))
         kinds.append(prepare_split(train(), PREPROCESSING).images.kind)
     assert kinds == ["resident", "disk", "streamed"]
+
+
+def test_workers_share_the_cores_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    for processes, count in ((1, 6), (2, 3), (9, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert default_num_workers(decodes=True) == count
+    assert default_num_workers(decodes=False) == 0
 
 
 def test_memory_budget_is_divided_among_processes(monkeypatch):

@@ -169,9 +169,19 @@ def test_a_column_of_splits_is_known_by_its_values(tmp_path):
     lines = [line.replace("test set", "later") for line in lines]
     photos(tmp_path, NAMES, "path,label,split\n" + "".join(lines))
     with pytest.raises(
-        UserError, match=r"'split' of labels.csv names splits, but not only: 'later', 'train"
+        UserError, match=r"'split' of labels.csv are not all names of splits: 'later', 'train"
     ):
         source(tmp_path)
+
+
+def test_ids_that_lost_their_zeros_are_refused_with_the_names_of_the_files(tmp_path):
+    lines = [f"{i},{label_of(i)}\n" for i in range(9)]
+    photos(tmp_path, [f"img/{i:03}.png" for i in range(9)], "id,label\n" + "".join(lines))
+    called = r"images are called img/000\.png, img/001\.png, img/002\.png"
+    with pytest.raises(UserError, match=called):
+        source(tmp_path, labels_file="labels.csv")
+    with pytest.raises(UserError, match=called):
+        source(tmp_path, labels_file="labels.csv", image_column_name="id")
 
 
 def test_only_some_folders_of_a_table_are_splits(tmp_path):
@@ -277,7 +287,7 @@ def test_two_tables_are_listed(tmp_path):
     (tmp_path / "other.csv").write_text(csv_of(lambda i: i, header="id,label"))
     with pytest.raises(
         UserError,
-        match=r"multiple tables have labels of these images: labels.csv, other.csv; choose .*--labels_file",
+        match=r"multiple tables have labels for these images: labels.csv, other.csv; choose .*--labels_file",
     ):
         source(tmp_path)
     check(source(tmp_path, labels_file="other.csv"))
@@ -337,7 +347,7 @@ def test_why_a_table_is_not_used(tmp_path, name, text, message):
         (
             "labels.json",
             '{"images": [], "annotations": []}',
-            "is no list of objects such as .*into a CSV",
+            "is not a list of objects such as .*into a CSV",
         ),
         (
             "labels.csv",
@@ -373,13 +383,14 @@ def test_the_separator_line_of_excel(tmp_path):
 
 @pytest.mark.parametrize(
     ("column", "values", "shown"),
-    [("split", "012", "as: '0', '1', '2'"), ("is_valid", ["True", "False"], "as: 'False', 'True'")],
+    [("split", "012", "'0', '1', '2'"), ("is_valid", ["True", "False"], "'False', 'True'")],
 )
 def test_a_column_that_divides_the_rows_in_other_words(tmp_path, column, values, shown):
     rows = "".join(f"{i},{label_of(i)},{values[i % len(values)]}\n" for i in range(9))
     photos(tmp_path, NAMES, f"id,label,{column}\n{rows}")
     with pytest.raises(
-        UserError, match=f"column '{column}' of labels.csv names splits {shown}; write"
+        UserError,
+        match=f"column '{column}' of labels.csv are not all names of splits: {shown}; use",
     ):
         source(tmp_path)
 
@@ -428,7 +439,7 @@ def test_a_table_for_each_split(tmp_path):
 def test_columns_that_are_not_clear_are_listed(tmp_path, caplog):
     lines = [f"images/{i}.png,{label_of(i)},{'ab'[i % 2]}\n" for i in range(9)]
     photos(tmp_path, NAMES, "path,kind,colour\n" + "".join(lines))
-    with pytest.raises(UserError, match=r"not clear: kind, colour could be .*--label_column_name"):
+    with pytest.raises(UserError, match=r"ambiguous: kind, colour could be .*--label_column_name"):
         source(tmp_path)
     check(source(tmp_path, label_column_name="kind"))
     with pytest.raises(
@@ -554,3 +565,63 @@ def test_training_splits_of_a_table(tmp_path):
     text = "path,label\n" + "".join(f"{name},{label_of(i)}\n" for i, name in enumerate(names))
     splits = load_splits(DataConfig(dataset_name=str(photos(tmp_path, names, text))))
     assert len(splits.train) == 27 and splits.id2label == dict(enumerate(CLASSES))
+
+
+def json_lines(rows):
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+
+
+@pytest.mark.parametrize("single", ["cat", ["cat"]])
+def test_lists_of_labels_are_found_by_name(tmp_path, single):
+    """One label alone is a list of one."""
+    rows = [
+        {"file_name": f"{i}.png", "labels": ["cat", "owl"] if i % 2 else single} for i in range(9)
+    ]
+    root = photos(tmp_path, [f"{i}.png" for i in range(9)], json_lines(rows), "metadata.jsonl")
+    found = source(root)["train"]
+    assert found.features["label"] == List(ClassLabel(names=["cat", "owl"]))
+    assert sorted(map(len, found["label"])) == [1] * 5 + [2] * 4
+
+
+def test_tables_of_lists_and_of_single_labels_are_not_joined(tmp_path):
+    lists = "path,label\n" + "".join(f"train/{i}.png,\"['cat', 'dog']\"\n" for i in range(9))
+    single = csv_of(lambda i: f"test/{i}.png", header="path,label")
+    root = photos(tmp_path, [f"train/{i}.png" for i in range(9)], lists, "train.csv")
+    photos(root, [f"test/{i}.png" for i in range(9)], single.replace("owl", "dog"), "test.csv")
+    with pytest.raises(UserError, match=r"train.csv has lists of labels, and test.csv one label"):
+        source(root)
+
+
+def test_line_separators_inside_of_json_text(tmp_path):
+    rows = [{"path": NAMES[i], "label": label_of(i), "text": "a\u2028b"} for i in range(9)]
+    check(source(photos(tmp_path, NAMES, json_lines(rows), "labels.jsonl")))
+
+
+def test_every_metadata_file_is_used_and_not_counted(tmp_path):
+    for part in ("train", "test"):
+        rows = "".join(f"{i}.png,{label_of(i)}\n" for i in range(9))
+        photos(
+            tmp_path / part, [f"{i}.png" for i in range(9)], f"file_name,label\n{rows}",
+            "metadata.csv",
+        )  # fmt: skip
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    assert read_source(DataConfig(dataset_name=str(tmp_path))).left_out == {".csv": 1}
+
+
+def test_another_table_is_counted_beside_a_table_elsewhere(tmp_path):
+    root = photos(tmp_path / "photos", NAMES, "a,b\n1,2\n", "notes.csv")
+    (tmp_path / "labels.csv").write_text(csv_of(lambda i: f"images/{i}.png"))
+    config = DataConfig(dataset_name=str(root), labels_file=str(tmp_path / "labels.csv"))
+    assert read_source(config).left_out == {".csv": 1}
+
+
+def test_an_empty_cell_in_the_first_line_of_a_table_without_names(tmp_path):
+    text = "".join(f"{NAMES[i]},{'' if i == 0 else label_of(i)}\n" for i in range(9))
+    root = photos(tmp_path, NAMES, text)
+    check(source(root, label_column_name="column 2"), count=8)
+
+
+def test_classes_that_are_almost_numbers(tmp_path):
+    text = "path,label\n" + "".join(f"{NAMES[i]},--{i % 3}\n" for i in range(9))
+    names = source(photos(tmp_path, NAMES, text))["train"].features["label"].names
+    assert names == ["--0", "--1", "--2"]

@@ -1,5 +1,6 @@
 """hf_cifar.training.features: a head trained on cached features is the head of the uncached run."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import timm
 import torch
 from sklearn.linear_model import LogisticRegression
-from tiny import tiny_config
+from tiny import tiny_config, tiny_trainer
 from transformers import AutoModelForImageClassification
 
 from hf_cifar.cli import main
+from hf_cifar.config.data import DataConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.store import ResidentStore
 from hf_cifar.errors import UserError
@@ -115,6 +117,18 @@ def test_changed_conditions_give_new_features(tmp_path, stripes, tiny_vit, chang
     assert features[0].shape != features[1].shape or not torch.equal(*features)
 
 
+def test_another_range_of_values_gives_new_features(tmp_path, tiny_vit):
+    """Also for images that are not stored."""
+    scans = [np.arange(i, i + 1024, dtype=np.uint16).reshape(32, 32) for i in range(24)]
+    parts = []
+    for values in ("0,2000", "0,9000"):
+        config = parse(tmp_path, "", tiny_vit)
+        data = DataConfig((scans, [0, 1] * 12), pixel_store="streamed", value_range=values)
+        config = dataclasses.replace(config, data=data)
+        parts.append(make_trainer(config)[0].train_dataset.features)
+    assert not torch.equal(*parts)
+
+
 def test_views_are_drawn_per_image_only_in_training(tmp_path, stripes, tiny_vit):
     trainer, _ = make_trainer(parse(tmp_path, stripes, tiny_vit, "--feature_views", "4"))
     features = trainer.train_dataset.features
@@ -134,6 +148,18 @@ def test_views_are_drawn_per_image_only_in_training(tmp_path, stripes, tiny_vit)
         if torch.equal(values[row], features[view, row])
     }
     assert len(views) > 16  # of 32
+
+
+def test_views_do_not_depend_on_the_evaluation_batch(tmp_path, stripes, tiny_vit, monkeypatch):
+    found = []
+    for size in ("64", "5"):
+        monkeypatch.setenv("HF_CIFAR_CACHE", str(tmp_path / size))
+        flags = ["--freeze", "backbone", "--feature_views", "2", "--rotation", "20"]
+        flags += ["--per_device_eval_batch_size", size]
+        trainer = tiny_trainer(tmp_path / "run", stripes, tiny_vit, *flags)
+        found.append(trainer.train_dataset.features)
+    assert torch.allclose(*found, atol=1e-5)
+    assert not torch.allclose(found[0][0], found[0][1], atol=1e-3)
 
 
 def test_draw_view_without_a_generator_is_the_first():

@@ -158,7 +158,7 @@ def test_other_networks_are_wrapped(kind, ds, tmp_path):
             ds["test"][0]["image"]
         )
         network.load_state_dict(load_file(tmp_path / "final/model.safetensors"))
-    with pytest.raises(UserError, match="has no names of classes; pass train_dataset"):
+    with pytest.raises(UserError, match="has no class names; pass train_dataset"):
         ImageClassificationTrainer(network, arguments(tmp_path), **options)
 
 
@@ -211,7 +211,7 @@ def test_a_model_without_names_takes_those_of_the_data(ds, tiny_vit, tmp_path, c
     plain.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
     trainer = ImageClassificationTrainer(plain, arguments(tmp_path), train_dataset=ds["train"])
     assert plain.config.label2id == {"across": 0, "down": 1}
-    assert "the model's classes had no names: they are across, down" in caplog.text
+    assert "the model's classes had no names and are now across, down" in caplog.text
     assert trainer.train_dataset.labels.tolist() == ds["train"]["label"]
     three = ViTForImageClassification.from_pretrained(tiny_vit)
     numbers = ds["train"].cast_column("label", datasets.Value("int64"))
@@ -219,7 +219,7 @@ def test_a_model_without_names_takes_those_of_the_data(ds, tiny_vit, tmp_path, c
     assert list(three.config.id2label.values()) == ["0", "1", "2"]
     many = ds["train"].cast_column("label", ClassLabel(names=[*NAMES, "cat", "dog"]))
     with pytest.raises(
-        UserError, match=r"4 classes, .* the model 3 without names; load it with num_l"
+        UserError, match=r"4 classes, .* the model has 3 without names; load it with num_l"
     ):
         ImageClassificationTrainer(
             ViTForImageClassification.from_pretrained(tiny_vit),
@@ -323,7 +323,7 @@ def test_a_setting_that_cannot_be_used_is_refused(ds, tiny_vit, tmp_path):
             {"train_dataset": ds},
             r"train is a DatasetDict of train, validation, test; pass one of them",
         ),
-        ({"train_dataset": "beans"}, "train is the name 'beans'; pass a datasets.Dataset"),
+        ({"train_dataset": "beans"}, "train is the string 'beans'; pass a datasets.Dataset"),
         ({"processing_class": object()}, "processing_class is a object; pass the model's image"),
     ):
         with pytest.raises(UserError, match=words):
@@ -364,7 +364,7 @@ def test_half_precision_weights_train_as_float32(ds, tiny_vit, tmp_path, caplog)
         model, arguments(tmp_path, max_steps=2), train_dataset=ds["train"]
     )
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-    assert "the model's weights are float16, and train as float32" in caplog.text
+    assert "the model's weights are float16, and are trained as float32" in caplog.text
     trainer.train()
 
 
