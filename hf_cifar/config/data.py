@@ -91,6 +91,13 @@ class DataConfig:
     split_seed: int = option(
         42, "Seed of the train/validation split and of every subsample.", low=0, high=2**32 - 1
     )
+    imbalance_factor: float = option(
+        1.0,
+        "Train on a long tail: the first class keeps its images, the last one this many times fewer, those "
+        "between fall exponentially.",
+        low=1, high=1e6,
+    )  # fmt: skip
+    shots: int | None = option(None, "Train on this many images of each class.", low=1)
     max_train_samples: int | None = option(
         None, "Train on at most this many images, stratified; of a stream, on about as many.", low=1
     )

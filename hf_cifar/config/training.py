@@ -94,6 +94,18 @@ class TrainingConfig:
         low=0,
         high=1e6,
     )
+    loss: Literal["cross_entropy", "focal"] = option(
+        "cross_entropy",
+        "Training loss; focal: images that are already right count little (gamma 2).",
+    )
+    class_balance: Literal[
+        "none", "oversample", "undersample", "weights", "effective", "logit_adjustment"
+    ] = option(
+        "none",
+        "For classes of very different sizes. oversample, undersample: draw each as often as the largest or "
+        "smallest one; weights, effective: weight them in the loss, by their size or effective number; "
+        "logit_adjustment: add the log of their shares to the logits in the loss.",
+    )
     label_smoothing_factor: float = option(
         0.1, "Label smoothing, in the training loss only.", low=0, high=0.999
     )

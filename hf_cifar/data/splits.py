@@ -28,7 +28,7 @@ from hf_cifar.data.labels import (
 from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.sources import Source, announced, open_data_set, read_source
 from hf_cifar.data.split import Split, UnreadableImages, readable, with_images
-from hf_cifar.data.stratify import stratified, subsample
+from hf_cifar.data.stratify import few_shot, long_tail, stratified, subsample
 from hf_cifar.data.streams import (
     Stream,
     collect,
@@ -292,7 +292,11 @@ def _splits(source: DataSource) -> Splits:
             labels, config.train_val_split, names, config.split_seed, train_name
         )
         validation = Split("validation", train, validation_rows)
-    train_split = _sampled(Split("train", train, train_rows), "max_train_samples", config)
+    train_split = long_tail(
+        Split("train", train, train_rows), config.imbalance_factor, config.split_seed
+    )
+    train_split = few_shot(train_split, config.shots, config.split_seed)
+    train_split = _sampled(train_split, "max_train_samples", config)
     validation = _sampled(validation, "max_eval_samples", config)
     return Splits(train_split, validation)
 

@@ -28,6 +28,50 @@ def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -
     return subset(split, kept)
 
 
+def long_tail(split: Split, factor: float, seed: int) -> Split:
+    """Keep all images of the first class, 1 / factor of the last one's, and exponentially fewer between.
+
+    A class that is larger than average counts as average, as in CIFAR-10-LT; each keeps an image.
+
+    Source: Cao et al., Learning Imbalanced Datasets with LDAM, 2019, appendix.
+    """
+    if factor == 1:
+        return split
+    _require_single_labels(split, "imbalance_factor")
+    num_classes = len(split.id2label)
+    most = len(split) / num_classes
+    exponents = np.arange(num_classes) / max(1, num_classes - 1)
+    return _first_of_each(split, np.maximum(1, (most * factor**-exponents).astype(int)), seed)
+
+
+def few_shot(split: Split, shots: int | None, seed: int) -> Split:
+    """Keep this many images of each class. Raises: UserError if a class has fewer."""
+    if shots is None:
+        return split
+    _require_single_labels(split, "shots")
+    counts = class_counts(split.labels, len(split.id2label))
+    if shots > counts.min():
+        name = split.id2label[int(counts.argmin())]
+        raise UserError(
+            f"--shots {shots}: class {name!r} has {counts.min():,} training images; pass at most as many"
+        )
+    return _first_of_each(split, np.full(len(counts), shots), seed)
+
+
+def _require_single_labels(split: Split, option: str) -> None:
+    if split.labels.ndim == 2:
+        raise UserError(f"--{option} needs one label per image, and this data is multi-label")
+
+
+def _first_of_each(split: Split, sizes: np.ndarray, seed: int) -> Split:
+    """Choose `sizes` [K] images of the classes at random, in the original order; a larger number of fewer
+    images contains those of a smaller one."""
+    order = np.random.default_rng(seed).permutation(len(split))
+    labels = split.labels[order]
+    kept = [order[labels == label][:size] for label, size in enumerate(sizes)]
+    return subset(split, np.sort(np.concatenate(kept)))
+
+
 def stratified(
     labels: np.ndarray, share: float, names: list[str], seed: int, split: str
 ) -> tuple[np.ndarray, np.ndarray]:

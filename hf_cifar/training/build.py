@@ -14,6 +14,8 @@ from transformers import (
 )
 
 from hf_cifar.config.run import RunConfig
+from hf_cifar.config.training import TrainingConfig
+from hf_cifar.data.labels import class_counts
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import Splits, prepare_splits
 from hf_cifar.data.store import PreparedStore, ResidentStore, ShardStore, default_num_workers
@@ -26,6 +28,7 @@ from hf_cifar.training.autotune import DTYPES, computing_as
 from hf_cifar.training.averaging import WeightAverage
 from hf_cifar.training.dataset import any_decodes, store_of
 from hf_cifar.training.features import FeatureStore, feature_store, features_suffice
+from hf_cifar.training.losses import Loss, training_loss
 from hf_cifar.training.resumable import identity
 from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -75,9 +78,28 @@ def build_trainer(
         averaging=WeightAverage(train.ema_decay),
         layer_decay=train.layer_decay,
         l1_decay=train.l1_decay,
+        loss=build_loss(model, splits.train, train),
+        class_balance=train.class_balance,
         shrink_batch=train.auto_find_batch_size,
         identity=identity(splits, plan.processes.count),
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+    )
+
+
+def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingConfig) -> Loss:
+    """Return the loss of the options. Raises: UserError for data that cannot be balanced by class."""
+    counts, multi_label = None, is_multi_label(model)
+    if isinstance(train, Split):
+        counts = torch.from_numpy(class_counts(train.labels, len(train.id2label))).float()
+    if config.class_balance != "none" and (counts is None or multi_label):
+        kind = "multi-label data" if multi_label else "a stream, whose classes are not counted"
+        raise UserError(f"--class_balance {config.class_balance} is not for {kind}; leave it out")
+    return training_loss(
+        config.label_smoothing_factor,
+        multi_label=multi_label,
+        name=config.loss,
+        balance=config.class_balance,
+        counts=counts,
     )
 
 
@@ -128,6 +150,12 @@ def trains_on_features(
     if config.train.head_solver == "lbfgs" and is_multi_label(model):
         raise UserError(
             "--head_solver lbfgs is for one label per image, and this data is multi-label; leave it out"
+        )
+    changed = config.train.loss != "cross_entropy" or config.train.class_balance != "none"
+    if config.train.head_solver == "lbfgs" and changed:
+        raise UserError(
+            "--head_solver lbfgs minimises plain cross-entropy; leave out --loss and --class_balance, or "
+            "--head_solver"
         )
     mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
     if config.computes_features and not mixed and features_suffice(model, preprocessing):

@@ -22,22 +22,120 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float
     return F.binary_cross_entropy_with_logits(logits, targets)
 
 
+def focal(
+    logits: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    gamma: float = 2.0,
+) -> Tensor:
+    """Cross-entropy in which each image counts (1 - p) ** gamma times, with p the probability of its label:
+    images that the model already gets right count little.
+
+    Arguments of `F.cross_entropy`; with soft targets, each class counts by its own probability.
+    Source: Lin et al., Focal Loss for Dense Object Detection, 2017.
+    """
+    log_probabilities = F.log_softmax(logits, dim=1)
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, logits.shape[1])
+    soft = targets.to(logits.dtype)
+    soft = soft.lerp(soft.new_tensor(1 / logits.shape[1]), label_smoothing)
+    terms = soft * (1 - log_probabilities.exp()) ** gamma * -log_probabilities
+    losses = (terms if weight is None else terms * weight).sum(dim=1)
+    return losses.mean() if reduction == "mean" else losses
+
+
+def binary_focal(
+    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, gamma: float = 2.0
+) -> Tensor:
+    """`focal` for multi-label data, mean over images and classes. logits, targets [N, K]."""
+    targets = targets.to(logits.dtype)
+    off = (targets * logits.neg().sigmoid() + (1 - targets) * logits.sigmoid()) ** gamma
+    targets = targets.lerp(targets.mean(dim=1, keepdim=True), label_smoothing)
+    return (off * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).mean()
+
+
+def adjusted(loss: Loss, prior: Tensor) -> Loss:
+    """Add the log of the classes' shares to the logits that `loss` sees.
+
+    The model itself then learns logits for classes that are equally frequent.
+    Source: Menon et al., Long-tail Learning via Logit Adjustment, 2021, with tau = 1.
+    """
+    offset = prior.log()
+
+    def adjusted_loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return loss(logits + offset.to(logits.device), targets)
+
+    return adjusted_loss
+
+
+def weighted(loss: Callable[..., Tensor], weights: Tensor) -> Loss:
+    """Give each class its weight in `loss`, as a mean over images.
+
+    torch divides by the weights in the batch instead, so that micro-batches would not add up to their batch.
+    """
+
+    def weighted_loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return loss(logits, targets, weight=weights.to(logits.device), reduction="none").mean()
+
+    return weighted_loss
+
+
+def inverse_weights(counts: Tensor) -> Tensor:
+    """Weights [K] proportional to 1 / counts, with mean 1 over the images.
+
+    Source: scikit-learn, class_weight="balanced".
+    """
+    return counts.sum() / (len(counts) * counts)
+
+
+def effective_weights(counts: Tensor, beta: float = 0.9999) -> Tensor:
+    """Weights [K] proportional to 1 / (1 - beta ** counts), with mean 1 over the images.
+
+    Source: Cui et al., Class-Balanced Loss Based on Effective Number of Samples, 2019.
+    """
+    weights = (1 - beta) / (1 - beta**counts)
+    return weights * counts.sum() / (weights * counts).sum()
+
+
 # Functions of logits [N, K], targets and label_smoothing. Targets are class ids [N] or probabilities [N, K].
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": F.cross_entropy,
+    "focal": focal,
     "binary_cross_entropy": binary_cross_entropy,
+    "binary_focal": binary_focal,
 }
 
 
-def training_loss(label_smoothing: float, *, multi_label: bool) -> Loss:
-    """Return the loss to minimise, on images with one label each or with any number of labels."""
-    return functools.partial(LOSSES[_name(multi_label)], label_smoothing=label_smoothing)
+def training_loss(
+    label_smoothing: float,
+    *,
+    multi_label: bool,
+    name: str = "cross_entropy",
+    balance: str = "none",
+    counts: Tensor | None = None,
+) -> Loss:
+    """Return the loss to minimise, on images with one label each or with any number of labels.
+
+    balance: a value of --class_balance; of these, weights, effective and logit_adjustment change the loss,
+    by the training images of each class, counts [K].
+    """
+    loss = functools.partial(
+        LOSSES[("binary_" if multi_label else "") + name], label_smoothing=label_smoothing
+    )
+    if balance == "logit_adjustment":
+        assert counts is not None
+        return adjusted(loss, counts / counts.sum())
+    if balance in CLASS_WEIGHTS:
+        assert counts is not None
+        return weighted(loss, CLASS_WEIGHTS[balance](counts))
+    return loss
 
 
 def evaluation_loss(*, multi_label: bool) -> Loss:
     """Return the loss reported for evaluations, the same for all runs, without label smoothing."""
-    return LOSSES[_name(multi_label)]
+    return LOSSES["binary_cross_entropy" if multi_label else "cross_entropy"]
 
 
-def _name(multi_label: bool) -> str:
-    return "binary_cross_entropy" if multi_label else "cross_entropy"
+CLASS_WEIGHTS = {"weights": inverse_weights, "effective": effective_weights}

@@ -9,6 +9,7 @@ from datasets import ClassLabel, List
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.splits import load_splits
 from hf_cifar.data.stratify import stratified, stratified_choice
+from hf_cifar.errors import UserError
 
 TAGS = ClassLabel(names=["cat", "dog", "owl"])
 
@@ -69,3 +70,24 @@ def test_the_chosen_rows_never_change():
     ):
         chosen = stratified(each, 0.1, [str(i) for i in range(num_labels)], 42, "train")[1]
         assert hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()[:16] == digest
+
+
+def test_a_long_tail_has_the_sizes_of_cifar_10_lt(save, make_rows):
+    rows = make_rows([i % 10 for i in range(1000)], ClassLabel(num_classes=10))
+    folder = save(train=rows, validation=rows.select(range(10)))
+    splits = load_splits(config(folder, imbalance_factor=100))
+    counts = np.bincount(splits.train.labels)
+    assert counts.tolist() == [int(100 * 0.01 ** (i / 9)) for i in range(10)]
+    assert np.array_equal(splits.train.row_ids, np.sort(splits.train.row_ids))
+    milder = load_splits(config(folder, imbalance_factor=10))
+    assert set(splits.train.row_ids) < set(milder.train.row_ids)
+
+
+def test_shots_are_images_of_each_class(save, make_rows):
+    folder = save(train=make_rows([0] * 30 + [1] * 12))
+    one, five = (load_splits(config(folder, shots=shots)).train for shots in (1, 5))
+    assert np.bincount(one.labels).tolist() == [1, 1]
+    assert np.bincount(five.labels).tolist() == [5, 5]
+    assert set(one.row_ids) < set(five.row_ids)
+    with pytest.raises(UserError, match=r"--shots 12: class .* has 11 training images"):
+        load_splits(config(folder, shots=12))

@@ -1,10 +1,21 @@
 """hf_cifar.training.losses: the loss by the kind of labels, against torch."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
 
-from hf_cifar.training.losses import LOSSES, binary_cross_entropy, evaluation_loss, training_loss
+from hf_cifar.training.losses import (
+    LOSSES,
+    binary_cross_entropy,
+    binary_focal,
+    effective_weights,
+    evaluation_loss,
+    focal,
+    inverse_weights,
+    training_loss,
+)
 
 
 @pytest.fixture
@@ -41,3 +52,60 @@ def test_every_loss_is_a_mean_over_the_images(logits, name):
         LOSSES[name](logits[i], targets[i], label_smoothing=0.1) for i in torch.arange(6).split(2)
     ]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+IDS = torch.tensor([1, 3, 0, 2, 2, 1])
+COUNTS = torch.tensor([60.0, 20, 10, 2])
+
+
+def test_focal_loss_by_hand(logits):
+    p = logits.softmax(dim=1)[range(6), IDS]
+    assert focal(logits, IDS) == pytest.approx((-((1 - p) ** 2) * p.log()).mean().item())
+    assert focal(logits, IDS, gamma=0) == pytest.approx(F.cross_entropy(logits, IDS).item())
+    weights = torch.tensor([1.0, 2, 3, 4])
+    for smoothing in (0.0, 0.1):
+        plain = F.cross_entropy(logits, IDS, label_smoothing=smoothing)
+        assert focal(logits, IDS, smoothing, gamma=0) == pytest.approx(plain.item())
+    each = F.cross_entropy(logits, IDS, weights, reduction="none")
+    found = focal(logits, IDS, weight=weights, gamma=0, reduction="none")
+    torch.testing.assert_close(found, each)
+    soft = F.one_hot(IDS, 4).float()
+    assert focal(logits, soft) == pytest.approx(focal(logits, IDS).item())
+
+
+def test_binary_focal_loss_equals_torchvision(logits):
+    ops = pytest.importorskip("torchvision.ops")
+    lists = (logits > 0.3).float()
+    wanted = ops.sigmoid_focal_loss(logits, lists, alpha=-1, gamma=2, reduction="mean")
+    assert binary_focal(logits, lists) == pytest.approx(wanted.item())
+
+
+def test_class_weights_are_those_of_scikit_learn_and_of_the_effective_number():
+    labels = np.repeat(np.arange(4), COUNTS.int())
+    wanted = compute_class_weight("balanced", classes=np.arange(4), y=labels)
+    assert inverse_weights(COUNTS).tolist() == pytest.approx(wanted.tolist())
+    # By hand: effective numbers (1 - 0.9 ** n) / 0.1.
+    numbers = [(1 - 0.9**n) / 0.1 for n in COUNTS.tolist()]
+    inverse = [1 / number for number in numbers]
+    mean = sum(n * value for n, value in zip(COUNTS.tolist(), inverse, strict=True)) / 92
+    wanted = [value / mean for value in inverse]
+    assert effective_weights(COUNTS, 0.9).tolist() == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("balance", ["weights", "effective"])
+def test_class_weights_reach_the_loss(logits, balance):
+    weights = {"weights": inverse_weights, "effective": effective_weights}[balance](COUNTS)
+    loss = training_loss(0.0, multi_label=False, balance=balance, counts=COUNTS)
+    each = F.cross_entropy(logits, IDS, reduction="none")
+    assert loss(logits, IDS) == pytest.approx((each * weights[IDS]).mean().item())
+    halves = [loss(logits[i], IDS[i]) for i in torch.arange(6).split(3)]
+    torch.testing.assert_close(torch.stack(halves).mean(), loss(logits, IDS))
+
+
+def test_logit_adjustment_by_hand(logits):
+    """-log(p_y e^z_y / sum_k p_k e^z_k), Menon et al., equation 10."""
+    prior = COUNTS / COUNTS.sum()
+    odds = prior * logits.exp()
+    wanted = -(odds[range(6), IDS] / odds.sum(dim=1)).log().mean()
+    loss = training_loss(0.0, multi_label=False, balance="logit_adjustment", counts=COUNTS)
+    assert loss(logits, IDS) == pytest.approx(wanted.item())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import tiny_trainer
 
+LONG_TAIL = ["--imbalance_factor", "4", "--class_balance"]
 TECHNIQUES = {
     "exponential": ["--lr_scheduler_type", "exponential"],
     "step": ["--lr_scheduler_type", "step", "--lr_scheduler_kwargs", '{"decay_steps": 3}'],
@@ -21,6 +22,12 @@ TECHNIQUES = {
     "lamb": ["--optim", "lamb"],
     "adopt": ["--optim", "adopt"],
     "l1_decay": ["--l1_decay", "0.01"],
+    "focal": ["--loss", "focal"],
+    "oversample": [*LONG_TAIL, "oversample"],
+    "undersample": [*LONG_TAIL, "undersample"],
+    "weights": [*LONG_TAIL, "weights"],
+    "effective": [*LONG_TAIL, "effective"],
+    "logit_adjustment": [*LONG_TAIL, "logit_adjustment"],
 }  # fmt: skip
 STEPS = ["--max_steps", "8", "--save_strategy", "steps", "--save_steps", "2"]
 STEPS += ["--save_total_limit", "9", "--load_best_model_at_end", "false"]
