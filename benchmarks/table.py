@@ -47,6 +47,9 @@ def table(records: list[dict]) -> list[str]:
             continue
         for name, values in record["figures"].items():
             ratio = cell(record["ratios"][name]) if name in record["ratios"] else ""
+            if gain := record.get("differences", {}).get(name):
+                low, high = gain["interval"]
+                ratio = f"difference {gain['mean']:+.4f} ({low:+.4f} to {high:+.4f})"
             setting = f", {record['setting']}" if not ratio and "setting" in record else ""
             variant, value = RENAMED.get(name, name), f"{cell(values)} {record['unit']}"
             lines.append(
