@@ -217,7 +217,7 @@ def load_local(
         readable = (*TABLE_SUFFIXES, ".arrow", ".json", ".tar", ".zip")
         if not any(file.name.lower().endswith(readable) for file in listing.others):
             left_out = listing.all_left_out()
-            files = f", no image among {render_left_out(left_out)}" if left_out else ""
+            files = f" among {render_left_out(left_out)}" if left_out else ""
             advice = next(
                 (ADVICE[s] for f in listing.others if (s := suffix_of(f.name)) in ADVICE), ""
             )

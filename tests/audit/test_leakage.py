@@ -56,5 +56,5 @@ def test_streams_and_data_without_test_are_refused(shards, save, make_rows):
     with pytest.raises(UserError, match=r"--check_leakage .*--streaming"):
         leakage(DataSource(config))
     config = DataConfig(dataset_name=str(save(train=make_rows([0, 1] * 5))))
-    with pytest.raises(UserError, match="leave out --do_predict and --check_leakage"):
+    with pytest.raises(UserError, match="leave out what reads it: --do_predict, --check_leakage"):
         leakage(DataSource(config))

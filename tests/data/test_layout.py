@@ -394,7 +394,7 @@ def test_flat_folders_have_no_class_folders(tmp_path):
 
 def test_what_is_not_there_is_named(tmp_path):
     build(tmp_path, ".a/1.png", ".b/1.png")
-    with pytest.raises(UserError, match=r"cannot load .*no image among 2 files \(2 hidden\)"):
+    with pytest.raises(UserError, match=r"holds no images among 2 files \(2 hidden\)"):
         load_source(DataConfig(dataset_name=str(tmp_path)))
 
 

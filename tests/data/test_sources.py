@@ -428,7 +428,7 @@ def test_missing_folder_is_refused(name):
             r"x.npz is not a supported data set; load it in Python, .*finetune_classifier",
         ),
         ("photos/x.xlsx", "save it as CSV"),
-        ("photos", r"no image among 2 files \(1 .npz, 1 .xlsx\); load it in Python"),
+        ("photos", r"no images among 2 files \(1 .npz, 1 .xlsx\); load it in Python"),
     ],
 )
 def test_what_to_do_with_what_is_no_data_set(tmp_path, name, message):
