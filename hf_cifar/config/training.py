@@ -24,7 +24,7 @@ Optimizer = Literal[
     "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw", "schedule_free_radam",
     "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
     # Those of timm. Its other names are these with caution=true or corrected_weight_decay=true.
-    "adabelief", "adadelta", "adafactorbv", "adam", "adamax", "adamp", "adamuon", "adamw", "adan", "adanw",
+    "adabelief", "adadelta", "adam", "adamax", "adamp", "adamuon", "adamw", "adan", "adanw",
     "adopt", "adoptw", "kron", "kronw", "lamb", "lambw", "laprop", "larc", "lars", "lion", "madgrad",
     "madgradw", "mars", "momentum", "muon", "nadam", "nadamuon", "nadamw", "nesterov", "nesterovw",
     "nlarc", "nlars", "nmuon", "novograd", "novogradw", "radabelief", "radam", "radamw", "rmsproptf",
