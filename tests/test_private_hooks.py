@@ -26,6 +26,8 @@ SIGNATURES = {
     "trial: 'optuna.Trial | dict[str, Any] | None') -> bool",
     "Trainer._evaluate": "(self, trial: 'optuna.Trial | dict[str, Any] | None', "
     "ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> dict[str, float]",
+    "Trainer._get_train_sampler": "(self, train_dataset: torch.utils.data.dataset.Dataset | None = None)"
+    " -> torch.utils.data.sampler.Sampler | None",
     "Trainer._issue_warnings_after_load": "(self, load_result: Any) -> None",
     "Trainer._load_best_model": "(self) -> None",
     "Trainer._load_optimizer_and_scheduler": "(self, checkpoint: str | None) -> None",

@@ -174,7 +174,7 @@ INSTEAD = {
     "leave it out: splits are found in the data":
         "train_split train_split_name validation_split_name val_split_name valid_split",
     "leave it out: the loss follows from the labels, one or multiple per image":
-        "loss criterion bce_loss loss_fn problem_type multi_label multilabel task",
+        "criterion bce_loss loss_fn problem_type multi_label multilabel task",
     "leave it out: weights are always saved as safetensors": "save_safetensors save_format",
     "leave it out: decoded images are cached automatically":
         "cache overwrite_cache use_multi_epochs_loader cache_images",
