@@ -27,8 +27,8 @@ Optimizer = Literal[
     "adabelief", "adadelta", "adam", "adamax", "adamp", "adamuon", "adamw", "adan", "adanw",
     "adopt", "adoptw", "kron", "kronw", "lamb", "lambw", "laprop", "larc", "lars", "lion", "madgrad",
     "madgradw", "mars", "momentum", "muon", "nadam", "nadamuon", "nadamw", "nesterov", "nesterovw",
-    "nlarc", "nlars", "nmuon", "novograd", "novogradw", "radabelief", "radam", "radamw", "rmsproptf",
-    "rmsproptfw", "sgdp", "sgdw",
+    "nlarc", "nlars", "nmuon", "novograd", "radabelief", "radam", "radamw", "rmsproptf",
+    "sgdp", "sgdw",
 ]  # fmt: skip
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
