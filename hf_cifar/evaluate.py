@@ -360,11 +360,9 @@ def temperature_of(model_name_or_path: str) -> float:
 
 def check_output(config: EvaluateConfig, data: DataConfig) -> None:
     """Raises: UserError for an output folder that holds another model or run, or the data."""
-    if config.output_dir is None:
+    if config.output_dir is None or config.writes_to_model:
         return
-    folder, model = Path(config.output_dir), Path(config.model_name_or_path)
-    if model.is_dir() and folder.resolve() == model.resolve():
-        return
+    folder = Path(config.output_dir)
     if RunFolder(folder).has_run or RunFolder(folder).model_config_path.exists():
         raise UserError(f"{folder} holds another run; pass another --output_dir")
     refuse_data_folder(folder, data.dataset_name)

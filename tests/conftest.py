@@ -17,6 +17,17 @@ def own_disk_cache(tmp_path_factory):
     os.environ["HF_CIFAR_CACHE"] = str(tmp_path_factory.mktemp("disk_cache"))
 
 
+@pytest.fixture(params=[1, 2, 5])
+def num_threads(request):
+    """Each of some numbers of threads that torch uses."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def pixel_cache(tmp_path, monkeypatch):
     """The folder of an empty disk cache of the test's own."""

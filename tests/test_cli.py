@@ -70,6 +70,13 @@ def test_evaluate_takes_data_from_the_run(finished, capsys):
     assert metrics["test"]["num_images"] == 22
 
 
+def test_pictures_of_a_report_have_the_names_of_their_files(finished):
+    assert main(["report", str(finished)]) == 0
+    rows = json.loads((finished / "report.json").read_text())["least_confident_hits"]
+    assert rows and all(row["file"].startswith(f"{row['truth']}/") for row in rows)
+    assert rows[0]["file"] in (finished / "report.html").read_text()
+
+
 def test_evaluate_on_other_data_does_not_replace_the_metrics_of_the_run(finished, tmp_path, capsys):
     before = (finished / "metrics.json").read_text()
     argv = [

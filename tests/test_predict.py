@@ -9,14 +9,6 @@ from hf_cifar.errors import UserError
 from hf_cifar.predict import expand_paths
 
 
-@pytest.fixture(params=[1, 2, 5])
-def num_threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A network with norms that can be folded."""

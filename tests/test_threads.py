@@ -14,14 +14,6 @@ from hf_cifar.platform import num_cores
 from hf_cifar.threads import map_in_threads
 
 
-@pytest.fixture(params=[1, 2, 5])
-def num_threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def test_results_are_in_order_whichever_is_ready_first(num_threads):
     def work(number):
         time.sleep(random.random() / 50)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from hf_cifar.commands.command import Command, quieten, require_model
 from hf_cifar.config.command_line import parse, refuse_options, unexpected_argument
@@ -44,10 +43,6 @@ def evaluate(argv: Sequence[str]) -> int:
 COMMAND = Command("evaluate a saved model on validation or test", evaluate, description=DESCRIPTION)
 
 
-def _is_same(folder: str, other: Path) -> bool:
-    return Path(folder).resolve() == other.resolve()
-
-
 def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str]:
     """Return the data options of a run's own config as tokens; none for other data, or without a config.
 
@@ -59,7 +54,7 @@ def _data_tokens_of_run(config: EvaluateConfig, argv: Sequence[str]) -> list[str
     names = field_names(DataConfig)
     given = [t.partition("=")[0] for t in argv if t.startswith("--")]
     other = [flag for flag in given if flag[2:].replace("-", "_") in names]
-    if other and (config.output_dir is None or _is_same(config.output_dir, folder.path)):
+    if other and config.writes_to_model:
         raise UserError(
             f"{other[0]} requests data other than the run's; pass --output_dir too, so that the "
             "run keeps its own metrics"

@@ -148,6 +148,11 @@ class DataConfig:
             ValueRange.parse(self.value_range)
         if self.streaming and self.pixel_store == "resident":
             raise UserError("--streaming and --pixel_store resident cannot be combined")
+        if self.streaming and (self.imbalance_factor != 1 or self.shots is not None):
+            raise UserError(
+                "--imbalance_factor and --shots choose rows by class, which a stream does not know; leave "
+                "them out, or --streaming"
+            )
         if self.streaming and self.on_bad_image == "skip":
             raise UserError(
                 "--on_bad_image skip cannot be combined with --streaming: the skipped rows would be unknown; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from hf_cifar.config.fields import check_fields, option, refuse_both_formats
@@ -51,6 +52,12 @@ class EvaluateConfig:
         object.__setattr__(self, "model_name_or_path", named(self.model_name_or_path))
         check_fields(self)
         refuse_both_formats(self)
+
+    @property
+    def writes_to_model(self) -> bool:
+        """True if the metrics go to the model's own folder."""
+        own = Path(self.model_name_or_path).resolve()
+        return self.output_dir is None or Path(self.output_dir).resolve() == own
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -135,15 +136,22 @@ def with_known_classes(
     return found.write(rows, list(names))
 
 
+def form_of(name: str) -> str:
+    """Return a name in composed Unicode (NFC) and without capitals."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def names_by_form(names: Sequence[str]) -> dict[str, str]:
+    """Index names by their forms; those that share one are left out."""
+    forms = Counter(map(form_of, names))
+    return {form_of(name): name for name in names if forms[form_of(name)] == 1}
+
+
 def _with_case_of(known: Sequence[str], names: list[str], split: str) -> list[str]:
     """Replace names that the model knows with other capitals or in another Unicode form, and log them."""
-    forms = [unicodedata.normalize("NFC", name).casefold() for name in known]
-    by_form = {
-        form: name for form, name in zip(forms, known, strict=True) if forms.count(form) == 1
-    }
-    found = []
+    by_form, found = names_by_form(known), []
     for name in names:
-        same = by_form.get(unicodedata.normalize("NFC", name).casefold(), name)
+        same = by_form.get(form_of(name), name)
         if name in known or same in names:
             same = name
         elif same != name:

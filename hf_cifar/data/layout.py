@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from hf_cifar.data.labels import form_of, names_by_form
 from hf_cifar.data.listing import File, Listing, kind_of, render_left_out
 from hf_cifar.errors import UserError
 from hf_cifar.text import listed, one_line
@@ -393,19 +394,17 @@ class _Reader:
         self, classes: dict[str, list[File]], names: list[str], split: str
     ) -> dict[str, list[File]]:
         """Name the classes of a split as in train. Raises: UserError for a class that train lacks."""
-        by_name = set(names)
-        known = Counter(name.casefold() for name in names)
-        by_case = {name.casefold(): name for name in names}
+        by_name, by_form = set(names), names_by_form(names)
         result: dict[str, list[File]] = defaultdict(list)
         for name, files in classes.items():
             same = name
             if name not in by_name:
-                if known[name.casefold()] != 1:
+                if form_of(name) not in by_form:
                     raise UserError(
                         f"class {name!r} is only in {split}/ ({len(files):,} images), not in train; add "
                         "training images, or remove the folder"
                     )
-                same = by_case[name.casefold()]
+                same = by_form[form_of(name)]
                 self.notes.append(f"{split}/{name} is read as class {same!r}, which train has")
             result[same] += files
         return result

@@ -30,6 +30,7 @@ from hf_cifar.training.dataset import any_decodes, store_of
 from hf_cifar.training.features import FeatureStore, feature_store, features_suffice
 from hf_cifar.training.losses import Loss, training_loss
 from hf_cifar.training.resumable import identity
+from hf_cifar.training.sampling import SAMPLED, BalancedSampler
 from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -79,7 +80,7 @@ def build_trainer(
         layer_decay=train.layer_decay,
         l1_decay=train.l1_decay,
         loss=build_loss(model, splits.train, train),
-        class_balance=train.class_balance,
+        sampler=build_sampler(splits.train, train),
         shrink_batch=train.auto_find_batch_size,
         identity=identity(splits, plan.processes.count),
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
@@ -101,6 +102,14 @@ def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingCo
         balance=config.class_balance,
         counts=counts,
     )
+
+
+def build_sampler(train: Split | Stream, config: TrainingConfig) -> BalancedSampler | None:
+    """Return the sampler of the options, or None for the Trainer's own."""
+    if config.class_balance not in SAMPLED:
+        return None
+    assert isinstance(train, Split)  # see `build_loss`
+    return BalancedSampler(train.labels, config.class_balance, config.seed)
 
 
 def train_store(

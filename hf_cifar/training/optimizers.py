@@ -59,7 +59,7 @@ def build_optimizer(
         by_parameter = {p: depths[name] for name, p in classifier.named_parameters()}
         decay_learning_rates(optimizer, by_parameter, layer_decay)
     if l1_decay:
-        weights = {p for p in parameter_groups(model, 0.0)[0]["params"]}
+        weights = set(parameter_groups(model, 0.0)[0]["params"])
         optimizer.register_step_post_hook(
             functools.partial(shrink, weights=weights, decay=l1_decay)
         )

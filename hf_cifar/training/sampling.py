@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from accelerate.data_loader import prepare_data_loader
@@ -12,6 +11,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
 from hf_cifar.data.store import ShardStore
+
+# Images of each class in an epoch, from the numbers of images of all classes.
+SAMPLED: dict[str, Callable[[Iterable[int]], int]] = {"oversample": max, "undersample": min}
 
 
 class BalancedSampler(Sampler[int]):
@@ -21,11 +23,9 @@ class BalancedSampler(Sampler[int]):
     its own, made from (seed, epoch), so that a resumed run sees the same one.
     """
 
-    def __init__(self, labels: Any, balance: str, seed: int) -> None:
-        labels = np.asarray(labels)
+    def __init__(self, labels: np.ndarray, balance: str, seed: int) -> None:
         self.rows = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-        choose = {"oversample": max, "undersample": min}[balance]
-        self.draws = choose(len(rows) for rows in self.rows)
+        self.draws = SAMPLED[balance](len(rows) for rows in self.rows)
         self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:

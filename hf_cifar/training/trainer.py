@@ -44,7 +44,7 @@ from hf_cifar.training.memory import keep_freed_memory
 from hf_cifar.training.optimizers import build_optimizer
 from hf_cifar.training.progress import EvaluationProgress, StopAtNaN, training_progress
 from hf_cifar.training.resumable import ResumableTrainer
-from hf_cifar.training.sampling import BalancedSampler, shard_loader
+from hf_cifar.training.sampling import shard_loader
 from hf_cifar.training.saving import save_classifier
 from hf_cifar.training.schedules import build_schedule
 from hf_cifar.transforms.augmentation import Augmentation
@@ -66,9 +66,9 @@ class ImageClassificationTrainer(ResumableTrainer):
     instead, or its options; default: `AugmentConfig()`. It is drawn from a generator seeded by (seed, step,
     micro-batch, rank), so that a resumed run sees the images that an uninterrupted one would. setting: how
     the model computes while it trains; default: float32, with the model's own attention kernel. averaging: of
-    the weights that are evaluated and saved. layer_decay, l1_decay: see `build_optimizer`. class_balance:
-    oversample or undersample, see `BalancedSampler`. shrink_batch: restart training that runs out of memory
-    with smaller steps, accumulated to the same batch.
+    the weights that are evaluated and saved. layer_decay, l1_decay: see `build_optimizer`. sampler: of the
+    training images; default: each once per epoch, at random. shrink_batch: restart training that runs out of
+    memory with smaller steps, accumulated to the same batch.
     Raises: UserError for data that do not fit the model.
     """
 
@@ -92,7 +92,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         averaging: WeightAverage | None = None,
         layer_decay: float = 1.0,
         l1_decay: float = 0.0,
-        class_balance: str = "none",
+        sampler: Sampler[int] | None = None,
         compute_metrics: Any = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         shrink_batch: bool = False,
@@ -146,7 +146,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.setting = setting or Setting()
         self.memory_format = MEMORY_FORMATS[self.setting.memory_format]
         self.layer_decay, self.l1_decay = layer_decay, l1_decay
-        self.class_balance = class_balance
+        self.sampler = sampler
         if self.args.device.type == "cpu":
             keep_freed_memory()
         self._frozen_norms = frozen_norms(self.model)
@@ -217,10 +217,9 @@ class ImageClassificationTrainer(ResumableTrainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.class_balance in ("oversample", "undersample"):
-            return BalancedSampler(dataset.labels.cpu(), self.class_balance, self.args.seed)
-        return super()._get_train_sampler(dataset)
+        if self.sampler is not None:
+            return self.sampler
+        return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, ShardStore):

@@ -82,7 +82,7 @@ finetune --label_smoothing_factor 1 | --label_smoothing_factor
 finetune --seed -1 | --seed
 finetune --seed 1e3 | --seed
 finetune --seeds 0 | --seeds
-finetune --optim adam | --optim
+finetune --optim adams | --optim
 finetune --eval_strategy never | --eval_strategy
 finetune --save_strategy sometimes | --save_strategy
 finetune --lr_scheduler_type cosinus | cosine
@@ -112,6 +112,8 @@ finetune --freeze half | --freeze
 finetune --freeze -1 | freeze
 finetune --layer_decay 0 | --layer_decay
 finetune --streaming --pixel_store resident | --pixel_store
+finetune --streaming --shots 5 | --shots
+finetune --streaming --imbalance_factor 10 | --imbalance_factor
 finetune --streaming maybe | maybe
 finetune --calibrate perhaps | calibrate
 finetune stray | stray

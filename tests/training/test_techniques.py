@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny import tiny_trainer
 
+from hf_cifar.errors import UserError
+
 LONG_TAIL = ["--imbalance_factor", "4", "--class_balance"]
 TECHNIQUES = {
     "exponential": ["--lr_scheduler_type", "exponential"],
@@ -46,3 +48,12 @@ def test_resumed_training_has_the_same_bits(name, tmp_path, stripes, tiny_vit):
     assert any(not torch.equal(value, before[key]) for key, value in weights.items())
     for key, value in resumed.model.state_dict().items():
         assert torch.equal(value, weights[key]), key
+
+
+def test_the_solved_head_takes_no_other_loss(tmp_path, stripes, tiny_vit):
+    solver = ["--freeze", "backbone", "--head_solver", "lbfgs"]
+    for flags in (["--loss", "focal"], ["--class_balance", "weights"]):
+        with pytest.raises(
+            UserError, match="lbfgs minimises plain cross-entropy; leave out --loss"
+        ):
+            tiny_trainer(tmp_path / "run", stripes, tiny_vit, *solver, *flags)
