@@ -88,7 +88,7 @@ def plan_run(
         "metric_for_best_model": best_metric(train.metric_for_best_model, model),
         "dataloader_num_workers": settle_workers(train, splits, processes),
     }
-    if train.layer_decay != 1:
+    if train.layer_decay != 1 or train.unfreeze_epochs:
         block_depths(model)  # raises for a model without blocks
     planned = resumed.with_training(**settled)
     setting = settle_setting(planned, model, image_processor, splits, processes, before)
@@ -334,6 +334,7 @@ def measured_setting(
             num_batches(config, num_images, processes),
             fixed.get("memory_format", "auto"),
             fixed.get("attention", "auto"),
+            compiles=not config.train.unfreeze_epochs,  # which would compile again for each block
         )
         logger.info(line)
     if processes.count > 1:

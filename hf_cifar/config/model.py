@@ -41,6 +41,16 @@ class ModelConfig:
         "none",
         "none: train all; backbone: train the head only; N: train the head and the last N stages or blocks.",
     )
+    dropout: float | None = option(
+        None,
+        "Dropout before the head, or in the layers, where the model has it; default: the checkpoint's own.",
+        low=0, high=0.99,
+    )  # fmt: skip
+    drop_path: float | None = option(
+        None,
+        "Stochastic depth: the rate of the last layer, where the model has it; default: the checkpoint's own.",
+        low=0, high=0.99,
+    )  # fmt: skip
     trust_remote_code: bool = option(
         False,
         "Run code that comes with the checkpoint; a Hub model needs a full commit as --model_revision.",

@@ -42,6 +42,9 @@ class RunConfig:
     train: TrainingConfig = field(default_factory=TrainingConfig)
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_combinations(self)
+
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str = "hf-cifar finetune") -> RunConfig:
         """Read a command line: `--recipe`, then `--config` files, then flags; later values take precedence.
@@ -107,6 +110,41 @@ class RunConfig:
     def with_training(self, **changes: Any) -> RunConfig:
         """Return a copy with these training options replaced."""
         return dataclasses.replace(self, train=dataclasses.replace(self.train, **changes))
+
+
+def check_combinations(config: RunConfig) -> None:
+    """Raises: UserError for an option without effect, or that cannot work, beside another one."""
+    train, model, augment = config.train, config.model, config.augment
+    head_only = model.freeze == "backbone" or model.freeze.strip("0") == ""
+    mixes = augment.mixup_alpha or augment.cutmix_alpha
+    cached = config.computes_features and not mixes
+    solved, unfreezes = train.head_solver == "lbfgs", train.unfreeze_epochs > 0
+    refused = {
+        "--backbone_learning_rate has no effect with a frozen backbone; leave out one of them":
+            train.backbone_learning_rate is not None and head_only,
+        f"--unfreeze_epochs decides what is frozen, and so does --freeze {model.freeze}; leave out one":
+            unfreezes and model.freeze != "none",
+        "--unfreeze_epochs would compile the model again for each block; leave out --torch_compile":
+            unfreezes and train.torch_compile,
+        "--unfreeze_epochs needs ddp_find_unused_parameters; leave it out":
+            unfreezes and config.trainer.get("ddp_find_unused_parameters") is False,
+        "--sam_rho has no effect with --head_solver lbfgs; leave out one": train.sam_rho > 0 and solved,
+    }  # fmt: skip
+    for name in ("dropout", "drop_path"):
+        message = (
+            f"--{name} has no effect on features that are computed once; pass --feature_views 0"
+        )
+        refused[message] = bool(getattr(model, name)) and cached
+    for name in ("backbone_learning_rate", "unfreeze_epochs", "sam_rho"):
+        message = (
+            f"--{name} is not for --optim {train.optim}, which trains during the backward pass"
+        )
+        refused[message] = bool(getattr(train, name)) and (
+            "lomo" in train.optim or train.optim.endswith("layerwise")
+        )
+    for message, is_refused in refused.items():
+        if is_refused:
+            raise UserError(message)
 
 
 def is_run_config(path: str | Path) -> bool:

@@ -88,6 +88,23 @@ class TrainingConfig:
         "turns it off.",
         low=0.01, high=1,
     )  # fmt: skip
+    backbone_learning_rate: float | None = option(
+        None,
+        "Peak learning rate of everything but the head; default: the same rate. --layer_decay starts from it.",
+        low=1e-12, high=1e3,
+    )  # fmt: skip
+    unfreeze_epochs: float = option(
+        0.0,
+        "Gradual unfreezing: train the head alone first, then one more stage or block after each this many "
+        "epochs, and the layers before them last; 0 turns it off.",
+        low=0, high=1e6,
+    )  # fmt: skip
+    sam_rho: float = option(
+        0.0,
+        "Sharpness-aware minimisation: take gradients this far uphill from the weights, for example 0.05; a "
+        "step takes twice the time; 0 turns it off.",
+        low=0, high=100,
+    )  # fmt: skip
     max_grad_norm: float | None = option(
         None,
         "Norm to which gradients are clipped, 0 for none; default: by model family.",

@@ -12,6 +12,7 @@ from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.models.classifier import Classifier, label2id
+from hf_cifar.models.dropout import set_dropout
 from hf_cifar.models.heads import head_parameter_names
 from hf_cifar.models.processor import timm_processor
 from hf_cifar.text import one_line
@@ -77,12 +78,12 @@ def build_timm(
         if key not in ("url", "file", "hf_hub_id", "source", "num_classes") and value is not None
     }
     size = config.image_size or pretrained_cfg["input_size"][-1]
-    model = TimmWrapperForImageClassification(
-        TimmWrapperConfig(
-            architecture=architecture, num_labels=len(id2label), id2label=id2label,
-            label2id=label2id(id2label), pretrained_cfg=pretrained_cfg,
-        )
+    target = TimmWrapperConfig(
+        architecture=architecture, num_labels=len(id2label), id2label=id2label,
+        label2id=label2id(id2label), pretrained_cfg=pretrained_cfg,
     )  # fmt: skip
+    set_dropout(target, config)
+    model = TimmWrapperForImageClassification(target)
     # transformers initialises every layer with N(0, 0.02); timm's own initialisation is better.
     state = source.state_dict()
     if weights is None:

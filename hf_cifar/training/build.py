@@ -31,7 +31,9 @@ from hf_cifar.training.features import FeatureStore, feature_store, features_suf
 from hf_cifar.training.losses import Loss, training_loss
 from hf_cifar.training.resumable import identity
 from hf_cifar.training.sampling import SAMPLED, BalancedSampler
+from hf_cifar.training.sharpness import SharpnessAware
 from hf_cifar.training.trainer import ImageClassificationTrainer
+from hf_cifar.training.unfreezing import GradualUnfreezing
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 if TYPE_CHECKING:  # hf_cifar.plan imports this package
@@ -79,6 +81,9 @@ def build_trainer(
         averaging=WeightAverage(train.ema_decay),
         layer_decay=train.layer_decay,
         l1_decay=train.l1_decay,
+        backbone_learning_rate=train.backbone_learning_rate,
+        unfreezing=GradualUnfreezing(train.unfreeze_epochs),
+        sharpness=SharpnessAware(train.sam_rho),
         loss=build_loss(model, splits.train, train),
         sampler=build_sampler(splits.train, train),
         shrink_batch=train.auto_find_batch_size,

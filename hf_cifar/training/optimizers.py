@@ -22,6 +22,7 @@ from transformers.training_args import OptimizerNames
 from hf_cifar.config import training as config
 from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import block_depths
+from hf_cifar.models.heads import head_parameter_names
 
 # Position embeddings and class tokens have two or more axes, but are not weights of a layer.
 NO_DECAY = re.compile(
@@ -40,12 +41,17 @@ class Rates(NamedTuple):
 
 
 def build_optimizer(
-    model: nn.Module, args: TrainingArguments, layer_decay: float = 1.0, l1_decay: float = 0.0
+    model: nn.Module,
+    args: TrainingArguments,
+    layer_decay: float = 1.0,
+    l1_decay: float = 0.0,
+    backbone_learning_rate: float | None = None,
 ) -> Optimizer:
     """Return the optimiser that `args` name, a key of `OPTIMIZERS`.
 
     Weight decay and L1 decay apply to weight matrices and kernels only; a layer decay other than 1 lowers
-    the learning rate block by block towards the input.
+    the learning rate block by block towards the input. backbone_learning_rate: peak rate of everything but
+    the head; default: that of `args`.
     """
     build, options = optimizer_class(args, model)
     groups: Any = parameter_groups(model, args.weight_decay)
@@ -53,8 +59,12 @@ def build_optimizer(
     for name in ("params", "model", "optimizer_dict"):
         groups = options.pop(name, groups)
     optimizer = build(groups, **options)
+    classifier = extract_model_from_parallel(model, keep_torch_compile=False)
+    if backbone_learning_rate is not None:
+        names = head_parameter_names(classifier)
+        head = {p for name, p in classifier.named_parameters() if name in names}
+        set_backbone_rate(optimizer, head, backbone_learning_rate)
     if layer_decay != 1:
-        classifier = extract_model_from_parallel(model, keep_torch_compile=False)
         depths = block_depths(classifier)
         by_parameter = {p: depths[name] for name, p in classifier.named_parameters()}
         decay_learning_rates(optimizer, by_parameter, layer_decay)
@@ -68,7 +78,7 @@ def build_optimizer(
 
 @torch.no_grad()
 def shrink(optimizer: Optimizer, *_: Any, weights: Collection[nn.Parameter], decay: float) -> None:
-    """Move the `weights` of an optimiser by `decay` times their rate towards 0, and not beyond.
+    """Move the `weights` of an optimiser that train by `decay` times their rate towards 0, and not beyond.
 
     This is the proximal operator of an L1 penalty. Like AdamW's weight decay, and unlike a term of the loss,
     it does not pass through the optimiser's moments; and weights become exactly 0.
@@ -77,7 +87,7 @@ def shrink(optimizer: Optimizer, *_: Any, weights: Collection[nn.Parameter], dec
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter in weights:
+            if parameter in weights and parameter.requires_grad:
                 torch.nn.functional.softshrink(parameter, float(group["lr"]) * decay, out=parameter)
 
 
@@ -179,6 +189,20 @@ def model_family(model: nn.Module, scratch: bool = False) -> str:
     if any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 3 for m in model.modules()):
         return "depthwise"
     return "convolution"
+
+
+def set_backbone_rate(
+    optimizer: Optimizer, head: Collection[nn.Parameter], learning_rate: float
+) -> None:
+    """Set the rate of all parameters but the `head`'s, whose groups come first: the Trainer logs the rate of
+    the first group."""
+    groups: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for group in optimizer.param_groups:
+        for in_head, rate in ((True, group["lr"]), (False, learning_rate)):
+            parameters = [p for p in group["params"] if (p in head) is in_head]
+            if parameters:
+                groups[not in_head].append({**group, "params": parameters, "lr": rate})
+    optimizer.param_groups[:] = [*groups[0], *groups[1]]
 
 
 def decay_learning_rates(
