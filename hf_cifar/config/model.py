@@ -48,7 +48,7 @@ class ModelConfig:
     )  # fmt: skip
     drop_path: float | None = option(
         None,
-        "Stochastic depth: the rate of the last layer, where the model has it; default: the checkpoint's own.",
+        "Stochastic depth, of the last layer, where the model has it; default: the checkpoint's own.",
         low=0, high=0.99,
     )  # fmt: skip
     trust_remote_code: bool = option(

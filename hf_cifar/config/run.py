@@ -24,6 +24,7 @@ from hf_cifar.config.fields import field_names
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.recipes import expand_tokens
 from hf_cifar.config.training import TrainingConfig
+from hf_cifar.errors import UserError
 
 CONFIG_FILE = "config.yaml"  # in the folder of a run: its settled options
 CONFIGS = (DataConfig, AugmentConfig, ModelConfig, TrainingConfig)
@@ -113,36 +114,42 @@ class RunConfig:
 
 
 def check_combinations(config: RunConfig) -> None:
-    """Raises: UserError for an option without effect, or that cannot work, beside another one."""
+    """Raises: UserError for an option that has no effect, or cannot work, beside another one."""
     train, model, augment = config.train, config.model, config.augment
-    head_only = model.freeze == "backbone" or model.freeze.strip("0") == ""
-    mixes = augment.mixup_alpha or augment.cutmix_alpha
-    cached = config.computes_features and not mixes
-    solved, unfreezes = train.head_solver == "lbfgs", train.unfreeze_epochs > 0
-    refused = {
-        "--backbone_learning_rate has no effect with a frozen backbone; leave out one of them":
+    head_only = model.freeze == "backbone" or set(model.freeze) == {"0"}
+    cached = config.computes_features and not (augment.mixup_alpha or augment.cutmix_alpha)
+    in_backward = "lomo" in train.optim or train.optim.endswith("layerwise")
+    unfreezes = train.unfreeze_epochs > 0
+    unused = config.trainer.get("ddp_find_unused_parameters", True)
+    refused = [
+        (
             train.backbone_learning_rate is not None and head_only,
-        f"--unfreeze_epochs decides what is frozen, and so does --freeze {model.freeze}; leave out one":
+            f"--backbone_learning_rate has no effect with --freeze {model.freeze}; leave out one of them",
+        ),
+        (
             unfreezes and model.freeze != "none",
-        "--unfreeze_epochs would compile the model again for each block; leave out --torch_compile":
+            f"--unfreeze_epochs and --freeze {model.freeze} both say what is frozen; leave out one of them",
+        ),
+        (
             unfreezes and train.torch_compile,
-        "--unfreeze_epochs needs ddp_find_unused_parameters; leave it out":
-            unfreezes and config.trainer.get("ddp_find_unused_parameters") is False,
-        "--sam_rho has no effect with --head_solver lbfgs; leave out one": train.sam_rho > 0 and solved,
-    }  # fmt: skip
+            "--unfreeze_epochs would compile the model again for each block; leave out --torch_compile",
+        ),
+        (
+            unfreezes and unused is False,
+            "--unfreeze_epochs needs --ddp_find_unused_parameters; leave out its false",
+        ),
+        (
+            train.sam_rho > 0 and train.head_solver == "lbfgs",
+            "--sam_rho has no effect with --head_solver lbfgs; leave out one of them",
+        ),
+    ]
     for name in ("dropout", "drop_path"):
-        message = (
-            f"--{name} has no effect on features that are computed once; pass --feature_views 0"
-        )
-        refused[message] = bool(getattr(model, name)) and cached
+        message = f"--{name} has no effect on cached features; pass --feature_views 0"
+        refused.append((bool(getattr(model, name)) and cached, message))
     for name in ("backbone_learning_rate", "unfreeze_epochs", "sam_rho"):
-        message = (
-            f"--{name} is not for --optim {train.optim}, which trains during the backward pass"
-        )
-        refused[message] = bool(getattr(train, name)) and (
-            "lomo" in train.optim or train.optim.endswith("layerwise")
-        )
-    for message, is_refused in refused.items():
+        message = f"--{name} is not for --optim {train.optim}, which updates weights in the backward pass"
+        refused.append((bool(getattr(train, name)) and in_backward, f"{message}; leave out one of them"))
+    for is_refused, message in refused:
         if is_refused:
             raise UserError(message)
 

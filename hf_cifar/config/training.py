@@ -90,7 +90,7 @@ class TrainingConfig:
     )  # fmt: skip
     backbone_learning_rate: float | None = option(
         None,
-        "Peak learning rate of everything but the head; default: the same rate. --layer_decay starts from it.",
+        "Peak learning rate of all but the head; default: the same. --layer_decay starts from it.",
         low=1e-12, high=1e3,
     )  # fmt: skip
     unfreeze_epochs: float = option(

@@ -69,10 +69,10 @@ class ImageClassificationTrainer(ResumableTrainer):
     micro-batch, rank), so that a resumed run sees the images that an uninterrupted one would. setting: how
     the model computes while it trains; default: float32, with the model's own attention kernel. averaging: of
     the weights that are evaluated and saved. layer_decay, l1_decay, backbone_learning_rate: see
-    `build_optimizer`. unfreezing: of the blocks; default: all train from the start. sharpness: where gradients
-    are taken; default: at the weights. sampler: of the training images; default: each once per epoch, at
-    random. shrink_batch: restart training that runs out of
-    memory with smaller steps, accumulated to the same batch.
+    `build_optimizer`. unfreezing: of the blocks; default: all train from the start. sharpness: where
+    gradients are taken; default: at the weights. sampler: of the training images; default: each once per
+    epoch, at random. shrink_batch: restart training that runs out of memory with smaller steps, accumulated
+    to the same batch.
     Raises: UserError for data that do not fit the model.
     """
 

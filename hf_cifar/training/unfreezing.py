@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 class GradualUnfreezing(TrainerCallback):
-    """Trains the head alone for `epochs`, then with one more block after each `epochs`, from the last block to
-    the first, and the layers before the blocks last.
+    """Trains the head alone for `epochs`, then with one more block after each `epochs`, from the last block
+    to the first, and the layers before the blocks last.
 
     epochs: may be a fraction; with 0, nothing is frozen. Layers between the blocks and the head (a final
     norm, a pooler) train from the last block on. What trains depends on the current epoch alone, so that a
@@ -53,8 +53,8 @@ class GradualUnfreezing(TrainerCallback):
         last, turns = self._turn((state.max_steps - 1) / steps), max(self._turns.values())
         if last < turns:
             logger.warning(
-                "%s will train, and nothing before: the run has %.3g epochs, and the first layers train after "
-                "%g",
+                "%s will train, and nothing before them: the run has %.3g epochs, and the first layers train "
+                "after %g",
                 self._blocks(last), state.max_steps / steps, turns * self.epochs,
             )  # fmt: skip
         self._freeze(state.epoch or 0.0)
