@@ -147,8 +147,12 @@ def check_combinations(config: RunConfig) -> None:
         message = f"--{name} has no effect on cached features; pass --feature_views 0"
         refused.append((bool(getattr(model, name)) and cached, message))
     for name in ("backbone_learning_rate", "unfreeze_epochs", "sam_rho"):
-        message = f"--{name} is not for --optim {train.optim}, which updates weights in the backward pass"
-        refused.append((bool(getattr(train, name)) and in_backward, f"{message}; leave out one of them"))
+        message = (
+            f"--{name} is not for --optim {train.optim}, which updates weights in the backward pass"
+        )
+        refused.append(
+            (bool(getattr(train, name)) and in_backward, f"{message}; leave out one of them")
+        )
     for is_refused, message in refused:
         if is_refused:
             raise UserError(message)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -30,20 +30,27 @@ def set_dropout(target: PreTrainedConfig, config: ModelConfig) -> None:
 
     Raises: UserError for a model without them.
     """
-    requested = requested_rates(config)
-    if requested and target.model_type == "timm_wrapper":
-        arguments = {TIMM_ARGUMENTS[name]: rate for name, rate in requested.items()}
-        target.model_args = {**(target.model_args or {}), **arguments}
-        _check_timm(target, requested)
-        return
-    for name, rate in requested.items():
-        fields = [
-            f for f in CONFIG_FIELDS[name] if isinstance(getattr(target, f, None), (int, float))
-        ]
+    for name, rate in requested_rates(config).items():
+        if target.model_type == "timm_wrapper":
+            _require_timm_argument(target.architecture, name)
+            target.model_args = {**(target.model_args or {}), TIMM_ARGUMENTS[name]: rate}
+            continue
+        found = {field: getattr(target, field, None) for field in CONFIG_FIELDS[name]}
+        fields = [field for field, value in found.items() if isinstance(value, (int, float))]
         if not fields:
             raise _without(name, getattr(target, "module_class", "") or target.model_type)
-        for field in fields:
-            setattr(target, field, rate)
+        try:
+            for field in fields:
+                setattr(target, field, rate)
+        except StrictDataclassError:  # LeViT's is a whole number
+            raise _without(name, target.model_type) from None
+
+
+def _require_timm_argument(architecture: str, name: str) -> None:
+    try:
+        _throwaway(architecture, **{TIMM_ARGUMENTS[name]: 0.0})
+    except TypeError:
+        raise _without(name, f"timm's {architecture}") from None
 
 
 def check_dropout(model: PreTrainedModel, config: ModelConfig) -> None:
@@ -77,19 +84,27 @@ def _has_rate(model: nn.Module, name: str, rate: float) -> bool:
     return bool(dropout_rates(model) if connects else drop_path_rates(model))
 
 
-def _check_timm(target: Any, requested: dict[str, float]) -> None:
+def rates_of_timm(model: nn.Module, plain: nn.Module) -> dict[str, float]:
+    """Return the rates, by option, of a timm model that was made with other ones than `plain` was."""
+    rates = {}
+    if dropout_rates(model) != dropout_rates(plain):
+        rates["dropout"] = max(dropout_rates(model), default=0.0)
+    paths = drop_path_rates(model)
+    if paths != drop_path_rates(plain):
+        # In some architectures, the last layer has less than the rate itself.
+        whole = _throwaway(model.pretrained_cfg["architecture"], drop_path_rate=1.0)
+        rates["drop_path"] = round(max(paths, default=0.0) / max(drop_path_rates(whole)), 6)
+    return rates
+
+
+def _throwaway(architecture: str, **rates: float) -> nn.Module:
+    """Return a timm model without advancing the random generator: the new head stays the same."""
     import timm
 
-    options = {key: value for key, value in target.model_args.items() if key != "num_classes"}
-    for name in requested:
-        others = {TIMM_ARGUMENTS[each] for each in requested if each != name}
-        given = {key: value for key, value in options.items() if key not in others}
-        try:
-            timm.create_model(target.architecture, pretrained=False, **given)
-        except TypeError:
-            raise _without(name, f"timm's {target.architecture}") from None
+    with torch.random.fork_rng(devices=[]):
+        return timm.create_model(architecture, pretrained=False, **rates)
 
 
 def _without(name: str, what: str) -> UserError:
     kind = {"dropout": "dropout", "drop_path": "stochastic depth"}[name]
-    return UserError(f"--{name}: {what} has no {kind}; leave it out")
+    return UserError(f"--{name}: {what} has no {kind} to set; leave it out")

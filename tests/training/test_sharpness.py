@@ -98,7 +98,9 @@ def test_batch_norms_count_each_batch_once_and_at_the_weights_themselves(tmp_pat
 
 
 @pytest.mark.parametrize("flags", [["--bf16"], ["--freeze", "1"], ["--freeze", "backbone"]])
-def test_it_works_in_bfloat16_with_a_frozen_backbone_and_on_features(flags, tmp_path, stripes, tiny_vit):
+def test_it_works_in_bfloat16_with_a_frozen_backbone_and_on_features(
+    flags, tmp_path, stripes, tiny_vit
+):
     """The third trains the head alone, on features that are computed once."""
     plain, before = trained(tmp_path / "0", stripes, tiny_vit, *flags)
     sharp, _ = trained(tmp_path / "1", stripes, tiny_vit, *flags, "--sam_rho", "0.5")

@@ -12,7 +12,13 @@ from hf_cifar.training.unfreezing import turns_of
 
 SHORT = ["--eval_strategy", "no", "--save_strategy", "no", "--warmup_steps", "0"]
 RESNET = ["--model_name_or_path", "scratch/test_resnet", "--image_size", "32"]
-TURNS = {"classifier": 0, "vit.layernorm": 1, "vit.layers.1.": 1, "vit.layers.0.": 2, "vit.embeddings": 3}
+TURNS = {
+    "classifier": 0,
+    "vit.layernorm": 1,
+    "vit.layers.1.": 1,
+    "vit.layers.0.": 2,
+    "vit.embeddings": 3,
+}
 
 
 class Steps(TrainerCallback):
@@ -59,11 +65,21 @@ def test_the_order_of_the_layers(tmp_path, stripes, tiny_vit):
 ])  # fmt: skip
 def test_one_more_block_trains_after_each_third_of_an_epoch(flags, tmp_path, stripes, tiny_vit):
     """An epoch has 9 steps. Decay, momentum and L1 do not move what is frozen."""
-    options = ["--unfreeze_epochs", str(1 / 3), "--max_steps", "11", "--weight_decay", "0.5", *flags]
+    options = [
+        "--unfreeze_epochs",
+        str(1 / 3),
+        "--max_steps",
+        "11",
+        "--weight_decay",
+        "0.5",
+        *flags,
+    ]
     trainer, steps = steps_of(tmp_path, stripes, tiny_vit, *options)
     turns = turns_of(trainer.model)
     assert len(steps.moved) == 11
-    for step, (moved, with_gradient) in enumerate(zip(steps.moved, steps.with_gradient, strict=True)):
+    for step, (moved, with_gradient) in enumerate(
+        zip(steps.moved, steps.with_gradient, strict=True)
+    ):
         trains = expected(trainer.model, step // 3, turns)
         assert with_gradient == trains, step
         assert moved <= trains, step
@@ -108,12 +124,13 @@ def test_a_second_run_of_the_same_trainer_starts_with_the_head(tmp_path, stripes
     trainer.optimizer = None
     trainer.train()
     assert all(
-        moved <= {"classifier.weight", "classifier.bias"} for moved in steps.moved[:3] + steps.moved[4:]
+        moved <= {"classifier.weight", "classifier.bias"}
+        for moved in steps.moved[:3] + steps.moved[4:]
     )
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in trainer.model.parameters()}
 
 
 def test_a_model_without_blocks_is_refused(tmp_path, stripes):
-    with pytest.raises(UserError, match="has no stages or blocks.*--unfreeze_epochs"):
+    with pytest.raises(UserError, match=r"has no stages or blocks.*--unfreeze_epochs"):
         tiny_trainer(tmp_path, stripes, "scratch/article_mlp", "--unfreeze_epochs", "1")
