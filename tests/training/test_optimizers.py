@@ -27,6 +27,7 @@ from hf_cifar.training.optimizers import (
     parameter_groups,
     parse_arguments,
 )
+from hf_cifar.training.schedules import build_schedule
 
 
 def vit():
@@ -278,3 +279,56 @@ def test_l1_decay_moves_weights_towards_zero(tmp_path):
     assert layer.weight.tolist()[0] == pytest.approx([0.5 - 0.1 - 0.02, -0.48, 0.0])
     assert layer.weight[0, 2] == 0
     assert layer.bias.item() == 0.5
+
+
+def rates_by_name(model, optimizer):
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_the_backbone_has_a_rate_of_its_own(layer_decay, tmp_path):
+    """Layer-wise decay starts from it, and the rate that the Trainer logs is the head's."""
+    model = vit()
+    args = TrainingArguments(tmp_path, learning_rate=0.1, optim="sgd", weight_decay=0.1)
+    optimizer = build_optimizer(model, args, layer_decay, backbone_learning_rate=0.01)
+    depths = {"classifier": None, "vit.layernorm": 0, "vit.layers.1.": 1, "vit.layers.0.": 2}
+    depths["vit.embeddings"] = 3
+    rates = rates_by_name(model, optimizer)
+    assert rates.keys() == dict(model.named_parameters()).keys()
+    for name, rate in rates.items():
+        depth = next(d for prefix, d in depths.items() if name.startswith(prefix))
+        assert rate == (0.1 if depth is None else 0.01 * layer_decay**depth), name
+    first = optimizer.param_groups[0]
+    assert first["params"] == [model.classifier.weight]
+    assert (first["lr"], first["weight_decay"]) == (0.1, 0.1)
+    decaying = {p for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decaying == set(parameter_groups(model, 0.1)[0]["params"])
+
+
+@pytest.mark.parametrize("name", ["linear", "one_cycle", "step", "reduce_lr_on_plateau"])
+def test_a_schedule_scales_both_rates(name, tmp_path):
+    model = vit()
+    args = TrainingArguments(tmp_path, learning_rate=0.1, optim="sgd", warmup_steps=3)
+    args.lr_scheduler_type = name
+    args.lr_scheduler_kwargs = {"patience": 2} if name == "reduce_lr_on_plateau" else None
+    optimizer = build_optimizer(model, args, backbone_learning_rate=0.01)
+    schedule, heads = build_schedule(args, optimizer, 12), set()
+    for step in range(12):
+        optimizer.step()
+        rates = [group["lr"] for group in optimizer.param_groups]
+        heads.add(round(rates[0], 6))
+        assert rates == pytest.approx([rates[0]] * 2 + [rates[0] / 10] * 2), step
+        schedule.step(*([1.0] if name == "reduce_lr_on_plateau" else []))
+    assert len(heads) > 3
+
+
+def test_l1_decay_leaves_frozen_weights_alone(tmp_path):
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    args = TrainingArguments(tmp_path, learning_rate=0.5, optim="sgd", weight_decay=0)
+    optimizer = build_optimizer(layers, args, l1_decay=0.2)
+    before = [layer.weight.detach().clone() for layer in layers]
+    layers[0].requires_grad_(False)
+    optimizer.step()
+    assert torch.equal(layers[0].weight, before[0])
+    assert torch.allclose(layers[1].weight, torch.nn.functional.softshrink(before[1], 0.1))
