@@ -117,7 +117,6 @@ finetune --backbone_learning_rate 1e-3 --optim lomo | --optim lomo
 finetune --unfreeze_epochs -1 | --unfreeze_epochs
 finetune --unfreeze_epochs 1 --freeze 2 | --freeze 2
 finetune --unfreeze_epochs 1 --torch_compile | --torch_compile
-finetune --unfreeze_epochs 1 --ddp_find_unused_parameters false | --ddp_find_unused_parameters
 finetune --sam_rho -0.1 | --sam_rho
 finetune --sam_rho 0.05 --freeze backbone --head_solver lbfgs | --head_solver lbfgs
 finetune --sam_rho 0.05 --optim galore_adamw_layerwise | galore_adamw_layerwise
@@ -192,6 +191,10 @@ HEAVY = [
     ([*NEW, "--freeze", "3"], "ArticleMLPForImageClassification"),
     ([*NEW, "--layer_decay", "0.5"], "ArticleMLPForImageClassification"),
     ([*NEW, "--unfreeze_epochs", "1"], "ArticleMLPForImageClassification"),
+    (
+        [*NEW, "--unfreeze_epochs", "1", "--ddp_find_unused_parameters", "false"],
+        "--ddp_find_unused_parameters",
+    ),
     ([*NEW, "--dropout", "0.1"], "--dropout: article_mlp has no dropout"),
     ([*NEW, "--max_train_samples", "5"], "--max_train_samples"),
 ]  # fmt: skip
