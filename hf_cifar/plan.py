@@ -32,7 +32,7 @@ from hf_cifar.runs.resume import run_to_resume, with_options_of
 from hf_cifar.text import duration
 from hf_cifar.training.autotune import Setting, pick_setting
 from hf_cifar.training.checkpoints import find_damage, newest_checkpoint
-from hf_cifar.training.optimizers import default_rates
+from hf_cifar.training.optimizers import default_rates, default_weight_decay
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -138,17 +138,19 @@ def find_checkpoint(train: TrainingConfig) -> Path | None:
 def settle_rates(
     config: RunConfig, model: PreTrainedModel, processes: Processes
 ) -> dict[str, float]:
-    """Return learning rate and clipping: the requested ones, or the defaults of optimiser and model family.
+    """Return learning rate, clipping and weight decay: the requested ones, or the defaults of optimiser and
+    model family.
 
     Raises: UserError for an optimiser without a known rate.
     """
     train = config.train
-    requested = {"learning_rate": train.learning_rate, "max_grad_norm": train.max_grad_norm}
+    names = ("learning_rate", "max_grad_norm", "weight_decay")
+    requested = {name: getattr(train, name) for name in names}
     batch_size = images_a_step(train, processes)
     scratch = config.model.model_name_or_path.startswith(SCRATCH)
     defaults = default_rates(
         model, batch_size, optim=train.optim, optim_args=train.optim_args, scratch=scratch
-    )._asdict()
+    )._asdict() | {"weight_decay": default_weight_decay(train.optim)}
     if train.learning_rate is None and defaults["learning_rate"] is None:
         raise UserError(
             f"--optim {train.optim} has no default learning rate for this model; pass --learning_rate"

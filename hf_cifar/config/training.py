@@ -73,9 +73,12 @@ class TrainingConfig:
     optim_args: str | None = option(
         None, "Arguments of the optimiser, for example momentum=0.9,nesterov=true."
     )
-    weight_decay: float = option(
-        0.05, "Weight decay, applied to weight matrices and kernels only.", low=0, high=1e3
-    )
+    weight_decay: float | None = option(
+        None,
+        "Weight decay, applied to weight matrices and kernels only; default: 0.05, or 0.0005 for SGD and "
+        "other optimisers that add it to the gradient.",
+        low=0, high=1e3,
+    )  # fmt: skip
     l1_decay: float = option(
         0.0,
         "L1 decay, applied to weight matrices and kernels only: each step moves them this times the rate "
