@@ -208,6 +208,16 @@ TECHNIQUES: dict[str, Technique] = {
         },
         models=(ALL,),
     ),
+    **{
+        f"epochs, {images} images": Technique(
+            {
+                f"{epochs} epochs": {"num_train_epochs": epochs, "max_train_samples": images}
+                for epochs in (3, 10, 30)
+            },
+            models=(HEAD, ALL),
+        )
+        for images in (300, 1200)
+    },
 }  # fmt: skip
 
 

@@ -38,6 +38,8 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 logger = logging.getLogger(__name__)
 # Training images are decoded before training if that takes at most this long.
 CHECK_SECONDS = 10
+# Default length: this many epochs, or more for few images, to make this many steps.
+MIN_EPOCHS, MAX_EPOCHS, MIN_STEPS = 3.0, 30.0, 500
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Plan:
 def plan_run(
     config: RunConfig, model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits
 ) -> Plan:
-    """Determine the checkpoint to resume from, learning rate, clipping, when to evaluate and save, the best
-    metric, workers of a stream, and the compute setting.
+    """Determine the checkpoint to resume from, rates, clipping, number of epochs, when to evaluate and save,
+    the best metric, workers of a stream, and the compute setting.
 
     Raises: UserError if the options do not fit the model or the data, or there is nothing to resume from.
     """
@@ -85,6 +87,7 @@ def plan_run(
     settled: dict[str, Any] = {
         **settle_rates(resumed, model, processes),
         **settle_evaluation(train),
+        "num_train_epochs": settle_epochs(train, len(splits.train), processes),
         "metric_for_best_model": best_metric(train.metric_for_best_model, model),
         "dataloader_num_workers": settle_workers(train, splits, processes),
     }
@@ -162,6 +165,23 @@ def images_a_step(train: TrainingConfig, processes: Processes) -> int:
     """Return the number of training images per optimiser step, over all devices."""
     batch = train.per_device_train_batch_size * processes.num_devices
     return batch * train.gradient_accumulation_steps * processes.count
+
+
+def settle_epochs(train: TrainingConfig, num_images: int, processes: Processes) -> float:
+    """Return the number of epochs: as requested, else 3, or for few images up to 30, to make 500 steps.
+
+    Source: Kolesnikov et al., Big Transfer, 2020, whose shortest run has 500 steps.
+    """
+    if train.num_train_epochs is not None:
+        return train.num_train_epochs
+    steps = math.ceil(num_images / images_a_step(train, processes))
+    epochs = float(min(max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps)), MAX_EPOCHS))
+    if epochs != MIN_EPOCHS and train.max_steps <= 0 and train.head_solver == "optimizer":
+        logger.info(
+            "training for %g epochs, %s steps, because train has only %s images (--num_train_epochs)",
+            epochs, f"{epochs * steps:,.0f}", f"{num_images:,}",
+        )  # fmt: skip
+    return epochs
 
 
 def settle_evaluation(train: TrainingConfig) -> dict[str, Any]:
@@ -353,4 +373,5 @@ def num_batches(config: RunConfig, num_images: int, processes: Processes) -> int
     if train.max_steps > 0:
         return train.max_steps * train.gradient_accumulation_steps
     batches = math.ceil(num_images / (batch * processes.count))
+    assert train.num_train_epochs is not None  # settled
     return math.ceil(batches * train.num_train_epochs)

@@ -44,9 +44,11 @@ class TrainingConfig:
 
     _argument_group_name = "training"
 
-    num_train_epochs: float = option(
-        3.0, "Passes over the training images.", low=1e-6, high=1e6, may_change=True
-    )
+    num_train_epochs: float | None = option(
+        None,
+        "Passes over the training images; default: 3, or for few images up to 30, to make 500 steps.",
+        low=1e-6, high=1e6, may_change=True,
+    )  # fmt: skip
     max_steps: int = option(-1, "Total steps instead of epochs; -1 for epochs.", may_change=True)
     per_device_train_batch_size: int = option(32, "Training images per batch and process.", low=1)
     gradient_accumulation_steps: int = option(
