@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from hf_cifar.config.metrics import best_metrics, metrics_of
+from hf_cifar.config.metrics import best_metrics
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.config.run import RunConfig
 from hf_cifar.config.training import TrainingConfig
@@ -88,7 +88,7 @@ def plan_run(
         **settle_rates(resumed, model, processes),
         **settle_evaluation(train),
         "num_train_epochs": settle_epochs(train, len(splits.train), processes),
-        "metric_for_best_model": best_metric(train.metric_for_best_model, model),
+        "metric_for_best_model": best_metric(train, model),
         "dataloader_num_workers": settle_workers(train, splits, processes),
     }
     if train.layer_decay != 1:
@@ -225,18 +225,22 @@ def _is_multiple(larger: float, smaller: float) -> bool:
     return same_unit and ratio > 0.5 and math.isclose(ratio, round(ratio))
 
 
-def best_metric(requested: str | None, model: PreTrainedModel) -> str:
+def best_metric(train: TrainingConfig, model: PreTrainedModel) -> str:
     """Return the metric that picks the best checkpoint. Raises: UserError if the labels rule it out."""
+    requested = train.metric_for_best_model
     if is_multi_label(model):
         # Average precision needs no thresholds; they are fitted only at the end.
-        return requested or "average_precision_macro"
-    known = best_metrics(multi_label=False)
+        default = "average_precision_macro"
+    else:
+        # Who balances the classes wants each to count the same.
+        default = "accuracy" if train.class_balance == "none" else "balanced_accuracy"
+    known = best_metrics(multi_label=is_multi_label(model))
     if requested is not None and requested.removeprefix("eval_") not in known:
-        names = " or ".join(metrics_of(multi_label=False, place="training"))
+        kind = "with multiple labels" if not is_multi_label(model) else "with one label"
         raise UserError(
-            f"--metric_for_best_model {requested} is for multi-label data; pass {names}"
+            f"--metric_for_best_model {requested} is for images {kind}; pass {' or '.join(known)}"
         )
-    return requested or "accuracy"
+    return requested or default
 
 
 def settle_check(

@@ -216,8 +216,8 @@ class TrainingConfig:
     )
     metric_for_best_model: str | None = option(
         None,
-        "Validation metric that chooses the best checkpoint; default: accuracy, or average_precision_macro "
-        "(mAP) for multi-label data.",
+        "Validation metric that chooses the best checkpoint; default: accuracy, balanced_accuracy with "
+        "--class_balance, or average_precision_macro (mAP) for multi-label data.",
         may_change=True,
     )
     resume_from_checkpoint: str | None = option(
