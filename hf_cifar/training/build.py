@@ -40,6 +40,8 @@ if TYPE_CHECKING:  # hf_cifar.plan imports this package
     from hf_cifar.plan import Plan
 
 logger = logging.getLogger(__name__)
+# From this ratio of the largest class to the smallest one, --class_balance is suggested.
+UNEQUAL = 5
 
 
 def build_trainer(
@@ -100,6 +102,8 @@ def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingCo
     if config.class_balance != "none" and (counts is None or multi_label):
         kind = "multi-label data" if multi_label else "a stream, whose classes are not counted"
         raise UserError(f"--class_balance {config.class_balance} is not for {kind}; leave it out")
+    if isinstance(train, Split) and not multi_label and config.class_balance == "none":
+        suggest_balance(train)
     return training_loss(
         config.label_smoothing_factor,
         multi_label=multi_label,
@@ -107,6 +111,19 @@ def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingCo
         balance=config.class_balance,
         counts=counts,
     )
+
+
+def suggest_balance(train: Split) -> None:
+    """Say so if the largest class has far more images than the smallest."""
+    counts = class_counts(train.labels, len(train.id2label))
+    small, large = int(counts.argmin()), int(counts.argmax())
+    if counts[large] >= UNEQUAL * counts[small]:
+        logger.info(
+            "train: class %r has %s images, %r has %s; rare classes will often be missed unless "
+            "--class_balance logit_adjustment counts all classes the same",
+            train.id2label[large], f"{counts[large]:,}", train.id2label[small],
+            f"{counts[small]:,}",
+        )  # fmt: skip
 
 
 def build_sampler(train: Split | Stream, config: TrainingConfig) -> BalancedSampler | None:

@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import freeze
 from hf_cifar.training.optimizers import (
+    COUPLED_DECAY,
     OPTIMIZER_FAMILIES,
     OPTIMIZERS,
     RATES,
@@ -23,6 +24,7 @@ from hf_cifar.training.optimizers import (
     decay_learning_rates,
     decay_parameter_names,
     default_rates,
+    default_weight_decay,
     model_family,
     parameter_groups,
     parse_arguments,
@@ -161,6 +163,7 @@ def test_an_optimiser_or_a_family_without_a_known_rate_has_none():
 
 def test_every_optimiser_with_a_rate_exists():
     assert OPTIMIZER_FAMILIES.keys() <= OPTIMIZERS.keys()
+    assert OPTIMIZERS.keys() >= COUPLED_DECAY
     assert set(OPTIMIZER_FAMILIES.values()) == RATES.keys()
 
 
@@ -248,6 +251,39 @@ def test_the_articles_step_of_adam(tmp_path):
     state = optimizer.state[weight.weight]
     assert state["exp_avg"].item() == pytest.approx(0.11)
     assert state["exp_avg_sq"].item() == pytest.approx(0.29974)
+
+
+def shrinking(name, tmp_path):
+    """Return how far 20 steps on tiny gradients move a weight of 1 by its decay, in units of rate x decay."""
+    weights = []
+    for decay in (0.1, 0.0):
+        layer = torch.nn.Linear(4, 4, bias=False)
+        torch.nn.init.ones_(layer.weight)
+        args = TrainingArguments(tmp_path, learning_rate=1e-3, weight_decay=decay, use_cpu=True)
+        args.optim = name
+        optimizer = build_optimizer(layer, args)
+        for step in range(20):
+            torch.manual_seed(step)
+            layer.weight.grad = 1e-6 * torch.randn(4, 4)
+            optimizer.step()
+        weights.append(layer.weight.mean().item())
+    return (weights[1] - weights[0]) / 20 / 1e-4
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw_torch", "lion", "muon", "nadamw", "adanw", "radamw", "adamuon", "mars"]
+)
+def test_decoupled_decay_takes_rate_times_decay_off_each_weight(name, tmp_path):
+    assert name not in COUPLED_DECAY
+    assert shrinking(name, tmp_path) == pytest.approx(1, abs=0.01)
+    assert default_weight_decay(name) == 0.05
+
+
+@pytest.mark.parametrize("name", ["adam", "nadam", "adamax", "rmsprop", "momentum", "novograd"])
+def test_coupled_decay_outweighs_small_gradients(name, tmp_path):
+    assert name in COUPLED_DECAY
+    assert shrinking(name, tmp_path) > 4
+    assert default_weight_decay(name) == 0.0005
 
 
 def test_arguments_of_optimisers_are_parsed_and_checked(tmp_path):

@@ -68,3 +68,16 @@ def test_the_solved_head_takes_no_other_loss(tmp_path, stripes, tiny_vit):
             UserError, match="lbfgs minimises plain cross-entropy; leave out --loss"
         ):
             tiny_trainer(tmp_path / "run", stripes, tiny_vit, *solver, *flags)
+
+
+def test_unequal_classes_are_stated_with_what_to_do(tmp_path, stripes, tiny_vit, caplog):
+    caplog.set_level("INFO", logger="hf_cifar")
+    tiny_trainer(tmp_path / "run", stripes, tiny_vit)
+    tiny_trainer(tmp_path / "run", stripes, tiny_vit, *LONG_TAIL, "weights")
+    assert "rare classes" not in caplog.text
+    trainer = tiny_trainer(tmp_path / "run", stripes, tiny_vit, "--imbalance_factor", "8")
+    counts = torch.bincount(torch.as_tensor(trainer.train_dataset.labels)).tolist()
+    names = list(trainer.model.config.id2label.values())
+    assert (
+        f"train: class {names[0]!r} has {counts[0]} images, {names[1]!r} has {counts[1]}; rare classes"
+    ) in caplog.text
