@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
 from hf_cifar.audit.leakage import find_leakage
-from hf_cifar.config.model import ModelConfig
-from hf_cifar.config.objects import InMemory
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.labels import class_counts
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource, Splits
-from hf_cifar.hub.origin import Origin, find_origin
+from hf_cifar.hub.origin import find_origin, origin_of_model
 from hf_cifar.hub.push import Target
-from hf_cifar.models.blocks import describe_trainable
 from hf_cifar.runs.environment import environment
 from hf_cifar.training.resumable import pixel_hashes
 from hf_cifar.training.trainer import ImageClassificationTrainer
@@ -72,16 +69,6 @@ def skipped_rows(splits: Splits) -> dict[str, list[int]]:
     return found
 
 
-def origin_of_model(config: ModelConfig) -> Origin:
-    """Return the origin of a run's model; for one in memory, that of the checkpoint it was loaded from."""
-    name = config.model_name_or_path
-    if not isinstance(name, InMemory):
-        return find_origin(name, "model", config.model_revision)
-    model = name.value[0] if isinstance(name.value, tuple) else name.value
-    base = getattr(model, "name_or_path", "")
-    return replace(find_origin(base, "model"), name=str(name)) if base else Origin(str(name))
-
-
 def run_facts(
     trainer: ImageClassificationTrainer,
     splits: Splits,
@@ -105,7 +92,7 @@ def run_facts(
             if isinstance(split, Split)  # unknown for a stream
         },
         "pixel_hashes": pixel_hashes((splits.train, splits.validation)),
-        "trainable": describe_trainable(trainer.model),
+        "trainable": trainer.trainable,
         "steps": state.global_step,
         "epochs": state.epoch,
         "best_checkpoint_step": state.best_global_step,

@@ -152,3 +152,16 @@ def test_a_gpu_configuration_without_a_gpu_is_refused(tmp_path, stripes, tiny_vi
     source, error = done.stderr.splitlines()
     assert source.startswith("stripes") and "fp16 needs a GPU" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_of_two_processes_are_those_of_one(tmp_path, stripes, tiny_vit):
+    from safetensors.torch import load_file
+
+    for processes in (1, 2):
+        done = launch(tmp_path / str(processes), stripes, tiny_vit, processes, "--lora_rank", "4")
+        assert done.returncode == 0, done.stderr
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        one, two = (load_file(tmp_path / n / file) for n in ("1", "2"))
+        assert one.keys() == two.keys()
+        for name in one:
+            assert torch.allclose(one[name], two[name], atol=2e-4), name

@@ -51,6 +51,12 @@ class ModelConfig:
         "Stochastic depth, of the last layer, where the model has it; default: the checkpoint's own.",
         low=0, high=0.99,
     )  # fmt: skip
+    lora_rank: int = option(
+        0,
+        "LoRA: train adapters of this rank and the head, for example 8, instead of all weights; the run has "
+        "them in adapter/, and merged. 0 turns it off.",
+        low=0, high=4096,
+    )  # fmt: skip
     trust_remote_code: bool = option(
         False,
         "Run code that comes with the checkpoint; a Hub model needs a full commit as --model_revision.",
@@ -63,4 +69,13 @@ class ModelConfig:
         if self.freeze not in ("none", "backbone") and not self.freeze.isdigit():
             raise UserError(
                 f"--freeze is {self.freeze!r}; it takes none, backbone, or a number of stages or blocks"
+            )
+        if self.lora_rank and self.freeze != "none":
+            raise UserError(
+                f"--lora_rank already freezes the backbone; leave out --freeze {self.freeze}"
+            )
+        if self.lora_rank and self.model_name_or_path.startswith(SCRATCH):
+            raise UserError(
+                f"--lora_rank adapts a pretrained model, and {self.model_name_or_path} has random weights; "
+                "leave it out"
             )

@@ -112,6 +112,7 @@ INSTEAD = {
     "--freeze backbone":
         "freeze_backbone freeze_encoder linear_probe freeze_base freeze_feature_extractor "
         "freeze_base_model linear_probing feature_extract",
+    "--lora_rank": "lora_r lora use_lora use_peft lora_alpha",
     "--eval_strategy":
         "evaluation_strategy eval_freq eval_interval val_interval evaluate_during_training "
         "check_val_every_n_epoch eval_every val_freq",

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import metadata_load
 
-from hf_cifar.config.model import SCRATCH
-from hf_cifar.config.objects import MEMORY
+from hf_cifar.config.model import SCRATCH, ModelConfig
+from hf_cifar.config.objects import MEMORY, InMemory
 from hf_cifar.hub.fetch import fetch
 from hf_cifar.hub.reach import looks_like_path
 
@@ -110,6 +110,16 @@ def find_origin(name: str, kind: str, revision: str | None = None) -> Origin:
         citations=citations or CITATIONS.get(name, ()),
         **_license(found, metadata, hub_id),
     )
+
+
+def origin_of_model(config: ModelConfig) -> Origin:
+    """Return the origin of a run's model; for one in memory, that of the checkpoint it was loaded from."""
+    name = config.model_name_or_path
+    if not isinstance(name, InMemory):
+        return find_origin(name, "model", config.model_revision)
+    model = name.value[0] if isinstance(name.value, tuple) else name.value
+    base = getattr(model, "name_or_path", "")
+    return replace(find_origin(base, "model"), name=str(name)) if base else Origin(str(name))
 
 
 def _find_file(name: str, file: str, kind: str, revision: str | None) -> Path | None:

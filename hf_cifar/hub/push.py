@@ -32,6 +32,7 @@ PUSHED_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "preprocessor_config.json",
+    "adapter/adapter_*",
     "*.py",
     "metrics.json",
     f"{EVAL_RESULTS_FOLDER}/*.yaml",

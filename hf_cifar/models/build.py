@@ -22,6 +22,7 @@ from transformers import (
 from hf_cifar.config.data import ValueRange
 from hf_cifar.config.model import BUNDLED, SCRATCH, ModelConfig
 from hf_cifar.config.objects import InMemory
+from hf_cifar.hub.origin import origin_of_model
 from hf_cifar.models.article import (
     ArticleCNNConfig,
     ArticleCNNForImageClassification,
@@ -34,6 +35,7 @@ from hf_cifar.models.dropout import check_dropout, set_dropout
 from hf_cifar.models.files import count_weights, model_folder
 from hf_cifar.models.guards import check_forward, check_labels, library_errors, limit_model_size
 from hf_cifar.models.heads import head_parameter_names, reset_head, zero_head
+from hf_cifar.models.lora import add_adapters
 from hf_cifar.models.modules import wrap_module
 from hf_cifar.models.names import check_model_name
 from hf_cifar.models.objects import (
@@ -97,6 +99,10 @@ def build_model(
     set_problem(model, multi_label)
     set_value_range(model, value_range)
     freeze(model, config.freeze)
+    if config.lora_rank:
+        origin = origin_of_model(config)
+        base = origin.hub_id or origin.name
+        add_adapters(classifier, config.lora_rank, base, config.model_revision)
     _log_summary(name, model, new)
     return classifier
 

@@ -23,6 +23,7 @@ from hf_cifar.config import training as config
 from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import block_depths
 from hf_cifar.models.heads import head_parameter_names
+from hf_cifar.models.lora import is_adapter
 
 # Position embeddings and class tokens have two or more axes, but are not weights of a layer.
 NO_DECAY = re.compile(
@@ -188,6 +189,8 @@ def momentum_of(optim: str, optim_args: str | None) -> float:
 
 def model_family(model: nn.Module, scratch: bool = False) -> str:
     """Return the model family for the default rates, a key of `RATES["adamw"]`."""
+    if any(is_adapter(name) for name, _ in model.named_parameters()):
+        return "lora"
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     if trainable < 0.05 * sum(p.numel() for p in parameters):
@@ -305,6 +308,7 @@ COUPLED_DECAY = frozenset(
 RATES: dict[str | None, dict[str, Rates]] = {
     "adamw": {
         "head": Rates(2e-3),
+        "lora": Rates(3e-3),
         "attention": Rates(7e-5),
         "convolution": Rates(1e-3),
         "scratch": Rates(1e-3),

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import Trainer
 
+from hf_cifar.models.lora import ADAPTER_FOLDER
+
 UNPREFIXED = {"timm_wrapper": "timm_model.", "torch_module": "network."}
 
 
@@ -19,7 +21,7 @@ def save_classifier(trainer: Trainer, folder: Path, weights: dict[str, Any] | No
     weights: default: gathered from the model, in all processes.
 
     A timm model's weights keep timm's names, so both transformers and timm load the folder; those of a
-    torch.nn.Module keep its own, for load_state_dict.
+    torch.nn.Module keep its own, for load_state_dict. After training with LoRA, its adapter is saved too.
     """
     if weights is None:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered if sharded
@@ -27,16 +29,20 @@ def save_classifier(trainer: Trainer, folder: Path, weights: dict[str, Any] | No
     weights = {name.removeprefix("_orig_mod."): value for name, value in weights.items()}
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
-        if prefix := UNPREFIXED.get(model.config.model_type):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        prefix = UNPREFIXED.get(model.config.model_type, "")
+        saved = {name.removeprefix(prefix): value for name, value in weights.items()}
         folder.mkdir(parents=True, exist_ok=True)
         # Written to a temporary folder first, so that no reader sees part of a model.
         with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as aside:
-            model.save_pretrained(aside, state_dict=weights)
+            model.save_pretrained(aside, state_dict=saved)
             trainer.processing_class.save_pretrained(aside)
-            files = list(Path(aside).iterdir())
+            if trainer.adapter is not None:
+                trainer.adapter.save(Path(aside, ADAPTER_FOLDER), weights)
+            files = [path for path in Path(aside).rglob("*") if path.is_file()]
             for path in files:
                 # safetensors makes its files readable only by their owner.
                 shutil.copymode(Path(aside, "config.json"), path)
             for path in files:
-                os.replace(path, folder / path.name)
+                target = folder / path.relative_to(aside)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(path, target)

@@ -22,7 +22,8 @@ from hf_cifar.config.data import DataConfig
 from hf_cifar.data.store import ShardStore, take_batch
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluate_metrics import compute_training_metrics
-from hf_cifar.models.blocks import batch_norms, is_frozen
+from hf_cifar.models.blocks import batch_norms, describe_trainable, is_frozen
+from hf_cifar.models.lora import Adapter, merge_adapters
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.signals import Stopped
 from hf_cifar.training.arguments import own_arguments
@@ -162,6 +163,8 @@ class ImageClassificationTrainer(ResumableTrainer):
         if self.args.device.type == "cpu":
             keep_freed_memory()
         self._norms = batch_norms(self.model)
+        self.trainable = describe_trainable(self.model)
+        self.adapter: Adapter | None = None  # of a model trained with LoRA, once it is merged
         self._micro_batch = (-1, -1)
         self._measured: dict[str, float] | None = None  # of the model as it is
         self._row_ids: Tensor | None = None
@@ -213,6 +216,8 @@ class ImageClassificationTrainer(ResumableTrainer):
                 self.finish_checkpoint()
             # A signal after the last step, which already has a checkpoint.
             self.stop_signals.request.raise_if_requested()
+        # The best or the averaged weights are loaded by now, and the model has its own kernels again.
+        self.adapter = merge_adapters(self.classifier)
         return output
 
     def _newest_checkpoint(self) -> str:

@@ -113,6 +113,7 @@ def published(tmp_path_factory):
     test_vit = [*short, *digits, "--max_eval_samples", "20", "--model_name_or_path"]
     runs = {
         "vit": (TOKEN, [*short, "--do_predict", push, "--hub_model_id", "me/vit"]),
+        "lora": (TOKEN, [*short, *digits, push, "--hub_model_id", "me/lora", "--lora_rank", "4"]),
         "timm": (None, [*test_vit, "scratch/test_vit", push, "--hub_model_id", "me/timm",
                         "--hub_token", TOKEN]),
         "article": (TOKEN, article),  # the repo is named after the folder
@@ -319,6 +320,35 @@ def test_the_code_in_the_card_runs(outside_predictions, name):
     answer = outside_predictions[f"me/{name}"]
     first = ast.literal_eval(answer["card"])[0]
     assert (first["label"], first["score"]) == (answer["top"], answer["score"])
+
+
+def test_the_card_loads_the_adapter_on_its_base(published):
+    """In plain transformers and peft, with the logits of the merged model."""
+    assert published.commands["lora"].status == 0, published.commands["lora"].stderr
+    files = published.files("me/lora")
+    adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    assert set(files) == MODEL_FILES | {PROCESSOR} | adapter
+    assert len(files["adapter/adapter_model.safetensors"]) < len(files["model.safetensors"]) / 4
+    card = files["README.md"].decode()
+    assert ModelCard(card).data.tags == ["image-classification", "hf-cifar", "lora"]
+    code = (
+        re.findall(r"```python\n(.*?)```", card, re.DOTALL)[1]
+        + """
+import torch
+merged = AutoModelForImageClassification.from_pretrained("me/lora")
+images = torch.randn(3, 3, 224, 224)
+with torch.inference_mode():
+    both = [each.eval()(pixel_values=images).logits for each in (model, merged)]
+print(both[0].std(0).max().item(), (both[0] - both[1]).abs().max().item())
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=published.root,
+        env=hub_environment(published.root / "third_home", published.hub.endpoint),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    spread, difference = (float(value) for value in done.stdout.split())
+    assert difference < 1e-5 < spread
 
 
 def test_default_command_line_reads_data_and_model_from_the_hub(published):
