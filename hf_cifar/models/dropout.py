@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
@@ -10,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
 
+logger = logging.getLogger(__name__)
 # Arguments of timm.create_model, by option.
 TIMM_ARGUMENTS = {"dropout": "drop_rate", "drop_path": "drop_path_rate"}
 # Fields of transformers' configs, by option; attention keeps its own dropout.
@@ -85,16 +89,28 @@ def _has_rate(model: nn.Module, name: str, rate: float) -> bool:
 
 
 def rates_of_timm(model: nn.Module, plain: nn.Module) -> dict[str, float]:
-    """Return the rates, by option, of a timm model that was made with other ones than `plain` was."""
-    rates = {}
-    if dropout_rates(model) != dropout_rates(plain):
-        rates["dropout"] = max(dropout_rates(model), default=0.0)
-    paths = drop_path_rates(model)
+    """Return the rates, by option, of a timm model that was made with other ones than `plain` was.
+
+    Says so if they cannot be kept, because other arguments of timm have set them.
+    """
+    architecture = model.pretrained_cfg["architecture"]
+    dropout, paths, rates = dropout_rates(model), drop_path_rates(model), {}
+    if dropout != dropout_rates(plain):
+        rates["dropout"] = max(dropout, default=0.0)
     if paths != drop_path_rates(plain):
         # In some architectures, the last layer has less than the rate itself.
-        whole = _throwaway(model.pretrained_cfg["architecture"], drop_path_rate=1.0)
-        rates["drop_path"] = round(max(paths, default=0.0) / max(drop_path_rates(whole)), 6)
-    return rates
+        whole = drop_path_rates(_throwaway(architecture, drop_path_rate=1.0))
+        rates["drop_path"] = round(max(paths, default=0.0) / max(whole), 6)
+    if not rates:
+        return rates
+    same = _throwaway(architecture, **{TIMM_ARGUMENTS[name]: rate for name, rate in rates.items()})
+    if dropout == dropout_rates(same) and np.allclose(paths, drop_path_rates(same), atol=1e-5):
+        return rates
+    logger.warning(
+        "%s has dropout that drop_rate and drop_path_rate do not describe: it is not kept",
+        architecture,
+    )
+    return {}
 
 
 def _throwaway(architecture: str, **rates: float) -> nn.Module:

@@ -121,6 +121,13 @@ def test_a_timm_model_in_memory_keeps_its_rates(name):
     assert drop_path_rates(model) == pytest.approx(drop_path_rates(network))
 
 
+def test_other_dropout_of_a_timm_model_in_memory_is_not_kept_silently(caplog):
+    network = timm.create_model("test_vit", num_classes=3, proj_drop_rate=0.2)
+    model = wrap_network(network, None, LABELS).model
+    assert dropout_rates(model) == []
+    assert "test_vit has dropout that drop_rate and drop_path_rate do not describe" in caplog.text
+
+
 REFUSED = [
     (
         "scratch/article_cnn",

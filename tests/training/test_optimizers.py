@@ -368,3 +368,24 @@ def test_l1_decay_leaves_frozen_weights_alone(tmp_path):
     optimizer.step()
     assert torch.equal(layers[0].weight, before[0])
     assert torch.allclose(layers[1].weight, torch.nn.functional.softshrink(before[1], 0.1))
+
+
+@pytest.mark.parametrize(
+    "name", sorted(OPTIMIZERS.keys() - {each.value for each in OptimizerNames})
+)
+def test_every_optimiser_of_timm_takes_weights_that_train_later(name, tmp_path):
+    """A parameter without a gradient neither moves nor decays, and trains once it has one."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
+    args = TrainingArguments(tmp_path, learning_rate=0.01, weight_decay=0.1)
+    args.optim = name
+    optimizer, before = build_optimizer(layers, args), layers[0].weight.detach().clone()
+    layers[0].requires_grad_(False)
+    for step in range(6):
+        if step == 3:
+            assert torch.equal(layers[0].weight, before)
+            layers[0].requires_grad_(True)
+        layers(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+        layers.zero_grad()
+    assert not torch.equal(layers[0].weight, before)

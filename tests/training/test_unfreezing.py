@@ -134,3 +134,19 @@ def test_a_second_run_of_the_same_trainer_starts_with_the_head(tmp_path, stripes
 def test_a_model_without_blocks_is_refused(tmp_path, stripes):
     with pytest.raises(UserError, match=r"has no stages or blocks.*--unfreeze_epochs"):
         tiny_trainer(tmp_path, stripes, "scratch/article_mlp", "--unfreeze_epochs", "1")
+
+
+def test_a_stream_has_epochs_too(tmp_path, shards, tiny_vit):
+    flags = [
+        "--streaming",
+        "--max_eval_samples",
+        "8",
+        "--unfreeze_epochs",
+        "0.5",
+        "--max_steps",
+        "6",
+    ]
+    trainer, steps = steps_of(tmp_path, shards, tiny_vit, *flags)
+    turns = turns_of(trainer.model)
+    for step, with_gradient in enumerate(steps.with_gradient):  # an epoch has 9 steps
+        assert with_gradient == expected(trainer.model, step // 5, turns), step
