@@ -19,6 +19,11 @@ OPTIMIZERS = {
     "adamw": ["--optim", "adamw_torch"],
     "sgd": ["--optim", "sgd"],
     "sgd, momentum 0.9": ["--optim", "sgd", "--optim_args", "momentum=0.9"],
+    "adam": ["--optim", "adam"],
+    "rmsprop": ["--optim", "rmsprop"],
+    "adagrad": ["--optim", "adagrad"],
+    "lion": ["--optim", "lion"],
+    "muon": ["--optim", "muon"],
 }
 
 
@@ -40,8 +45,13 @@ TASKS = {
         ],
         {
             "adamw": [3e-4, 1e-3, 2e-3, 4e-3, 8e-3],
-            "sgd": [0.025, 0.05, 0.1, 0.2, 0.4],
-            "sgd, momentum 0.9": [0.0025, 0.005, 0.01, 0.02, 0.04],
+            "sgd": [0.05, 0.1, 0.2, 0.4],
+            "sgd, momentum 0.9": [0.005, 0.01, 0.02, 0.04],
+            "adam": [3e-4, 1e-3, 2e-3, 4e-3],
+            "rmsprop": [1e-4, 3e-4, 1e-3, 3e-3],
+            "adagrad": [3e-3, 0.01, 0.03, 0.1],
+            "lion": [3e-5, 1e-4, 3e-4, 1e-3],
+            "muon": [2.5e-3, 5e-3, 0.01, 0.02, 0.04],
         },
     ),
     "lite0_head": Task(
@@ -54,6 +64,11 @@ TASKS = {
             "adamw": [1e-3, 2e-3, 4e-3, 8e-3],
             "sgd": [0.025, 0.1, 0.4, 1.6],
             "sgd, momentum 0.9": [0.0025, 0.01, 0.04, 0.16],
+            "adam": [1e-3, 2e-3, 4e-3, 8e-3],
+            "rmsprop": [3e-4, 1e-3, 3e-3, 0.01],
+            "adagrad": [3e-3, 0.01, 0.03, 0.1],
+            "lion": [1e-4, 3e-4, 1e-3, 3e-3],
+            "muon": [2.5e-3, 5e-3, 0.01, 0.02, 0.04],
         },
     ),
     "lite0": Task(
@@ -66,6 +81,11 @@ TASKS = {
             "adamw": [1.4e-3, 2.8e-3, 5.66e-3, 1.13e-2],
             "sgd": [0.05, 0.1, 0.2, 0.4],
             "sgd, momentum 0.9": [0.005, 0.01, 0.02, 0.04],
+            "adam": [7e-4, 1.4e-3, 2.8e-3, 5.66e-3],
+            "rmsprop": [1e-4, 3e-4, 1e-3, 3e-3],
+            "adagrad": [3e-3, 0.01, 0.03, 0.1],
+            "lion": [1e-4, 3e-4, 6e-4, 1.2e-3],
+            "muon": [2.5e-3, 5e-3, 0.01, 0.02],
         },
     ),
 }  # fmt: skip
@@ -87,18 +107,17 @@ def accuracy(options: list[str], rate: float) -> float:
             return 0.0
 
 
-def measure(name: str, data: list[str], folder: Path | None = None) -> None:
-    """Try every rate of a task, and write one JSON line."""
+def measure(name: str, optimizer: str, data: list[str], folder: Path | None = None) -> None:
+    """Try every rate of an optimiser on a task, and write one JSON line."""
     task, found = TASKS[name], {}
-    for optimizer, rates in task.rates.items():
-        options = [*data, *task.options, *OPTIMIZERS[optimizer]]
-        for rate in rates:
-            variant = f"{optimizer}, {rate:g}"
-            found[variant] = summary([accuracy(options, rate)])
-            print(f"{name}, {variant}: {found[variant]['median']}", flush=True)
+    options = [*data, *task.options, *OPTIMIZERS[optimizer]]
+    for rate in task.rates[optimizer]:
+        found[f"{rate:g}"] = summary([accuracy(options, rate)])
+        print(f"{name}, {optimizer}, {rate:g}: {found[f'{rate:g}']['median']}", flush=True)
     record = {
-        "benchmark": f"rates: {name}", "unit": "accuracy", "n": 1, "family": task.family,
-        "options": [*data[2:], *task.options], "figures": found, "ratios": {},
+        "benchmark": f"rates: {name}, {optimizer}", "unit": "accuracy", "n": 1,
+        "family": task.family, "options": [*data[2:], *task.options],
+        "figures": found, "ratios": {},
     }  # fmt: skip
     write({**record, **conditions()}, folder)
 
@@ -108,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", default="uoft-cs/cifar10")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument(
         "--batch_size", default="64", help="images a step; the default rates are for 64"
     )
@@ -119,7 +139,8 @@ def main() -> None:
         "--per_device_train_batch_size", options.batch_size,
     ]  # fmt: skip
     for name in options.tasks:
-        measure(name, data, options.output)
+        for optimizer in options.optimizers:
+            measure(name, optimizer, data, options.output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Write docs/benchmarks.md from the JSON lines: the newest record of each benchmark, for each device.
 
+The tables of docs/techniques.md are written too, each below a line `<!-- measured: NAME -->`.
+
 python -m benchmarks.table
 """
 
 from __future__ import annotations
 
 import json
+import re
+import statistics
 
 from benchmarks.measure import RESULTS, ROOT
 
@@ -58,8 +62,46 @@ def table(records: list[dict]) -> list[str]:
     return lines
 
 
+MARKED = re.compile(r"(<!-- measured: (.+?) -->\n)(?:\n?\|.*\n)*")
+
+
+def techniques_page(page: str, records: list[dict]) -> str:
+    """Return docs/techniques.md with the measured tables written again."""
+    return MARKED.sub(lambda mark: f"{mark[1]}\n" + effects(mark[2], records), page)
+
+
+def effects(technique: str, records: list[dict]) -> str:
+    """Return a table with the mean and standard deviation of each variant of a technique, by model, and the
+    paired difference from the first variant with its 95% interval."""
+    by_model = {
+        record["benchmark"].removeprefix(f"{technique}, "): record
+        for record in records
+        if record["benchmark"].startswith(f"{technique}, ")
+    }
+    unit = next(iter(by_model.values()))["unit"]
+    variants = list(dict.fromkeys(name for each in by_model.values() for name in each["values"]))
+    heads = [f"{model}, n = {record['n']}" for model, record in by_model.items()]
+    lines = [f"| {unit} on test | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
+    for variant in variants:
+        cells = [effect(record, variant) for record in by_model.values()]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def effect(record: dict, variant: str) -> str:
+    """Render `0.5120 ± 0.0031, +0.0120 (+0.0046 to +0.0194)`."""
+    values = record["values"].get(variant)
+    if values is None:
+        return ""
+    text = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+    if gain := record.get("differences", {}).get(variant):
+        low, high = gain["interval"]
+        text += f", {gain['mean']:+.4f} ({low:+.4f} to {high:+.4f})"
+    return text
+
+
 def main() -> None:
-    """Rewrite the page."""
+    """Rewrite the pages."""
     page = [HEAD]
     newest: dict[str, dict[str, dict]] = {}
     for path in sorted(RESULTS.glob("*.jsonl")):
@@ -71,6 +113,9 @@ def main() -> None:
         versions = ", ".join(f"{name} {number}" for name, number in records[-1]["versions"].items())
         page += [f"## {device}", "", f"{versions}.", "", *table(records), ""]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(page))
+    techniques = ROOT / "docs" / "techniques.md"
+    records = [record for by_name in newest.values() for record in by_name.values()]
+    techniques.write_text(techniques_page(techniques.read_text(), records))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from hf_cifar.config.metrics import best_metrics, metrics_of
+from hf_cifar.config.metrics import best_metrics
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.config.run import RunConfig
 from hf_cifar.config.training import TrainingConfig
@@ -32,12 +32,14 @@ from hf_cifar.runs.resume import run_to_resume, with_options_of
 from hf_cifar.text import duration
 from hf_cifar.training.autotune import Setting, pick_setting
 from hf_cifar.training.checkpoints import find_damage, newest_checkpoint
-from hf_cifar.training.optimizers import default_rates
+from hf_cifar.training.optimizers import default_rates, default_weight_decay
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 # Training images are decoded before training if that takes at most this long.
 CHECK_SECONDS = 10
+# Default length: this many epochs, or more for few images, to make this many steps.
+MIN_EPOCHS, MAX_EPOCHS, MIN_STEPS = 3.0, 30.0, 500
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Plan:
 def plan_run(
     config: RunConfig, model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits
 ) -> Plan:
-    """Determine the checkpoint to resume from, learning rate, clipping, when to evaluate and save, the best
-    metric, workers of a stream, and the compute setting.
+    """Determine the checkpoint to resume from, rates, clipping, number of epochs, when to evaluate and save,
+    the best metric, workers of a stream, and the compute setting.
 
     Raises: UserError if the options do not fit the model or the data, or there is nothing to resume from.
     """
@@ -85,10 +87,11 @@ def plan_run(
     settled: dict[str, Any] = {
         **settle_rates(resumed, model, processes),
         **settle_evaluation(train),
-        "metric_for_best_model": best_metric(train.metric_for_best_model, model),
+        "num_train_epochs": settle_epochs(train, len(splits.train), processes),
+        "metric_for_best_model": best_metric(train, model),
         "dataloader_num_workers": settle_workers(train, splits, processes),
     }
-    if train.layer_decay != 1:
+    if train.layer_decay != 1 or train.unfreeze_epochs:
         block_depths(model)  # raises for a model without blocks
     planned = resumed.with_training(**settled)
     setting = settle_setting(planned, model, image_processor, splits, processes, before)
@@ -138,17 +141,19 @@ def find_checkpoint(train: TrainingConfig) -> Path | None:
 def settle_rates(
     config: RunConfig, model: PreTrainedModel, processes: Processes
 ) -> dict[str, float]:
-    """Return learning rate and clipping: the requested ones, or the defaults of optimiser and model family.
+    """Return learning rate, clipping and weight decay: the requested ones, or the defaults of optimiser and
+    model family.
 
     Raises: UserError for an optimiser without a known rate.
     """
     train = config.train
-    requested = {"learning_rate": train.learning_rate, "max_grad_norm": train.max_grad_norm}
+    names = ("learning_rate", "max_grad_norm", "weight_decay")
+    requested = {name: getattr(train, name) for name in names}
     batch_size = images_a_step(train, processes)
     scratch = config.model.model_name_or_path.startswith(SCRATCH)
     defaults = default_rates(
         model, batch_size, optim=train.optim, optim_args=train.optim_args, scratch=scratch
-    )._asdict()
+    )._asdict() | {"weight_decay": default_weight_decay(train.optim)}
     if train.learning_rate is None and defaults["learning_rate"] is None:
         raise UserError(
             f"--optim {train.optim} has no default learning rate for this model; pass --learning_rate"
@@ -160,6 +165,23 @@ def images_a_step(train: TrainingConfig, processes: Processes) -> int:
     """Return the number of training images per optimiser step, over all devices."""
     batch = train.per_device_train_batch_size * processes.num_devices
     return batch * train.gradient_accumulation_steps * processes.count
+
+
+def settle_epochs(train: TrainingConfig, num_images: int, processes: Processes) -> float:
+    """Return the number of epochs: as requested, else 3, or for few images up to 30, to make 500 steps.
+
+    Source: Kolesnikov et al., Big Transfer, 2020, whose shortest run has 500 steps.
+    """
+    if train.num_train_epochs is not None:
+        return train.num_train_epochs
+    steps = math.ceil(num_images / images_a_step(train, processes))
+    epochs = float(min(max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps)), MAX_EPOCHS))
+    if epochs != MIN_EPOCHS and train.max_steps <= 0 and train.head_solver == "optimizer":
+        logger.info(
+            "training for %g epochs, %s steps, because train has only %s images (--num_train_epochs)",
+            epochs, f"{epochs * steps:,.0f}", f"{num_images:,}",
+        )  # fmt: skip
+    return epochs
 
 
 def settle_evaluation(train: TrainingConfig) -> dict[str, Any]:
@@ -203,18 +225,22 @@ def _is_multiple(larger: float, smaller: float) -> bool:
     return same_unit and ratio > 0.5 and math.isclose(ratio, round(ratio))
 
 
-def best_metric(requested: str | None, model: PreTrainedModel) -> str:
+def best_metric(train: TrainingConfig, model: PreTrainedModel) -> str:
     """Return the metric that picks the best checkpoint. Raises: UserError if the labels rule it out."""
+    requested = train.metric_for_best_model
     if is_multi_label(model):
         # Average precision needs no thresholds; they are fitted only at the end.
-        return requested or "average_precision_macro"
-    known = best_metrics(multi_label=False)
+        default = "average_precision_macro"
+    else:
+        # Who balances the classes wants each to count the same.
+        default = "accuracy" if train.class_balance == "none" else "balanced_accuracy"
+    known = best_metrics(multi_label=is_multi_label(model))
     if requested is not None and requested.removeprefix("eval_") not in known:
-        names = " or ".join(metrics_of(multi_label=False, place="training"))
+        kind = "with multiple labels" if not is_multi_label(model) else "with one label"
         raise UserError(
-            f"--metric_for_best_model {requested} is for multi-label data; pass {names}"
+            f"--metric_for_best_model {requested} is for images {kind}; pass {' or '.join(known)}"
         )
-    return requested or "accuracy"
+    return requested or default
 
 
 def settle_check(
@@ -334,6 +360,7 @@ def measured_setting(
             num_batches(config, num_images, processes),
             fixed.get("memory_format", "auto"),
             fixed.get("attention", "auto"),
+            compiles=not config.train.unfreeze_epochs,  # which would compile again for each block
         )
         logger.info(line)
     if processes.count > 1:
@@ -351,4 +378,5 @@ def num_batches(config: RunConfig, num_images: int, processes: Processes) -> int
     if train.max_steps > 0:
         return train.max_steps * train.gradient_accumulation_steps
     batches = math.ceil(num_images / (batch * processes.count))
+    assert train.num_train_epochs is not None  # settled
     return math.ceil(batches * train.num_train_epochs)

@@ -68,10 +68,11 @@ def check_device(config: RunConfig) -> None:
             f"--auto_find_batch_size is for one process, and there are {num_processes}; pass a smaller "
             "--per_device_train_batch_size"
         )
-    if train.ema_decay and is_sharded():
-        raise UserError("--ema_decay cannot be combined with FSDP or DeepSpeed; leave it out")
-    if config.model.lora_rank and is_sharded():
-        raise UserError("--lora_rank cannot be combined with FSDP or DeepSpeed; leave it out")
+    refused = {name: getattr(train, name) for name in ("ema_decay", "sam_rho", "unfreeze_epochs")}
+    refused["lora_rank"] = config.model.lora_rank
+    for name, value in refused.items():
+        if value and is_sharded():
+            raise UserError(f"--{name} cannot be combined with FSDP or DeepSpeed; leave it out")
     if on_cpu and is_sharded():
         raise UserError(
             "FSDP and DeepSpeed need GPUs and there are none; launch with configs/cpu.yaml"

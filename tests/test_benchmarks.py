@@ -63,10 +63,27 @@ def test_ratios_are_of_interleaved_rounds(results, unit, ratio):
 def test_the_table_has_the_newest_record_of_each_benchmark(results):
     for value in (10.0, 30.0):
         measure.compare("speed", {"ours": lambda v=value: v, "plain": lambda: 10.0}, rounds=1)
+    (results / "docs" / "techniques.md").write_text("# Techniques\n")
     table.main()
     page = (results / "docs" / "benchmarks.md").read_text()
     assert "| speed | plain | 10 (10-10) images/s | 3 (3-3) | 1 |" in page
     assert page.count("| speed | ours |") == 1
+
+
+def test_the_tables_of_techniques_are_written_again():
+    values = {"none": [0.5, 0.52], "warm-up": [0.6, 0.62]}
+    record = {
+        "benchmark": "schedule, article_cnn", "unit": "accuracy", "n": 2, "values": values,
+        "differences": {"warm-up": {"mean": 0.1, "interval": [0.05, 0.15]}},
+    }  # fmt: skip
+    page = "text\n\n<!-- measured: schedule -->\n\n| old | table |\n| --- | --- |\n\nmore text\n"
+    written = table.techniques_page(page, [record])
+    assert written == (
+        "text\n\n<!-- measured: schedule -->\n\n| accuracy on test | article_cnn, n = 2 |\n| --- | --- |\n"
+        "| none | 0.5100 ± 0.0141 |\n| warm-up | 0.6100 ± 0.0141, +0.1000 (+0.0500 to +0.1500) |\n\n"
+        "more text\n"
+    )
+    assert table.techniques_page(written, [record]) == written
 
 
 def test_every_peer_trains(tmp_path):

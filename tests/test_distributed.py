@@ -100,6 +100,36 @@ def test_a_series_with_two_processes_contains_the_single_run(runs, tmp_path, str
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+TECHNIQUES = {
+    # Two processes move the weights each by the gradient of its own batch, as one does for each of two.
+    "sam": (
+        ["--sam_rho", "0.5"],
+        ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"],
+    ),
+    "unfreezing": (["--unfreeze_epochs", "0.5", "--optim", "sgd", "--learning_rate", "0.1"], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_two_processes_end_with_the_weights_of_one_with_a_technique(
+    name, tmp_path, stripes, tiny_vit
+):
+    from safetensors.torch import load_file
+
+    flags, of_one = TECHNIQUES[name]
+    weights = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = launch(
+            folder, stripes, tiny_vit, processes, *flags, *(of_one if processes == 1 else [])
+        )
+        assert done.returncode == 0, done.stderr
+        weights.append(load_file(folder / "model.safetensors"))
+        assert json.loads((folder / "run.json").read_text())["steps"] == 18
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_launch_configuration_parses(path):
     from accelerate.commands.config.config_args import load_config_from_file

@@ -280,12 +280,18 @@ def test_the_exact_solver_is_refused(tmp_path, lights, tiny_vit):
 
 def test_metrics_of_multi_label_data_are_refused_elsewhere(tmp_path, stripes, tiny_vit, lights):
     flags = ("--metric_for_best_model", "f1_macro")
-    with pytest.raises(UserError, match="f1_macro is for multi-label data"):
+    with pytest.raises(UserError, match="f1_macro is for images with multiple labels; pass"):
         tiny_trainer(tmp_path, stripes, tiny_vit, *flags)
+    flags = ("--metric_for_best_model", "balanced_accuracy")
+    with pytest.raises(UserError, match="balanced_accuracy is for images with one label; pass"):
+        tiny_trainer(tmp_path, lights, tiny_vit, *flags)
+    flags = ("--metric_for_best_model", "f1_macro")
     assert tiny_trainer(tmp_path, lights, tiny_vit, *flags).args.metric_for_best_model == "f1_macro"
 
 
 def test_with_one_label_per_image_accuracy_picks_the_best_checkpoint(tmp_path, stripes, tiny_vit):
     args = tiny_trainer(tmp_path, stripes, tiny_vit).args
     assert args.metric_for_best_model == "accuracy" and args.greater_is_better
+    args = tiny_trainer(tmp_path, stripes, tiny_vit, "--class_balance", "weights").args
+    assert args.metric_for_best_model == "balanced_accuracy" and args.greater_is_better
     assert TrainingConfig(output_dir="unused").metric_for_best_model is None

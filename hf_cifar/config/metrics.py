@@ -9,12 +9,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-# training: computed and shown at every evaluation during training, drawn in the report, and a choice of
-# --metric_for_best_model. headline: the summary of a run, of seeds and of a reproduction, the model card, and
-# the top of the report. comparison: `hf-cifar compare`. All of them are in metrics.json, in the output of
-# `hf-cifar evaluate` and in the report's table.
-Place = Literal["training", "headline", "comparison"]
-EVERYWHERE: tuple[Place, ...] = ("training", "headline", "comparison")
+# best: computed at every evaluation during training, and a choice of --metric_for_best_model. training: also
+# shown at every evaluation, and drawn in the report. headline: the summary of a run, of seeds and of a
+# reproduction, the model card, and the top of the report. comparison: `hf-cifar compare`. All of them are in
+# metrics.json, in the output of `hf-cifar evaluate` and in the report's table.
+Place = Literal["best", "training", "headline", "comparison"]
+EVERYWHERE: tuple[Place, ...] = ("best", "training", "headline", "comparison")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Metric:
 _ROWS = (
     Metric("accuracy", "accuracy", single_label=EVERYWHERE, multi_label=EVERYWHERE),
     Metric("top_5_accuracy", "top-5 accuracy", multi_label=None, min_classes=6),
-    Metric("balanced_accuracy", "balanced accuracy", multi_label=None),
+    Metric(
+        "balanced_accuracy", "balanced accuracy", single_label=("best", "comparison"), multi_label=None
+    ),
     Metric("matthews", "Matthews correlation", "-1..1", multi_label=None),
     Metric("precision_micro", "micro precision", single_label=None),
     Metric("recall_micro", "micro recall", single_label=None),
@@ -126,7 +128,7 @@ def shown(place: Place, names: Collection[str]) -> list[str]:
 
 def best_metrics(*, multi_label: bool) -> dict[str, bool]:
     """Metrics that may choose the best checkpoint, each with True if larger is better."""
-    names = metrics_of(multi_label=multi_label, place="training")
+    names = metrics_of(multi_label=multi_label, place="best")
     return {name: METRICS[name].larger_is_better for name in names} | {LOSS: False}
 
 

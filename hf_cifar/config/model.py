@@ -47,6 +47,16 @@ class ModelConfig:
         "them in adapter/, and merged. 0 turns it off.",
         low=0, high=4096,
     )  # fmt: skip
+    dropout: float | None = option(
+        None,
+        "Dropout before the head, or in the layers, where the model has it; default: the checkpoint's own.",
+        low=0, high=0.99,
+    )  # fmt: skip
+    drop_path: float | None = option(
+        None,
+        "Stochastic depth, of the last layer, where the model has it; default: the checkpoint's own.",
+        low=0, high=0.99,
+    )  # fmt: skip
     trust_remote_code: bool = option(
         False,
         "Run code that comes with the checkpoint; a Hub model needs a full commit as --model_revision.",

@@ -88,6 +88,10 @@ INSTEAD = {
     "--label_smoothing_factor": "smoothing label_smoothing",
     "--ema_decay, for example 0.999": "ema model_ema model_ema_decay use_ema",
     "--early_stopping_patience": "patience early_stopping early_stop early_stop_patience",
+    "--backbone_learning_rate": "backbone_lr lr_backbone encoder_lr",
+    "--sam_rho, for example 0.05": "sam rho use_sam",
+    "--dropout": "drop drop_rate",
+    "--drop_path": "drop_path_rate stochastic_depth drop_connect",
     "--precision bf16 (auto picks the fastest)":
         "amp use_amp amp_dtype mixed_precision half half_precision model_dtype dtype torch_dtype "
         "use_fp16 autocast",
@@ -189,8 +193,8 @@ INSTEAD = {
         "deterministic worker_seeding cudnn_benchmark benchmark",
     "leave it out: it has no counterpart here":
         "use_ipex jit_mode_eval past_index sharded_ddp tpu_num_cores include_inputs_for_metrics "
-        "include_tokens_per_second mp_parameters ray_scope xpu_backend sync_bn dist_bn drop "
-        "drop_path drop_rate drop_path_rate dropout in_chans channels vflip flipud vertical_flip "
+        "include_tokens_per_second mp_parameters ray_scope xpu_backend sync_bn dist_bn "
+        "in_chans channels vflip flipud vertical_flip "
         "mosaic close_mosaic lr_step_size lr_gamma step_size gamma decay_rate decay_epochs "
         "decay_milestones milestones start_epoch steps_per_epoch layer_wise_lr shuffle verbose "
         "drop_last",

@@ -24,6 +24,7 @@ from hf_cifar.config.fields import field_names
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.recipes import expand_tokens
 from hf_cifar.config.training import TrainingConfig
+from hf_cifar.errors import UserError
 
 CONFIG_FILE = "config.yaml"  # in the folder of a run: its settled options
 CONFIGS = (DataConfig, AugmentConfig, ModelConfig, TrainingConfig)
@@ -41,6 +42,9 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainingConfig = field(default_factory=TrainingConfig)
     trainer: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_combinations(self)
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str = "hf-cifar finetune") -> RunConfig:
@@ -107,6 +111,51 @@ class RunConfig:
     def with_training(self, **changes: Any) -> RunConfig:
         """Return a copy with these training options replaced."""
         return dataclasses.replace(self, train=dataclasses.replace(self.train, **changes))
+
+
+def check_combinations(config: RunConfig) -> None:
+    """Raises: UserError for an option that has no effect, or cannot work, beside another one."""
+    train, model, augment = config.train, config.model, config.augment
+    head_only = model.freeze == "backbone" or set(model.freeze) == {"0"}
+    cached = config.computes_features and not (augment.mixup_alpha or augment.cutmix_alpha)
+    in_backward = "lomo" in train.optim or train.optim.endswith("layerwise")
+    unfreezes = train.unfreeze_epochs > 0
+    unused = config.trainer.get("ddp_find_unused_parameters", True)
+    refused = [
+        (
+            train.backbone_learning_rate is not None and head_only,
+            f"--backbone_learning_rate has no effect with --freeze {model.freeze}; leave out one of them",
+        ),
+        (
+            unfreezes and model.freeze != "none",
+            f"--unfreeze_epochs and --freeze {model.freeze} both say what is frozen; leave out one of them",
+        ),
+        (
+            unfreezes and train.torch_compile,
+            "--unfreeze_epochs would compile the model again for each block; leave out --torch_compile",
+        ),
+        (
+            unfreezes and unused is False,
+            "--unfreeze_epochs needs --ddp_find_unused_parameters; leave out its false",
+        ),
+        (
+            train.sam_rho > 0 and train.head_solver == "lbfgs",
+            "--sam_rho has no effect with --head_solver lbfgs; leave out one of them",
+        ),
+    ]
+    for name in ("dropout", "drop_path"):
+        message = f"--{name} has no effect on cached features; pass --feature_views 0"
+        refused.append((bool(getattr(model, name)) and cached, message))
+    for name in ("backbone_learning_rate", "unfreeze_epochs", "sam_rho"):
+        message = (
+            f"--{name} is not for --optim {train.optim}, which updates weights in the backward pass"
+        )
+        refused.append(
+            (bool(getattr(train, name)) and in_backward, f"{message}; leave out one of them")
+        )
+    for is_refused, message in refused:
+        if is_refused:
+            raise UserError(message)
 
 
 def is_run_config(path: str | Path) -> bool:

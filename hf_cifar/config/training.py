@@ -44,9 +44,11 @@ class TrainingConfig:
 
     _argument_group_name = "training"
 
-    num_train_epochs: float = option(
-        3.0, "Passes over the training images.", low=1e-6, high=1e6, may_change=True
-    )
+    num_train_epochs: float | None = option(
+        None,
+        "Passes over the training images; default: 3, or for few images up to 30, to make 500 steps.",
+        low=1e-6, high=1e6, may_change=True,
+    )  # fmt: skip
     max_steps: int = option(-1, "Total steps instead of epochs; -1 for epochs.", may_change=True)
     per_device_train_batch_size: int = option(32, "Training images per batch and process.", low=1)
     gradient_accumulation_steps: int = option(
@@ -73,9 +75,12 @@ class TrainingConfig:
     optim_args: str | None = option(
         None, "Arguments of the optimiser, for example momentum=0.9,nesterov=true."
     )
-    weight_decay: float = option(
-        0.05, "Weight decay, applied to weight matrices and kernels only.", low=0, high=1e3
-    )
+    weight_decay: float | None = option(
+        None,
+        "Weight decay, applied to weight matrices and kernels only; default: 0.05, or 0.0005 for SGD and "
+        "other optimisers that add it to the gradient.",
+        low=0, high=1e3,
+    )  # fmt: skip
     l1_decay: float = option(
         0.0,
         "L1 decay, applied to weight matrices and kernels only: each step moves them this times the rate "
@@ -87,6 +92,23 @@ class TrainingConfig:
         "Layer-wise decay: each block's rate is this factor times that of the next one towards the head; 1 "
         "turns it off.",
         low=0.01, high=1,
+    )  # fmt: skip
+    backbone_learning_rate: float | None = option(
+        None,
+        "Peak learning rate of all but the head; default: the same. --layer_decay starts from it.",
+        low=1e-12, high=1e3,
+    )  # fmt: skip
+    unfreeze_epochs: float = option(
+        0.0,
+        "Gradual unfreezing: train the head alone first, then one more stage or block after each this many "
+        "epochs, and the layers before them last; 0 turns it off.",
+        low=0, high=1e6,
+    )  # fmt: skip
+    sam_rho: float = option(
+        0.0,
+        "Sharpness-aware minimisation: take gradients this far uphill from the weights, for example 0.05; a "
+        "step takes twice the time; 0 turns it off.",
+        low=0, high=100,
     )  # fmt: skip
     max_grad_norm: float | None = option(
         None,
@@ -211,8 +233,8 @@ class TrainingConfig:
     )
     metric_for_best_model: str | None = option(
         None,
-        "Validation metric that chooses the best checkpoint; default: accuracy, or average_precision_macro "
-        "(mAP) for multi-label data.",
+        "Validation metric that chooses the best checkpoint; default: accuracy, balanced_accuracy with "
+        "--class_balance, or average_precision_macro (mAP) for multi-label data.",
         may_change=True,
     )
     resume_from_checkpoint: str | None = option(

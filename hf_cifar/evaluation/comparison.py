@@ -15,6 +15,10 @@ from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.evaluation.tables import render_cell
 from hf_cifar.text import listed, render_table
 
+Array = np.ndarray
+# From this ratio of the largest class to the smallest one, balanced accuracy is compared too.
+UNEQUAL = 2
+
 
 def compare_runs(folders: Sequence[str | Path], split: str = "auto") -> dict[str, Any]:
     """Compare the saved predictions of two runs.
@@ -38,7 +42,8 @@ def compare_runs(folders: Sequence[str | Path], split: str = "auto") -> dict[str
 
 
 def compare_predictions(first: Predictions, second: Predictions) -> dict[str, Any]:
-    """Compute the metrics of both and the difference in accuracy (second minus first), as plain values.
+    """Compute the metrics of both and the differences in accuracy and in balanced accuracy (second minus
+    first), as plain values. Multi-label data have no balanced accuracy.
 
     Raises: UserError if their rows, labels or classes differ.
     """
@@ -46,7 +51,9 @@ def compare_predictions(first: Predictions, second: Predictions) -> dict[str, An
     order = [np.argsort(predictions.row_ids) for predictions in (first, second)]
     hits = [p.correct[rows] for p, rows in zip((first, second), order, strict=True)]
     only_first, only_second = int((hits[0] & ~hits[1]).sum()), int((hits[1] & ~hits[0]).sum())
-    count = len(hits[0])
+    count, balanced = len(hits[0]), {}
+    if first.labels.ndim == 1:
+        balanced = _balanced_difference(hits[0], hits[1], first.labels[order[0]])
     return {
         "split": first.split,
         "num_images": count,
@@ -59,6 +66,26 @@ def compare_predictions(first: Predictions, second: Predictions) -> dict[str, An
         "accuracy_difference": (only_second - only_first) / count,
         "accuracy_difference_interval": paired_difference(only_first, only_second, count).tolist(),
         "mcnemar_p": mcnemar(only_first, only_second),
+        **balanced,
+    }
+
+
+def _balanced_difference(first: Array, second: Array, labels: Array) -> dict[str, Any]:
+    """Return the difference in the mean recall of the classes that have images, and its interval."""
+    counts = np.bincount(labels)
+    has_images = counts > 0
+    only_first, only_second = (
+        np.bincount(labels[wins], minlength=len(counts))[has_images]
+        for wins in (first & ~second, second & ~first)
+    )
+    counts = counts[has_images]
+    return {
+        "balanced_accuracy_difference": float(((only_second - only_first) / counts).mean()),
+        "balanced_accuracy_difference_interval": paired_difference(
+            only_first, only_second, counts
+        ).tolist(),
+        "smallest_class": int(counts.min()),
+        "largest_class": int(counts.max()),
     }
 
 
@@ -100,10 +127,20 @@ def render_comparison(comparison: dict[str, Any], names: Sequence[str]) -> str:
         verdict = "the difference may be due to chance"
     else:
         verdict = f"{names[difference > 0]} is better"
+    balanced = ""
+    if comparison.get("largest_class", 0) >= UNEQUAL * comparison.get("smallest_class", 1):
+        found = comparison["balanced_accuracy_difference"]
+        ends = comparison["balanced_accuracy_difference_interval"]
+        clear = ends[0] > 0 or ends[1] < 0
+        balanced = (
+            f"\nbalanced accuracy of {names[1]} minus {names[0]}: {found:+.4f} [{ends[0]:+.4f}, "
+            f"{ends[1]:+.4f}]: "
+            + (f"{names[found > 0]} is better" if clear else "the difference may be due to chance")
+        )
     return (
         f"{table}\n\ncorrect only in {names[0]}: {comparison['only_first_correct']:,}; only in {names[1]}: "
         f"{comparison['only_second_correct']:,}; in both: {comparison['both_correct']:,}; in neither: "
         f"{comparison['both_wrong']:,}\n"
         f"accuracy of {names[1]} minus {names[0]}: {difference:+.4f} [{low:+.4f}, {high:+.4f}], McNemar's "
-        f"exact p = {p:.2g}: {verdict}"
+        f"exact p = {p:.2g}: {verdict}{balanced}"
     )

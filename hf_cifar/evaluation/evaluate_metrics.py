@@ -69,7 +69,7 @@ def compute_training_metrics(prediction: Any) -> dict[str, float]:
     """Compute the metrics of an evaluation during training, exactly for any number of processes."""
     outcome = outcome_of(prediction.predictions, prediction.label_ids)
     metrics: dict[str, float] = {}
-    for name in metrics_of(multi_label=outcome.multi_label, place="training"):
+    for name in metrics_of(multi_label=outcome.multi_label, place="best"):
         if takes_class_ids(name, outcome.multi_label):
             metric = evaluate_metric(name)()
             metrics |= metric.compute(predictions=outcome.predicted, references=outcome.labels)

@@ -58,15 +58,20 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return float(stats.binomtest(int(only_first), int(only_first + only_second)).pvalue)
 
 
-def paired_difference(only_first: int, only_second: int, count: int, level: float = LEVEL) -> Array:
+def paired_difference(
+    only_first: ArrayLike, only_second: ArrayLike, count: ArrayLike, level: float = LEVEL
+) -> Array:
     """Interval [2] of the second accuracy minus the first, -1..1, on the same `count` images.
+
+    Of arrays [K] with the images of each class: the interval of the difference in balanced accuracy.
 
     Wald's interval with half an image added to each of the four outcomes (Agresti and Min 2005).
     """
-    first, second, count = only_first + 0.5, only_second + 0.5, count + 2
-    difference = (second - first) / count
-    spread = np.sqrt(first + second - (second - first) ** 2 / count) / count
-    spread *= stats.norm.ppf((1 + level) / 2)
+    first, second = np.asarray(only_first) + 0.5, np.asarray(only_second) + 0.5
+    total = np.asarray(count) + 2
+    difference = np.mean((second - first) / total)
+    variance = (first + second - (second - first) ** 2 / total) / total**2
+    spread = np.sqrt(variance.sum()) / variance.size * stats.norm.ppf((1 + level) / 2)
     return np.clip([difference - spread, difference + spread], -1, 1)
 
 

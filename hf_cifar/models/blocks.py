@@ -63,7 +63,8 @@ def _timm_blocks(model: PreTrainedModel) -> list[str]:
 
 def _no_blocks(what: str) -> UserError:
     return UserError(
-        f"{what} has no stages or blocks; use --freeze none or backbone, and leave out --layer_decay"
+        f"{what} has no stages or blocks; use --freeze none or backbone, and leave out --layer_decay and "
+        "--unfreeze_epochs"
     )
 
 
@@ -108,15 +109,15 @@ def freeze(model: PreTrainedModel, what: str) -> None:
         parameter.requires_grad_(name in trainable)
 
 
-def frozen_norms(model: nn.Module) -> list[_BatchNorm]:
-    """List the BatchNorms with frozen parameters, which keep the checkpoint's statistics in eval mode."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm)
-        and (parameters := list(module.parameters()))
-        and not any(p.requires_grad for p in parameters)
-    ]
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """List the BatchNorms of a model."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def is_frozen(norm: _BatchNorm) -> bool:
+    """Return True if no parameter of a norm trains: it keeps the checkpoint's statistics, in eval mode."""
+    parameters = list(norm.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
 def describe_trainable(model: nn.Module) -> str:

@@ -31,6 +31,7 @@ from hf_cifar.models.article import (
 )
 from hf_cifar.models.blocks import describe_trainable, freeze
 from hf_cifar.models.classifier import Classifier, label2id
+from hf_cifar.models.dropout import check_dropout, set_dropout
 from hf_cifar.models.files import count_weights, model_folder
 from hf_cifar.models.guards import check_forward, check_labels, library_errors, limit_model_size
 from hf_cifar.models.heads import head_parameter_names, reset_head, zero_head
@@ -94,6 +95,7 @@ def build_model(
         if config.freeze == "backbone" and new < set(model.state_dict()):
             zero_head(model, new)
         check_forward(classifier, name, "pass another --image_size")
+    check_dropout(model, config)
     set_problem(model, multi_label)
     set_value_range(model, value_range)
     freeze(model, config.freeze)
@@ -152,6 +154,7 @@ def _load_pretrained(config: ModelConfig, id2label: dict[int, str]) -> tuple[Cla
     old_labels = dict(_read_config(folder, trust).id2label)
     labels = {"id2label": id2label, "label2id": label2id(id2label)}
     target = _read_config(folder, trust, num_labels=len(id2label), **labels)
+    set_dropout(target, config)
     with limit_model_size(count_weights(folder)):
         model, loading = AutoModelForImageClassification.from_pretrained(
             folder,
@@ -241,9 +244,9 @@ def _build_scratch(
     if name in ARTICLE_MODELS:
         size = config.image_size or ARTICLE_IMAGE_SIZE
         config_class, model_class = ARTICLE_MODELS[name]
-        model = model_class(
-            config_class(image_size=size, id2label=id2label, label2id=label2id(id2label))
-        )
+        target = config_class(image_size=size, id2label=id2label, label2id=label2id(id2label))
+        set_dropout(target, config)
+        model = model_class(target)
         return Classifier(model, plain_processor(size, config.resize_mode)), set(model.state_dict())
     return build_timm(name, config, id2label, None)
 

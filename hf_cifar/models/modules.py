@@ -14,6 +14,7 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
 from hf_cifar.models.classifier import Classifier, label2id
+from hf_cifar.models.dropout import set_dropout
 from hf_cifar.models.processor import plain_processor
 from hf_cifar.models.resizing import native_size
 from hf_cifar.text import one_line
@@ -108,6 +109,7 @@ def wrap_module(
         raise UserError(
             f"image_size is {config.image_size}, and the image processor has another; pass one of them"
         )
+    set_dropout(model.config, config)  # a network of unknown origin has none to set
     _check_logits(model, native_size(model.config, processor))
     logger.warning(
         "%s is a torch.nn.Module, which has no config: the run saves its weights as model.safetensors, "

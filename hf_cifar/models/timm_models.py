@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.models.classifier import Classifier, label2id
+from hf_cifar.models.dropout import rates_of_timm, requested_rates, set_dropout
 from hf_cifar.models.heads import head_parameter_names
 from hf_cifar.models.processor import timm_processor
 from hf_cifar.text import one_line
@@ -44,8 +47,10 @@ def wrap_timm(
     name = ".".join(part for part in (cfg["architecture"], cfg.get("tag")) if part)
     keep_head = model.num_classes == len(id2label)
     weights = model.state_dict()
-    plain = timm.create_model(name, pretrained=False, num_classes=model.num_classes).state_dict()
-    shapes = [{key: value.shape for key, value in each.items()} for each in (weights, plain)]
+    plain = timm.create_model(name, pretrained=False, num_classes=model.num_classes)
+    shapes = [
+        {key: value.shape for key, value in each.items()} for each in (weights, plain.state_dict())
+    ]
     if shapes[0] != shapes[1]:
         other = next(k for k in {**shapes[0], **shapes[1]} if shapes[0].get(k) != shapes[1].get(k))
         raise UserError(
@@ -54,6 +59,10 @@ def wrap_timm(
         )
     if keep_head:
         logger.info("%s has %d classes: its head is kept", name, len(id2label))
+    rates: dict[str, Any] = {**rates_of_timm(model, plain), **requested_rates(config)}
+    if rates:
+        logger.info("%s is built with %s", name, ", ".join(f"{k} {v:g}" for k, v in rates.items()))
+    config = dataclasses.replace(config, **rates)
     return build_timm(name, config, id2label, weights, keep_head=keep_head)
 
 
@@ -77,12 +86,12 @@ def build_timm(
         if key not in ("url", "file", "hf_hub_id", "source", "num_classes") and value is not None
     }
     size = config.image_size or pretrained_cfg["input_size"][-1]
-    model = TimmWrapperForImageClassification(
-        TimmWrapperConfig(
-            architecture=architecture, num_labels=len(id2label), id2label=id2label,
-            label2id=label2id(id2label), pretrained_cfg=pretrained_cfg,
-        )
+    target = TimmWrapperConfig(
+        architecture=architecture, num_labels=len(id2label), id2label=id2label,
+        label2id=label2id(id2label), pretrained_cfg=pretrained_cfg,
     )  # fmt: skip
+    set_dropout(target, config)
+    model = TimmWrapperForImageClassification(target)
     # transformers initialises every layer with N(0, 0.02); timm's own initialisation is better.
     state = source.state_dict()
     if weights is None:

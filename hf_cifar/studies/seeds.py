@@ -117,7 +117,7 @@ def check_same(config: RunConfig, keep: bool) -> None:
     before = RunFolder(folder).load_config().train
     for name in LENGTHS:
         then, now = getattr(before, name), getattr(config.train, name)
-        if then != now:
+        if now not in (None, then):
             raise UserError(
                 f"--{name} is {now:g}, but the finished run in {folder} had {then:g}; start a series of "
                 "that length in another --output_dir"

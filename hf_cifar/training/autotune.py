@@ -177,11 +177,13 @@ def pick_setting(
     num_steps: int,
     memory_format: str = "auto",
     attention: str = "auto",
+    *,
+    compiles: bool = True,
 ) -> tuple[Setting, str]:
     """Return the fastest sound setting for `num_steps` steps of this batch, and one line with the speeds.
 
     Measuring takes at most about a twentieth of the run; a run too short for that uses the first candidate.
-    Compilation is tried where it can pay off.
+    compiles: try compilation where it can pay off.
     """
     on_cpu = pixel_values.device.type == "cpu"
     if on_cpu:
@@ -216,7 +218,8 @@ def pick_setting(
     if not timings:
         return first, f"computing in {first}: a step of {part} images could not be measured"
     chosen = choose(timings)
-    if MEASURING_SHARE * timings[chosen].seconds / part * batch * num_steps > COMPILE_SECONDS:
+    seconds = timings[chosen].seconds / part * batch * num_steps
+    if compiles and MEASURING_SHARE * seconds > COMPILE_SECONDS:
         compiled = chosen._replace(compiled=True)
         timings |= measure(model, pixel_values, labels, [compiled], rounds)
         chosen = choose({chosen: timings[chosen], **timings})

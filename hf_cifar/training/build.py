@@ -31,13 +31,17 @@ from hf_cifar.training.features import FeatureStore, feature_store, features_suf
 from hf_cifar.training.losses import Loss, training_loss
 from hf_cifar.training.resumable import identity
 from hf_cifar.training.sampling import SAMPLED, BalancedSampler
+from hf_cifar.training.sharpness import SharpnessAware
 from hf_cifar.training.trainer import ImageClassificationTrainer
+from hf_cifar.training.unfreezing import GradualUnfreezing
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 if TYPE_CHECKING:  # hf_cifar.plan imports this package
     from hf_cifar.plan import Plan
 
 logger = logging.getLogger(__name__)
+# From this ratio of the largest class to the smallest one, --class_balance is suggested.
+UNEQUAL = 5
 
 
 def build_trainer(
@@ -79,6 +83,9 @@ def build_trainer(
         averaging=WeightAverage(train.ema_decay),
         layer_decay=train.layer_decay,
         l1_decay=train.l1_decay,
+        backbone_learning_rate=train.backbone_learning_rate,
+        unfreezing=GradualUnfreezing(train.unfreeze_epochs),
+        sharpness=SharpnessAware(train.sam_rho),
         loss=build_loss(model, splits.train, train),
         sampler=build_sampler(splits.train, train),
         shrink_batch=train.auto_find_batch_size,
@@ -95,6 +102,8 @@ def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingCo
     if config.class_balance != "none" and (counts is None or multi_label):
         kind = "multi-label data" if multi_label else "a stream, whose classes are not counted"
         raise UserError(f"--class_balance {config.class_balance} is not for {kind}; leave it out")
+    if isinstance(train, Split) and not multi_label and config.class_balance == "none":
+        suggest_balance(train)
     return training_loss(
         config.label_smoothing_factor,
         multi_label=multi_label,
@@ -102,6 +111,19 @@ def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingCo
         balance=config.class_balance,
         counts=counts,
     )
+
+
+def suggest_balance(train: Split) -> None:
+    """Say so if the largest class has far more images than the smallest."""
+    counts = class_counts(train.labels, len(train.id2label))
+    small, large = int(counts.argmin()), int(counts.argmax())
+    if counts[large] >= UNEQUAL * counts[small]:
+        logger.info(
+            "train: class %r has %s images, %r has %s; rare classes will often be missed unless "
+            "--class_balance logit_adjustment counts all classes the same",
+            train.id2label[large], f"{counts[large]:,}", train.id2label[small],
+            f"{counts[small]:,}",
+        )  # fmt: skip
 
 
 def build_sampler(train: Split | Stream, config: TrainingConfig) -> BalancedSampler | None:

@@ -11,11 +11,15 @@ from hf_cifar.errors import UserError
 from hf_cifar.progress import Progress, in_notebook
 
 
-def evaluation_line(epoch: float | None, logs: dict[str, float]) -> str:
-    """Return one line for an evaluation, from the Trainer's log record."""
+def evaluation_line(epoch: float | None, logs: dict[str, float], best: str | None) -> str:
+    """Return one line for an evaluation, from the Trainer's log record.
+
+    best: the metric that chooses the best checkpoint, which is shown too.
+    """
+    names = [*training_metrics(), (best or "").removeprefix("eval_")]
     shown = [
         f"{words(name)} {logs[f'eval_{name}']:.4f}"
-        for name in training_metrics()
+        for name in dict.fromkeys(names)
         if f"eval_{name}" in logs
     ]
     return f"epoch {epoch or 0:.2f}: validation {', '.join(shown)}"
@@ -76,7 +80,9 @@ class TrainingProgress(ProgressCallback):
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         if "eval_accuracy" in logs:
-            self.training_bar.write(evaluation_line(logs.get("epoch"), logs))
+            self.training_bar.write(
+                evaluation_line(logs.get("epoch"), logs, args.metric_for_best_model)
+            )
         elif "loss" in logs:
             self.training_bar.set_postfix(
                 loss=f"{logs['loss']:.3f}", lr=f"{logs['learning_rate']:.1e}"
@@ -116,7 +122,7 @@ class TrainingLines(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "eval_accuracy" in logs:
-            print(evaluation_line(logs.get("epoch"), logs), flush=True)
+            print(evaluation_line(logs.get("epoch"), logs, args.metric_for_best_model), flush=True)
         elif "loss" in logs:
             rate = logs["learning_rate"]
             step = f"step {state.global_step}/{state.max_steps}"

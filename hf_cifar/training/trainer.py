@@ -22,7 +22,7 @@ from hf_cifar.config.data import DataConfig
 from hf_cifar.data.store import ShardStore, take_batch
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluate_metrics import compute_training_metrics
-from hf_cifar.models.blocks import describe_trainable, frozen_norms
+from hf_cifar.models.blocks import batch_norms, describe_trainable, is_frozen
 from hf_cifar.models.lora import Adapter, merge_adapters
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.signals import Stopped
@@ -48,6 +48,8 @@ from hf_cifar.training.resumable import ResumableTrainer
 from hf_cifar.training.sampling import shard_loader
 from hf_cifar.training.saving import save_classifier
 from hf_cifar.training.schedules import build_schedule
+from hf_cifar.training.sharpness import SharpnessAware
+from hf_cifar.training.unfreezing import GradualUnfreezing
 from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -67,9 +69,11 @@ class ImageClassificationTrainer(ResumableTrainer):
     instead, or its options; default: `AugmentConfig()`. It is drawn from a generator seeded by (seed, step,
     micro-batch, rank), so that a resumed run sees the images that an uninterrupted one would. setting: how
     the model computes while it trains; default: float32, with the model's own attention kernel. averaging: of
-    the weights that are evaluated and saved. layer_decay, l1_decay: see `build_optimizer`. sampler: of the
-    training images; default: each once per epoch, at random. shrink_batch: restart training that runs out of
-    memory with smaller steps, accumulated to the same batch.
+    the weights that are evaluated and saved. layer_decay, l1_decay, backbone_learning_rate: see
+    `build_optimizer`. unfreezing: of the blocks; default: all train from the start. sharpness: where
+    gradients are taken; default: at the weights. sampler: of the training images; default: each once per
+    epoch, at random. shrink_batch: restart training that runs out of memory with smaller steps, accumulated
+    to the same batch.
     Raises: UserError for data that do not fit the model.
     """
 
@@ -93,6 +97,9 @@ class ImageClassificationTrainer(ResumableTrainer):
         averaging: WeightAverage | None = None,
         layer_decay: float = 1.0,
         l1_decay: float = 0.0,
+        backbone_learning_rate: float | None = None,
+        unfreezing: GradualUnfreezing | None = None,
+        sharpness: SharpnessAware | None = None,
         sampler: Sampler[int] | None = None,
         compute_metrics: Any = None,
         callbacks: Sequence[TrainerCallback] | None = None,
@@ -117,6 +124,10 @@ class ImageClassificationTrainer(ResumableTrainer):
             model, processing_class, train_dataset, eval_dataset, args, self.data, preprocessing,
         )  # fmt: skip
         self.averaging = averaging or WeightAverage(0.0)
+        self.unfreezing = unfreezing or GradualUnfreezing(0.0)
+        self.sharpness = sharpness or SharpnessAware(0.0)
+        if self.unfreezing.epochs:  # frozen parameters have no gradients to wait for
+            args.ddp_find_unused_parameters = True
         # Compile for the actual sizes: symbolic ones take minutes on some networks.
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
         with warnings.catch_warnings():
@@ -130,7 +141,7 @@ class ImageClassificationTrainer(ResumableTrainer):
                 inputs.evaluation,
                 inputs.image_processor,
                 compute_metrics=compute_metrics or compute_training_metrics,
-                callbacks=[self.averaging, *(callbacks or ())],
+                callbacks=[self.averaging, self.unfreezing, *(callbacks or ())],
                 identity=identity or inputs.identity,
                 **kwargs,
             )
@@ -147,12 +158,13 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.setting = setting or Setting()
         self.memory_format = MEMORY_FORMATS[self.setting.memory_format]
         self.layer_decay, self.l1_decay = layer_decay, l1_decay
+        self.backbone_learning_rate = backbone_learning_rate
         self.sampler = sampler
         if self.args.device.type == "cpu":
             keep_freed_memory()
+        self._norms = batch_norms(self.model)
         self.trainable = describe_trainable(self.model)
         self.adapter: Adapter | None = None  # of a model trained with LoRA, once it is merged
-        self._frozen_norms = frozen_norms(self.model)
         self._micro_batch = (-1, -1)
         self._measured: dict[str, float] | None = None  # of the model as it is
         self._row_ids: Tensor | None = None
@@ -185,6 +197,7 @@ class ImageClassificationTrainer(ResumableTrainer):
 
         def train() -> TrainOutput:
             self._micro_batch, self.lr_scheduler = (-1, -1), None
+            self.unfreezing.start(self.classifier)
             return super(ImageClassificationTrainer, self).train(resume_from_checkpoint, **kwargs)
 
         with (
@@ -287,9 +300,8 @@ class ImageClassificationTrainer(ResumableTrainer):
             inputs["pixel_values"] = draw_view(inputs["pixel_values"], generator)
             return inputs
         if self.model.training:
-            for (
-                norm
-            ) in self._frozen_norms:  # the parent sets all norms to training mode in every step
+            # The parent sets all norms to training mode in every step.
+            for norm in filter(is_frozen, self._norms):
                 norm.eval()
         if self.model.training:
             # Mixed labels are probabilities.
@@ -315,6 +327,15 @@ class ImageClassificationTrainer(ResumableTrainer):
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
         return torch.Generator().manual_seed(seed % 2**63)
 
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        with self.sharpness.step():
+            return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -323,24 +344,40 @@ class ImageClassificationTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss of the batch, with soft targets if it was mixed."""
-        outputs = model(pixel_values=inputs["pixel_values"])
-        logits, labels = outputs.logits, inputs["labels"]
+        scaler = self.accelerator.scaler
+
+        def scaled(model: nn.Module) -> Tensor:
+            loss, _ = self._loss_and_logits(model, inputs, num_items_in_batch)
+            return loss if scaler is None else scaler.scale(loss)
+
+        self.sharpness.climb(self.classifier, scaled)
+        loss, logits = self._loss_and_logits(model, inputs, num_items_in_batch)
+        if self.model.training:
+            self.finite_loss.watch(self.state.global_step + 1, loss, logits, self._row_ids)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _loss_and_logits(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, Tensor]:
+        outputs, labels = model(pixel_values=inputs["pixel_values"]), inputs["labels"]
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         else:
             loss = (self.loss if self.model.training else self.evaluation_loss)(
-                logits.float(), labels
+                outputs.logits.float(), labels
             )
-        if self.model.training:
-            self.finite_loss.watch(self.state.global_step + 1, loss, logits, self._row_ids)
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return loss, outputs.logits
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer_cls_and_kwargs is not None:
             return super().create_optimizer(model)
         if self.optimizer is None:
             self.optimizer = build_optimizer(
-                self.model if model is None else model, self.args, self.layer_decay, self.l1_decay
+                self.model if model is None else model,
+                self.args,
+                self.layer_decay,
+                self.l1_decay,
+                self.backbone_learning_rate,
             )
         return self.optimizer
 

@@ -69,7 +69,7 @@ def test_every_row_is_computed_with_an_interval_and_nothing_else_is(multi_label)
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_training_computes_what_it_shows(multi_label):
     found = training_metrics_of(predictions(multi_label))
-    assert list(found) == metrics_of(multi_label=multi_label, place="training")
+    assert {*metrics_of(multi_label=multi_label, place="training")} <= found.keys()
     assert found.keys() == best_metrics(multi_label=multi_label).keys() - {"loss"}
 
 
@@ -96,7 +96,7 @@ def test_the_direction_of_the_best_checkpoint():
         "cross_entropy",
         "loss",
     }
-    assert set(BEST_METRICS) == {*training_metrics(), "loss"}
+    assert set(BEST_METRICS) == {*training_metrics(), "balanced_accuracy", "loss"}
 
 
 def test_metrics_have_words_besides_their_names():

@@ -34,7 +34,7 @@ def test_images_that_only_one_model_gets_right_decide():
     low, high = found["accuracy_difference_interval"]
     assert 0 < low < 0.2 < high < 0.4
     assert found["mcnemar_p"] == pytest.approx(0.0135, abs=1e-4)  # binomtest(20, 60)
-    assert "p = 0.013: b is better" in render_comparison(found, ["a", "b"])
+    assert render_comparison(found, ["a", "b"]).endswith("p = 0.013: b is better")
     swapped = compare_predictions(second, first)
     assert swapped["accuracy_difference"] == -found["accuracy_difference"]
     assert "p = 0.013: b is better" in render_comparison(swapped, ["b", "a"])
@@ -46,6 +46,29 @@ def test_equal_models_are_not_distinguished():
     )
     assert found["mcnemar_p"] == 1.0 and found["accuracy_difference"] == 0
     assert "may be due to chance" in render_comparison(found, ["a", "b"])
+
+
+def test_classes_of_different_sizes_are_compared_by_balanced_accuracy():
+    """b loses 5 images of the large class and wins 6 of the two small ones."""
+    labels = np.repeat([0, 1, 2], [90, 5, 5])
+    predicted = labels.copy()
+    predicted[90:] = 0
+    better = labels.copy()
+    better[:5] = 1
+    better[[90, 91, 95, 96]] = 0
+
+    def saved(chosen):
+        logits = np.eye(3, dtype=np.float32)[chosen]
+        return Predictions("test", np.arange(100), labels, logits, NAMES)
+
+    found = compare_predictions(saved(predicted), saved(better))
+    assert found["accuracy_difference"] == pytest.approx(0.01)
+    assert found["balanced_accuracy_difference"] == pytest.approx((-5 / 90 + 3 / 5 + 3 / 5) / 3)
+    low, high = found["balanced_accuracy_difference_interval"]
+    assert 0 < low < 0.38 < high < 0.7
+    text = render_comparison(found, ["a", "b"])
+    assert "may be due to chance\nbalanced accuracy of b minus a: +0.3815 [" in text
+    assert text.endswith("b is better")
 
 
 def test_the_order_of_rows_does_not_matter():

@@ -144,6 +144,20 @@ def test_paired_difference_has_its_nominal_coverage():
     assert 930 <= covered <= 970
 
 
+def test_paired_difference_of_classes_has_its_nominal_coverage():
+    """Three classes of different sizes, whose differences are -0.03, 0.2 and 0.1."""
+    generator = np.random.default_rng(9)
+    shares = ([0.8, 0.08, 0.05, 0.07], [0.5, 0.1, 0.3, 0.1], [0.6, 0.1, 0.2, 0.1])
+    counts = [400, 60, 20]
+    drawn = np.stack(
+        [generator.multinomial(n, p, size=1000) for n, p in zip(counts, shares, strict=True)],
+        axis=1,
+    )
+    ends = [paired_difference(each[:, 1], each[:, 2], counts) for each in drawn]
+    covered = sum(low <= 0.09 <= high for low, high in ends)
+    assert 930 <= covered <= 975
+
+
 def test_interval_of_a_mean_equals_scipy():
     values = [0.91, 0.93, 0.90, 0.94, 0.915]
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)

@@ -111,6 +111,18 @@ finetune --image_size big | image_size
 finetune --freeze half | --freeze
 finetune --freeze -1 | freeze
 finetune --layer_decay 0 | --layer_decay
+finetune --backbone_learning_rate 1e-3 --freeze backbone | --freeze backbone
+finetune --backbone_learning_rate 1e-3 --freeze 0 | --freeze 0
+finetune --backbone_learning_rate 1e-3 --optim lomo | --optim lomo
+finetune --unfreeze_epochs -1 | --unfreeze_epochs
+finetune --unfreeze_epochs 1 --freeze 2 | --freeze 2
+finetune --unfreeze_epochs 1 --torch_compile | --torch_compile
+finetune --sam_rho -0.1 | --sam_rho
+finetune --sam_rho 0.05 --freeze backbone --head_solver lbfgs | --head_solver lbfgs
+finetune --sam_rho 0.05 --optim galore_adamw_layerwise | galore_adamw_layerwise
+finetune --dropout 1 | --dropout
+finetune --dropout 0.1 --freeze backbone | --feature_views 0
+finetune --drop_path 0.1 --freeze backbone | --feature_views 0
 finetune --streaming --pixel_store resident | --pixel_store
 finetune --streaming --shots 5 | --shots
 finetune --streaming --imbalance_factor 10 | --imbalance_factor
@@ -178,6 +190,12 @@ HEAVY = [
     ([*NEW, "--head_solver", "lbfgs"], "--head_solver"),
     ([*NEW, "--freeze", "3"], "ArticleMLPForImageClassification"),
     ([*NEW, "--layer_decay", "0.5"], "ArticleMLPForImageClassification"),
+    ([*NEW, "--unfreeze_epochs", "1"], "ArticleMLPForImageClassification"),
+    (
+        [*NEW, "--unfreeze_epochs", "1", "--ddp_find_unused_parameters", "false"],
+        "--ddp_find_unused_parameters",
+    ),
+    ([*NEW, "--dropout", "0.1"], "--dropout: article_mlp has no dropout"),
     ([*NEW, "--max_train_samples", "5"], "--max_train_samples"),
 ]  # fmt: skip
 

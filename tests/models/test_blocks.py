@@ -6,10 +6,11 @@ from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import (
     backbone_blocks,
+    batch_norms,
     block_depths,
     describe_trainable,
     freeze,
-    frozen_norms,
+    is_frozen,
 )
 from hf_cifar.models.build import build_model
 from hf_cifar.models.heads import divide_logits, head_parameter_names, output_layers
@@ -127,7 +128,7 @@ def test_frozen_norms_keep_their_statistics(name, load):
     model = load(name)
     freeze(model, "1")
     model.train()
-    for norm in frozen_norms(model):
+    for norm in filter(is_frozen, batch_norms(model)):
         norm.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model(pixel_values=torch.randn(4, 3, 32, 32) * 3 + 1)
@@ -143,7 +144,7 @@ def test_frozen_norms_keep_their_statistics(name, load):
 
 
 def test_norms_that_train_are_not_frozen(load):
-    assert not frozen_norms(load("resnet"))
+    assert not any(map(is_frozen, batch_norms(load("resnet"))))
 
 
 def test_describe_trainable_counts_parameters(load):

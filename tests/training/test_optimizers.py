@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import freeze
 from hf_cifar.training.optimizers import (
+    COUPLED_DECAY,
     OPTIMIZER_FAMILIES,
     OPTIMIZERS,
     RATES,
@@ -23,10 +24,12 @@ from hf_cifar.training.optimizers import (
     decay_learning_rates,
     decay_parameter_names,
     default_rates,
+    default_weight_decay,
     model_family,
     parameter_groups,
     parse_arguments,
 )
+from hf_cifar.training.schedules import build_schedule
 
 
 def vit():
@@ -160,6 +163,7 @@ def test_an_optimiser_or_a_family_without_a_known_rate_has_none():
 
 def test_every_optimiser_with_a_rate_exists():
     assert OPTIMIZER_FAMILIES.keys() <= OPTIMIZERS.keys()
+    assert OPTIMIZERS.keys() >= COUPLED_DECAY
     assert set(OPTIMIZER_FAMILIES.values()) == RATES.keys()
 
 
@@ -249,6 +253,39 @@ def test_the_articles_step_of_adam(tmp_path):
     assert state["exp_avg_sq"].item() == pytest.approx(0.29974)
 
 
+def shrinking(name, tmp_path):
+    """Return how far 20 steps on tiny gradients move a weight of 1 by its decay, in units of rate x decay."""
+    weights = []
+    for decay in (0.1, 0.0):
+        layer = torch.nn.Linear(4, 4, bias=False)
+        torch.nn.init.ones_(layer.weight)
+        args = TrainingArguments(tmp_path, learning_rate=1e-3, weight_decay=decay, use_cpu=True)
+        args.optim = name
+        optimizer = build_optimizer(layer, args)
+        for step in range(20):
+            torch.manual_seed(step)
+            layer.weight.grad = 1e-6 * torch.randn(4, 4)
+            optimizer.step()
+        weights.append(layer.weight.mean().item())
+    return (weights[1] - weights[0]) / 20 / 1e-4
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw_torch", "lion", "muon", "nadamw", "adanw", "radamw", "adamuon", "mars"]
+)
+def test_decoupled_decay_takes_rate_times_decay_off_each_weight(name, tmp_path):
+    assert name not in COUPLED_DECAY
+    assert shrinking(name, tmp_path) == pytest.approx(1, abs=0.01)
+    assert default_weight_decay(name) == 0.05
+
+
+@pytest.mark.parametrize("name", ["adam", "nadam", "adamax", "rmsprop", "momentum", "novograd"])
+def test_coupled_decay_outweighs_small_gradients(name, tmp_path):
+    assert name in COUPLED_DECAY
+    assert shrinking(name, tmp_path) > 4
+    assert default_weight_decay(name) == 0.0005
+
+
 def test_arguments_of_optimisers_are_parsed_and_checked(tmp_path):
     assert parse_arguments("momentum=0.9, nesterov=true,betas=(0.9,0.95),mode=flat") == {
         "momentum": 0.9, "nesterov": True, "betas": (0.9, 0.95), "mode": "flat",
@@ -278,3 +315,56 @@ def test_l1_decay_moves_weights_towards_zero(tmp_path):
     assert layer.weight.tolist()[0] == pytest.approx([0.5 - 0.1 - 0.02, -0.48, 0.0])
     assert layer.weight[0, 2] == 0
     assert layer.bias.item() == 0.5
+
+
+def rates_by_name(model, optimizer):
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_the_backbone_has_a_rate_of_its_own(layer_decay, tmp_path):
+    """Layer-wise decay starts from it, and the rate that the Trainer logs is the head's."""
+    model = vit()
+    args = TrainingArguments(tmp_path, learning_rate=0.1, optim="sgd", weight_decay=0.1)
+    optimizer = build_optimizer(model, args, layer_decay, backbone_learning_rate=0.01)
+    depths = {"classifier": None, "vit.layernorm": 0, "vit.layers.1.": 1, "vit.layers.0.": 2}
+    depths["vit.embeddings"] = 3
+    rates = rates_by_name(model, optimizer)
+    assert rates.keys() == dict(model.named_parameters()).keys()
+    for name, rate in rates.items():
+        depth = next(d for prefix, d in depths.items() if name.startswith(prefix))
+        assert rate == (0.1 if depth is None else 0.01 * layer_decay**depth), name
+    first = optimizer.param_groups[0]
+    assert first["params"] == [model.classifier.weight]
+    assert (first["lr"], first["weight_decay"]) == (0.1, 0.1)
+    decaying = {p for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decaying == set(parameter_groups(model, 0.1)[0]["params"])
+
+
+@pytest.mark.parametrize("name", ["linear", "one_cycle", "step", "reduce_lr_on_plateau"])
+def test_a_schedule_scales_both_rates(name, tmp_path):
+    model = vit()
+    args = TrainingArguments(tmp_path, learning_rate=0.1, optim="sgd", warmup_steps=3)
+    args.lr_scheduler_type = name
+    args.lr_scheduler_kwargs = {"patience": 2} if name == "reduce_lr_on_plateau" else None
+    optimizer = build_optimizer(model, args, backbone_learning_rate=0.01)
+    schedule, heads = build_schedule(args, optimizer, 12), set()
+    for step in range(12):
+        optimizer.step()
+        rates = [group["lr"] for group in optimizer.param_groups]
+        heads.add(round(rates[0], 6))
+        assert rates == pytest.approx([rates[0]] * 2 + [rates[0] / 10] * 2), step
+        schedule.step(*([1.0] if name == "reduce_lr_on_plateau" else []))
+    assert len(heads) > 3
+
+
+def test_l1_decay_leaves_frozen_weights_alone(tmp_path):
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    args = TrainingArguments(tmp_path, learning_rate=0.5, optim="sgd", weight_decay=0)
+    optimizer = build_optimizer(layers, args, l1_decay=0.2)
+    before = [layer.weight.detach().clone() for layer in layers]
+    layers[0].requires_grad_(False)
+    optimizer.step()
+    assert torch.equal(layers[0].weight, before[0])
+    assert torch.allclose(layers[1].weight, torch.nn.functional.softshrink(before[1], 0.1))

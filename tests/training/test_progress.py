@@ -9,7 +9,7 @@ from hf_cifar.config.metrics import metrics_of, words
 from hf_cifar.errors import UserError
 from hf_cifar.training.progress import StopAtNaN, TrainingLines, evaluation_line
 
-ARGS = SimpleNamespace(learning_rate=0.1)
+ARGS = SimpleNamespace(learning_rate=0.1, metric_for_best_model=None)
 
 
 def state(step=5):
@@ -18,15 +18,19 @@ def state(step=5):
 
 def test_the_line_of_single_label_metrics():
     logs = {"eval_accuracy": 0.5, "eval_cross_entropy": 1.25, "eval_loss": 9.0, "epoch": 2.0}
-    assert evaluation_line(2.0, logs) == (
-        "epoch 2.00: validation accuracy 0.5000, cross-entropy 1.2500"
+    line = "epoch 2.00: validation accuracy 0.5000, cross-entropy 1.2500"
+    assert evaluation_line(2.0, logs, "accuracy") == line
+    logs["eval_balanced_accuracy"] = 0.25
+    assert evaluation_line(2.0, logs, None) == line
+    assert (
+        evaluation_line(2.0, logs, "eval_balanced_accuracy") == line + ", balanced accuracy 0.2500"
     )
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_the_line_shows_the_metrics_of_the_table(multi_label):
     names = metrics_of(multi_label=multi_label, place="training")
-    line = evaluation_line(None, {f"eval_{name}": 0.25 for name in names})
+    line = evaluation_line(None, {f"eval_{name}": 0.25 for name in names}, None)
     assert line == "epoch 0.00: validation " + ", ".join(f"{words(name)} 0.2500" for name in names)
 
 

@@ -7,6 +7,7 @@ from tiny import tiny_trainer
 from hf_cifar.errors import UserError
 
 LONG_TAIL = ["--imbalance_factor", "4", "--class_balance"]
+TIMM = ["--model_name_or_path", "scratch/test_resnet", "--image_size", "32"]
 TECHNIQUES = {
     "exponential": ["--lr_scheduler_type", "exponential"],
     "step": ["--lr_scheduler_type", "step", "--lr_scheduler_kwargs", '{"decay_steps": 3}'],
@@ -24,6 +25,16 @@ TECHNIQUES = {
     "lamb": ["--optim", "lamb"],
     "adopt": ["--optim", "adopt"],
     "l1_decay": ["--l1_decay", "0.01"],
+    "backbone_learning_rate": ["--backbone_learning_rate", "1e-3", "--layer_decay", "0.5"],
+    # An epoch has 9 steps: blocks begin to train at steps 3 and 6.
+    "unfreezing": ["--unfreeze_epochs", "0.3"],
+    "unfreezing, momentum": ["--unfreeze_epochs", "0.3", "--optim", "nesterov"],
+    "unfreezing, norms": ["--unfreeze_epochs", "0.15", *TIMM],
+    "unfreezing, average": ["--unfreeze_epochs", "0.3", "--ema_decay", "0.9"],
+    "sam": ["--sam_rho", "0.05"],
+    "sam, norms": ["--sam_rho", "0.05", "--dropout", "0.2", *TIMM],
+    "dropout": ["--dropout", "0.3"],
+    "drop_path": ["--drop_path", "0.3", "--dropout", "0.3", *TIMM],
     "focal": ["--loss", "focal"],
     "oversample": [*LONG_TAIL, "oversample"],
     "undersample": [*LONG_TAIL, "undersample"],
@@ -58,3 +69,16 @@ def test_the_solved_head_takes_no_other_loss(tmp_path, stripes, tiny_vit):
             UserError, match="lbfgs minimises plain cross-entropy; leave out --loss"
         ):
             tiny_trainer(tmp_path / "run", stripes, tiny_vit, *solver, *flags)
+
+
+def test_unequal_classes_are_stated_with_what_to_do(tmp_path, stripes, tiny_vit, caplog):
+    caplog.set_level("INFO", logger="hf_cifar")
+    tiny_trainer(tmp_path / "run", stripes, tiny_vit)
+    tiny_trainer(tmp_path / "run", stripes, tiny_vit, *LONG_TAIL, "weights")
+    assert "rare classes" not in caplog.text
+    trainer = tiny_trainer(tmp_path / "run", stripes, tiny_vit, "--imbalance_factor", "8")
+    counts = torch.bincount(torch.as_tensor(trainer.train_dataset.labels)).tolist()
+    names = list(trainer.model.config.id2label.values())
+    assert (
+        f"train: class {names[0]!r} has {counts[0]} images, {names[1]!r} has {counts[1]}; rare classes"
+    ) in caplog.text

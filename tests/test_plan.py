@@ -1,0 +1,39 @@
+"""hf_cifar.plan: options that are left open, settled by the data, the model and the machine."""
+
+import pytest
+import torch
+
+from hf_cifar import finetune_classifier
+from hf_cifar.config.training import TrainingConfig
+from hf_cifar.plan import settle_epochs
+from hf_cifar.runs.folder import RunFolder
+from hf_cifar.runs.processes import Processes
+
+
+@pytest.mark.parametrize(
+    ("num_images", "options", "epochs"),
+    [
+        (45_000, {}, 3),
+        (5_333, {}, 3),  # 167 steps an epoch
+        (5_312, {}, 4),  # 166
+        (1_080, {}, 15),
+        (60, {}, 30),
+        (1_080, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}, 15),
+        (60, {"num_train_epochs": 2.5}, 2.5),
+    ],
+)
+def test_few_images_are_trained_on_for_more_epochs(num_images, options, epochs):
+    processes = Processes(0, 1, torch.device("cpu"))
+    assert settle_epochs(TrainingConfig(**options), num_images, processes) == epochs
+
+
+def test_settled_options_are_saved_and_logged(tmp_path, stripes, caplog):
+    caplog.set_level("INFO", logger="hf_cifar")
+    finetune_classifier(
+        "scratch/article_mlp", str(stripes), optim="sgd", use_cpu=True, disable_tqdm=True,
+        save_strategy="no", eval_strategy="no", output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    train = RunFolder(tmp_path / "run").load_config().train
+    assert (train.num_train_epochs, train.weight_decay) == (30, 0.0005)
+    num_train = RunFolder(tmp_path / "run").facts()["num_train"]
+    assert f"training for 30 epochs, {30 * -(-num_train // 32)} steps, because" in caplog.text
