@@ -41,12 +41,6 @@ class ModelConfig:
         "none",
         "none: train all; backbone: train the head only; N: train the head and the last N stages or blocks.",
     )
-    lora_rank: int = option(
-        0,
-        "LoRA: train adapters of this rank and the head, for example 8, instead of all weights; the run has "
-        "them in adapter/, and merged. 0 turns it off.",
-        low=0, high=4096,
-    )  # fmt: skip
     dropout: float | None = option(
         None,
         "Dropout before the head, or in the layers, where the model has it; default: the checkpoint's own.",
@@ -56,6 +50,12 @@ class ModelConfig:
         None,
         "Stochastic depth, of the last layer, where the model has it; default: the checkpoint's own.",
         low=0, high=0.99,
+    )  # fmt: skip
+    lora_rank: int = option(
+        0,
+        "LoRA: train adapters of this rank and the head, for example 8, instead of all weights; the run has "
+        "them in adapter/, and merged. 0 turns it off.",
+        low=0, high=4096,
     )  # fmt: skip
     trust_remote_code: bool = option(
         False,
