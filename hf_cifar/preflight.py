@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_cifar.config.run import RunConfig
-from hf_cifar.config.training import TrainingConfig
 from hf_cifar.data.cache import free_bytes
 from hf_cifar.data.listing import refuse_data_folder
 from hf_cifar.data.splits import DataSource
@@ -46,15 +45,16 @@ def check_request(config: RunConfig, source: DataSource) -> None:
         raise UserError(f"--output_dir {folder} is a file; pass a folder")
     if not RunFolder(folder).has_run:
         refuse_data_folder(folder, config.data.dataset_name)
-    check_device(train)
+    check_device(config)
     if train.do_predict or train.check_leakage:
         _ = source.test_split  # raises without labels; its images are checked before training
     if is_main_process():
         check_push(train)
 
 
-def check_device(train: TrainingConfig) -> None:
+def check_device(config: RunConfig) -> None:
     """Raises: UserError for options that this device or number of processes rules out."""
+    train = config.train
     on_cpu, launcher = computes_on_cpu(train.use_cpu), os.environ.get("ACCELERATE_MIXED_PRECISION")
     fp16 = train.fp16 or train.precision == "fp16"
     fp16 = fp16 or (train.precision == "auto" and not train.bf16 and launcher == "fp16")
@@ -68,8 +68,10 @@ def check_device(train: TrainingConfig) -> None:
             f"--auto_find_batch_size is for one process, and there are {num_processes}; pass a smaller "
             "--per_device_train_batch_size"
         )
-    for name in ("ema_decay", "sam_rho", "unfreeze_epochs"):
-        if getattr(train, name) and is_sharded():
+    refused = {name: getattr(train, name) for name in ("ema_decay", "sam_rho", "unfreeze_epochs")}
+    refused["lora_rank"] = config.model.lora_rank
+    for name, value in refused.items():
+        if value and is_sharded():
             raise UserError(f"--{name} cannot be combined with FSDP or DeepSpeed; leave it out")
     if on_cpu and is_sharded():
         raise UserError(
