@@ -6,14 +6,13 @@ import math
 import os
 from dataclasses import asdict, astuple, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.objects import InMemory
-from hf_cifar.config.run import RunConfig
 from hf_cifar.data.labels import class_counts
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource, Splits
@@ -23,6 +22,9 @@ from hf_cifar.models.blocks import describe_trainable
 from hf_cifar.runs.environment import environment
 from hf_cifar.training.resumable import pixel_hashes
 from hf_cifar.training.trainer import ImageClassificationTrainer
+
+if TYPE_CHECKING:  # the plan of a run does not depend on its record, nor this module on the plan
+    from hf_cifar.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,13 @@ class Fitted:
 
 
 def known_facts(
-    source: DataSource, splits: Splits, test: Split | None, config: RunConfig
+    source: DataSource, splits: Splits, test: Split | None, plan: Plan
 ) -> dict[str, Any]:
     """Return the facts of a run known before training, as plain values: model, data, split, versions.
 
     splits: of the source, with their images. test: compared with train, with --check_leakage.
     """
+    config = plan.config
     model, data = config.model, config.data
     value_range = source.value_range
     return {
@@ -56,6 +59,7 @@ def known_facts(
         "num_validation": len(splits.validation),
         "skipped_rows": skipped_rows(splits),
         "value_range": None if value_range is None else astuple(value_range),
+        "race": plan.race,
         "leakage": find_leakage(splits, test) if test and config.train.check_leakage else None,
         "environment": environment(),
     }

@@ -28,6 +28,12 @@ def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -
     return subset(split, kept)
 
 
+def representative_rows(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """Choose about `limit` row numbers, stratified; more if there are as many classes, all if fewer rows."""
+    limit = max(limit, len(np.unique(labels)) if labels.ndim == 1 else labels.shape[1])
+    return np.arange(len(labels)) if limit >= len(labels) else _choose_rows(labels, limit, seed)
+
+
 def long_tail(split: Split, factor: float, seed: int) -> Split:
     """Keep all images of the first class, 1 / factor of the last one's, and exponentially fewer between.
 
