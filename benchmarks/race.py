@@ -28,7 +28,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.plan import Plan
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.guards import FiniteLoss
-from hf_cifar.training.race import FACTOR, FIELDS, rates_around, short_run
+from hf_cifar.training.race import FACTORS, rates_around, short_run
 from hf_cifar.training.trainer import ImageClassificationTrainer
 
 Options = Mapping[str, object]
@@ -50,6 +50,7 @@ SHARED: Options = {
     "precision": "fp32", "eval_strategy": "no", "save_strategy": "no", "calibrate": "false",
     "load_best_model_at_end": "false", "disable_tqdm": "true", "use_cpu": "true", "do_predict": "true",
 }  # fmt: skip
+NUM_RATES = 9  # of the sweep
 # Of the range test: the lowest and highest rate, relative to the default, and the loss, relative to the
 # lowest one, at which it ends.
 RANGE, RANGE_STEPS, TOO_HIGH = (1e-3, 1e3), 100, 4.0
@@ -154,7 +155,7 @@ def measure(model: str, data: str, options: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         picks: dict[str, Any] = {"default": default, "race": race.config.train.learning_rate}
         picks |= range_test(config, source, default)
-        sweep = rates_around(default, FIELDS[0], FACTOR)
+        sweep = rates_around(default, NUM_RATES, FACTORS[NUM_RATES])
         found: dict[float, dict[str, float]] = {}
         for rate in sorted({*sweep, *picks.values()}):
             found[rate] = accuracies(config, source, rate, Path(folder, f"{rate:g}"))

@@ -28,10 +28,13 @@ def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -
     return subset(split, kept)
 
 
-def representative_rows(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """Choose about `limit` row numbers, stratified; more if there are as many classes, all if fewer rows."""
-    limit = max(limit, len(np.unique(labels)) if labels.ndim == 1 else labels.shape[1])
-    return np.arange(len(labels)) if limit >= len(labels) else _choose_rows(labels, limit, seed)
+def representative_rows(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Choose `size` row numbers, stratified, or at random if there are more classes; all if fewer rows."""
+    if size >= len(labels):
+        return np.arange(len(labels))
+    if size < len(np.unique(labels) if labels.ndim == 1 else labels.T):
+        return np.sort(np.random.default_rng(seed).permutation(len(labels))[:size])
+    return _choose_rows(labels, size, seed)
 
 
 def long_tail(split: Split, factor: float, seed: int) -> Split:

@@ -12,7 +12,7 @@ import gc
 import logging
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,13 +50,14 @@ logger = logging.getLogger(__name__)
 # Share of the run's training images that the race may cost; an image of an evaluation, which has no backward
 # pass, counts as a third.
 BUDGET, FORWARD = 0.1, 1 / 3
-# Numbers of rates that may race, and the fewest steps of a rung.
-FIELDS, MIN_STEPS = (9, 7, 5, 3), 20
-JUDGING_IMAGES = 500
-# Neighbouring rates differ by this factor, around the default of optimiser and model family; without a
-# default, all of the largest field race around a guess.
-FACTOR = 2.5
-GUESS, WIDE_FACTOR = 3e-3, 5.0
+# Numbers of rates that may race, and the factor between neighbours, around the default of optimiser and model
+# family: fewer rates are further apart, because a rate is nearly as good as one within a factor of 3.
+FACTORS = {9: 2.5, 7: 3.0, 5: 4.0, 3: 4.0}
+# Without a default, this many rates race around a guess.
+WIDE_FACTORS, GUESS = {9: 5.0}, 3e-3
+MIN_STEPS = 10  # of the first rung
+# Validation images that judge: as many as a share of the budget pays for, within these bounds.
+JUDGING_SHARE, JUDGING_IMAGES = 0.2, (50, 500)
 
 
 class Rung(NamedTuple):
@@ -77,25 +78,32 @@ class RungResult:
         losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in self.losses.items())
         return f"after {self.steps} steps, {losses}"
 
-    @property
-    def ranking(self) -> list[float]:
-        """The rates, the best first; of equal ones, the lower first."""
-        return sorted(self.losses, key=lambda rate: (self.losses[rate], rate))
+    def ranking(self, center: float) -> list[float]:
+        """Return the rates, the best first; of those whose losses differ by less than about 1%, the nearest to
+        `center` first."""
+
+        def key(rate: float) -> tuple[float, float]:
+            loss = self.losses[rate]
+            percent = round(100 * math.log(max(loss, 1e-9))) if math.isfinite(loss) else math.inf
+            return percent, abs(math.log(rate / center))
+
+        return sorted(self.losses, key=key)
 
 
 @dataclass(frozen=True)
 class Race:
-    """A finished race. share: its cost, of that of the run's training. num_images: of validation, which
-    judged."""
+    """A finished race. center: the rate in the middle. share: its cost, of that of the run's training.
+    num_images: of validation, which judged."""
 
     rungs: list[RungResult]
+    center: float
     share: float
     num_images: int
 
     @property
     def winner(self) -> float:
         """The best rate of the last rung."""
-        return self.rungs[-1].ranking[0]
+        return self.rungs[-1].ranking(self.center)[0]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -142,19 +150,21 @@ def cost(rungs: list[Rung], batch: int, num_images: int) -> float:
     return sum(each.num_rates * (each.steps * batch + FORWARD * num_images) for each in rungs)
 
 
-def affordable_rungs(
-    run_steps: int, batch: int, num_images: int, fields: tuple[int, ...] = FIELDS
-) -> list[Rung]:
-    """Return the race of the largest of `fields` that costs at most a tenth of the run, in rungs as long as
-    that allows; none if even the smallest is too expensive."""
+def affordable_race(
+    run_steps: int, batch: int, num_validation: int, fields: Iterable[int] = FACTORS
+) -> tuple[list[Rung], int]:
+    """Return the rungs of the largest of `fields` that costs at most a tenth of the run, as long as that
+    allows, and the number of validation images that judge; no rungs if all are too expensive."""
     budget = BUDGET * run_steps * batch
-    for field in fields:
-        evaluations = cost(rungs_of(field, 0), batch, num_images)
+    for field in sorted(fields, reverse=True):
+        image = cost(rungs_of(field, 0), batch, 1)  # in all evaluations
         step = cost(rungs_of(field, 1), batch, 0)  # of the first rung, with its share of the others
-        steps = math.floor((budget - evaluations) / step)
+        fewest, most = JUDGING_IMAGES
+        num_images = min(num_validation, most, max(fewest, int(JUDGING_SHARE * budget / image)))
+        steps = math.floor((budget - num_images * image) / step)
         if steps >= MIN_STEPS:
-            return rungs_of(field, steps)
-    return []
+            return rungs_of(field, steps), num_images
+    return [], 0
 
 
 def rates_around(center: float, count: int, factor: float) -> list[float]:
@@ -178,36 +188,35 @@ def race_rates(
     Raises: UserError if the run is too short and there is no default; Stopped.
     """
     check_race(plan.config)
-    center, factor = (default, FACTOR) if default else (GUESS, WIDE_FACTOR)
+    center, factors = (default, FACTORS) if default else (GUESS, WIDE_FACTORS)
     with tempfile.TemporaryDirectory(prefix="hf_cifar-race-") as folder, unchanged(model):
         short = replace(plan, config=short_run(plan.config, folder, center))
         trainer = build_trainer(model, image_processor, splits, short, Sprinter)
         assert isinstance(trainer, Sprinter)
-        rows = representative_rows(splits.validation.labels, JUDGING_IMAGES, plan.config.train.seed)
-        trainer.judged_by(rows.tolist())
         batch = trainer.get_total_train_batch_size(trainer.args)
-        fields = FIELDS if default else FIELDS[:1]
-        rungs = affordable_rungs(trainer.run_steps, batch, len(rows), fields)
+        labels = splits.validation.labels
+        rungs, num_images = affordable_race(trainer.run_steps, batch, len(labels), factors)
         if not rungs:
-            explain_no_race(trainer.run_steps, default)
+            explain_no_race(trainer.run_steps, min(factors), default)
             return None
-        share = cost(rungs, batch, len(rows)) / (trainer.run_steps * batch)
-        rates = rates_around(center, rungs[0].num_rates, factor)
-        announce(rates, rungs, share, len(rows))
+        trainer.judged_by(representative_rows(labels, num_images, plan.config.train.seed).tolist())
+        share = cost(rungs, batch, num_images) / (trainer.run_steps * batch)
+        count = rungs[0].num_rates
+        rates = rates_around(center, count, factors[count])
+        announce(rates, rungs, share, num_images)
         results: list[RungResult] = []
         for rung in rungs:
             if results:
-                rates = sorted(results[-1].ranking[: rung.num_rates])
+                rates = sorted(results[-1].ranking(center)[: rung.num_rates])
             results.append(RungResult(rung.steps, trainer.losses_of(rates, rung.steps)))
             logger.info("learning rate: %s", results[-1])
-    race = Race(results, share, len(rows))
+    race = Race(results, center, share, num_images)
     logger.info("learning rate: %g won the race", race.winner)
     return race
 
 
-def explain_no_race(run_steps: int, default: float | None) -> None:
+def explain_no_race(run_steps: int, few: int, default: float | None) -> None:
     """Log why the default is used. Raises: UserError if there is none."""
-    few = FIELDS[-1] if default else FIELDS[0]
     reason = f"a tenth of {run_steps:,} steps is too short to race {few} rates for {MIN_STEPS} steps each"
     if default is None:
         raise UserError(
@@ -219,7 +228,7 @@ def explain_no_race(run_steps: int, default: float | None) -> None:
 def announce(rates: list[float], rungs: list[Rung], share: float, num_images: int) -> None:
     """Log rates, rungs and cost before the race."""
     shown = ", then ".join(f"{each.num_rates} for {each.steps} steps" for each in rungs)
-    fewer = "" if len(rates) == FIELDS[0] else f" (a longer run would race {FIELDS[0]})"
+    fewer = "" if len(rates) == max(FACTORS) else f" (a longer run would race {max(FACTORS)})"
     logger.info(
         "learning rate: racing %d rates from %g to %g%s: %s, judged by the loss on %d validation images; the "
         "race costs %.1f%% of the training",

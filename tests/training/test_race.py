@@ -18,10 +18,11 @@ from hf_cifar.runs.signals import Stopped
 from hf_cifar.training import race
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.race import (
+    FACTORS,
     Race,
     RungResult,
     Sprinter,
-    affordable_rungs,
+    affordable_race,
     compressed_schedule,
     cost,
     rates_around,
@@ -30,7 +31,7 @@ from hf_cifar.training.race import (
 )
 from hf_cifar.training.schedules import build_schedule
 
-LONG = ["--max_steps", "700", "--learning_rate", "auto", "--precision", "fp32"]
+LONG = ["--max_steps", "400", "--learning_rate", "auto", "--precision", "fp32"]
 QUIET = ["--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
 
 
@@ -62,28 +63,33 @@ def test_the_worse_half_is_dropped_and_the_others_run_twice_as_long(num_rates, e
 def test_a_race_is_as_long_as_a_tenth_of_the_run_allows():
     """By hand: 6,250 steps of 64 images have a tenth of 40,000. Fifteen evaluations of 500 images, of which
     each counts a third, leave 37,500, and 25 times the first rung's steps of 64 images fit 23 times."""
-    assert affordable_rungs(6250, 64, 500) == rungs_of(9, 23) == [(9, 23), (4, 46), (2, 92)]
+    assert affordable_race(6250, 64, 5000) == ([(9, 23), (4, 46), (2, 92)], 500)
     assert cost(rungs_of(9, 23), 64, 500) == pytest.approx(25 * 23 * 64 + 15 * 500 / 3)
+    # A tenth of 1,304 steps of 8 images: 1,043.2. A fifth pays for 89 images in 7 evaluations, and the rest,
+    # 835.5, for 11 times 9 steps.
+    assert affordable_race(1304, 8, 144) == ([(5, 11), (2, 22)], 89)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64, 512])
-@pytest.mark.parametrize("num_images", [2, 144, 500])
-def test_a_race_never_costs_more_than_a_tenth(batch, num_images):
-    raced = 0
-    for run_steps in [*range(1, 4000, 37), 10**5]:
-        rungs = affordable_rungs(run_steps, batch, num_images)
+@pytest.mark.parametrize("num_validation", [2, 144, 5000])
+def test_a_race_never_costs_more_than_a_tenth(batch, num_validation):
+    fewest = min(num_validation, race.JUDGING_IMAGES[0])
+    raced = set()
+    for run_steps in [*range(1, 9000, 37), 10**5]:
+        rungs, num_images = affordable_race(run_steps, batch, num_validation)
         budget = run_steps * batch / 10
+        shortest = {
+            field: cost(rungs_of(field, race.MIN_STEPS), batch, fewest) for field in FACTORS
+        }
         if not rungs:
-            assert cost(rungs_of(3, race.MIN_STEPS), batch, num_images) > budget
+            assert shortest[3] > (1 - race.JUDGING_SHARE) * budget
             continue
-        raced += 1
         (count, steps), *_ = rungs
-        assert count in race.FIELDS and steps >= race.MIN_STEPS
+        raced.add(count)
+        assert steps >= race.MIN_STEPS and fewest <= num_images <= num_validation
         assert cost(rungs, batch, num_images) <= budget
         assert cost(rungs_of(count, steps + 1), batch, num_images) > budget  # none is left over
-        larger = [field for field in race.FIELDS if field > count]
-        assert all(cost(rungs_of(n, race.MIN_STEPS), batch, num_images) > budget for n in larger)
-    assert raced
+    assert raced == FACTORS.keys()
 
 
 def test_rates_are_a_grid_around_the_default():
@@ -97,8 +103,8 @@ def test_rates_are_a_grid_around_the_default():
 def test_the_best_rate_of_the_last_rung_wins():
     first = RungResult(5, {1e-3: 2.0, 1e-2: 1.0, 1e-1: math.inf})
     last = RungResult(10, {1e-3: 0.7, 1e-2: 0.8})
-    assert first.ranking == [1e-2, 1e-3, 1e-1]
-    found = Race([first, last], 0.0923456, 144)
+    assert first.ranking(1e-2) == [1e-2, 1e-3, 1e-1]
+    found = Race([first, last], 1e-2, 0.0923456, 144)
     assert found.winner == 1e-3
     assert json.loads(json.dumps(found.facts)) == {
         "learning_rate": 1e-3, "num_images": 144, "share": 0.0923,
@@ -107,6 +113,12 @@ def test_the_best_rate_of_the_last_rung_wins():
             {"steps": 10, "rates": [1e-3, 1e-2], "losses": [0.7, 0.8]},
         ],
     }  # fmt: skip
+
+
+def test_of_rates_that_are_equally_good_the_one_nearest_to_the_default_wins():
+    tied = RungResult(5, {1e-4: 0.7100, 1e-3: 0.7104, 1e-2: 0.7108, 1e-1: 0.75, 1.0: 0.0})
+    assert tied.ranking(1e-3)[:2] == [1.0, 1e-3]
+    assert tied.ranking(0.02)[1:3] == [1e-2, 1e-3]
 
 
 @pytest.mark.parametrize(
@@ -147,8 +159,8 @@ def test_a_schedule_that_follows_a_metric_stays_at_its_peak(tmp_path):
 
 
 def test_a_far_too_small_and_a_far_too_large_rate_lose(tmp_path, stripes, monkeypatch, caplog):
-    """The default is good for stripes; a thousandth of it learns nothing, a thousand times destroys."""
-    monkeypatch.setattr(race, "FACTOR", 1000.0)
+    """The default is good for stripes; a millionth of it learns nothing, a million times destroys."""
+    monkeypatch.setattr(race, "FACTORS", {3: 1e6})
     caplog.set_level("INFO")
     config = tiny_config(
         tmp_path / "run", stripes, "scratch/article_cnn", "--image_size", "18", *LONG
@@ -160,7 +172,7 @@ def test_a_far_too_small_and_a_far_too_large_rate_lose(tmp_path, stripes, monkey
     (rung,) = plan.race["rungs"]
     low, middle, high = rung["rates"]
     assert plan.config.train.learning_rate == plan.race["learning_rate"] == middle
-    assert high == pytest.approx(1e3 * middle) and low == pytest.approx(1e-3 * middle)
+    assert high == pytest.approx(1e6 * middle) and low == pytest.approx(1e-6 * middle)
     assert plan.race["share"] <= 0.1
     # The request is kept, and so is the model, bit for bit.
     assert plan.requested.train.learning_rate == "auto"
@@ -170,9 +182,7 @@ def test_a_far_too_small_and_a_far_too_large_rate_lose(tmp_path, stripes, monkey
         assert torch.equal(value, before[name]), name
     assert not (tmp_path / "run").exists()
     announced, losses, won = [m for m in caplog.messages if m.startswith("learning rate")]
-    assert (
-        f"racing 3 rates from {low:g} to {high:g} (a longer run would race 9): 3 for" in announced
-    )
+    assert f"racing 3 rates from {low:g} to {high:g}: 3 for" in announced
     assert "8 validation images" in announced and "of the training" in announced
     assert f"{middle:g}: " in losses and won == f"learning rate: {middle:g} won the race"
 
@@ -219,7 +229,7 @@ def test_the_run_equals_one_with_the_rate_by_hand(tmp_path, stripes, tiny_vit):
 @pytest.mark.slow
 def test_a_resumed_run_keeps_the_rate(tmp_path, stripes, tiny_vit, caplog):
     caplog.set_level("INFO")
-    steps = ["--save_strategy", "steps", "--save_steps", "350"]
+    steps = ["--save_strategy", "steps", "--save_steps", "200"]
     tiny_run(tmp_path / "run", stripes, tiny_vit, *LONG, *steps)
     options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -227,12 +237,12 @@ def test_a_resumed_run_keeps_the_rate(tmp_path, stripes, tiny_vit, caplog):
     assert "racing" in caplog.text
     caplog.clear()
     tiny_run(
-        tmp_path / "run", stripes, tiny_vit, *LONG, *steps, "--max_steps", "702",
+        tmp_path / "run", stripes, tiny_vit, *LONG, *steps, "--max_steps", "402",
         "--resume_from_checkpoint", "last",
     )  # fmt: skip
     assert "racing" not in caplog.text
     again = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert again == {**options, "max_steps": 702}
+    assert again == {**options, "max_steps": 402}
     assert json.loads((tmp_path / "run" / "run.json").read_text())["race"] == facts["race"]
 
 
@@ -243,15 +253,15 @@ def test_a_run_that_is_too_short_says_what_it_does(tmp_path, stripes, tiny_vit, 
     default = plan.config.train.learning_rate
     assert plan.race is None
     line = (
-        f"the default {default:g}, because a tenth of 18 steps is too short to race 3 rates for 20"
+        f"the default {default:g}, because a tenth of 18 steps is too short to race 3 rates for 10"
     )
     assert line in caplog.text
 
 
 def test_a_run_too_short_for_an_optimiser_without_a_default_is_refused(tmp_path, stripes, tiny_vit):
-    flags = ["--learning_rate", "auto", "--optim", "adadelta", "--max_steps", "700"]
+    flags = ["--learning_rate", "auto", "--optim", "adadelta", "--max_steps", "400"]
     config = tiny_config(tmp_path / "run", stripes, tiny_vit, *flags)
-    with pytest.raises(UserError, match=r"700 steps is too short to race 9 rates .* pass a number"):
+    with pytest.raises(UserError, match=r"400 steps is too short to race 9 rates .* pass a number"):
         plan_run(config, *built(config))
 
 
