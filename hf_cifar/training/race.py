@@ -79,8 +79,8 @@ class RungResult:
         return f"after {self.steps} steps, {losses}"
 
     def ranking(self, center: float) -> list[float]:
-        """Return the rates, the best first; of those whose losses differ by less than about 1%, the nearest to
-        `center` first."""
+        """Return the rates, the best first; of those whose losses differ by less than about 1%, the nearest
+        to `center` first."""
 
         def key(rate: float) -> tuple[float, float]:
             loss = self.losses[rate]
