@@ -38,6 +38,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.progress import Progress
 from hf_cifar.runs.processes import is_sharded
 from hf_cifar.training.build import build_trainer
+from hf_cifar.training.features import accepting_features
 from hf_cifar.training.guards import FiniteLoss
 from hf_cifar.training.progress import EvaluationProgress, StopAtNaN, TrainingLines
 from hf_cifar.training.schedules import FOLLOWS_A_METRIC, build_schedule, schedule_name
@@ -288,7 +289,8 @@ class Sprinter(ImageClassificationTrainer):
         with unchanged(model):
             set_seed(self.args.seed)  # the same images, augmentation and dropout for each rate
             self.train()
-            loss = [self.evaluate()["eval_loss"]]
+            with accepting_features(model, self.train_dataset):
+                loss = [self.evaluate()["eval_loss"]]
             self.optimizer = self.lr_scheduler = None
             self.model = self.model_wrapped = model
             self.accelerator.free_memory()

@@ -207,6 +207,17 @@ def test_labels_of_any_number(tmp_path, lights, tiny_vit):
     assert best < math.log(2)  # of a model that says 0.5 everywhere
 
 
+def test_heads_race_on_features(tmp_path, stripes, tiny_vit):
+    config = tiny_config(tmp_path / "run", stripes, tiny_vit, *LONG, "--freeze", "backbone")
+    model, processor, splits = built(config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = plan_run(config, model, processor, splits)
+    (rung,) = plan.race["rungs"]
+    assert len(set(rung["losses"])) == len(rung["rates"]) == 3
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 @pytest.mark.slow
 def test_the_run_equals_one_with_the_rate_by_hand(tmp_path, stripes, tiny_vit):
     raced, by_hand = tmp_path / "raced", tmp_path / "by_hand"
