@@ -6,13 +6,14 @@ import math
 import os
 from dataclasses import asdict, astuple, dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hf_cifar.audit.leakage import find_leakage
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.objects import InMemory
+from hf_cifar.config.run import RunConfig
 from hf_cifar.data.labels import class_counts
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource, Splits
@@ -22,9 +23,6 @@ from hf_cifar.models.blocks import describe_trainable
 from hf_cifar.runs.environment import environment
 from hf_cifar.training.resumable import pixel_hashes
 from hf_cifar.training.trainer import ImageClassificationTrainer
-
-if TYPE_CHECKING:  # the plan of a run does not depend on its record, nor this module on the plan
-    from hf_cifar.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,17 @@ class Fitted:
 
 
 def known_facts(
-    source: DataSource, splits: Splits, test: Split | None, plan: Plan
+    source: DataSource,
+    splits: Splits,
+    test: Split | None,
+    config: RunConfig,
+    race: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the facts of a run known before training, as plain values: model, data, split, versions.
 
-    splits: of the source, with their images. test: compared with train, with --check_leakage.
+    splits: of the source, with their images. test: compared with train, with --check_leakage. race: of
+    learning rates, see `Plan`.
     """
-    config = plan.config
     model, data = config.model, config.data
     value_range = source.value_range
     return {
@@ -59,7 +61,7 @@ def known_facts(
         "num_validation": len(splits.validation),
         "skipped_rows": skipped_rows(splits),
         "value_range": None if value_range is None else astuple(value_range),
-        "race": plan.race,
+        "race": race,
         "leakage": find_leakage(splits, test) if test and config.train.check_leakage else None,
         "environment": environment(),
     }
