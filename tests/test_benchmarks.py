@@ -5,11 +5,12 @@ import functools
 import json
 import time
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
-from benchmarks import accuracy, checkpoint, correctness, gpu, measure, scaling, table
+from benchmarks import accuracy, checkpoint, correctness, gpu, measure, race, scaling, table
 from benchmarks.peers import (
     WARM_UP,
     Task,
@@ -67,6 +68,16 @@ def test_the_table_has_the_newest_record_of_each_benchmark(results):
     page = (results / "docs" / "benchmarks.md").read_text()
     assert "| speed | plain | 10 (10-10) images/s | 3 (3-3) | 1 |" in page
     assert page.count("| speed | ours |") == 1
+
+
+def test_a_range_test_suggests_the_steepest_descent_and_a_tenth_of_the_minimum():
+    """The loss falls most steeply at 1e-3, and has its minimum at about 1e-2; smoothing delays both."""
+    rates = np.geomspace(1e-6, 1, 600)
+    x = np.log10(rates)
+    losses = 2 - 1 / (1 + np.exp(-6 * (x + 3))) + np.maximum(0, x + 2) ** 2
+    found = race.suggestions(rates, losses)
+    assert 1e-3 <= found["range test, steepest"] <= 1.5e-3
+    assert 1e-3 <= found["range test, minimum / 10"] <= 1.5e-3
 
 
 def test_every_peer_trains(tmp_path):
