@@ -74,7 +74,7 @@ def finetune_classifier(model: Any = None, dataset: Any = None, **options: Any) 
     check_space(config, model)
     plan = plan_run(config, model, image_processor, splits)
     splits, test = prepare_images(source, image_processor, plan)
-    known = known_facts(source, splits, test, plan.config)
+    known = known_facts(source, splits, test, plan.config, plan.race)
     check_card(plan, model, known)
     trainer = build_trainer(model, image_processor, splits, plan)
     with claimed_folder(plan):
@@ -130,7 +130,7 @@ def claimed_folder(plan: Plan) -> Iterator[None]:
     with sole_run(plan.folder.path):
         if not plan.requested.train.resumes:
             plan.folder.refuse_occupied()
-        plan.folder.save_config(plan.config)
+        plan.save()
         yield
 
 

@@ -26,13 +26,14 @@ from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import block_depths
 from hf_cifar.models.kernels import has_fused_attention
 from hf_cifar.models.problem_type import is_multi_label
-from hf_cifar.runs.folder import RunFolder
+from hf_cifar.runs.folder import RunFolder, write_json
 from hf_cifar.runs.processes import Processes, is_sharded, start_processes
 from hf_cifar.runs.resume import run_to_resume, with_options_of
 from hf_cifar.text import duration
 from hf_cifar.training.autotune import Setting, pick_setting
 from hf_cifar.training.checkpoints import find_damage, newest_checkpoint
-from hf_cifar.training.optimizers import default_rates, default_weight_decay
+from hf_cifar.training.optimizers import Rates, default_rates, default_weight_decay
+from hf_cifar.training.race import race_rates
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -47,18 +48,26 @@ class Plan:
     """A run's options and processes, with every unset option resolved.
 
     requested: the options as given. config: the same with every unset value resolved, for config.yaml.
-    checkpoint: the folder that the run resumes from. processes: those that train.
+    checkpoint: the folder that the run resumes from. processes: those that train. race: that settled the
+    rate with --learning_rate auto, as in `Race.facts`; also that of the resumed run.
     """
 
     requested: RunConfig
     config: RunConfig
     processes: Processes
     checkpoint: Path | None = None
+    race: dict[str, Any] | None = None
 
     @property
     def folder(self) -> RunFolder:
         """The folder of the run."""
         return RunFolder(self.config.train.output_dir)
+
+    def save(self) -> None:
+        """Write the settled options and the race into the folder of the run."""
+        self.folder.save_config(self.config)
+        if self.race is not None:
+            write_json(self.folder.race_path, self.race)
 
     @property
     def setting(self) -> Setting:
@@ -95,12 +104,16 @@ def plan_run(
         block_depths(model)  # raises for a model without blocks
     planned = resumed.with_training(**settled)
     setting = settle_setting(planned, model, image_processor, splits, processes, before)
-    return Plan(
+    plan = Plan(
         requested=config,
         config=planned.with_training(**setting),
         processes=processes,
         checkpoint=checkpoint,
+        race=race_before(train),
     )
+    if train.learning_rate == "auto":
+        return with_raced_rate(plan, model, image_processor, splits)
+    return plan
 
 
 def config_before(train: TrainingConfig) -> RunConfig | None:
@@ -138,22 +151,49 @@ def find_checkpoint(train: TrainingConfig) -> Path | None:
     return found
 
 
-def settle_rates(
-    config: RunConfig, model: PreTrainedModel, processes: Processes
-) -> dict[str, float]:
+def race_before(train: TrainingConfig) -> dict[str, Any] | None:
+    """Return the race of the run that is resumed, or None."""
+    resumed = run_to_resume(train)
+    return None if resumed is None else RunFolder(resumed).race() or None
+
+
+def with_raced_rate(
+    plan: Plan, model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits
+) -> Plan:
+    """Return the plan with the learning rate that wins a race, or the default if the run is too short."""
+    default = rates_of(plan.config, model, plan.processes).learning_rate
+    race = race_rates(model, image_processor, splits, plan, default)
+    return dataclasses.replace(
+        plan,
+        config=plan.config.with_training(learning_rate=race.winner if race else default),
+        race=race.facts if race else None,
+    )
+
+
+def rates_of(config: RunConfig, model: PreTrainedModel, processes: Processes) -> Rates:
+    """Return the default learning rate and clipping of a run."""
+    train = config.train
+    scratch = config.model.model_name_or_path.startswith(SCRATCH)
+    return default_rates(
+        model,
+        images_a_step(train, processes),
+        optim=train.optim,
+        optim_args=train.optim_args,
+        scratch=scratch,
+    )
+
+
+def settle_rates(config: RunConfig, model: PreTrainedModel, processes: Processes) -> dict[str, Any]:
     """Return learning rate, clipping and weight decay: the requested ones, or the defaults of optimiser and
-    model family.
+    model family; a rate of auto is settled later.
 
     Raises: UserError for an optimiser without a known rate.
     """
     train = config.train
     names = ("learning_rate", "max_grad_norm", "weight_decay")
     requested = {name: getattr(train, name) for name in names}
-    batch_size = images_a_step(train, processes)
-    scratch = config.model.model_name_or_path.startswith(SCRATCH)
-    defaults = default_rates(
-        model, batch_size, optim=train.optim, optim_args=train.optim_args, scratch=scratch
-    )._asdict() | {"weight_decay": default_weight_decay(train.optim)}
+    defaults = rates_of(config, model, processes)._asdict()
+    defaults["weight_decay"] = default_weight_decay(train.optim)
     if train.learning_rate is None and defaults["learning_rate"] is None:
         raise UserError(
             f"--optim {train.optim} has no default learning rate for this model; pass --learning_rate"

@@ -20,6 +20,7 @@ from hf_cifar.report.card import CardFacts, render_card
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import computes_on_cpu, is_main_process, is_sharded
 from hf_cifar.runs.resume import check_folder
+from hf_cifar.training.race import check_race
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def check_request(config: RunConfig, source: DataSource) -> None:
     """Run the checks that need no model, including those of steps at the end of the run.
 
     Raises: UserError if `source` has other data, the output folder holds another run, the device does not
-    support the requested precision, test is requested but missing, or a push would fail.
+    support the requested precision, no rates can race, test is requested but missing, or a push would fail.
     """
     train, folder = config.train, Path(config.train.output_dir)
     if source.config != config.data:
@@ -46,6 +47,7 @@ def check_request(config: RunConfig, source: DataSource) -> None:
     if not RunFolder(folder).has_run:
         refuse_data_folder(folder, config.data.dataset_name)
     check_device(config)
+    check_race(config)
     if train.do_predict or train.check_leakage:
         _ = source.test_split  # raises without labels; its images are checked before training
     if is_main_process():

@@ -31,11 +31,16 @@ class Fitted:
 
 
 def known_facts(
-    source: DataSource, splits: Splits, test: Split | None, config: RunConfig
+    source: DataSource,
+    splits: Splits,
+    test: Split | None,
+    config: RunConfig,
+    race: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the facts of a run known before training, as plain values: model, data, split, versions.
 
-    splits: of the source, with their images. test: compared with train, with --check_leakage.
+    splits: of the source, with their images. test: compared with train, with --check_leakage. race: of
+    learning rates, see `Plan`.
     """
     model, data = config.model, config.data
     value_range = source.value_range
@@ -53,6 +58,7 @@ def known_facts(
         "num_validation": len(splits.validation),
         "skipped_rows": skipped_rows(splits),
         "value_range": None if value_range is None else astuple(value_range),
+        "race": race,
         "leakage": find_leakage(splits, test) if test and config.train.check_leakage else None,
         "environment": environment(),
     }

@@ -26,6 +26,11 @@ def listed(values: Iterable[Any], limit: int | None = None) -> str:
     return ", ".join(words[:limit]) + (f" and {more:,} more" if more else "")
 
 
+def enumerated(values: Sequence[str]) -> str:
+    """Join words as in a sentence: `a, b and c`."""
+    return " and ".join([", ".join(values[:-1]), *values[-1:]][len(values) < 2 :])
+
+
 def nearest(name: str, known: Iterable[str], similarity: float = 0.5) -> str | None:
     """Return the known name that is most similar to a misspelled one, or None. similarity: 0..1."""
     return next(iter(difflib.get_close_matches(name, list(known), 1, similarity)), None)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from hf_cifar.cli import COMMANDS
 from hf_cifar.commands.command import Command
 from hf_cifar.config.command_line import render_default
-from hf_cifar.config.fields import field_types
+from hf_cifar.config.fields import NumberOr, field_types
 from hf_cifar.config.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +87,9 @@ def values_of(field: dataclasses.Field, kind: Any) -> str:
     """Return what an option takes: its choices, or its type and bounds."""
     if get_origin(kind) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
+    if isinstance(kind, NumberOr):
+        words = ", ".join(f"`{word}`" for word in kind.words)
+        return f"{values_of(field, kind.number)}, or {words}"
     low, high = field.metadata["low"], field.metadata["high"]
     word = KINDS[get_origin(kind) or kind]
     if low is None and high is None:

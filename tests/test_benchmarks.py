@@ -5,11 +5,12 @@ import functools
 import json
 import time
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
-from benchmarks import accuracy, checkpoint, correctness, gpu, measure, scaling, table
+from benchmarks import accuracy, checkpoint, correctness, gpu, measure, race, scaling, table
 from benchmarks.peers import (
     WARM_UP,
     Task,
@@ -84,6 +85,16 @@ def test_the_tables_of_techniques_are_written_again():
         "more text\n"
     )
     assert table.techniques_page(written, [record]) == written
+
+
+def test_a_range_test_suggests_the_steepest_descent_and_a_tenth_of_the_minimum():
+    """The loss falls most steeply at 1e-3, and has its minimum at about 1e-2; smoothing delays both."""
+    rates = np.geomspace(1e-6, 1, 600)
+    x = np.log10(rates)
+    losses = 2 - 1 / (1 + np.exp(-6 * (x + 3))) + np.maximum(0, x + 2) ** 2
+    found = race.suggestions(rates, losses)
+    assert 1e-3 <= found["range test, steepest"] <= 1.5e-3
+    assert 1e-3 <= found["range test, minimum / 10"] <= 1.5e-3
 
 
 def test_every_peer_trains(tmp_path):

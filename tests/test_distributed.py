@@ -130,6 +130,22 @@ def test_two_processes_end_with_the_weights_of_one_with_a_technique(
         torch.testing.assert_close(weights[1][key], value, rtol=0, atol=2e-4)
 
 
+def test_two_processes_race_together(tmp_path, stripes, tiny_vit):
+    """All train with the rate that the first one chooses, and end with the bits of a run with that rate."""
+    flags = ("--max_steps", "400", "--save_strategy", "no", "--eval_strategy", "no")
+    flags += ("--load_best_model_at_end", "false", "--precision", "fp32", "--learning_rate")
+    raced = launch(tmp_path / "raced", stripes, tiny_vit, 2, *flags, "auto")
+    assert raced.returncode == 0, raced.stderr
+    assert raced.stderr.count("won the race") == 1  # the first process speaks for all
+    facts = json.loads((tmp_path / "raced" / "run.json").read_text())
+    assert facts["processes"] == 2 and len(facts["race"]["rungs"][0]["rates"]) == 3
+    rate = facts["race"]["learning_rate"]
+    by_hand = launch(tmp_path / "by_hand", stripes, tiny_vit, 2, *flags, str(rate))
+    assert by_hand.returncode == 0, by_hand.stderr
+    weights = [tmp_path / name / "model.safetensors" for name in ("raced", "by_hand")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_launch_configuration_parses(path):
     from accelerate.commands.config.config_args import load_config_from_file

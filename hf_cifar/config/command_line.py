@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from hf_cifar.config.fields import field_names, field_types
+from hf_cifar.config.fields import NumberOr, field_names, field_types
 from hf_cifar.config.other_tools import instead
 from hf_cifar.errors import UserError
 from hf_cifar.text import nearest, nearest_hint, one_line
@@ -183,6 +183,8 @@ def metavar(kind: Any) -> str:
         return "{" + ",".join(choices) + "}" if len(",".join(choices)) < 40 else "NAME"
     if get_origin(kind) is list:
         return "NAME"
+    if isinstance(kind, NumberOr):
+        return "|".join([metavar(kind.number), *kind.words])
     return {bool: "BOOL", int: "N", float: "X", str: "TEXT"}.get(kind, "JSON")
 
 
@@ -241,6 +243,8 @@ def convert(field: dataclasses.Field, words: str | list[str], kind: Any) -> Any:
         if word.lower() not in TRUE + FALSE:
             raise UserError(f"{flag} takes true or false, not {word!r}")
         return word.lower() in TRUE
+    if isinstance(kind, NumberOr):
+        return word if word in kind.words else parse_number(flag, word, kind.number, kind.words)
     return parse_number(flag, word, kind) if kind in (int, float) else word
 
 
@@ -257,24 +261,29 @@ def from_python(config: Any, name: str, value: Any) -> Any:
     if isinstance(value, str) and kind is not str and get_origin(kind) is not Literal:
         (field,) = (each for each in dataclasses.fields(config) if each.name == name)
         return convert(field, [value] if get_origin(kind) is list else value, kind)
+    words = kind.words if isinstance(kind, NumberOr) else ()
+    kind = kind.number if isinstance(kind, NumberOr) else kind
     if value is not None and kind in (int, float):
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not is_number or (kind is int and value != int(value)):
-            number = "a whole number" if kind is int else "a number"
-            raise UserError(f"--{name} takes {number}, not {value!r}")
+            raise UserError(f"--{name} takes {number_or(kind, words)}, not {value!r}")
         return kind(value)
     if kind is bool and value not in (None, True, False):
         raise UserError(f"--{name} takes True or False, not {value!r}")
     return value
 
 
-def parse_number(flag: str, word: str, kind: type) -> float:
-    """Raises: UserError for a word that is not a number."""
+def parse_number(flag: str, word: str, kind: type, words: Sequence[str] = ()) -> float:
+    """Raises: UserError for a word that is not a number. words: those that the option also takes."""
     try:
         return kind(word)
     except ValueError:
-        number = "a whole number" if kind is int else "a number"
-        raise UserError(f"{flag} takes {number}, not {word!r}") from None
+        raise UserError(f"{flag} takes {number_or(kind, words)}, not {word!r}") from None
+
+
+def number_or(kind: type, words: Sequence[str]) -> str:
+    """Describe what an option takes: a number, or one of some words."""
+    return " or ".join(["a whole number" if kind is int else "a number", *words])
 
 
 def parse_json(flag: str, word: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from dataclasses import Field, field
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from hf_cifar.errors import UserError
 from hf_cifar.text import listed, nearest_hint
@@ -40,10 +40,11 @@ def check_fields(config: Any) -> None:
     """Raises: UserError for the first option of a config that is out of bounds, or not one of its choices."""
     kinds = field_types(type(config))
     for each in dataclasses.fields(config):
-        value = getattr(config, each.name)
-        if value is not None:
-            check_bounds(each, value)
-            check_choice(each.name, value, kinds[each.name])
+        value, kind = getattr(config, each.name), kinds[each.name]
+        if value is None or (isinstance(kind, NumberOr) and value in kind.words):
+            continue
+        check_bounds(each, value)
+        check_choice(each.name, value, kind)
 
 
 def check_bounds(each: Field, value: Any) -> None:
@@ -74,8 +75,15 @@ def field_types(config_class: type) -> dict[str, Any]:
 def _without_none(hint: Any) -> Any:
     if get_origin(hint) not in (Union, types.UnionType):
         return hint
-    (kind,) = [argument for argument in get_args(hint) if argument is not type(None)]
-    return kind
+    kind, *words = [argument for argument in get_args(hint) if argument is not type(None)]
+    return NumberOr(kind, get_args(words[0])) if words else kind
+
+
+class NumberOr(NamedTuple):
+    """The type of an option that takes a number or one of some words: `float | Literal["auto"]`."""
+
+    number: type
+    words: tuple[str, ...]
 
 
 def field_names(config_class: type) -> list[str]:

@@ -57,9 +57,10 @@ class TrainingConfig:
     auto_find_batch_size: bool = option(
         False, "If memory runs out, restart with the same batch in smaller parts."
     )
-    learning_rate: float | None = option(
+    learning_rate: float | Literal["auto"] | None = option(
         None,
-        "Peak learning rate; default: by optimiser and model family, scaled to the batch.",
+        "Peak learning rate; default: by optimiser and model family, scaled to the batch; auto: the best in "
+        "a race of short runs, which costs at most a tenth of the training.",
         low=1e-12, high=1e3,
     )  # fmt: skip
     lr_scheduler_type: Schedule = option("linear", "Learning rate schedule after the warm-up.")  # noqa: RUF009
@@ -292,6 +293,10 @@ class TrainingConfig:
                 raise UserError(
                     f"--{name} and --precision {self.precision} differ; pass one of them"
                 )
+        if self.learning_rate == "auto" and self.head_solver == "lbfgs":
+            raise UserError(
+                "--head_solver lbfgs has no learning rate; leave out --learning_rate auto"
+            )
         metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
         if metric not in BEST_METRICS:
             raise UserError(

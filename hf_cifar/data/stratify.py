@@ -28,6 +28,15 @@ def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -
     return subset(split, kept)
 
 
+def representative_rows(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Choose `size` row numbers, stratified, or at random if there are more classes; all if fewer rows."""
+    if size >= len(labels):
+        return np.arange(len(labels))
+    if size < len(np.unique(labels) if labels.ndim == 1 else labels.T):
+        return np.sort(np.random.default_rng(seed).permutation(len(labels))[:size])
+    return _choose_rows(labels, size, seed)
+
+
 def long_tail(split: Split, factor: float, seed: int) -> Split:
     """Keep all images of the first class, 1 / factor of the last one's, and exponentially fewer between.
 

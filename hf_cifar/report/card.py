@@ -130,7 +130,7 @@ def render_card(facts: CardFacts) -> str:
         num_labels=len(facts.class_names),
         classes=listed(facts.class_names, MAX_NAMES),
         headline=_headline(metrics),
-        results=[_result(split, metrics[split], options) for split in reversed(metrics)],
+        results=[_result(split, metrics[split], options, run) for split in reversed(metrics)],
         temperature=_temperature(metrics),
         calibration=_calibration(metrics),
         per_class=_per_class(last),
@@ -268,13 +268,15 @@ def _headline(metrics: dict[str, dict[str, Any]]) -> str:
     return f"Accuracy on {split}: {render_cell(own, 'accuracy')}, on {own['num_images']:,} images"
 
 
-def _result(split: str, metrics: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _result(
+    split: str, metrics: dict[str, Any], options: dict[str, Any], run: dict[str, Any]
+) -> dict[str, Any]:
     rows = []
     for name in shown("headline", metrics):
         interval = metrics.get("intervals", {}).get(name)
         between = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-"
         rows.append((name, render_number(metrics[name]), between))
-    role = role_of(split, metrics, options)
+    role = role_of(split, metrics, options, run)
     return {"name": split, "num_images": f"{metrics['num_images']:,}", "role": role, "rows": rows}
 
 

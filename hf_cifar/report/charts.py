@@ -52,6 +52,15 @@ class Axes:
         return parts
 
 
+class LogAxes(Axes):
+    """Axes with a logarithmic x."""
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        share = math.log(value / low) / math.log(high / low)
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+
 def line_chart(
     title: str,
     series: Mapping[str, Sequence[tuple[float, float]]],
@@ -59,13 +68,18 @@ def line_chart(
     y_label: str,
     *,
     from_zero: bool = False,
+    log_x: bool = False,
 ) -> str:
-    """Draw up to four named lines through points (x, y), with a legend if there is more than one."""
+    """Draw up to four named lines through points (x, y), with a legend if there is more than one.
+
+    log_x: a logarithmic x axis.
+    """
     points = [point for line in series.values() for point in line]
     xs, ys = zip(*points, strict=True)
     low, high = (0.0 if from_zero else min(ys)), max(ys)
-    axes = Axes(_spread(min(xs), max(xs)), _rounded(*_spread(low, high)))
-    parts = axes.draw(x_label, y_label)
+    kind = LogAxes if log_x else Axes
+    axes = kind(_spread(min(xs), max(xs)), _rounded(*_spread(low, high)))
+    parts = axes.draw(x_label, y_label, log_ticks(min(xs), max(xs)) if log_x else None)
     for number, (name, line) in enumerate(series.items()):
         path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in line)
         parts.append(f'<polyline class="line series-{number}" points="{path}"/>')
@@ -172,6 +186,13 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Choose the powers of ten between low and high, or both ends if there are fewer than two."""
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    powers = [10.0**exponent for exponent in range(first, last + 1)]
+    return powers if len(powers) > 1 else [low, high]
 
 
 def _step(low: float, high: float, about: int = 5) -> float:

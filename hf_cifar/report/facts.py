@@ -86,7 +86,7 @@ def build_report(
         **galleries(evaluated, config.gallery_size),
     }
     facts["role"] = (
-        role_of(evaluated.split, metrics[evaluated.split], facts["options"]) if run else ""
+        role_of(evaluated.split, metrics[evaluated.split], facts["options"], run) if run else ""
     )
     source = None if dataset is None else given_source(folder, dataset)
     try:

@@ -18,7 +18,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluation.tables import render_number
 from hf_cifar.report import charts
 from hf_cifar.report.facts import DEFAULTS, Report, build_report
-from hf_cifar.report.wording import render_skipped
+from hf_cifar.report.wording import render_race, render_skipped
 from hf_cifar.runs.folder import RunFolder, write_json, write_text
 
 MAX_SIDE = 128  # px per side of a picture in the page
@@ -59,7 +59,8 @@ def render_page(report: Report) -> str:
         number=lambda place, form="plain": number(facts, place, form),
         interval=lambda place, form="plain": interval(facts, place, form),
         pictures={name: picture(image) for name, image in report.pictures.items()},
-        curves=training_curves(facts["history"]),
+        curves=[*race_curves(facts["run"].get("race")), *training_curves(facts["history"])],
+        race=render_race(facts["run"]),
         bars=recall_bars(metrics),
         headline=[name for name in shown("headline", metrics) if name != "accuracy"],
         reliability=reliability_diagram(facts),
@@ -158,6 +159,19 @@ def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
         for title, series, y_label in curves
         if any(len(line) > 0 for line in series.values())
     ]
+
+
+def race_curves(race: dict[str, Any] | None) -> list[Markup]:
+    """Draw the validation loss by learning rate for each rung of a race, without rates that diverged."""
+    if not race:
+        return []
+    series: dict[str, list[tuple[float, float]]] = {}
+    for rung in race["rungs"]:
+        losses = zip(rung["rates"], rung["losses"], strict=True)
+        line = [(rate, loss) for rate, loss in losses if loss is not None]
+        series |= {f"after {rung['steps']} steps": line} if line else {}
+    title, labels = "Race of learning rates", ("learning rate", "validation loss")
+    return [Markup(charts.line_chart(title, series, *labels, log_x=True))] if series else []
 
 
 def recall_bars(metrics: dict[str, Any]) -> Markup:

@@ -6,19 +6,22 @@ from typing import Any
 
 from hf_cifar.config.metrics import is_multi_label
 from hf_cifar.config.model import SCRATCH
-from hf_cifar.text import render_numbers
+from hf_cifar.text import enumerated, render_numbers
 
 
-def role_of(split: str, metrics: dict[str, Any], options: dict[str, Any]) -> str:
+def role_of(
+    split: str, metrics: dict[str, Any], options: dict[str, Any], run: dict[str, Any]
+) -> str:
     """Describe how a run used a split, since that determines how far its metrics can be trusted."""
     if split == "test":
         return "Not read before the end of training; no choice depends on it."
     chosen = ["the checkpoint"] if options.get("load_best_model_at_end") else []
     chosen = ["the head's penalty"] if options.get("head_solver") == "lbfgs" else chosen
+    chosen += ["the learning rate"] if run.get("race") else []
     chosen += ["the temperature"] if "temperature" in metrics else []
     if is_multi_label(metrics) and options.get("calibrate"):
         chosen += ["each label's threshold"]
-    biased = f" It was used to choose {' and '.join(chosen)}, so its metrics are optimistic."
+    biased = f" It was used to choose {enumerated(chosen)}, so its metrics are optimistic."
     return "Held out from training." + (biased if chosen else "")
 
 
@@ -65,10 +68,24 @@ def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
     if "steps" not in run:
         return ""
     processes = f"{run['processes']} process{'es' if run['processes'] > 1 else ''}"
+    race = f"{render_race(run)} " if run.get("race") else ""
     work = f"{run['steps']:,} steps" if run["steps"] else "Solved for"
     return (
         f"{run['trainable']}. {work} in {run['train_seconds']:,.0f} s on {run['device']}, {processes}. "
-        f"Seed {options['seed']}. Options:"
+        f"{race}Seed {options['seed']}. Options:"
+    )
+
+
+def render_race(run: dict[str, Any]) -> str:
+    """Describe the race that chose the learning rate; empty without one."""
+    race = run.get("race")
+    if not race:
+        return ""
+    steps = enumerated([str(rung["steps"]) for rung in race["rungs"]])
+    return (
+        f"The learning rate {race['learning_rate']:g} won a race of {len(race['rungs'][0]['rates'])} rates "
+        f"({steps} steps, judged by the loss on {race['num_images']:,} validation images), which cost "
+        f"{race['share']:.1%} of the training."
     )
 
 

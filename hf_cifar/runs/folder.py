@@ -36,6 +36,7 @@ class RunFolder:
         self.path = Path(path)
         self.config_path = self.path / CONFIG_FILE  # the settled options
         self.facts_path = self.path / "run.json"  # what happened; written last, with the card
+        self.race_path = self.path / "race.json"  # of learning rates, see training/race.py
         self.metrics_path = self.path / "metrics.json"  # by split
         self.corruptions_path = self.path / "corruptions.json"  # by split
         self.weights_path = self.path / "model.safetensors"
@@ -134,6 +135,10 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """Return the facts in run.json."""
         return _read(self.facts_path)
+
+    def race(self) -> dict[str, Any]:
+        """Return the race that chose the learning rate; {} without one."""
+        return _read(self.race_path)
 
     def metrics(self) -> dict[str, Any]:
         """Return the metrics by split."""

@@ -103,6 +103,7 @@ def with_options_of(before: RunConfig | None, config: RunConfig) -> RunConfig:
     if before is None:
         return config
     left_open = {name for name, value in vars(config.train).items() if value is None}
+    left_open |= {"learning_rate"} if config.train.learning_rate == "auto" else set()
     if not left_open.issuperset(EVALUATION):
         left_open -= EVALUATION
     taken = {name: getattr(before.train, name) for name in left_open}

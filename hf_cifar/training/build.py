@@ -45,7 +45,11 @@ UNEQUAL = 5
 
 
 def build_trainer(
-    model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, plan: Plan
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    splits: Splits,
+    plan: Plan,
+    trainer_class: type[ImageClassificationTrainer] = ImageClassificationTrainer,
 ) -> ImageClassificationTrainer:
     """Build the Trainer of a planned run, on the pixels or features of both splits.
 
@@ -71,7 +75,7 @@ def build_trainer(
         with computing_as(plan.setting, model.to(args.device)):
             stores = feature_stores(model, splits, stores, preprocessing, config)
     patience = train.early_stopping_patience
-    return ImageClassificationTrainer(
+    return trainer_class(
         model=model,
         args=args,
         processing_class=image_processor,

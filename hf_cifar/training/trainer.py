@@ -217,8 +217,12 @@ class ImageClassificationTrainer(ResumableTrainer):
             # A signal after the last step, which already has a checkpoint.
             self.stop_signals.request.raise_if_requested()
         # The best or the averaged weights are loaded by now, and the model has its own kernels again.
-        self.adapter = merge_adapters(self.classifier)
+        self.merge_adapters()
         return output
+
+    def merge_adapters(self) -> None:
+        """Merge the adapters of LoRA, if there are any, into the weights."""
+        self.adapter = merge_adapters(self.classifier)
 
     def _newest_checkpoint(self) -> str:
         folder = self.args.output_dir

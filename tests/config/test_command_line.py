@@ -253,3 +253,20 @@ def test_no_option_of_transformers_looks_like_a_misspelled_one_of_ours():
     for field in dataclasses.fields(TrainingArguments):
         if field.name not in ours:
             assert nearest(field.name, ours, MISSPELLED) is None, field.name
+
+
+def test_a_rate_is_a_number_or_auto():
+    def rate(word):
+        return RunConfig.parse(["--learning_rate", word]).train.learning_rate
+
+    assert (rate("auto"), rate("1e-3")) == ("auto", 1e-3)
+    assert RunConfig.of(learning_rate="auto").train.learning_rate == "auto"
+    assert RunConfig.of(learning_rate="0.5").train.learning_rate == 0.5
+    assert RunConfig.of(learning_rate=1).train.learning_rate == 1.0
+    for wrong in ("fast", "Auto"):
+        with pytest.raises(UserError, match=f"takes a number or auto, not '{wrong}'"):
+            rate(wrong)
+    with pytest.raises(UserError, match="takes a number or auto, not True"):
+        RunConfig.of(learning_rate=True)
+    with pytest.raises(UserError, match="learning_rate is 0; it must be in 1e-12"):
+        rate("0")

@@ -8,6 +8,7 @@ from hf_cifar.report.charts import (
     Axes,
     interval_bars,
     line_chart,
+    log_ticks,
     reliability_diagram,
     thinned,
     ticks,
@@ -50,6 +51,17 @@ def test_line_chart_draws_every_point_and_names_its_lines():
             assert 0 <= x <= 360 and 0 <= y <= 240
     assert [item.find("span").tail for item in elements(svg, "li")] == ["train", "validation <a>"]
     assert "train from 2 to 1" in elements(svg, "desc")[0].text
+
+
+def test_a_logarithmic_axis_puts_equal_factors_at_equal_distances():
+    line = [(1e-3, 1.0), (1e-2, 2.0), (1e-1, 3.0)]
+    svg = line_chart("Race", {"rung": line}, "rate", "loss", log_x=True)
+    (polyline,) = elements(svg, "polyline")
+    xs = [float(point.split(",")[0]) for point in polyline.get("points").split()]
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.11)
+    labels = [text.text for text in elements(svg, "text")]
+    assert {"0.001", "0.01", "0.1"} <= set(labels)
+    assert log_ticks(1.4e-4, 8.8e-4) == [1.4e-4, 8.8e-4]  # no power of ten between them
 
 
 def test_constant_line_can_be_drawn():

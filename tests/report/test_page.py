@@ -20,7 +20,14 @@ from hf_cifar.evaluation import intervals, resampling
 from hf_cifar.evaluation.comparison import compare_runs
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.report.facts import build_report
-from hf_cifar.report.page import look_up, pointer_key, render_page, render_value, training_curves
+from hf_cifar.report.page import (
+    look_up,
+    pointer_key,
+    race_curves,
+    render_page,
+    render_value,
+    training_curves,
+)
 
 HISTORY = [
     {"epoch": 0.5, "step": 10, "loss": 2.0, "learning_rate": 1e-3},
@@ -206,6 +213,18 @@ def test_curves_show_the_logged_history():
     assert "accuracy from 0.6 to 0.6" in accuracy
     assert "learning rate from 0.001 to 0.0005" in rate
     assert training_curves([]) == []
+
+
+def test_a_race_is_a_line_for_each_rung():
+    rungs = [
+        {"steps": 20, "rates": [1e-4, 1e-3, 1e-2], "losses": [2.0, 1.5, None]},
+        {"steps": 40, "rates": [1e-4, 1e-3], "losses": [1.8, 1.2]},
+    ]
+    (curve,) = race_curves({"rungs": rungs})
+    assert "after 20 steps from 2 to 1.5; after 40 steps from 1.8 to 1.2" in curve
+    assert race_curves(None) == []
+    diverged = {"rungs": [{"steps": 20, "rates": [1.0], "losses": [None]}]}
+    assert race_curves(diverged) == []
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,374 @@
+"""A race of learning rates: short runs from one saved state, of which the worse half is dropped at each rung.
+
+Each run has the schedule of the whole one, compressed, and is judged by its loss on validation images.
+
+Source: Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization, 2016.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import math
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Subset
+from transformers import (
+    BaseImageProcessor,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_cifar.config.run import RunConfig
+from hf_cifar.data.splits import Splits
+from hf_cifar.data.stratify import representative_rows
+from hf_cifar.errors import UserError
+from hf_cifar.progress import Progress
+from hf_cifar.runs.processes import is_sharded
+from hf_cifar.training.build import build_trainer
+from hf_cifar.training.features import accepting_features
+from hf_cifar.training.guards import FiniteLoss
+from hf_cifar.training.progress import EvaluationProgress, StopAtNaN, TrainingLines
+from hf_cifar.training.schedules import FOLLOWS_A_METRIC, build_schedule, schedule_name
+from hf_cifar.training.trainer import ImageClassificationTrainer
+
+if TYPE_CHECKING:  # hf_cifar.plan imports this module
+    from hf_cifar.plan import Plan
+
+logger = logging.getLogger(__name__)
+# Share of the run's training images that the race may cost; an image of an evaluation, which has no backward
+# pass, counts as a third.
+BUDGET, FORWARD = 0.1, 1 / 3
+# Numbers of rates that may race, and the factor between neighbours, around the default of optimiser and model
+# family: fewer rates are further apart, because a rate is nearly as good as one within a factor of 3.
+FACTORS = {9: 2.5, 7: 3.0, 5: 4.0, 3: 4.0}
+# Without a default, this many rates race around a guess.
+WIDE_FACTORS, GUESS = {9: 5.0}, 3e-3
+MIN_STEPS = 10  # of the first rung
+# Validation images that judge: as many as a share of the budget pays for, within these bounds.
+JUDGING_SHARE, JUDGING_IMAGES = 0.2, (50, 500)
+
+
+class Rung(NamedTuple):
+    """A round of the race: how many rates run, and for how many steps each."""
+
+    num_rates: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class RungResult:
+    """A finished rung: the validation loss of each rate, infinite where training diverged."""
+
+    steps: int
+    losses: dict[float, float]
+
+    def __str__(self) -> str:
+        losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in self.losses.items())
+        return f"after {self.steps} steps, {losses}"
+
+    def ranking(self, center: float) -> list[float]:
+        """Return the rates, the best first; of those whose losses differ by less than about 1%, the nearest
+        to `center` first."""
+
+        def key(rate: float) -> tuple[float, float]:
+            loss = self.losses[rate]
+            percent = round(100 * math.log(max(loss, 1e-9))) if math.isfinite(loss) else math.inf
+            return percent, abs(math.log(rate / center))
+
+        return sorted(self.losses, key=key)
+
+
+@dataclass(frozen=True)
+class Race:
+    """A finished race. center: the rate in the middle. share: its cost, of that of the run's training.
+    num_images: of validation, which judged."""
+
+    rungs: list[RungResult]
+    center: float
+    share: float
+    num_images: int
+
+    @property
+    def winner(self) -> float:
+        """The best rate of the last rung."""
+        return self.rungs[-1].ranking(self.center)[0]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The race as plain values; the loss of a rate that diverged is None."""
+        rungs = [
+            {
+                "steps": rung.steps,
+                "rates": list(rung.losses),
+                "losses": [x if math.isfinite(x) else None for x in rung.losses.values()],
+            }
+            for rung in self.rungs
+        ]
+        return {
+            "learning_rate": self.winner, "rungs": rungs, "num_images": self.num_images,
+            "share": round(self.share, 4),
+        }  # fmt: skip
+
+
+def check_race(config: RunConfig) -> None:
+    """Raises: UserError for options with which no rates can race."""
+    if config.train.learning_rate != "auto":
+        return
+    reasons = {
+        "--streaming, because each short run would read the stream again": config.data.streaming,
+        "FSDP or DeepSpeed": is_sharded(),
+        "--unfreeze_epochs, because short runs would hardly reach a block": config.train.unfreeze_epochs
+        > 0,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UserError(f"--learning_rate auto cannot be combined with {reason}; leave it out")
+
+
+def rungs_of(num_rates: int, steps: int) -> list[Rung]:
+    """Return the rungs of a race: half of the rates, rounded down, stay for twice as many steps, until one
+    is left."""
+    rungs = []
+    while num_rates > 1:
+        rungs.append(Rung(num_rates, steps))
+        num_rates, steps = num_rates // 2, 2 * steps
+    return rungs
+
+
+def cost(rungs: list[Rung], batch: int, num_images: int) -> float:
+    """Return the cost of a race in training images. batch: images per step; num_images: per evaluation."""
+    return sum(each.num_rates * (each.steps * batch + FORWARD * num_images) for each in rungs)
+
+
+def affordable_race(
+    run_steps: int, batch: int, num_validation: int, fields: Iterable[int] = FACTORS
+) -> tuple[list[Rung], int]:
+    """Return the rungs of the largest of `fields` that costs at most a tenth of the run, as long as that
+    allows, and the number of validation images that judge; no rungs if all are too expensive."""
+    budget = BUDGET * run_steps * batch
+    for field in sorted(fields, reverse=True):
+        image = cost(rungs_of(field, 0), batch, 1)  # in all evaluations
+        step = cost(rungs_of(field, 1), batch, 0)  # of the first rung, with its share of the others
+        fewest, most = JUDGING_IMAGES
+        num_images = min(num_validation, most, max(fewest, int(JUDGING_SHARE * budget / image)))
+        steps = math.floor((budget - num_images * image) / step)
+        if steps >= MIN_STEPS:
+            return rungs_of(field, steps), num_images
+    return [], 0
+
+
+def rates_around(center: float, count: int, factor: float) -> list[float]:
+    """Return `count` rates in ascending order, each `factor` times the one before, to three digits."""
+    exponents = range(-(count // 2), count - count // 2)
+    return [float(f"{center * factor**exponent:.3g}") for exponent in exponents]
+
+
+def race_rates(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    splits: Splits,
+    plan: Plan,
+    default: float | None,
+) -> Race | None:
+    """Let learning rates race, and leave the model as it was; None if the run is too short for a race.
+
+    plan: of the run, with everything settled but the rate. default: the rate of optimiser and model family.
+    All processes take part, and the first one decides.
+
+    Raises: UserError if the run is too short and there is no default; Stopped.
+    """
+    check_race(plan.config)
+    center, factors = (default, FACTORS) if default else (GUESS, WIDE_FACTORS)
+    with tempfile.TemporaryDirectory(prefix="hf_cifar-race-") as folder, unchanged(model):
+        short = replace(plan, config=short_run(plan.config, folder, center))
+        trainer = build_trainer(model, image_processor, splits, short, Sprinter)
+        assert isinstance(trainer, Sprinter)
+        batch = trainer.get_total_train_batch_size(trainer.args)
+        labels = splits.validation.labels
+        rungs, num_images = affordable_race(trainer.run_steps, batch, len(labels), factors)
+        if not rungs:
+            explain_no_race(trainer.run_steps, min(factors), default)
+            return None
+        trainer.judged_by(representative_rows(labels, num_images, plan.config.train.seed).tolist())
+        share = cost(rungs, batch, num_images) / (trainer.run_steps * batch)
+        count = rungs[0].num_rates
+        rates = rates_around(center, count, factors[count])
+        announce(rates, rungs, share, num_images)
+        results: list[RungResult] = []
+        for rung in rungs:
+            if results:
+                rates = sorted(results[-1].ranking(center)[: rung.num_rates])
+            results.append(RungResult(rung.steps, trainer.losses_of(rates, rung.steps)))
+            logger.info("learning rate: %s", results[-1])
+    race = Race(results, center, share, num_images)
+    logger.info("learning rate: %g won the race", race.winner)
+    return race
+
+
+def explain_no_race(run_steps: int, few: int, default: float | None) -> None:
+    """Log why the default is used. Raises: UserError if there is none."""
+    reason = f"a tenth of {run_steps:,} steps is too short to race {few} rates for {MIN_STEPS} steps each"
+    if default is None:
+        raise UserError(
+            f"--learning_rate auto: {reason}, and the optimiser has no default; pass a number"
+        )
+    logger.info("learning rate: the default %g, because %s", default, reason)
+
+
+def announce(rates: list[float], rungs: list[Rung], share: float, num_images: int) -> None:
+    """Log rates, rungs and cost before the race."""
+    shown = ", then ".join(f"{each.num_rates} for {each.steps} steps" for each in rungs)
+    fewer = "" if len(rates) == max(FACTORS) else f" (a longer run would race {max(FACTORS)})"
+    logger.info(
+        "learning rate: racing %d rates from %g to %g%s: %s, judged by the loss on %d validation images; the "
+        "race costs %.1f%% of the training",
+        len(rates), rates[0], rates[-1], fewer, shown, num_images, 100 * share,
+    )  # fmt: skip
+
+
+def short_run(config: RunConfig, folder: str, rate: float) -> RunConfig:
+    """Return the options of the short runs: those of the run, but nothing is evaluated, saved or reported."""
+    changed = config.with_training(
+        learning_rate=rate, output_dir=folder, run_name=None, report_to=None, push_to_hub=False,
+        eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
+        early_stopping_patience=None, torch_compile=False, disable_tqdm=True,
+    )  # fmt: skip
+    return replace(changed, trainer={**config.trainer, "eval_on_start": False})
+
+
+class Sprinter(ImageClassificationTrainer):
+    """A Trainer of short runs that start from the same weights and save nothing.
+
+    run_steps: of the whole run, whose schedule each short run compresses.
+    """
+
+    eval_dataset: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A loss that is not finite only ends this rate's race, at its evaluation, in all processes alike.
+        self.compute_metrics = None
+        self.finite_loss = Unwatched(self.args.learning_rate)
+        for callback in [*self.callback_handler.callbacks]:
+            if isinstance(callback, (StopAtNaN, FiniteLoss, TrainingLines, EvaluationProgress)):
+                self.remove_callback(callback)
+        *_, self.run_steps = self.set_initial_training_values(
+            self.args, self.get_train_dataloader()
+        )
+
+    def judged_by(self, rows: list[int]) -> None:
+        """Evaluate only on these images of validation."""
+        self.eval_dataset = Subset(self.eval_dataset, rows)
+
+    def losses_of(self, rates: list[float], steps: int) -> dict[float, float]:
+        """Train with each of the rates for so many steps; return their losses on validation."""
+        found = {}
+        with Progress(f"racing {len(rates)} learning rates", len(rates) * steps, "steps") as shown:
+            progress = StepProgress(shown)
+            self.add_callback(progress)
+            for rate in rates:
+                found[rate] = self.loss_of(rate, steps)
+            self.remove_callback(progress)
+        return found
+
+    def loss_of(self, rate: float, steps: int) -> float:
+        """Train with a rate for so many steps; return the loss on validation, infinite if it diverged."""
+        self.args.learning_rate, self.args.max_steps = rate, steps
+        model = self.classifier
+        with unchanged(model):
+            set_seed(self.args.seed)  # the same images, augmentation and dropout for each rate
+            self.train()
+            with accepting_features(model, self.train_dataset):
+                loss = [self.evaluate()["eval_loss"]]
+            self.optimizer = self.lr_scheduler = None
+            self.model = self.model_wrapped = model
+            self.accelerator.free_memory()
+            gc.collect()  # DistributedDataParallel has hooks on the model as long as it exists
+        if self.args.world_size > 1:
+            broadcast_object_list(loss)
+        return loss[0] if math.isfinite(loss[0]) else math.inf
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LRScheduler:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = compressed_schedule(
+                self.args, optimizer or self.optimizer, num_training_steps, self.run_steps
+            )
+        return self.lr_scheduler
+
+    def merge_adapters(self) -> None:
+        """Do nothing: the next short run trains them again."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Do nothing: a signal ends the race without a checkpoint."""
+
+
+class Unwatched(FiniteLoss):
+    """Lets training go on with a loss that is not finite."""
+
+    def watch(self, *args: Any) -> None:
+        """Do nothing."""
+
+
+class StepProgress(TrainerCallback):
+    """Counts the steps of all short runs together."""
+
+    def __init__(self, shown: Progress) -> None:
+        self.shown = shown
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.shown.update()
+
+
+def compressed_schedule(
+    args: TrainingArguments, optimizer: Optimizer, num_steps: int, run_steps: int
+) -> LRScheduler:
+    """Return the schedule that `args` name for `run_steps` steps, with warm-up, in `num_steps` steps.
+
+    Each step has the rate in the middle of those that it stands for. A schedule that follows a metric stays
+    at its peak after the warm-up.
+    """
+    if schedule_name(args) in FOLLOWS_A_METRIC:
+        args = copy.copy(args)
+        args.lr_scheduler_type, args.lr_scheduler_kwargs = "constant", None
+    peak = args.learning_rate
+    imitated = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    schedule, shares = build_schedule(args, imitated, run_steps), []
+    for _ in range(run_steps):
+        shares.append(imitated.param_groups[0]["lr"] / peak)
+        imitated.step()
+        schedule.step()
+    return LambdaLR(
+        optimizer,
+        lambda step: shares[min(run_steps - 1, int((step + 0.5) * run_steps / num_steps))],
+    )
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Restore weights, buffers and mode of a model at the end of the block, bit for bit."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before, training = [each.detach().clone() for each in tensors], model.training
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        model.zero_grad(set_to_none=True)
+        model.train(training)
