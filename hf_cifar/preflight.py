@@ -68,8 +68,12 @@ def check_device(train: TrainingConfig) -> None:
             f"--auto_find_batch_size is for one process, and there are {num_processes}; pass a smaller "
             "--per_device_train_batch_size"
         )
-    if train.ema_decay and is_sharded():
-        raise UserError("--ema_decay cannot be combined with FSDP or DeepSpeed; leave it out")
+    for name, used in (
+        ("ema_decay", train.ema_decay),
+        ("clean_labels", train.clean_labels != "none"),
+    ):
+        if used and is_sharded():
+            raise UserError(f"--{name} cannot be combined with FSDP or DeepSpeed; leave it out")
     if on_cpu and is_sharded():
         raise UserError(
             "FSDP and DeepSpeed need GPUs and there are none; launch with configs/cpu.yaml"

@@ -107,7 +107,7 @@ def suspected_labels(probabilities: Array, labels: Array) -> tuple[int, Array]:
 def _suspected_in_any(scores: Array, labels: Array) -> tuple[int, Array]:
     """Do the same for scores and labels [N, K], class by class; one that all images have, or none, is not
     checked."""
-    varied = np.flatnonzero(np.ptp(labels, axis=0)) if len(labels) else []
+    varied = np.flatnonzero(labels.any(axis=0) & ~labels.all(axis=0))
     doubted, differs = np.zeros((2, len(labels)), bool)
     for label in varied:
         pair, given = np.stack([1 - scores[:, label], scores[:, label]], axis=1), labels[:, label]

@@ -25,6 +25,7 @@ from hf_cifar.report.public import public_options
 from hf_cifar.report.wording import (
     hashed,
     license_note,
+    render_doubted,
     render_energy,
     render_leakage,
     render_procedure,
@@ -141,6 +142,7 @@ def render_card(facts: CardFacts) -> str:
         validation_source=validation_source(run, options),
         hashed=hashed(options),
         skipped=render_skipped(run, metrics),
+        doubted=render_doubted(run),
         leakage=render_leakage(run),
         split_hash=run["split_hash"],
         procedure=render_procedure(run, options),

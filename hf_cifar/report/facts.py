@@ -107,7 +107,9 @@ def build_report(
     if config.check_duplicates:
         train = source.splits.train
         if isinstance(train, Split):
-            train = without_rows(train, run.get("skipped_rows", {}).get("train", []))
+            left_out = run.get("skipped_rows", {}).get("train", [])
+            left_out = [*left_out, *(run.get("doubted_rows") or {"row_ids": []})["row_ids"]]
+            train = without_rows(train, left_out)
             facts["duplicates"], of_pairs = duplicates_of(
                 evaluated, split, train, config.gallery_size
             )

@@ -49,6 +49,18 @@ def render_skipped(run: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> s
     )
 
 
+def render_doubted(run: dict[str, Any]) -> str:
+    """Describe the rows left out by --clean_labels; empty without it."""
+    found = run.get("doubted_rows")
+    if not found:
+        return ""
+    total = found["num_rows"] + run["num_train"]
+    return (
+        f"{found['num_rows']:,} of {total:,} training images ({found['share']:.1%}), whose labels are "
+        "probably wrong by confident learning on out-of-fold predictions"
+    )
+
+
 def render_leakage(run: dict[str, Any]) -> str:
     """Describe the result of --check_leakage."""
     found = run.get("leakage")

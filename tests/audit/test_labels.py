@@ -15,7 +15,7 @@ from hf_cifar.audit.labels import confident_joint, doubted_labels, suspected_lab
 
 
 def random_predictions(seed):
-    """Probabilities [N, K] of a model that is right more or less often, and labels [N], some of them wrong."""
+    """Probabilities [N, K] of a model that is right more or less often; labels [N], some of them wrong."""
     generator = np.random.default_rng(seed)
     num_classes = int(generator.integers(2, 9))
     truth = np.append(np.arange(num_classes), generator.integers(0, num_classes, 300))
