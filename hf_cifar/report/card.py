@@ -28,6 +28,7 @@ from hf_cifar.report.wording import (
     render_doubted,
     render_energy,
     render_leakage,
+    render_prior,
     render_procedure,
     render_skipped,
     role_of,
@@ -149,6 +150,7 @@ def render_card(facts: CardFacts) -> str:
         options=_shown_options(options),
         energy=render_energy(run.get("energy")),
         measured_on=" and ".join(metrics) or "validation",
+        prior=render_prior(options, _temperature(metrics)),
         license_note=license_note(model),
         environment=list(run["environment"].items()),
         citations=[

@@ -84,6 +84,21 @@ def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
     )
 
 
+def render_prior(options: dict[str, Any], temperature: str) -> str:
+    """Describe the class shares that the probabilities assume, if --class_balance has changed them.
+
+    temperature: as shown in the card; empty for none.
+    """
+    balance = options.get("class_balance", "none")
+    if balance == "none":
+        return ""
+    assumed = "that all classes are equally frequent, not as in the training images"
+    if balance == "effective":  # only as far as a class has less than about 1 / (1 - beta) images
+        assumed = "class shares between equal ones and those of the training images"
+    fitted = "; the temperature, fitted on validation as it is, does not change that"
+    return f"Probabilities assume {assumed} (`--class_balance {balance}`){fitted if temperature else ''}."
+
+
 def render_energy(energy: dict[str, Any] | None) -> str:
     """Describe the electricity used by the training; empty if it was not measured."""
     if not energy:
