@@ -56,24 +56,40 @@ def _rounded(values: Array) -> Array:
 
 
 def doubted_labels(probabilities: Array, labels: Array) -> Array:
-    """Return True for each label [N] that is probably wrong: pruning by noise rate.
+    """Return True for each label [N] that is probably wrong: pruned both by noise rate and by class.
 
-    Of the images with one label, as many are doubted in favour of another as the joint says, those that
-    prefer it most. Every class keeps an image. probabilities [N, K] must be from a model that was not trained
-    on these labels.
+    Of the images with a label, the joint says how many have which other one. By noise rate, as many are
+    pruned in favour of each other label, those that prefer it most; by class, as many in all, those with the
+    lowest probability of their label. Every class keeps an image. probabilities [N, K] must be from a model
+    that was not trained on these labels.
     """
     joint, doubted = confident_joint(probabilities, labels), np.zeros(len(labels), bool)
     for given, counts in enumerate(joint):
         rows = np.flatnonzero(labels == given)
-        if len(rows) < 2:
-            continue
-        if not counts[given]:  # leave one
-            counts = counts - 1
-        for other in np.flatnonzero(counts > 0):
-            if other != given:
-                margins = probabilities[rows, other] - probabilities[rows, given]
-                doubted[rows[np.argsort(-margins, kind="stable")[: counts[other]]]] = True
+        if len(rows) > 1:
+            doubted[rows] = _pruned_by_noise_rate(probabilities[rows], given, counts)
+            doubted[rows] &= _pruned_by_class(probabilities[rows], given, counts)
     return doubted & disagreeing(probabilities, labels)
+
+
+def _pruned_by_noise_rate(probabilities: Array, given: int, counts: Array) -> Array:
+    """Prune images of one label, [N, K], by their margin. counts [K]: how many have which true label."""
+    if not counts[given]:  # leave one
+        counts = counts - 1
+    pruned = np.zeros(len(probabilities), bool)
+    for other in np.flatnonzero(counts > 0):
+        if other != given:
+            margins = probabilities[:, other] - probabilities[:, given]
+            pruned[np.argsort(-margins, kind="stable")[: counts[other]]] = True
+    return pruned
+
+
+def _pruned_by_class(probabilities: Array, given: int, counts: Array) -> Array:
+    """Prune all images of one label but as many as truly have it, at least one."""
+    pruned = np.zeros(len(probabilities), bool)
+    number = len(probabilities) - max(counts[given], 1)
+    pruned[np.argsort(probabilities[:, given], kind="stable")[:number]] = True
+    return pruned
 
 
 def disagreeing(probabilities: Array, labels: Array) -> Array:

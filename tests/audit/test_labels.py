@@ -45,7 +45,7 @@ def test_joint_and_doubted_labels_are_those_of_cleanlab(seed):
     same = (ours == theirs).all(axis=1)[labels]
     found, expected = (
         doubted_labels(probabilities, labels),
-        find_label_issues(labels, probabilities, n_jobs=1),
+        find_label_issues(labels, probabilities, filter_by="both", n_jobs=1),
     )
     assert np.array_equal(found[same], expected[same])
 
@@ -82,7 +82,7 @@ def test_multi_label_suspects_are_those_of_cleanlab(seed):
     scores = 1 / (1 + np.exp(-generator.normal(size=labels.shape) - 3 * (labels - 0.5)))
     given = [np.flatnonzero(row).tolist() for row in labels]
     count, order = suspected_labels(scores, labels)
-    assert count == find_multi_label_issues(given, scores, n_jobs=1).sum()
+    assert count == find_multi_label_issues(given, scores, filter_by="both", n_jobs=1).sum()
     expected = find_multi_label_issues(
         given, scores, n_jobs=1, filter_by="predicted_neq_given",
         return_indices_ranked_by="self_confidence",
