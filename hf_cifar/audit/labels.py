@@ -56,6 +56,26 @@ def _rounded(values: Array) -> Array:
 
 
 def doubted_labels(probabilities: Array, labels: Array) -> Array:
+    """Return True for each label [N] to leave out: of each class, as many labels as images that are almost
+    certainly of another one, those with the lowest probability.
+
+    Every class keeps an image. That is more precise at the same number than `pruned_labels`, most of all if
+    the model is weak.
+    """
+    differs, confident = (
+        disagreeing(probabilities, labels),
+        confident_labels(probabilities, labels),
+    )
+    certain = differs & (confident >= 0) & (confident != labels)
+    doubted = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        number = min(int(certain[rows].sum()), len(rows) - 1)
+        doubted[rows[np.argsort(probabilities[rows, label], kind="stable")[:number]]] = True
+    return doubted
+
+
+def pruned_labels(probabilities: Array, labels: Array) -> Array:
     """Return True for each label [N] that is probably wrong: pruned both by noise rate and by class.
 
     Of the images with a label, the joint says how many have which other one. By noise rate, as many are
@@ -127,7 +147,7 @@ def _suspected_in_any(scores: Array, labels: Array) -> tuple[int, Array]:
     doubted, differs = np.zeros((2, len(labels)), bool)
     for label in varied:
         pair, given = np.stack([1 - scores[:, label], scores[:, label]], axis=1), labels[:, label]
-        doubted |= doubted_labels(pair, given.astype(int))
+        doubted |= pruned_labels(pair, given.astype(int))
         differs |= disagreeing(pair, given.astype(int))
     rows = np.flatnonzero(differs)
     return int(doubted.sum()), rows[np.argsort(_quality(scores, labels)[rows], kind="stable")]

@@ -2,8 +2,8 @@
 
 Each image is predicted by a model that was not trained on it (cross-validation), and confident learning
 compares the predictions with the labels. Of a pretrained model, the backbone stays as it is and only linear
-heads are trained, on features that are computed once; other models are trained once for each fold, like the
-run itself. Duplicates of an image may be in other folds; they are not looked for.
+heads are trained, on features that are computed once, in two rounds; other models are trained once for each
+fold, like the run itself. Duplicates of an image may be in other folds; they are not looked for.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # hf_cifar.plan imports this package
 
 logger = logging.getLogger(__name__)
 FOLDS = 5
+ROUNDS = 2  # of heads: the second is trained without the labels that the first doubts
 # Options that may change when a run resumes, but decide what a fold's model learns.
 DECISIVE = {
     "num_train_epochs", "max_steps", "precision", "memory_format", "attention", "torch_compile",
@@ -124,10 +125,15 @@ def find_doubted(
         broadcast_object_list(found)
     probabilities = found[0]
     assert probabilities is not None
-    rows = np.flatnonzero(fold_of >= 0)
-    rows = rows[doubted_labels(probabilities[rows].astype(np.float64), train.labels[rows])]
+    rows = find_among(probabilities, train.labels, fold_of)
     suggested = probabilities[rows].argmax(axis=1)
     return np.stack([train.row_ids[rows], train.labels[rows], suggested], axis=1)
+
+
+def find_among(probabilities: np.ndarray, labels: np.ndarray, fold_of: np.ndarray) -> np.ndarray:
+    """Return the positions of the doubted labels among those that are in a fold."""
+    rows = np.flatnonzero(fold_of >= 0)
+    return rows[doubted_labels(probabilities[rows].astype(np.float64), labels[rows])]
 
 
 def assign_folds(train: Split, seed: int) -> np.ndarray:
@@ -157,8 +163,8 @@ def predicted_by_heads(
     """Return out-of-fold probabilities [N, K] of linear heads on the features of the backbone."""
     logger.info(
         "--clean_labels: predicting each of %s training images by one of %d linear heads that was not "
-        "trained on it; this takes one forward pass of each image, and the heads",
-        f"{len(train):,}", FOLDS,
+        "trained on it, in %d rounds; this takes one forward pass of each image, and the heads",
+        f"{len(train):,}", FOLDS, ROUNDS,
     )  # fmt: skip
     store = build_store(train, device=plan.processes.device)
     with computing_as(plan.setting, model):
@@ -168,33 +174,42 @@ def predicted_by_heads(
             num_workers=default_num_workers(decodes=store.decodes),
             dtype=DTYPES.get(plan.config.train.precision, torch.float32),
         )  # fmt: skip
-    digest = hashlib.sha256(f"heads {len(train.id2label)} {PENALTIES}".encode())
+    digest = hashlib.sha256(f"heads {len(train.id2label)} {PENALTIES} {ROUNDS}".encode())
     for array in (features.features.cpu().numpy(), train.labels, fold_of):
         digest.update(np.ascontiguousarray(array).tobytes())
     probabilities = load_array(digest.hexdigest())
     if probabilities is None:
         labels, folds = features.labels, torch.from_numpy(fold_of).to(features.labels.device)
-        solved = head_probabilities(features.features[0], labels, folds, len(train.id2label))
-        probabilities = solved.cpu().numpy()
+        trusted = torch.ones_like(folds, dtype=torch.bool)
+        for _ in range(ROUNDS):
+            solved = head_probabilities(
+                features.features[0], labels, folds, trusted, len(train.id2label)
+            )
+            probabilities = solved.cpu().numpy()
+            doubted = find_among(probabilities, train.labels, fold_of)
+            trusted = torch.from_numpy(~np.isin(np.arange(len(train)), doubted)).to(folds.device)
+        assert probabilities is not None
         save_array(digest.hexdigest(), probabilities)
     return probabilities
 
 
 def head_probabilities(
-    features: Tensor, labels: Tensor, fold_of: Tensor, num_classes: int
+    features: Tensor, labels: Tensor, fold_of: Tensor, trusted: Tensor, num_classes: int
 ) -> Tensor:
     """Return out-of-fold probabilities [N, K] of linear heads on features [N, D], at the penalty with the
-    lowest cross-entropy on the held-out images. fold_of [N]: -1 for images that all heads are trained on."""
-    scaled, checked = features / features.square().mean().sqrt(), fold_of >= 0
+    lowest cross-entropy on the held-out images.
+
+    fold_of [N]: -1 for images that all heads are trained on. trusted [N]: False for labels that no head is
+    trained on.
+    """
+    scaled, checked = features / features.square().mean().sqrt(), (fold_of >= 0) & trusted
     loss, lowest, best = evaluation_loss(multi_label=False), float("inf"), None
     solved: list[Tensor | None] = [None] * FOLDS
     for penalty in PENALTIES:
         logits = scaled.new_zeros(len(labels), num_classes)
         for fold in range(FOLDS):
-            held_out = fold_of == fold
-            head = solve_head(
-                scaled[~held_out], labels[~held_out], num_classes, penalty, solved[fold]
-            )
+            held_out, others = fold_of == fold, (fold_of != fold) & trusted
+            head = solve_head(scaled[others], labels[others], num_classes, penalty, solved[fold])
             logits[held_out] = scaled[held_out] @ head[:, :-1].T + head[:, -1]
             solved[fold] = head
         found = loss(logits[checked], labels[checked]).item()

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
-from hf_cifar.audit.labels import confident_joint, doubted_labels, suspected_labels
+from hf_cifar.audit.labels import confident_joint, doubted_labels, pruned_labels, suspected_labels
 
 
 def random_predictions(seed):
@@ -30,7 +30,7 @@ def random_predictions(seed):
 
 @pytest.mark.filterwarnings("ignore:May not flag")
 @pytest.mark.parametrize("seed", range(60))
-def test_joint_and_doubted_labels_are_those_of_cleanlab(seed):
+def test_joint_and_pruned_labels_are_those_of_cleanlab(seed):
     """Except where equal counts are rounded: which one is rounded up there depends on numpy's sort."""
     probabilities, labels = random_predictions(seed)
     ours, theirs = (
@@ -44,7 +44,7 @@ def test_joint_and_doubted_labels_are_those_of_cleanlab(seed):
     assert np.array_equal(ours[clear], theirs[clear])
     same = (ours == theirs).all(axis=1)[labels]
     found, expected = (
-        doubted_labels(probabilities, labels),
+        pruned_labels(probabilities, labels),
         find_label_issues(labels, probabilities, filter_by="both", n_jobs=1),
     )
     assert np.array_equal(found[same], expected[same])
@@ -58,9 +58,22 @@ def test_the_comparison_with_cleanlab_covers_many_labels():
         ours = confident_joint(probabilities, labels)
         clear += (ours == compute_confident_joint(labels, probabilities)).all(axis=1).sum()
         classes += len(ours)
-        doubted += doubted_labels(probabilities, labels).sum()
+        doubted += pruned_labels(probabilities, labels).sum()
     assert clear > 0.95 * classes
     assert doubted > 1000
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_doubted_labels_are_the_least_probable_of_each_class(seed):
+    """As many of each class as cleanlab finds by confident learning."""
+    probabilities, labels = random_predictions(seed)
+    found = doubted_labels(probabilities, labels)
+    expected = find_label_issues(labels, probabilities, filter_by="confident_learning", n_jobs=1)
+    for label in np.unique(labels):
+        own, rows = probabilities[:, label], labels == label
+        assert found[rows].sum() == min(expected[rows].sum(), rows.sum() - 1)
+        if found[rows].any():
+            assert own[rows & found].max() <= own[rows & ~found].min()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -94,8 +107,9 @@ def test_every_class_keeps_an_image():
     """Even one whose images all look like another class."""
     labels = np.repeat([0, 1], [20, 4])
     probabilities = np.tile([0.9, 0.1], (24, 1))
-    doubted = doubted_labels(probabilities, labels)
-    assert doubted[20:].sum() <= 3 and not doubted[:20].any()
+    for find in (doubted_labels, pruned_labels):
+        doubted = find(probabilities, labels)
+        assert doubted[20:].sum() == 3 and not doubted[:20].any()
 
 
 def test_planted_label_errors_are_found_on_real_images():
