@@ -47,7 +47,7 @@ notebook: $(VENV)/installed
 # The newest versions that setup.cfg admits, with the hashes that PyPI gives; run the tests with them after.
 lock: $(VENV)/installed
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile setup.cfg --upgrade --universal --python-version 3.11 \
-		--extra bundled --extra report --extra dev --generate-hashes --no-config \
+		--extra bundled --extra dev --generate-hashes --no-config \
 		--quiet --output-file requirements.lock
 
 $(VENV)/installed: setup.cfg pyproject.toml

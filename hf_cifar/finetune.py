@@ -33,6 +33,7 @@ from hf_cifar.runs.folder import write_json
 from hf_cifar.runs.lock import sole_run
 from hf_cifar.runs.signals import deferred_signals
 from hf_cifar.training.build import build_trainer
+from hf_cifar.training.cleaning import clean_labels
 from hf_cifar.training.features import FeatureStore, fit_head
 from hf_cifar.training.saving import save_classifier
 from hf_cifar.training.trainer import ImageClassificationTrainer
@@ -74,6 +75,7 @@ def finetune_classifier(model: Any = None, dataset: Any = None, **options: Any) 
     check_space(config, model)
     plan = plan_run(config, model, image_processor, splits)
     splits, test = prepare_images(source, image_processor, plan)
+    splits = clean_labels(model, image_processor, splits, plan)
     known = known_facts(source, splits, test, plan.config, plan.race)
     check_card(plan, model, known)
     trainer = build_trainer(model, image_processor, splits, plan)
@@ -147,9 +149,8 @@ def fit(trainer: ImageClassificationTrainer, splits: Splits, plan: Plan) -> Fitt
             trainer.state.epoch = 0.0
             seconds = time.perf_counter() - start
         else:
-            checkpoint = None if plan.checkpoint is None else str(plan.checkpoint)
             with listing_unreadable(splits.train, plan.config.data.on_bad_image):
-                output = trainer.train(resume_from_checkpoint=checkpoint)
+                output = trainer.train(None if plan.checkpoint is None else str(plan.checkpoint))
             seconds = output.metrics["train_runtime"]
     if trainer.args.gradient_accumulation_steps != train.gradient_accumulation_steps:
         save_batch(trainer, plan)
@@ -183,8 +184,7 @@ def evaluate_run(
     trainer: ImageClassificationTrainer, splits: Splits, test: Split | None, plan: Plan
 ) -> list[Predictions]:
     """Evaluate and calibrate on validation; with --do_predict, also evaluate test, after all choices."""
-    store = trainer.eval_dataset
-    store = None if isinstance(store, FeatureStore) else store
+    store = None if isinstance(trainer.eval_dataset, FeatureStore) else trainer.eval_dataset
     validation = evaluate_classifier(trainer, splits.validation, store=store)
     if plan.config.train.calibrate:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)

@@ -32,6 +32,7 @@ from hf_cifar.runs.resume import run_to_resume, with_options_of
 from hf_cifar.text import duration
 from hf_cifar.training.autotune import Setting, pick_setting
 from hf_cifar.training.checkpoints import find_damage, newest_checkpoint
+from hf_cifar.training.cleaning import check_cleaning
 from hf_cifar.training.optimizers import Rates, default_rates, default_weight_decay
 from hf_cifar.training.race import race_rates
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -84,6 +85,7 @@ def plan_run(
 
     Raises: UserError if the options do not fit the model or the data, or there is nothing to resume from.
     """
+    check_cleaning(config, splits)
     processes, before = start_processes(config), config_before(config.train)
     checkpoint = find_checkpoint(config.train)
     resumed = with_options_of(before, config)
@@ -287,14 +289,15 @@ def settle_check(
     config: RunConfig, splits: Splits, preprocessing: Preprocessing, processes: Processes
 ) -> Literal["all", "used"]:
     """Return when training images are decoded: as requested, else all before training if that takes at most
-    ten seconds, or if the head alone trains, on features of all images.
+    ten seconds, if the head alone trains, on features of all images, or if all labels are checked.
 
     The first process measures for all.
     """
     check = config.data.check_images
     if check != "auto":
         return check
-    if isinstance(splits.train, Stream) or config.computes_features:
+    cleans = config.train.clean_labels != "none"
+    if isinstance(splits.train, Stream) or config.computes_features or cleans:
         return "all"
     found: list[Literal["all", "used"]] = ["all"]
     if processes.is_main:

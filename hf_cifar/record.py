@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,7 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.data.labels import class_counts
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource, Splits
+from hf_cifar.data.streams import Stream
 from hf_cifar.hub.origin import find_origin, origin_of_model
 from hf_cifar.hub.push import Target
 from hf_cifar.runs.environment import environment
@@ -57,6 +59,7 @@ def known_facts(
         "num_train": len(splits.train),
         "num_validation": len(splits.validation),
         "skipped_rows": skipped_rows(splits),
+        "doubted_rows": doubted_rows(splits.train),
         "value_range": None if value_range is None else astuple(value_range),
         "race": race,
         "leakage": find_leakage(splits, test) if test and config.train.check_leakage else None,
@@ -73,6 +76,27 @@ def skipped_rows(splits: Splits) -> dict[str, list[int]]:
             rows = sorted({*split.skipped.tolist(), *during.tolist()})
             found |= {split.name: rows} if rows else {}
     return found
+
+
+def doubted_rows(train: Split | Stream) -> dict[str, Any] | None:
+    """Return the training rows that --clean_labels has left out, with the label and the suggested label of
+    each, and how often each change of label is suggested; None without --clean_labels."""
+    if not isinstance(train, Split) or train.doubted is None:
+        return None
+    ids, given, suggested = train.doubted.T.tolist()
+    labels = [[train.id2label[label] for label in each] for each in (given, suggested)]
+    changes = Counter(zip(*labels, strict=True)).most_common()
+    return {
+        "num_rows": len(ids),
+        "share": len(ids) / (len(ids) + len(train)),
+        "changes": [
+            {"label": label, "suggested": other, "num_rows": count}
+            for (label, other), count in changes
+        ],
+        "row_ids": ids,
+        "labels": labels[0],
+        "suggested": labels[1],
+    }
 
 
 def run_facts(

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import accuracy, checkpoint, correctness, gpu, measure, race, scaling, table
+from benchmarks import accuracy, checkpoint, correctness, gpu, measure, noise, race, scaling, table
 from benchmarks.peers import (
     WARM_UP,
     Task,
@@ -235,3 +235,42 @@ def test_both_kinds_of_checkpoints_are_saved(results, monkeypatch):
         "ours", "ours, until complete", "stock Trainer", "stock Trainer, flushed",
     }  # fmt: skip
     assert all(value["median"] > 0 for value in record["figures"].values())
+
+
+def test_noise_is_planted_in_train_and_validation_only(stripes):
+    clean = noise.open_splits(str(stripes), 60)
+    data, wrong = noise.versions(clean, seed=1)
+    assert len(wrong) == 12
+    labels = {name: np.array(each["train"]["label"]) for name, each in data.items()}
+    noisy = labels["noisy labels"]
+    assert np.flatnonzero(labels["clean labels"] != noisy).tolist() == wrong.tolist()
+    assert np.array_equal(labels["--clean_labels drop"], noisy)
+    kept = np.setdiff1d(np.arange(60), wrong)
+    assert np.array_equal(labels["wrong labels known, left out"], labels["clean labels"][kept])
+    for name, each in data.items():
+        assert each["test"]["label"] == clean["test"]["label"]
+        changed = np.array(each["validation"]["label"]) != np.array(clean["validation"]["label"])
+        assert changed.sum() == (0 if name == "clean labels" else round(0.2 * len(changed)))
+    assert not np.array_equal(noise.versions(clean, seed=2)[1], wrong)
+
+
+def test_the_share_of_the_loss_that_is_recovered(results, monkeypatch):
+    seeds = iter(
+        [dict(zip((*noise.VARIANTS, "precision", "recall"), each, strict=True)) for each in (
+            (0.8, 0.6, 0.7, 0.78, 0.9, 0.8), (0.82, 0.62, 0.74, 0.8, 0.7, 0.8),
+        )]
+    )  # fmt: skip
+    monkeypatch.setattr(noise, "measure_seed", lambda *arguments: next(seeds))
+    noise.compare({"train": range(5)}, "article_cnn", 2)
+    (record,) = map(json.loads, (results / "results" / "cpu.jsonl").read_text().splitlines())
+    assert record["recovered"]["--clean_labels drop"] == 0.55
+    assert record["differences"]["--clean_labels drop"]["mean"] == 0.11
+    assert record["doubted"] == {"precision": [0.9, 0.7], "recall": [0.8, 0.8]}
+
+
+def test_the_noise_benchmark_trains_every_variant(results, stripes, monkeypatch):
+    options = {"model_name_or_path": "scratch/article_cnn", "image_size": 32, "num_train_epochs": 2}
+    monkeypatch.setitem(noise.MODELS, "tiny", {**options, "precision": "fp32"})
+    found = noise.measure_seed(noise.open_splits(str(stripes), None), "tiny", 0)
+    assert found.keys() == {*noise.VARIANTS, "precision", "recall"}
+    assert all(0 <= value <= 1 for value in found.values())

@@ -1,9 +1,12 @@
 """Two processes over gloo, launched like a user would, compared with one process."""
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -89,13 +92,86 @@ def test_two_processes_stream_different_shards(tmp_path, shards, tiny_vit):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["num_images"] == 8
 
 
+SHOW_ROWS = """
+import json, sys
+from pathlib import Path
+from tiny import tiny_trainer
+
+folder, *arguments = sys.argv[1:]
+trainer = tiny_trainer(folder, *arguments)
+loader, epochs = trainer.get_train_dataloader(), []
+for epoch in range(2):
+    loader.set_epoch(epoch)
+    batches = [zip(batch["row_ids"].tolist(), batch["labels"].tolist()) for batch in loader]
+    epochs.append([list(batch) for batch in batches])
+Path(folder, f"rows-{trainer.args.process_index}.json").write_text(json.dumps(epochs))
+"""
+
+
+@pytest.mark.parametrize("batch_size", [3, 4])
+@pytest.mark.parametrize(("balance", "draws"), [("undersample", 9), ("oversample", 36)])
+def test_two_processes_together_see_every_class_equally_often(
+    balance, draws, batch_size, tmp_path, stripes, tiny_vit
+):
+    """Of 36 and 9 images. Batches of 2 x 4 do not divide the undersampled epoch: its first rows fill them."""
+    (tmp_path / "show_rows.py").write_text(SHOW_ROWS)
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/cpu.yaml"),
+        "--num_processes", "2", "--main_process_port", "0", str(tmp_path / "show_rows.py"), str(tmp_path),
+        str(stripes), str(tiny_vit), "--imbalance_factor", "4", "--class_balance", balance,
+        "--per_device_train_batch_size", str(batch_size),
+    ]  # fmt: skip
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"rows-{rank}.json").read_text()) for rank in (0, 1))
+    orders = []
+    for parts in zip(first, second, strict=True):  # of an epoch
+        # In the order of the sampler: a batch of the first process, then one of the second.
+        order = [tuple(row) for pair in zip(*parts, strict=True) for batch in pair for row in batch]
+        epoch, padding = order[: 2 * draws], order[2 * draws :]
+        assert Counter(label for _, label in epoch) == {0: draws, 1: draws}
+        assert len(padding) == -len(epoch) % (2 * batch_size)
+        assert padding == epoch[: len(padding)]
+        if balance == "undersample":
+            assert len(set(epoch)) == len(epoch)
+        else:
+            assert set(Counter(row for row in epoch if row[1] == 0).values()) == {1}
+        orders.append(order)
+    assert orders[0] != orders[1]
+
+
+def test_two_processes_agree_on_the_doubted_rows(tmp_path, stripes, tiny_vit):
+    """Heads are solved by the first process alone, other models are trained by both together; both processes
+    leave out the same rows, or they would not end with the same number of steps."""
+    data = tmp_path / "data"
+    shutil.copytree(stripes, data)
+    for i in range(0, 40, 5):  # wrong labels
+        across, down = (data / "train" / name / f"{i:03}.png" for name in ("across", "down"))
+        across.rename(data / "spare")
+        down.rename(across)
+        (data / "spare").rename(down)
+    cnn = ["--image_size", "32", "--num_train_epochs", "8", "--learning_rate", "3e-3"]
+    for model, flags in ((tiny_vit, []), ("scratch/article_cnn", cnn)):
+        folder = tmp_path / Path(model).name
+        done = launch(folder, data, model, 2, "--clean_labels", "drop", *flags)
+        assert done.returncode == 0, done.stderr
+        facts = json.loads((folder / "run.json").read_text())
+        rows = facts["doubted_rows"]
+        assert facts["processes"] == 2
+        assert 0 < rows["num_rows"] == len(rows["row_ids"]) == 72 - facts["num_train"]
+        assert done.stderr.count("predicting each of 72 training images") == 1
+        assert facts["steps"] == facts["epochs"] * math.ceil(facts["num_train"] / 8)
+
+
 def test_a_series_with_two_processes_contains_the_single_run(runs, tmp_path, stripes, tiny_vit):
     """The second run of a series equals a single run, although its processes have made another run before."""
     done = launch(tmp_path, stripes, tiny_vit, 2, "--seed", "41", "--seeds", "2")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "seeds.json").read_text())
     assert summary["seeds"] == [41, 42]
-    assert done.stdout.count("seeds: 41, 42") == 1
+    assert done.stderr.count("seeds: 41, 42") == 1
     weights = [f / "model.safetensors" for f in (tmp_path / "seed-42", runs / "2")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 

@@ -24,7 +24,7 @@ def wanted():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     lists = [config["options"]["install_requires"]]
-    lists += [config["options.extras_require"][extra] for extra in ("bundled", "report", "dev")]
+    lists += [config["options.extras_require"][extra] for extra in ("bundled", "dev")]
     return [Requirement(line) for text in lists for line in text.split("\n") if line.strip()]
 
 

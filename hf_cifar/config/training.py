@@ -129,6 +129,11 @@ class TrainingConfig:
         "smallest one; weights, effective: weight them in the loss, by their size or effective number; "
         "logit_adjustment: add the log of their shares to the logits in the loss.",
     )
+    clean_labels: Literal["none", "drop"] = option(
+        "none",
+        "drop: before training, leave out the training images whose labels are probably wrong, by confident "
+        "learning on predictions of models that were not trained on them; validation and test keep all.",
+    )
     label_smoothing_factor: float = option(
         0.1, "Label smoothing, in the training loss only.", low=0, high=0.999
     )

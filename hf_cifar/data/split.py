@@ -33,7 +33,8 @@ class Split:
     """Some rows of a source's split, by their positions in `pixels`, which other splits may share.
 
     positions: [N] int64. skipped: ids of the rows left out by --on_bad_image skip. images: for a model, see
-    `prepare_split`.
+    `prepare_split`. doubted: [D, 3] int64, the id, label and suggested label of each row left out by
+    --clean_labels; None without it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Split:
     positions: np.ndarray
     skipped: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     images: SplitImages | None = None
+    doubted: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.positions)

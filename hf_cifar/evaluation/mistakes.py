@@ -1,4 +1,4 @@
-"""Mistakes of a classifier, from its predictions: confused pairs, images, suspect labels, slices."""
+"""Mistakes of a classifier, from its predictions: confused pairs, images, slices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from hf_cifar.evaluation.intervals import wilson
-from hf_cifar.extras import require
 
 Array = np.ndarray
 
@@ -47,52 +46,6 @@ def least_confident_hits(confidences: Array, hits: Array, limit: int = 24) -> Ar
     """Positions of the correct predictions, the least confident first. hits [N]: True if correct."""
     correct = np.flatnonzero(hits)
     return correct[np.argsort(confidences[correct], kind="stable")][:limit]
-
-
-def suspected_label_errors(probabilities: Array, labels: Array) -> tuple[int, Array]:
-    """Estimate the number of wrong labels by confident learning (Northcutt et al. 2021, cleanlab), and list
-    the positions of labels that disagree with the prediction, the least probable first.
-
-    probabilities [N, K] must be from a model that was not trained on these labels [N].
-    Raises: UserError if cleanlab is not installed.
-    """
-    count = require("cleanlab.count", extra="report")
-    filters = require("cleanlab.filter", extra="report")
-    # cleanlab requires classes numbered without gaps, each with an image.
-    present, given = np.unique(np.asarray(labels), return_inverse=True)
-    if len(present) < 2:
-        return 0, np.array([], dtype=np.int64)
-    among = np.asarray(probabilities, dtype=np.float64)[:, present] + np.finfo(np.float64).tiny
-    among /= among.sum(axis=1, keepdims=True)
-    order = filters.find_label_issues(
-        given,
-        among,
-        filter_by="predicted_neq_given",
-        return_indices_ranked_by="self_confidence",
-        n_jobs=1,
-    )
-    return int(count.num_label_issues(given, among)), order
-
-
-def suspected_multi_label_errors(scores: Array, labels: Array) -> tuple[int, Array]:
-    """Estimate the number of images with a wrong or missing label, and list the positions of those that
-    disagree with the prediction; like `suspected_label_errors`, for scores and labels [N, K].
-
-    A class that all images have, or none, is not checked.
-    """
-    filters = require("cleanlab.multilabel_classification.filter", extra="report")
-    varied = np.flatnonzero(np.ptp(labels, axis=0))
-    if not len(varied):
-        return 0, np.array([], dtype=np.int64)
-    given = [np.flatnonzero(row).tolist() for row in labels[:, varied]]
-    probably, disagreeing = (
-        filters.find_label_issues(
-            given, scores[:, varied], filter_by=how, n_jobs=1,
-            return_indices_ranked_by="self_confidence",
-        )
-        for how in ("prune_by_noise_rate", "predicted_neq_given")
-    )  # fmt: skip
-    return len(probably), disagreeing
 
 
 def slices(values: Array, hits: Array, parts: int = 4) -> list[dict[str, Any] | None]:

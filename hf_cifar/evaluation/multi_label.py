@@ -13,7 +13,6 @@ import numpy as np
 from scipy.special import expit
 
 from hf_cifar.evaluation.metrics import Counts
-from hf_cifar.evaluation.mistakes import suspected_multi_label_errors
 from hf_cifar.evaluation.outcome import Drawn, Outcome
 from hf_cifar.evaluation.resampling import draw_images
 
@@ -92,10 +91,6 @@ class MultiLabel(Outcome):
     def _decisions(self) -> tuple[Array, Array, Array]:
         """True where a class is correctly predicted, predicted, and actual, [N, K] each."""
         return self.predicted & self.positive, self.predicted, self.positive
-
-    def suspects(self) -> tuple[int, Array]:
-        """Images with a probably wrong or missing label, see `suspected_multi_label_errors`."""
-        return suspected_multi_label_errors(self.probabilities, self.labels)
 
     def calibrate(self) -> dict[str, Any]:
         """Fit thresholds to the labels."""

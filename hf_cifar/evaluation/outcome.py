@@ -86,11 +86,6 @@ class Outcome(ABC):
         """Images of each class [K]."""
 
     @abstractmethod
-    def suspects(self) -> tuple[int, Array]:
-        """Estimated number of wrong labels, and the positions of the images to check, the most suspicious
-        first. Raises: UserError if cleanlab is not installed."""
-
-    @abstractmethod
     def calibrate(self) -> dict[str, Any]:
         """Calibrate on these labels: the fields of `Predictions` that change, by name."""
 

@@ -16,7 +16,6 @@ from hf_cifar.config.metrics import UNCALIBRATED
 from hf_cifar.evaluation.calibration import calibration_error, fit_temperature
 from hf_cifar.evaluation.intervals import calibration_interval
 from hf_cifar.evaluation.metrics import Counts
-from hf_cifar.evaluation.mistakes import suspected_label_errors
 from hf_cifar.evaluation.outcome import Drawn, Outcome
 from hf_cifar.evaluation.resampling import draw_counts, draw_images
 
@@ -110,10 +109,6 @@ class SingleLabel(Outcome):
     def counts(self) -> Counts:
         """Images of each class [K]."""
         return Counts.from_confusion(self.confusion)
-
-    def suspects(self) -> tuple[int, Array]:
-        """Probably wrong labels, see `suspected_label_errors`."""
-        return suspected_label_errors(self.probabilities, self.labels)
 
     def calibrate(self) -> dict[str, Any]:
         """Fit a temperature to the labels, and divide the logits by it."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hf_cifar.audit.duplicates import find_duplicates
+from hf_cifar.audit.labels import suspected_labels
 from hf_cifar.audit.properties import image_properties
 from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.config.objects import MEMORY
@@ -106,7 +107,9 @@ def build_report(
     if config.check_duplicates:
         train = source.splits.train
         if isinstance(train, Split):
-            train = without_rows(train, run.get("skipped_rows", {}).get("train", []))
+            left_out = run.get("skipped_rows", {}).get("train", [])
+            left_out = [*left_out, *(run.get("doubted_rows") or {"row_ids": []})["row_ids"]]
+            train = without_rows(train, left_out)
             facts["duplicates"], of_pairs = duplicates_of(
                 evaluated, split, train, config.gallery_size
             )
@@ -189,16 +192,14 @@ def galleries(evaluated: Predictions, size: int) -> dict[str, Any]:
             for position in positions
         ]
 
-    suspects: dict[str, Any] | None = None
-    try:
-        count, positions = evaluated.outcome.suspects()
-        suspects = {"num_images": count, "images": rows(positions[: min(count, size)])}
-    except UserError as error:
-        logger.warning("labels are not checked: %s", error)
+    count, suspects = suspected_labels(evaluated.probabilities, evaluated.labels)
     return {
         "worst_errors": rows(worst_errors(confidences, hits, size)),
         "least_confident_hits": rows(least_confident_hits(confidences, hits, size)),
-        "label_suspects": suspects,
+        "label_suspects": {
+            "num_images": count,
+            "images": rows(suspects[: min(count, size)]),
+        },
     }
 
 
@@ -227,7 +228,7 @@ def matching_split(source: DataSource, evaluated: Predictions) -> Split:
 def gallery_rows(split: Split, facts: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield the entries of all galleries, with their positions in the split."""
     position_of = {row_id: position for position, row_id in enumerate(split.row_ids.tolist())}
-    suspects = (facts["label_suspects"] or {"images": []})["images"]
+    suspects = facts["label_suspects"]["images"]
     for row in [*facts["worst_errors"], *facts["least_confident_hits"], *suspects]:
         yield row, position_of[row["row_id"]]
 

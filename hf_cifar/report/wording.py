@@ -52,6 +52,18 @@ def render_skipped(run: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> s
     )
 
 
+def render_doubted(run: dict[str, Any]) -> str:
+    """Describe the rows left out by --clean_labels; empty without it."""
+    found = run.get("doubted_rows")
+    if not found:
+        return ""
+    total = found["num_rows"] + run["num_train"]
+    return (
+        f"{found['num_rows']:,} of {total:,} training images ({found['share']:.1%}), whose labels are "
+        "probably wrong by confident learning on out-of-fold predictions"
+    )
+
+
 def render_leakage(run: dict[str, Any]) -> str:
     """Describe the result of --check_leakage."""
     found = run.get("leakage")
@@ -87,6 +99,21 @@ def render_race(run: dict[str, Any]) -> str:
         f"({steps} steps, judged by the loss on {race['num_images']:,} validation images), which cost "
         f"{race['share']:.1%} of the training."
     )
+
+
+def render_prior(options: dict[str, Any], temperature: str) -> str:
+    """Describe the class shares that the probabilities assume, if --class_balance has changed them.
+
+    temperature: as shown in the card; empty for none.
+    """
+    balance = options.get("class_balance", "none")
+    if balance == "none":
+        return ""
+    assumed = "that all classes are equally frequent, not as in the training images"
+    if balance == "effective":  # only as far as a class has less than about 1 / (1 - beta) images
+        assumed = "class shares between equal ones and those of the training images"
+    fitted = "; the temperature, fitted on validation as it is, does not change that"
+    return f"Probabilities assume {assumed} (`--class_balance {balance}`){fitted if temperature else ''}."
 
 
 def render_energy(energy: dict[str, Any] | None) -> str:

@@ -103,9 +103,14 @@ def _inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
 
 def features_suffice(model: PreTrainedModel, preprocessing: Preprocessing) -> bool:
     """Return True if the model is a frozen backbone with a linear head on one feature vector per image."""
-    head = linear_head(model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    if head is None or trainable != head_parameter_names(model):
+    return trainable == head_parameter_names(model) and has_feature_vectors(model, preprocessing)
+
+
+def has_feature_vectors(model: PreTrainedModel, preprocessing: Preprocessing) -> bool:
+    """Return True if the head is linear, on one feature vector per image."""
+    head = linear_head(model)
+    if head is None:
         return False
     device = next(model.parameters()).device
     pixel_values = torch.rand(2, 3, *preprocessing.size, device=device)

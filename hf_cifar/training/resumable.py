@@ -40,6 +40,7 @@ from hf_cifar.training.checkpoints import (
 logger = logging.getLogger(__name__)
 OPTIMIZER_FILE, SCALER_FILE = "optimizer.safetensors", "scaler.safetensors"
 IDENTITY_FILE = "identity.json"
+DOUBTED = "doubted rows"  # in the identity of a run with --clean_labels, see `Split`
 
 
 class ResumableTrainer(Trainer):
@@ -292,6 +293,8 @@ def identity_of(
     facts: dict[str, Any] = {"classes": list(id2label.values()), "processes": num_processes}
     for split in splits:
         facts[f"labels of {split.name}"] = hashlib.sha256(split.labels.tobytes()).hexdigest()
+        if split.doubted is not None:
+            facts[DOUBTED] = split.doubted.tolist()
     return facts | {f"pixels of {name}": sha for name, sha in pixel_hashes(splits).items()}
 
 

@@ -124,6 +124,34 @@ def test_calibration_shows_before_and_after():
     assert "## Calibration" not in render_card(changed(metrics=plain))
 
 
+@pytest.mark.parametrize(
+    "balance", ["oversample", "undersample", "weights", "effective", "logit_adjustment"]
+)
+def test_the_card_says_which_class_shares_the_probabilities_assume(balance):
+    options = OPTIONS | {"class_balance": balance}
+    limits = section(render_card(changed(options=options)), "Intended use and limits")
+    (line,) = [line for line in limits.splitlines() if line.startswith("- Probabilities assume")]
+    assert (
+        f"(`--class_balance {balance}`); the temperature, fitted on validation as it is, does not"
+        in line
+    )
+    assert ("equally frequent" in line) == (balance != "effective")
+    uncalibrated = changed(options=options, metrics={"validation": METRICS["validation"]})
+    assert f"(`--class_balance {balance}`)." in render_card(uncalibrated)
+    none = changed(options=OPTIONS | {"class_balance": "none"})
+    assert "Probabilities assume" not in render_card(none) + render_card(FACTS)
+
+
+def test_the_card_counts_doubted_rows():
+    doubted = {"num_rows": 1200, "share": 0.2, "row_ids": [], "labels": [], "suggested": []}
+    text = section(render_card(changed(doubted_rows=doubted, num_train=4800)), "Data")
+    assert "4,800 training images" in text
+    assert (
+        "Left out of training (`--clean_labels`): 1,200 of 6,000 training images (20.0%), " in text
+    )
+    assert "clean_labels" not in section(render_card(changed(doubted_rows=None)), "Data")
+
+
 def test_classes_and_weaknesses_are_from_the_last_split():
     text = render_card(FACTS)
     assert "| cat | 600 | 0.6000 | 0.5000 [0.4600, 0.5400] | 0.5455 |" in section(text, "Per class")

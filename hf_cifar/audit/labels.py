@@ -1,0 +1,163 @@
+"""Labels that are probably wrong, by confident learning.
+
+It compares each label with the probabilities of a model that was not trained on it. Results equal those of
+cleanlab 2.9.
+Source: Northcutt, Jiang and Chuang, Confident Learning: Estimating Uncertainty in Dataset Labels, 2021.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+Array = np.ndarray
+TOLERANCE = 1e-6  # of comparisons
+DISCOUNT = 0.8  # of the better labels of an image, see `_quality`
+
+
+def confident_labels(probabilities: Array, labels: Array) -> Array:
+    """Return the class [N] that each image almost certainly has; -1 if no class reaches its threshold.
+
+    The threshold of a class is the mean of its probability over the images [N, K] with that label [N]. A
+    class without images is never certain.
+    """
+    classes = np.arange(probabilities.shape[1])
+    own = [probabilities[labels == label, label] for label in classes]
+    thresholds = np.array([each.mean() if len(each) else np.inf for each in own])
+    reached = probabilities >= np.maximum(thresholds, 2 * TOLERANCE) - TOLERANCE
+    best = np.where(reached.sum(axis=1) > 1, probabilities.argmax(axis=1), reached.argmax(axis=1))
+    return np.where(reached.any(axis=1), best, -1)
+
+
+def confident_joint(probabilities: Array, labels: Array) -> Array:
+    """Estimate the number of images of each given label (row) and true label (column), int [K, K].
+
+    A row adds up to the number of images with that label.
+    """
+    num_classes = probabilities.shape[1]
+    confident = confident_labels(probabilities, labels)
+    sure = confident >= 0
+    joint = np.zeros((num_classes, num_classes))
+    np.add.at(joint, (labels[sure], confident[sure]), 1)
+    np.fill_diagonal(joint, np.maximum(joint.diagonal(), 1))
+    counts = np.bincount(labels, minlength=num_classes)
+    joint = joint / joint.sum(axis=1, keepdims=True) * counts[:, None]
+    joint = joint / joint.sum() * counts.sum()  # changes last digits, and so what is rounded up
+    return np.stack([_rounded(row) for row in joint])
+
+
+def _rounded(values: Array) -> Array:
+    """Round numbers so that their sum stays the same."""
+    whole = values.round()
+    excess = int((values.sum().round() - whole.sum()).round())
+    order = np.argsort(values - whole, kind="stable")
+    changed = order[::-1][:excess] if excess > 0 else order[: abs(excess)]
+    whole[changed] += np.sign(excess)
+    return whole.astype(int)
+
+
+def doubted_labels(probabilities: Array, labels: Array) -> Array:
+    """Return True for each label [N] to leave out: of each class, as many labels as images that are almost
+    certainly of another one, those with the lowest probability.
+
+    Every class keeps an image. That is more precise at the same number than `pruned_labels`, most of all if
+    the model is weak.
+    """
+    differs, confident = (
+        disagreeing(probabilities, labels),
+        confident_labels(probabilities, labels),
+    )
+    certain = differs & (confident >= 0) & (confident != labels)
+    doubted = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        number = min(int(certain[rows].sum()), len(rows) - 1)
+        doubted[rows[np.argsort(probabilities[rows, label], kind="stable")[:number]]] = True
+    return doubted
+
+
+def pruned_labels(probabilities: Array, labels: Array) -> Array:
+    """Return True for each label [N] that is probably wrong: pruned both by noise rate and by class.
+
+    Of the images with a label, the joint says how many have which other one. By noise rate, as many are
+    pruned in favour of each other label, those that prefer it most; by class, as many in all, those with the
+    lowest probability of their label. Every class keeps an image. probabilities [N, K] must be from a model
+    that was not trained on these labels.
+    """
+    joint, doubted = confident_joint(probabilities, labels), np.zeros(len(labels), bool)
+    for given, counts in enumerate(joint):
+        rows = np.flatnonzero(labels == given)
+        if len(rows) > 1:
+            doubted[rows] = _pruned_by_noise_rate(probabilities[rows], given, counts)
+            doubted[rows] &= _pruned_by_class(probabilities[rows], given, counts)
+    return doubted & disagreeing(probabilities, labels)
+
+
+def _pruned_by_noise_rate(probabilities: Array, given: int, counts: Array) -> Array:
+    """Prune images of one label, [N, K], by their margin. counts [K]: how many have which true label."""
+    if not counts[given]:  # leave one
+        counts = counts - 1
+    pruned = np.zeros(len(probabilities), bool)
+    for other in np.flatnonzero(counts > 0):
+        if other != given:
+            margins = probabilities[:, other] - probabilities[:, given]
+            pruned[np.argsort(-margins, kind="stable")[: counts[other]]] = True
+    return pruned
+
+
+def _pruned_by_class(probabilities: Array, given: int, counts: Array) -> Array:
+    """Prune all images of one label but as many as truly have it, at least one."""
+    pruned = np.zeros(len(probabilities), bool)
+    number = len(probabilities) - max(counts[given], 1)
+    pruned[np.argsort(probabilities[:, given], kind="stable")[:number]] = True
+    return pruned
+
+
+def disagreeing(probabilities: Array, labels: Array) -> Array:
+    """Return True for each label [N] that is not the most probable class."""
+    raised = probabilities.copy()
+    raised[np.arange(len(labels)), labels] += TOLERANCE
+    return raised.argmax(axis=1) != labels
+
+
+def suspected_labels(probabilities: Array, labels: Array) -> tuple[int, Array]:
+    """Estimate the number of wrong labels, and list the positions of labels that disagree with the
+    prediction, the least probable first.
+
+    probabilities [N, K] must be from a model that was not trained on these labels [N]; or, for multi-label
+    data, labels [N, K] of 0 and 1, of which an image is counted and listed once.
+    """
+    labels = np.asarray(labels)
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    if labels.ndim == 2:
+        return _suspected_in_any(probabilities, labels)
+    if not len(labels):
+        return 0, np.zeros(0, np.int64)
+    differs = disagreeing(probabilities, labels)
+    confident = confident_labels(probabilities, labels)
+    count = np.count_nonzero((confident >= 0) & (confident != labels) & differs)
+    rows = np.flatnonzero(differs)
+    order = np.argsort(probabilities[rows, labels[rows]], kind="stable")
+    return int(count), rows[order]
+
+
+def _suspected_in_any(scores: Array, labels: Array) -> tuple[int, Array]:
+    """Do the same for scores and labels [N, K], class by class; one that all images have, or none, is not
+    checked."""
+    varied = np.flatnonzero(labels.any(axis=0) & ~labels.all(axis=0))
+    doubted, differs = np.zeros((2, len(labels)), bool)
+    for label in varied:
+        pair, given = np.stack([1 - scores[:, label], scores[:, label]], axis=1), labels[:, label]
+        doubted |= pruned_labels(pair, given.astype(int))
+        differs |= disagreeing(pair, given.astype(int))
+    rows = np.flatnonzero(differs)
+    return int(doubted.sum()), rows[np.argsort(_quality(scores, labels)[rows], kind="stable")]
+
+
+def _quality(scores: Array, labels: Array) -> Array:
+    """Return how well the labels of an image fit, 0..1 [N]: an exponential moving average of the
+    probabilities of its labels, in which the least probable one counts most."""
+    ordered = np.sort(np.where(labels, scores, 1 - scores), axis=1)[:, ::-1]
+    average = ordered[:, 0]
+    for column in ordered.T[1:]:
+        average = DISCOUNT * column + (1 - DISCOUNT) * average
+    return average

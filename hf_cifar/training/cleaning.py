@@ -1,0 +1,317 @@
+"""Leave out training images whose labels are probably wrong: --clean_labels.
+
+Each image is predicted by a model that was not trained on it (cross-validation), and confident learning
+compares the predictions with the labels. Of a pretrained model, the backbone stays as it is and only linear
+heads are trained, on features that are computed once, in two rounds; other models are trained once for each
+fold, like the run itself. Duplicates of an image may be in other folds; they are not looked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import tempfile
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from hf_cifar.audit.labels import doubted_labels
+from hf_cifar.config.model import SCRATCH
+from hf_cifar.config.run import RunConfig
+from hf_cifar.data.cache import load_array, save_array
+from hf_cifar.data.labels import SHOWN_CLASSES, class_counts
+from hf_cifar.data.split import Split, subset
+from hf_cifar.data.splits import Splits
+from hf_cifar.data.store import build_store, default_num_workers, images_of
+from hf_cifar.errors import UserError
+from hf_cifar.text import listed
+from hf_cifar.training.augmenting import augmentation
+from hf_cifar.training.autotune import DTYPES, computing_as
+from hf_cifar.training.build import build_trainer
+from hf_cifar.training.dataset import store_of
+from hf_cifar.training.features import PENALTIES, feature_store, has_feature_vectors, solve_head
+from hf_cifar.training.losses import evaluation_loss
+from hf_cifar.training.resumable import DOUBTED, IDENTITY_FILE, random_states, set_random_states
+from hf_cifar.transforms.preprocessing import Preprocessing
+
+if TYPE_CHECKING:  # hf_cifar.plan imports this package
+    from hf_cifar.plan import Plan
+
+logger = logging.getLogger(__name__)
+FOLDS = 5
+ROUNDS = 2  # of heads: the second is trained without the labels that the first doubts
+# Options that may change when a run resumes, but decide what a fold's model learns.
+DECISIVE = {
+    "num_train_epochs", "max_steps", "precision", "memory_format", "attention", "torch_compile",
+}  # fmt: skip
+
+
+def check_cleaning(config: RunConfig, splits: Splits) -> None:
+    """Raises: UserError for data or options that --clean_labels does not support."""
+    train = config.train
+    if train.clean_labels == "none":
+        return
+    flag = f"--clean_labels {train.clean_labels}"
+    if not isinstance(splits.train, Split):
+        raise UserError(
+            f"{flag} predicts every training image first, and a stream is not read in advance; leave out one "
+            "of --clean_labels and --streaming"
+        )
+    if splits.multi_label:
+        raise UserError(f"{flag} needs one label per image, and this data is multi-label")
+    if config.data.check_images == "used":
+        raise UserError(f"{flag} uses every training image first; leave out --check_images used")
+    if train.lr_scheduler_type == "reduce_lr_on_plateau":
+        raise UserError(
+            f"{flag} trains models without evaluations, which --lr_scheduler_type reduce_lr_on_plateau needs;"
+            " leave out one of them"
+        )
+
+
+def clean_labels(
+    model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, plan: Plan
+) -> Splits:
+    """Return the splits without the training images whose labels are doubted; validation keeps all images.
+
+    The rows are those of the checkpoint if the run resumes from one. Else they depend on images, labels,
+    weights and options alone, and are the same in every process. Neither the weights nor the random
+    generators change.
+    """
+    option, train = plan.config.train.clean_labels, splits.train
+    if option == "none":
+        return splits
+    assert isinstance(train, Split)  # see `check_cleaning`
+    if plan.checkpoint is not None:
+        text = (plan.checkpoint / IDENTITY_FILE).read_text(encoding="utf-8")
+        doubted = np.array(json.loads(text)[DOUBTED], np.int64).reshape(-1, 3)
+    else:
+        states = random_states(plan.processes.device)
+        doubted = find_doubted(model, image_processor, splits, plan)
+        set_random_states(states, plan.processes.device)
+    announce(doubted, train, option)
+    kept = np.flatnonzero(~np.isin(train.row_ids, doubted[:, 0]))
+    return dataclasses.replace(
+        splits, train=dataclasses.replace(subset(train, kept), doubted=doubted)
+    )
+
+
+def find_doubted(
+    model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, plan: Plan
+) -> np.ndarray:
+    """Return row id, label and suggested label of each doubted training image, int64 [D, 3]."""
+    train, processes = splits.train, plan.processes
+    assert isinstance(train, Split)
+    preprocessing = Preprocessing.from_image_processor(image_processor)
+    fold_of = assign_folds(train, plan.config.data.split_seed)
+    pretrained = not plan.config.model.model_name_or_path.startswith(SCRATCH)
+    model.to(processes.device)
+    if pretrained and has_feature_vectors(model, preprocessing):
+        found = [
+            predicted_by_heads(model, train, fold_of, preprocessing, plan)
+            if processes.is_main
+            else None
+        ]
+    else:
+        found = [predicted_by_trainings(model, image_processor, splits, fold_of, plan)]
+    if processes.count > 1:
+        broadcast_object_list(found)
+    probabilities = found[0]
+    assert probabilities is not None
+    rows = find_among(probabilities, train.labels, fold_of)
+    suggested = probabilities[rows].argmax(axis=1)
+    return np.stack([train.row_ids[rows], train.labels[rows], suggested], axis=1)
+
+
+def find_among(probabilities: np.ndarray, labels: np.ndarray, fold_of: np.ndarray) -> np.ndarray:
+    """Return the positions of the doubted labels among those that are in a fold."""
+    rows = np.flatnonzero(fold_of >= 0)
+    return rows[doubted_labels(probabilities[rows].astype(np.float64), labels[rows])]
+
+
+def assign_folds(train: Split, seed: int) -> np.ndarray:
+    """Return the fold [N] of each image, stratified; -1 for those of classes too small for every fold, which
+    are in training for all folds and are not doubted."""
+    generator, fold_of = np.random.default_rng(seed), np.full(len(train), -1)
+    counts = class_counts(train.labels, len(train.id2label))
+    for label in np.flatnonzero(counts >= FOLDS):
+        rows = generator.permutation(np.flatnonzero(train.labels == label))
+        fold_of[rows] = (np.arange(len(rows)) + label) % FOLDS
+    small = [train.id2label[int(label)] for label in np.flatnonzero(counts < FOLDS)]
+    if small:
+        logger.info(
+            "%s of %s classes have fewer than %d training images, and are not checked: %s",
+            f"{len(small):,}", f"{len(counts):,}", FOLDS, listed(small, SHOWN_CLASSES),
+        )  # fmt: skip
+    return fold_of
+
+
+def predicted_by_heads(
+    model: PreTrainedModel,
+    train: Split,
+    fold_of: np.ndarray,
+    preprocessing: Preprocessing,
+    plan: Plan,
+) -> np.ndarray:
+    """Return out-of-fold probabilities [N, K] of linear heads on the features of the backbone."""
+    logger.info(
+        "--clean_labels: predicting each of %s training images by one of %d linear heads that was not "
+        "trained on it, in %d rounds; this takes one forward pass of each image, and the heads",
+        f"{len(train):,}", FOLDS, ROUNDS,
+    )  # fmt: skip
+    store = build_store(train, device=plan.processes.device)
+    with computing_as(plan.setting, model):
+        features = feature_store(
+            model, train, store, preprocessing, augmentation(plan.config.augment),
+            batch_size=plan.config.train.per_device_eval_batch_size,
+            num_workers=default_num_workers(decodes=store.decodes),
+            dtype=DTYPES.get(plan.config.train.precision, torch.float32),
+        )  # fmt: skip
+    digest = hashlib.sha256(f"heads {len(train.id2label)} {PENALTIES} {ROUNDS}".encode())
+    for array in (features.features.cpu().numpy(), train.labels, fold_of):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    probabilities = load_array(digest.hexdigest())
+    if probabilities is None:
+        labels, folds = features.labels, torch.from_numpy(fold_of).to(features.labels.device)
+        trusted = torch.ones_like(folds, dtype=torch.bool)
+        for _ in range(ROUNDS):
+            solved = head_probabilities(
+                features.features[0], labels, folds, trusted, len(train.id2label)
+            )
+            probabilities = solved.cpu().numpy()
+            doubted = find_among(probabilities, train.labels, fold_of)
+            trusted = torch.from_numpy(~np.isin(np.arange(len(train)), doubted)).to(folds.device)
+        assert probabilities is not None
+        save_array(digest.hexdigest(), probabilities)
+    return probabilities
+
+
+def head_probabilities(
+    features: Tensor, labels: Tensor, fold_of: Tensor, trusted: Tensor, num_classes: int
+) -> Tensor:
+    """Return out-of-fold probabilities [N, K] of linear heads on features [N, D], at the penalty with the
+    lowest cross-entropy on the held-out images.
+
+    fold_of [N]: -1 for images that all heads are trained on. trusted [N]: False for labels that no head is
+    trained on.
+    """
+    scaled, checked = features / features.square().mean().sqrt(), (fold_of >= 0) & trusted
+    loss, lowest, best = evaluation_loss(multi_label=False), float("inf"), None
+    solved: list[Tensor | None] = [None] * FOLDS
+    for penalty in PENALTIES:
+        logits = scaled.new_zeros(len(labels), num_classes)
+        for fold in range(FOLDS):
+            held_out, others = fold_of == fold, (fold_of != fold) & trusted
+            head = solve_head(scaled[others], labels[others], num_classes, penalty, solved[fold])
+            logits[held_out] = scaled[held_out] @ head[:, :-1].T + head[:, -1]
+            solved[fold] = head
+        found = loss(logits[checked], labels[checked]).item()
+        if found >= lowest:
+            break
+        lowest, best = found, logits
+    assert best is not None
+    return best.softmax(dim=1)
+
+
+def predicted_by_trainings(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    splits: Splits,
+    fold_of: np.ndarray,
+    plan: Plan,
+) -> np.ndarray:
+    """Return out-of-fold probabilities [N, K] of models that are trained like the run, all from its initial
+    weights."""
+    train = splits.train
+    assert isinstance(train, Split)
+    logger.info(
+        "--clean_labels: predicting each of %s training images by one of %d models that was not trained on "
+        "it; their trainings take about %d times as long as the run's own",
+        f"{len(train):,}", FOLDS, FOLDS - 1,
+    )  # fmt: skip
+    key, main = key_of_trainings(model, train, fold_of, plan), plan.processes.is_main
+    probabilities = np.zeros((len(train), len(train.id2label)), np.float32)
+    for fold in range(FOLDS):
+        rows = np.flatnonzero(fold_of == fold)
+        cached = [load_array(f"{key}-{fold}") if main else None]
+        if plan.processes.count > 1:
+            broadcast_object_list(cached)
+        predicted = cached[0]
+        if predicted is None:
+            logger.info("--clean_labels: training %d of %d", fold + 1, FOLDS)
+            predicted = predicted_by_training(model, image_processor, train, rows, plan)
+            if main:
+                save_array(f"{key}-{fold}", predicted)
+        probabilities[rows] = predicted
+    return probabilities
+
+
+def predicted_by_training(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    train: Split,
+    rows: np.ndarray,
+    plan: Plan,
+) -> np.ndarray:
+    """Train a copy of the model on all images but those in `rows` [B]; return its probabilities [B, K] of
+    those. Nothing is kept on the disk."""
+    others = np.setdiff1d(np.arange(len(train)), rows)
+    parts = Splits(subset(train, others), subset(train, rows))
+    with tempfile.TemporaryDirectory() as own:
+        folder: list[Any] = [own]  # written to only if a signal ends the training
+        if plan.processes.count > 1:
+            broadcast_object_list(folder)
+        config = plan.config.with_training(
+            output_dir=folder[0], eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
+            early_stopping_patience=None, report_to=None,
+        )  # fmt: skip
+        fold_plan = dataclasses.replace(plan, config=config)
+        trainer = build_trainer(copy.deepcopy(model), image_processor, parts, fold_plan)
+        trainer.train()
+        logits = trainer.predict(store_of(parts.validation, trainer.args)).predictions
+        plan.processes.wait_for_all()
+    return torch.from_numpy(np.asarray(logits)).float().softmax(dim=1).numpy()
+
+
+def key_of_trainings(model: PreTrainedModel, train: Split, fold_of: np.ndarray, plan: Plan) -> str:
+    """Return a hash of all that determines the predictions: images, labels, folds, weights and options."""
+    fields = {each.name: each for part in vars(plan.config).values() if dataclasses.is_dataclass(part)
+              for each in dataclasses.fields(part)}  # fmt: skip
+    options = {
+        name: value
+        for name, value in plan.config.options().items()
+        if name in DECISIVE or not (name in fields and fields[name].metadata["may_change"])
+    }
+    where = (plan.processes.count, plan.processes.device.type, torch.get_num_threads())
+    pixels = images_of(train).pixel_hash or train.pixels.key_of(train.rows)
+    digest = hashlib.sha256(json.dumps([options, where, pixels], default=str).encode())
+    for array in (train.labels, fold_of):
+        digest.update(array.tobytes())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def announce(doubted: np.ndarray, train: Split, option: str) -> None:
+    """Log how many images are left out, and the most frequent changes of label."""
+    pairs = Counter(map(tuple, doubted[:, 1:].tolist())).most_common()
+    shown = listed(
+        [
+            f"{train.id2label[given]} -> {train.id2label[suggested]} {count:,}"
+            for (given, suggested), count in pairs
+        ],
+        SHOWN_CLASSES,
+    )
+    logger.info(
+        "--clean_labels %s: %s of %s training images (%.1f%%) are left out, as their labels are doubted%s",
+        option, f"{len(doubted):,}", f"{len(train):,}", 100 * len(doubted) / len(train),
+        f" (label -> suggested label): {shown}" if pairs else "",
+    )  # fmt: skip
