@@ -258,6 +258,12 @@ def test_combinations_that_cannot_work_are_refused(base_of, stripes, tmp_path):
         tiny_trainer(tmp_path / "run", stripes, base_of("vit"), *flags)
 
 
+def test_sharded_weights_are_refused(base_of, stripes, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="lora_rank cannot be combined with FSDP or DeepSpeed"):
+        tiny_run(tmp_path / "run", stripes, base_of("vit"), "--lora_rank", "4")
+
+
 def test_layers_of_another_class_are_left_out(base_of):
     """Such as convolutions that standardise their weights, which would not be those of the merged model."""
     classifier = build_model(ModelConfig(str(base_of("test_resnet")), image_size=32), ID2LABEL)
