@@ -308,8 +308,9 @@ COUPLED_DECAY = frozenset(
 RATES: dict[str | None, dict[str, Rates]] = {
     "adamw": {
         "head": Rates(2e-3),
-        # Published: peft's example for image classification has 5e-3 for 128 images, and our scaling; Schulman
-        # et al., LoRA Without Regret, 2025: ten times the rate of full fine-tuning, at four times our scaling.
+        # Published: peft's example for image classification has 5e-3 for 128 images, and our scaling;
+        # Schulman et al., LoRA Without Regret, 2025, ten times the rate of full fine-tuning, at four times
+        # our scaling.
         "lora": Rates(3e-3),
         "attention": Rates(7e-5),
         "convolution": Rates(1e-3),
