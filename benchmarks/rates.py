@@ -71,6 +71,14 @@ TASKS = {
             "muon": [2.5e-3, 5e-3, 0.01, 0.02, 0.04],
         },
     ),
+    "lite0_lora": Task(
+        "lora",
+        [
+            "--model_name_or_path", "bundled/efficientnet_lite0", "--image_size", "96",
+            "--lora_rank", "8", "--max_train_samples", "2500", "--num_train_epochs", "2",
+        ],
+        {"adamw": [1e-3, 3e-3, 8e-3, 1.6e-2]},
+    ),
     "lite0": Task(
         "depthwise",
         [
@@ -139,7 +147,7 @@ def main() -> None:
         "--per_device_train_batch_size", options.batch_size,
     ]  # fmt: skip
     for name in options.tasks:
-        for optimizer in options.optimizers:
+        for optimizer in filter(TASKS[name].rates.get, options.optimizers):
             measure(name, optimizer, data, options.output)
 
 

@@ -92,7 +92,7 @@ def build_model(
         else:
             classifier, new = _load_pretrained(config, id2label)
         model = classifier.model
-        if config.freeze == "backbone" and new < set(model.state_dict()):
+        if (config.freeze == "backbone" or config.lora_rank) and new < set(model.state_dict()):
             zero_head(model, new)
         check_forward(classifier, name, "pass another --image_size")
     check_dropout(model, config)

@@ -308,6 +308,10 @@ COUPLED_DECAY = frozenset(
 RATES: dict[str | None, dict[str, Rates]] = {
     "adamw": {
         "head": Rates(2e-3),
+        # Published: peft's example for image classification has 5e-3 for 128 images, and our scaling;
+        # Schulman et al., LoRA Without Regret, 2025, ten times the rate of full fine-tuning, at four times
+        # our scaling. EfficientNet-Lite0 on 2,000 images, 2 epochs: accuracy 0.788, 0.808 and 0.794 at 1e-3,
+        # 3e-3 and 8.5e-3.
         "lora": Rates(3e-3),
         "attention": Rates(7e-5),
         "convolution": Rates(1e-3),

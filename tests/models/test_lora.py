@@ -19,6 +19,7 @@ from hf_cifar import build_model
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import block_depths
+from hf_cifar.models.heads import head_parameter_names
 from hf_cifar.models.lora import is_adapter, merge_adapters, target_layers
 from hf_cifar.training.optimizers import model_family
 
@@ -117,10 +118,13 @@ def test_adapters_are_found_and_merged_without_changing_the_logits(name, base_of
     targets = [key.partition(".lora_A")[0] for key in model.state_dict() if ".lora_A" in key]
     kinds = {re.sub(r"[.\d]+$", "", target).rpartition(".")[2] for target in targets}
     assert (kinds, len(targets)) == TARGETS[name]
+    assert not logits(model, size_of(name)).any()  # the head begins with zeros
+    adapters = {key: p for key, p in model.named_parameters() if is_adapter(key)}
+    for key in head_parameter_names(model):
+        nn.init.normal_(model.get_parameter(key), std=0.1)
     before = logits(model, size_of(name))
-    for key, parameter in model.named_parameters():
-        if is_adapter(key):
-            nn.init.normal_(parameter, std=0.1)
+    for parameter in adapters.values():
+        nn.init.normal_(parameter, std=0.1)
     trained = logits(model, size_of(name))
     assert not torch.allclose(trained, before, atol=1e-4)
     merge_adapters(model)
@@ -256,6 +260,12 @@ def test_combinations_that_cannot_work_are_refused(base_of, stripes, tmp_path):
     with pytest.raises(UserError, match="lbfgs needs --freeze backbone"):
         flags = ["--lora_rank", "4", "--head_solver", "lbfgs"]
         tiny_trainer(tmp_path / "run", stripes, base_of("vit"), *flags)
+
+
+def test_sharded_weights_are_refused(base_of, stripes, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="lora_rank cannot be combined with FSDP or DeepSpeed"):
+        tiny_run(tmp_path / "run", stripes, base_of("vit"), "--lora_rank", "4")
 
 
 def test_layers_of_another_class_are_left_out(base_of):
