@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, disable_progress_bars
 
 from benchmarks.measure import conditions, summary, write
-from benchmarks.techniques import MODELS, SHARED, accuracy, paired_interval
+from benchmarks.techniques import CNN, HEAD, MODELS, SHARED, accuracy, paired_interval
 from hf_cifar import RunConfig, finetune_classifier
 from hf_cifar.commands.command import quieten
 from hf_cifar.config.data import DataConfig
@@ -29,6 +29,8 @@ OPTIONS = {
     **SHARED, "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": "true",
     "save_total_limit": 1,
 }  # fmt: skip
+# A network from random weights is predicted by its own kind, so it has to be good.
+MORE: dict[str, Mapping[str, object]] = {CNN: {"optim": "muon"}}
 VARIANTS = ("clean labels", "noisy labels", "--clean_labels drop", "wrong labels known, left out")
 
 
@@ -68,6 +70,7 @@ def measure(
         chosen = {
             **OPTIONS,
             **MODELS[model],
+            **MORE.get(model, {}),
             **options,
             "output_dir": folder + "/run",
             "seed": seed,
@@ -134,7 +137,7 @@ def main() -> None:
     """Measure the chosen models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", required=True)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[CNN, HEAD])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max_train_samples", type=int)
     options = parser.parse_args()

@@ -31,11 +31,11 @@ MODELS: dict[str, Options] = {
     },
     HEAD: {
         "model_name_or_path": "bundled/efficientnet_lite0", "freeze": "backbone", "image_size": 96,
-        "num_train_epochs": 10,
+        "num_train_epochs": 10, "max_eval_samples": 2500,
     },
     ALL: {
-        "model_name_or_path": "bundled/efficientnet_lite0", "image_size": 96, "num_train_epochs": 2,
-        "max_train_samples": 3000, "max_eval_samples": 2500,
+        "model_name_or_path": "bundled/efficientnet_lite0", "image_size": 64, "num_train_epochs": 2,
+        "max_train_samples": 2000, "max_eval_samples": 2500,
     },
 }  # fmt: skip
 SHARED = {
@@ -131,7 +131,7 @@ def named(option: str, *values: object) -> dict[str, Options]:
     return {str(value): {option: value} for value in values}
 
 
-SMALL = {"max_train_samples": 10000}
+SMALL = {"max_train_samples": 5000}
 TECHNIQUES: dict[str, Technique] = {
     "imbalance": Technique(
         {
@@ -166,6 +166,7 @@ TECHNIQUES: dict[str, Technique] = {
                 "lr_scheduler_kwargs": '{"patience": 1}',
             },
         },
+        models=(CNN,),
         options=SMALL,
     ),
     "weight penalty": Technique(
@@ -176,6 +177,7 @@ TECHNIQUES: dict[str, Technique] = {
             "L1 0.001": {"weight_decay": 0, "l1_decay": 0.001},
             "L1 0.01": {"weight_decay": 0, "l1_decay": 0.01},
         },
+        models=(CNN,),
         options=SMALL,
     ),
     "regularisation": Technique(
