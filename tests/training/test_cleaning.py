@@ -191,6 +191,7 @@ def test_a_small_class_keeps_its_rows(tmp_path, planted, tiny_vit):
         (["--streaming", "--max_eval_samples", "8"], "a stream is not read in advance"),
         (["--check_images", "used"], "leave out --check_images used"),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "trains models without evaluations"),
+        (["--lr_scheduler_type", "greedy"], "which --lr_scheduler_type greedy needs"),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_one_line(flags, message, tmp_path, shards, tiny_vit):
