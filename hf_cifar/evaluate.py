@@ -18,7 +18,7 @@ from hf_cifar.config.data import FULL_RANGE, DataConfig, is_same_source
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
 from hf_cifar.data.listing import refuse_data_folder
-from hf_cifar.data.split import Split, prepare_split
+from hf_cifar.data.split import Split, prepare_split, trained_rows
 from hf_cifar.data.splits import DataSource, is_named, load_other_split
 from hf_cifar.data.store import default_num_workers, images_of
 from hf_cifar.data.stratify import subsample
@@ -318,6 +318,7 @@ def _has_data_of_run(
     facts = run.facts()
     whole = moved.max_train_samples is None and moved.max_eval_samples is None
     total = facts.get("num_train", 0) + facts.get("num_validation", 0)
+    total += (facts.get("doubted_rows") or {"num_rows": 0})["num_rows"]
     if moved.on_bad_image == "error" and whole and total != num_images:
         return False
     try:
@@ -333,7 +334,7 @@ def _has_data_of_run(
 def _is_train_of_run(run: RunFolder, split: Split, preprocessing: Preprocessing) -> bool:
     """True if the images of a split are those that a run trained on, as far as its pixels are recorded."""
     facts = run.facts()
-    recorded = facts.get("pixel_hashes", {}).get("train")
+    recorded, split = facts.get("pixel_hashes", {}).get("train"), trained_rows(split, facts)
     as_many = recorded is not None and facts.get("num_train") == len(split)
     return as_many and pixel_hash(split, preprocessing, augmented=True) == recorded
 

@@ -31,6 +31,7 @@ from hf_cifar.runs.processes import Processes, is_sharded, start_processes
 from hf_cifar.runs.resume import run_to_resume, with_options_of
 from hf_cifar.text import duration
 from hf_cifar.training.autotune import Setting, pick_setting
+from hf_cifar.training.build import build_sampler, check_balance
 from hf_cifar.training.checkpoints import find_damage, newest_checkpoint
 from hf_cifar.training.cleaning import check_cleaning
 from hf_cifar.training.optimizers import Rates, default_rates, default_weight_decay
@@ -86,6 +87,7 @@ def plan_run(
     Raises: UserError if the options do not fit the model or the data, or there is nothing to resume from.
     """
     check_cleaning(config, splits)
+    check_balance(splits, config.train)
     processes, before = start_processes(config), config_before(config.train)
     checkpoint = find_checkpoint(config.train)
     resumed = with_options_of(before, config)
@@ -98,7 +100,7 @@ def plan_run(
     settled: dict[str, Any] = {
         **settle_rates(resumed, model, processes),
         **settle_evaluation(train),
-        "num_train_epochs": settle_epochs(train, len(splits.train), processes),
+        "num_train_epochs": settle_epochs(train, images_an_epoch(splits.train, train), processes),
         "metric_for_best_model": best_metric(train, model),
         "dataloader_num_workers": settle_workers(train, splits, processes),
     }
@@ -209,6 +211,12 @@ def images_a_step(train: TrainingConfig, processes: Processes) -> int:
     return batch * train.gradient_accumulation_steps * processes.count
 
 
+def images_an_epoch(split: Split | Stream, train: TrainingConfig) -> int:
+    """Return the number of images of an epoch, which over- and under-sampling change."""
+    sampler = build_sampler(split, train)
+    return len(split) if sampler is None else len(sampler)
+
+
 def settle_epochs(train: TrainingConfig, num_images: int, processes: Processes) -> float:
     """Return the number of epochs: as requested, else 3, or for few images up to 30, to make 500 steps.
 
@@ -220,7 +228,7 @@ def settle_epochs(train: TrainingConfig, num_images: int, processes: Processes) 
     epochs = float(min(max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps)), MAX_EPOCHS))
     if epochs != MIN_EPOCHS and train.max_steps <= 0 and train.head_solver == "optimizer":
         logger.info(
-            "training for %g epochs, %s steps, because train has only %s images (--num_train_epochs)",
+            "training for %g epochs, %s steps, because an epoch has only %s images (--num_train_epochs)",
             epochs, f"{epochs * steps:,.0f}", f"{num_images:,}",
         )  # fmt: skip
     return epochs

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from tiny import tiny_config
 
-from hf_cifar import finetune_classifier
+from hf_cifar import finetune_classifier, load_splits
 from hf_cifar.config.training import TrainingConfig
-from hf_cifar.plan import settle_epochs
+from hf_cifar.data.labels import class_counts
+from hf_cifar.errors import UserError
+from hf_cifar.plan import images_an_epoch, settle_epochs
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import Processes
 
@@ -37,3 +40,27 @@ def test_settled_options_are_saved_and_logged(tmp_path, stripes, caplog):
     assert (train.num_train_epochs, train.weight_decay) == (30, 0.0005)
     num_train = RunFolder(tmp_path / "run").facts()["num_train"]
     assert f"training for 30 epochs, {30 * -(-num_train // 32)} steps, because" in caplog.text
+
+
+@pytest.mark.parametrize("balance", ["undersample", "oversample"])
+def test_the_number_of_epochs_is_for_the_images_that_are_drawn(balance, tmp_path, stripes):
+    config = tiny_config(
+        tmp_path / "run", stripes, "scratch/article_mlp", "--imbalance_factor", "8",
+        "--class_balance", balance,
+    )  # fmt: skip
+    train = load_splits(config.data).train
+    counts = class_counts(train.labels, 2)
+    drawn = images_an_epoch(train, config.train)
+    assert drawn == 2 * (counts.min() if balance == "undersample" else counts.max())
+
+
+def test_data_that_cannot_be_balanced_are_refused_before_images_are_read(tmp_path, lights, shards):
+    for data, flags, kind in [
+        (lights, [], "multi-label data"),
+        (shards, ["--streaming", "--max_eval_samples", "8"], "a stream, whose classes are not"),
+    ]:
+        config = tiny_config(
+            tmp_path / "run", data, "scratch/article_mlp", "--class_balance", "oversample", *flags
+        )
+        with pytest.raises(UserError, match=f"--class_balance oversample is not for {kind}"):
+            finetune_classifier(config)

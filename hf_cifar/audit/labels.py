@@ -1,7 +1,7 @@
 """Labels that are probably wrong, by confident learning.
 
-It compares each label with the probabilities of a model that was not trained on it. Results equal those of
-cleanlab 2.9.
+It compares each label with the probabilities of a model that was not trained on it. All results but those of
+`doubted_labels` equal those of cleanlab 2.9.
 Source: Northcutt, Jiang and Chuang, Confident Learning: Estimating Uncertainty in Dataset Labels, 2021.
 """
 
@@ -62,17 +62,19 @@ def doubted_labels(probabilities: Array, labels: Array) -> Array:
     Every class keeps an image. That is more precise at the same number than `pruned_labels`, most of all if
     the model is weak.
     """
-    differs, confident = (
-        disagreeing(probabilities, labels),
-        confident_labels(probabilities, labels),
-    )
-    certain = differs & (confident >= 0) & (confident != labels)
+    certain = _certainly_other(probabilities, labels)
     doubted = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         number = min(int(certain[rows].sum()), len(rows) - 1)
         doubted[rows[np.argsort(probabilities[rows, label], kind="stable")[:number]]] = True
     return doubted
+
+
+def _certainly_other(probabilities: Array, labels: Array) -> Array:
+    """Return True for each label [N] whose image is almost certainly of another class."""
+    confident = confident_labels(probabilities, labels)
+    return disagreeing(probabilities, labels) & (confident >= 0) & (confident != labels)
 
 
 def pruned_labels(probabilities: Array, labels: Array) -> Array:
@@ -132,10 +134,8 @@ def suspected_labels(probabilities: Array, labels: Array) -> tuple[int, Array]:
         return _suspected_in_any(probabilities, labels)
     if not len(labels):
         return 0, np.zeros(0, np.int64)
-    differs = disagreeing(probabilities, labels)
-    confident = confident_labels(probabilities, labels)
-    count = np.count_nonzero((confident >= 0) & (confident != labels) & differs)
-    rows = np.flatnonzero(differs)
+    count = np.count_nonzero(_certainly_other(probabilities, labels))
+    rows = np.flatnonzero(disagreeing(probabilities, labels))
     order = np.argsort(probabilities[rows, labels[rows]], kind="stable")
     return int(count), rows[order]
 

@@ -127,6 +127,10 @@ def check_combinations(config: RunConfig) -> None:
             f"--backbone_learning_rate has no effect with --freeze {model.freeze}; leave out one of them",
         ),
         (
+            train.layer_decay != 1 and model.freeze == "backbone",
+            "--layer_decay has no effect with --freeze backbone; leave out one of them",
+        ),
+        (
             unfreezes and model.freeze != "none",
             f"--unfreeze_epochs and --freeze {model.freeze} both say what is frozen; leave out one of them",
         ),
@@ -138,11 +142,10 @@ def check_combinations(config: RunConfig) -> None:
             unfreezes and unused is False,
             "--unfreeze_epochs needs --ddp_find_unused_parameters; leave out its false",
         ),
-        (
-            train.sam_rho > 0 and train.head_solver == "lbfgs",
-            "--sam_rho has no effect with --head_solver lbfgs; leave out one of them",
-        ),
     ]
+    for name in ("sam_rho", "ema_decay", "l1_decay", "early_stopping_patience"):
+        message = f"--{name} has no effect with --head_solver lbfgs; leave out one of them"
+        refused.append((bool(getattr(train, name)) and train.head_solver == "lbfgs", message))
     for name in ("dropout", "drop_path"):
         message = f"--{name} has no effect on cached features; pass --feature_views 0"
         refused.append((bool(getattr(model, name)) and cached, message))

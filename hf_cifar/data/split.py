@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
@@ -176,6 +176,13 @@ def without_rows(split: Split, row_ids: Sequence[int]) -> Split:
     if not len(row_ids):
         return split
     return subset(split, np.flatnonzero(~np.isin(split.row_ids, row_ids)))
+
+
+def trained_rows(train: Split, facts: dict[str, Any]) -> Split:
+    """Leave out the rows that a run did not train on, by its run.json: unreadable and doubted ones."""
+    skipped = facts.get("skipped_rows", {}).get("train", [])
+    doubted = (facts.get("doubted_rows") or {"row_ids": []})["row_ids"]
+    return without_rows(train, [*skipped, *doubted])
 
 
 def with_images(

@@ -19,7 +19,7 @@ from hf_cifar.audit.labels import suspected_labels
 from hf_cifar.audit.properties import image_properties
 from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.config.objects import MEMORY
-from hf_cifar.data.split import Split, without_rows
+from hf_cifar.data.split import Split, trained_rows, without_rows
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.calibration import NUM_BINS, reliability
@@ -107,11 +107,8 @@ def build_report(
     if config.check_duplicates:
         train = source.splits.train
         if isinstance(train, Split):
-            left_out = run.get("skipped_rows", {}).get("train", [])
-            left_out = [*left_out, *(run.get("doubted_rows") or {"row_ids": []})["row_ids"]]
-            train = without_rows(train, left_out)
             facts["duplicates"], of_pairs = duplicates_of(
-                evaluated, split, train, config.gallery_size
+                evaluated, split, trained_rows(train, run), config.gallery_size
             )
             pictures |= of_pairs
     return Report(facts, pictures)

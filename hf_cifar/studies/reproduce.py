@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from hf_cifar.config.metrics import shown
 from hf_cifar.config.objects import require_object
 from hf_cifar.config.run import RunConfig
+from hf_cifar.data.split import Split, trained_rows
 from hf_cifar.data.splits import DataSource, prepare_splits
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
@@ -115,7 +116,9 @@ def check_data(source: DataSource, folder: Path, facts: dict[str, Any]) -> None:
             f"originally {facts['split_hash'][:16]}; {advice}"
         )
     splits = prepare_splits(source.splits, preprocessing, source.config)
-    now = pixel_hashes((splits.train, splits.validation))
+    train = splits.train
+    train = trained_rows(train, facts) if isinstance(train, Split) else train
+    now = pixel_hashes((train, splits.validation))
     for split, original in facts.get("pixel_hashes", {}).items():
         if now.get(split, original) != original:
             raise UserError(

@@ -99,34 +99,47 @@ def build_trainer(
 
 
 def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingConfig) -> Loss:
-    """Return the loss of the options. Raises: UserError for data that cannot be balanced by class."""
-    counts, multi_label = None, is_multi_label(model)
+    """Return the loss of the options."""
+    counts = None
     if isinstance(train, Split):
         counts = torch.from_numpy(class_counts(train.labels, len(train.id2label))).float()
-    if config.class_balance != "none" and (counts is None or multi_label):
-        kind = "multi-label data" if multi_label else "a stream, whose classes are not counted"
-        raise UserError(f"--class_balance {config.class_balance} is not for {kind}; leave it out")
-    if isinstance(train, Split) and not multi_label and config.class_balance == "none":
-        suggest_balance(train)
     return training_loss(
         config.label_smoothing_factor,
-        multi_label=multi_label,
+        multi_label=is_multi_label(model),
         name=config.loss,
         balance=config.class_balance,
         counts=counts,
     )
 
 
-def suggest_balance(train: Split) -> None:
-    """Say so if the largest class has far more images than the smallest."""
+def check_balance(splits: Splits, config: TrainingConfig) -> None:
+    """Say so if the largest class has far more images than the smallest, and --class_balance is left out.
+
+    Raises: UserError for data that cannot be balanced by class.
+    """
+    train = splits.train
+    if splits.multi_label or isinstance(train, Stream):
+        if config.class_balance != "none":
+            kind = (
+                "multi-label data"
+                if splits.multi_label
+                else "a stream, whose classes are not counted"
+            )
+            raise UserError(
+                f"--class_balance {config.class_balance} is not for {kind}; leave it out"
+            )
+        return
+    if config.class_balance != "none":
+        return
+    solver = " (without --head_solver lbfgs)" if config.head_solver == "lbfgs" else ""
     counts = class_counts(train.labels, len(train.id2label))
     small, large = int(counts.argmin()), int(counts.argmax())
     if counts[large] >= UNEQUAL * counts[small]:
         logger.info(
             "train: class %r has %s images, %r has %s; rare classes will often be missed unless "
-            "--class_balance logit_adjustment counts all classes the same",
+            "--class_balance logit_adjustment%s counts all classes the same",
             train.id2label[large], f"{counts[large]:,}", train.id2label[small],
-            f"{counts[small]:,}",
+            f"{counts[small]:,}", solver,
         )  # fmt: skip
 
 
@@ -134,7 +147,7 @@ def build_sampler(train: Split | Stream, config: TrainingConfig) -> BalancedSamp
     """Return the sampler of the options, or None for the Trainer's own."""
     if config.class_balance not in SAMPLED:
         return None
-    assert isinstance(train, Split)  # see `build_loss`
+    assert isinstance(train, Split)  # see `check_balance`
     return BalancedSampler(train.labels, config.class_balance, config.seed)
 
 

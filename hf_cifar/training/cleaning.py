@@ -40,6 +40,7 @@ from hf_cifar.training.dataset import store_of
 from hf_cifar.training.features import PENALTIES, feature_store, has_feature_vectors, solve_head
 from hf_cifar.training.losses import evaluation_loss
 from hf_cifar.training.resumable import DOUBTED, IDENTITY_FILE, random_states, set_random_states
+from hf_cifar.training.schedules import FOLLOWS_A_METRIC
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 if TYPE_CHECKING:  # hf_cifar.plan imports this package
@@ -69,10 +70,10 @@ def check_cleaning(config: RunConfig, splits: Splits) -> None:
         raise UserError(f"{flag} needs one label per image, and this data is multi-label")
     if config.data.check_images == "used":
         raise UserError(f"{flag} uses every training image first; leave out --check_images used")
-    if train.lr_scheduler_type == "reduce_lr_on_plateau":
+    if train.lr_scheduler_type in FOLLOWS_A_METRIC:
         raise UserError(
-            f"{flag} trains models without evaluations, which --lr_scheduler_type reduce_lr_on_plateau needs;"
-            " leave out one of them"
+            f"{flag} trains models without evaluations, which --lr_scheduler_type {train.lr_scheduler_type} "
+            "needs; leave out one of them"
         )
 
 

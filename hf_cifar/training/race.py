@@ -7,7 +7,6 @@ Source: Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyper
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import math
@@ -41,7 +40,7 @@ from hf_cifar.training.build import build_trainer
 from hf_cifar.training.features import accepting_features
 from hf_cifar.training.guards import FiniteLoss
 from hf_cifar.training.progress import EvaluationProgress, StopAtNaN, TrainingLines
-from hf_cifar.training.schedules import FOLLOWS_A_METRIC, build_schedule, schedule_name
+from hf_cifar.training.schedules import FOLLOWS_A_METRIC, build_schedule
 from hf_cifar.training.trainer import ImageClassificationTrainer
 
 if TYPE_CHECKING:  # hf_cifar.plan imports this module
@@ -240,9 +239,14 @@ def announce(rates: list[float], rungs: list[Rung], share: float, num_images: in
 
 
 def short_run(config: RunConfig, folder: str, rate: float) -> RunConfig:
-    """Return the options of the short runs: those of the run, but nothing is evaluated, saved or reported."""
+    """Return the options of the short runs: those of the run, but nothing is evaluated, saved or reported.
+
+    A schedule that follows a metric stays at its peak after the warm-up.
+    """
+    follows = config.train.lr_scheduler_type in FOLLOWS_A_METRIC
+    peak = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None} if follows else {}
     changed = config.with_training(
-        learning_rate=rate, output_dir=folder, run_name=None, report_to=None, push_to_hub=False,
+        **peak, learning_rate=rate, output_dir=folder, run_name=None, report_to=None, push_to_hub=False,
         eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
         early_stopping_patience=None, torch_compile=False, disable_tqdm=True,
     )  # fmt: skip
@@ -340,12 +344,8 @@ def compressed_schedule(
 ) -> LRScheduler:
     """Return the schedule that `args` name for `run_steps` steps, with warm-up, in `num_steps` steps.
 
-    Each step has the rate in the middle of those that it stands for. A schedule that follows a metric stays
-    at its peak after the warm-up.
+    Each step has the rate in the middle of those that it stands for.
     """
-    if schedule_name(args) in FOLLOWS_A_METRIC:
-        args = copy.copy(args)
-        args.lr_scheduler_type, args.lr_scheduler_kwargs = "constant", None
     peak = args.learning_rate
     imitated = torch.optim.SGD([torch.zeros(1)], lr=peak)
     schedule, shares = build_schedule(args, imitated, run_steps), []

@@ -7,11 +7,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_config
 
-from hf_cifar import build_model, finetune_classifier, load_splits, plan_run
+from hf_cifar import build_model, finetune_classifier, load_splits, plan_run, reproduce_run
+from hf_cifar.config.data import DataConfig
+from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
+from hf_cifar.evaluate import evaluate_saved
 from hf_cifar.finetune import prepare_images
 from hf_cifar.report.page import write_report
 from hf_cifar.training.cleaning import FOLDS, assign_folds, clean_labels
@@ -140,6 +144,29 @@ def test_a_resumed_run_has_the_same_rows_and_bits(
         assert torch.equal(value, weights[name]), name
 
 
+def test_a_run_without_its_doubted_rows_is_reproduced_and_known_by_its_data(
+    tmp_path, planted, tiny_vit, caplog
+):
+    """The recorded pixels are those of the rows that were trained on."""
+    images, labels = planted[0]["train"]
+    data = tmp_path / "data"
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (data / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(data / str(label) / f"{number:03}.png")
+    flags = ["--clean_labels", "drop", "--num_train_epochs", "1", "--train_val_split", "0.2"]
+    finetune_classifier(tiny_config(tmp_path / "run", data, tiny_vit, *flags))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["doubted_rows"]["num_rows"]
+    found = reproduce_run(tmp_path / "run", tmp_path / "again")
+    assert found["changed"] == {} and found["weights"]["identical"]
+    moved = shutil.copytree(data, tmp_path / "moved")
+    config = EvaluateConfig(
+        model_name_or_path=str(tmp_path / "run"), output_dir=str(tmp_path / "out"), use_cpu=True
+    )
+    caplog.set_level(logging.INFO)
+    evaluate_saved(config, DataConfig(dataset_name=str(moved)))
+    assert "moved holds the data of the run: only its validation images" in caplog.text
+
+
 def test_predictions_come_from_the_cache_and_are_the_same_without_it(
     tmp_path, planted, pixel_cache, caplog
 ):
@@ -191,6 +218,7 @@ def test_a_small_class_keeps_its_rows(tmp_path, planted, tiny_vit):
         (["--streaming", "--max_eval_samples", "8"], "a stream is not read in advance"),
         (["--check_images", "used"], "leave out --check_images used"),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "trains models without evaluations"),
+        (["--lr_scheduler_type", "greedy"], "which --lr_scheduler_type greedy needs"),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_one_line(flags, message, tmp_path, shards, tiny_vit):

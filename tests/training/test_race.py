@@ -148,14 +148,17 @@ def test_a_short_run_has_the_schedule_of_the_whole_one(name, options, warmup, tm
     assert rates(lambda optimizer: compressed_schedule(args, optimizer, 300, 300), 300) == whole
 
 
-def test_a_schedule_that_follows_a_metric_stays_at_its_peak(tmp_path):
-    args = TrainingArguments(str(tmp_path), learning_rate=1e-3, warmup_steps=0.1)
-    args.lr_scheduler_type, args.lr_scheduler_kwargs = "reduce_lr_on_plateau", {"patience": 0}
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
-    schedule = compressed_schedule(args, optimizer, 10, 100)
-    optimizer.step()
-    schedule.step()
-    assert schedule.get_last_lr() == [1e-3]
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_follows_a_metric_stays_at_its_peak(name, tmp_path, stripes, tiny_vit):
+    schedule = ["--lr_scheduler_type", name, "--lr_scheduler_kwargs", '{"patience": 0}']
+    config = tiny_config(tmp_path / "run", stripes, tiny_vit, *LONG, *schedule)
+    plan = plan_run(config, *built(config))
+    assert plan.race["learning_rate"] == plan.config.train.learning_rate
+    assert plan.config.train.lr_scheduler_type == name
+    trainer = sprinter(tmp_path / "run", stripes, tiny_vit, *schedule)
+    trainer.loss_of(1e-3, 10)
+    rates = compressed_schedule(trainer.args, torch.optim.SGD([torch.zeros(1)], lr=1e-3), 10, 100)
+    assert [rates.lr_lambdas[0](step) for step in (0, 1, 9)] == [0.5, 1, 1]
 
 
 def test_a_far_too_small_and_a_far_too_large_rate_lose(tmp_path, stripes, monkeypatch, caplog):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import tiny_trainer
 
+from hf_cifar import RunConfig
 from hf_cifar.errors import UserError
 
 LONG_TAIL = ["--imbalance_factor", "4", "--class_balance"]
@@ -69,6 +70,24 @@ def test_the_solved_head_takes_no_other_loss(tmp_path, stripes, tiny_vit):
             UserError, match="lbfgs minimises plain cross-entropy; leave out --loss"
         ):
             tiny_trainer(tmp_path / "run", stripes, tiny_vit, *solver, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--sam_rho", "0.05"], ["--ema_decay", "0.9"], ["--l1_decay", "0.1"],
+        ["--early_stopping_patience", "2"],
+    ],
+)  # fmt: skip
+def test_options_of_steps_are_refused_for_a_solved_head(flags):
+    solver = ["--freeze", "backbone", "--head_solver", "lbfgs"]
+    with pytest.raises(UserError, match=f"{flags[0]} has no effect with --head_solver lbfgs"):
+        RunConfig.parse([*solver, *flags])
+
+
+def test_a_decay_by_layer_is_refused_for_a_head():
+    with pytest.raises(UserError, match="--layer_decay has no effect with --freeze backbone"):
+        RunConfig.parse(["--freeze", "backbone", "--layer_decay", "0.8"])
 
 
 def test_unequal_classes_are_stated_with_what_to_do(tmp_path, stripes, tiny_vit, caplog):
