@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # hf_cifar.plan imports this package
     from hf_cifar.plan import Plan
 
 logger = logging.getLogger(__name__)
-# From this ratio of the largest class to the smallest one, --class_balance is suggested.
+# --class_balance is suggested if the largest class has at least this many times the images of the smallest.
 UNEQUAL = 5
 
 
@@ -118,13 +118,13 @@ def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingCo
 
 
 def suggest_balance(train: Split) -> None:
-    """Say so if the largest class has far more images than the smallest."""
+    """Suggest --class_balance if the largest class has far more images than the smallest."""
     counts = class_counts(train.labels, len(train.id2label))
     small, large = int(counts.argmin()), int(counts.argmax())
     if counts[large] >= UNEQUAL * counts[small]:
         logger.info(
-            "train: class %r has %s images, %r has %s; rare classes will often be missed unless "
-            "--class_balance logit_adjustment counts all classes the same",
+            "train: class %r has %s images, %r has %s; rare classes will often be missed; consider "
+            "--class_balance logit_adjustment, which makes all classes count equally",
             train.id2label[large], f"{counts[large]:,}", train.id2label[small],
             f"{counts[small]:,}",
         )  # fmt: skip
