@@ -136,7 +136,8 @@ def check_combinations(config: RunConfig) -> None:
         ),
         (
             unfreezes and unused is False,
-            "--unfreeze_epochs cannot be combined with --ddp_find_unused_parameters false; leave out one of them",
+            "--unfreeze_epochs cannot be combined with --ddp_find_unused_parameters false; leave out "
+            "one of them",
         ),
         (
             train.sam_rho > 0 and train.head_solver == "lbfgs",
