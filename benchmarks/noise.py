@@ -1,4 +1,4 @@
-"""What --clean_labels is worth where 20% of the labels are wrong: paired runs on one split.
+"""The effect of --clean_labels with 20% wrong labels: paired runs on one split.
 
 python -m benchmarks.noise --dataset_name DATA [--models article_cnn] [--seeds 3] [--max_train_samples 10000]
 """

@@ -1,4 +1,4 @@
-"""`--learning_rate auto` against a sweep of nine rates by complete runs, with a range test's picks beside it.
+"""`--learning_rate auto` against a sweep of nine learning rates in complete runs, and against a range test.
 
 python -m benchmarks.race --dataset_name DATA [--models article_cnn] [--data digits] [--epochs 5]
 """

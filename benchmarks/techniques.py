@@ -1,4 +1,4 @@
-"""What each technique is worth: paired runs on one split, with the difference from a run without it.
+"""The effect of each technique: paired runs on one split, with the difference from a run without it.
 
 python -m benchmarks.techniques --dataset_name DATA [--only imbalance] [--models article_cnn]
 """

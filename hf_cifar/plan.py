@@ -41,7 +41,7 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 logger = logging.getLogger(__name__)
 # Training images are decoded before training if that takes at most this long.
 CHECK_SECONDS = 10
-# Default length: this many epochs, or more for few images, to make this many steps.
+# Default length: MIN_EPOCHS, or up to MAX_EPOCHS for few images, to reach MIN_STEPS.
 MIN_EPOCHS, MAX_EPOCHS, MIN_STEPS = 3.0, 30.0, 500
 
 
@@ -50,8 +50,8 @@ class Plan:
     """A run's options and processes, with every unset option resolved.
 
     requested: the options as given. config: the same with every unset value resolved, for config.yaml.
-    checkpoint: the folder that the run resumes from. processes: those that train. race: that settled the
-    rate with --learning_rate auto, as in `Race.facts`; also that of the resumed run.
+    checkpoint: the folder that the run resumes from. processes: those that train. race: chose the
+    learning rate with --learning_rate auto, as in `Race.facts`; on resume, the race of the resumed run.
     """
 
     requested: RunConfig
@@ -189,9 +189,9 @@ def rates_of(config: RunConfig, model: PreTrainedModel, processes: Processes) ->
 
 def settle_rates(config: RunConfig, model: PreTrainedModel, processes: Processes) -> dict[str, Any]:
     """Return learning rate, clipping and weight decay: the requested ones, or the defaults of optimiser and
-    model family; a rate of auto is settled later.
+    model family; with --learning_rate auto, a race decides later.
 
-    Raises: UserError for an optimiser without a known rate.
+    Raises: UserError for an optimiser without a known learning rate.
     """
     train = config.train
     names = ("learning_rate", "max_grad_norm", "weight_decay")
@@ -218,7 +218,7 @@ def images_an_epoch(split: Split | Stream, train: TrainingConfig) -> int:
 
 
 def settle_epochs(train: TrainingConfig, num_images: int, processes: Processes) -> float:
-    """Return the number of epochs: as requested, else 3, or for few images up to 30, to make 500 steps.
+    """Return the number of epochs: as requested, else 3, or up to 30 for few images, to reach 500 steps.
 
     Source: Kolesnikov et al., Big Transfer, 2020, whose shortest run has 500 steps.
     """
@@ -228,7 +228,8 @@ def settle_epochs(train: TrainingConfig, num_images: int, processes: Processes) 
     epochs = float(min(max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps)), MAX_EPOCHS))
     if epochs != MIN_EPOCHS and train.max_steps <= 0 and train.head_solver == "optimizer":
         logger.info(
-            "training for %g epochs, %s steps, because an epoch has only %s images (--num_train_epochs)",
+            "training for %g epochs, %s steps, because an epoch has only %s images; --num_train_epochs "
+            "overrides this",
             epochs, f"{epochs * steps:,.0f}", f"{num_images:,}",
         )  # fmt: skip
     return epochs
@@ -282,7 +283,7 @@ def best_metric(train: TrainingConfig, model: PreTrainedModel) -> str:
         # Average precision needs no thresholds; they are fitted only at the end.
         default = "average_precision_macro"
     else:
-        # Who balances the classes wants each to count the same.
+        # With --class_balance, all classes are meant to count equally.
         default = "accuracy" if train.class_balance == "none" else "balanced_accuracy"
     known = best_metrics(multi_label=is_multi_label(model))
     if requested is not None and requested.removeprefix("eval_") not in known:
@@ -297,7 +298,7 @@ def settle_check(
     config: RunConfig, splits: Splits, preprocessing: Preprocessing, processes: Processes
 ) -> Literal["all", "used"]:
     """Return when training images are decoded: as requested, else all before training if that takes at most
-    ten seconds, if the head alone trains, on features of all images, or if all labels are checked.
+    ten seconds, if only the head trains, on features of all images, or if --clean_labels checks all labels.
 
     The first process measures for all.
     """
@@ -411,7 +412,7 @@ def measured_setting(
             num_batches(config, num_images, processes),
             fixed.get("memory_format", "auto"),
             fixed.get("attention", "auto"),
-            compiles=not config.train.unfreeze_epochs,  # which would compile again for each block
+            compiles=not config.train.unfreeze_epochs,  # which would recompile for each block
         )
         logger.info(line)
     if processes.count > 1:

@@ -29,7 +29,8 @@ def check_request(config: RunConfig, source: DataSource) -> None:
     """Run the checks that need no model, including those of steps at the end of the run.
 
     Raises: UserError if `source` has other data, the output folder holds another run, the device does not
-    support the requested precision, no rates can race, test is requested but missing, or a push would fail.
+    support the requested precision, a race of learning rates is not possible, test is requested but
+    missing, or a push would fail.
     """
     train, folder = config.train, Path(config.train.output_dir)
     if source.config != config.data:

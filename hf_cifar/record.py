@@ -79,8 +79,8 @@ def skipped_rows(splits: Splits) -> dict[str, list[int]]:
 
 
 def doubted_rows(train: Split | Stream) -> dict[str, Any] | None:
-    """Return the training rows that --clean_labels has left out, with the label and the suggested label of
-    each, and how often each change of label is suggested; None without --clean_labels."""
+    """Return the training rows that --clean_labels left out, with their labels and suggested labels, and the
+    count of each suggested change; None without --clean_labels."""
     if not isinstance(train, Split) or train.doubted is None:
         return None
     ids, given, suggested = train.doubted.T.tolist()

@@ -1,7 +1,8 @@
 """Labels that are probably wrong, by confident learning.
 
-It compares each label with the probabilities of a model that was not trained on it. All results but those of
+Compares each label with the probabilities of a model that was not trained on it. All results but those of
 `doubted_labels` equal those of cleanlab 2.9.
+
 Source: Northcutt, Jiang and Chuang, Confident Learning: Estimating Uncertainty in Dataset Labels, 2021.
 """
 
@@ -10,15 +11,15 @@ from __future__ import annotations
 import numpy as np
 
 Array = np.ndarray
-TOLERANCE = 1e-6  # of comparisons
-DISCOUNT = 0.8  # of the better labels of an image, see `_quality`
+TOLERANCE = 1e-6  # when probabilities are compared
+DISCOUNT = 0.8  # weight of the least probable label of an image, see `_quality`
 
 
 def confident_labels(probabilities: Array, labels: Array) -> Array:
-    """Return the class [N] that each image almost certainly has; -1 if no class reaches its threshold.
+    """Return the class [N] confidently assigned to each image; -1 if no class reaches its threshold.
 
-    The threshold of a class is the mean of its probability over the images [N, K] with that label [N]. A
-    class without images is never certain.
+    The threshold of a class is the mean of its probability [N, K] over the images with that label [N]. A
+    class without images is never assigned.
     """
     classes = np.arange(probabilities.shape[1])
     own = [probabilities[labels == label, label] for label in classes]
@@ -41,7 +42,7 @@ def confident_joint(probabilities: Array, labels: Array) -> Array:
     np.fill_diagonal(joint, np.maximum(joint.diagonal(), 1))
     counts = np.bincount(labels, minlength=num_classes)
     joint = joint / joint.sum(axis=1, keepdims=True) * counts[:, None]
-    joint = joint / joint.sum() * counts.sum()  # changes last digits, and so what is rounded up
+    joint = joint / joint.sum() * counts.sum()  # changes the last digits, and so the rounding
     return np.stack([_rounded(row) for row in joint])
 
 
@@ -56,11 +57,11 @@ def _rounded(values: Array) -> Array:
 
 
 def doubted_labels(probabilities: Array, labels: Array) -> Array:
-    """Return True for each label [N] to leave out: of each class, as many labels as images that are almost
-    certainly of another one, those with the lowest probability.
+    """Return True for each label [N] to leave out: in each class, the labels with the lowest probability, as
+    many as there are images confidently assigned to another class.
 
-    Every class keeps an image. That is more precise at the same number than `pruned_labels`, most of all if
-    the model is weak.
+    Every class keeps at least one image. For the same number of labels, this is more precise than
+    `pruned_labels`, above all with a weak model.
     """
     certain = _certainly_other(probabilities, labels)
     doubted = np.zeros(len(labels), bool)
@@ -80,10 +81,11 @@ def _certainly_other(probabilities: Array, labels: Array) -> Array:
 def pruned_labels(probabilities: Array, labels: Array) -> Array:
     """Return True for each label [N] that is probably wrong: pruned both by noise rate and by class.
 
-    Of the images with a label, the joint says how many have which other one. By noise rate, as many are
-    pruned in favour of each other label, those that prefer it most; by class, as many in all, those with the
-    lowest probability of their label. Every class keeps an image. probabilities [N, K] must be from a model
-    that was not trained on these labels.
+    The joint gives the number of images of each label that belong to each other class. By noise rate, that
+    number is pruned for each other class, by the largest margin over the label. By class, the total is
+    pruned, by the lowest probability of the label. Every class keeps at least one image.
+
+    probabilities [N, K] must be from a model that was not trained on these labels.
     """
     joint, doubted = confident_joint(probabilities, labels), np.zeros(len(labels), bool)
     for given, counts in enumerate(joint):
@@ -95,8 +97,8 @@ def pruned_labels(probabilities: Array, labels: Array) -> Array:
 
 
 def _pruned_by_noise_rate(probabilities: Array, given: int, counts: Array) -> Array:
-    """Prune images of one label, [N, K], by their margin. counts [K]: how many have which true label."""
-    if not counts[given]:  # leave one
+    """Prune images of one label, [N, K], by their margin. counts [K]: number of images of each true label."""
+    if not counts[given]:  # keep one image
         counts = counts - 1
     pruned = np.zeros(len(probabilities), bool)
     for other in np.flatnonzero(counts > 0):
@@ -107,7 +109,7 @@ def _pruned_by_noise_rate(probabilities: Array, given: int, counts: Array) -> Ar
 
 
 def _pruned_by_class(probabilities: Array, given: int, counts: Array) -> Array:
-    """Prune all images of one label but as many as truly have it, at least one."""
+    """Prune all images of one label but the number that truly have it, at least one."""
     pruned = np.zeros(len(probabilities), bool)
     number = len(probabilities) - max(counts[given], 1)
     pruned[np.argsort(probabilities[:, given], kind="stable")[:number]] = True
@@ -126,7 +128,7 @@ def suspected_labels(probabilities: Array, labels: Array) -> tuple[int, Array]:
     prediction, the least probable first.
 
     probabilities [N, K] must be from a model that was not trained on these labels [N]; or, for multi-label
-    data, labels [N, K] of 0 and 1, of which an image is counted and listed once.
+    data, labels [N, K] of 0 and 1, where each image is counted and listed once.
     """
     labels = np.asarray(labels)
     probabilities = np.asarray(probabilities, dtype=np.float64)
@@ -141,7 +143,7 @@ def suspected_labels(probabilities: Array, labels: Array) -> tuple[int, Array]:
 
 
 def _suspected_in_any(scores: Array, labels: Array) -> tuple[int, Array]:
-    """Do the same for scores and labels [N, K], class by class; one that all images have, or none, is not
+    """Do the same for scores and labels [N, K], class by class. A class that all images have, or none, is not
     checked."""
     varied = np.flatnonzero(labels.any(axis=0) & ~labels.all(axis=0))
     doubted, differs = np.zeros((2, len(labels)), bool)
@@ -155,7 +157,7 @@ def _suspected_in_any(scores: Array, labels: Array) -> tuple[int, Array]:
 
 def _quality(scores: Array, labels: Array) -> Array:
     """Return how well the labels of an image fit, 0..1 [N]: an exponential moving average of the
-    probabilities of its labels, in which the least probable one counts most."""
+    probabilities of its labels, in which the least probable label counts most."""
     ordered = np.sort(np.where(labels, scores, 1 - scores), axis=1)[:, ::-1]
     average = ordered[:, 0]
     for column in ordered.T[1:]:

@@ -274,7 +274,8 @@ def from_python(config: Any, name: str, value: Any) -> Any:
 
 
 def parse_number(flag: str, word: str, kind: type, words: Sequence[str] = ()) -> float:
-    """Raises: UserError for a word that is not a number. words: those that the option also takes."""
+    """Convert a word to a number. words: others that the option takes. Raises: UserError for a word
+    that is not a number."""
     try:
         return kind(word)
     except ValueError:

@@ -43,18 +43,20 @@ class ModelConfig:
     )
     dropout: float | None = option(
         None,
-        "Dropout before the head, or in the layers, where the model has it; default: the checkpoint's own.",
+        "Dropout probability, before the head or in the layers, if the model has dropout; default: the "
+        "checkpoint's own.",
         low=0, high=0.99,
     )  # fmt: skip
     drop_path: float | None = option(
         None,
-        "Stochastic depth, of the last layer, where the model has it; default: the checkpoint's own.",
+        "Stochastic depth: drop probability of the last layer, if the model has it; default: the "
+        "checkpoint's own.",
         low=0, high=0.99,
     )  # fmt: skip
     lora_rank: int = option(
         0,
-        "LoRA: train adapters of this rank and the head, for example 8, instead of all weights; the run has "
-        "them in adapter/, and merged. 0 turns it off.",
+        "LoRA: train adapters of this rank, for example 8, and the head, instead of all weights; the run "
+        "saves the merged model, and the adapter in adapter/. 0 turns it off.",
         low=0, high=4096,
     )  # fmt: skip
     trust_remote_code: bool = option(

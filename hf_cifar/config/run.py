@@ -114,7 +114,7 @@ class RunConfig:
 
 
 def check_combinations(config: RunConfig) -> None:
-    """Raises: UserError for an option that has no effect, or cannot work, beside another one."""
+    """Raises: UserError for an option that has no effect, or does not work, with another one."""
     train, model, augment = config.train, config.model, config.augment
     head_only = model.freeze == "backbone" or set(model.freeze) == {"0"}
     cached = config.computes_features and not (augment.mixup_alpha or augment.cutmix_alpha)
@@ -132,15 +132,16 @@ def check_combinations(config: RunConfig) -> None:
         ),
         (
             unfreezes and model.freeze != "none",
-            f"--unfreeze_epochs and --freeze {model.freeze} both say what is frozen; leave out one of them",
+            f"--unfreeze_epochs and --freeze {model.freeze} both set what is frozen; leave out one of them",
         ),
         (
             unfreezes and train.torch_compile,
-            "--unfreeze_epochs would compile the model again for each block; leave out --torch_compile",
+            "--unfreeze_epochs would recompile the model for each block; leave out --torch_compile",
         ),
         (
             unfreezes and unused is False,
-            "--unfreeze_epochs needs --ddp_find_unused_parameters; leave out its false",
+            "--unfreeze_epochs cannot be combined with --ddp_find_unused_parameters false; leave out "
+            "one of them",
         ),
     ]
     for name in ("sam_rho", "ema_decay", "l1_decay", "early_stopping_patience"):
@@ -151,7 +152,8 @@ def check_combinations(config: RunConfig) -> None:
         refused.append((bool(getattr(model, name)) and cached, message))
     for name in ("backbone_learning_rate", "unfreeze_epochs", "sam_rho"):
         message = (
-            f"--{name} is not for --optim {train.optim}, which updates weights in the backward pass"
+            f"--{name} cannot be combined with --optim {train.optim}, which updates weights in the "
+            "backward pass"
         )
         refused.append(
             (bool(getattr(train, name)) and in_backward, f"{message}; leave out one of them")

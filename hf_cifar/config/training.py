@@ -46,7 +46,7 @@ class TrainingConfig:
 
     num_train_epochs: float | None = option(
         None,
-        "Passes over the training images; default: 3, or for few images up to 30, to make 500 steps.",
+        "Passes over the training images; default: 3, or up to 30 for few images, to reach 500 steps.",
         low=1e-6, high=1e6, may_change=True,
     )  # fmt: skip
     max_steps: int = option(-1, "Total steps instead of epochs; -1 for epochs.", may_change=True)
@@ -59,8 +59,8 @@ class TrainingConfig:
     )
     learning_rate: float | Literal["auto"] | None = option(
         None,
-        "Peak learning rate; default: by optimiser and model family, scaled to the batch; auto: the best in "
-        "a race of short runs, which costs at most a tenth of the training.",
+        "Peak learning rate; default: by optimiser and model family, scaled to the batch; auto: "
+        "chosen in a race of short runs, which costs at most a tenth of the training.",
         low=1e-12, high=1e3,
     )  # fmt: skip
     lr_scheduler_type: Schedule = option("linear", "Learning rate schedule after the warm-up.")  # noqa: RUF009
@@ -96,19 +96,19 @@ class TrainingConfig:
     )  # fmt: skip
     backbone_learning_rate: float | None = option(
         None,
-        "Peak learning rate of all but the head; default: the same. --layer_decay starts from it.",
+        "Peak learning rate of all layers but the head; default: --learning_rate. --layer_decay scales it.",
         low=1e-12, high=1e3,
     )  # fmt: skip
     unfreeze_epochs: float = option(
         0.0,
-        "Gradual unfreezing: train the head alone first, then one more stage or block after each this many "
-        "epochs, and the layers before them last; 0 turns it off.",
+        "Gradual unfreezing: epochs until the next stage or block starts to train. The head trains alone "
+        "first, and the layers before the blocks start last; 0 turns it off.",
         low=0, high=1e6,
     )  # fmt: skip
     sam_rho: float = option(
         0.0,
-        "Sharpness-aware minimisation: take gradients this far uphill from the weights, for example 0.05; a "
-        "step takes twice the time; 0 turns it off.",
+        "Sharpness-aware minimisation: compute gradients at this L2 distance uphill from the weights, for "
+        "example 0.05; each step takes twice as long; 0 turns it off.",
         low=0, high=100,
     )  # fmt: skip
     max_grad_norm: float | None = option(
@@ -131,8 +131,8 @@ class TrainingConfig:
     )
     clean_labels: Literal["none", "drop"] = option(
         "none",
-        "drop: before training, leave out the training images whose labels are probably wrong, by confident "
-        "learning on predictions of models that were not trained on them; validation and test keep all.",
+        "drop: before training, leave out training images whose labels are probably wrong, by confident "
+        "learning on out-of-fold predictions; validation and test keep all images.",
     )
     label_smoothing_factor: float = option(
         0.1, "Label smoothing, in the training loss only.", low=0, high=0.999

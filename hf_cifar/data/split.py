@@ -33,7 +33,7 @@ class Split:
     """Some rows of a source's split, by their positions in `pixels`, which other splits may share.
 
     positions: [N] int64. skipped: ids of the rows left out by --on_bad_image skip. images: for a model, see
-    `prepare_split`. doubted: [D, 3] int64, the id, label and suggested label of each row left out by
+    `prepare_split`. doubted: [D, 3] int64, row id, label and suggested label of each row left out by
     --clean_labels; None without it.
     """
 

@@ -29,7 +29,7 @@ def subsample(split: Split, limit: int | None, seed: int, flag: str = "limit") -
 
 
 def representative_rows(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Choose `size` row numbers, stratified, or at random if there are more classes; all if fewer rows."""
+    """Choose `size` row numbers, stratified, or at random if there are more classes; all rows if fewer."""
     if size >= len(labels):
         return np.arange(len(labels))
     if size < len(np.unique(labels) if labels.ndim == 1 else labels.T):

@@ -16,7 +16,8 @@ from hf_cifar.evaluation.tables import render_cell
 from hf_cifar.text import listed, render_table
 
 Array = np.ndarray
-# From this ratio of the largest class to the smallest one, balanced accuracy is compared too.
+# Balanced accuracy is compared too if the largest class has at least this many times the images of the
+# smallest.
 UNEQUAL = 2
 
 
@@ -42,8 +43,8 @@ def compare_runs(folders: Sequence[str | Path], split: str = "auto") -> dict[str
 
 
 def compare_predictions(first: Predictions, second: Predictions) -> dict[str, Any]:
-    """Compute the metrics of both and the differences in accuracy and in balanced accuracy (second minus
-    first), as plain values. Multi-label data have no balanced accuracy.
+    """Compute the metrics of both, and the differences in accuracy and balanced accuracy (second minus
+    first), as plain values. Balanced accuracy is not defined for multi-label data.
 
     Raises: UserError if their rows, labels or classes differ.
     """

@@ -63,7 +63,7 @@ def paired_difference(
 ) -> Array:
     """Interval [2] of the second accuracy minus the first, -1..1, on the same `count` images.
 
-    Of arrays [K] with the images of each class: the interval of the difference in balanced accuracy.
+    For arrays [K] with the images of each class: the interval of the difference in balanced accuracy.
 
     Wald's interval with half an image added to each of the four outcomes (Agresti and Min 2005).
     """

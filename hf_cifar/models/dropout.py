@@ -1,4 +1,4 @@
-"""Dropout and stochastic depth: their rates, where a model has them."""
+"""Dropout and stochastic depth: set and read the rates of models that have them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG_FIELDS = {
 
 
 def requested_rates(config: ModelConfig) -> dict[str, float]:
-    """Return the rates that the options set, by option."""
+    """Return the dropout and drop-path rates that the options set, by option."""
     rates = {"dropout": config.dropout, "drop_path": config.drop_path}
     return {name: rate for name, rate in rates.items() if rate is not None}
 
@@ -32,7 +32,7 @@ def requested_rates(config: ModelConfig) -> dict[str, float]:
 def set_dropout(target: PreTrainedConfig, config: ModelConfig) -> None:
     """Write the requested rates into the configuration from which a model is built.
 
-    Raises: UserError for a model without them.
+    Raises: UserError for a model that has no such rate.
     """
     for name, rate in requested_rates(config).items():
         if target.model_type == "timm_wrapper":
@@ -46,7 +46,7 @@ def set_dropout(target: PreTrainedConfig, config: ModelConfig) -> None:
         try:
             for field in fields:
                 setattr(target, field, rate)
-        except StrictDataclassError:  # LeViT's is a whole number
+        except StrictDataclassError:  # LeViT's drop_path_rate is an integer
             raise _without(name, target.model_type) from None
 
 
@@ -65,7 +65,7 @@ def check_dropout(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def drop_path_rates(model: nn.Module) -> list[float]:
-    """List the rates of the layers with stochastic depth, from input to output."""
+    """List the drop probabilities of the layers with stochastic depth, from input to output."""
     return [
         module.drop_prob
         for module in model.modules()
@@ -83,22 +83,23 @@ def dropout_rates(model: nn.Module) -> list[float]:
 def _has_rate(model: nn.Module, name: str, rate: float) -> bool:
     if name == "dropout":
         return rate in dropout_rates(model)
-    # transformers' EfficientNet drops layers by nn.Dropout.
+    # transformers' EfficientNet uses nn.Dropout for stochastic depth.
     connects = hasattr(getattr(model, "config", None), "drop_connect_rate")
     return bool(dropout_rates(model) if connects else drop_path_rates(model))
 
 
 def rates_of_timm(model: nn.Module, plain: nn.Module) -> dict[str, float]:
-    """Return the rates, by option, of a timm model that was made with other ones than `plain` was.
+    """Return the dropout and drop-path rates, by option, of a timm model where they differ from those of
+    `plain`, which has the defaults.
 
-    Says so if they cannot be kept, because other arguments of timm have set them.
+    Logs a warning if they cannot be kept, because other arguments of timm have set them.
     """
     architecture = model.pretrained_cfg["architecture"]
     dropout, paths, rates = dropout_rates(model), drop_path_rates(model), {}
     if dropout != dropout_rates(plain):
         rates["dropout"] = max(dropout, default=0.0)
     if paths != drop_path_rates(plain):
-        # In some architectures, the last layer has less than the rate itself.
+        # In some architectures, the rate of the last layer is below drop_path_rate.
         whole = drop_path_rates(_throwaway(architecture, drop_path_rate=1.0))
         rates["drop_path"] = round(max(paths, default=0.0) / max(whole), 6)
     if not rates:
@@ -107,14 +108,14 @@ def rates_of_timm(model: nn.Module, plain: nn.Module) -> dict[str, float]:
     if dropout == dropout_rates(same) and np.allclose(paths, drop_path_rates(same), atol=1e-5):
         return rates
     logger.warning(
-        "%s has dropout that drop_rate and drop_path_rate do not describe: it is not kept",
+        "%s has dropout that drop_rate and drop_path_rate do not describe; it is not kept",
         architecture,
     )
     return {}
 
 
 def _throwaway(architecture: str, **rates: float) -> nn.Module:
-    """Return a timm model without advancing the random generator: the new head stays the same."""
+    """Return a timm model without advancing the random generator, so that the new head stays the same."""
     import timm
 
     with torch.random.fork_rng(devices=[]):

@@ -80,8 +80,8 @@ def zero_head(model: PreTrainedModel, new: set[str]) -> None:
     """Zero a new head on a frozen pretrained backbone, so that every logit is 0 at first.
 
     Random weights would only have to be unlearnt: with timm's head, the first logits of EfficientNet-Lite0
-    have a standard deviation of 8, and with them the first steps of LoRA destroy its features. If all
-    weights train, wide ones make it learn faster, see `timm_models.reset_timm_head`.
+    have a standard deviation of 8, which makes the first steps of LoRA destroy its features. If all weights
+    train, large initial weights of the head speed up learning, see `timm_models.reset_timm_head`.
 
     Source: Kolesnikov et al., Big Transfer, 2020.
     """

@@ -1,7 +1,7 @@
 """LoRA: adapters in a frozen backbone, merged into its weights after training.
 
-An adapter adds B A x to the output of a layer, with A of `rank` rows; it and the head are all that trains.
-BatchNorms stay as they were, so that adapter and head together with the base are the trained model.
+An adapter adds B A x to the output of a layer; A has `rank` rows. Only the adapters and the head train.
+BatchNorms keep their statistics, so that base, adapter and head together give the trained model.
 
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.
 """
@@ -29,21 +29,22 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 ADAPTER_FOLDER = "adapter"  # in the folder of a run
-# B A is scaled by ALPHA / rank, so that the best learning rate hardly depends on the rank. peft's default.
+# B A is scaled by ALPHA / rank, so that the best learning rate hardly depends on the rank. 8 is the default
+# of peft.
 ALPHA = 8
-# Queries and values, as in the paper; in one layer with the keys in timm.
+# Query and value projections, as in the paper; timm has them in one layer with the keys.
 ATTENTION = {"q_proj", "v_proj", "query", "value", "q", "v", "qkv", "kv"}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A merged adapter: peft's config, and the tensors of its layers by peft's names."""
+    """A merged adapter: peft's config, and its tensors by peft's names."""
 
     config: Any
     tensors: dict[str, Tensor]
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the adapter for `PeftModel.from_pretrained`, with the head's part of a model's `weights`."""
+        """Write the adapter for `PeftModel.from_pretrained`, with the head from a model's `weights`."""
         folder.mkdir()
         self.config.save_pretrained(str(folder))
         heads = tuple(f"{name}." for name in self.config.modules_to_save)
@@ -56,10 +57,10 @@ class Adapter:
 
 
 def add_adapters(classifier: Classifier, rank: int, base: str, revision: str | None) -> None:
-    """Put adapters into a model, and freeze everything else but its head.
+    """Add adapters to a model, and freeze everything else but its head.
 
-    base, revision: the name of the pretrained model, for those who load the adapter.
-    Raises: UserError for a model without layers that can have one.
+    base, revision: of the pretrained model, saved for loading the adapter.
+    Raises: UserError for a model without layers that LoRA can adapt.
     """
     peft = require("peft", extra="lora")
     model = classifier.model
@@ -85,7 +86,7 @@ def add_adapters(classifier: Classifier, rank: int, base: str, revision: str | N
     adapters = sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
     kinds = Counter(_kind(name) for name in targets)
     logger.info(
-        "LoRA of rank %d in %d layers, %s parameters: %s",
+        "LoRA: adapters of rank %d in %d layers, with %s parameters: %s",
         rank,
         len(targets),
         f"{adapters:,}",
@@ -94,11 +95,11 @@ def add_adapters(classifier: Classifier, rank: int, base: str, revision: str | N
 
 
 def target_layers(classifier: Classifier) -> list[str]:
-    """List the layers that get adapters: the attention's queries and values; without attention, all linear
-    layers and convolutions before the head.
+    """List the layers that get adapters: the attention's query and value projections; without attention, all
+    linear layers and convolutions before the head.
 
-    Left out are layers that an adapter would not reach, because their weights are used without calling them
-    (timm's BEiT), and those that it could not be merged into, see `_can_adapt`.
+    Skips layers whose weights are used without calling the layer (in timm's BEiT), where an adapter would
+    have no effect, and layers into which it cannot be merged, see `_can_adapt`.
     Raises: UserError if there are none.
     """
     model = classifier.model
@@ -146,8 +147,8 @@ def _called_layers(classifier: Classifier) -> set[str]:
 
 
 def _can_adapt(layer: nn.Module) -> bool:
-    """Return True for a layer whose weights peft can merge into without changing its output: it ignores the
-    dilation of a convolution, and what a class of its own does with the weights."""
+    """Return True for a layer into which peft can merge an adapter without changing the output. peft ignores
+    the dilation of a convolution, and what a subclass does with the weights."""
     if type(layer) is nn.Linear:
         return True
     return (
@@ -160,17 +161,17 @@ def _can_adapt(layer: nn.Module) -> bool:
 
 
 def _kind(name: str) -> str:
-    """Return the last part of a layer's name that is not a number."""
+    """Return the last component of a layer's name that is not a number."""
     return next(part for part in reversed(name.split(".")) if not part.isdigit())
 
 
 def is_adapter(parameter_name: str) -> bool:
-    """Return True for the name of a parameter of an adapter."""
+    """Return True for the parameter name of an adapter."""
     return ".lora_" in parameter_name
 
 
 def merge_adapters(model: PreTrainedModel) -> Adapter | None:
-    """Add the adapters of a model to its weights, and remove them: it is a plain model again.
+    """Merge the adapters of a model into its weights, and remove them, which leaves a plain model.
 
     Returns None for a model without adapters.
     """
@@ -180,7 +181,7 @@ def merge_adapters(model: PreTrainedModel) -> Adapter | None:
     config = model.peft_config["default"]
     config.target_modules = sorted(config.target_modules)  # a set, whose order differs between runs
     config.inference_mode = True
-    # The embeddings of a language model would be looked up on the Hub.
+    # Otherwise, peft would look up the embeddings of a language model on the Hub.
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     adapter = Adapter(config, {name: value.detach().clone() for name, value in tensors.items()})
     for name, layer in list(model.named_modules()):

@@ -109,7 +109,7 @@ def wrap_module(
         raise UserError(
             f"image_size is {config.image_size}, and the image processor has another; pass one of them"
         )
-    set_dropout(model.config, config)  # a network of unknown origin has none to set
+    set_dropout(model.config, config)  # raises if a rate is requested: a module has none
     _check_logits(model, native_size(model.config, processor))
     logger.warning(
         "%s is a torch.nn.Module, which has no config: the run saves its weights as model.safetensors, "

@@ -53,7 +53,7 @@ class Axes:
 
 
 class LogAxes(Axes):
-    """Axes with a logarithmic x."""
+    """Axes with a logarithmic x axis."""
 
     def x(self, value: float) -> float:
         low, high = self.x_range

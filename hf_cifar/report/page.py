@@ -162,7 +162,7 @@ def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:
 
 
 def race_curves(race: dict[str, Any] | None) -> list[Markup]:
-    """Draw the validation loss by learning rate for each rung of a race, without rates that diverged."""
+    """Draw the validation loss over the learning rate for each rung of a race, without runs that diverged."""
     if not race:
         return []
     series: dict[str, list[tuple[float, float]]] = {}

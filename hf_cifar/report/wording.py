@@ -60,7 +60,7 @@ def render_doubted(run: dict[str, Any]) -> str:
     total = found["num_rows"] + run["num_train"]
     return (
         f"{found['num_rows']:,} of {total:,} training images ({found['share']:.1%}), whose labels are "
-        "probably wrong by confident learning on out-of-fold predictions"
+        "probably wrong, by confident learning on out-of-fold predictions"
     )
 
 
@@ -96,23 +96,23 @@ def render_race(run: dict[str, Any]) -> str:
     steps = enumerated([str(rung["steps"]) for rung in race["rungs"]])
     return (
         f"The learning rate {race['learning_rate']:g} won a race of {len(race['rungs'][0]['rates'])} rates "
-        f"({steps} steps, judged by the loss on {race['num_images']:,} validation images), which cost "
+        f"({steps} steps, ranked by the loss on {race['num_images']:,} validation images), which cost "
         f"{race['share']:.1%} of the training."
     )
 
 
 def render_prior(options: dict[str, Any], temperature: str) -> str:
-    """Describe the class shares that the probabilities assume, if --class_balance has changed them.
+    """Describe the class frequencies that the probabilities assume, if --class_balance changes them.
 
     temperature: as shown in the card; empty for none.
     """
     balance = options.get("class_balance", "none")
     if balance == "none":
         return ""
-    assumed = "that all classes are equally frequent, not as in the training images"
-    if balance == "effective":  # only as far as a class has less than about 1 / (1 - beta) images
-        assumed = "class shares between equal ones and those of the training images"
-    fitted = "; the temperature, fitted on validation as it is, does not change that"
+    assumed = "that all classes are equally frequent, unlike in the training images"
+    if balance == "effective":  # equalises only classes with fewer than about 1 / (1 - beta) images
+        assumed = "class frequencies between equal ones and those of the training images"
+    fitted = "; the temperature, fitted on validation without reweighting, does not change that"
     return f"Probabilities assume {assumed} (`--class_balance {balance}`){fitted if temperature else ''}."
 
 

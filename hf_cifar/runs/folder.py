@@ -36,7 +36,7 @@ class RunFolder:
         self.path = Path(path)
         self.config_path = self.path / CONFIG_FILE  # the settled options
         self.facts_path = self.path / "run.json"  # what happened; written last, with the card
-        self.race_path = self.path / "race.json"  # of learning rates, see training/race.py
+        self.race_path = self.path / "race.json"  # the race of learning rates, see training/race.py
         self.metrics_path = self.path / "metrics.json"  # by split
         self.corruptions_path = self.path / "corruptions.json"  # by split
         self.weights_path = self.path / "model.safetensors"

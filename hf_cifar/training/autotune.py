@@ -183,7 +183,7 @@ def pick_setting(
     """Return the fastest sound setting for `num_steps` steps of this batch, and one line with the speeds.
 
     Measuring takes at most about a twentieth of the run; a run too short for that uses the first candidate.
-    compiles: try compilation where it can pay off.
+    compiles: also try compilation, if the run is long enough for it.
     """
     on_cpu = pixel_values.device.type == "cpu"
     if on_cpu:

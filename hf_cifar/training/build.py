@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # hf_cifar.plan imports this package
     from hf_cifar.plan import Plan
 
 logger = logging.getLogger(__name__)
-# From this ratio of the largest class to the smallest one, --class_balance is suggested.
+# --class_balance is suggested if the largest class has at least this many times the images of the smallest.
 UNEQUAL = 5
 
 
@@ -113,7 +113,7 @@ def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingCo
 
 
 def check_balance(splits: Splits, config: TrainingConfig) -> None:
-    """Say so if the largest class has far more images than the smallest, and --class_balance is left out.
+    """Suggest --class_balance if the largest class has far more images than the smallest.
 
     Raises: UserError for data that cannot be balanced by class.
     """
@@ -136,8 +136,8 @@ def check_balance(splits: Splits, config: TrainingConfig) -> None:
     small, large = int(counts.argmin()), int(counts.argmax())
     if counts[large] >= UNEQUAL * counts[small]:
         logger.info(
-            "train: class %r has %s images, %r has %s; rare classes will often be missed unless "
-            "--class_balance logit_adjustment%s counts all classes the same",
+            "train: class %r has %s images, %r has %s; rare classes will often be missed; consider "
+            "--class_balance logit_adjustment%s, which makes all classes count equally",
             train.id2label[large], f"{counts[large]:,}", train.id2label[small],
             f"{counts[small]:,}", solver,
         )  # fmt: skip

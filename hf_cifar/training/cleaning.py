@@ -1,9 +1,9 @@
 """Leave out training images whose labels are probably wrong: --clean_labels.
 
 Each image is predicted by a model that was not trained on it (cross-validation), and confident learning
-compares the predictions with the labels. Of a pretrained model, the backbone stays as it is and only linear
-heads are trained, on features that are computed once, in two rounds; other models are trained once for each
-fold, like the run itself. Duplicates of an image may be in other folds; they are not looked for.
+compares the predictions with the labels. With a pretrained model, the backbone is frozen and only linear
+heads are trained, on features that are computed once, in two rounds. Other models are trained once per fold,
+like the run itself. Duplicates are not detected: copies of an image may be in several folds.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ if TYPE_CHECKING:  # hf_cifar.plan imports this package
 
 logger = logging.getLogger(__name__)
 FOLDS = 5
-ROUNDS = 2  # of heads: the second is trained without the labels that the first doubts
-# Options that may change when a run resumes, but decide what a fold's model learns.
+ROUNDS = 2  # of heads: the second is trained without the labels that the first finds probably wrong
+# Options that may change on resume, but affect what a fold's model learns.
 DECISIVE = {
     "num_train_epochs", "max_steps", "precision", "memory_format", "attention", "torch_compile",
 }  # fmt: skip
@@ -69,7 +69,7 @@ def check_cleaning(config: RunConfig, splits: Splits) -> None:
     if splits.multi_label:
         raise UserError(f"{flag} needs one label per image, and this data is multi-label")
     if config.data.check_images == "used":
-        raise UserError(f"{flag} uses every training image first; leave out --check_images used")
+        raise UserError(f"{flag} reads every training image first; leave out --check_images used")
     if train.lr_scheduler_type in FOLLOWS_A_METRIC:
         raise UserError(
             f"{flag} trains models without evaluations, which --lr_scheduler_type {train.lr_scheduler_type} "
@@ -80,11 +80,11 @@ def check_cleaning(config: RunConfig, splits: Splits) -> None:
 def clean_labels(
     model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, plan: Plan
 ) -> Splits:
-    """Return the splits without the training images whose labels are doubted; validation keeps all images.
+    """Return the splits without training images whose labels are probably wrong; validation keeps all images.
 
-    The rows are those of the checkpoint if the run resumes from one. Else they depend on images, labels,
-    weights and options alone, and are the same in every process. Neither the weights nor the random
-    generators change.
+    On resume, the rows left out are read from the checkpoint. Otherwise they depend only on images, labels,
+    weights and options, and are the same in every process. The weights and the random generators do not
+    change.
     """
     option, train = plan.config.train.clean_labels, splits.train
     if option == "none":
@@ -107,7 +107,7 @@ def clean_labels(
 def find_doubted(
     model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits, plan: Plan
 ) -> np.ndarray:
-    """Return row id, label and suggested label of each doubted training image, int64 [D, 3]."""
+    """Return row id, label and suggested label of each training image to leave out, int64 [D, 3]."""
     train, processes = splits.train, plan.processes
     assert isinstance(train, Split)
     preprocessing = Preprocessing.from_image_processor(image_processor)
@@ -132,14 +132,14 @@ def find_doubted(
 
 
 def find_among(probabilities: np.ndarray, labels: np.ndarray, fold_of: np.ndarray) -> np.ndarray:
-    """Return the positions of the doubted labels among those that are in a fold."""
+    """Return the positions of the labels that are probably wrong, among images that are in a fold."""
     rows = np.flatnonzero(fold_of >= 0)
     return rows[doubted_labels(probabilities[rows].astype(np.float64), labels[rows])]
 
 
 def assign_folds(train: Split, seed: int) -> np.ndarray:
-    """Return the fold [N] of each image, stratified; -1 for those of classes too small for every fold, which
-    are in training for all folds and are not doubted."""
+    """Return the fold [N] of each image, stratified; -1 for classes with too few images for every fold, which
+    are trained on in all folds and are never left out."""
     generator, fold_of = np.random.default_rng(seed), np.full(len(train), -1)
     counts = class_counts(train.labels, len(train.id2label))
     for label in np.flatnonzero(counts >= FOLDS):
@@ -163,8 +163,8 @@ def predicted_by_heads(
 ) -> np.ndarray:
     """Return out-of-fold probabilities [N, K] of linear heads on the features of the backbone."""
     logger.info(
-        "--clean_labels: predicting each of %s training images by one of %d linear heads that was not "
-        "trained on it, in %d rounds; this takes one forward pass of each image, and the heads",
+        "--clean_labels: predicting each of %s training images with one of %d linear heads, not trained on "
+        "that image, in %d rounds; this takes one forward pass per image, and solving for the heads",
         f"{len(train):,}", FOLDS, ROUNDS,
     )  # fmt: skip
     store = build_store(train, device=plan.processes.device)
@@ -200,8 +200,8 @@ def head_probabilities(
     """Return out-of-fold probabilities [N, K] of linear heads on features [N, D], at the penalty with the
     lowest cross-entropy on the held-out images.
 
-    fold_of [N]: -1 for images that all heads are trained on. trusted [N]: False for labels that no head is
-    trained on.
+    fold_of [N]: -1 for images on which all heads are trained. trusted [N]: False for labels on which no head
+    is trained.
     """
     scaled, checked = features / features.square().mean().sqrt(), (fold_of >= 0) & trusted
     loss, lowest, best = evaluation_loss(multi_label=False), float("inf"), None
@@ -228,13 +228,13 @@ def predicted_by_trainings(
     fold_of: np.ndarray,
     plan: Plan,
 ) -> np.ndarray:
-    """Return out-of-fold probabilities [N, K] of models that are trained like the run, all from its initial
+    """Return out-of-fold probabilities [N, K] of models trained with the run's options, from its initial
     weights."""
     train = splits.train
     assert isinstance(train, Split)
     logger.info(
-        "--clean_labels: predicting each of %s training images by one of %d models that was not trained on "
-        "it; their trainings take about %d times as long as the run's own",
+        "--clean_labels: predicting each of %s training images with one of %d models, not trained on that "
+        "image; training them takes about %d times as long as the run itself",
         f"{len(train):,}", FOLDS, FOLDS - 1,
     )  # fmt: skip
     key, main = key_of_trainings(model, train, fold_of, plan), plan.processes.is_main
@@ -246,7 +246,7 @@ def predicted_by_trainings(
             broadcast_object_list(cached)
         predicted = cached[0]
         if predicted is None:
-            logger.info("--clean_labels: training %d of %d", fold + 1, FOLDS)
+            logger.info("--clean_labels: training model %d of %d", fold + 1, FOLDS)
             predicted = predicted_by_training(model, image_processor, train, rows, plan)
             if main:
                 save_array(f"{key}-{fold}", predicted)
@@ -261,8 +261,8 @@ def predicted_by_training(
     rows: np.ndarray,
     plan: Plan,
 ) -> np.ndarray:
-    """Train a copy of the model on all images but those in `rows` [B]; return its probabilities [B, K] of
-    those. Nothing is kept on the disk."""
+    """Train a copy of the model on all images but those in `rows` [B]; return its probabilities [B, K] for
+    these rows. Nothing is kept on disk."""
     others = np.setdiff1d(np.arange(len(train)), rows)
     parts = Splits(subset(train, others), subset(train, rows))
     with tempfile.TemporaryDirectory() as own:
@@ -302,7 +302,7 @@ def key_of_trainings(model: PreTrainedModel, train: Split, fold_of: np.ndarray, 
 
 
 def announce(doubted: np.ndarray, train: Split, option: str) -> None:
-    """Log how many images are left out, and the most frequent changes of label."""
+    """Log how many images are left out, and the most frequent suggested changes of label."""
     pairs = Counter(map(tuple, doubted[:, 1:].tolist())).most_common()
     shown = listed(
         [
@@ -312,7 +312,7 @@ def announce(doubted: np.ndarray, train: Split, option: str) -> None:
         SHOWN_CLASSES,
     )
     logger.info(
-        "--clean_labels %s: %s of %s training images (%.1f%%) are left out, as their labels are doubted%s",
+        "--clean_labels %s: left out %s of %s training images (%.1f%%), whose labels are probably wrong%s",
         option, f"{len(doubted):,}", f"{len(train):,}", 100 * len(doubted) / len(train),
         f" (label -> suggested label): {shown}" if pairs else "",
     )  # fmt: skip

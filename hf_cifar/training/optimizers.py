@@ -51,8 +51,8 @@ def build_optimizer(
     """Return the optimiser that `args` name, a key of `OPTIMIZERS`.
 
     Weight decay and L1 decay apply to weight matrices and kernels only; a layer decay other than 1 lowers
-    the learning rate block by block towards the input. backbone_learning_rate: peak rate of everything but
-    the head; default: that of `args`.
+    the learning rate block by block towards the input. backbone_learning_rate: peak learning rate of
+    everything but the head; default: that of `args`.
     """
     build, options = optimizer_class(args, model)
     groups: Any = parameter_groups(model, args.weight_decay)
@@ -79,7 +79,7 @@ def build_optimizer(
 
 @torch.no_grad()
 def shrink(optimizer: Optimizer, *_: Any, weights: Collection[nn.Parameter], decay: float) -> None:
-    """Move the `weights` of an optimiser that train by `decay` times their rate towards 0, and not beyond.
+    """Move the trainable `weights` of an optimiser towards 0, at most by `decay` times their learning rate.
 
     This is the proximal operator of an L1 penalty. Like AdamW's weight decay, and unlike a term of the loss,
     it does not pass through the optimiser's moments; and weights become exactly 0.
@@ -168,9 +168,9 @@ def default_rates(
 def default_weight_decay(optim: str) -> float:
     """Return the default weight decay of an optimiser.
 
-    AdamW and its kin take the decay times the rate off each weight. Adam, RMSprop and AdaGrad add it to the
-    gradient instead, and then divide by the gradient's size: 0.05 would outweigh the loss. The rates of SGD
-    are a hundred times AdamW's, so its decay has to be smaller by as much.
+    AdamW and its variants subtract decay x learning rate x weight from each weight. Adam, RMSprop and AdaGrad
+    add decay x weight to the gradient instead, and then divide by the gradient's magnitude: 0.05 would
+    outweigh the loss. SGD's learning rates are a hundred times AdamW's, so its decay is a hundredth.
     """
     return 5e-4 if optim in COUPLED_DECAY else 0.05
 
@@ -207,8 +207,8 @@ def model_family(model: nn.Module, scratch: bool = False) -> str:
 def set_backbone_rate(
     optimizer: Optimizer, head: Collection[nn.Parameter], learning_rate: float
 ) -> None:
-    """Set the rate of all parameters but the `head`'s, whose groups come first: the Trainer logs the rate of
-    the first group."""
+    """Set the learning rate of all parameters but the `head`'s, whose groups come first: the Trainer logs the
+    learning rate of the first group."""
     groups: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for group in optimizer.param_groups:
         for in_head, rate in ((True, group["lr"]), (False, learning_rate)):
@@ -295,7 +295,7 @@ OPTIMIZER_FAMILIES = {
     ),
     **dict.fromkeys(("sgd", "momentum", "nesterov"), "sgd"),
 }  # fmt: skip
-# Optimisers that add weight decay to the gradient, and those with the rates of SGD.
+# Optimisers that add weight decay to the gradient, and those with learning rates like SGD's.
 COUPLED_DECAY = frozenset(
     (
         "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
@@ -308,17 +308,17 @@ COUPLED_DECAY = frozenset(
 RATES: dict[str | None, dict[str, Rates]] = {
     "adamw": {
         "head": Rates(2e-3),
-        # Published: peft's example for image classification has 5e-3 for 128 images, and our scaling;
-        # Schulman et al., LoRA Without Regret, 2025, ten times the rate of full fine-tuning, at four times
-        # our scaling. EfficientNet-Lite0 on 2,000 images, 2 epochs: accuracy 0.788, 0.808 and 0.794 at 1e-3,
-        # 3e-3 and 8.5e-3.
+        # Published: peft's example for image classification uses 5e-3 for 128 images per step, at our scaling
+        # of the adapters; Schulman et al., LoRA Without Regret, 2025, use ten times the learning rate of full
+        # fine-tuning, at four times our scaling. Measured: EfficientNet-Lite0 on 2,000 images, 2 epochs:
+        # accuracy 0.788, 0.808 and 0.794 at 1e-3, 3e-3 and 8.5e-3.
         "lora": Rates(3e-3),
         "attention": Rates(7e-5),
         "convolution": Rates(1e-3),
         "scratch": Rates(1e-3),
         # The gradients of pretrained EfficientNets and MobileNets have norms of 1 to 6. Clipped to 1, nearly
         # every step has the same weight in Adam's moments, and the effective rate is far higher. Without
-        # clipping, the loss at step 250 of 938 was 1.34 instead of 1.50 (at twice this rate).
+        # clipping, the loss at step 250 of 938 was 1.34 instead of 1.50 (at twice this learning rate).
         "depthwise": Rates(2.8e-3, max_grad_norm=0.0),
     },
     # Without momentum.

@@ -1,6 +1,7 @@
-"""A race of learning rates: short runs from one saved state, of which the worse half is dropped at each rung.
+"""Race learning rates in short runs from the same weights, by successive halving.
 
-Each run has the schedule of the whole one, compressed, and is judged by its loss on validation images.
+Each rung of the race drops the worse half of the learning rates, by the loss on validation images. Each short
+run has the schedule of the complete run, compressed.
 
 Source: Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization, 2016.
 """
@@ -47,21 +48,22 @@ if TYPE_CHECKING:  # hf_cifar.plan imports this module
     from hf_cifar.plan import Plan
 
 logger = logging.getLogger(__name__)
-# Share of the run's training images that the race may cost; an image of an evaluation, which has no backward
-# pass, counts as a third.
+# Budget of the race, as a share of the run's training images. An image that is only evaluated, without a
+# backward pass, counts as a third.
 BUDGET, FORWARD = 0.1, 1 / 3
-# Numbers of rates that may race, and the factor between neighbours, around the default of optimiser and model
-# family: fewer rates are further apart, because a rate is nearly as good as one within a factor of 3.
+# Numbers of learning rates that may race, and the factor between neighbours, around the default of
+# optimiser and model family. Fewer rates are further apart, because results differ little within a factor of
+# 3 of the best rate.
 FACTORS = {9: 2.5, 7: 3.0, 5: 4.0, 3: 4.0}
-# Without a default, this many rates race around a guess.
+# Without a default, this many learning rates race around a guess.
 WIDE_FACTORS, GUESS = {9: 5.0}, 3e-3
 MIN_STEPS = 10  # of the first rung
-# Validation images that judge: as many as a share of the budget pays for, within these bounds.
+# Validation images that rank the rates: as many as this share of the budget pays for, within these bounds.
 JUDGING_SHARE, JUDGING_IMAGES = 0.2, (50, 500)
 
 
 class Rung(NamedTuple):
-    """A round of the race: how many rates run, and for how many steps each."""
+    """A round of the race: the number of learning rates, and the steps of each."""
 
     num_rates: int
     steps: int
@@ -69,18 +71,18 @@ class Rung(NamedTuple):
 
 @dataclass(frozen=True)
 class RungResult:
-    """A finished rung: the validation loss of each rate, infinite where training diverged."""
+    """A finished rung: the validation loss of each learning rate, infinite if training diverged."""
 
     steps: int
     losses: dict[float, float]
 
     def __str__(self) -> str:
         losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in self.losses.items())
-        return f"after {self.steps} steps, {losses}"
+        return f"validation loss after {self.steps} steps ({losses})"
 
     def ranking(self, center: float) -> list[float]:
-        """Return the rates, the best first; of those whose losses differ by less than about 1%, the nearest
-        to `center` first."""
+        """Return the learning rates, best first. If losses differ by less than about 1%, the rate nearest to
+        `center` comes first."""
 
         def key(rate: float) -> tuple[float, float]:
             loss = self.losses[rate]
@@ -92,8 +94,8 @@ class RungResult:
 
 @dataclass(frozen=True)
 class Race:
-    """A finished race. center: the rate in the middle. share: its cost, of that of the run's training.
-    num_images: of validation, which judged."""
+    """A finished race. center: the middle learning rate. share: the cost, as a share of the run's training.
+    num_images: number of validation images that ranked the rates."""
 
     rungs: list[RungResult]
     center: float
@@ -102,12 +104,12 @@ class Race:
 
     @property
     def winner(self) -> float:
-        """The best rate of the last rung."""
+        """The best learning rate of the last rung."""
         return self.rungs[-1].ranking(self.center)[0]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The race as plain values; the loss of a rate that diverged is None."""
+        """The race as plain values; the loss is None if training diverged."""
         rungs = [
             {
                 "steps": rung.steps,
@@ -123,23 +125,24 @@ class Race:
 
 
 def check_race(config: RunConfig) -> None:
-    """Raises: UserError for options with which no rates can race."""
+    """Raises: UserError for options that rule out a race."""
     if config.train.learning_rate != "auto":
         return
     reasons = {
         "--streaming, because each short run would read the stream again": config.data.streaming,
         "FSDP or DeepSpeed": is_sharded(),
-        "--unfreeze_epochs, because short runs would hardly reach a block": config.train.unfreeze_epochs
-        > 0,
+        "--unfreeze_epochs, because short runs end before most blocks train": (
+            config.train.unfreeze_epochs > 0
+        ),
     }
     for reason, applies in reasons.items():
         if applies:
-            raise UserError(f"--learning_rate auto cannot be combined with {reason}; leave it out")
+            raise UserError(f"--learning_rate auto cannot be combined with {reason}; pass a number")
 
 
 def rungs_of(num_rates: int, steps: int) -> list[Rung]:
-    """Return the rungs of a race: half of the rates, rounded down, stay for twice as many steps, until one
-    is left."""
+    """Return the rungs of a race: after each, half of the learning rates, rounded down, stay for twice as
+    many steps, until one is left."""
     rungs = []
     while num_rates > 1:
         rungs.append(Rung(num_rates, steps))
@@ -155,12 +158,12 @@ def cost(rungs: list[Rung], batch: int, num_images: int) -> float:
 def affordable_race(
     run_steps: int, batch: int, num_validation: int, fields: Iterable[int] = FACTORS
 ) -> tuple[list[Rung], int]:
-    """Return the rungs of the largest of `fields` that costs at most a tenth of the run, as long as that
-    allows, and the number of validation images that judge; no rungs if all are too expensive."""
+    """Return the rungs of the largest of `fields` that costs at most a tenth of the run, with as many steps
+    as that allows, and the number of validation images per evaluation; no rungs if all are too expensive."""
     budget = BUDGET * run_steps * batch
     for field in sorted(fields, reverse=True):
         image = cost(rungs_of(field, 0), batch, 1)  # in all evaluations
-        step = cost(rungs_of(field, 1), batch, 0)  # of the first rung, with its share of the others
+        step = cost(rungs_of(field, 1), batch, 0)  # one in the first rung, more in the others
         fewest, most = JUDGING_IMAGES
         num_images = min(num_validation, most, max(fewest, int(JUDGING_SHARE * budget / image)))
         steps = math.floor((budget - num_images * image) / step)
@@ -170,7 +173,7 @@ def affordable_race(
 
 
 def rates_around(center: float, count: int, factor: float) -> list[float]:
-    """Return `count` rates in ascending order, each `factor` times the one before, to three digits."""
+    """Return `count` learning rates in ascending order, each `factor` times the previous, to three digits."""
     exponents = range(-(count // 2), count - count // 2)
     return [float(f"{center * factor**exponent:.3g}") for exponent in exponents]
 
@@ -182,9 +185,9 @@ def race_rates(
     plan: Plan,
     default: float | None,
 ) -> Race | None:
-    """Let learning rates race, and leave the model as it was; None if the run is too short for a race.
+    """Race learning rates, and leave the model unchanged; return None if the run is too short for a race.
 
-    plan: of the run, with everything settled but the rate. default: the rate of optimiser and model family.
+    plan: with everything settled but the learning rate. default: of the optimiser and model family, or None.
     All processes take part, and the first one decides.
 
     Raises: UserError if the run is too short and there is no default; Stopped.
@@ -218,28 +221,28 @@ def race_rates(
 
 
 def explain_no_race(run_steps: int, few: int, default: float | None) -> None:
-    """Log why the default is used. Raises: UserError if there is none."""
+    """Log why the default learning rate is used. Raises: UserError if there is none."""
     reason = f"a tenth of {run_steps:,} steps is too short to race {few} rates for {MIN_STEPS} steps each"
     if default is None:
         raise UserError(
-            f"--learning_rate auto: {reason}, and the optimiser has no default; pass a number"
+            f"--learning_rate auto: {reason}, and there is no default learning rate; pass a number"
         )
     logger.info("learning rate: the default %g, because %s", default, reason)
 
 
 def announce(rates: list[float], rungs: list[Rung], share: float, num_images: int) -> None:
-    """Log rates, rungs and cost before the race."""
+    """Log learning rates, rungs and cost before the race."""
     shown = ", then ".join(f"{each.num_rates} for {each.steps} steps" for each in rungs)
     fewer = "" if len(rates) == max(FACTORS) else f" (a longer run would race {max(FACTORS)})"
     logger.info(
-        "learning rate: racing %d rates from %g to %g%s: %s, judged by the loss on %d validation images; the "
+        "learning rate: racing %d rates from %g to %g%s: %s, ranked by the loss on %d validation images; the "
         "race costs %.1f%% of the training",
         len(rates), rates[0], rates[-1], fewer, shown, num_images, 100 * share,
     )  # fmt: skip
 
 
 def short_run(config: RunConfig, folder: str, rate: float) -> RunConfig:
-    """Return the options of the short runs: those of the run, but nothing is evaluated, saved or reported.
+    """Return the options of the short runs: those of the run, without evaluation, saving and reporting.
 
     A schedule that follows a metric stays at its peak after the warm-up.
     """
@@ -256,14 +259,14 @@ def short_run(config: RunConfig, folder: str, rate: float) -> RunConfig:
 class Sprinter(ImageClassificationTrainer):
     """A Trainer of short runs that start from the same weights and save nothing.
 
-    run_steps: of the whole run, whose schedule each short run compresses.
+    run_steps: steps of the complete run, whose schedule each short run compresses.
     """
 
     eval_dataset: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # A loss that is not finite only ends this rate's race, at its evaluation, in all processes alike.
+        # A loss that is not finite is handled at the evaluation, in all processes alike: the rate is out.
         self.compute_metrics = None
         self.finite_loss = Unwatched(self.args.learning_rate)
         for callback in [*self.callback_handler.callbacks]:
@@ -274,11 +277,11 @@ class Sprinter(ImageClassificationTrainer):
         )
 
     def judged_by(self, rows: list[int]) -> None:
-        """Evaluate only on these images of validation."""
+        """Evaluate only on these rows of the validation images."""
         self.eval_dataset = Subset(self.eval_dataset, rows)
 
     def losses_of(self, rates: list[float], steps: int) -> dict[float, float]:
-        """Train with each of the rates for so many steps; return their losses on validation."""
+        """Train with each learning rate for `steps` steps; return the validation losses."""
         found = {}
         with Progress(f"racing {len(rates)} learning rates", len(rates) * steps, "steps") as shown:
             progress = StepProgress(shown)
@@ -289,18 +292,18 @@ class Sprinter(ImageClassificationTrainer):
         return found
 
     def loss_of(self, rate: float, steps: int) -> float:
-        """Train with a rate for so many steps; return the loss on validation, infinite if it diverged."""
+        """Train with a learning rate for `steps` steps; return the validation loss, or infinity."""
         self.args.learning_rate, self.args.max_steps = rate, steps
         model = self.classifier
         with unchanged(model):
-            set_seed(self.args.seed)  # the same images, augmentation and dropout for each rate
+            set_seed(self.args.seed)  # the same batches, augmentation and dropout for each rate
             self.train()
             with accepting_features(model, self.train_dataset):
                 loss = [self.evaluate()["eval_loss"]]
             self.optimizer = self.lr_scheduler = None
             self.model = self.model_wrapped = model
             self.accelerator.free_memory()
-            gc.collect()  # DistributedDataParallel has hooks on the model as long as it exists
+            gc.collect()  # or hooks of the old DistributedDataParallel stay on the model
         if self.args.world_size > 1:
             broadcast_object_list(loss)
         return loss[0] if math.isfinite(loss[0]) else math.inf
@@ -315,14 +318,14 @@ class Sprinter(ImageClassificationTrainer):
         return self.lr_scheduler
 
     def merge_adapters(self) -> None:
-        """Do nothing: the next short run trains them again."""
+        """Do nothing: the next short run trains the adapters again."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Do nothing: a signal ends the race without a checkpoint."""
 
 
 class Unwatched(FiniteLoss):
-    """Lets training go on with a loss that is not finite."""
+    """Lets training continue with a loss that is not finite."""
 
     def watch(self, *args: Any) -> None:
         """Do nothing."""
@@ -342,9 +345,9 @@ class StepProgress(TrainerCallback):
 def compressed_schedule(
     args: TrainingArguments, optimizer: Optimizer, num_steps: int, run_steps: int
 ) -> LRScheduler:
-    """Return the schedule that `args` name for `run_steps` steps, with warm-up, in `num_steps` steps.
+    """Return the schedule of `args` for `run_steps` steps, warm-up included, compressed to `num_steps` steps.
 
-    Each step has the rate in the middle of those that it stands for.
+    Each step has the learning rate of the middle of the steps that it replaces.
     """
     peak = args.learning_rate
     imitated = torch.optim.SGD([torch.zeros(1)], lr=peak)
@@ -361,7 +364,7 @@ def compressed_schedule(
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore weights, buffers and mode of a model at the end of the block, bit for bit."""
+    """Restore the weights, buffers and mode of a model at the end of the block, bit for bit."""
     tensors = [*model.parameters(), *model.buffers()]
     before, training = [each.detach().clone() for each in tensors], model.training
     try:

@@ -21,7 +21,7 @@ def save_classifier(trainer: Trainer, folder: Path, weights: dict[str, Any] | No
     weights: default: gathered from the model, in all processes.
 
     A timm model's weights keep timm's names, so both transformers and timm load the folder; those of a
-    torch.nn.Module keep its own, for load_state_dict. After training with LoRA, its adapter is saved too.
+    torch.nn.Module keep its own, for load_state_dict. After training with LoRA, the adapter is saved too.
     """
     if weights is None:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered if sharded

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation: gradients from the worst point near the weights."""
+"""Sharpness-aware minimisation: gradients at the nearby weights with about the highest loss."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class SharpnessAware:
-    """Moves the weights uphill for the loss of a batch while its gradient is computed.
+    """Moves the weights uphill while the gradient of a batch is computed.
 
-    rho: L2 norm of that move, over all weights that train; with 0 the methods do nothing. Each batch of each
-    process has a move of its own, as in the paper. Batch norms update their statistics at the weights
-    themselves, and both passes drop the same units.
+    rho: L2 norm of that perturbation, over all trainable weights; with 0 the methods do nothing. Each batch
+    of each process has its own perturbation, as in the paper. BatchNorms update their statistics at the
+    original weights only, and both passes use the same dropout mask.
 
     Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, 2021.
     """
@@ -28,7 +28,7 @@ class SharpnessAware:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Let `climb` move weights until the block ends, which restores them bit by bit."""
+        """Let `climb` move the weights until the block ends; then restore them bit for bit."""
         self._in_step = self.rho > 0
         try:
             yield
@@ -41,10 +41,10 @@ class SharpnessAware:
             self._in_step, self._exact, self._held = False, [], []
 
     def climb(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
-        """Move the weights of a model by `rho` along the gradient of its loss; not outside a step.
+        """Move the weights of a model by `rho` along the gradient of its loss; outside a step, do nothing.
 
-        The model is not wrapped for distribution, so that no process waits for another one. loss: may be
-        scaled by any factor. Without a finite gradient, as after an overflow in float16, nothing moves.
+        model: not wrapped for distribution, so that no process waits for another. loss: may be scaled by any
+        factor. Without a finite gradient, as after an overflow in float16, the weights do not move.
         """
         if not self._in_step:
             return

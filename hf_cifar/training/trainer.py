@@ -70,10 +70,10 @@ class ImageClassificationTrainer(ResumableTrainer):
     micro-batch, rank), so that a resumed run sees the images that an uninterrupted one would. setting: how
     the model computes while it trains; default: float32, with the model's own attention kernel. averaging: of
     the weights that are evaluated and saved. layer_decay, l1_decay, backbone_learning_rate: see
-    `build_optimizer`. unfreezing: of the blocks; default: all train from the start. sharpness: where
-    gradients are taken; default: at the weights. sampler: of the training images; default: each once per
-    epoch, at random. shrink_batch: restart training that runs out of memory with smaller steps, accumulated
-    to the same batch.
+    `build_optimizer`. unfreezing: gradual unfreezing of the blocks; default: all train from the start.
+    sharpness: sharpness-aware minimisation; default: off. sampler: of the training images; default: each
+    once per epoch, at random. shrink_batch: restart training that runs out of memory with smaller steps,
+    accumulated to the same batch.
     Raises: UserError for data that do not fit the model.
     """
 
@@ -126,7 +126,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.averaging = averaging or WeightAverage(0.0)
         self.unfreezing = unfreezing or GradualUnfreezing(0.0)
         self.sharpness = sharpness or SharpnessAware(0.0)
-        if self.unfreezing.epochs:  # frozen parameters have no gradients to wait for
+        if self.unfreezing.epochs:  # frozen parameters get no gradients
             args.ddp_find_unused_parameters = True
         # Compile for the actual sizes: symbolic ones take minutes on some networks.
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
@@ -164,7 +164,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             keep_freed_memory()
         self._norms = batch_norms(self.model)
         self.trainable = describe_trainable(self.model)
-        self.adapter: Adapter | None = None  # of a model trained with LoRA, once it is merged
+        self.adapter: Adapter | None = None  # after training with LoRA, once it is merged
         self._micro_batch = (-1, -1)
         self._measured: dict[str, float] | None = None  # of the model as it is
         self._row_ids: Tensor | None = None
@@ -216,12 +216,12 @@ class ImageClassificationTrainer(ResumableTrainer):
                 self.finish_checkpoint()
             # A signal after the last step, which already has a checkpoint.
             self.stop_signals.request.raise_if_requested()
-        # The best or the averaged weights are loaded by now, and the model has its own kernels again.
+        # The best or averaged weights are loaded by now, and the model's own kernels are restored.
         self.merge_adapters()
         return output
 
     def merge_adapters(self) -> None:
-        """Merge the adapters of LoRA, if there are any, into the weights."""
+        """Merge LoRA adapters, if there are any, into the weights."""
         self.adapter = merge_adapters(self.classifier)
 
     def _newest_checkpoint(self) -> str:
@@ -304,7 +304,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             inputs["pixel_values"] = draw_view(inputs["pixel_values"], generator)
             return inputs
         if self.model.training:
-            # The parent sets all norms to training mode in every step.
+            # The Trainer sets all norms to training mode in every step.
             for norm in filter(is_frozen, self._norms):
                 norm.eval()
         if self.model.training:

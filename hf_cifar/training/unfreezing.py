@@ -15,12 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 class GradualUnfreezing(TrainerCallback):
-    """Trains the head alone for `epochs`, then with one more block after each `epochs`, from the last block
-    to the first, and the layers before the blocks last.
+    """Trains the head alone for `epochs`, then adds one more block per `epochs`, from the last block to the
+    first, and finally the layers before the blocks.
 
-    epochs: may be a fraction; with 0, nothing is frozen. Layers between the blocks and the head (a final
-    norm, a pooler) train from the last block on. What trains depends on the current epoch alone, so that a
-    resumed run is the same. The optimiser has all parameters, and skips those without gradients.
+    epochs: the interval, may be a fraction; with 0, nothing is frozen. Layers between the blocks and the
+    head (a final norm, a pooler) start with the last block. What trains depends only on the current epoch,
+    so that a resumed run is identical. The optimiser has all parameters, and skips those without gradients.
 
     Source: Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, 2018.
     """
@@ -32,7 +32,7 @@ class GradualUnfreezing(TrainerCallback):
         self._current = -1
 
     def start(self, model: nn.Module) -> None:
-        """Let all parameters train that will do so at some time, for the optimiser that is made next."""
+        """Unfreeze all parameters that will train at some time, for the optimiser that is created next."""
         if not self.epochs:
             return
         if not self._turns:
@@ -47,14 +47,14 @@ class GradualUnfreezing(TrainerCallback):
             return
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         logger.info(
-            "gradual unfreezing: the head first, then one more of %d blocks after each %g epochs",
+            "gradual unfreezing: the head trains first, then one more of %d blocks every %g epochs",
             self._num_blocks, self.epochs,
         )  # fmt: skip
         last, turns = self._turn((state.max_steps - 1) / steps), max(self._turns.values())
         if last < turns:
             logger.warning(
-                "%s will train, and nothing before them: the run has %.3g epochs, and the first layers train "
-                "after %g",
+                "gradual unfreezing: only %s will train, because the run has %.3g epochs; the first layers "
+                "would train after %g",
                 self._blocks(last), state.max_steps / steps, turns * self.epochs,
             )  # fmt: skip
         self._freeze(state.epoch or 0.0)
@@ -83,8 +83,8 @@ class GradualUnfreezing(TrainerCallback):
 
 
 def turns_of(model: nn.Module) -> dict[nn.Parameter, int]:
-    """Return when each parameter begins to train: 0 for the head, 1 for the last block and the layers after
-    it, one more for each earlier block, and the highest for the layers before the blocks.
+    """Return the interval in which each parameter starts to train: 0 for the head, 1 for the last block and
+    the layers after it, one more for each earlier block, and the highest for the layers before the blocks.
 
     Raises: UserError for an architecture without blocks.
     """

@@ -118,7 +118,7 @@ def test_planted_label_errors_are_found_on_real_images():
     planted = generator.choice(len(digits.target), 50, replace=False)
     labels = digits.target.copy()
     labels[planted] = (labels[planted] + generator.integers(1, 10, 50)) % 10
-    # Each image is judged by a model that has not seen its label.
+    # Each image is predicted by a model that was not trained on its label.
     probabilities = cross_val_predict(
         KNeighborsClassifier(10),
         digits.data,

@@ -132,7 +132,7 @@ def test_the_card_says_which_class_shares_the_probabilities_assume(balance):
     limits = section(render_card(changed(options=options)), "Intended use and limits")
     (line,) = [line for line in limits.splitlines() if line.startswith("- Probabilities assume")]
     assert (
-        f"(`--class_balance {balance}`); the temperature, fitted on validation as it is, does not"
+        f"(`--class_balance {balance}`); the temperature, fitted on validation without reweighting, does not"
         in line
     )
     assert ("equally frequent" in line) == (balance != "effective")

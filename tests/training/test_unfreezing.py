@@ -107,9 +107,9 @@ def test_blocks_that_never_train_are_counted(tmp_path, stripes, tiny_vit, caplog
     steps_of(tmp_path / "short", stripes, tiny_vit, *flags)
     lines = [record.message for record in caplog.records if record.name.endswith("unfreezing")]
     assert lines == [
-        "gradual unfreezing: the head first, then one more of 2 blocks after each 0.5 epochs",
-        "the last 1 of 2 blocks will train, and nothing before them: the run has 1 epochs, and the first "
-        "layers train after 1.5",
+        "gradual unfreezing: the head trains first, then one more of 2 blocks every 0.5 epochs",
+        "gradual unfreezing: only the last 1 of 2 blocks will train, because the run has 1 epochs; the "
+        "first layers would train after 1.5",
         "gradual unfreezing: the last 1 of 2 blocks trained",
     ]
     caplog.clear()
