@@ -200,7 +200,8 @@ def settle_rates(config: RunConfig, model: PreTrainedModel, processes: Processes
     defaults["weight_decay"] = default_weight_decay(train.optim)
     if train.learning_rate is None and defaults["learning_rate"] is None:
         raise UserError(
-            f"--optim {train.optim} has no default learning rate for this model; pass --learning_rate"
+            f"--optim {train.optim} has no default learning rate for this model; pass --learning_rate "
+            "auto, or a number"
         )
     return {name: defaults[name] if value is None else value for name, value in requested.items()}
 

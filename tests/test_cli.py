@@ -233,7 +233,10 @@ BAD = {
     ),
     "seed": (["finetune", "--seed=-1"], "--seed is -1; it must be in 0..4294967295"),
     "no effect": (["finetune", "--do_train", "false"], "--do_train has no effect here"),
-    "metric": (["finetune", "--metric_for_best_model", "f1"], "one of accuracy, cross_entropy"),
+    "metric": (
+        ["finetune", "--metric_for_best_model", "f1"],
+        "one of accuracy, balanced_accuracy, cross_entropy",
+    ),
     "configuration": (
         ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--dataset_config_name", "x"],
         "bundled/digits has one configuration",
@@ -264,8 +267,8 @@ BAD = {
         "bitsandbytes",
     ),
     "optimiser without a known rate": (
-        ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--optim", "rmsprop"],
-        "--optim rmsprop has no default learning rate for this model; pass --learning_rate",
+        ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--optim", "madgrad"],
+        "--optim madgrad has no default learning rate for this model; pass --learning_rate auto, or a number",
     ),
     "tracker without its package": (
         ["finetune", *MODEL, "--dataset_name", "bundled/digits", "--report_to", "swanlab"],

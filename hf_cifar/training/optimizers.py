@@ -294,6 +294,11 @@ OPTIMIZER_FAMILIES = {
         "adamw",
     ),
     **dict.fromkeys(("sgd", "momentum", "nesterov"), "sgd"),
+    **dict.fromkeys(("lion", "lion_32bit", "lion_8bit"), "lion"),
+    **dict.fromkeys(("muon", "nmuon"), "muon"),
+    "adam": "adam",
+    "rmsprop": "rmsprop",
+    "adagrad": "adagrad",
 }  # fmt: skip
 # Optimisers that add weight decay to the gradient, and those with learning rates like SGD's.
 COUPLED_DECAY = frozenset(
@@ -324,7 +329,12 @@ RATES: dict[str | None, dict[str, Rates]] = {
     # Without momentum.
     "sgd": {
         "head": Rates(0.4),
-        "scratch": Rates(0.05),
+        "scratch": Rates(0.2),
         "depthwise": Rates(0.05, max_grad_norm=0.0),
     },
+    "adam": {"head": Rates(1e-3), "scratch": Rates(2e-3)},
+    "rmsprop": {"head": Rates(1e-3), "scratch": Rates(1e-3)},
+    "adagrad": {"head": Rates(0.01), "scratch": Rates(0.01)},
+    "lion": {"head": Rates(3e-4), "scratch": Rates(1e-3)},
+    "muon": {"head": Rates(2.5e-3), "scratch": Rates(5e-3)},
 }

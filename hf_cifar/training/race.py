@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -32,14 +32,17 @@ from transformers import (
 )
 
 from hf_cifar.config.run import RunConfig
+from hf_cifar.config.training import TrainingConfig
 from hf_cifar.data.splits import Splits
 from hf_cifar.data.stratify import representative_rows
 from hf_cifar.errors import UserError
 from hf_cifar.progress import Progress
 from hf_cifar.runs.processes import is_sharded
-from hf_cifar.training.build import build_trainer
+from hf_cifar.text import listed
+from hf_cifar.training.build import build_loss, build_trainer
 from hf_cifar.training.features import accepting_features
 from hf_cifar.training.guards import FiniteLoss
+from hf_cifar.training.losses import Loss
 from hf_cifar.training.progress import EvaluationProgress, StopAtNaN, TrainingLines
 from hf_cifar.training.schedules import FOLLOWS_A_METRIC, build_schedule
 from hf_cifar.training.trainer import ImageClassificationTrainer
@@ -216,8 +219,23 @@ def race_rates(
             results.append(RungResult(rung.steps, trainer.losses_of(rates, rung.steps)))
             logger.info("learning rate: %s", results[-1])
     race = Race(results, center, share, num_images)
+    if not any(map(math.isfinite, results[-1].losses.values())):
+        raise UserError(
+            f"--learning_rate auto: training diverged at {listed(f'{r:g}' for r in results[0].losses)}; pass "
+            "a lower learning rate as a number"
+        )
     logger.info("learning rate: %g won the race", race.winner)
     return race
+
+
+def validation_loss(model: PreTrainedModel, splits: Splits, train: TrainingConfig) -> Loss:
+    """Return the cross-entropy that ranks the learning rates, without label smoothing.
+
+    If the run balances the classes, each counts the same, as in the metric that picks its best checkpoint.
+    """
+    balance: Literal["none", "weights"] = "none" if train.class_balance == "none" else "weights"
+    plain = replace(train, label_smoothing_factor=0.0, loss="cross_entropy", class_balance=balance)
+    return build_loss(model, splits.train, plain)
 
 
 def explain_no_race(run_steps: int, few: int, default: float | None) -> None:

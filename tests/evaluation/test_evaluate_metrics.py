@@ -126,7 +126,7 @@ def test_unknown_metric_is_refused():
 def test_single_label_training_metrics(drawn):
     logits = drawn.logits.astype(np.float32)
     found = compute_training_metrics(SimpleNamespace(predictions=logits, label_ids=drawn.labels))
-    assert list(found) == ["accuracy", "cross_entropy"]
+    assert list(found) == ["accuracy", "balanced_accuracy", "cross_entropy"]
     outcome = SingleLabel(logits, drawn.labels)
     assert found == {name: outcome.metric(name) for name in found}
 

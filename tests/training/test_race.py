@@ -17,6 +17,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.runs.signals import Stopped
 from hf_cifar.training import race
 from hf_cifar.training.build import build_trainer
+from hf_cifar.training.optimizers import Rates
 from hf_cifar.training.race import (
     FACTORS,
     Race,
@@ -28,6 +29,7 @@ from hf_cifar.training.race import (
     rates_around,
     rungs_of,
     short_run,
+    validation_loss,
 )
 from hf_cifar.training.schedules import build_schedule
 
@@ -199,6 +201,28 @@ def test_a_rate_that_diverges_loses_and_leaves_no_trace(tmp_path, stripes):
     assert first[0.05] < math.inf
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_all_rates_diverge(tmp_path, stripes, monkeypatch):
+    monkeypatch.setattr(race, "FACTORS", {3: 1.1})
+    monkeypatch.setattr("hf_cifar.plan.default_rates", lambda *_, **__: Rates(900.0, 0.0))
+    flags = ["--optim", "sgd", "--image_size", "18", *LONG]
+    config = tiny_config(tmp_path / "run", stripes, "scratch/article_cnn", *flags)
+    with pytest.raises(UserError, match=r"diverged at .*, 900, .*; pass a lower"):
+        plan_run(config, *built(config))
+
+
+def test_balanced_classes_count_the_same(tmp_path, stripes, tiny_vit):
+    """Cross-entropy weighted by 1 / images, as a mean over images that have the shares of train."""
+    flags = ["--imbalance_factor", "4", "--class_balance", "logit_adjustment"]
+    config = tiny_config(tmp_path / "run", stripes, tiny_vit, *flags)
+    model, _, splits = built(config)
+    labels = torch.from_numpy(splits.train.labels)
+    logits = torch.randn(len(labels), 2, generator=torch.Generator().manual_seed(0))
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    expected = torch.stack([losses[labels == label].mean() for label in (0, 1)]).mean()
+    found = validation_loss(model, splits, config.train)(logits, labels)
+    torch.testing.assert_close(found, expected)
 
 
 def test_labels_of_any_number(tmp_path, lights, tiny_vit):

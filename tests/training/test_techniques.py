@@ -58,7 +58,8 @@ def test_resumed_training_has_the_same_bits(name, tmp_path, stripes, tiny_vit):
     resumed = tiny_trainer(tmp_path / "run", stripes, tiny_vit, *flags)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     weights = complete.model.state_dict()
-    assert not torch.equal(weights["classifier.weight"], before["classifier.weight"])
+    common = weights.keys() & before.keys()  # merged LoRA has other names
+    assert any(not torch.equal(weights[key], before[key]) for key in common)
     for key, value in resumed.model.state_dict().items():
         assert torch.equal(value, weights[key]), key
 
