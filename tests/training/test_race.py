@@ -203,6 +203,13 @@ def test_a_rate_that_diverges_loses_and_leaves_no_trace(tmp_path, stripes):
         assert torch.equal(value, before[name]), name
 
 
+def test_short_runs_use_higher_rates_than_the_run_that_they_imitate(tmp_path, stripes, tiny_vit):
+    trainer = sprinter(tmp_path / "run", stripes, tiny_vit, "--max_steps", "320")
+    for steps, factor in ((10, 2.0), (320, 1.0)):  # 32 to the power of 0.2
+        trainer.loss_of(1e-3, steps)
+        assert trainer.args.learning_rate == pytest.approx(1e-3 * factor)
+
+
 def test_all_rates_diverge(tmp_path, stripes, monkeypatch):
     monkeypatch.setattr(race, "FACTORS", {3: 1.1})
     monkeypatch.setattr("hf_cifar.plan.default_rates", lambda *_, **__: Rates(900.0, 0.0))
