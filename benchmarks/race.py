@@ -28,7 +28,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.plan import Plan
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.guards import FiniteLoss
-from hf_cifar.training.race import FACTORS, rates_around, short_run
+from hf_cifar.training.race import FACTORS, Unwatched, rates_around, short_run
 from hf_cifar.training.trainer import ImageClassificationTrainer
 
 Options = Mapping[str, object]
@@ -96,20 +96,13 @@ def range_test(config: RunConfig, source: DataSource, default: float) -> dict[st
         )
         assert isinstance(trainer, RangeTest)
         trainer.remove_callback(FiniteLoss)
-        trainer.finite_loss = Quiet(default)
+        trainer.finite_loss = Unwatched(default)
         trainer.train()
     losses = [loss for loss in trainer.losses if math.isfinite(loss)]
     rates = (
         default * RANGE[0] * (RANGE[1] / RANGE[0]) ** (np.arange(len(losses)) / (RANGE_STEPS - 1))
     )
     return suggestions(rates, np.array(losses))
-
-
-class Quiet(FiniteLoss):
-    """Lets the loss become infinite, which ends the range test."""
-
-    def watch(self, *args: Any) -> None:
-        """Do nothing."""
 
 
 def suggestions(rates: np.ndarray, losses: np.ndarray) -> dict[str, float]:

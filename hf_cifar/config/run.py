@@ -112,6 +112,15 @@ class RunConfig:
         """Return a copy with these training options replaced."""
         return dataclasses.replace(self, train=dataclasses.replace(self.train, **changes))
 
+    def as_trial(self, output_dir: str) -> RunConfig:
+        """Return the options of a training inside the run, in a temporary folder: without evaluation, saving
+        and reporting."""
+        trial = self.with_training(
+            output_dir=output_dir, run_name=None, report_to=None, push_to_hub=False, eval_strategy="no",
+            save_strategy="no", load_best_model_at_end=False, early_stopping_patience=None,
+        )  # fmt: skip
+        return dataclasses.replace(trial, trainer={**self.trainer, "eval_on_start": False})
+
 
 def check_combinations(config: RunConfig) -> None:
     """Raises: UserError for an option that has no effect, or does not work, with another one."""

@@ -91,8 +91,13 @@ def clean_labels(
         return splits
     assert isinstance(train, Split)  # see `check_cleaning`
     if plan.checkpoint is not None:
-        text = (plan.checkpoint / IDENTITY_FILE).read_text(encoding="utf-8")
-        doubted = np.array(json.loads(text)[DOUBTED], np.int64).reshape(-1, 3)
+        saved = json.loads((plan.checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))
+        if DOUBTED not in saved:
+            raise UserError(
+                f"--resume_from_checkpoint: {plan.checkpoint} is of a run without --clean_labels; leave one "
+                "of them out"
+            )
+        doubted = np.array(saved[DOUBTED], np.int64).reshape(-1, 3)
     else:
         states = random_states(plan.processes.device)
         doubted = find_doubted(model, image_processor, splits, plan)
@@ -269,11 +274,7 @@ def predicted_by_training(
         folder: list[Any] = [own]  # written to only if a signal ends the training
         if plan.processes.count > 1:
             broadcast_object_list(folder)
-        config = plan.config.with_training(
-            output_dir=folder[0], eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
-            early_stopping_patience=None, report_to=None,
-        )  # fmt: skip
-        fold_plan = dataclasses.replace(plan, config=config)
+        fold_plan = dataclasses.replace(plan, config=plan.config.as_trial(folder[0]))
         trainer = build_trainer(copy.deepcopy(model), image_processor, parts, fold_plan)
         trainer.train()
         logits = trainer.predict(store_of(parts.validation, trainer.args)).predictions

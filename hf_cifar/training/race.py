@@ -61,9 +61,9 @@ FACTORS = {9: 2.5, 7: 3.0, 5: 4.0, 3: 4.0}
 # Without a default, this many learning rates race around a guess.
 WIDE_FACTORS, GUESS = {9: 5.0}, 3e-3
 MIN_STEPS = 10  # of the first rung
-# The best learning rate falls with the length of a run, by this power of the number of steps, so that short
-# runs use higher ones than those they stand for. Bjorck et al., Scaling Optimal LR Across Token Horizons, 2024,
-# find 0.32 for language models; 0.2 fitted two small runs here.
+# The best learning rate falls with the length of a run, by this power of the number of steps, so a short run
+# uses a higher one than the run that it imitates. Bjorck et al., Scaling Optimal LR Across Token Horizons,
+# 2024, find 0.32 for language models; 0.2 fitted two small runs here.
 HORIZON = 0.2
 # Validation images that rank the rates: as many as this share of the budget pays for, within these bounds.
 JUDGING_SHARE, JUDGING_IMAGES = 0.2, (50, 500)
@@ -270,12 +270,9 @@ def short_run(config: RunConfig, folder: str, rate: float) -> RunConfig:
     """
     follows = config.train.lr_scheduler_type in FOLLOWS_A_METRIC
     peak = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None} if follows else {}
-    changed = config.with_training(
-        **peak, learning_rate=rate, output_dir=folder, run_name=None, report_to=None, push_to_hub=False,
-        eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
-        early_stopping_patience=None, torch_compile=False, disable_tqdm=True,
-    )  # fmt: skip
-    return replace(changed, trainer={**config.trainer, "eval_on_start": False})
+    return config.as_trial(folder).with_training(
+        **peak, learning_rate=rate, torch_compile=False, disable_tqdm=True
+    )
 
 
 class Sprinter(ImageClassificationTrainer):
