@@ -26,7 +26,6 @@ def focal(
     logits: Tensor,
     targets: Tensor,
     label_smoothing: float = 0.0,
-    weight: Tensor | None = None,
     reduction: str = "mean",
     gamma: float = 2.0,
 ) -> Tensor:
@@ -41,8 +40,7 @@ def focal(
         targets = F.one_hot(targets, logits.shape[1])
     soft = targets.to(logits.dtype)
     soft = soft.lerp(soft.new_tensor(1 / logits.shape[1]), label_smoothing)
-    terms = soft * (1 - log_probabilities.exp()) ** gamma * -log_probabilities
-    losses = (terms if weight is None else terms * weight).sum(dim=1)
+    losses = (soft * (1 - log_probabilities.exp()) ** gamma * -log_probabilities).sum(dim=1)
     return losses.mean() if reduction == "mean" else losses
 
 
@@ -56,28 +54,37 @@ def binary_focal(
     return (off * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).mean()
 
 
-def adjusted(loss: Loss, prior: Tensor) -> Loss:
+def adjusted(loss: Callable[..., Tensor], prior: Tensor, label_smoothing: float = 0.0) -> Loss:
     """Add the log of the classes' shares to the logits that `loss` sees.
 
-    The model itself then learns logits for classes that are equally frequent.
-    Source: Menon et al., Long-tail Learning via Logit Adjustment, 2021, with tau = 1.
+    The model itself then learns logits for classes that are equally frequent. Labels are smoothed towards
+    the shares: an equal part for each class would be more than a rare class has, and raise its logits for
+    all images.
+
+    prior: shares [K]. Source: Menon et al., Long-tail Learning via Logit Adjustment, 2021, with tau = 1.
     """
-    offset = prior.log()
 
     def adjusted_loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return loss(logits + offset.to(logits.device), targets)
+        shares = prior.to(logits.device)
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, logits.shape[1])
+        smoothed = targets.to(logits.dtype).lerp(shares.expand_as(logits), label_smoothing)
+        return loss(logits + shares.log(), smoothed)
 
     return adjusted_loss
 
 
 def weighted(loss: Callable[..., Tensor], weights: Tensor) -> Loss:
-    """Give each class its weight in `loss`, as a mean over images.
+    """Give each image the weight of its class in `loss`, as a mean over images.
 
-    torch divides by the weights in the batch instead, so that micro-batches would not add up to their batch.
+    torch divides by the weights in the batch instead, so that micro-batches would not add up to their batch;
+    and it weights the smoothed part of each label by the other classes, where the rare ones dominate.
     """
 
     def weighted_loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return loss(logits, targets, weight=weights.to(logits.device), reduction="none").mean()
+        own = weights.to(logits.device)
+        own = own[targets] if targets.ndim == 1 else targets.to(own.dtype) @ own
+        return (own * loss(logits, targets, reduction="none")).mean()
 
     return weighted_loss
 
@@ -121,12 +128,11 @@ def training_loss(
     balance: a value of --class_balance; of these, weights, effective and logit_adjustment change the loss,
     by the training images of each class, counts [K].
     """
-    loss = functools.partial(
-        LOSSES[("binary_" if multi_label else "") + name], label_smoothing=label_smoothing
-    )
+    plain = LOSSES[("binary_" if multi_label else "") + name]
+    loss = functools.partial(plain, label_smoothing=label_smoothing)
     if balance == "logit_adjustment":
         assert counts is not None
-        return adjusted(loss, counts / counts.sum())
+        return adjusted(plain, counts / counts.sum(), label_smoothing)
     if balance in CLASS_WEIGHTS:
         assert counts is not None
         return weighted(loss, CLASS_WEIGHTS[balance](counts))

@@ -62,13 +62,11 @@ def test_focal_loss_by_hand(logits):
     p = logits.softmax(dim=1)[range(6), IDS]
     assert focal(logits, IDS) == pytest.approx((-((1 - p) ** 2) * p.log()).mean().item())
     assert focal(logits, IDS, gamma=0) == pytest.approx(F.cross_entropy(logits, IDS).item())
-    weights = torch.tensor([1.0, 2, 3, 4])
     for smoothing in (0.0, 0.1):
         plain = F.cross_entropy(logits, IDS, label_smoothing=smoothing)
         assert focal(logits, IDS, smoothing, gamma=0) == pytest.approx(plain.item())
-    each = F.cross_entropy(logits, IDS, weights, reduction="none")
-    found = focal(logits, IDS, weight=weights, gamma=0, reduction="none")
-    torch.testing.assert_close(found, each)
+    each = F.cross_entropy(logits, IDS, reduction="none")
+    torch.testing.assert_close(focal(logits, IDS, gamma=0, reduction="none"), each)
     soft = F.one_hot(IDS, 4).float()
     assert focal(logits, soft) == pytest.approx(focal(logits, IDS).item())
 
@@ -98,6 +96,10 @@ def test_class_weights_reach_the_loss(logits, balance):
     loss = training_loss(0.0, multi_label=False, balance=balance, counts=COUNTS)
     each = F.cross_entropy(logits, IDS, reduction="none")
     assert loss(logits, IDS) == pytest.approx((each * weights[IDS]).mean().item())
+    torch.testing.assert_close(loss(logits, F.one_hot(IDS, 4).float()), loss(logits, IDS))
+    smooth = training_loss(0.1, multi_label=False, balance=balance, counts=COUNTS)
+    each = F.cross_entropy(logits, IDS, reduction="none", label_smoothing=0.1)
+    assert smooth(logits, IDS) == pytest.approx((each * weights[IDS]).mean().item())
     halves = [loss(logits[i], IDS[i]) for i in torch.arange(6).split(3)]
     torch.testing.assert_close(torch.stack(halves).mean(), loss(logits, IDS))
 
@@ -109,3 +111,13 @@ def test_logit_adjustment_by_hand(logits):
     wanted = -(odds[range(6), IDS] / odds.sum(dim=1)).log().mean()
     loss = training_loss(0.0, multi_label=False, balance="logit_adjustment", counts=COUNTS)
     assert loss(logits, IDS) == pytest.approx(wanted.item())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_adjusted_logits_of_an_image_without_evidence_are_equal(smoothing):
+    """If images of all classes look the same, the best logits are those of equal classes, smoothed or not."""
+    labels = torch.repeat_interleave(torch.arange(4), COUNTS.int())
+    bias = torch.zeros(4, requires_grad=True)
+    loss = training_loss(smoothing, multi_label=False, balance="logit_adjustment", counts=COUNTS)
+    loss(bias.expand(len(labels), 4), labels).backward()
+    assert bias.grad.tolist() == pytest.approx([0] * 4, abs=1e-6)
