@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class RunConfig:
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_combinations(self)
+        for conflict in conflicts(self):
+            raise UserError(f"{conflict}; leave out one of them")
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str = "hf-cifar finetune") -> RunConfig:
@@ -122,54 +123,32 @@ class RunConfig:
         return dataclasses.replace(trial, trainer={**self.trainer, "eval_on_start": False})
 
 
-def check_combinations(config: RunConfig) -> None:
-    """Raises: UserError for an option that has no effect, or does not work, with another one."""
+def conflicts(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each option that has no effect, or does not work, with another one."""
     train, model, augment = config.train, config.model, config.augment
-    head_only = model.freeze == "backbone" or set(model.freeze) == {"0"}
-    cached = config.computes_features and not (augment.mixup_alpha or augment.cutmix_alpha)
-    in_backward = "lomo" in train.optim or train.optim.endswith("layerwise")
-    unfreezes = train.unfreeze_epochs > 0
-    unused = config.trainer.get("ddp_find_unused_parameters", True)
-    refused = [
-        (
-            train.backbone_learning_rate is not None and head_only,
-            f"--backbone_learning_rate has no effect with --freeze {model.freeze}; leave out one of them",
-        ),
-        (
-            train.layer_decay != 1 and model.freeze == "backbone",
-            "--layer_decay has no effect with --freeze backbone; leave out one of them",
-        ),
-        (
-            unfreezes and model.freeze != "none",
-            f"--unfreeze_epochs and --freeze {model.freeze} both set what is frozen; leave out one of them",
-        ),
-        (
-            unfreezes and train.torch_compile,
-            "--unfreeze_epochs would recompile the model for each block; leave out --torch_compile",
-        ),
-        (
-            unfreezes and unused is False,
-            "--unfreeze_epochs cannot be combined with --ddp_find_unused_parameters false; leave out "
-            "one of them",
-        ),
-    ]
-    for name in ("sam_rho", "ema_decay", "l1_decay", "early_stopping_patience"):
-        message = f"--{name} has no effect with --head_solver lbfgs; leave out one of them"
-        refused.append((bool(getattr(train, name)) and train.head_solver == "lbfgs", message))
-    for name in ("dropout", "drop_path"):
-        message = f"--{name} has no effect on cached features; pass --feature_views 0"
-        refused.append((bool(getattr(model, name)) and cached, message))
-    for name in ("backbone_learning_rate", "unfreeze_epochs", "sam_rho"):
-        message = (
-            f"--{name} cannot be combined with --optim {train.optim}, which updates weights in the "
-            "backward pass"
-        )
-        refused.append(
-            (bool(getattr(train, name)) and in_backward, f"{message}; leave out one of them")
-        )
-    for is_refused, message in refused:
-        if is_refused:
-            raise UserError(message)
+    if train.backbone_learning_rate is not None and model.freeze in ("backbone", "0"):
+        yield f"--backbone_learning_rate has no effect with --freeze {model.freeze}"
+    if train.layer_decay != 1 and model.freeze == "backbone":
+        yield "--layer_decay has no effect with --freeze backbone"
+    if train.unfreeze_epochs:
+        if model.freeze != "none":
+            yield f"--unfreeze_epochs and --freeze {model.freeze} both set what is frozen"
+        if train.torch_compile:
+            yield "--unfreeze_epochs would recompile the model for each block with --torch_compile"
+        if config.trainer.get("ddp_find_unused_parameters") is False:
+            yield "--unfreeze_epochs cannot be combined with --ddp_find_unused_parameters false"
+    if train.head_solver == "lbfgs":
+        for name in ("sam_rho", "ema_decay", "l1_decay", "early_stopping_patience"):
+            if getattr(train, name):
+                yield f"--{name} has no effect with --head_solver lbfgs"
+    if config.computes_features and not (augment.mixup_alpha or augment.cutmix_alpha):
+        for name in ("dropout", "drop_path"):
+            if getattr(model, name):
+                yield f"--{name} has no effect with --freeze backbone and without --feature_views 0"
+    if "lomo" in train.optim or train.optim.endswith("layerwise"):
+        for name in ("backbone_learning_rate", "unfreeze_epochs", "sam_rho"):
+            if getattr(train, name):
+                yield f"--{name} does not work with --optim {train.optim}, which has no gradients to keep"
 
 
 def is_run_config(path: str | Path) -> bool:
