@@ -62,7 +62,8 @@ def table(records: list[dict]) -> list[str]:
     return lines
 
 
-MARKED = re.compile(r"(<!-- measured: (.+?) -->\n)(?:\n?\|.*\n)*")
+MISSING = "Not measured yet.\n"
+MARKED = re.compile(rf"(<!-- measured: (.+?) -->\n)(?:\n{MISSING}|(?:\n?\|.*\n)*)")
 
 
 def techniques_page(page: str, records: list[dict]) -> str:
@@ -78,6 +79,8 @@ def effects(technique: str, records: list[dict]) -> str:
         for record in records
         if record["benchmark"].startswith(f"{technique}, ")
     }
+    if not by_model:
+        return MISSING
     unit = next(iter(by_model.values()))["unit"]
     variants = list(dict.fromkeys(name for each in by_model.values() for name in each["values"]))
     heads = [f"{model}, n = {record['n']}" for model, record in by_model.items()]

@@ -85,6 +85,9 @@ def test_the_tables_of_techniques_are_written_again():
         "more text\n"
     )
     assert table.techniques_page(written, [record]) == written
+    missing = table.techniques_page(page, [])
+    assert missing == "text\n\n<!-- measured: schedule -->\n\nNot measured yet.\n\nmore text\n"
+    assert table.techniques_page(missing, [record]) == written
 
 
 def test_a_range_test_suggests_the_steepest_descent_and_a_tenth_of_the_minimum():
