@@ -35,7 +35,7 @@ MODELS: dict[str, Options] = {
     },
     ALL: {
         "model_name_or_path": "bundled/efficientnet_lite0", "image_size": 64, "num_train_epochs": 2,
-        "max_train_samples": 2000, "max_eval_samples": 2500,
+        "learning_rate": 2e-3, "max_train_samples": 2000, "max_eval_samples": 2500,
     },
 }  # fmt: skip
 SHARED = {
@@ -201,12 +201,12 @@ TECHNIQUES: dict[str, Technique] = {
     "parts of the network": Technique(
         {
             "all layers": {},
-            "head only": {"freeze": "backbone"},
+            "head only": {"freeze": "backbone", "learning_rate": 1.41e-3},
             "last 3 blocks": {"freeze": 3},
             "layer decay 0.8": {"layer_decay": 0.8},
             "backbone at a tenth of the rate": {"backbone_learning_rate": 2e-4},
             "gradual unfreezing": {"unfreeze_epochs": 0.25},
-            "LoRA, rank 8": {"lora_rank": 8},
+            "LoRA, rank 8": {"lora_rank": 8, "learning_rate": 2.12e-3},
         },
         models=(ALL,),
     ),

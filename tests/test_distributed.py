@@ -171,7 +171,7 @@ def test_a_series_with_two_processes_contains_the_single_run(runs, tmp_path, str
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "seeds.json").read_text())
     assert summary["seeds"] == [41, 42]
-    assert done.stderr.count("seeds: 41, 42") == 1
+    assert done.stdout.count("seeds: 41, 42") == 1
     weights = [f / "model.safetensors" for f in (tmp_path / "seed-42", runs / "2")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
