@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, disable_progress_bars
 
 from benchmarks.measure import conditions, summary, write
-from benchmarks.techniques import CNN, HEAD, MODELS, SHARED, accuracy, paired_interval
+from benchmarks.techniques import CNN, HEAD, MODELS, SHARED, accuracy, paired_differences
 from hf_cifar import RunConfig, finetune_classifier
 from hf_cifar.commands.command import quieten
 from hf_cifar.config.data import DataConfig
@@ -106,29 +106,21 @@ def compare(clean: DatasetDict, model: str, seeds: int) -> None:
     """Run all variants with every seed, and record accuracies, the share recovered, precision and recall."""
     found = [measure_seed(clean, model, seed) for seed in range(seeds)]
     values = {name: [each[name] for each in found] for name in VARIANTS}
-    noisy = VARIANTS[1]
-    gains = {
-        name: [b - a for a, b in zip(values[noisy], values[name], strict=True)]
-        for name in VARIANTS
-        if name != noisy
-    }
+    differences = paired_differences(values, VARIANTS[1])
     write(
         {
             "benchmark": f"noisy labels, {model}", "unit": "accuracy", "n": seeds,
             "figures": {name: summary(each) for name, each in values.items()},
             "ratios": {}, "values": values,
-            "differences": {
-                name: {"mean": round(float(np.mean(each)), 4), "interval": paired_interval(each)}
-                for name, each in gains.items()
-            },
+            "differences": differences,
             "recovered": {name: recovered(values, name) for name in VARIANTS[2:]},
             "doubted": {name: [each[name] for each in found] for name in ("precision", "recall")},
             "train_images": len(clean["train"]), "wrong": SHARE,
             **conditions(),
         }
     )  # fmt: skip
-    for name, each in gains.items():
-        print(f"{model}: {name}, over noisy labels {np.mean(each):+.4f} {paired_interval(each)}")
+    for name, gain in differences.items():
+        print(f"{model}: {name}, over noisy labels {gain['mean']:+.4f} {gain['interval']}")
     for name in VARIANTS[2:]:
         print(f"{model}: {name} recovers {recovered(values, name):.0%} of the loss", flush=True)
 

@@ -91,6 +91,19 @@ def paired_interval(differences: list[float]) -> list[float]:
     return [round(float(mean - reach), 4), round(float(mean + reach), 4)]
 
 
+def paired_differences(
+    values: Mapping[str, list[float]], first: str
+) -> dict[str, dict[str, object]]:
+    """Return the mean difference of each variant from the `first`, seed by seed, and its 95% interval."""
+    found: dict[str, dict[str, object]] = {}
+    for variant, each in values.items():
+        if variant != first:
+            gains = [b - a for a, b in zip(values[first], each, strict=True)]
+            mean = round(float(np.mean(gains)), 4)
+            found[variant] = {"mean": mean, "interval": paired_interval(gains)}
+    return found
+
+
 def compare(lab: Laboratory, name: str, model: str, seeds: int, wanted: list[str]) -> None:
     """Run every variant with every seed, and record the metric and its difference from the first variant."""
     technique = TECHNIQUES[name]
@@ -103,26 +116,18 @@ def compare(lab: Laboratory, name: str, model: str, seeds: int, wanted: list[str
         variant: [technique.metric(lab.test(each, seed)) for seed in range(seeds)]
         for variant, each in options.items()
     }
-    first = next(iter(values))
-    gains = {
-        variant: [b - a for a, b in zip(values[first], each, strict=True)]
-        for variant, each in values.items()
-        if variant != first
-    }
+    differences = paired_differences(values, next(iter(values)))
     record = {
         "benchmark": f"{name}, {model}", "unit": technique.metric.__name__.replace("_", " "),
         "n": seeds, "figures": {variant: summary(each) for variant, each in values.items()},
         "ratios": {}, "values": values,
-        "differences": {
-            variant: {"mean": round(float(np.mean(each)), 4), "interval": paired_interval(each)}
-            for variant, each in gains.items()
-        },
+        "differences": differences,
         "options": options,
         **conditions(),
     }  # fmt: skip
     write(record, lab.output)
     for variant, each in values.items():
-        gain = record["differences"].get(variant, "")
+        gain = differences.get(variant, "")
         print(f"{name}, {model}: {variant} {np.mean(each):.4f} {gain}", flush=True)
 
 

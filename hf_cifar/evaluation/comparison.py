@@ -124,10 +124,7 @@ def render_comparison(comparison: dict[str, Any], names: Sequence[str]) -> str:
         comparison["accuracy_difference"], comparison["accuracy_difference_interval"],
     )  # fmt: skip
     p = comparison["mcnemar_p"]
-    if p >= 1 - LEVEL:
-        verdict = "the difference may be due to chance"
-    else:
-        verdict = f"{names[difference > 0]} is better"
+    verdict = _verdict(names, difference, is_clear=p < 1 - LEVEL)
     balanced = ""
     if comparison.get("largest_class", 0) >= UNEQUAL * comparison.get("smallest_class", 1):
         found = comparison["balanced_accuracy_difference"]
@@ -135,8 +132,7 @@ def render_comparison(comparison: dict[str, Any], names: Sequence[str]) -> str:
         clear = ends[0] > 0 or ends[1] < 0
         balanced = (
             f"\nbalanced accuracy of {names[1]} minus {names[0]}: {found:+.4f} [{ends[0]:+.4f}, "
-            f"{ends[1]:+.4f}]: "
-            + (f"{names[found > 0]} is better" if clear else "the difference may be due to chance")
+            f"{ends[1]:+.4f}]: {_verdict(names, found, is_clear=clear)}"
         )
     return (
         f"{table}\n\ncorrect only in {names[0]}: {comparison['only_first_correct']:,}; only in {names[1]}: "
@@ -144,4 +140,10 @@ def render_comparison(comparison: dict[str, Any], names: Sequence[str]) -> str:
         f"{comparison['both_wrong']:,}\n"
         f"accuracy of {names[1]} minus {names[0]}: {difference:+.4f} [{low:+.4f}, {high:+.4f}], McNemar's "
         f"exact p = {p:.2g}: {verdict}{balanced}"
+    )
+
+
+def _verdict(names: Sequence[str], difference: float, *, is_clear: bool) -> str:
+    return (
+        f"{names[difference > 0]} is better" if is_clear else "the difference may be due to chance"
     )
