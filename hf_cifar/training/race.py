@@ -215,7 +215,7 @@ def race_rates(
         share = cost(rungs, batch, num_images) / (trainer.run_steps * batch)
         count = rungs[0].num_rates
         rates = rates_around(center, count, factors[count])
-        announce(rates, rungs, share, num_images)
+        announce(rates, rungs, share, num_images, boost(trainer.run_steps, rungs[0].steps))
         results: list[RungResult] = []
         for rung in rungs:
             if results:
@@ -252,14 +252,21 @@ def explain_no_race(run_steps: int, few: int, default: float | None) -> None:
     logger.info("learning rate: the default %g, because %s", default, reason)
 
 
-def announce(rates: list[float], rungs: list[Rung], share: float, num_images: int) -> None:
-    """Log learning rates, rungs and cost before the race."""
+def boost(run_steps: int, steps: int) -> float:
+    """Return the factor by which a short run of `steps` steps raises the learning rate."""
+    return (run_steps / steps) ** HORIZON
+
+
+def announce(
+    rates: list[float], rungs: list[Rung], share: float, num_images: int, factor: float
+) -> None:
+    """Log learning rates, rungs and cost before the race. factor: of the first rung, see `boost`."""
     shown = ", then ".join(f"{each.num_rates} for {each.steps} steps" for each in rungs)
     fewer = "" if len(rates) == max(FACTORS) else f" (a longer run would race {max(FACTORS)})"
     logger.info(
         "learning rate: racing %d rates from %g to %g%s: %s, ranked by the loss on %d validation images; the "
-        "race costs %.1f%% of the training",
-        len(rates), rates[0], rates[-1], fewer, shown, num_images, 100 * share,
+        "race costs %.1f%% of the training; short runs raise the rates, at first %.1f times",
+        len(rates), rates[0], rates[-1], fewer, shown, num_images, 100 * share, factor,
     )  # fmt: skip
 
 
@@ -314,7 +321,7 @@ class Sprinter(ImageClassificationTrainer):
         """Train for `steps` steps to imitate the run at a learning rate; return the validation loss, or
         infinity."""
         self.args.max_steps = steps
-        self.args.learning_rate = rate * (self.run_steps / steps) ** HORIZON
+        self.args.learning_rate = rate * boost(self.run_steps, steps)
         model = self.classifier
         with unchanged(model):
             set_seed(self.args.seed)  # the same batches, augmentation and dropout for each rate
