@@ -34,8 +34,8 @@ MODELS: dict[str, Options] = {
         "num_train_epochs": 10, "max_eval_samples": 2500,
     },
     ALL: {
-        "model_name_or_path": "bundled/efficientnet_lite0", "image_size": 64, "num_train_epochs": 2,
-        "learning_rate": 2e-3, "max_train_samples": 2000, "max_eval_samples": 2500,
+        "model_name_or_path": "bundled/efficientnet_lite0", "image_size": 64, "num_train_epochs": 3,
+        "max_train_samples": 2000, "max_eval_samples": 2500,
     },
 }  # fmt: skip
 SHARED = {
@@ -199,6 +199,18 @@ TECHNIQUES: dict[str, Technique] = {
         models=(CNN, ALL),
         options={"label_smoothing_factor": 0, **SMALL},
     ),
+    "start of fine-tuning": Technique(
+        {
+            "fitted head, statistics of the checkpoint": {},
+            "random head": {"probe_images": 0},
+            "statistics of the batch": {"freeze_batch_norm": "false"},
+            "random head, statistics of the batch": {"probe_images": 0, "freeze_batch_norm": "false"},
+            "the same at 5.66e-3 for 64 images": {
+                "probe_images": 0, "freeze_batch_norm": "false", "learning_rate": 2e-3, "max_grad_norm": 0,
+            },
+        },
+        models=(ALL,),
+    ),
     "dropout": Technique(
         {"none": {}, "dropout 0.2": {"dropout": 0.2}, "stochastic depth 0.1": {"drop_path": 0.1}},
         models=(ALL,),
@@ -206,12 +218,12 @@ TECHNIQUES: dict[str, Technique] = {
     "parts of the network": Technique(
         {
             "all layers": {},
-            "head only": {"freeze": "backbone", "learning_rate": 1.41e-3},
+            "head only": {"freeze": "backbone"},
             "last 3 blocks": {"freeze": 3},
             "layer decay 0.8": {"layer_decay": 0.8},
-            "backbone at a tenth of the rate": {"backbone_learning_rate": 2e-4},
+            "backbone at a tenth of the rate": {"backbone_learning_rate": 7e-5},
             "gradual unfreezing": {"unfreeze_epochs": 0.25},
-            "LoRA, rank 8": {"lora_rank": 8, "learning_rate": 2.12e-3},
+            "LoRA, rank 8": {"lora_rank": 8},
         },
         models=(ALL,),
     ),

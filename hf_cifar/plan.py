@@ -23,7 +23,7 @@ from hf_cifar.data.splits import Splits
 from hf_cifar.data.store import default_num_workers
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
-from hf_cifar.models.blocks import block_depths
+from hf_cifar.models.blocks import block_depths, has_statistics
 from hf_cifar.models.kernels import has_fused_attention
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.folder import RunFolder, write_json
@@ -34,7 +34,7 @@ from hf_cifar.training.autotune import Setting, pick_setting
 from hf_cifar.training.build import build_sampler, check_balance
 from hf_cifar.training.checkpoints import find_damage, newest_checkpoint
 from hf_cifar.training.cleaning import check_cleaning
-from hf_cifar.training.optimizers import Rates, default_rates, default_weight_decay
+from hf_cifar.training.optimizers import default_rate, default_weight_decay
 from hf_cifar.training.race import race_rates
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 CHECK_SECONDS = 10
 # Default length: MIN_EPOCHS, or up to MAX_EPOCHS for few images, to reach MIN_STEPS.
 MIN_EPOCHS, MAX_EPOCHS, MIN_STEPS = 3.0, 30.0, 500
+MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Plan:
 def plan_run(
     config: RunConfig, model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits
 ) -> Plan:
-    """Determine the checkpoint to resume from, rates, clipping, number of epochs, when to evaluate and save,
+    """Determine the checkpoint to resume from, rates, number of epochs, when to evaluate and save,
     the best metric, workers of a stream, and the compute setting.
 
     Raises: UserError if the options do not fit the model or the data, or there is nothing to resume from.
@@ -102,6 +103,7 @@ def plan_run(
         **settle_evaluation(train),
         "num_train_epochs": settle_epochs(train, images_an_epoch(splits.train, train), processes),
         "metric_for_best_model": best_metric(train, model),
+        "freeze_batch_norm": keeps_statistics(resumed, model),
         "dataloader_num_workers": settle_workers(train, splits, processes),
     }
     if train.layer_decay != 1 or train.unfreeze_epochs:
@@ -165,7 +167,7 @@ def with_raced_rate(
     plan: Plan, model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits
 ) -> Plan:
     """Return the plan with the learning rate that wins a race, or the default if the run is too short."""
-    default = rates_of(plan.config, model, plan.processes).learning_rate
+    default = rate_of(plan.config, model, plan.processes)
     race = race_rates(model, image_processor, splits, plan, default)
     return dataclasses.replace(
         plan,
@@ -174,36 +176,42 @@ def with_raced_rate(
     )
 
 
-def rates_of(config: RunConfig, model: PreTrainedModel, processes: Processes) -> Rates:
-    """Return the default learning rate and clipping of a run."""
+def rate_of(config: RunConfig, model: PreTrainedModel, processes: Processes) -> float | None:
+    """Return the default learning rate of a run."""
     train = config.train
-    scratch = config.model.model_name_or_path.startswith(SCRATCH)
-    return default_rates(
+    return default_rate(
         model,
         images_a_step(train, processes),
         optim=train.optim,
         optim_args=train.optim_args,
-        scratch=scratch,
+        scratch=config.model.model_name_or_path.startswith(SCRATCH),
     )
 
 
 def settle_rates(config: RunConfig, model: PreTrainedModel, processes: Processes) -> dict[str, Any]:
-    """Return learning rate, clipping and weight decay: the requested ones, or the defaults of optimiser and
-    model family; with --learning_rate auto, a race decides later.
+    """Return learning rate, clipping and weight decay: the requested ones, or the defaults of optimiser
+    and model family; with --learning_rate auto, a race decides later.
 
     Raises: UserError for an optimiser without a known learning rate.
     """
     train = config.train
-    names = ("learning_rate", "max_grad_norm", "weight_decay")
-    requested = {name: getattr(train, name) for name in names}
-    defaults = rates_of(config, model, processes)._asdict()
-    defaults["weight_decay"] = default_weight_decay(train.optim)
-    if train.learning_rate is None and defaults["learning_rate"] is None:
+    rate, decay = train.learning_rate, train.weight_decay
+    if rate is None:
+        rate = rate_of(config, model, processes)
+    if rate is None:
         raise UserError(
             f"--optim {train.optim} has no default learning rate for this model; pass --learning_rate "
             "auto, or a number"
         )
-    return {name: defaults[name] if value is None else value for name, value in requested.items()}
+    decay = default_weight_decay(train.optim) if decay is None else decay
+    clipping = MAX_GRAD_NORM if train.max_grad_norm is None else train.max_grad_norm
+    return {"learning_rate": rate, "weight_decay": decay, "max_grad_norm": clipping}
+
+
+def keeps_statistics(config: RunConfig, model: PreTrainedModel) -> bool:
+    """Return True if BatchNorms keep the checkpoint's statistics: as requested, else if they have any."""
+    requested = config.train.freeze_batch_norm
+    return has_statistics(model) if requested is None else requested
 
 
 def images_a_step(train: TrainingConfig, processes: Processes) -> int:

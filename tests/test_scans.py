@@ -45,7 +45,7 @@ def runs(request, scans, tiny_vit, tmp_path_factory):
     model = tiny_vit if request.param == "vit" else "scratch/test_resnet"
     size = () if request.param == "vit" else ("--image_size", "32")
     for kind in ("eight", "twelve"):
-        tiny_run(folder / kind, scans / kind, model, "--do_predict", *size)
+        tiny_run(folder / kind, scans / kind, model, "--do_predict", "--probe_images", "0", *size)
     return folder
 
 

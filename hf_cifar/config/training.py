@@ -112,10 +112,7 @@ class TrainingConfig:
         low=0, high=100,
     )  # fmt: skip
     max_grad_norm: float | None = option(
-        None,
-        "Norm to which gradients are clipped, 0 for none; default: by model family.",
-        low=0,
-        high=1e6,
+        None, "Norm to which gradients are clipped, 0 for none; default: 1.", low=0, high=1e6
     )
     loss: Literal["cross_entropy", "focal"] = option(
         "cross_entropy",
@@ -166,6 +163,18 @@ class TrainingConfig:
         "optimizer",
         "With --freeze backbone: train the head in epochs, or solve for it directly, with the L2 penalty "
         "that is best on validation.",
+    )
+
+    probe_images: int = option(
+        5000,
+        "Before a pretrained model trains, fit its new head to the features of up to this many training "
+        "images; 0: start with a random head.",
+        low=0, high=10**6,
+    )  # fmt: skip
+    freeze_batch_norm: bool | None = option(
+        None,
+        "Normalise with the checkpoint's statistics, also in training, instead of the batch's; default: true "
+        "for a pretrained model.",
     )
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(

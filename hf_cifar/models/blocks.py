@@ -120,6 +120,12 @@ def is_frozen(norm: _BatchNorm) -> bool:
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
+def has_statistics(model: nn.Module) -> bool:
+    """Return True if a model has BatchNorms, and their running means are not those of a new model, zeros."""
+    means = [norm.running_mean for norm in batch_norms(model) if norm.running_mean is not None]
+    return any(bool(mean.any()) for mean in means)
+
+
 def describe_trainable(model: nn.Module) -> str:
     """Describe in one line how many parameters train."""
     total = sum(p.numel() for p in model.parameters())

@@ -34,7 +34,7 @@ from hf_cifar.models.classifier import Classifier, label2id
 from hf_cifar.models.dropout import check_dropout, set_dropout
 from hf_cifar.models.files import count_weights, model_folder
 from hf_cifar.models.guards import check_forward, check_labels, library_errors, limit_model_size
-from hf_cifar.models.heads import head_parameter_names, reset_head, zero_head
+from hf_cifar.models.heads import head_parameter_names, mark_new_head, reset_head, zero_head
 from hf_cifar.models.lora import add_adapters
 from hf_cifar.models.modules import wrap_module
 from hf_cifar.models.names import check_model_name
@@ -92,8 +92,10 @@ def build_model(
         else:
             classifier, new = _load_pretrained(config, id2label)
         model = classifier.model
-        if (config.freeze == "backbone" or config.lora_rank) and new < set(model.state_dict()):
-            zero_head(model, new)
+        if new < set(model.state_dict()):
+            if config.freeze == "backbone" or config.lora_rank:
+                zero_head(model, new)
+            mark_new_head(model, new)
         check_forward(classifier, name, "pass another --image_size")
     check_dropout(model, config)
     set_problem(model, multi_label)

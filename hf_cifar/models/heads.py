@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_cifar.errors import UserError
@@ -80,8 +80,7 @@ def zero_head(model: PreTrainedModel, new: set[str]) -> None:
     """Zero a new head on a frozen pretrained backbone, so that every logit is 0 at first.
 
     Random weights would only have to be unlearnt: with timm's head, the first logits of EfficientNet-Lite0
-    have a standard deviation of 8, which makes the first steps of LoRA destroy its features. If all weights
-    train, large initial weights of the head speed up learning, see `timm_models.reset_timm_head`.
+    have a standard deviation of 8, which makes the first steps of LoRA destroy its features.
 
     Source: Kolesnikov et al., Big Transfer, 2020.
     """
@@ -90,3 +89,28 @@ def zero_head(model: PreTrainedModel, new: set[str]) -> None:
         for parameter in layer.parameters():
             if names[parameter] in new:
                 nn.init.zeros_(parameter)
+
+
+def set_head(model: PreTrainedModel, solution: Tensor) -> None:
+    """Give a linear head the weights and biases [num_classes, D + 1] of a solution."""
+    head = linear_head(model)
+    assert head is not None
+    with torch.no_grad():
+        head.weight.copy_(solution[:, :-1])
+        if head.bias is not None:
+            head.bias.copy_(solution[:, -1])
+
+
+def mark_new_head(model: PreTrainedModel, new: set[str]) -> None:
+    """Remember the initial weights of a new head on a pretrained backbone, see `has_new_head`."""
+    parameters = dict(model.named_parameters())
+    names = head_parameter_names(model) & new
+    model.initial_head = {name: parameters[name].detach().clone() for name in sorted(names)}
+
+
+def has_new_head(model: PreTrainedModel) -> bool:
+    """Return True if a pretrained model's head still has its initial weights."""
+    initial, parameters = getattr(model, "initial_head", {}), dict(model.named_parameters())
+    return bool(initial) and all(
+        torch.equal(parameters[name].detach().cpu(), value) for name, value in initial.items()
+    )

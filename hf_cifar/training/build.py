@@ -21,14 +21,21 @@ from hf_cifar.data.splits import Splits, prepare_splits
 from hf_cifar.data.store import PreparedStore, ResidentStore, ShardStore, default_num_workers
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
+from hf_cifar.models.heads import has_new_head
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.training.arguments import check_libraries, training_arguments
 from hf_cifar.training.augmenting import augmentation
 from hf_cifar.training.autotune import DTYPES, computing_as
 from hf_cifar.training.averaging import WeightAverage
 from hf_cifar.training.dataset import any_decodes, store_of
-from hf_cifar.training.features import FeatureStore, feature_store, features_suffice
+from hf_cifar.training.features import (
+    FeatureStore,
+    feature_store,
+    features_suffice,
+    has_feature_vectors,
+)
 from hf_cifar.training.losses import Loss, training_loss
+from hf_cifar.training.probing import probe_head, probe_sample, why_not_probed
 from hf_cifar.training.resumable import identity
 from hf_cifar.training.sampling import SAMPLED, BalancedSampler
 from hf_cifar.training.sharpness import SharpnessAware
@@ -74,6 +81,8 @@ def build_trainer(
     if trains_on_features(config, model, preprocessing):
         with computing_as(plan.setting, model.to(args.device)):
             stores = feature_stores(model, splits, stores, preprocessing, config)
+    elif plan.checkpoint is None:
+        fit_new_head(model, splits.train, preprocessing, args, plan)
     patience = train.early_stopping_patience
     return trainer_class(
         model=model,
@@ -88,6 +97,7 @@ def build_trainer(
         layer_decay=train.layer_decay,
         l1_decay=train.l1_decay,
         backbone_learning_rate=train.backbone_learning_rate,
+        freeze_batch_norm=bool(train.freeze_batch_norm),
         unfreezing=GradualUnfreezing(train.unfreeze_epochs),
         sharpness=SharpnessAware(train.sam_rho),
         loss=build_loss(model, splits.train, train),
@@ -225,23 +235,55 @@ def feature_stores(
 ) -> list[FeatureStore]:
     """Return the features of train, in all views, and of validation."""
     assert isinstance(splits.train, Split)  # see `trains_on_features`
-    options = {
-        "preprocessing": preprocessing,
-        "augmentation": augmentation(config.augment),
-        "seed": config.train.seed,
-        "batch_size": config.train.per_device_eval_batch_size,
-        "dtype": DTYPES.get(config.train.precision, torch.float32),
-    }
     return [
-        feature_store(
-            model,
-            split,
-            store,
-            views=views,
-            num_workers=default_num_workers(decodes=store.decodes),
-            **options,
-        )
+        features_of(model, split, store, preprocessing, config, views)
         for split, store, views in zip(
             (splits.train, splits.validation), stores, (config.train.feature_views, 1), strict=True
         )
     ]
+
+
+def features_of(
+    model: PreTrainedModel,
+    split: Split,
+    store: Any,
+    preprocessing: Preprocessing,
+    config: RunConfig,
+    views: int = 1,
+) -> FeatureStore:
+    """Return the features of a split, in some views."""
+    return feature_store(
+        model,
+        split,
+        store,
+        preprocessing,
+        augmentation(config.augment),
+        views=views,
+        seed=config.train.seed,
+        batch_size=config.train.per_device_eval_batch_size,
+        num_workers=default_num_workers(decodes=store.decodes),
+        dtype=DTYPES.get(config.train.precision, torch.float32),
+    )
+
+
+def fit_new_head(
+    model: PreTrainedModel,
+    train: Split | Stream,
+    preprocessing: Preprocessing,
+    args: TrainingArguments,
+    plan: Plan,
+) -> None:
+    """Fit the new head of a pretrained model, unless the options say not to, or it cannot be fitted."""
+    config, options = plan.config, plan.config.train
+    if not options.probe_images or config.model.freeze == "backbone" or not has_new_head(model):
+        return
+    model.to(args.device)
+    reason = why_not_probed(train, has_vectors=has_feature_vectors(model, preprocessing))
+    if reason is not None:
+        logger.info("head: starts from random weights, because %s", reason)
+        return
+    assert isinstance(train, Split)
+    sample = probe_sample(train, options.probe_images, options.seed, config.data.on_bad_image)
+    with computing_as(plan.setting, model):
+        store = features_of(model, sample, store_of(sample, args), preprocessing, config)
+    probe_head(model, store, options.seed)

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from hf_cifar.data.cache import load_array, one_process_at_a_time, save_array
 from hf_cifar.data.split import Split
 from hf_cifar.data.store import PreparedStore, ResidentStore, images_of, take_batch
-from hf_cifar.models.heads import head_parameter_names, linear_head
+from hf_cifar.models.heads import head_parameter_names, linear_head, set_head
 from hf_cifar.progress import progress
 from hf_cifar.training.losses import LOSSES
 from hf_cifar.transforms.augmentation import Augmentation
@@ -245,28 +245,34 @@ def solve_head(
     return weights.detach()
 
 
-def fit_head(model: PreTrainedModel, train: FeatureStore, validation: FeatureStore) -> float:
-    """Solve for the head at each penalty, and give the model the one with the best validation accuracy.
+def solve_best(
+    train: FeatureStore,
+    validation: FeatureStore,
+    num_classes: int,
+    penalties: Sequence[float] = PENALTIES,
+) -> tuple[Tensor, float, float]:
+    """Solve for a linear head at each penalty, the strongest first, and keep the best on validation.
 
     Penalties are relative to features scaled to a mean square of 1. Ties go to the stronger penalty.
-    Returns the chosen penalty.
+    Returns the head [num_classes, D + 1], its penalty, and its validation accuracy.
     """
-    head = linear_head(model)
-    assert head is not None  # the head whose inputs the store has
     views, _, width = train.features.shape
     features, labels = train.features.reshape(-1, width), train.labels.repeat(views)
     scale = features.square().mean().sqrt()
-    best, strength = -1.0, PENALTIES[0]
-    solution = solved = features.new_zeros(head.out_features, width + 1)
-    for penalty in PENALTIES:
-        solved = solve_head(features / scale, labels, head.out_features, penalty, solved)
+    best, strength = -1.0, penalties[0]
+    solution = solved = features.new_zeros(num_classes, width + 1)
+    for penalty in penalties:
+        solved = solve_head(features / scale, labels, num_classes, penalty, solved)
         logits = validation.features[0] / scale @ solved[:, :-1].T + solved[:, -1]
         accuracy = (logits.argmax(dim=1) == validation.labels).float().mean().item()
         if accuracy > best:
             best, solution, strength = accuracy, solved, penalty
-    with torch.no_grad():
-        head.weight.copy_(solution[:, :-1] / scale)
-        if head.bias is not None:
-            head.bias.copy_(solution[:, -1])
-    logger.info("head solved: penalty %g, validation accuracy %.4f", strength, best)
-    return strength
+    return torch.cat([solution[:, :-1] / scale, solution[:, -1:]], dim=1), strength, best
+
+
+def fit_head(model: PreTrainedModel, train: FeatureStore, validation: FeatureStore) -> float:
+    """Give the model the solved head with the best validation accuracy; return its penalty."""
+    solution, penalty, accuracy = solve_best(train, validation, model.config.num_labels)
+    set_head(model, solution)
+    logger.info("head solved: penalty %g, validation accuracy %.4f", penalty, accuracy)
+    return penalty

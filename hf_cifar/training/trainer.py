@@ -70,7 +70,8 @@ class ImageClassificationTrainer(ResumableTrainer):
     micro-batch, rank), so that a resumed run sees the images that an uninterrupted one would. setting: how
     the model computes while it trains; default: float32, with the model's own attention kernel. averaging: of
     the weights that are evaluated and saved. layer_decay, l1_decay, backbone_learning_rate: see
-    `build_optimizer`. unfreezing: gradual unfreezing of the blocks; default: all train from the start.
+    `build_optimizer`. freeze_batch_norm: normalise with the model's own statistics, also in training.
+    unfreezing: gradual unfreezing of the blocks; default: all train from the start.
     sharpness: sharpness-aware minimisation; default: off. sampler: of the training images; default: each
     once per epoch, at random. shrink_batch: restart training that runs out of memory with smaller steps,
     accumulated to the same batch.
@@ -98,6 +99,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         layer_decay: float = 1.0,
         l1_decay: float = 0.0,
         backbone_learning_rate: float | None = None,
+        freeze_batch_norm: bool = False,
         unfreezing: GradualUnfreezing | None = None,
         sharpness: SharpnessAware | None = None,
         sampler: Sampler[int] | None = None,
@@ -159,6 +161,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.memory_format = MEMORY_FORMATS[self.setting.memory_format]
         self.layer_decay, self.l1_decay = layer_decay, l1_decay
         self.backbone_learning_rate = backbone_learning_rate
+        self.freeze_batch_norm = freeze_batch_norm
         self.sampler = sampler
         if self.args.device.type == "cpu":
             keep_freed_memory()
@@ -305,8 +308,9 @@ class ImageClassificationTrainer(ResumableTrainer):
             return inputs
         if self.model.training:
             # The Trainer sets all norms to training mode in every step.
-            for norm in filter(is_frozen, self._norms):
-                norm.eval()
+            for norm in self._norms:
+                if self.freeze_batch_norm or is_frozen(norm):
+                    norm.eval()
         if self.model.training:
             # Mixed labels are probabilities.
             pixel_values, inputs["labels"] = self.augmentation(

@@ -156,7 +156,8 @@ def finished(request, base_of, stripes, tmp_path_factory):
     name = request.param
     size = [] if name == "vit" else ["--image_size", "32"]
     folder = tmp_path_factory.mktemp("runs") / name
-    flags = ["--lora_rank", "4", *RUNS[name], *size]
+    # A head that is fitted to stripes has logits of 17, which float32 rounds by more than 1e-5.
+    flags = ["--lora_rank", "4", "--probe_images", "0", *RUNS[name], *size]
     return name, folder, tiny_run(folder, stripes, base_of(name), *flags)
 
 

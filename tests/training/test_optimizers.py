@@ -23,7 +23,7 @@ from hf_cifar.training.optimizers import (
     build_optimizer,
     decay_learning_rates,
     decay_parameter_names,
-    default_rates,
+    default_rate,
     default_weight_decay,
     model_family,
     parameter_groups,
@@ -113,28 +113,23 @@ def test_parameters_that_a_model_exempts_do_not_decay():
 
 def test_learning_rate_scales_with_the_root_of_the_batch():
     model = vit()
-    rates = [default_rates(model, batch).learning_rate for batch in (16, 64, 256)]
+    rates = [default_rate(model, batch) for batch in (16, 64, 256)]
     assert rates[1] / rates[0] == pytest.approx(2, rel=1e-2)
     assert rates[2] / rates[1] == pytest.approx(2, rel=1e-2)
 
 
 def test_rates_by_family():
     transformer, network = vit(), resnet()
-    depthwise = timm.create_model("test_efficientnet", num_classes=3)
-    pretrained = default_rates(transformer, 64)
-    assert 0 < pretrained.learning_rate < default_rates(network, 64).learning_rate
-    assert default_rates(network, 64).learning_rate < default_rates(depthwise, 64).learning_rate
-    assert default_rates(depthwise, 64).max_grad_norm == 0
-    assert pretrained.max_grad_norm == default_rates(network, 64).max_grad_norm == 1
-    for model in (transformer, network, depthwise):
-        assert default_rates(model, 64, scratch=True) == (1e-3, 1)
-    families = [model_family(model) for model in (transformer, network, depthwise)]
-    assert families == ["attention", "convolution", "depthwise"]
+    pretrained = default_rate(transformer, 64)
+    assert 0 < pretrained < default_rate(network, 64)
+    for model in (transformer, network):
+        assert default_rate(model, 64, scratch=True) == 1e-3
+    assert [model_family(model) for model in (transformer, network)] == ["attention", "convolution"]
     freeze(transformer, "backbone")
     assert model_family(transformer, scratch=True) == "head"
     head = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     assert head < 0.05 * sum(p.numel() for p in transformer.parameters())
-    assert default_rates(transformer, 64).learning_rate > pretrained.learning_rate
+    assert default_rate(transformer, 64) > pretrained
 
 
 def test_the_rate_of_sgd_scales_with_the_batch_and_one_minus_momentum():
@@ -142,9 +137,9 @@ def test_the_rate_of_sgd_scales_with_the_batch_and_one_minus_momentum():
     freeze(model, "backbone")
 
     def rate(batch, optim_args=None):
-        return default_rates(model, batch, optim="sgd", optim_args=optim_args).learning_rate
+        return default_rate(model, batch, optim="sgd", optim_args=optim_args)
 
-    assert rate(64) == RATES["sgd"]["head"].learning_rate
+    assert rate(64) == RATES["sgd"]["head"]
     assert rate(256) == pytest.approx(4 * rate(64), rel=1e-2)
     assert rate(64, "nesterov=true,momentum=0.9") == pytest.approx(0.1 * rate(64), rel=1e-2)
     assert rate(64, "momentum = 0.9") == rate(64, "momentum=0.9")
@@ -154,10 +149,8 @@ def test_the_rate_of_sgd_scales_with_the_batch_and_one_minus_momentum():
 
 
 def test_an_optimiser_or_a_family_without_a_known_rate_has_none():
-    """Its clipping is still that of the family."""
-    depthwise = timm.create_model("test_efficientnet", num_classes=3)
-    assert default_rates(depthwise, 64, optim="rmsprop") == (None, 0.0)
-    assert default_rates(vit(), 64, optim="sgd") == (None, 1.0)
+    assert default_rate(resnet(), 64, optim="rmsprop") is None
+    assert default_rate(vit(), 64, optim="lamb") is None
     assert RATES["sgd"].keys() < RATES["adamw"].keys()
 
 

@@ -17,7 +17,6 @@ from hf_cifar.errors import UserError
 from hf_cifar.runs.signals import Stopped
 from hf_cifar.training import race
 from hf_cifar.training.build import build_trainer
-from hf_cifar.training.optimizers import Rates
 from hf_cifar.training.race import (
     FACTORS,
     Race,
@@ -212,8 +211,8 @@ def test_short_runs_use_higher_rates_than_the_run_that_they_imitate(tmp_path, st
 
 def test_all_rates_diverge(tmp_path, stripes, monkeypatch):
     monkeypatch.setattr(race, "FACTORS", {3: 1.1})
-    monkeypatch.setattr("hf_cifar.plan.default_rates", lambda *_, **__: Rates(900.0, 0.0))
-    flags = ["--optim", "sgd", "--image_size", "18", *LONG]
+    monkeypatch.setattr("hf_cifar.plan.default_rate", lambda *_, **__: 900.0)
+    flags = ["--optim", "sgd", "--max_grad_norm", "0", "--image_size", "18", *LONG]
     config = tiny_config(tmp_path / "run", stripes, "scratch/article_cnn", *flags)
     with pytest.raises(UserError, match=r"diverged at .*, 900, .*; pass a lower"):
         plan_run(config, *built(config))

@@ -21,7 +21,7 @@ RESNET = ["--model_name_or_path", "scratch/test_resnet", "--image_size", "32"]
 
 def trained(folder, data, model, *flags):
     """A Trainer after its run, whose images come in order, and the weights before."""
-    trainer = tiny_trainer(folder / "run", data, model, *PLAIN, *flags)
+    trainer = tiny_trainer(folder / "run", data, model, *PLAIN, "--probe_images", "0", *flags)
     trainer.sampler = SequentialSampler(trainer.train_dataset)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()

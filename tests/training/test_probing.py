@@ -1,0 +1,155 @@
+"""hf_cifar.training.probing: a pretrained model trains from a head that is already fitted."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from tiny import tiny_config, tiny_run, tiny_trainer
+
+from hf_cifar import load_splits, reproduce_run
+from hf_cifar.cli import main
+from hf_cifar.models.blocks import batch_norms
+from hf_cifar.models.heads import has_new_head, linear_head
+from hf_cifar.training.features import FeatureStore
+from hf_cifar.training.probing import probe_head
+
+LITE0 = "bundled/efficientnet_lite0"
+SMALL = ["--image_size", "32", "--eval_strategy", "no", "--save_strategy", "no", "--max_steps", "2"]
+
+
+def head_of(trainer):
+    head = linear_head(trainer.model)
+    return torch.cat([head.weight.detach(), head.bias.detach()[:, None]], dim=1).cpu()
+
+
+def logits_of(trainer, split):
+    images = torch.from_numpy(np.stack(list(split.pictures("")))).permute(0, 3, 1, 2)
+    trainer.model.eval()
+    with torch.inference_mode():
+        pixel_values = trainer.preprocessing(images.to(trainer.args.device))
+        return trainer.model(pixel_values=pixel_values).logits.cpu()
+
+
+@pytest.mark.parametrize("flags", [[], ["--freeze", "1"], ["--lora_rank", "2"]])
+def test_training_starts_from_a_fitted_head(tmp_path, stripes, caplog, flags):
+    with caplog.at_level(logging.INFO):
+        trainer = tiny_trainer(tmp_path / "run", stripes, LITE0, *SMALL, *flags)
+    train = load_splits(tiny_config(tmp_path / "run", stripes, LITE0, *SMALL).data).train
+    right = logits_of(trainer, train).argmax(dim=1).numpy() == train.labels
+    assert right.mean() > 0.95
+    assert f"head: fitted to the features of {len(train)} training images" in caplog.text
+    assert not has_new_head(trainer.model)
+
+
+def test_probe_images_0_leaves_the_head_random(tmp_path, stripes):
+    trainer = tiny_trainer(tmp_path / "run", stripes, LITE0, *SMALL, "--probe_images", "0")
+    assert has_new_head(trainer.model)
+
+
+def test_the_penalty_is_chosen_on_a_fifth_of_the_images(monkeypatch):
+    """The head equals scikit-learn's on all images, at the penalty that is best on the fifth."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    means = torch.randn(4, 30, generator=generator)
+    features = means[labels] + 3 * torch.randn(400, 30, generator=generator)
+    model = Network(30, 4)
+    probe_head(model, FeatureStore(features[None], labels), seed=1)
+    scale = features.square().mean().sqrt().item()
+    expected = {}
+    for penalty in (1, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6):
+        # scikit-learn minimises C * the sum of cross-entropies + |weights|^2 / 2.
+        fitted = LogisticRegression(C=1 / (penalty * 400), tol=1e-8, max_iter=5000)
+        fitted.fit(features.numpy() / scale, labels.numpy())
+        expected[penalty] = torch.from_numpy(fitted.coef_ / scale).float()
+    errors = {p: (model.classifier.weight - each).abs().max() for p, each in expected.items()}
+    best = min(errors, key=errors.get)
+    assert errors[best] < 1e-3
+    assert best in (1, 0.1)  # three noisy images in four: weak penalties overfit
+
+
+class Network(torch.nn.Module):
+    """A head alone, as `linear_head` expects it."""
+
+    base_model_prefix = "backbone"
+
+    class config:
+        model_type, num_labels = "vit", 4
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.classifier = torch.nn.Linear(width, classes)
+
+
+def test_a_head_of_the_same_labels_is_kept(tmp_path, stripes):
+    """Training that goes on from a finished model does not fit its head again."""
+    first = tiny_run(tmp_path / "first", stripes, LITE0, "--image_size", "32")
+    head = head_of(first)
+    trainer = tiny_trainer(tmp_path / "second", stripes, tmp_path / "first", *SMALL)
+    assert torch.equal(head_of(trainer), head)
+
+
+def test_a_random_network_has_no_head_to_fit(tmp_path, stripes, caplog):
+    with caplog.at_level(logging.INFO):
+        tiny_trainer(tmp_path / "run", stripes, "scratch/resnet10t", *SMALL)
+    assert "head:" not in caplog.text
+
+
+def test_multi_label_data_start_from_a_random_head(tmp_path, lights, caplog):
+    with caplog.at_level(logging.INFO):
+        trainer = tiny_trainer(tmp_path / "run", lights, LITE0, *SMALL)
+    assert (
+        "head: starts from random weights, because an image may have multiple labels" in caplog.text
+    )
+    assert has_new_head(trainer.model)
+
+
+def test_a_race_starts_from_the_fitted_head_and_the_run_does_too(tmp_path, stripes, caplog):
+    """The short runs leave the model as it was, so that the run itself fits the head again."""
+    flags = ["--image_size", "32", "--learning_rate", "auto", "--max_steps", "400"]
+    with caplog.at_level(logging.INFO):
+        trainer = tiny_trainer(
+            tmp_path / "run", stripes, LITE0, *flags, "--per_device_train_batch_size", "1"
+        )
+    assert caplog.text.count("head: fitted to the features") == 2
+    assert "won the race" in caplog.text
+    assert not has_new_head(trainer.model)
+
+
+def test_a_run_with_a_fitted_head_is_reproduced(tmp_path, stripes):
+    tiny_run(tmp_path / "run", stripes, LITE0, "--image_size", "32")
+    assert reproduce_run(tmp_path / "run", tmp_path / "again")["weights"]["identical"]
+
+
+@pytest.mark.parametrize("frozen", [None, "true", "false"])
+def test_batch_norms_keep_the_statistics_of_a_pretrained_model(tmp_path, stripes, frozen):
+    flags = [] if frozen is None else ["--freeze_batch_norm", frozen]
+    trainer = tiny_trainer(tmp_path / "run", stripes, LITE0, *SMALL, *flags)
+    before = [
+        (n.running_mean.clone(), n.weight.detach().clone()) for n in batch_norms(trainer.model)
+    ]
+    trainer.train()
+    after = [(n.running_mean, n.weight.detach()) for n in batch_norms(trainer.model)]
+    kept = all(torch.equal(a[0].cpu(), b[0].cpu()) for a, b in zip(before, after, strict=True))
+    assert kept is (frozen != "false")
+    assert not all(torch.equal(a[1].cpu(), b[1].cpu()) for a, b in zip(before, after, strict=True))
+
+
+def test_batch_norms_of_a_random_network_follow_the_batches(tmp_path, stripes):
+    trainer = tiny_trainer(tmp_path / "run", stripes, "scratch/resnet10t", *SMALL)
+    trainer.train()
+    assert all(norm.running_mean.any() for norm in batch_norms(trainer.model))
+
+
+def test_a_random_network_has_no_statistics_to_keep(capsys):
+    assert (
+        main(
+            ["finetune", "--model_name_or_path", "scratch/resnet10t", "--freeze_batch_norm", "true"]
+        )
+        == 2
+    )
+    assert (
+        "--freeze_batch_norm needs statistics, and scratch/resnet10t has random weights"
+        in capsys.readouterr().err
+    )
