@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch.utils.data import Subset
 from transformers import (
     BaseImageProcessor,
     EarlyStoppingCallback,
@@ -82,7 +84,7 @@ def build_trainer(
         with computing_as(plan.setting, model.to(args.device)):
             stores = feature_stores(model, splits, stores, preprocessing, config)
     elif plan.checkpoint is None:
-        fit_new_head(model, splits.train, preprocessing, args, plan)
+        fit_new_head(model, splits.train, stores[0], preprocessing, plan)
     patience = train.early_stopping_patience
     return trainer_class(
         model=model,
@@ -236,7 +238,7 @@ def feature_stores(
     """Return the features of train, in all views, and of validation."""
     assert isinstance(splits.train, Split)  # see `trains_on_features`
     return [
-        features_of(model, split, store, preprocessing, config, views)
+        features_of(model, split, store, preprocessing, config, views=views, decodes=store.decodes)
         for split, store, views in zip(
             (splits.train, splits.validation), stores, (config.train.feature_views, 1), strict=True
         )
@@ -249,9 +251,11 @@ def features_of(
     store: Any,
     preprocessing: Preprocessing,
     config: RunConfig,
+    *,
     views: int = 1,
+    decodes: bool,
 ) -> FeatureStore:
-    """Return the features of a split, in some views."""
+    """Return the features of a split, in some views. decodes: the store decodes images when it is read."""
     return feature_store(
         model,
         split,
@@ -261,7 +265,7 @@ def features_of(
         views=views,
         seed=config.train.seed,
         batch_size=config.train.per_device_eval_batch_size,
-        num_workers=default_num_workers(decodes=store.decodes),
+        num_workers=default_num_workers(decodes=decodes),
         dtype=DTYPES.get(config.train.precision, torch.float32),
     )
 
@@ -269,21 +273,24 @@ def features_of(
 def fit_new_head(
     model: PreTrainedModel,
     train: Split | Stream,
+    store: Any,
     preprocessing: Preprocessing,
-    args: TrainingArguments,
     plan: Plan,
 ) -> None:
     """Fit the new head of a pretrained model, unless the options say not to, or it cannot be fitted."""
     config, options = plan.config, plan.config.train
     if not options.probe_images or config.model.freeze == "backbone" or not has_new_head(model):
         return
-    model.to(args.device)
+    model.to(plan.processes.device)
     reason = why_not_probed(train, has_vectors=has_feature_vectors(model, preprocessing))
     if reason is not None:
         logger.info("head: starts from random weights, because %s", reason)
         return
     assert isinstance(train, Split)
     sample = probe_sample(train, options.probe_images, options.seed, config.data.on_bad_image)
+    rows = np.flatnonzero(np.isin(train.row_ids, sample.row_ids)).tolist()
     with computing_as(plan.setting, model):
-        store = features_of(model, sample, store_of(sample, args), preprocessing, config)
-    probe_head(model, store, options.seed)
+        features = features_of(
+            model, sample, Subset(store, rows), preprocessing, config, decodes=store.decodes
+        )
+    probe_head(model, features, options.seed)
