@@ -307,7 +307,7 @@ RATES: dict[str | None, dict[str, float]] = {
         # accuracy 0.788, 0.808 and 0.794 at 1e-3, 3e-3 and 8.5e-3.
         "lora": 3e-3,
         "attention": 7e-5,
-        "convolution": 1e-3,
+        "convolution": 5e-4,
         "scratch": 1e-3,
     },
     "sgd": {"head": 0.4, "scratch": 0.2},  # without momentum

@@ -22,7 +22,7 @@ from hf_cifar.config.data import DataConfig
 from hf_cifar.data.store import ShardStore, take_batch
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.evaluate_metrics import compute_training_metrics
-from hf_cifar.models.blocks import batch_norms, describe_trainable, is_frozen
+from hf_cifar.models.blocks import batch_norms, describe_trainable, has_statistics, is_frozen
 from hf_cifar.models.lora import Adapter, merge_adapters
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.signals import Stopped
@@ -70,8 +70,8 @@ class ImageClassificationTrainer(ResumableTrainer):
     micro-batch, rank), so that a resumed run sees the images that an uninterrupted one would. setting: how
     the model computes while it trains; default: float32, with the model's own attention kernel. averaging: of
     the weights that are evaluated and saved. layer_decay, l1_decay, backbone_learning_rate: see
-    `build_optimizer`. freeze_batch_norm: normalise with the model's own statistics, also in training.
-    unfreezing: gradual unfreezing of the blocks; default: all train from the start.
+    `build_optimizer`. freeze_batch_norm: normalise with the model's own statistics, also in training;
+    default: if it has any. unfreezing: gradual unfreezing of the blocks; default: all train from the start.
     sharpness: sharpness-aware minimisation; default: off. sampler: of the training images; default: each
     once per epoch, at random. shrink_batch: restart training that runs out of memory with smaller steps,
     accumulated to the same batch.
@@ -99,7 +99,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         layer_decay: float = 1.0,
         l1_decay: float = 0.0,
         backbone_learning_rate: float | None = None,
-        freeze_batch_norm: bool = False,
+        freeze_batch_norm: bool | None = None,
         unfreezing: GradualUnfreezing | None = None,
         sharpness: SharpnessAware | None = None,
         sampler: Sampler[int] | None = None,
@@ -161,6 +161,8 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.memory_format = MEMORY_FORMATS[self.setting.memory_format]
         self.layer_decay, self.l1_decay = layer_decay, l1_decay
         self.backbone_learning_rate = backbone_learning_rate
+        if freeze_batch_norm is None:
+            freeze_batch_norm = has_statistics(self.model)
         self.freeze_batch_norm = freeze_batch_norm
         self.sampler = sampler
         if self.args.device.type == "cpu":
