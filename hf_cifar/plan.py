@@ -82,7 +82,7 @@ class Plan:
 def plan_run(
     config: RunConfig, model: PreTrainedModel, image_processor: BaseImageProcessor, splits: Splits
 ) -> Plan:
-    """Determine the checkpoint to resume from, rates, number of epochs, when to evaluate and save,
+    """Determine the checkpoint to resume from, rates, clipping, number of epochs, when to evaluate and save,
     the best metric, workers of a stream, and the compute setting.
 
     Raises: UserError if the options do not fit the model or the data, or there is nothing to resume from.
