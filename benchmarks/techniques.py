@@ -205,7 +205,7 @@ TECHNIQUES: dict[str, Technique] = {
             "random head": {"probe_images": 0},
             "statistics of the batch": {"freeze_batch_norm": "false"},
             "random head, statistics of the batch": {"probe_images": 0, "freeze_batch_norm": "false"},
-            "the same at 5.66e-3 for 64 images": {
+            "the same, learning rate 2e-3, no clipping": {
                 "probe_images": 0, "freeze_batch_norm": "false", "learning_rate": 2e-3, "max_grad_norm": 0,
             },
         },
@@ -221,7 +221,7 @@ TECHNIQUES: dict[str, Technique] = {
             "head only": {"freeze": "backbone"},
             "last 3 blocks": {"freeze": 3},
             "layer decay 0.8": {"layer_decay": 0.8},
-            "backbone at a tenth of the rate": {"backbone_learning_rate": 7e-5},
+            "backbone at a tenth of the rate": {"backbone_learning_rate": 3.5e-5},
             "gradual unfreezing": {"unfreeze_epochs": 0.25},
             "LoRA, rank 8": {"lora_rank": 8},
         },
