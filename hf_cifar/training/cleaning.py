@@ -37,7 +37,12 @@ from hf_cifar.training.augmenting import augmentation
 from hf_cifar.training.autotune import DTYPES, computing_as
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.dataset import store_of
-from hf_cifar.training.features import PENALTIES, feature_store, has_feature_vectors, solve_head
+from hf_cifar.training.features import (
+    PENALTIES,
+    HeadSolver,
+    feature_store,
+    has_feature_vectors,
+)
 from hf_cifar.training.losses import evaluation_loss
 from hf_cifar.training.resumable import DOUBTED, IDENTITY_FILE, random_states, set_random_states
 from hf_cifar.training.schedules import FOLLOWS_A_METRIC
@@ -210,14 +215,13 @@ def head_probabilities(
     """
     scaled, checked = features / features.square().mean().sqrt(), (fold_of >= 0) & trusted
     loss, lowest, best = evaluation_loss(multi_label=False), float("inf"), None
-    solved: list[Tensor | None] = [None] * FOLDS
+    solver = HeadSolver(scaled, labels, num_classes)
+    solvers = [solver.of((fold_of != fold) & trusted) for fold in range(FOLDS)]
     for penalty in PENALTIES:
         logits = scaled.new_zeros(len(labels), num_classes)
-        for fold in range(FOLDS):
-            held_out, others = fold_of == fold, (fold_of != fold) & trusted
-            head = solve_head(scaled[others], labels[others], num_classes, penalty, solved[fold])
+        for fold, solver in enumerate(solvers):
+            head, held_out = solver.solve(penalty), fold_of == fold
             logits[held_out] = scaled[held_out] @ head[:, :-1].T + head[:, -1]
-            solved[fold] = head
         found = loss(logits[checked], labels[checked]).item()
         if found >= lowest:
             break

@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 LOADED = 64  # images that are augmented together: an option must not change the random views
 # Penalties of the linear head, the strongest first: each solution is the starting point of the next.
 PENALTIES = tuple(10.0**exponent for exponent in (0, -1, -2, -3, -4, -5, -6))
+PATIENCE = 2
 
 
 class FeatureStore(Dataset):
@@ -217,32 +219,60 @@ def _one_view(
     return torch.cat([feature.float() for feature in seen])
 
 
-def solve_head(
-    features: Tensor, labels: Tensor, num_classes: int, penalty: float, start: Tensor | None = None
-) -> Tensor:
-    """Minimise mean cross-entropy + penalty / 2 * |weights|^2 of a linear head, by L-BFGS.
+class HeadSolver:
+    """Solves for linear heads on the same features, by L-BFGS.
 
-    features [N, D]; labels [N]; start: initial solution. Returns [num_classes, D + 1]; the last column is the
-    bias, which is not penalised. The problem is convex and has one solution.
+    They minimise mean cross-entropy + penalty / 2 * |weights|^2; the bias is not penalised. The problem is
+    convex and has one solution. Each solution is the starting point of the next.
+
+    L-BFGS needs few steps if the loss curves equally in all directions. So it works on the principal
+    components of the centred features, each divided by the square root of its approximate curvature.
     """
-    if start is None:
-        start = features.new_zeros(num_classes, features.shape[1] + 1)
-    weights = start.clone().requires_grad_(True)
-    cross_entropy = LOSSES["cross_entropy"]
-    optimizer = torch.optim.LBFGS(
-        [weights], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-9,
-        history_size=20, line_search_fn="strong_wolfe",
-    )  # fmt: skip
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        logits = features @ weights[:, :-1].T + weights[:, -1]
-        value = cross_entropy(logits, labels) + penalty / 2 * weights[:, :-1].square().sum()
-        value.backward()
-        return value
+    def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
+        """features [N, D]; labels [N]."""
+        self.labels, self.mean = labels, features.mean(dim=0)
+        self.rows: slice | Tensor = slice(None)
+        centred = features - self.mean
+        covariance = centred.T @ centred / len(centred)
+        variances, axes = torch.linalg.eigh(covariance.double().cpu())
+        self.axes = axes.to(features)
+        self.components = centred @ self.axes
+        # With equal probabilities, the curvature of the cross-entropy is close to the variance / num_classes.
+        self.curvatures = (variances / num_classes).clamp(min=0).to(features)
+        self.weights = features.new_zeros(num_classes, features.shape[1])  # of the components
+        self.bias = features.new_zeros(num_classes)
 
-    optimizer.step(loss)
-    return weights.detach()
+    def of(self, rows: Tensor) -> HeadSolver:
+        """Return a solver for these rows only, a mask [N], that shares the components."""
+        solver = copy(self)
+        solver.rows = rows
+        return solver
+
+    def solve(self, penalty: float) -> Tensor:
+        """Return the head [num_classes, D + 1] at this penalty, above 0; the last column is the bias."""
+        scale = (self.curvatures + penalty).rsqrt()
+        scaled = (self.weights / scale).requires_grad_(True)
+        bias = self.bias.clone().requires_grad_(True)
+        cross_entropy = LOSSES["cross_entropy"]
+        optimizer = torch.optim.LBFGS(
+            [scaled, bias], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-9,
+            history_size=20, line_search_fn="strong_wolfe",
+        )  # fmt: skip
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            weights = scaled * scale
+            logits = self.components @ weights.T + bias
+            value = cross_entropy(logits[self.rows], self.labels[self.rows])
+            value = value + penalty / 2 * weights.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        self.weights, self.bias = (scaled * scale).detach(), bias.detach()
+        weights = self.weights @ self.axes.T
+        return torch.cat([weights, (self.bias - weights @ self.mean)[:, None]], dim=1)
 
 
 def solve_best(
@@ -253,20 +283,26 @@ def solve_best(
 ) -> tuple[Tensor, float, float]:
     """Solve for a linear head at each penalty, the strongest first, and keep the best on validation.
 
-    Penalties are relative to features scaled to a mean square of 1. Ties go to the stronger penalty.
+    Penalties are relative to features scaled to a mean square of 1. Ties go to the stronger penalty. The
+    search ends when `PATIENCE` penalties in a row were no better.
     Returns the head [num_classes, D + 1], its penalty, and its validation accuracy.
     """
     views, _, width = train.features.shape
     features, labels = train.features.reshape(-1, width), train.labels.repeat(views)
     scale = features.square().mean().sqrt()
-    best, strength = -1.0, penalties[0]
-    solution = solved = features.new_zeros(num_classes, width + 1)
+    solver = HeadSolver(features / scale, labels, num_classes)
+    best, strength, no_better = -1.0, penalties[0], 0
+    solution = features.new_zeros(num_classes, width + 1)
     for penalty in penalties:
-        solved = solve_head(features / scale, labels, num_classes, penalty, solved)
+        solved = solver.solve(penalty)
         logits = validation.features[0] / scale @ solved[:, :-1].T + solved[:, -1]
         accuracy = (logits.argmax(dim=1) == validation.labels).float().mean().item()
         if accuracy > best:
-            best, solution, strength = accuracy, solved, penalty
+            best, solution, strength, no_better = accuracy, solved, penalty, 0
+        else:
+            no_better += 1
+        if no_better == PATIENCE:
+            break
     return torch.cat([solution[:, :-1] / scale, solution[:, -1:]], dim=1), strength, best
 
 

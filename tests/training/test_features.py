@@ -23,11 +23,11 @@ from hf_cifar.plan import plan_run
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.features import (
     FeatureStore,
+    HeadSolver,
     accepting_features,
     draw_view,
     features_suffice,
     fit_head,
-    solve_head,
 )
 
 MODELS = ["tiny_vit", "scratch/resnet10t", "scratch/densenet121", "scratch/efficientnet_lite0"]
@@ -186,9 +186,8 @@ def test_the_solved_head_equals_that_of_scikit_learn(penalty):
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 4, 300)
     features = generator.normal(size=(300, 6)) + np.eye(4, 6)[labels] * 1.5
-    solution = solve_head(
-        torch.tensor(features), torch.from_numpy(labels), num_classes=4, penalty=penalty
-    )
+    solver = HeadSolver(torch.tensor(features), torch.from_numpy(labels), num_classes=4)
+    solution = solver.solve(penalty)
     reference = LogisticRegression(C=1 / (300 * penalty), tol=1e-8, max_iter=5000)
     reference.fit(features, labels)
     assert np.allclose(solution[:, :-1], reference.coef_, atol=2e-3)
@@ -220,7 +219,7 @@ def test_the_penalty_is_chosen_on_validation(tiny_vit):
     chosen = accuracy(torch.cat((head.weight, head.bias[:, None]), dim=1).detach())
     scale = train.features.square().mean().sqrt()
     for other in (1.0, 1e-2, 1e-4, 1e-6):
-        weights = solve_head(train.features[0] / scale, labels, 3, other)
+        weights = HeadSolver(train.features[0] / scale, labels, 3).solve(other)
         weights = torch.cat((weights[:, :-1] / scale, weights[:, -1:]), dim=1)
         assert chosen >= accuracy(weights) - 0.005
     assert 1e-6 < penalty <= 1
