@@ -207,10 +207,6 @@ def trains_on_features(
 
     Raises: UserError if the run requires features but the options or the model rule them out.
     """
-    if config.train.head_solver == "lbfgs" and is_multi_label(model):
-        raise UserError(
-            "--head_solver lbfgs is for one label per image, and this data is multi-label; leave it out"
-        )
     changed = config.train.loss != "cross_entropy" or config.train.class_balance != "none"
     if config.train.head_solver == "lbfgs" and changed:
         raise UserError(

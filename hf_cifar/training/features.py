@@ -24,7 +24,7 @@ from hf_cifar.data.split import Split
 from hf_cifar.data.store import PreparedStore, ResidentStore, images_of, take_batch
 from hf_cifar.models.heads import head_parameter_names, linear_head, set_head
 from hf_cifar.progress import progress
-from hf_cifar.training.losses import LOSSES
+from hf_cifar.training.losses import evaluation_loss
 from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -222,15 +222,16 @@ def _one_view(
 class HeadSolver:
     """Solves for linear heads on the same features, by L-BFGS.
 
-    They minimise mean cross-entropy + penalty / 2 * |weights|^2; the bias is not penalised. The problem is
-    convex and has one solution. Each solution is the starting point of the next.
+    They minimise mean cross-entropy + penalty / 2 * |weights|^2; the bias is not penalised. With multi-label
+    data, the cross-entropy is binary. The problem is convex and has one solution. Each solution is the
+    starting point of the next.
 
     L-BFGS needs few steps if the loss curves equally in all directions. So it works on the principal
     components of the centred features, each divided by the square root of its approximate curvature.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
-        """features [N, D]; labels [N]."""
+        """features [N, D]; labels [N], or [N, num_classes] of 0 and 1 for multi-label data."""
         self.labels, self.mean = labels, features.mean(dim=0)
         self.rows: slice | Tensor = slice(None)
         centred = features - self.mean
@@ -238,7 +239,7 @@ class HeadSolver:
         variances, axes = torch.linalg.eigh(covariance.double().cpu())
         self.axes = axes.to(features)
         self.components = centred @ self.axes
-        # With equal probabilities, the curvature of the cross-entropy is close to the variance / num_classes.
+        # If all classes are equally probable, the cross-entropy curves about variance / num_classes.
         self.curvatures = (variances / num_classes).clamp(min=0).to(features)
         self.weights = features.new_zeros(num_classes, features.shape[1])  # of the components
         self.bias = features.new_zeros(num_classes)
@@ -254,7 +255,7 @@ class HeadSolver:
         scale = (self.curvatures + penalty).rsqrt()
         scaled = (self.weights / scale).requires_grad_(True)
         bias = self.bias.clone().requires_grad_(True)
-        cross_entropy = LOSSES["cross_entropy"]
+        cross_entropy = evaluation_loss(multi_label=self.labels.ndim == 2)
         optimizer = torch.optim.LBFGS(
             [scaled, bias], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-9,
             history_size=20, line_search_fn="strong_wolfe",
@@ -285,20 +286,21 @@ def solve_best(
 
     Penalties are relative to features scaled to a mean square of 1. Ties go to the stronger penalty. The
     search ends when `PATIENCE` penalties in a row were no better.
-    Returns the head [num_classes, D + 1], its penalty, and its validation accuracy.
+    Returns the head [num_classes, D + 1], its penalty, and its score on validation: the accuracy, or for
+    multi-label data the negative binary cross-entropy.
     """
     views, _, width = train.features.shape
-    features, labels = train.features.reshape(-1, width), train.labels.repeat(views)
+    features, labels = train.features.reshape(-1, width), torch.cat([train.labels] * views)
     scale = features.square().mean().sqrt()
     solver = HeadSolver(features / scale, labels, num_classes)
-    best, strength, no_better = -1.0, penalties[0], 0
+    best, strength, no_better = float("-inf"), penalties[0], 0
     solution = features.new_zeros(num_classes, width + 1)
     for penalty in penalties:
         solved = solver.solve(penalty)
         logits = validation.features[0] / scale @ solved[:, :-1].T + solved[:, -1]
-        accuracy = (logits.argmax(dim=1) == validation.labels).float().mean().item()
-        if accuracy > best:
-            best, solution, strength, no_better = accuracy, solved, penalty, 0
+        score = score_of(logits, validation.labels)
+        if score > best:
+            best, solution, strength, no_better = score, solved, penalty, 0
         else:
             no_better += 1
         if no_better == PATIENCE:
@@ -306,9 +308,22 @@ def solve_best(
     return torch.cat([solution[:, :-1] / scale, solution[:, -1:]], dim=1), strength, best
 
 
+def score_of(logits: Tensor, labels: Tensor) -> float:
+    """Return the accuracy, or with labels [N, K] the negative binary cross-entropy."""
+    if labels.ndim == 2:
+        return -evaluation_loss(multi_label=True)(logits, labels).item()
+    return (logits.argmax(dim=1) == labels).float().mean().item()
+
+
+def described(score: float, labels: Tensor) -> str:
+    """Name and format a score: `accuracy 0.9000`."""
+    return f"cross-entropy {-score:.4f}" if labels.ndim == 2 else f"accuracy {score:.4f}"
+
+
 def fit_head(model: PreTrainedModel, train: FeatureStore, validation: FeatureStore) -> float:
-    """Give the model the solved head with the best validation accuracy; return its penalty."""
-    solution, penalty, accuracy = solve_best(train, validation, model.config.num_labels)
+    """Give the model the solved head that is best on validation; return its penalty."""
+    solution, penalty, score = solve_best(train, validation, model.config.num_labels)
     set_head(model, solution)
-    logger.info("head solved: penalty %g, validation accuracy %.4f", penalty, accuracy)
+    found = described(score, validation.labels)
+    logger.info("head solved: penalty %g, validation %s", penalty, found)
     return penalty

@@ -18,7 +18,7 @@ from hf_cifar.data.split import Split, readable, subset
 from hf_cifar.data.stratify import representative_rows
 from hf_cifar.data.streams import Stream
 from hf_cifar.models.heads import set_head
-from hf_cifar.training.features import FeatureStore, solve_best
+from hf_cifar.training.features import FeatureStore, described, solve_best
 
 logger = logging.getLogger(__name__)
 HELD_OUT = 5  # of this many images, one judges the penalties of the head
@@ -28,8 +28,6 @@ def why_not_probed(train: Split | Stream, *, has_vectors: bool) -> str | None:
     """Return the reason why a new head cannot be fitted, or None."""
     if isinstance(train, Stream):
         return "a stream is not read in advance"
-    if train.labels.ndim == 2:
-        return "an image may have multiple labels"
     return None if has_vectors else "it is not one linear layer on one feature vector per image"
 
 
@@ -48,12 +46,12 @@ def probe_head(model: PreTrainedModel, store: FeatureStore, seed: int) -> None:
     held_out = torch.zeros(len(store), dtype=torch.bool)
     held_out[representative_rows(labels, max(1, len(store) // HELD_OUT), seed)] = True
     num_labels = model.config.num_labels
-    _, penalty, accuracy = solve_best(part(store, ~held_out), part(store, held_out), num_labels)
+    _, penalty, score = solve_best(part(store, ~held_out), part(store, held_out), num_labels)
     solution, *_ = solve_best(store, store, num_labels, (penalty,))
     set_head(model, solution)
     logger.info(
-        "head: fitted to the features of %s training images (accuracy %.4f on %s of them, held out at first)",
-        f"{len(store):,}", accuracy, f"{int(held_out.sum()):,}",
+        "head: fitted to the features of %s training images (%s on %s of them, held out at first)",
+        f"{len(store):,}", described(score, store.labels), f"{int(held_out.sum()):,}",
     )  # fmt: skip
 
 

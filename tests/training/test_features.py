@@ -197,6 +197,30 @@ def test_the_solved_head_equals_that_of_scikit_learn(penalty):
     )
 
 
+def test_the_solved_multi_label_head_equals_those_of_scikit_learn():
+    """The mean over K classes makes each class's penalty K times as strong."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, (300, 3))
+    features = generator.normal(size=(300, 6)) + np.pad(labels, ((0, 0), (0, 3))) * 1.5
+    solver = HeadSolver(torch.tensor(features), torch.from_numpy(labels), num_classes=3)
+    solution = solver.solve(1e-2)
+    for number, own in enumerate(solution.numpy()):
+        reference = LogisticRegression(C=1 / (300 * 3 * 1e-2), tol=1e-8, max_iter=5000)
+        reference.fit(features, labels[:, number])
+        assert np.allclose(own[:-1], reference.coef_[0], atol=2e-3)
+        assert np.allclose(own[-1], reference.intercept_, atol=2e-3)
+
+
+def test_a_solver_of_some_rows_equals_one_on_these_rows_alone():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 5, generator=generator, dtype=torch.double) + 3
+    labels, chosen = torch.arange(200) % 3, torch.arange(200) % 5 > 0
+    both = HeadSolver(features, labels, 3)
+    alone = HeadSolver(features[chosen], labels[chosen], 3).solve(1e-2)
+    assert torch.allclose(both.of(chosen).solve(1e-2)[:, :-1], alone[:, :-1], atol=1e-3)
+    assert torch.equal(both.weights, torch.zeros(3, 5, dtype=torch.double))
+
+
 def test_the_penalty_is_chosen_on_validation(tiny_vit):
     """Few noisy training images, many dimensions: a weak penalty overfits."""
     generator = torch.Generator().manual_seed(0)
