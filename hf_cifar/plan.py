@@ -209,9 +209,21 @@ def settle_rates(config: RunConfig, model: PreTrainedModel, processes: Processes
 
 
 def keeps_statistics(config: RunConfig, model: PreTrainedModel) -> bool:
-    """Return True if BatchNorms keep the checkpoint's statistics: as requested, else if they have any."""
-    requested = config.train.freeze_batch_norm
-    return has_statistics(model) if requested is None else requested
+    """Return True if BatchNorms keep the checkpoint's statistics: as requested, else if they have any.
+
+    Raises: UserError if this is requested, and they have none.
+    """
+    requested, known = config.train.freeze_batch_norm, has_statistics(model)
+    if requested and not known:
+        raise UserError(
+            f"--freeze_batch_norm: {config.model.model_name_or_path} has no BatchNorm statistics to keep; "
+            "leave it out"
+        )
+    if requested is None and known and config.model.freeze != "backbone":
+        logger.info(
+            "BatchNorms keep the checkpoint's statistics; --freeze_batch_norm false uses those of the batch"
+        )
+    return known if requested is None else requested
 
 
 def images_a_step(train: TrainingConfig, processes: Processes) -> int:

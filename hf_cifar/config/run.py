@@ -21,7 +21,7 @@ from hf_cifar.config.command_line import (
 )
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.fields import field_names
-from hf_cifar.config.model import SCRATCH, ModelConfig
+from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.recipes import expand_tokens
 from hf_cifar.config.training import TrainingConfig
 from hf_cifar.errors import UserError
@@ -130,8 +130,6 @@ def conflicts(config: RunConfig) -> Iterator[str]:
         yield f"--backbone_learning_rate has no effect with --freeze {model.freeze}"
     if train.layer_decay != 1 and model.freeze == "backbone":
         yield "--layer_decay has no effect with --freeze backbone"
-    if train.freeze_batch_norm and model.model_name_or_path.startswith(SCRATCH):
-        yield f"--freeze_batch_norm needs statistics, and {model.model_name_or_path} has random weights"
     if train.unfreeze_epochs:
         if model.freeze != "none":
             yield f"--unfreeze_epochs and --freeze {model.freeze} both set what is frozen"

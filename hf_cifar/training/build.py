@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def build_trainer(
     plan: Plan,
     trainer_class: type[ImageClassificationTrainer] = ImageClassificationTrainer,
 ) -> ImageClassificationTrainer:
-    """Build the Trainer of a planned run, on the pixels or features of both splits.
+    """Build the Trainer of a planned run, on the pixels or features of both splits. Fit a new head first.
 
     The images of the splits are prepared unless `prepare_splits` has done so.
 
@@ -122,6 +123,18 @@ def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingCo
         balance=config.class_balance,
         counts=counts,
     )
+
+
+def balanced_cross_entropy(
+    model: PreTrainedModel, train: Split | Stream, config: TrainingConfig
+) -> Loss:
+    """Return cross-entropy without label smoothing, which fits a new head and ranks learning rates.
+
+    If the run balances the classes, each counts the same, as in the metric that picks its best checkpoint.
+    """
+    balance: Literal["none", "weights"] = "none" if config.class_balance == "none" else "weights"
+    plain = replace(config, label_smoothing_factor=0.0, loss="cross_entropy", class_balance=balance)
+    return build_loss(model, train, plain)
 
 
 def check_balance(splits: Splits, config: TrainingConfig) -> None:
@@ -277,16 +290,17 @@ def fit_new_head(
     config, options = plan.config, plan.config.train
     if not options.probe_images or config.model.freeze == "backbone" or not has_new_head(model):
         return
-    model.to(plan.processes.device)
-    reason = why_not_probed(train, has_vectors=has_feature_vectors(model, preprocessing))
+    reason = why_not_probed(model, train, options.probe_images)
+    if reason is None and not has_feature_vectors(model.to(plan.processes.device), preprocessing):
+        reason = "its input is not one feature vector per image"
     if reason is not None:
-        logger.info("head: starts from random weights, because %s", reason)
+        logger.info("head: not fitted before training, because %s", reason)
         return
     assert isinstance(train, Split)
-    sample = probe_sample(train, options.probe_images, options.seed, config.data.on_bad_image)
+    sample = probe_sample(train, options.probe_images, options.seed)
     rows = np.flatnonzero(np.isin(train.row_ids, sample.row_ids)).tolist()
     with computing_as(plan.setting, model):
         features = features_of(
             model, sample, Subset(store, rows), preprocessing, config, decodes=store.decodes
         )
-    probe_head(model, features, options.seed)
+    probe_head(model, features, options.seed, balanced_cross_entropy(model, train, options))

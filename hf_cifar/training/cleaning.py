@@ -30,19 +30,13 @@ from hf_cifar.data.cache import load_array, save_array
 from hf_cifar.data.labels import SHOWN_CLASSES, class_counts
 from hf_cifar.data.split import Split, subset
 from hf_cifar.data.splits import Splits
-from hf_cifar.data.store import build_store, default_num_workers, images_of
+from hf_cifar.data.store import build_store, images_of
 from hf_cifar.errors import UserError
 from hf_cifar.text import listed
-from hf_cifar.training.augmenting import augmentation
-from hf_cifar.training.autotune import DTYPES, computing_as
-from hf_cifar.training.build import build_trainer
+from hf_cifar.training.autotune import computing_as
+from hf_cifar.training.build import build_trainer, features_of
 from hf_cifar.training.dataset import store_of
-from hf_cifar.training.features import (
-    PENALTIES,
-    HeadSolver,
-    feature_store,
-    has_feature_vectors,
-)
+from hf_cifar.training.features import PENALTIES, HeadSolver, has_feature_vectors
 from hf_cifar.training.losses import evaluation_loss
 from hf_cifar.training.resumable import DOUBTED, IDENTITY_FILE, random_states, set_random_states
 from hf_cifar.training.schedules import FOLLOWS_A_METRIC
@@ -179,13 +173,10 @@ def predicted_by_heads(
     )  # fmt: skip
     store = build_store(train, device=plan.processes.device)
     with computing_as(plan.setting, model):
-        features = feature_store(
-            model, train, store, preprocessing, augmentation(plan.config.augment),
-            batch_size=plan.config.train.per_device_eval_batch_size,
-            num_workers=default_num_workers(decodes=store.decodes),
-            dtype=DTYPES.get(plan.config.train.precision, torch.float32),
-        )  # fmt: skip
-    digest = hashlib.sha256(f"heads {len(train.id2label)} {PENALTIES} {ROUNDS}".encode())
+        features = features_of(
+            model, train, store, preprocessing, plan.config, decodes=store.decodes
+        )
+    digest = hashlib.sha256(f"solved heads {len(train.id2label)} {PENALTIES} {ROUNDS}".encode())
     for array in (features.features.cpu().numpy(), train.labels, fold_of):
         digest.update(np.ascontiguousarray(array).tobytes())
     probabilities = load_array(digest.hexdigest())
@@ -213,15 +204,15 @@ def head_probabilities(
     fold_of [N]: -1 for images on which all heads are trained. trusted [N]: False for labels on which no head
     is trained.
     """
-    scaled, checked = features / features.square().mean().sqrt(), (fold_of >= 0) & trusted
+    checked = (fold_of >= 0) & trusted
     loss, lowest, best = evaluation_loss(multi_label=False), float("inf"), None
-    solver = HeadSolver(scaled, labels, num_classes)
-    solvers = [solver.of((fold_of != fold) & trusted) for fold in range(FOLDS)]
+    all_rows = HeadSolver(features, labels, num_classes, loss)
+    solvers = [all_rows.of((fold_of != fold) & trusted) for fold in range(FOLDS)]
     for penalty in PENALTIES:
-        logits = scaled.new_zeros(len(labels), num_classes)
+        logits = features.new_zeros(len(labels), num_classes)
         for fold, solver in enumerate(solvers):
             head, held_out = solver.solve(penalty), fold_of == fold
-            logits[held_out] = scaled[held_out] @ head[:, :-1].T + head[:, -1]
+            logits[held_out] = features[held_out] @ head[:, :-1].T + head[:, -1]
         found = loss(logits[checked], labels[checked]).item()
         if found >= lowest:
             break

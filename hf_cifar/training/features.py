@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -22,17 +23,17 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from hf_cifar.data.cache import load_array, one_process_at_a_time, save_array
 from hf_cifar.data.split import Split
 from hf_cifar.data.store import PreparedStore, ResidentStore, images_of, take_batch
+from hf_cifar.errors import UserError
 from hf_cifar.models.heads import head_parameter_names, linear_head, set_head
 from hf_cifar.progress import progress
-from hf_cifar.training.losses import evaluation_loss
+from hf_cifar.training.losses import Loss, evaluation_loss
 from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 LOADED = 64  # images that are augmented together: an option must not change the random views
-# Penalties of the linear head, the strongest first: each solution is the starting point of the next.
+# L2 penalties of a linear head, the strongest first.
 PENALTIES = tuple(10.0**exponent for exponent in (0, -1, -2, -3, -4, -5, -6))
-PATIENCE = 2
 
 
 class FeatureStore(Dataset):
@@ -164,6 +165,7 @@ def feature_store(
                 _one_view(
                     model,
                     loader,
+                    split.name,
                     preprocessing,
                     augmentation if view else None,
                     (seed, view),
@@ -185,6 +187,7 @@ def feature_store(
 def _one_view(
     model: PreTrainedModel,
     loader: DataLoader,
+    name: str,
     preprocessing: Preprocessing,
     augmentation: Augmentation | None,
     seed: tuple[int, int],
@@ -199,7 +202,7 @@ def _one_view(
         for number, batch in enumerate(
             progress(
                 loader,
-                f"computing features of {getattr(loader.dataset, 'name', '')}".rstrip(),
+                f"computing features of {name}",
                 unit="batches",
             )
         ):
@@ -222,21 +225,34 @@ def _one_view(
 class HeadSolver:
     """Solves for linear heads on the same features, by L-BFGS.
 
-    They minimise mean cross-entropy + penalty / 2 * |weights|^2; the bias is not penalised. With multi-label
-    data, the cross-entropy is binary. The problem is convex and has one solution. Each solution is the
-    starting point of the next.
+    They minimise loss + penalty / 2 * |weights|^2, for features scaled to a mean square of 1; the bias is not
+    penalised. The problem is convex and has one solution. Each solution is the starting point of the next.
 
     L-BFGS needs few steps if the loss curves equally in all directions. So it works on the principal
     components of the centred features, each divided by the square root of its approximate curvature.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
-        """features [N, D]; labels [N], or [N, num_classes] of 0 and 1 for multi-label data."""
-        self.labels, self.mean = labels, features.mean(dim=0)
+    def __init__(self, features: Tensor, labels: Tensor, num_classes: int, loss: Loss) -> None:
+        """features [N, D]; labels [N], or [N, num_classes] of 0 and 1 for multi-label data; loss: a kind of
+        cross-entropy.
+
+        Raises: UserError for features that are not finite.
+        """
+        bad = int((~features.isfinite().all(dim=1)).sum())
+        if bad:
+            raise UserError(
+                f"the model's features of {bad:,} of {len(features):,} images are not finite; pass "
+                "--precision fp32, or another checkpoint"
+            )
+        self.labels, self.loss = labels, loss
         self.rows: slice | Tensor = slice(None)
-        centred = features - self.mean
-        covariance = centred.T @ centred / len(centred)
-        variances, axes = torch.linalg.eigh(covariance.double().cpu())
+        self.scale = features.square().mean().sqrt().clamp(min=1e-12)
+        self.mean = features.mean(dim=0) / self.scale
+        centred = features / self.scale - self.mean
+        covariance = (
+            (centred.T @ centred / len(centred)).cpu().double()
+        )  # not every device has float64
+        variances, axes = torch.linalg.eigh(covariance)
         self.axes = axes.to(features)
         self.components = centred @ self.axes
         # If all classes are equally probable, the cross-entropy curves about variance / num_classes.
@@ -252,78 +268,53 @@ class HeadSolver:
 
     def solve(self, penalty: float) -> Tensor:
         """Return the head [num_classes, D + 1] at this penalty, above 0; the last column is the bias."""
-        scale = (self.curvatures + penalty).rsqrt()
-        scaled = (self.weights / scale).requires_grad_(True)
+        strides = (self.curvatures + penalty).rsqrt()
+        steps = (self.weights / strides).requires_grad_(True)
         bias = self.bias.clone().requires_grad_(True)
-        cross_entropy = evaluation_loss(multi_label=self.labels.ndim == 2)
         optimizer = torch.optim.LBFGS(
-            [scaled, bias], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-9,
+            [steps, bias], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-9,
             history_size=20, line_search_fn="strong_wolfe",
         )  # fmt: skip
 
-        def loss() -> Tensor:
+        def penalised() -> Tensor:
             optimizer.zero_grad()
-            weights = scaled * scale
+            weights = steps * strides
             logits = self.components @ weights.T + bias
-            value = cross_entropy(logits[self.rows], self.labels[self.rows])
+            value = self.loss(logits[self.rows], self.labels[self.rows])
             value = value + penalty / 2 * weights.square().sum()
             value.backward()
             return value
 
-        optimizer.step(loss)
-        self.weights, self.bias = (scaled * scale).detach(), bias.detach()
+        optimizer.step(penalised)
+        self.weights, self.bias = (steps * strides).detach(), bias.detach()
         weights = self.weights @ self.axes.T
-        return torch.cat([weights, (self.bias - weights @ self.mean)[:, None]], dim=1)
+        return torch.cat([weights / self.scale, (self.bias - weights @ self.mean)[:, None]], dim=1)
 
 
-def solve_best(
-    train: FeatureStore,
-    validation: FeatureStore,
-    num_classes: int,
-    penalties: Sequence[float] = PENALTIES,
-) -> tuple[Tensor, float, float]:
-    """Solve for a linear head at each penalty, the strongest first, and keep the best on validation.
+def solve_best(solver: HeadSolver, features: Tensor, labels: Tensor) -> tuple[Tensor, float, float]:
+    """Solve for a head at each penalty, the strongest first, until the loss on other features rises.
 
-    Penalties are relative to features scaled to a mean square of 1. Ties go to the stronger penalty. The
-    search ends when `PATIENCE` penalties in a row were no better.
-    Returns the head [num_classes, D + 1], its penalty, and its score on validation: the accuracy, or for
-    multi-label data the negative binary cross-entropy.
+    features [N, D]; labels [N] or [N, num_classes]. Returns the head [num_classes, D + 1] with the lowest
+    loss, its penalty, and this loss.
     """
-    views, _, width = train.features.shape
-    features, labels = train.features.reshape(-1, width), torch.cat([train.labels] * views)
-    scale = features.square().mean().sqrt()
-    solver = HeadSolver(features / scale, labels, num_classes)
-    best, strength, no_better = float("-inf"), penalties[0], 0
-    solution = features.new_zeros(num_classes, width + 1)
-    for penalty in penalties:
-        solved = solver.solve(penalty)
-        logits = validation.features[0] / scale @ solved[:, :-1].T + solved[:, -1]
-        score = score_of(logits, validation.labels)
-        if score > best:
-            best, solution, strength, no_better = score, solved, penalty, 0
-        else:
-            no_better += 1
-        if no_better == PATIENCE:
+    best, lowest, strength = None, math.inf, PENALTIES[0]
+    for penalty in progress(PENALTIES, "solving for the head", unit="penalties"):
+        head = solver.solve(penalty)
+        found = solver.loss(features @ head[:, :-1].T + head[:, -1], labels).item()
+        if found >= lowest:
             break
-    return torch.cat([solution[:, :-1] / scale, solution[:, -1:]], dim=1), strength, best
-
-
-def score_of(logits: Tensor, labels: Tensor) -> float:
-    """Return the accuracy, or with labels [N, K] the negative binary cross-entropy."""
-    if labels.ndim == 2:
-        return -evaluation_loss(multi_label=True)(logits, labels).item()
-    return (logits.argmax(dim=1) == labels).float().mean().item()
-
-
-def described(score: float, labels: Tensor) -> str:
-    """Name and format a score: `accuracy 0.9000`."""
-    return f"cross-entropy {-score:.4f}" if labels.ndim == 2 else f"accuracy {score:.4f}"
+        best, lowest, strength = head, found, penalty
+    assert best is not None
+    return best, strength, lowest
 
 
 def fit_head(model: PreTrainedModel, train: FeatureStore, validation: FeatureStore) -> float:
-    """Give the model the solved head that is best on validation; return its penalty."""
-    solution, penalty, score = solve_best(train, validation, model.config.num_labels)
-    set_head(model, solution)
-    found = described(score, validation.labels)
-    logger.info("head solved: penalty %g, validation %s", penalty, found)
+    """Give the model the solved head with the lowest validation loss; return its penalty."""
+    views, _, width = train.features.shape
+    labels = torch.cat([train.labels] * views)
+    loss = evaluation_loss(multi_label=labels.ndim == 2)
+    solver = HeadSolver(train.features.reshape(-1, width), labels, model.config.num_labels, loss)
+    head, penalty, found = solve_best(solver, validation.features[0], validation.labels)
+    set_head(model, head)
+    logger.info("head solved: penalty %g, validation cross-entropy %.4f", penalty, found)
     return penalty

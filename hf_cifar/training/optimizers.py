@@ -137,9 +137,9 @@ def default_rate(
 ) -> float | None:
     """Return the default peak learning rate of an optimiser for the family of a model, or None if unknown.
 
-    batch_size: images per step, over all processes. scratch: the weights are random. The rate scales with the
-    square root of the batch for AdamW, and linearly for SGD; for SGD with momentum m it is multiplied by
-    1 - m, because each gradient counts 1 / (1 - m) times.
+    batch_size: images per step, over all processes. scratch: the weights are random. The rate scales
+    linearly with the batch for SGD, and with its square root for all others; for SGD with momentum m it is
+    multiplied by 1 - m, because each gradient counts 1 / (1 - m) times.
 
     Source: Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022;
     Goyal et al., Accurate, Large Minibatch SGD, 2017.
@@ -160,7 +160,7 @@ def default_weight_decay(optim: str) -> float:
 
     AdamW and its variants subtract decay x learning rate x weight from each weight. Adam, RMSprop and AdaGrad
     add decay x weight to the gradient instead, and then divide by the gradient's magnitude: 0.05 would
-    outweigh the loss. SGD's learning rates are a hundred times AdamW's, so its decay is a hundredth.
+    outweigh the loss. Without momentum, SGD's learning rates are 200 times AdamW's; its decay is a hundredth.
     """
     return 5e-4 if optim in COUPLED_DECAY else 0.05
 

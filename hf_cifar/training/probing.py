@@ -11,51 +11,51 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_cifar.data.split import Split, readable, subset
 from hf_cifar.data.stratify import representative_rows
 from hf_cifar.data.streams import Stream
-from hf_cifar.models.heads import set_head
-from hf_cifar.training.features import FeatureStore, described, solve_best
+from hf_cifar.models.heads import linear_head, set_head
+from hf_cifar.runs.processes import is_sharded
+from hf_cifar.training.features import FeatureStore, HeadSolver, solve_best
+from hf_cifar.training.losses import Loss
 
 logger = logging.getLogger(__name__)
-HELD_OUT = 5  # of this many images, one judges the penalties of the head
+HELD_OUT = 5  # one image in this many is held out to choose the penalty of the head
 
 
-def why_not_probed(train: Split | Stream, *, has_vectors: bool) -> str | None:
-    """Return the reason why a new head cannot be fitted, or None."""
+def why_not_probed(model: PreTrainedModel, train: Split | Stream, size: int) -> str | None:
+    """Return the reason why a new head cannot be fitted to `size` images, or None."""
+    head = linear_head(model)
+    if head is None or head.bias is None:
+        return "it is not one linear layer with a bias"
     if isinstance(train, Stream):
         return "a stream is not read in advance"
-    return None if has_vectors else "it is not one linear layer on one feature vector per image"
+    if min(size, len(train)) < max(2, model.config.num_labels):
+        return f"{min(size, len(train)):,} images are fewer than classes, or fewer than 2"
+    if is_sharded():
+        return "with FSDP or DeepSpeed, the complete model may not fit on one device"
+    return None
 
 
-def probe_sample(train: Split, size: int, seed: int, on_bad_image: str) -> Split:
-    """Choose up to `size` images, stratified, that the head is fitted to.
-
-    Raises: UnreadableImages unless `on_bad_image` is skip.
-    """
+def probe_sample(train: Split, size: int, seed: int) -> Split:
+    """Choose up to `size` images, stratified, that the head is fitted to. Unreadable ones are left out."""
     sample = subset(train, representative_rows(train.labels, size, seed))
-    return readable(sample, on_bad_image=on_bad_image)[0]
+    return readable(sample, on_bad_image="skip")[0]
 
 
-def probe_head(model: PreTrainedModel, store: FeatureStore, seed: int) -> None:
+def probe_head(model: PreTrainedModel, store: FeatureStore, seed: int, loss: Loss) -> None:
     """Solve for the head on these features, with the L2 penalty that is best on a fifth of them."""
-    labels = store.labels.cpu().numpy()
+    features, labels = store.features[0], store.labels
     held_out = torch.zeros(len(store), dtype=torch.bool)
-    held_out[representative_rows(labels, max(1, len(store) // HELD_OUT), seed)] = True
-    num_labels = model.config.num_labels
-    _, penalty, score = solve_best(part(store, ~held_out), part(store, held_out), num_labels)
-    solution, *_ = solve_best(store, store, num_labels, (penalty,))
-    set_head(model, solution)
+    size = max(1, len(store) // HELD_OUT)
+    held_out[representative_rows(labels.cpu().numpy(), size, seed)] = True
+    held_out = held_out.to(labels.device)
+    solver = HeadSolver(features, labels, model.config.num_labels, loss)
+    _, penalty, found = solve_best(solver.of(~held_out), features[held_out], labels[held_out])
+    set_head(model, solver.solve(penalty))
     logger.info(
-        "head: fitted to the features of %s training images (%s on %s of them, held out at first)",
-        f"{len(store):,}", described(score, store.labels), f"{int(held_out.sum()):,}",
+        "head: fitted to the features of %s training images; cross-entropy on %s of them, which were held "
+        "out to choose the L2 penalty: %.4f", f"{len(store):,}", f"{size:,}", found,
     )  # fmt: skip
-
-
-def part(store: FeatureStore, chosen: Tensor) -> FeatureStore:
-    """Select the images of a store by a mask [N]."""
-    chosen = chosen.to(store.labels.device)
-    return FeatureStore(store.features[:, chosen], store.labels[chosen], store.name)

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -32,17 +32,15 @@ from transformers import (
 )
 
 from hf_cifar.config.run import RunConfig
-from hf_cifar.config.training import TrainingConfig
 from hf_cifar.data.splits import Splits
 from hf_cifar.data.stratify import representative_rows
 from hf_cifar.errors import UserError
 from hf_cifar.progress import Progress
 from hf_cifar.runs.processes import is_sharded
 from hf_cifar.text import listed
-from hf_cifar.training.build import build_loss, build_trainer
+from hf_cifar.training.build import balanced_cross_entropy, build_trainer
 from hf_cifar.training.features import accepting_features
 from hf_cifar.training.guards import FiniteLoss
-from hf_cifar.training.losses import Loss
 from hf_cifar.training.progress import EvaluationProgress, StopAtNaN, TrainingLines
 from hf_cifar.training.schedules import FOLLOWS_A_METRIC, build_schedule
 from hf_cifar.training.trainer import ImageClassificationTrainer
@@ -205,6 +203,7 @@ def race_rates(
         short = replace(plan, config=short_run(plan.config, folder, center))
         trainer = build_trainer(model, image_processor, splits, short, Sprinter)
         assert isinstance(trainer, Sprinter)
+        trainer.evaluation_loss = balanced_cross_entropy(model, splits.train, plan.config.train)
         batch = trainer.get_total_train_batch_size(trainer.args)
         labels = splits.validation.labels
         rungs, num_images = affordable_race(trainer.run_steps, batch, len(labels), factors)
@@ -232,16 +231,6 @@ def race_rates(
     return race
 
 
-def validation_loss(model: PreTrainedModel, splits: Splits, train: TrainingConfig) -> Loss:
-    """Return the cross-entropy that ranks the learning rates, without label smoothing.
-
-    If the run balances the classes, each counts the same, as in the metric that picks its best checkpoint.
-    """
-    balance: Literal["none", "weights"] = "none" if train.class_balance == "none" else "weights"
-    plain = replace(train, label_smoothing_factor=0.0, loss="cross_entropy", class_balance=balance)
-    return build_loss(model, splits.train, plain)
-
-
 def explain_no_race(run_steps: int, few: int, default: float | None) -> None:
     """Log why the default learning rate is used. Raises: UserError if there is none."""
     reason = f"a tenth of {run_steps:,} steps is too short to race {few} rates for {MIN_STEPS} steps each"
@@ -265,7 +254,7 @@ def announce(
     fewer = "" if len(rates) == max(FACTORS) else f" (a longer run would race {max(FACTORS)})"
     logger.info(
         "learning rate: racing %d rates from %g to %g%s: %s, ranked by the loss on %d validation images; the "
-        "race costs %.1f%% of the training; short runs raise the rates, at first %.1f times",
+        "race costs %.1f%% of the training; short runs use higher rates, %.1f times in the first rung",
         len(rates), rates[0], rates[-1], fewer, shown, num_images, 100 * share, factor,
     )  # fmt: skip
 

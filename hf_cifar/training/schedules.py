@@ -1,7 +1,6 @@
 """Learning rate schedules by name: functions of the step, after a linear warm-up.
 
-Lengths in `lr_scheduler_kwargs` are steps, or shares of all steps if below 1 or a float of 1, as for
-`--warmup_steps`.
+Lengths in `lr_scheduler_kwargs` are steps after the warm-up, or shares of them if below 1 or a float of 1.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def positive(**values: float) -> None:
 
 
 def in_steps(length: float, num_steps: int) -> float:
-    """Convert a length, in steps or as a share of all steps, to steps."""
+    """Convert a length, in steps or as a share of `num_steps`, to steps."""
     is_share = length < 1 or (isinstance(length, float) and length == 1)
     return length * num_steps if is_share else length
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from tiny import tiny_config, tiny_trainer
 from transformers import AutoModelForImageClassification
@@ -22,6 +23,7 @@ from hf_cifar.models.heads import linear_head
 from hf_cifar.plan import plan_run
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.features import (
+    PENALTIES,
     FeatureStore,
     HeadSolver,
     accepting_features,
@@ -29,6 +31,7 @@ from hf_cifar.training.features import (
     features_suffice,
     fit_head,
 )
+from hf_cifar.training.losses import evaluation_loss
 
 MODELS = ["tiny_vit", "scratch/resnet10t", "scratch/densenet121", "scratch/efficientnet_lite0"]
 
@@ -186,9 +189,10 @@ def test_the_solved_head_equals_that_of_scikit_learn(penalty):
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 4, 300)
     features = generator.normal(size=(300, 6)) + np.eye(4, 6)[labels] * 1.5
-    solver = HeadSolver(torch.tensor(features), torch.from_numpy(labels), num_classes=4)
+    solver = HeadSolver(torch.tensor(features), torch.from_numpy(labels), 4, F.cross_entropy)
     solution = solver.solve(penalty)
-    reference = LogisticRegression(C=1 / (300 * penalty), tol=1e-8, max_iter=5000)
+    strength = 300 * penalty * np.square(features).mean()  # penalties are for scaled features
+    reference = LogisticRegression(C=1 / strength, tol=1e-8, max_iter=5000)
     reference.fit(features, labels)
     assert np.allclose(solution[:, :-1], reference.coef_, atol=2e-3)
     bias = solution[:, -1].numpy()
@@ -202,10 +206,13 @@ def test_the_solved_multi_label_head_equals_those_of_scikit_learn():
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 2, (300, 3))
     features = generator.normal(size=(300, 6)) + np.pad(labels, ((0, 0), (0, 3))) * 1.5
-    solver = HeadSolver(torch.tensor(features), torch.from_numpy(labels), num_classes=3)
+    solver = HeadSolver(
+        torch.tensor(features), torch.from_numpy(labels), 3, evaluation_loss(multi_label=True)
+    )
     solution = solver.solve(1e-2)
+    strength = 300 * 3 * 1e-2 * np.square(features).mean()
     for number, own in enumerate(solution.numpy()):
-        reference = LogisticRegression(C=1 / (300 * 3 * 1e-2), tol=1e-8, max_iter=5000)
+        reference = LogisticRegression(C=1 / strength, tol=1e-8, max_iter=5000)
         reference.fit(features, labels[:, number])
         assert np.allclose(own[:-1], reference.coef_[0], atol=2e-3)
         assert np.allclose(own[-1], reference.intercept_, atol=2e-3)
@@ -215,10 +222,29 @@ def test_a_solver_of_some_rows_equals_one_on_these_rows_alone():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(200, 5, generator=generator, dtype=torch.double) + 3
     labels, chosen = torch.arange(200) % 3, torch.arange(200) % 5 > 0
-    both = HeadSolver(features, labels, 3)
-    alone = HeadSolver(features[chosen], labels[chosen], 3).solve(1e-2)
-    assert torch.allclose(both.of(chosen).solve(1e-2)[:, :-1], alone[:, :-1], atol=1e-3)
-    assert torch.equal(both.weights, torch.zeros(3, 5, dtype=torch.double))
+    both = HeadSolver(features, labels, 3, F.cross_entropy)
+    alone = HeadSolver(features[chosen], labels[chosen], 3, F.cross_entropy)
+    ratio = float((both.scale / alone.scale) ** 2)
+    found, expected = both.of(chosen).solve(1e-2 * ratio), alone.solve(1e-2)
+    assert torch.allclose(found[:, :-1], expected[:, :-1], atol=1e-3)
+    biases = found[:, -1] - expected[:, -1]  # a constant for all classes changes nothing
+    assert torch.allclose(biases, biases.mean(), atol=1e-3)
+    assert not both.weights.any()
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_features_that_are_not_finite_are_refused(bad):
+    features = torch.randn(6, 5)
+    features[2, 3] = float(bad)
+    with pytest.raises(UserError, match="features of 1 of 6 images are not finite; pass"):
+        HeadSolver(features, torch.arange(6) % 2, 2, F.cross_entropy)
+
+
+def test_features_without_information_give_the_shares_of_the_classes():
+    solver = HeadSolver(torch.zeros(8, 5), torch.arange(8) % 4 // 3, 2, F.cross_entropy)
+    head = solver.solve(1.0)
+    assert not head[:, :-1].any()
+    assert torch.allclose(head[:, -1].softmax(0), torch.tensor([0.75, 0.25]), atol=1e-4)
 
 
 def test_the_penalty_is_chosen_on_validation(tiny_vit):
@@ -235,17 +261,15 @@ def test_the_penalty_is_chosen_on_validation(tiny_vit):
     train, validation = features(labels, 0), features(torch.arange(600) % 3, 1)
     penalty = fit_head(model, train, validation)
 
-    def accuracy(weights):
-        logits = validation.features[0] @ weights[:, :-1].T + weights[:, -1]
-        return (logits.argmax(dim=1) == validation.labels).float().mean().item()
+    def loss(head):
+        logits = validation.features[0] @ head[:, :-1].T + head[:, -1]
+        return F.cross_entropy(logits, validation.labels).item()
 
     head = linear_head(model)
-    chosen = accuracy(torch.cat((head.weight, head.bias[:, None]), dim=1).detach())
-    scale = train.features.square().mean().sqrt()
-    for other in (1.0, 1e-2, 1e-4, 1e-6):
-        weights = HeadSolver(train.features[0] / scale, labels, 3).solve(other)
-        weights = torch.cat((weights[:, :-1] / scale, weights[:, -1:]), dim=1)
-        assert chosen >= accuracy(weights) - 0.005
+    chosen = loss(torch.cat((head.weight, head.bias[:, None]), dim=1).detach())
+    for other in PENALTIES:
+        solver = HeadSolver(train.features[0], labels, 3, F.cross_entropy)
+        assert chosen <= loss(solver.solve(other)) + 1e-4
     assert 1e-6 < penalty <= 1
 
 

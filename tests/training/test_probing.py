@@ -1,18 +1,22 @@
 """hf_cifar.training.probing: a pretrained model trains from a head that is already fitted."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from tiny import tiny_config, tiny_run, tiny_trainer
 
 from hf_cifar import load_splits, reproduce_run
-from hf_cifar.cli import main
 from hf_cifar.data.stratify import representative_rows
+from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import batch_norms
 from hf_cifar.models.heads import has_new_head, linear_head
+from hf_cifar.training import build
+from hf_cifar.training.build import balanced_cross_entropy
 from hf_cifar.training.features import PENALTIES, FeatureStore
 from hf_cifar.training.probing import probe_head
 
@@ -49,32 +53,45 @@ def test_probe_images_0_leaves_the_head_random(tmp_path, stripes):
     assert has_new_head(trainer.model)
 
 
+def test_the_head_is_fitted_to_a_stratified_sample(tmp_path, stripes, monkeypatch):
+    """The features that it is fitted to are those of the images that the labels belong to."""
+    seen = []
+    monkeypatch.setattr(build, "probe_head", lambda model, store, *_: seen.append(store))
+    flags = [*SMALL, "--probe_images", "20", "--precision", "fp32"]
+    trainer = tiny_trainer(tmp_path / "run", stripes, LITE0, *flags)
+    train = load_splits(tiny_config(tmp_path / "run", stripes, LITE0, *flags).data).train
+    rows = representative_rows(train.labels, 20, 42)
+    assert len(rows) == 20 and rows.tolist() != list(range(20))
+    head, (store,) = linear_head(trainer.model), seen
+    assert torch.equal(store.labels, torch.from_numpy(train.labels[rows]))
+    expected = logits_of(trainer, train)[rows]
+    torch.testing.assert_close(head(store.features[0]), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_the_penalty_is_chosen_on_a_fifth_of_the_images():
-    """The head equals scikit-learn's on all images, at the penalty that is best on the fifth."""
+    """The head equals scikit-learn's on all images, at the penalty with the lowest loss on the fifth."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(400) % 4
     means = torch.randn(4, 30, generator=generator)
     features = means[labels] + 3 * torch.randn(400, 30, generator=generator)
     model = Network(30, 4)
-    probe_head(model, FeatureStore(features[None], labels), seed=1)
+    probe_head(model, FeatureStore(features[None], labels), 1, torch.nn.functional.cross_entropy)
 
+    x = (features / features.square().mean().sqrt()).numpy()
     held_out = np.isin(np.arange(400), representative_rows(labels.numpy(), 80, 1))
-    accuracies = {p: solved(features, labels, ~held_out, p).score for p in PENALTIES}
-    x, y = (features / scale_of(features[~held_out])).numpy()[held_out], labels.numpy()[held_out]
-    best = max(PENALTIES, key=lambda p: (accuracies[p](x, y), p))
-    expected = solved(features, labels, held_out | True, best).coef_ / scale_of(features)
-    assert np.abs(model.classifier.weight.detach().numpy() - expected).max() < 1e-3
+    probabilities = {
+        p: solved(x, labels, ~held_out, p).predict_proba(x[held_out]) for p in PENALTIES
+    }
+    best = min(PENALTIES, key=lambda p: log_loss(labels[held_out], probabilities[p]))
+    assert PENALTIES[0] > best > PENALTIES[-1]
+    expected = solved(x, labels, held_out | True, best).coef_ / features.square().mean().sqrt()
+    assert np.abs(model.classifier.weight.detach().numpy() - expected.numpy()).max() < 1e-3
 
 
-def scale_of(features):
-    return features.square().mean().sqrt().item()
-
-
-def solved(features, labels, chosen, penalty):
+def solved(x, labels, chosen, penalty):
     """scikit-learn's solution; it minimises C * the sum of cross-entropies + |weights|^2 / 2."""
-    x = features.numpy()[chosen] / scale_of(features[chosen])
-    fitted = LogisticRegression(C=1 / (penalty * len(x)), tol=1e-8, max_iter=5000)
-    return fitted.fit(x, labels.numpy()[chosen])
+    fitted = LogisticRegression(C=1 / (penalty * chosen.sum()), tol=1e-8, max_iter=5000)
+    return fitted.fit(x[chosen], labels.numpy()[chosen])
 
 
 class Network(torch.nn.Module):
@@ -82,11 +99,9 @@ class Network(torch.nn.Module):
 
     base_model_prefix = "backbone"
 
-    class config:
-        model_type, num_labels = "vit", 4
-
     def __init__(self, width, classes):
         super().__init__()
+        self.config = SimpleNamespace(model_type="vit", num_labels=classes, problem_type=None)
         self.classifier = torch.nn.Linear(width, classes)
 
 
@@ -110,9 +125,39 @@ def test_multi_label_data_start_from_a_fitted_head(tmp_path, lights, caplog):
     train = load_splits(tiny_config(tmp_path / "run", lights, LITE0, *SMALL).data).train
     assert ((logits_of(trainer, train) > 0).numpy() == train.labels).mean() > 0.95
     assert (
-        f"head: fitted to the features of {len(train)} training images (cross-entropy"
+        f"head: fitted to the features of {len(train)} training images; cross-entropy on"
         in caplog.text
     )
+
+
+@pytest.mark.parametrize("balance", ["none", "logit_adjustment", "oversample"])
+def test_the_head_counts_classes_as_the_run_does(tmp_path, stripes, balance):
+    """Without information in the features, a head predicts the classes' shares in its loss."""
+    flags = ["--imbalance_factor", "9", "--class_balance", balance, *SMALL]
+    config = tiny_config(tmp_path / "run", stripes, LITE0, *flags)
+    splits = load_splits(config.data)
+    model = Network(5, 2)
+    loss = balanced_cross_entropy(model, splits.train, config.train)
+    labels = torch.from_numpy(splits.train.labels)
+    probe_head(model, FeatureStore(torch.zeros(1, len(labels), 5), labels), 0, loss)
+    shares = np.bincount(labels) / len(labels) if balance == "none" else [0.5, 0.5]
+    found = model.classifier.bias.detach().softmax(0)
+    torch.testing.assert_close(found, torch.tensor(shares).float(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--probe_images", "1"], "1 images are fewer than classes, or fewer than 2"),
+        (["--max_train_samples", "2", "--probe_images", "9"], None),
+    ],
+)
+def test_too_few_images_are_not_fitted_to(tmp_path, stripes, caplog, flags, reason):
+    with caplog.at_level(logging.INFO):
+        trainer = tiny_trainer(tmp_path / "run", stripes, LITE0, *SMALL, *flags)
+    assert has_new_head(trainer.model) == bool(reason)
+    if reason:
+        assert f"head: not fitted before training, because {reason}" in caplog.text
 
 
 def test_a_stream_starts_from_a_random_head(tmp_path, shards, caplog):
@@ -120,7 +165,7 @@ def test_a_stream_starts_from_a_random_head(tmp_path, shards, caplog):
     with caplog.at_level(logging.INFO):
         trainer = tiny_trainer(tmp_path / "run", shards, LITE0, *flags)
     assert (
-        "head: starts from random weights, because a stream is not read in advance" in caplog.text
+        "head: not fitted before training, because a stream is not read in advance" in caplog.text
     )
     assert has_new_head(trainer.model)
 
@@ -162,14 +207,8 @@ def test_batch_norms_of_a_random_network_follow_the_batches(tmp_path, stripes):
     assert all(norm.running_mean.any() for norm in batch_norms(trainer.model))
 
 
-def test_a_random_network_has_no_statistics_to_keep(capsys):
-    assert (
-        main(
-            ["finetune", "--model_name_or_path", "scratch/resnet10t", "--freeze_batch_norm", "true"]
-        )
-        == 2
-    )
-    assert (
-        "--freeze_batch_norm needs statistics, and scratch/resnet10t has random weights"
-        in capsys.readouterr().err
-    )
+@pytest.mark.parametrize("model", ["scratch/resnet10t", "tiny_vit"])
+def test_a_model_without_statistics_cannot_keep_them(tmp_path, stripes, request, model):
+    model = model if "/" in model else request.getfixturevalue(model)
+    with pytest.raises(UserError, match="has no BatchNorm statistics to keep; leave it out"):
+        tiny_trainer(tmp_path / "run", stripes, model, *SMALL, "--freeze_batch_norm", "true")

@@ -16,7 +16,7 @@ from hf_cifar import build_model, load_splits, plan_run
 from hf_cifar.errors import UserError
 from hf_cifar.runs.signals import Stopped
 from hf_cifar.training import race
-from hf_cifar.training.build import build_trainer
+from hf_cifar.training.build import balanced_cross_entropy, build_trainer
 from hf_cifar.training.race import (
     FACTORS,
     Race,
@@ -28,7 +28,6 @@ from hf_cifar.training.race import (
     rates_around,
     rungs_of,
     short_run,
-    validation_loss,
 )
 from hf_cifar.training.schedules import build_schedule
 
@@ -227,8 +226,17 @@ def test_balanced_classes_count_the_same(tmp_path, stripes, tiny_vit):
     logits = torch.randn(len(labels), 2, generator=torch.Generator().manual_seed(0))
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     expected = torch.stack([losses[labels == label].mean() for label in (0, 1)]).mean()
-    found = validation_loss(model, splits, config.train)(logits, labels)
+    found = balanced_cross_entropy(model, splits.train, config.train)(logits, labels)
     torch.testing.assert_close(found, expected)
+
+
+def test_the_race_is_ranked_by_that_loss(tmp_path, stripes, tiny_vit, monkeypatch):
+    monkeypatch.setattr(
+        race, "balanced_cross_entropy", lambda *_: lambda logits, labels: logits.sum() * 0 + 7
+    )
+    config = tiny_config(tmp_path / "run", stripes, tiny_vit, *LONG)
+    rungs = plan_run(config, *built(config)).race["rungs"]
+    assert {loss for rung in rungs for loss in rung["losses"]} == {7}
 
 
 def test_labels_of_any_number(tmp_path, lights, tiny_vit):
