@@ -313,7 +313,6 @@ class ImageClassificationTrainer(ResumableTrainer):
             for norm in self._norms:
                 if self.freeze_batch_norm or is_frozen(norm):
                     norm.eval()
-        if self.model.training:
             # Mixed labels are probabilities.
             pixel_values, inputs["labels"] = self.augmentation(
                 inputs["pixel_values"],
