@@ -36,7 +36,7 @@ RUNS = {
         "--probe_images", "0",  # a solved head differs more between processors
     ],
     "frozen": ["images", "vit", "--freeze", "backbone", "--feature_views", "2"],
-    "multi_label": ["lights", "resnet", "--cutmix_alpha", "1"],
+    "multi_label": ["lights", "resnet", "--cutmix_alpha", "1", "--probe_images", "0"],
     "stream": [
         "shards", "scratch/article_cnn", "--streaming", "--max_eval_samples", "12",
         "--dataloader_num_workers", "2", "--load_best_model_at_end", "false",
