@@ -290,14 +290,14 @@ def fit_new_head(
     config, options = plan.config, plan.config.train
     if not options.probe_images or config.model.freeze == "backbone" or not has_new_head(model):
         return
-    reason = why_not_probed(model, train, options.probe_images)
+    sample = probe_sample(train, options.probe_images, options.seed)
+    reason = why_not_probed(model, sample)
     if reason is None and not has_feature_vectors(model.to(plan.processes.device), preprocessing):
         reason = "its input is not one feature vector per image"
     if reason is not None:
         logger.info("head: not fitted before training, because %s", reason)
         return
-    assert isinstance(train, Split)
-    sample = probe_sample(train, options.probe_images, options.seed)
+    assert isinstance(train, Split) and isinstance(sample, Split)
     rows = np.flatnonzero(np.isin(train.row_ids, sample.row_ids)).tolist()
     with computing_as(plan.setting, model):
         features = features_of(

@@ -36,7 +36,13 @@ from hf_cifar.text import listed
 from hf_cifar.training.autotune import computing_as
 from hf_cifar.training.build import build_trainer, features_of
 from hf_cifar.training.dataset import store_of
-from hf_cifar.training.features import PENALTIES, HeadSolver, has_feature_vectors
+from hf_cifar.training.features import (
+    PENALTIES,
+    HeadSolver,
+    has_feature_vectors,
+    logits_of,
+    search_penalties,
+)
 from hf_cifar.training.losses import evaluation_loss
 from hf_cifar.training.resumable import DOUBTED, IDENTITY_FILE, random_states, set_random_states
 from hf_cifar.training.schedules import FOLLOWS_A_METRIC
@@ -204,21 +210,19 @@ def head_probabilities(
     fold_of [N]: -1 for images on which all heads are trained. trusted [N]: False for labels on which no head
     is trained.
     """
-    checked = (fold_of >= 0) & trusted
-    loss, lowest, best = evaluation_loss(multi_label=False), float("inf"), None
+    checked, loss = (fold_of >= 0) & trusted, evaluation_loss(multi_label=False)
     all_rows = HeadSolver(features, labels, num_classes, loss)
     solvers = [all_rows.of((fold_of != fold) & trusted) for fold in range(FOLDS)]
-    for penalty in PENALTIES:
+
+    def solve(penalty: float) -> tuple[Tensor, float]:
         logits = features.new_zeros(len(labels), num_classes)
         for fold, solver in enumerate(solvers):
-            head, held_out = solver.solve(penalty), fold_of == fold
-            logits[held_out] = features[held_out] @ head[:, :-1].T + head[:, -1]
-        found = loss(logits[checked], labels[checked]).item()
-        if found >= lowest:
-            break
-        lowest, best = found, logits
-    assert best is not None
-    return best.softmax(dim=1)
+            held_out = fold_of == fold
+            logits[held_out] = logits_of(features[held_out], solver.solve(penalty))
+        return logits, loss(logits[checked], labels[checked]).item()
+
+    logits, *_ = search_penalties(solve)
+    return logits.softmax(dim=1)
 
 
 def predicted_by_trainings(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
@@ -199,13 +200,8 @@ def _one_view(
     was_training = model.training
     model.eval()
     with torch.inference_mode(), _inputs_of(head) as seen:
-        for number, batch in enumerate(
-            progress(
-                loader,
-                f"computing features of {name}",
-                unit="batches",
-            )
-        ):
+        batches = progress(loader, f"computing features of {name}", unit="batches")
+        for number, batch in enumerate(batches):
             images, labels = batch["pixel_values"].to(device), batch["labels"].to(device)
             if augmentation is None:
                 pixel_values = preprocessing(images)
@@ -249,10 +245,10 @@ class HeadSolver:
         self.scale = features.square().mean().sqrt().clamp(min=1e-12)
         self.mean = features.mean(dim=0) / self.scale
         centred = features / self.scale - self.mean
-        covariance = (
-            (centred.T @ centred / len(centred)).cpu().double()
+        covariance = centred.T @ centred / len(centred)
+        variances, axes = torch.linalg.eigh(
+            covariance.cpu().double()
         )  # not every device has float64
-        variances, axes = torch.linalg.eigh(covariance)
         self.axes = axes.to(features)
         self.components = centred @ self.axes
         # If all classes are equally probable, the cross-entropy curves about variance / num_classes.
@@ -268,44 +264,63 @@ class HeadSolver:
 
     def solve(self, penalty: float) -> Tensor:
         """Return the head [num_classes, D + 1] at this penalty, above 0; the last column is the bias."""
-        strides = (self.curvatures + penalty).rsqrt()
-        steps = (self.weights / strides).requires_grad_(True)
+        preconditioner = (self.curvatures + penalty).rsqrt()
+        scaled = (self.weights / preconditioner).requires_grad_(True)
         bias = self.bias.clone().requires_grad_(True)
         optimizer = torch.optim.LBFGS(
-            [steps, bias], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-9,
+            [scaled, bias], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-9,
             history_size=20, line_search_fn="strong_wolfe",
         )  # fmt: skip
 
         def penalised() -> Tensor:
             optimizer.zero_grad()
-            weights = steps * strides
-            logits = self.components @ weights.T + bias
+            weights = scaled * preconditioner
+            logits = F.linear(self.components, weights, bias)
             value = self.loss(logits[self.rows], self.labels[self.rows])
             value = value + penalty / 2 * weights.square().sum()
             value.backward()
             return value
 
         optimizer.step(penalised)
-        self.weights, self.bias = (steps * strides).detach(), bias.detach()
+        self.weights, self.bias = (scaled * preconditioner).detach(), bias.detach()
         weights = self.weights @ self.axes.T
         return torch.cat([weights / self.scale, (self.bias - weights @ self.mean)[:, None]], dim=1)
 
 
-def solve_best(solver: HeadSolver, features: Tensor, labels: Tensor) -> tuple[Tensor, float, float]:
-    """Solve for a head at each penalty, the strongest first, until the loss on other features rises.
+def logits_of(features: Tensor, head: Tensor) -> Tensor:
+    """Return the logits [N, num_classes] of a head [num_classes, D + 1] on features [N, D]."""
+    return F.linear(features, head[:, :-1], head[:, -1])
 
-    features [N, D]; labels [N] or [N, num_classes]. Returns the head [num_classes, D + 1] with the lowest
-    loss, its penalty, and this loss.
+
+def search_penalties(
+    solve: Callable[[float], tuple[Tensor, float]],
+) -> tuple[Tensor, float, float]:
+    """Try the penalties, the strongest first, until the loss on held-out images rises.
+
+    solve: returns a solution at a penalty, and its loss. Returns the solution with the lowest loss, its
+    penalty, and this loss.
     """
     best, lowest, strength = None, math.inf, PENALTIES[0]
     for penalty in progress(PENALTIES, "solving for the head", unit="penalties"):
-        head = solver.solve(penalty)
-        found = solver.loss(features @ head[:, :-1].T + head[:, -1], labels).item()
-        if found >= lowest:
+        solution, loss = solve(penalty)
+        if loss >= lowest:
             break
-        best, lowest, strength = head, found, penalty
+        best, lowest, strength = solution, loss, penalty
     assert best is not None
     return best, strength, lowest
+
+
+def solve_best(solver: HeadSolver, features: Tensor, labels: Tensor) -> tuple[Tensor, float, float]:
+    """Solve for the head [num_classes, D + 1] with the lowest loss on other features, see `search_penalties`.
+
+    features [N, D]; labels [N] or [N, num_classes].
+    """
+
+    def solve(penalty: float) -> tuple[Tensor, float]:
+        head = solver.solve(penalty)
+        return head, solver.loss(logits_of(features, head), labels).item()
+
+    return search_penalties(solve)
 
 
 def fit_head(model: PreTrainedModel, train: FeatureStore, validation: FeatureStore) -> float:

@@ -25,22 +25,25 @@ logger = logging.getLogger(__name__)
 HELD_OUT = 5  # one image in this many is held out to choose the penalty of the head
 
 
-def why_not_probed(model: PreTrainedModel, train: Split | Stream, size: int) -> str | None:
-    """Return the reason why a new head cannot be fitted to `size` images, or None."""
-    head = linear_head(model)
+def why_not_probed(model: PreTrainedModel, sample: Split | Stream) -> str | None:
+    """Return the reason why a new head cannot be fitted to a sample of images, or None."""
+    head, classes = linear_head(model), model.config.num_labels
     if head is None or head.bias is None:
         return "it is not one linear layer with a bias"
-    if isinstance(train, Stream):
+    if isinstance(sample, Stream):
         return "a stream is not read in advance"
-    if min(size, len(train)) < max(2, model.config.num_labels):
-        return f"{min(size, len(train)):,} images are fewer than classes, or fewer than 2"
+    if len(sample) < max(2, classes):
+        return f"there are too few images ({len(sample):,}) for the number of classes ({classes:,})"
     if is_sharded():
         return "with FSDP or DeepSpeed, the complete model may not fit on one device"
     return None
 
 
-def probe_sample(train: Split, size: int, seed: int) -> Split:
-    """Choose up to `size` images, stratified, that the head is fitted to. Unreadable ones are left out."""
+def probe_sample(train: Split | Stream, size: int, seed: int) -> Split | Stream:
+    """Choose up to `size` images, stratified, that the head is fitted to. Unreadable ones are left out. A
+    stream is returned as it is."""
+    if isinstance(train, Stream):
+        return train
     sample = subset(train, representative_rows(train.labels, size, seed))
     return readable(sample, on_bad_image="skip")[0]
 

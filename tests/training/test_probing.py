@@ -148,7 +148,7 @@ def test_the_head_counts_classes_as_the_run_does(tmp_path, stripes, balance):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--probe_images", "1"], "1 images are fewer than classes, or fewer than 2"),
+        (["--probe_images", "1"], "there are too few images (1) for the number of classes (2)"),
         (["--max_train_samples", "2", "--probe_images", "9"], None),
     ],
 )
