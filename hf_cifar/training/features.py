@@ -245,10 +245,8 @@ class HeadSolver:
         self.scale = features.square().mean().sqrt().clamp(min=1e-12)
         self.mean = features.mean(dim=0) / self.scale
         centred = features / self.scale - self.mean
-        covariance = centred.T @ centred / len(centred)
-        variances, axes = torch.linalg.eigh(
-            covariance.cpu().double()
-        )  # not every device has float64
+        covariance = (centred.T @ centred / len(centred)).cpu()  # not every device has float64
+        variances, axes = torch.linalg.eigh(covariance.double())
         self.axes = axes.to(features)
         self.components = centred @ self.axes
         # If all classes are equally probable, the cross-entropy curves about variance / num_classes.
