@@ -102,7 +102,7 @@ def recovered(values: Mapping[str, list[float]], name: str) -> float:
     return round((float(np.mean(values[name])) - noisy) / (clean - noisy), 3)
 
 
-def compare(clean: DatasetDict, model: str, seeds: int) -> None:
+def compare(clean: DatasetDict, model: str, seeds: int, output: Path | None) -> None:
     """Run all variants with every seed, and record accuracies, the share recovered, precision and recall."""
     found = [measure_seed(clean, model, seed) for seed in range(seeds)]
     values = {name: [each[name] for each in found] for name in VARIANTS}
@@ -117,7 +117,8 @@ def compare(clean: DatasetDict, model: str, seeds: int) -> None:
             "doubted": {name: [each[name] for each in found] for name in ("precision", "recall")},
             "train_images": len(clean["train"]), "wrong": SHARE,
             **conditions(),
-        }
+        },
+        output,
     )  # fmt: skip
     for name, gain in differences.items():
         print(f"{model}: {name}, over noisy labels {gain['mean']:+.4f} {gain['interval']}")
@@ -132,12 +133,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[CNN, HEAD])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max_train_samples", type=int)
+    parser.add_argument("--output", type=Path, help="folder for the JSON lines")
     options = parser.parse_args()
     disable_progress_bars()
     quieten(True)
     clean = open_splits(options.dataset_name, options.max_train_samples)
     for model in options.models:
-        compare(clean, model, options.seeds)
+        compare(clean, model, options.seeds, options.output)
 
 
 if __name__ == "__main__":

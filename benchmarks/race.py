@@ -48,7 +48,7 @@ DATA: dict[str, tuple[Options, float, int]] = {
 }
 SHARED: Options = {
     "precision": "fp32", "eval_strategy": "no", "save_strategy": "no", "calibrate": "false",
-    "load_best_model_at_end": "false", "disable_tqdm": "true", "use_cpu": "true", "do_predict": "true",
+    "load_best_model_at_end": "false", "disable_tqdm": "true", "do_predict": "true",
 }  # fmt: skip
 NUM_RATES = 9  # of the sweep
 # Of the range test: the lowest and highest rate, relative to the default, and the loss, relative to the
@@ -78,7 +78,7 @@ class RangeTest(ImageClassificationTrainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().compute_loss(*args, **kwargs)
-        self.losses.append(float(loss))
+        self.losses.append(float(loss.detach()))
         if self.losses[-1] > TOO_HIGH * min(self.losses):
             self.control.should_training_stop = True
         return loss

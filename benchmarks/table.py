@@ -83,12 +83,20 @@ def effects(technique: str, records: list[dict]) -> str:
         return MISSING
     unit = next(iter(by_model.values()))["unit"]
     variants = list(dict.fromkeys(name for each in by_model.values() for name in each["values"]))
-    heads = [f"{model}, n = {record['n']}" for model, record in by_model.items()]
+    heads = [
+        f"{model}, n = {record['n']}{on_gpu(record['device'])}"
+        for model, record in by_model.items()
+    ]
     lines = [f"| {unit} on test | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
     for variant in variants:
         cells = [effect(record, variant) for record in by_model.values()]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def on_gpu(device: str) -> str:
+    """Render the name of a GPU; processors, most of the devices, are left out."""
+    return "" if device.endswith("cores") else f", {device}"
 
 
 def effect(record: dict, variant: str) -> str:

@@ -40,8 +40,7 @@ MODELS: dict[str, Options] = {
 }  # fmt: skip
 SHARED = {
     "do_predict": "true", "save_strategy": "no", "load_best_model_at_end": "false",
-    "eval_strategy": "no", "calibrate": "false", "disable_tqdm": "true", "use_cpu": "true",
-    "precision": "fp32",
+    "eval_strategy": "no", "calibrate": "false", "disable_tqdm": "true", "precision": "fp32",
 }  # fmt: skip
 Metric = Callable[[Predictions], float]
 
