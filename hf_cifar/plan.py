@@ -41,8 +41,9 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 logger = logging.getLogger(__name__)
 # Training images are decoded before training if that takes at most this long.
 CHECK_SECONDS = 10
-# Default length: MIN_EPOCHS, or up to MAX_EPOCHS for few images, to reach MIN_STEPS.
-MIN_EPOCHS, MAX_EPOCHS, MIN_STEPS = 3.0, 30.0, 500
+# Default length: MIN_EPOCHS, or up to MAX_EPOCHS for few images, to reach MIN_STEPS. If only the head trains, which
+# overfits sooner, HEAD_MIN_STEPS.
+MIN_EPOCHS, MAX_EPOCHS, MIN_STEPS, HEAD_MIN_STEPS = 3.0, 30.0, 500, 100
 MAX_GRAD_NORM = 1.0
 
 
@@ -101,7 +102,7 @@ def plan_run(
     settled: dict[str, Any] = {
         **settle_rates(resumed, model, processes),
         **settle_evaluation(train),
-        "num_train_epochs": settle_epochs(train, images_an_epoch(splits.train, train), processes),
+        "num_train_epochs": settle_epochs(resumed, images_an_epoch(splits.train, train), processes),
         "metric_for_best_model": best_metric(train, model),
         "freeze_batch_norm": keeps_statistics(resumed, model),
         "dataloader_num_workers": settle_workers(train, splits, processes),
@@ -238,15 +239,18 @@ def images_an_epoch(split: Split | Stream, train: TrainingConfig) -> int:
     return len(split) if sampler is None else len(sampler)
 
 
-def settle_epochs(train: TrainingConfig, num_images: int, processes: Processes) -> float:
-    """Return the number of epochs: as requested, else 3, or up to 30 for few images, to reach 500 steps.
+def settle_epochs(config: RunConfig, num_images: int, processes: Processes) -> float:
+    """Return the number of epochs: as requested, else 3, or up to 30 for few images, to reach 500 steps, or
+    100 if only the head trains.
 
     Source: Kolesnikov et al., Big Transfer, 2020, whose shortest run has 500 steps.
     """
+    train = config.train
     if train.num_train_epochs is not None:
         return train.num_train_epochs
     steps = math.ceil(num_images / images_a_step(train, processes))
-    epochs = float(min(max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps)), MAX_EPOCHS))
+    fewest = HEAD_MIN_STEPS if config.model.freeze == "backbone" else MIN_STEPS
+    epochs = float(min(max(MIN_EPOCHS, math.ceil(fewest / steps)), MAX_EPOCHS))
     if epochs != MIN_EPOCHS and train.max_steps <= 0 and train.head_solver == "optimizer":
         logger.info(
             "training for %g epochs, %s steps, because an epoch has only %s images; --num_train_epochs "

@@ -4,8 +4,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from hf_cifar import finetune_classifier, load_splits
-from hf_cifar.config.training import TrainingConfig
+from hf_cifar import RunConfig, finetune_classifier, load_splits
 from hf_cifar.data.labels import class_counts
 from hf_cifar.errors import UserError
 from hf_cifar.plan import images_an_epoch, settle_epochs
@@ -23,11 +22,14 @@ from hf_cifar.runs.processes import Processes
         (60, {}, 30),
         (1_080, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}, 15),
         (60, {"num_train_epochs": 2.5}, 2.5),
+        (1_080, {"freeze": "backbone"}, 3),  # 34 steps an epoch
+        (300, {"freeze": "backbone"}, 10),
     ],
 )
 def test_few_images_are_trained_on_for_more_epochs(num_images, options, epochs):
     processes = Processes(0, 1, torch.device("cpu"))
-    assert settle_epochs(TrainingConfig(**options), num_images, processes) == epochs
+    config = RunConfig().with_options(**options)
+    assert settle_epochs(config, num_images, processes) == epochs
 
 
 def test_settled_options_are_saved_and_logged(tmp_path, stripes, caplog):

@@ -46,7 +46,8 @@ class TrainingConfig:
 
     num_train_epochs: float | None = option(
         None,
-        "Passes over the training images; default: 3, or up to 30 for few images, to reach 500 steps.",
+        "Passes over the training images; default: 3, or up to 30 for few images, to reach 500 steps, or "
+        "100 if only the head trains.",
         low=1e-6, high=1e6, may_change=True,
     )  # fmt: skip
     max_steps: int = option(-1, "Total steps instead of epochs; -1 for epochs.", may_change=True)

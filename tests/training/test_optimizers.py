@@ -123,7 +123,7 @@ def test_rates_by_family():
     pretrained = default_rate(transformer, 64)
     assert 0 < pretrained < default_rate(network, 64)
     for model in (transformer, network):
-        assert default_rate(model, 64, scratch=True) == 1e-3
+        assert default_rate(model, 64, scratch=True) == 2.5e-3
     assert [model_family(model) for model in (transformer, network)] == ["attention", "convolution"]
     freeze(transformer, "backbone")
     assert model_family(transformer, scratch=True) == "head"
