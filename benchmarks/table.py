@@ -68,7 +68,34 @@ MARKED = re.compile(rf"(<!-- measured: (.+?) -->\n)(?:\n{MISSING}|(?:\n?\|.*\n)*
 
 def techniques_page(page: str, records: list[dict]) -> str:
     """Return docs/techniques.md with the measured tables written again."""
-    return MARKED.sub(lambda mark: f"{mark[1]}\n" + effects(mark[2], records), page)
+
+    def written(mark: re.Match) -> str:
+        return f"{mark[1]}\n{races(records) if mark[2] == 'race' else effects(mark[2], records)}"
+
+    return MARKED.sub(written, page)
+
+
+def races(records: list[dict]) -> str:
+    """Return a table with the learning rate and accuracy of the best complete run of a sweep, of the default,
+    of the race, and of a range test, by model and data set."""
+    found = [record for record in records if record["benchmark"].startswith("race: ")]
+    if not found:
+        return MISSING
+    picks = list(found[0]["picks"])
+    lines = [
+        f"| accuracy on test | best of the sweep | {' | '.join(picks)} |",
+        f"| --- | --- |{' --- |' * len(picks)}",
+    ]
+    for record in sorted(found, key=lambda record: record["benchmark"]):
+        sweep = {rate: each["test"] for rate, each in record["sweep"].items()}
+        best = max(sweep, key=lambda rate: sweep[rate])
+        cells = [f"{sweep[best]:.4f} at {best}"]
+        cells += [
+            f"{record['best']['test'] - record['loss'][name]['test']:.4f} at {record['picks'][name]:g}"
+            for name in picks
+        ]
+        lines.append(f"| {record['benchmark'].removeprefix('race: ')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def effects(technique: str, records: list[dict]) -> str:

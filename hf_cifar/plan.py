@@ -41,8 +41,8 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 logger = logging.getLogger(__name__)
 # Training images are decoded before training if that takes at most this long.
 CHECK_SECONDS = 10
-# Default length: MIN_EPOCHS, or up to MAX_EPOCHS for few images, to reach MIN_STEPS, or HEAD_MIN_STEPS if only
-# the head trains, which overfits sooner.
+# Default length: MIN_EPOCHS, or up to MAX_EPOCHS for few images, to reach MIN_STEPS, or HEAD_MIN_STEPS if
+# only the head trains, which overfits sooner.
 MIN_EPOCHS, MAX_EPOCHS, MIN_STEPS, HEAD_MIN_STEPS = 3.0, 30.0, 500, 100
 MAX_GRAD_NORM = 1.0
 

@@ -90,6 +90,21 @@ def test_the_tables_of_techniques_are_written_again():
     assert table.techniques_page(missing, [record]) == written
 
 
+def test_the_table_of_races_compares_the_picks_with_the_best_run():
+    record = {
+        "benchmark": "race: article_cnn, digits", "picks": {"default": 0.01, "race": 0.02},
+        "sweep": {"0.01": {"test": 0.6}, "0.1": {"test": 0.9}}, "best": {"test": 0.9},
+        "loss": {"default": {"test": 0.3}, "race": {"test": -0.02}},
+    }  # fmt: skip
+    page = "<!-- measured: race -->\n\nNot measured yet.\n"
+    assert table.techniques_page(page, [record]) == (
+        "<!-- measured: race -->\n\n| accuracy on test | best of the sweep | default | race |\n"
+        "| --- | --- | --- | --- |\n"
+        "| article_cnn, digits | 0.9000 at 0.1 | 0.6000 at 0.01 | 0.9200 at 0.02 |\n"
+    )
+    assert table.techniques_page(page, []) == page
+
+
 def test_a_range_test_suggests_the_steepest_descent_and_a_tenth_of_the_minimum():
     """The loss falls most steeply at 1e-3, and has its minimum at about 1e-2; smoothing delays both."""
     rates = np.geomspace(1e-6, 1, 600)
