@@ -75,12 +75,14 @@ def test_the_tables_of_techniques_are_written_again():
     values = {"none": [0.5, 0.52], "warm-up": [0.6, 0.62]}
     record = {
         "benchmark": "schedule, article_cnn", "unit": "accuracy", "n": 2, "values": values,
+        "device": "NVIDIA H200",
         "differences": {"warm-up": {"mean": 0.1, "interval": [0.05, 0.15]}},
     }  # fmt: skip
     page = "text\n\n<!-- measured: schedule -->\n\n| old | table |\n| --- | --- |\n\nmore text\n"
     written = table.techniques_page(page, [record])
     assert written == (
-        "text\n\n<!-- measured: schedule -->\n\n| accuracy on test | article_cnn, n = 2 |\n| --- | --- |\n"
+        "text\n\n<!-- measured: schedule -->\n\n"
+        "| accuracy on test | article_cnn, n = 2, NVIDIA H200 |\n| --- | --- |\n"
         "| none | 0.5100 ± 0.0141 |\n| warm-up | 0.6100 ± 0.0141, +0.1000 (+0.0500 to +0.1500) |\n\n"
         "more text\n"
     )
