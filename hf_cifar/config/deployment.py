@@ -92,8 +92,8 @@ class ExportConfig:
             raise UserError(f"--output is {self.output}; --format {self.format} writes {wanted}")
         if self.format == "openvino" and self.with_preprocessing:
             raise UserError(
-                "--with_preprocessing needs float64, which OpenVINO computes as float32; pass --format onnx, or "
-                "leave it out"
+                "--with_preprocessing needs float64, which OpenVINO computes as float32; pass --format onnx, "
+                "or leave it out"
             )
         if self.dataset_name is not None and not self.parity_images:
             raise UserError(

@@ -160,12 +160,11 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Preprocessing:
         """Restore what `to_dict` returned. Raises: TypeError for other names."""
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in saved.items()
-            }
-        )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in saved.items()
+        }
+        return cls(**values)
 
     @property
     def size(self) -> tuple[int, int]:
