@@ -15,6 +15,7 @@ from typing import NoReturn
 from hf_cifar.commands import (
     compare,
     evaluate,
+    export,
     finetune,
     predict,
     push,
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "report": report.COMMAND,
     "runs": runs.COMMAND,
     "predict": predict.COMMAND,
+    "export": export.COMMAND,
     "push": push.COMMAND,
     "recipes": recipes.COMMAND,
 }

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_cifar.config.data import FULL_RANGE, DataConfig, is_same_source
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
+from hf_cifar.config.model import is_exported
 from hf_cifar.data.listing import refuse_data_folder
 from hf_cifar.data.split import Split, prepare_split, trained_rows
 from hf_cifar.data.splits import DataSource, is_named, load_other_split
@@ -175,7 +176,7 @@ def evaluate_saved(
                 dataloader_pin_memory=num_workers > 0,
                 bf16=config.bf16,
                 fp16=config.fp16,
-                use_cpu=computes_on_cpu(config.use_cpu),
+                use_cpu=computes_on_cpu(config.use_cpu or is_exported(config.model_name_or_path)),
                 report_to="none",
             ),
             processing_class=image_processor,

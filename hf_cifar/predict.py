@@ -14,19 +14,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from hf_cifar.config.data import ValueRange
 from hf_cifar.config.deployment import PredictConfig
-from hf_cifar.data.images import decode_image
+from hf_cifar.config.model import is_exported
 from hf_cifar.data.listing import list_images, render_left_out
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.folding import fold_norms
-from hf_cifar.models.problem_type import thresholds_of
-from hf_cifar.models.value_range import value_range_of
+from hf_cifar.models.problem_type import is_multi_label, thresholds_of
+from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.threads import map_in_threads
 from hf_cifar.training.memory import keep_freed_memory
-from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 MAX_THREADS = 8
@@ -44,7 +43,9 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     Raises: UserError for an unknown model, or a folder without images.
     """
     files = expand_paths(paths)
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    exported = is_exported(config.model_name_or_path)  # runs on the CPU
+    on_gpu = torch.cuda.is_available() and not (config.use_cpu or exported)
+    device = torch.device("cuda" if on_gpu else "cpu")
     dtype = _autocast_dtype(config, device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -53,23 +54,39 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
         revision=config.model_revision,
         trust_remote_code=config.trust_remote_code,
     )
-    preprocessing = Preprocessing.from_image_processor(image_processor)
-    value_range = value_range_of(model)
+    preprocessor = Preprocessor.of(model, image_processor, config.max_image_pixels)
+    multi_label = is_multi_label(model)
     # Folded on the CPU: on a GPU, rounding of convolutions would hide a change of the logits.
     noise = torch.Generator().manual_seed(0)
-    model = fold_norms(model, torch.randn(2, 3, *preprocessing.size, generator=noise))
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    size = preprocessor.preprocessing.size
+    model = fold_norms(model, torch.randn(2, 3, *size, generator=noise))
+    memory_format = torch.contiguous_format if exported else torch.channels_last
+    model = model.to(device, memory_format=memory_format).eval()
     # A GPU computes one batch at a time, to limit memory, while the next batches are decoded.
     device_lock = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
 
+    def scores(images: Sequence[np.ndarray]) -> torch.Tensor:
+        with device_lock, torch.inference_mode():
+            pixel_values = preprocessor(images, device).contiguous(memory_format=memory_format)
+            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+                logits = model(pixel_values=pixel_values).logits
+            found = logits.double().sigmoid() if multi_label else logits.float().softmax(dim=1)
+            return found.cpu()
+
     def records(batch: Sequence[Path]) -> list[dict[str, Any]]:
-        images = [_decoded(file, config.max_image_pixels, value_range) for file in batch]
-        with device_lock:
-            return list(_predict_batch(model, preprocessing, batch, images, config.top_k, dtype))
+        images = [_decoded(file, preprocessor) for file in batch]
+        readable = [image for image in images if not isinstance(image, UserError)]
+        rows = iter(scores(readable) if readable else ())
+        return [
+            {"path": str(file), "error": str(image)}
+            if isinstance(image, UserError)
+            else {"path": str(file), **_record(next(rows), model, config.top_k)}
+            for file, image in zip(batch, images, strict=True)
+        ]
 
     num_threads = min(MAX_THREADS, torch.get_num_threads(), len(files))
-    size = min(config.batch_size, math.ceil(len(files) / num_threads))
-    batches = [files[start : start + size] for start in range(0, len(files), size)]
+    at_once = min(config.batch_size, math.ceil(len(files) / num_threads))
+    batches = [files[start : start + at_once] for start in range(0, len(files), at_once)]
     yield from chain.from_iterable(map_in_threads(records, batches, num_threads))
 
 
@@ -81,9 +98,9 @@ def _autocast_dtype(config: PredictConfig, device: torch.device) -> torch.dtype:
     return torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else torch.float32
 
 
-def _decoded(file: Path, max_pixels: int, value_range: ValueRange | None) -> np.ndarray | UserError:
+def _decoded(file: Path, preprocessor: Preprocessor) -> np.ndarray | UserError:
     try:
-        return decode_image(file, max_pixels, value_range)
+        return preprocessor.decode(file)
     except UserError as error:
         return error
 
@@ -111,41 +128,14 @@ def expand_paths(paths: Sequence[str]) -> list[Path]:
     return files
 
 
-def _predict_batch(
-    model: torch.nn.Module,
-    preprocessing: Preprocessing,
-    files: Sequence[Path],
-    images: Sequence[np.ndarray | UserError],
-    top_k: int,
-    dtype: torch.dtype,
-) -> Iterator[dict[str, Any]]:
-    device = next(model.parameters()).device
-    readable = [image for image in images if not isinstance(image, UserError)]
-    rows, thresholds = iter(()), thresholds_of(model)
-    if readable:
-        with torch.inference_mode():
-            pixel_values = preprocessing.normalize(preprocessing.view_each(readable, device))
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                logits = model(pixel_values=pixel_values).logits
-        probabilities = (
-            logits.float().softmax(dim=1) if thresholds is None else logits.double().sigmoid()
-        )
-        rows = iter(probabilities.cpu())
-    for file, image in zip(files, images, strict=True):
-        if isinstance(image, UserError):
-            yield {"path": str(file), "error": str(image)}
-            continue
-        scores: torch.Tensor = next(rows)
-        ranked = _labels_and_scores(
-            scores, scores.topk(min(top_k, len(scores))).indices, model.config.id2label
-        )
-        if thresholds is None:
-            yield {"path": str(file), **ranked[0], "top_k": ranked}
-            continue
-        predicted = [i for i in scores.argsort(descending=True) if scores[i] >= thresholds[i]]
-        labels = _labels_and_scores(scores, predicted, model.config.id2label)
-        yield {"path": str(file), "labels": labels, "top_k": ranked}
+def _record(scores: torch.Tensor, model: PreTrainedModel, top_k: int) -> dict[str, Any]:
+    """Render the scores [K] of one image: the best labels, and those that reach their thresholds."""
+    names, thresholds = model.config.id2label, thresholds_of(model)
+    ranked = _labels_and_scores(scores, scores.topk(min(top_k, len(scores))).indices, names)
+    if thresholds is None:
+        return {**ranked[0], "top_k": ranked}
+    predicted = [i for i in scores.argsort(descending=True) if scores[i] >= thresholds[i]]
+    return {"labels": _labels_and_scores(scores, predicted, names), "top_k": ranked}
 
 
 def _labels_and_scores(

@@ -13,7 +13,7 @@ from hf_cifar.config.command_line import parse, refuse_options
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.evaluation import EvaluateConfig
-from hf_cifar.config.model import BUNDLED, SCRATCH
+from hf_cifar.config.model import BUNDLED, SCRATCH, is_exported
 from hf_cifar.errors import UserError
 from hf_cifar.models.names import check_model_name
 from hf_cifar.runs.processes import is_main_process
@@ -67,6 +67,10 @@ def require_model(config: EvaluateConfig | PredictConfig) -> None:
         raise UserError("--model_name_or_path is missing; pass the folder of a run, or a Hub id")
     if name.startswith((SCRATCH, BUNDLED)):
         raise UserError(f"{name} is not fine-tuned yet; pass the folder of a run, or a Hub id")
+    if is_exported(name):
+        if not Path(name).expanduser().is_file():
+            raise UserError(f"no file {name}; pass the --output of hf-cifar export")
+        return
     check_model_name(
         name,
         config.model_revision,

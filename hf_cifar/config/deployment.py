@@ -1,11 +1,14 @@
-"""Options of prediction and push."""
+"""Options of prediction, export and push."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from hf_cifar.config.data import MAX_IMAGE_PIXELS, PILLOW_PIXELS
 from hf_cifar.config.fields import check_fields, option, refuse_both_formats
+from hf_cifar.config.model import refuse_precision_of_exported
 from hf_cifar.config.objects import named
 from hf_cifar.errors import UserError
 
@@ -20,7 +23,7 @@ class PredictConfig:
     _argument_group_name = "prediction"
 
     model_name_or_path: str = option(
-        "", "Folder of a run, or a Hub id, of a fine-tuned model. Required."
+        "", "Folder of a run, a Hub id, or an exported .onnx file, of a fine-tuned model. Required."
     )
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
     top_k: int = option(5, "Number of classes listed for each image.", low=1)
@@ -43,6 +46,59 @@ class PredictConfig:
         object.__setattr__(self, "model_name_or_path", named(self.model_name_or_path))
         check_fields(self)
         refuse_both_formats(self)
+        refuse_precision_of_exported(self)
+
+
+# How the file of each format ends; a folder for a server has no ending.
+SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "openvino": ".xml", "server": ""}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What to make of a run, and where."""
+
+    _argument_group_name = "export"
+
+    format: Literal["onnx", "torch_export", "openvino", "server"] = option(
+        "onnx",
+        "onnx: a file for ONNX Runtime and others; torch_export: a file for torch.export.load; openvino: an "
+        ".xml file and its .bin; server: a folder with an ONNX file for Triton or OpenVINO Model Server.",
+    )
+    output: str = option(
+        "", "File to write, ending with .onnx, .pt2 or .xml, or the folder for a server. Required."
+    )
+    with_preprocessing: bool = option(
+        False,
+        "Take uint8 images [N, H, W, 3] of any size; resizing and normalising are in the graph.",
+    )
+    parity_images: int = option(
+        1000,
+        "Compare the result with the model on this many images, at batch 1, 2, 7 and 64; 0 does not.",
+        low=0,
+    )
+    dataset_name: str | None = option(
+        None, "Folder of images to compare on; default: the run's own validation images."
+    )
+    overwrite: bool = option(False, "Replace what an earlier export wrote to --output.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.output:
+            raise UserError("--output is missing; pass the file or folder to write")
+        suffix, found = SUFFIXES[self.format], Path(self.output).suffix.lower()
+        if found != suffix and (suffix or found in SUFFIXES.values()):
+            wanted = f"a file that ends with {suffix}" if suffix else "a folder, without an ending"
+            raise UserError(f"--output is {self.output}; --format {self.format} writes {wanted}")
+        if self.format == "openvino" and self.with_preprocessing:
+            raise UserError(
+                "--with_preprocessing needs float64, which OpenVINO computes as float32; pass --format onnx, "
+                "or leave it out"
+            )
+        if self.dataset_name is not None and not self.parity_images:
+            raise UserError(
+                "--dataset_name has no effect with --parity_images 0, which compares nothing; leave one out"
+            )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from hf_cifar.config.fields import check_fields, option, refuse_both_formats
+from hf_cifar.config.model import refuse_precision_of_exported
 from hf_cifar.config.objects import named
 
 
@@ -20,7 +21,7 @@ class EvaluateConfig:
     _argument_group_name = "evaluation"
 
     model_name_or_path: str = option(
-        "", "Folder of a run, or a Hub id, of a fine-tuned model. Required."
+        "", "Folder of a run, a Hub id, or an exported .onnx file, of a fine-tuned model. Required."
     )
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
     split: Literal["validation", "test"] = option("validation", "Which split to evaluate.")
@@ -52,6 +53,7 @@ class EvaluateConfig:
         object.__setattr__(self, "model_name_or_path", named(self.model_name_or_path))
         check_fields(self)
         refuse_both_formats(self)
+        refuse_precision_of_exported(self)
 
     @property
     def writes_to_model(self) -> bool:

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from hf_cifar.config.fields import check_fields, option
 from hf_cifar.config.objects import named
 from hf_cifar.errors import UserError
 
 SCRATCH, BUNDLED = "scratch/", "bundled/"
+EXPORTED = ".onnx"  # how an exported file ends
+
+
+def is_exported(name: str) -> bool:
+    """Return True for the name of an exported file rather than of a folder or a Hub model."""
+    return name.lower().endswith(EXPORTED)
+
+
+def refuse_precision_of_exported(config: Any) -> None:
+    """Raises: UserError for --bf16 or --fp16 with an exported file."""
+    for flag in ("bf16", "fp16"):
+        if getattr(config, flag) and is_exported(config.model_name_or_path):
+            raise UserError(
+                f"--{flag} has no effect on {config.model_name_or_path}, which computes as it was exported; "
+                "leave it out"
+            )
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,11 @@ def _encoded(images: Any) -> Iterator[dict[str, Any] | None]:
     return (_cell(image, largest) for image in images)
 
 
+def image_cell(image: Any) -> dict[str, Any] | None:
+    """Encode one picture, array, file or bytes as a cell of an image column."""
+    return next(_encoded([image]))
+
+
 def _cell(image: Any, largest: float) -> dict[str, Any] | None:
     if image is None:
         return None  # counts as unreadable

@@ -130,4 +130,4 @@ def describe_trainable(model: nn.Module) -> str:
     """Describe in one line how many parameters train."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{trainable:,} of {total:,} parameters are trainable ({trainable / total:.1%})"
+    return f"{trainable:,} of {total:,} parameters are trainable ({trainable / max(1, total):.1%})"

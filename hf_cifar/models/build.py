@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_cifar.config.data import ValueRange
-from hf_cifar.config.model import BUNDLED, SCRATCH, ModelConfig
+from hf_cifar.config.model import BUNDLED, SCRATCH, ModelConfig, is_exported
 from hf_cifar.config.objects import InMemory
 from hf_cifar.hub.origin import origin_of_model
 from hf_cifar.models.article import (
@@ -32,6 +32,7 @@ from hf_cifar.models.article import (
 from hf_cifar.models.blocks import describe_trainable, freeze
 from hf_cifar.models.classifier import Classifier, label2id
 from hf_cifar.models.dropout import check_dropout, set_dropout
+from hf_cifar.models.exported import load_exported
 from hf_cifar.models.files import count_weights, model_folder
 from hf_cifar.models.guards import check_forward, check_labels, library_errors, limit_model_size
 from hf_cifar.models.heads import head_parameter_names, mark_new_head, reset_head, zero_head
@@ -112,10 +113,17 @@ def build_model(
 def load_classifier(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Classifier:
-    """Load a saved fine-tuned model for evaluation and prediction; of one in memory, make a copy.
+    """Load a saved fine-tuned model, or an exported ONNX file, for evaluation and prediction; of a model in
+    memory, make a copy.
 
     Raises: UserError for a missing or damaged model.
     """
+    if is_exported(name):
+        with library_errors(name):
+            classifier = load_exported(name)
+            check_labels(classifier.model)
+            check_forward(classifier, name, "export its run again")
+        return classifier
     check_model_name(name, revision, trust_remote_code=trust_remote_code)
     if isinstance(name, InMemory):
         return finished_object(name.value)

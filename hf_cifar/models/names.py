@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hf_cifar.config.model import BUNDLED, SCRATCH
+from hf_cifar.config.model import BUNDLED, SCRATCH, is_exported
 from hf_cifar.config.objects import InMemory, require_object
 from hf_cifar.errors import UserError
 from hf_cifar.hub.fetch import fetch
@@ -64,6 +64,8 @@ def _no_model(name: str) -> str:
     problem = f"no model in {name}: "
     if advice := url_advice(name):
         return f"no model {name}{advice}"
+    if folder.is_file() and is_exported(name):
+        return f"{name} is an exported model, for predict and evaluate only; pass the folder of its run"
     if folder.is_file():
         return f"{name} is a file; pass the folder of a model, with its config.json"
     if not folder.is_dir():

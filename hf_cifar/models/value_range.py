@@ -8,8 +8,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_cifar.config.data import ValueRange
+from hf_cifar.config.model import is_exported
 from hf_cifar.config.objects import InMemory
 from hf_cifar.errors import UserError
+from hf_cifar.models.exported import exported_config
 from hf_cifar.models.files import model_folder
 from hf_cifar.models.objects import model_and_processor
 
@@ -37,6 +39,8 @@ def saved_value_range(
     if isinstance(name, InMemory):
         model, _ = model_and_processor(name.value)
         return value_range_of(model) if isinstance(model, PreTrainedModel) else None
+    if is_exported(name):
+        return _range_in(exported_config(name).to_dict())
     path = model_folder(name, revision, trust_remote_code) / "config.json"
     try:
         return _range_in(json.loads(path.read_text(encoding="utf-8")))

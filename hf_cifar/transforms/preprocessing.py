@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,8 @@ class Preprocessing:
 
         Raises: UserError for a processor that this class cannot reproduce.
         """
+        if hasattr(processor, "preprocessing"):  # of an exported file, see models/exported.py
+            return processor.preprocessing
         if hasattr(processor, "data_config"):  # TimmWrapperImageProcessor
             return cls._from_timm(processor.data_config)
         return cls._from_transformers(processor)
@@ -146,6 +149,22 @@ class Preprocessing:
             resize, crop, interpolation, mean, std, rescale_factor, library, crop_rounds_down=True,
             border=border, border_first=pads,
         )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Preprocessing:
+        """Restore what `to_dict` returned. Raises: TypeError for other names."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in saved.items()
+        }
+        return cls(**values)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -1,0 +1,26 @@
+"""`hf-cifar export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_cifar.commands.command import Command, one_run, quieten
+from hf_cifar.config.deployment import ExportConfig
+
+
+def export(config: ExportConfig, folders: Sequence[str]) -> int:
+    """Write the model of a run in another format, and say how well it agrees with the model."""
+    run = one_run("export", folders)
+
+    from hf_cifar.deploy.export import export_run
+
+    quieten(True)
+    export_run(run, config)
+    print(config.output)
+    return 0
+
+
+COMMAND = Command(
+    "export a run as ONNX, torch.export or OpenVINO, or for a model server", export, (ExportConfig,),
+    "RUN --output FILE",
+)  # fmt: skip
