@@ -1,11 +1,11 @@
-"""Structured pruning: remove whole channels of every layer, so that a network is smaller and faster on any device.
+"""Structured pruning: remove whole channels of every layer, so that a network is smaller and faster on any
+device.
 
-The same share of each layer's channels is removed, those of the smallest magnitude, so that the config of most families
-describes the pruned network, and `from_pretrained` loads it.
+The same share of each layer's channels is removed, those of the smallest magnitude, so that the config of
+most families describes the pruned network, and `from_pretrained` loads it.
 
-Sources: Fang et al., DepGraph: Towards Any Structural Pruning, 2023 (torch-pruning); Li et al., Pruning Filters for
-Efficient ConvNets, 2017.
-"""
+Sources: Fang et al., DepGraph: Towards Any Structural Pruning, 2023 (torch-pruning); Li et al., Pruning
+Filters for Efficient ConvNets, 2017."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from hf_cifar.extras import require
 from hf_cifar.models.heads import head_parameter_names
 
-# Ratios are multiples of 1 / MAX_STEPS, or of a larger fraction that leaves whole numbers of channels in each layer.
+# Ratios are multiples of 1 / MAX_STEPS, or of a larger fraction that leaves whole numbers of channels in each
+# layer.
 MAX_STEPS = 64
 CHANNELS = (nn.Conv2d, nn.Linear)  # layers that have channels
 
@@ -41,8 +42,8 @@ class Logits(nn.Module):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a network is pruned. pruned: the layers whose output channels are removed. changes: the changes to its config
-    that describe the result, or None if no config can."""
+    """How a network is pruned. pruned: the layers whose output channels are removed. changes: the changes to
+    its config that describe the result, or None if no config can."""
 
     pruned: list[nn.Module]
     changes: Callable[[], dict[str, Any]] | None = None
@@ -100,9 +101,7 @@ def _timm_vit(model: PreTrainedModel) -> Layout:
     # timm computes the width as int(width of a token * mlp_ratio); half a channel more survives rounding.
     return Layout(
         layers,
-        lambda: _timm_args(
-            model, mlp_ratio=(layers[0].out_features + 0.5) / layers[0].in_features
-        ),
+        lambda: _timm_args(model, mlp_ratio=(layers[0].out_features + 0.5) / layers[0].in_features),
     )
 
 
@@ -119,8 +118,8 @@ def _timm_args(model: PreTrainedModel, **changes: Any) -> dict[str, Any]:
     return {"model_args": {**(model.config.model_args or {}), **changes}}
 
 
-# By `model_type`, or by the class of a timm model. Transformers lose channels of their MLPs only: attention has a fixed
-# number of heads, and torch-pruning breaks timm's.
+# By `model_type`, or by the class of a timm model. Transformers lose channels of their MLPs only: attention
+# has a fixed number of heads, and torch-pruning breaks timm's.
 LAYOUTS: dict[str, Callable[[PreTrainedModel], Layout]] = {
     "resnet": _with_config(_resnet_widths),
     "convnext": _with_config(_convnext_widths),
@@ -133,8 +132,8 @@ LAYOUTS: dict[str, Callable[[PreTrainedModel], Layout]] = {
 
 
 def ratios_of(model: PreTrainedModel) -> list[float]:
-    """Return the ratios of channels that may be removed, ascending: those that leave a whole number of channels in each
-    layer."""
+    """Return the ratios of channels that may be removed, ascending: those that leave a whole number of
+    channels in each layer."""
     layout = layout_of(model)
     steps = MAX_STEPS
     if layout.changes is not None:
@@ -146,7 +145,9 @@ def _width(layer: nn.Module) -> int:
     return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
 
 
-def pruned_copy(model: PreTrainedModel, ratio: float, size: tuple[int, int]) -> PreTrainedModel | nn.Module:
+def pruned_copy(
+    model: PreTrainedModel, ratio: float, size: tuple[int, int]
+) -> PreTrainedModel | nn.Module:
     """Return a copy of a model without a share `ratio` of its channels, for input of `size`.
 
     It is a transformers model if a config describes it, else a network that returns logits.
@@ -159,7 +160,8 @@ def pruned_copy(model: PreTrainedModel, ratio: float, size: tuple[int, int]) -> 
     chosen = {id(layer) for layer in layout.pruned}
     kept = [m for m in network.modules() if isinstance(m, CHANNELS) and id(m) not in chosen]
     with torch.enable_grad(), warnings.catch_warnings():
-        # It names parameters outside of layers, such as a ViT's CLS token, and prunes them with their neighbours.
+        # It names parameters outside of layers, such as a ViT's CLS token, and prunes them with their
+        # neighbours.
         warnings.filterwarnings("ignore", message="Unwrapped parameters", category=UserWarning)
         pruner = pruning.pruner.MetaPruner(
             network,
@@ -176,7 +178,8 @@ def pruned_copy(model: PreTrainedModel, ratio: float, size: tuple[int, int]) -> 
 
 
 def _described(pruned: PreTrainedModel, changes: dict[str, Any]) -> PreTrainedModel | nn.Module:
-    """Build the model that a changed config describes, with the pruned weights; or return the network as it is."""
+    """Build the model that a changed config describes, with the pruned weights; or return the network as it
+    is."""
     config = copy.deepcopy(pruned.config)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -194,8 +197,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def closest_ratio(ratios: Iterable[float], fits: Callable[[float], bool]) -> float | None:
-    """Return the smallest ratio that fits, by bisection; None if the largest does not. A larger ratio than one that
-    fits must fit too."""
+    """Return the smallest ratio that fits, by bisection; None if the largest does not. A larger ratio than
+    one that fits must fit too."""
     ratios = list(ratios)
     if not ratios or not fits(ratios[-1]):
         return None
