@@ -123,3 +123,37 @@ class PushConfig:
             raise UserError(
                 "--repo_id is missing; pass the name of a repository, NAME or NAMESPACE/NAME"
             )
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How much of a run's network to remove, and how to train the rest."""
+
+    _argument_group_name = "prune"
+
+    output_dir: str = option(
+        "", "Folder of the pruned run. Required."
+    )
+    target_size: float | None = option(
+        None, "Share of the parameters to keep, for example 0.5.", low=0.01, high=0.99
+    )
+    target_latency: float | None = option(
+        None,
+        "Share of the time of one image to keep, measured on this machine, for example 0.7.",
+        low=0.01, high=0.99,
+    )  # fmt: skip
+    num_train_epochs: float | None = option(
+        None, "Epochs of fine-tuning after pruning; default: as many as the run had.", low=1e-6, high=1e6
+    )
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate of fine-tuning; default: by optimiser and model family.",
+        low=1e-12, high=1e3,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.output_dir:
+            raise UserError("--output_dir is missing; pass the folder of the pruned run")
+        if (self.target_size is None) == (self.target_latency is None):
+            raise UserError("pass --target_size or --target_latency, one of them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +33,13 @@ def processor() -> str:
 
 
 def latencies(
-    networks: Mapping[str, Network], images: np.ndarray, rounds: int = ROUNDS
+    networks: Mapping[str, Network], images: np.ndarray, batch_sizes: Sequence[int] = BATCH_SIZES,
+    rounds: int = ROUNDS,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Time networks in turns, in milliseconds per batch: by name and batch size, the median, lowest and
     highest of the rounds. images: at least one float [1, 3, h, w], which is repeated."""
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in networks}
-    for size in BATCH_SIZES:
+    for size in batch_sizes:
         batch = np.resize(images, (size, *images.shape[1:]))
         times: dict[str, list[float]] = {name: [] for name in networks}
         for network in networks.values():
