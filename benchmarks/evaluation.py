@@ -10,6 +10,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,6 +90,67 @@ def alone(image_size: int, num_images: int, model: str, images: str) -> Found:
     return done / (time.perf_counter() - start), []
 
 
+def run_on_files(
+    dataset_name: str, model: str, image_size: int, steps: int, folder: Path
+) -> tuple[str, str, int]:
+    """Write the training images of a data set as PNG files, and train a model on them for some steps, because
+    identical labels for all images would prove nothing. Returns the run, the images and their number."""
+    split = load_splits(DataConfig(dataset_name=dataset_name)).train
+    images, saved = folder / "images", folder / "run"
+    images.mkdir()
+    for row, cell in enumerate(split.rows["image"]):
+        (images / f"{row:05}.png").write_bytes(cell["bytes"])
+    flags = [
+        "--dataset_name", dataset_name, "--model_name_or_path", model,
+        "--image_size", str(image_size), "--output_dir", str(saved),
+        "--max_steps", str(steps), "--eval_strategy", "no", "--disable_tqdm", "true",
+    ]  # fmt: skip
+    finetune_classifier(RunConfig.parse(flags))
+    return str(saved), str(images), len(split)
+
+
+def compare_peers(
+    benchmark: str,
+    peers: dict[str, Callable[[], Found]],
+    num_images: int,
+    rounds: int,
+    folder: Path | None = None,
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Run peers in turns, each in its own process, and record their speeds and labels.
+
+    Returns images/s of each, and the share of the first one's labels that each other gives, if it gives any.
+    """
+    labels: dict[str, list[str]] = {}
+
+    def timed(name: str, work: Callable[[], Found]) -> Callable[[], float]:
+        process = processes.enter_context(CONTEXT.Pool(1))
+
+        def run() -> float:
+            speed, labels[name] = process.apply(work)
+            return speed
+
+        return run
+
+    with contextlib.ExitStack() as processes:
+        runs = {name: timed(name, work) for name, work in peers.items()}
+        speeds = compare(benchmark, runs, rounds=rounds, folder=folder, num_images=num_images)
+    first, *others = peers
+    same = {
+        peer: sum(a == b for a, b in zip(labels[first], labels[peer], strict=True)) / num_images
+        for peer in others
+        if labels[peer]
+    }
+    record = {
+        "benchmark": f"{benchmark}, the same label as {first}", "unit": "of images",
+        "n": 1, "num_images": num_images, "num_distinct": len(set(labels[first])),
+        "figures": {peer: summary([share]) for peer, share in same.items()}, "ratios": {},
+        **conditions(),
+    }  # fmt: skip
+    write(record, folder)
+    print(f"same label as {first}: {same}, {record['num_distinct']} distinct ones")
+    return speeds, same
+
+
 def compare_predictors(
     dataset_name: str,
     model: str = MODEL,
@@ -99,57 +161,16 @@ def compare_predictors(
     steps: int = 80,
     folder: Path | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Classify the training images of a data set, as PNG files, with one saved model; each peer in its own
-    process.
-
-    steps: of training beforehand, because identical labels for all images would prove nothing.
-    Returns images/s of each peer, and the share of our labels that each pipeline also gives.
-    """
-    split = load_splits(DataConfig(dataset_name=dataset_name)).train
-    num_images = len(split)
-    labels: dict[str, list[str]] = {}
+    """Classify the training images of a data set with one saved model, see `compare_peers`."""
     with tempfile.TemporaryDirectory() as temporary:
-        images, saved = Path(temporary, "images"), Path(temporary, "run")
-        images.mkdir()
-        for row, cell in enumerate(split.rows["image"]):
-            (images / f"{row:05}.png").write_bytes(cell["bytes"])
-        flags = [
-            "--dataset_name", dataset_name, "--model_name_or_path", model,
-            "--image_size", str(image_size), "--output_dir", str(saved),
-            "--max_steps", str(steps), "--eval_strategy", "no", "--disable_tqdm", "true",
-        ]  # fmt: skip
-        finetune_classifier(RunConfig.parse(flags))
-
-        def timed(name: str, work: Callable[..., Found], *more: int) -> Callable[[], float]:
-            process = processes.enter_context(CONTEXT.Pool(1))
-
-            def run() -> float:
-                speed, labels[name] = process.apply(work, (*more, str(saved), str(images)))
-                return speed
-
-            return run
-
-        peers = {f"pipeline, {n} at a time": (theirs, n) for n in batch_sizes}
-        bound = (alone, image_size, num_images)
-        peers = {"ours": (ours,), "the network alone": bound, **peers}
+        run, images, count = run_on_files(dataset_name, model, image_size, steps, Path(temporary))
+        peers = {
+            "ours": partial(ours, run, images),
+            "the network alone": partial(alone, image_size, count, run, images),
+            **{f"pipeline, {n} at a time": partial(theirs, n, run, images) for n in batch_sizes},
+        }
         name = f"prediction {model.split('/')[-1].removeprefix('tf_')}"
-        with contextlib.ExitStack() as processes:
-            runs = {name: timed(name, *work) for name, work in peers.items()}
-            speeds = compare(name, runs, rounds=rounds, folder=folder, num_images=num_images)
-    same = {
-        peer: sum(a == b for a, b in zip(labels["ours"], found, strict=True)) / num_images
-        for peer, found in labels.items()
-        if peer.startswith("pipeline")
-    }
-    record = {
-        "benchmark": f"{name}, the same label as ours", "unit": "of images",
-        "n": 1, "num_images": num_images, "num_distinct": len(set(labels["ours"])),
-        "figures": {peer: summary([share]) for peer, share in same.items()}, "ratios": {},
-        **conditions(),
-    }  # fmt: skip
-    write(record, folder)
-    print(f"same label as ours: {same}, {record['num_distinct']} distinct ones")
-    return speeds, same
+        return compare_peers(name, peers, count, rounds, folder)
 
 
 def main() -> None:

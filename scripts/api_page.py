@@ -53,6 +53,9 @@ EXAMPLES = {
         "PredictConfig": """
 >>> three_best = hf_cifar.PredictConfig(model_name_or_path="digits", top_k=3, use_cpu=True)
 """,
+        "ExportConfig": """
+>>> as_onnx = hf_cifar.ExportConfig(output="digits.onnx")
+""",
     },
     "Data and models": {
         "load_splits": """
@@ -176,6 +179,15 @@ True
 >>> for record in hf_cifar.predict_files(three_best, ["image.png"]):
 ...     print(record["path"], len(record["top_k"]))
 image.png 3
+""",
+        "Preprocessor": """
+>>> preprocessor = hf_cifar.Preprocessor.of(network, image_processor)
+>>> preprocessor(["image.png"]).shape
+torch.Size([1, 3, 32, 32])
+""",
+        "export_run": """
+>>> hf_cifar.export_run("digits", as_onnx)["batches"]["64"]["same_top1"]
+100
 """,
     },
     "Errors": {

@@ -9,8 +9,20 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from tiny import tiny_run
 
-from benchmarks import accuracy, checkpoint, correctness, gpu, measure, noise, race, scaling, table
+from benchmarks import (
+    accuracy,
+    checkpoint,
+    correctness,
+    gpu,
+    measure,
+    noise,
+    race,
+    scaling,
+    serving,
+    table,
+)
 from benchmarks.peers import (
     WARM_UP,
     Task,
@@ -115,6 +127,15 @@ def test_a_range_test_suggests_the_steepest_descent_and_a_tenth_of_the_minimum()
     found = race.suggestions(rates, losses)
     assert 1e-3 <= found["range test, steepest"] <= 1.5e-3
     assert 1e-3 <= found["range test, minimum / 10"] <= 1.5e-3
+
+
+def test_every_way_to_serve_gives_the_same_labels(tmp_path, stripes, tiny_vit):
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--probe_images", "0")
+    speeds, same = serving.compare_served(
+        str(tmp_path / "run"), str(stripes / "test"), rounds=1, folder=tmp_path / "results"
+    )
+    assert len(speeds) == 5
+    assert same == {"predict, torch": 1.0, "pipeline": 1.0}
 
 
 def test_every_peer_trains(tmp_path):

@@ -1,4 +1,4 @@
-"""hf_cifar.preprocessor: every kind of image has the same pixels and the same top-1, however the model runs."""
+"""hf_cifar.preprocessor: an image has the same pixels and the same top-1, however the model runs."""
 
 import json
 

@@ -114,10 +114,10 @@ def write_openvino(graph: ClassifierGraph, metadata: dict[str, Any], path: Path)
     openvino = require("openvino", extra="openvino")
     source = path.with_suffix(".onnx")
     write_onnx(graph, metadata, source)
-    model = openvino.convert_model(source)
-    source.unlink()
+    model = openvino.Core().read_model(source)  # convert_model would send telemetry
     model.set_rt_info(json.dumps(metadata, ensure_ascii=False), METADATA)
     openvino.save_model(model, path, compress_to_fp16=False)
+    source.unlink()
 
 
 def open_openvino(path: Path) -> Runner:

@@ -1,8 +1,11 @@
-"""hf_cifar.deploy.export: files that agree with the model, say what they are, and appear complete or not at all."""
+"""hf_cifar.deploy.export: files that agree with the model, and appear complete or not at all."""
 
 import json
 import logging
 import re
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,7 +15,7 @@ import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from tiny import tiny_run
 
-from hf_cifar import load_classifier
+from hf_cifar import PredictConfig, load_classifier, predict_files
 from hf_cifar.cli import main
 from hf_cifar.config.deployment import ExportConfig
 from hf_cifar.deploy import export as export_module
@@ -286,13 +289,11 @@ def test_mistakes_are_found_before_the_export(flags, message, run, tmp_path, mon
 
 
 def test_a_run_whose_data_are_gone_needs_other_images(run, tmp_path, stripes):
-    import shutil
-
     moved = shutil.copytree(run, tmp_path / "vit")
     config = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(config.replace(str(stripes), str(tmp_path / "gone")))
     output = tmp_path / "vit.onnx"
-    with pytest.raises(UserError, match="no validation images of the run .* pass --dataset_name"):
+    with pytest.raises(UserError, match=r"no validation images of the run .* pass --dataset_name"):
         export_run(moved, ExportConfig(output=str(output)))
     assert not output.exists()
     images = str(stripes / "test")
@@ -300,10 +301,27 @@ def test_a_run_whose_data_are_gone_needs_other_images(run, tmp_path, stripes):
 
 
 def test_a_missing_package_is_one_line(run, tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(
         UserError, match=r"onnxscript is not installed; run: pip install 'hf-cifar\[deploy\]'"
     ):
         export_run(run, ExportConfig(output=str(tmp_path / "vit.onnx")))
+
+
+def test_the_code_of_the_page_runs(file, run, photo, tmp_path, monkeypatch, capsys):
+    shutil.copy(file, tmp_path / "lite0.onnx")
+    uint8 = str(tmp_path / "lite0-uint8.onnx")
+    export_run(run, ExportConfig(output=uint8, with_preprocessing=True, parity_images=0))
+    photo(50, 70).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    blocks = re.findall("```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
+    (inside, outside) = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert inside[0] == outside[0]
+    assert float(inside[1]) == pytest.approx(float(outside[1]), abs=1e-5)
+    config = PredictConfig(model_name_or_path="lite0.onnx")
+    (record,) = predict_files(config, ["photo.jpg"])
+    assert record["label"] == inside[0]
