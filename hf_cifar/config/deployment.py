@@ -131,9 +131,7 @@ class PruneConfig:
 
     _argument_group_name = "prune"
 
-    output_dir: str = option(
-        "", "Folder of the pruned run. Required."
-    )
+    output_dir: str = option("", "Folder of the pruned run. Required.")
     target_size: float | None = option(
         None, "Share of the parameters to keep, for example 0.5.", low=0.01, high=0.99
     )
@@ -143,7 +141,10 @@ class PruneConfig:
         low=0.01, high=0.99,
     )  # fmt: skip
     num_train_epochs: float | None = option(
-        None, "Epochs of fine-tuning after pruning; default: as many as the run had.", low=1e-6, high=1e6
+        None,
+        "Epochs of fine-tuning after pruning; default: as many as the run had.",
+        low=1e-6,
+        high=1e6,
     )
     learning_rate: float | None = option(
         None,

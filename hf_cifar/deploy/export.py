@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_cifar.config.deployment import ExportConfig
 from hf_cifar.deploy.formats import FORMATS
@@ -38,11 +38,18 @@ def export_run(run: str | Path, config: ExportConfig) -> dict[str, Any] | None:
     complete.
     Raises: UserError for an existing output, a missing package, or a model that cannot be exported.
     """
-    run, output = Path(run), Path(config.output)
     check_output(config)
     for package, extra in FORMATS[config.format].packages:
         require(package, extra=extra)
     model, image_processor = load_classifier(str(run), trust_remote_code=config.trust_remote_code)
+    return export_classifier(model, image_processor, Path(run), config)
+
+
+def export_classifier(
+    model: PreTrainedModel, image_processor: BaseImageProcessor, run: Path, config: ExportConfig
+) -> dict[str, Any] | None:
+    """Write the model of a run that is already loaded, see `export_run`."""
+    output = Path(config.output)
     model = model.eval().float()
     preprocessor = Preprocessor.of(model, image_processor)
     preprocessing = preprocessor.preprocessing if config.with_preprocessing else None

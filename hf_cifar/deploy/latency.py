@@ -33,7 +33,9 @@ def processor() -> str:
 
 
 def latencies(
-    networks: Mapping[str, Network], images: np.ndarray, batch_sizes: Sequence[int] = BATCH_SIZES,
+    networks: Mapping[str, Network],
+    images: np.ndarray,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
     rounds: int = ROUNDS,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Time networks in turns, in milliseconds per batch: by name and batch size, the median, lowest and
