@@ -20,6 +20,7 @@ from hf_cifar.commands import (
     predict,
     prune,
     push,
+    quantize,
     recipes,
     report,
     reproduce,
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "prune": prune.COMMAND,
     "export": export.COMMAND,
     "push": push.COMMAND,
+    "quantize": quantize.COMMAND,
     "recipes": recipes.COMMAND,
 }
 

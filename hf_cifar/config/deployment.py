@@ -158,3 +158,30 @@ class PruneConfig:
             raise UserError("--output_dir is missing; pass the folder of the pruned run")
         if (self.target_size is None) == (self.target_latency is None):
             raise UserError("pass --target_size or --target_latency, one of them")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Where the 8-bit model goes, and how many images decide about it."""
+
+    _argument_group_name = "quantize"
+
+    output: str = option("", "File to write, ending with .onnx. Required.")
+    calibration_images: int = option(
+        300, "Training images that set the ranges of the activations.", low=1, high=10**5
+    )
+    judging_images: int = option(
+        1000,
+        "Validation images on which the answers are compared with the float model's.",
+        low=1,
+        high=10**6,
+    )
+    overwrite: bool = option(False, "Replace an existing --output.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.output:
+            raise UserError("--output is missing; pass the file to write, ending with .onnx")
+        if Path(self.output).suffix.lower() != ".onnx":
+            raise UserError(f"--output is {self.output}; pass a file that ends with .onnx")

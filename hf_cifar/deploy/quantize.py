@@ -239,9 +239,14 @@ def sensitive_layers(
         errors = debug.compute_activation_error(matched)  # in dB: lower is noisier
     noise = {tensor: each["xmodel_err"] for tensor, each in errors.items() if "xmodel_err" in each}
     nodes = onnx.load(str(model)).graph.node
-    with_weights = [node for node in nodes if node.op_type in ("Conv", "Gemm", "MatMul")]
-    known = [node for node in with_weights if node.output[0] in noise]
-    return [node.name for node in sorted(known, key=lambda node: noise[node.output[0]])]
+    # An activation is fused with the layer before it, so the error is that of its output.
+    after = {name: node.output[0] for node in nodes for name in node.input[:1]}
+    found = {}
+    for node in nodes:
+        outputs = [name for name in (node.output[0], after.get(node.output[0])) if name in noise]
+        if node.op_type in ("Conv", "Gemm", "MatMul") and outputs:
+            found[node.name] = noise[outputs[0]]
+    return sorted(found, key=lambda name: found[name])
 
 
 def runner(content: bytes) -> Any:

@@ -1,0 +1,124 @@
+"""Quantise a run to 8-bit integers, and write the result if it is as good as the run and faster."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_cifar.config.deployment import ExportConfig, QuantizeConfig
+from hf_cifar.config.objects import require_object
+from hf_cifar.data.split import Split
+from hf_cifar.data.splits import DataSource
+from hf_cifar.data.stratify import representative_rows
+from hf_cifar.data.streams import Stream
+from hf_cifar.deploy.export import export_classifier
+from hf_cifar.deploy.latency import processor
+from hf_cifar.deploy.quantize import Images, Quantised, quantize
+from hf_cifar.errors import UserError
+from hf_cifar.extras import require
+from hf_cifar.models.build import load_classifier
+from hf_cifar.models.exported import METADATA, read_onnx
+from hf_cifar.models.problem_type import is_multi_label
+from hf_cifar.preprocessor import Preprocessor
+from hf_cifar.runs.folder import RunFolder, write_json
+
+logger = logging.getLogger(__name__)
+REPORT = "quantization.json"  # beside the model: FILE.quantization.json
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def quantize_run(run: str | Path, config: QuantizeConfig) -> dict[str, Any]:
+    """Quantise the model of a run, and write it to `config.output` if its answers are not worse than the
+    run's and it is faster on this machine; write a report of all schemes beside it, and return it.
+
+    Raises: UserError for an existing output, a missing package, multi-label data, or data that cannot be
+    opened.
+    """
+    run, output = Path(run), Path(config.output)
+    if output.exists() and not config.overwrite:
+        raise UserError(f"{output} exists; pass another --output, or --overwrite to replace it")
+    for package in PACKAGES:
+        require(package, extra="deploy")
+    RunFolder(run).require_finished()
+    data = RunFolder(run).data()
+    require_object(data.dataset_name, "data set")
+    model, image_processor = load_classifier(str(run), trust_remote_code=config.trust_remote_code)
+    if is_multi_label(model):
+        raise UserError(
+            f"quantize compares top-1 answers, and {run} is multi-label; pass another run"
+        )
+    splits = DataSource(data).splits
+    if isinstance(splits.train, Stream):
+        raise UserError(
+            f"{run} was trained on a stream, which is not read again for calibration; pass another run"
+        )
+    preprocessor = Preprocessor.of(model, image_processor)
+    calibration = inputs(splits.train, config.calibration_images, preprocessor).pixel_values
+    judging = inputs(splits.validation, config.judging_images, preprocessor)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".quantize-", dir=output.parent) as folder:
+        exported = Path(folder, "float.onnx")
+        export_classifier(
+            model, image_processor, run, ExportConfig(output=str(exported), parity_images=0)
+        )
+        content, notes = read_onnx(str(exported))
+        chosen, report = quantize(content, calibration, judging)
+        report = {"processor": processor(), **report}
+        if chosen is not None:
+            file = Path(folder, output.name)
+            file.write_bytes(_with_notes(chosen, notes))
+            os.replace(file, output)
+    write_json(output.with_name(f"{output.name}.{REPORT}"), report)
+    text, good = verdict(report)
+    logger.log(logging.INFO if good else logging.WARNING, "%s: %s", output, text)
+    return report
+
+
+def inputs(split: Split, count: int, preprocessor: Preprocessor) -> Images:
+    """Return the inputs of up to `count` images of a split, stratified, with their classes."""
+    rows = representative_rows(split.labels, count, seed=0)
+    images = [split.pixels.decode(position) for position in split.positions[rows].tolist()]
+    return Images(preprocessor(images).numpy().astype(np.float32), split.labels[rows])
+
+
+def _with_notes(model: Quantised, notes: dict[str, Any]) -> bytes:
+    """Return a quantised model with the metadata of the exported one, and its scheme."""
+    import onnx
+
+    program = onnx.load_model_from_string(model.content)
+    notes = {**notes, "quantization": str(model.scheme)}
+    onnx.helper.set_model_props(program, {METADATA: json.dumps(notes, ensure_ascii=False)})
+    return program.SerializeToString()
+
+
+def verdict(report: dict[str, Any]) -> tuple[str, bool]:
+    """Say in a line what a report found, and whether an 8-bit model was written."""
+    before, count = report["float"], f"{report['num_images']:,} validation images"
+    if report["chosen"] is None:
+        best = max(report["tried"], key=lambda each: each["accuracy"])
+        reason = "slower here" if best["milliseconds"] else "significantly less accurate"
+        return (
+            f"not written, because every scheme is {reason} than the float model; accuracy of the best "
+            f"{best['accuracy']:.4f}, of the float model {before['accuracy']:.4f}, on {count}; keep the "
+            "original",
+            False,
+        )
+    after = next(each for each in report["tried"] if each["scheme"] == report["chosen"])
+    sizes = before["milliseconds"]
+    speeds = [
+        before["milliseconds"][size]["median"] / after["milliseconds"][size]["median"]
+        for size in sizes
+    ]
+    times = " and ".join(f"{speed:.1f}" for speed in speeds)
+    return (
+        f"{report['chosen']}: accuracy {after['accuracy']:.4f} instead of {before['accuracy']:.4f} on "
+        f"{count} (McNemar's p = {after['p_value']:.2g}), {before['bytes'] / after['bytes']:.1f} times smaller, "
+        f"{times} times as fast in batches of {' and '.join(sizes)} on {report['processor']}",
+        True,
+    )
