@@ -118,7 +118,7 @@ def verdict(report: dict[str, Any]) -> tuple[str, bool]:
     times = " and ".join(f"{speed:.1f}" for speed in speeds)
     return (
         f"{report['chosen']}: accuracy {after['accuracy']:.4f} instead of {before['accuracy']:.4f} on "
-        f"{count} (McNemar's p = {after['p_value']:.2g}), {before['bytes'] / after['bytes']:.1f} times smaller, "
-        f"{times} times as fast in batches of {' and '.join(sizes)} on {report['processor']}",
+        f"{count} (McNemar's p = {after['p_value']:.2g}), {before['bytes'] / after['bytes']:.1f} times "
+        f"smaller, {times} times as fast in batches of {' and '.join(sizes)} on {report['processor']}",
         True,
     )
