@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from hf_cifar.commands import (
     compare,
+    compress,
     evaluate,
     export,
     finetune,
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": evaluate.COMMAND,
     "reproduce": reproduce.COMMAND,
     "compare": compare.COMMAND,
+    "compress": compress.COMMAND,
     "report": report.COMMAND,
     "runs": runs.COMMAND,
     "predict": predict.COMMAND,

@@ -185,3 +185,35 @@ class QuantizeConfig:
             raise UserError("--output is missing; pass the file to write, ending with .onnx")
         if Path(self.output).suffix.lower() != ".onnx":
             raise UserError(f"--output is {self.output}; pass a file that ends with .onnx")
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """Which smaller versions of a run to make, and where."""
+
+    _argument_group_name = "compress"
+
+    output_dir: str = option(
+        "", "New folder for the versions and the page that compares them. Required."
+    )
+    candidates: list[str] | None = option(  # noqa: RUF009
+        None, "Folders of other runs on the same data to compare with, such as a smaller network."
+    )
+    target_sizes: list[float] | None = option(  # noqa: RUF009
+        None, "Shares of the parameters to prune to; default: 0.5."
+    )
+    num_train_epochs: float | None = option(
+        None,
+        "Epochs of fine-tuning after pruning; default: as many as the run had.",
+        low=1e-6,
+        high=1e6,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.output_dir:
+            raise UserError("--output_dir is missing; pass a new folder")
+        if not all(0.01 <= size <= 0.99 for size in self.target_sizes or []):
+            raise UserError(
+                f"--target_sizes is {self.target_sizes}; pass shares between 0.01 and 0.99"
+            )

@@ -178,8 +178,9 @@ def reader(pixel_values: np.ndarray) -> Any:
     """Return the inputs in batches, in the form that ONNX Runtime's quantiser takes."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    starts = range(0, len(pixel_values), CALIBRATION_BATCH)
-    batches = iter([pixel_values[start : start + CALIBRATION_BATCH] for start in starts])
+    # The histograms of Percentile need batches of one size.
+    size = next(n for n in range(CALIBRATION_BATCH, 0, -1) if len(pixel_values) % n == 0)
+    batches = iter(np.split(pixel_values, len(pixel_values) // size))
 
     class Reader(CalibrationDataReader):
         def get_next(self) -> dict[str, np.ndarray] | None:

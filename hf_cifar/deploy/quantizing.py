@@ -14,17 +14,15 @@ import numpy as np
 from hf_cifar.config.deployment import ExportConfig, QuantizeConfig
 from hf_cifar.config.objects import require_object
 from hf_cifar.data.split import Split
-from hf_cifar.data.splits import DataSource
+from hf_cifar.data.splits import DataSource, Splits
 from hf_cifar.data.stratify import representative_rows
 from hf_cifar.data.streams import Stream
-from hf_cifar.deploy.export import export_classifier
+from hf_cifar.deploy.export import export_run
 from hf_cifar.deploy.latency import processor
 from hf_cifar.deploy.quantize import Images, Quantised, quantize
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
-from hf_cifar.models.build import load_classifier
 from hf_cifar.models.exported import METADATA, read_onnx
-from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.runs.folder import RunFolder, write_json
 
@@ -48,36 +46,48 @@ def quantize_run(run: str | Path, config: QuantizeConfig) -> dict[str, Any]:
     RunFolder(run).require_finished()
     data = RunFolder(run).data()
     require_object(data.dataset_name, "data set")
-    model, image_processor = load_classifier(str(run), trust_remote_code=config.trust_remote_code)
-    if is_multi_label(model):
-        raise UserError(
-            f"quantize compares top-1 answers, and {run} is multi-label; pass another run"
-        )
     splits = DataSource(data).splits
-    if isinstance(splits.train, Stream):
-        raise UserError(
-            f"{run} was trained on a stream, which is not read again for calibration; pass another run"
-        )
-    preprocessor = Preprocessor.of(model, image_processor)
-    calibration = inputs(splits.train, config.calibration_images, preprocessor).pixel_values
-    judging = inputs(splits.validation, config.judging_images, preprocessor)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=output.parent) as folder:
         exported = Path(folder, "float.onnx")
-        export_classifier(
-            model, image_processor, run, ExportConfig(output=str(exported), parity_images=0)
+        export_run(
+            run,
+            ExportConfig(
+                output=str(exported), parity_images=0, trust_remote_code=config.trust_remote_code
+            ),
         )
-        content, notes = read_onnx(str(exported))
-        chosen, report = quantize(content, calibration, judging)
-        report = {"processor": processor(), **report}
-        if chosen is not None:
-            file = Path(folder, output.name)
-            file.write_bytes(_with_notes(chosen, notes))
-            os.replace(file, output)
+        return quantize_file(exported, splits, config)
+
+
+def quantize_file(exported: Path, splits: Splits, config: QuantizeConfig) -> dict[str, Any]:
+    """Quantise an exported file with the images of its data, see `quantize_run`."""
+    content, notes = read_onnx(str(exported))
+    if notes["thresholds"] is not None:
+        raise UserError(
+            "quantize compares top-1 answers, and the model is multi-label; pass another run"
+        )
+    if isinstance(splits.train, Stream):
+        raise UserError(
+            "the run was trained on a stream, which is not read again for calibration; pass another run"
+        )
+    preprocessor, output = Preprocessor.from_dict(notes["preprocessor"]), Path(config.output)
+    calibration = inputs(splits.train, config.calibration_images, preprocessor).pixel_values
+    judging = inputs(splits.validation, config.judging_images, preprocessor)
+    chosen, report = quantize(content, calibration, judging)
+    report = {"processor": processor(), **report}
+    if chosen is not None:
+        write_bytes(output, _with_notes(chosen, notes))
     write_json(output.with_name(f"{output.name}.{REPORT}"), report)
     text, good = verdict(report)
     logger.log(logging.INFO if good else logging.WARNING, "%s: %s", output, text)
     return report
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def inputs(split: Split, count: int, preprocessor: Preprocessor) -> Images:

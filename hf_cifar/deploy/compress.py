@@ -1,0 +1,316 @@
+"""Compare a run with smaller versions of it: pruned, in 8-bit integers, in 16 bits, and other runs.
+
+All versions are ONNX files that ONNX Runtime runs on the CPU, so that the clock compares like with like. The
+verdict is decided on validation; test is only shown.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_cifar.config.deployment import CompressConfig, ExportConfig, PruneConfig, QuantizeConfig
+from hf_cifar.config.objects import require_object
+from hf_cifar.data.split import Split
+from hf_cifar.data.splits import DataSource, Splits
+from hf_cifar.deploy.export import export_run
+from hf_cifar.deploy.latency import latencies, processor
+from hf_cifar.deploy.prune import count_parameters
+from hf_cifar.deploy.pruning import prune_run
+from hf_cifar.deploy.quantize import runner
+from hf_cifar.deploy.quantizing import PACKAGES, quantize_file
+from hf_cifar.errors import UserError
+from hf_cifar.evaluation.comparison import compare_predictions
+from hf_cifar.evaluation.intervals import LEVEL
+from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.extras import require
+from hf_cifar.models.build import load_classifier
+from hf_cifar.models.exported import PIXEL_VALUES, read_onnx
+from hf_cifar.preprocessor import Preprocessor
+from hf_cifar.progress import progress
+from hf_cifar.runs.folder import RunFolder, write_json
+from hf_cifar.text import render_table
+
+logger = logging.getLogger(__name__)
+ORIGINAL = "original"
+TARGET_SIZES = (0.5,)  # of pruning
+BATCH = 50
+FACTS_FILE = "compress.json"
+# Measured in a process of its own, which does nothing else.
+PEAK_MEMORY = f"""
+import resource, sys
+import numpy as np, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+shape = [32, 3, int(sys.argv[2]), int(sys.argv[3])]
+session.run(None, {{"{PIXEL_VALUES}": np.zeros(shape, np.float32)}})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a model. made: how, in words. parameters: their number in the network."""
+
+    name: str
+    file: Path
+    made: str
+    parameters: int
+
+    @property
+    def content(self) -> bytes:
+        return read_onnx(str(self.file))[0]
+
+
+def compress_run(run: str | Path, config: CompressConfig) -> dict[str, Any]:
+    """Make smaller versions of a run in `config.output_dir`, and compare them with it and with other runs.
+
+    Returns the facts of the comparison, which are also in compress.json. A version that cannot be made is
+    left out, with the reason.
+    Raises: UserError for a folder that is in use, runs that are not finished, or runs of other data.
+    """
+    run, folder = Path(run), Path(config.output_dir)
+    for each in (run, *(config.candidates or ())):
+        RunFolder(each).require_finished()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--output_dir {folder} is not empty; pass another folder")
+    for package in PACKAGES:
+        require(package, extra="deploy")
+    data = RunFolder(run).data()
+    require_object(data.dataset_name, "data set")
+    source = DataSource(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    versions, left_out = make_versions(run, folder, source.splits, config)
+    splits: dict[str, Split] = {"validation": source.splits.validation}
+    try:
+        splits["test"] = source.test_split
+    except UserError as error:
+        logger.info("no test split to show: %s", error)
+    predicted = {name: predict_all(versions, split) for name, split in splits.items()}
+    versions_found = measured(versions, predicted)
+    text, chosen = verdict(versions_found)
+    facts: dict[str, Any] = {
+        "processor": processor(), "run": run.name, "left_out": left_out,
+        "versions": versions_found, "verdict": text, "chosen": chosen,
+    }  # fmt: skip
+    write_json(folder / FACTS_FILE, facts)
+    return facts
+
+
+def make_versions(
+    run: Path, folder: Path, splits: Splits, config: CompressConfig
+) -> tuple[list[Version], dict[str, str]]:
+    """Make every version; return them, the original first, and the reasons for those that cannot be made."""
+    original = exported(run, folder / "original.onnx", ORIGINAL, "the run itself")
+    versions, left_out = [original], {}
+    for share in config.target_sizes or TARGET_SIZES:
+        name = f"pruned to {share:g}"
+        target = PruneConfig(
+            str(folder / f"pruned-{share:g}"), target_size=share,
+            num_train_epochs=config.num_train_epochs,
+        )  # fmt: skip
+        try:
+            made = prune_run(run, target)
+        except UserError as error:
+            left_out[name] = str(error)
+            continue
+        versions.append(_pruned(made, folder / f"pruned-{share:g}.onnx", name, share))
+    for source in [*versions]:
+        name = "int8" if source is original else f"{source.name}, int8"
+        file = folder / f"{source.file.stem}-int8.onnx"
+        report = quantize_file(source.file, splits, QuantizeConfig(str(file)))
+        if report["chosen"] is None:
+            left_out[name] = "no scheme is as good and faster on this machine"
+            continue
+        versions.append(Version(name, file, report["chosen"], source.parameters))
+    file = folder / "original-float16.onnx"
+    file.write_bytes(float16(original.file))
+    versions.append(Version("float16", file, "numbers of 16 bits", original.parameters))
+    for number, each in enumerate(config.candidates or (), 1):
+        name, file = Path(each).resolve().name, folder / f"candidate-{number}.onnx"
+        versions.append(exported(Path(each), file, name, "another run"))
+    return versions, left_out
+
+
+def exported(run: Path, file: Path, name: str, made: str) -> Version:
+    """Export a run as a version."""
+    export_run(run, ExportConfig(output=str(file), parity_images=0))
+    model, _ = load_classifier(str(run))
+    return Version(name, file, made, count_parameters(model))
+
+
+def _pruned(made: Path, file: Path, name: str, share: float) -> Version:
+    words = f"at most {share:.0%} of the parameters, fine-tuned"
+    if made.is_dir():
+        return exported(made, file, name, words)
+    onnx = require("onnx", extra="deploy")
+    weights = onnx.load(str(made)).graph.initializer
+    return Version(name, made, words, sum(int(np.prod(each.dims)) for each in weights))
+
+
+def float16(file: Path) -> bytes:
+    """Return an exported model with weights and activations of 16 bits; its input and outputs keep 32."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = convert_float_to_float16(onnx.load(str(file)), keep_io_types=True)
+    return model.SerializeToString()
+
+
+def predict_all(versions: Sequence[Version], split: Split) -> dict[str, Predictions]:
+    """Predict every image of a split with every version; images are decoded once."""
+    runners = {version.name: runner(version.content) for version in versions}
+    views = {version.name: _preprocessor(version) for version in versions}
+    logits: dict[str, list[np.ndarray]] = {version.name: [] for version in versions}
+    starts = range(0, len(split), BATCH)
+    for start in progress(starts, f"evaluating {len(versions)} versions on {split.name}"):
+        positions = split.positions[start : start + BATCH].tolist()
+        images = [split.pixels.decode(position) for position in positions]
+        inputs: dict[Preprocessor, np.ndarray] = {}
+        for name, view in views.items():
+            if view not in inputs:
+                inputs[view] = view(images).numpy()
+            logits[name].append(runners[name](inputs[view]))
+    return {
+        name: Predictions(
+            split=split.name, row_ids=split.row_ids, labels=split.labels,
+            logits=np.concatenate(each).astype(np.float32), id2label=split.id2label,
+        )
+        for name, each in logits.items()
+    }  # fmt: skip
+
+
+def _preprocessor(version: Version) -> Preprocessor:
+    return Preprocessor.from_dict(read_onnx(str(version.file))[1]["preprocessor"])
+
+
+def measured(
+    versions: Sequence[Version], predicted: dict[str, dict[str, Predictions]]
+) -> list[dict[str, Any]]:
+    """Return accuracy, calibration, size, latency and memory of each version, as plain values."""
+    times: dict[str, Any] = {}
+    by_size: dict[tuple[int, int], list[Version]] = {}
+    for version in versions:
+        by_size.setdefault(_preprocessor(version).preprocessing.size, []).append(version)
+    for size, each in by_size.items():  # all of one size take turns
+        networks = {version.name: runner(version.content) for version in each}
+        times |= latencies(networks, np.zeros((1, 3, *size), np.float32))
+    found = []
+    for version in versions:
+        size = _preprocessor(version).preprocessing.size
+        row: dict[str, Any] = {
+            "name": version.name, "made": version.made, "file": version.file.name,
+            "bytes": version.file.stat().st_size, "parameters": version.parameters,
+            "milliseconds": times[version.name], "peak_megabytes": peak_megabytes(version.file, size),
+        }  # fmt: skip
+        for split, predictions in predicted.items():
+            mine, original = predictions[version.name], predictions[ORIGINAL]
+            row[split] = {
+                name: mine.metrics[name] for name in ("accuracy", "ece", "cross_entropy")
+            } | {"interval": mine.metrics["intervals"]["accuracy"]}
+            if version.name != ORIGINAL:
+                compared = compare_predictions(original, mine)
+                row[split] |= {
+                    "difference": compared["accuracy_difference"],
+                    "difference_interval": compared["accuracy_difference_interval"],
+                    "mcnemar_p": compared["mcnemar_p"],
+                }
+        found.append(row)
+    return found
+
+
+def peak_megabytes(file: Path, size: tuple[int, int]) -> float | None:
+    """Return the peak memory of a process that runs a batch of 32 images; None on Windows."""
+    if sys.platform == "win32":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", PEAK_MEMORY, str(file.resolve()), *map(str, size)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    units = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
+    return int(done.stdout) / units
+
+
+def pareto_front(versions: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of the versions that no other one beats in both accuracy and time of an image."""
+
+    def place(version: dict[str, Any]) -> tuple[float, float]:
+        return version["validation"]["accuracy"], -version["milliseconds"]["1"]["median"]
+
+    return [
+        each["name"]
+        for each in versions
+        if not any(
+            other is not each
+            and all(a >= b for a, b in zip(place(other), place(each), strict=True))
+            and place(other) != place(each)
+            for other in versions
+        )
+    ]
+
+
+def verdict(versions: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """Say in words which version to use, and return its name: the fastest one that validation does not find
+    worse than the original, or the original."""
+    original = versions[0]
+    good = [each for each in versions[1:] if not _is_worse(each)]
+    faster = [each for each in good if _time(each) < _time(original)]
+    if not faster:
+        return (
+            "Keep the original: every faster version is significantly less accurate on validation.",
+            ORIGINAL,
+        )
+    best = min(faster, key=_time)
+    speed, size = _time(original) / _time(best), original["bytes"] / best["bytes"]
+    after, before = best["validation"], original["validation"]
+    return (
+        f"Use {best['name']} ({best['made']}): {speed:.1f} times as fast for one image, {size:.1f} times "
+        f"smaller, accuracy on validation {after['accuracy']:.4f} instead of {before['accuracy']:.4f} "
+        f"(McNemar's p = {after['mcnemar_p']:.2g}).",
+        best["name"],
+    )
+
+
+def _time(version: dict[str, Any]) -> float:
+    return version["milliseconds"]["1"]["median"]
+
+
+def _is_worse(version: dict[str, Any]) -> bool:
+    found = version["validation"]
+    return found["difference"] < 0 and found["mcnemar_p"] < 1 - LEVEL
+
+
+def render_comparison(facts: dict[str, Any]) -> str:
+    """Render the comparison as a text table with the verdict below."""
+    splits = [name for name in ("validation", "test") if name in facts["versions"][0]]
+    rows = []
+    for each in facts["versions"]:
+        times = [each["milliseconds"][size] for size in ("1", "32")]
+        rows.append(
+            [
+                each["name"],
+                *(f"{each[split]['accuracy']:.4f}" for split in splits),
+                f"{each[splits[0]]['mcnemar_p']:.2g}" if "mcnemar_p" in each[splits[0]] else "-",
+                f"{each['bytes'] / 1e6:.2f}", f"{each['parameters'] / 1e6:.2f}",
+                *(f"{t['median']:.2f} [{t['low']:.2f}, {t['high']:.2f}]" for t in times),
+                "-" if each["peak_megabytes"] is None else f"{each['peak_megabytes']:.0f}",
+            ]
+        )  # fmt: skip
+    heads = [
+        "version",
+        *splits,
+        "p",
+        "MB",
+        "M parameters",
+        "ms, batch 1",
+        "ms, batch 32",
+        "peak MB",
+    ]
+    left_out = [f"left out: {name}: {reason}" for name, reason in facts["left_out"].items()]
+    return "\n".join([render_table(heads, rows), "", *left_out, facts["verdict"]])

@@ -1,0 +1,86 @@
+"""hf_cifar.deploy.compress: versions of a run, compared on validation, with a verdict."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import tiny_run
+
+from hf_cifar.config.deployment import CompressConfig
+from hf_cifar.deploy.compress import (
+    ORIGINAL,
+    compress_run,
+    pareto_front,
+    render_comparison,
+    verdict,
+)
+from hf_cifar.errors import UserError
+from hf_cifar.evaluation.predictions import Predictions
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("torch_pruning")
+
+
+def version(name, accuracy, milliseconds, p=1.0):
+    times = {size: {"median": milliseconds, "low": 0, "high": 0} for size in ("1", "32")}
+    found = {"accuracy": accuracy, "mcnemar_p": p, "difference": accuracy - 0.9}
+    return {
+        "name": name, "made": "so", "bytes": 1000 * milliseconds, "milliseconds": times,
+        "validation": found,
+    }  # fmt: skip
+
+
+def test_a_run_is_compared_with_its_versions_and_other_runs(tmp_path, stripes, tiny_vit):
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--do_predict")
+    flags = ["--image_size", "32", "--learning_rate", "2e-3"]
+    tiny_run(tmp_path / "student", stripes, "scratch/article_cnn", *flags)
+    folder = tmp_path / "small"
+    config = CompressConfig(
+        str(folder), candidates=[str(tmp_path / "student")], target_sizes=[0.8, 0.01],
+        num_train_epochs=1,
+    )  # fmt: skip
+    facts = compress_run(tmp_path / "run", config)
+    assert json.loads((folder / "compress.json").read_text()) == facts
+    names = [each["name"] for each in facts["versions"]]
+    assert names[0] == ORIGINAL and {"pruned to 0.8", "float16", "student"} < set(names)
+    assert set(names) | set(facts["left_out"]) == {
+        ORIGINAL, "pruned to 0.8", "pruned to 0.01", "int8", "pruned to 0.8, int8", "float16", "student",
+    }  # fmt: skip
+    assert "of the network is left" in facts["left_out"]["pruned to 0.01"]
+    by_name = {each["name"]: each for each in facts["versions"]}
+    original, half = by_name[ORIGINAL], by_name["float16"]
+    saved = Predictions.load(tmp_path / "run", "test").metrics
+    assert original["test"]["accuracy"] == saved["accuracy"]
+    assert original["test"]["ece"] == pytest.approx(saved["ece"], abs=1e-4)
+    assert half["bytes"] < original["bytes"] and half["parameters"] == original["parameters"]
+    assert half["validation"]["accuracy"] == original["validation"]["accuracy"]
+    assert by_name["pruned to 0.8"]["parameters"] <= 0.8 * original["parameters"]
+    for each in facts["versions"]:
+        assert (folder / each["file"]).is_file() and 20 < each["peak_megabytes"] < 2000
+        assert 0 < each["milliseconds"]["1"]["low"] <= each["milliseconds"]["1"]["median"]
+    text = render_comparison(facts)
+    assert facts["verdict"] in text and "left out: pruned to 0.01" in text
+    with pytest.raises(UserError, match="is not empty"):
+        compress_run(tmp_path / "run", config)
+
+
+def test_the_verdict_is_the_fastest_version_that_is_not_worse():
+    original = version(ORIGINAL, 0.9, 4)
+    good, fast_but_worse = version("int8", 0.89, 2, 0.2), version("pruned", 0.7, 1, 1e-9)
+    text, chosen = verdict([original, good, fast_but_worse])
+    assert chosen == "int8"
+    assert text == (
+        "Use int8 (so): 2.0 times as fast for one image, 2.0 times smaller, accuracy on validation 0.8900 "
+        "instead of 0.9000 (McNemar's p = 0.2)."
+    )
+    text, chosen = verdict([original, fast_but_worse, version("float16", 0.9, 5)])
+    assert chosen == ORIGINAL and text.startswith("Keep the original")
+
+
+def test_the_front_has_what_no_other_version_beats():
+    versions = [
+        version(ORIGINAL, 0.9, 4), version("slower", 0.9, 5), version("int8", 0.89, 2),
+        version("worse", 0.88, 2), version("same", 0.89, 2),
+    ]  # fmt: skip
+    assert pareto_front(versions) == [ORIGINAL, "int8", "same"]
+    assert np.all([each["bytes"] for each in versions])
