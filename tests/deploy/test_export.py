@@ -181,8 +181,10 @@ def test_a_model_that_no_exporter_takes_is_one_line(run, tmp_path, monkeypatch):
         return (logits, logits) if logits.sum() > 0 else (-logits, logits)
 
     monkeypatch.setattr("hf_cifar.deploy.graph.ClassifierGraph.forward", branching)
-    with pytest.raises(UserError, match=r"has no form as onnx \(.*\); pass another --format"):
-        export_run(run, ExportConfig(output=str(tmp_path / "vit.onnx"), parity_images=0))
+    output = str(tmp_path / "vit.pt2")
+    config = ExportConfig(format="torch_export", output=output, parity_images=0)
+    with pytest.raises(UserError, match=r"has no form as torch_export \(.*\); pass another"):
+        export_run(run, config)
     assert not list(tmp_path.iterdir())
 
 
