@@ -25,6 +25,7 @@ from hf_cifar.models.exported import IMAGES, PIXEL_VALUES
 from hf_cifar.models.problem_type import thresholds_of
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.runs.folder import RunFolder, write_json
+from hf_cifar.text import one_line
 
 logger = logging.getLogger(__name__)
 PARITY_FILE = "parity.json"
@@ -66,7 +67,14 @@ def export_classifier(
             file.parent.mkdir(parents=True)
             size = None if config.with_preprocessing else preprocessor.preprocessing.size
             write_server_files(made, output.name, metadata["labels"], size)
-        FORMATS[config.format].write(graph, metadata, file)
+        try:
+            FORMATS[config.format].write(graph, metadata, file)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # the exporters raise many kinds
+            raise UserError(
+                f"{run} has no form as {config.format} ({one_line(error, 300)}); pass another --format"
+            ) from error
         report = None
         if images is not None:
             report = compare(

@@ -101,7 +101,8 @@ def compare(
                 for name, ours, theirs in zip(
                     ("logits", "probabilities"), found, wanted, strict=True
                 ):
-                    batch[name] = max(batch[name], float(np.abs(ours - theirs).max()))
+                    # Unlike max, this keeps NaN.
+                    batch[name] = float(np.maximum(batch[name], np.abs(ours - theirs).max()))
     if not num_images:
         raise UserError(f"none of {given.source} can be read: {unreadable[0]}")
     if unreadable:
@@ -142,8 +143,8 @@ def verdict(report: dict[str, Any]) -> tuple[str, bool]:
     top-1, and logits differ by at most TOLERANCE."""
     batches, count = report["batches"].values(), report["num_images"]
     same = min(batch["same_top1"] for batch in batches)
-    largest = max(batch["logits"] for batch in batches)
-    agrees = same == count and largest <= TOLERANCE
+    largest = np.max([batch["logits"] for batch in batches])
+    agrees = same == count and bool(largest <= TOLERANCE)
     text = (
         f"{'agrees' if agrees else 'does not agree'} with the model: the same top-1 on {same:,} of {count:,} "
         f"images ({report['source']}), and logits that differ by up to {largest:.1e}"

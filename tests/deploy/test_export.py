@@ -168,6 +168,25 @@ def test_a_model_that_does_not_agree_is_reported(run):
     assert not agrees
     assert re.match(r"does not agree with the model: the same top-1 on 0 of \d+ images", text)
 
+    def broken(pixel_values):
+        return [np.full((len(pixel_values), 2), np.nan, np.float32)] * 2
+
+    _, agrees = verdict(compare(broken, model, preprocessor, given, takes_images=False))
+    assert not agrees
+
+
+def test_a_model_that_no_exporter_takes_is_one_line(run, tmp_path, monkeypatch):
+    def branching(self, images):
+        logits = self.model(pixel_values=images).logits
+        return (logits, logits) if logits.sum() > 0 else (-logits, logits)
+
+    monkeypatch.setattr("hf_cifar.deploy.graph.ClassifierGraph.forward", branching)
+    output = str(tmp_path / "vit.pt2")
+    config = ExportConfig(format="torch_export", output=output, parity_images=0)
+    with pytest.raises(UserError, match=r"has no form as torch_export \(.*\); pass another"):
+        export_run(run, config)
+    assert not list(tmp_path.iterdir())
+
 
 # The part of Triton's model_config.proto that a model needs, with its field numbers.
 # Source: https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto
