@@ -15,6 +15,7 @@ from typing import NoReturn
 from hf_cifar.commands import (
     compare,
     evaluate,
+    explain,
     finetune,
     predict,
     push,
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "report": report.COMMAND,
     "runs": runs.COMMAND,
     "predict": predict.COMMAND,
+    "explain": explain.COMMAND,
     "push": push.COMMAND,
     "recipes": recipes.COMMAND,
 }
