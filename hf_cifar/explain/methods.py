@@ -179,8 +179,8 @@ def lime(model: PreTrainedModel, example: Example) -> Tensor:
 
 
 def shap(model: PreTrainedModel, example: Example) -> Tensor:
-    """Estimate the Shapley values of superpixels (Kernel SHAP): their mean effect on the logit, over all orders of adding
-    them.
+    """Estimate the Shapley values of superpixels: their mean effects on the logit, over all orders of adding
+    them (Kernel SHAP).
 
     Source: Lundberg and Lee, A Unified Approach to Interpreting Model Predictions, NeurIPS 2017.
     """

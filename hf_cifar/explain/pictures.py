@@ -15,7 +15,7 @@ from hf_cifar.explain.target_layer import describe, trace
 
 MIN_WIDTH = 160  # smaller pictures are enlarged by whole numbers
 FOR, AGAINST = (255, 118, 0), (30, 110, 255)  # orange and blue, also for the colour-blind
-OPACITY = 0.85
+OPACITY = 0.75
 LAYERS, CHANNELS = 6, 8
 MAX_FILTERS = 64
 TILE, GAP = 40, 2  # pixels
