@@ -4,6 +4,8 @@ import torch
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     SwinConfig,
@@ -17,6 +19,9 @@ from hf_cifar.models.build import build_model
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 MODELS = {
+    "dinov2": lambda: Dinov2WithRegistersForImageClassification(Dinov2WithRegistersConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=64, patch_size=16,
+    )),
     "vit": lambda: ViTForImageClassification(ViTConfig(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=64,
         patch_size=16,

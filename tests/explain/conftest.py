@@ -11,28 +11,31 @@ from hf_cifar.explain.methods import Example
 from hf_cifar.explain.target_layer import find_target_layer
 from hf_cifar.models.build import build_model
 
-LABELS = {0: "red", 1: "green", 2: "blue"}
+LABELS = {0: "across", 1: "down", 2: "none"}
 SIZE, SQUARE = 32, 8
 
 
 class Planted(NamedTuple):
-    """A trained model, and images of grey noise with a coloured square, the class, at a place [N, H, W]."""
+    """A trained model, and images of noise with a striped square, whose direction is the class, at a place
+    [N, H, W]. Noise alone is a class too."""
 
     model: torch.nn.Module
     examples: list[Example]
     squares: torch.Tensor
 
 
-def images(count, seed):
+def images(count, seed, classes=3):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(count, 1, SIZE, SIZE, generator=generator).repeat(1, 3, 1, 1) * 0.3
-    labels = torch.randint(0, 3, (count,), generator=generator)
+    labels = torch.randint(0, classes, (count,), generator=generator)
     places = torch.randint(0, SIZE // SQUARE, (count, 2), generator=generator) * SQUARE
+    stripes = torch.tensor([2.0, 2.0, -2.0, -2.0]).repeat(SQUARE // 4)
     squares = torch.zeros(count, SIZE, SIZE, dtype=torch.bool)
     for i, (top, left) in enumerate(places.tolist()):
         squares[i, top : top + SQUARE, left : left + SQUARE] = True
-        pixels[i, :, squares[i]] -= 1
-        pixels[i, labels[i], squares[i]] += 3
+        part = pixels[i, :, top : top + SQUARE, left : left + SQUARE]
+        if labels[i] < 2:
+            part += stripes[:, None] if labels[i] == 0 else stripes
     return pixels, labels, squares
 
 
@@ -51,7 +54,7 @@ def build(name):
 def planted(request):
     model = build(request.param).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(150):
+    for step in range(300):
         pixels, labels, _ = images(32, seed=step)
         loss = torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, labels)
         optimizer.zero_grad()
@@ -61,7 +64,7 @@ def planted(request):
             break
     assert loss < 0.1
     model.eval()
-    pixels, labels, squares = images(8, seed=-1)
+    pixels, labels, squares = images(8, seed=1000, classes=2)
     layer = find_target_layer(model, pixels[:1])
     views = ((pixels * 0.2 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1)
     return Planted(

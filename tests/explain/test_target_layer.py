@@ -12,13 +12,12 @@ EXPECTED = {
     "convnext": ("convnext.encoder.stages.3", "channels_first", (2, 2), 0),
     "swin": ("swin.encoder.layers.2.blocks.1.layernorm_after", "tokens", (4, 4), 0),
     "scratch/test_vit": ("timm_model.blocks.5.norm1", "tokens", (4, 4), 1),
+    "dinov2": ("dinov2_with_registers.encoder.layer.2.norm2", "tokens", (4, 4), 5),
     "scratch/deit_tiny_distilled_patch16_224": ("timm_model.blocks.11.norm1", "tokens", (4, 4), 2),
     "scratch/test_resnet": ("timm_model.layer4", "channels_first", (2, 2), 0),
     "scratch/test_efficientnet": ("timm_model.bn2", "channels_first", (2, 2), 0),
     "scratch/test_convnext": ("timm_model.norm_pre", "channels_first", (2, 2), 0),
-    "scratch/densenet121": ("timm_model.features", "channels_first", (2, 2), 0),
     "scratch/article_cnn": ("backbone.7", "channels_first", (12, 12), 0),
-    "scratch/vit_small_patch16_dinov3": ("timm_model.blocks.11.norm2", "tokens", (4, 4), 5),
 }  # fmt: skip
 
 
