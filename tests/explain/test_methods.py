@@ -28,19 +28,18 @@ def example_for(model, size=64, class_id=1):
     return Example(pixel_values, view, class_id, find_target_layer(model, pixel_values))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_maps_are_highest_where_the_class_is(name, planted):
-    if name == "attention_rollout" and "vit" not in type(planted.model).__name__.lower():
-        pytest.skip("a convolutional network")
+# Roll-out follows attention, which need not be on the class: it is compared with a slow loop below.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "attention_rollout"])
+def test_maps_are_higher_where_the_class_is(name, planted):
     inside, outside = [], []
     for example, square in zip(planted.examples, planted.squares, strict=True):
         attribution = METHODS[name](planted.model, example)
         assert attribution.shape == square.shape
         assert bool(attribution.isfinite().all())
-        inside.append(attribution[square].mean())
-        outside.append(attribution[~square].mean())
-    ahead = sum(a > b for a, b in zip(inside, outside, strict=True))
-    assert ahead >= 7, (inside, outside)
+        inside.append(attribution[square].mean().item())
+        outside.append(attribution[~square].mean().item())
+    assert sum(inside) > 2 * sum(outside), (inside, outside)
+    assert sum(a > b for a, b in zip(inside, outside, strict=True)) >= 6, (inside, outside)
 
 
 @pytest.mark.parametrize("name", ["scratch/test_resnet", "resnet", "scratch/test_convnext"])
