@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_cifar.commands.command import Command, one_run
+from hf_cifar.commands.command import Command, one_run, quieten
 from hf_cifar.config.evaluation import ReportConfig
 
 
@@ -14,6 +14,8 @@ def report(config: ReportConfig, folders: Sequence[str]) -> int:
 
     from hf_cifar.report.page import write_report
 
+    if config.explain:  # loads the model
+        quieten(True)
     print(write_report(folder, config))
     return 0
 

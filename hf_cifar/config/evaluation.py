@@ -9,6 +9,7 @@ from typing import Literal
 from hf_cifar.config.fields import check_fields, option, refuse_both_formats
 from hf_cifar.config.model import refuse_precision_of_exported
 from hf_cifar.config.objects import named
+from hf_cifar.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,16 @@ class ReportConfig:
     check_duplicates: bool = option(
         True, "Look for evaluated images that are in train too, exactly or nearly."
     )
+    explain: int = option(
+        0,
+        "Most confident mistakes for which Grad-CAM shows where the model looked; needs the saved model.",
+        low=0,
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.explain > self.gallery_size:
+            raise UserError(
+                f"--explain is {self.explain}, and the report shows {self.gallery_size} mistakes; pass a "
+                "larger --gallery_size"
+            )

@@ -1,6 +1,7 @@
 """Collect the facts of a report (report.json) and its pictures from the files in a run's folder.
 
-This needs neither the model nor torch. Pictures are read from the run's data set, if it is still available.
+This needs neither the model nor torch, unless mistakes are explained. Pictures are read from the run's data
+set, if it is still available.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from hf_cifar.evaluation.mistakes import (
 )
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.hub.origin import public_name
+from hf_cifar.progress import progress
 from hf_cifar.report.public import public_options
 from hf_cifar.report.wording import role_of
 from hf_cifar.runs.folder import RunFolder
@@ -85,6 +87,7 @@ def build_report(
         "corruptions": RunFolder(folder).corruptions().get(evaluated.split),
         **run_facts(folder, run),
         **galleries(evaluated, config.gallery_size),
+        "explained_errors": None,
     }
     facts["role"] = (
         role_of(evaluated.split, metrics[evaluated.split], facts["options"], run) if run else ""
@@ -96,6 +99,8 @@ def build_report(
     except UserError as error:
         # Only logged: the reason may contain a local path, which must not be in a report.
         logger.warning("the report has no pictures, slices or duplicates: %s", error)
+        if config.explain:
+            raise UserError("--explain needs the images, which are not available") from None
         return Report({**facts, "slices": None, "duplicates": None, "pictures": False})
     facts |= {
         "slices": property_slices(split, evaluated.correct),
@@ -104,6 +109,11 @@ def build_report(
     }
     name_files(split, facts)
     pictures = dict(named_pictures(split, facts))
+    if config.explain:
+        facts["explained_errors"], maps = explained_errors(
+            folder, evaluated, facts["worst_errors"][: config.explain], pictures
+        )
+        pictures |= maps
     if config.check_duplicates:
         train = source.splits.train
         if isinstance(train, Split):
@@ -241,6 +251,43 @@ def named_pictures(split: Split, facts: dict[str, Any]) -> Iterator[tuple[str, n
     """Yield the pictures (name, [H, W, 3] uint8) of all galleries."""
     for row, position in gallery_rows(split, facts):
         yield row["picture"], split.decode(position)
+
+
+def explained_errors(
+    folder: Path,
+    evaluated: Predictions,
+    errors: list[dict[str, Any]],
+    pictures: dict[str, np.ndarray],
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Explain mistakes by Grad-CAM: entries of a gallery with the names of their maps, and the pictures. One
+    map is for the predicted class, and another for the true class.
+
+    Of multi-label data, it is for the class whose probability is furthest from its label.
+    Imports torch. Raises: UserError without a saved model, or one without feature maps.
+    """
+    from hf_cifar.explain.explainer import Explainer
+    from hf_cifar.models.build import load_classifier
+
+    explainer = Explainer(load_classifier(str(folder)), ["grad_cam"], check=False)
+    position_of = {row_id: position for position, row_id in enumerate(evaluated.row_ids.tolist())}
+    rows: list[dict[str, Any]] = []
+    drawn: dict[str, np.ndarray] = {}
+    for row in progress(errors, "explaining mistakes"):
+        position = position_of[row["row_id"]]
+        label, probabilities = evaluated.labels[position], evaluated.probabilities[position]
+        if evaluated.multi_label:
+            classes = [int(np.abs(probabilities - label).argmax())]
+        else:
+            classes = [int(probabilities.argmax()), int(label)]
+        maps = []
+        for class_id in classes:
+            found = explainer.explain(pictures[row["picture"]], class_id)
+            name = f"{row['picture']}/{class_id}"
+            drawn[name] = found.pictures["grad_cam"]
+            maps.append({"label": found.explained, "picture": name})
+        drawn[f"{row['picture']}/input"] = found.pictures["input"]
+        rows.append({**row, "picture": f"{row['picture']}/input", "maps": maps})
+    return rows, drawn
 
 
 def property_slices(split: Split, hits: np.ndarray) -> dict[str, Any]:

@@ -46,18 +46,9 @@ def render_page(report: Report) -> str:
     """Render the page. Every number is in an element that names its place in report.json."""
     facts = report.facts
     metrics = facts["metrics"][facts["split"]]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hf_cifar"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"words": words, "key": pointer_key}
-    return environment.get_template("report.html").render(
-        report=facts,
-        number=lambda place, form="plain": number(facts, place, form),
-        interval=lambda place, form="plain": interval(facts, place, form),
+    return render_template(
+        "report.html",
+        facts,
         pictures={name: picture(image) for name, image in report.pictures.items()},
         curves=[*race_curves(facts["run"].get("race")), *training_curves(facts["history"])],
         race=render_race(facts["run"]),
@@ -66,6 +57,24 @@ def render_page(report: Report) -> str:
         reliability=reliability_diagram(facts),
         matrix_classes=MATRIX_CLASSES,
         skipped=render_skipped(facts["run"], facts["metrics"]),
+    )
+
+
+def render_template(name: str, facts: dict[str, Any], **values: Any) -> str:
+    """Render a template with the facts as `report`, and elements for their numbers."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hf_cifar"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"words": words, "key": pointer_key}
+    return environment.get_template(name).render(
+        report=facts,
+        number=lambda place, form="plain": number(facts, place, form),
+        interval=lambda place, form="plain": interval(facts, place, form),
+        **values,
     )
 
 
@@ -108,11 +117,12 @@ def interval(facts: dict[str, Any], place: str, form: str = "plain") -> Markup:
     return Markup('<span class="interval">[{}, {}]</span>').format(low, high)
 
 
-def picture(image: np.ndarray) -> dict[str, Any]:
-    """Encode a picture [H, W, 3] uint8 for the page: source, and `small` if it should be shown pixelated."""
+def picture(image: np.ndarray, max_side: int = MAX_SIDE) -> dict[str, Any]:
+    """Encode a picture [H, W, 3] uint8 for a page, of at most max_side x max_side pixels: source, and `small`
+    if it should be shown pixelated."""
     shown = Image.fromarray(image)
     small = max(shown.size) <= 64
-    shown.thumbnail((MAX_SIDE, MAX_SIDE))
+    shown.thumbnail((max_side, max_side))
     file = io.BytesIO()
     shown.save(file, "PNG" if small else "JPEG", **({} if small else {"quality": 85}))
     kind = "png" if small else "jpeg"

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,19 +224,6 @@ def test_a_race_is_a_line_for_each_rung():
     assert race_curves(None) == []
     diverged = {"rungs": [{"steps": 20, "rates": [1.0], "losses": [None]}]}
     assert race_curves(diverged) == []
-
-
-@pytest.fixture(scope="session")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    with playwright.sync_playwright() as api:
-        path = next(filter(None, [os.environ.get("CHROMIUM"), *found]), None)
-        if path is None and not Path(api.chromium.executable_path).exists():
-            pytest.skip("no Chromium; install it, or run: playwright install chromium")
-        chromium = api.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
