@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from hf_cifar.config.deployment import CompressConfig, ExportConfig, PruneConfig, QuantizeConfig
 from hf_cifar.config.objects import require_object
@@ -36,14 +37,16 @@ from hf_cifar.models.build import load_classifier
 from hf_cifar.models.exported import PIXEL_VALUES, read_onnx
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.progress import progress
-from hf_cifar.runs.folder import RunFolder, write_json
+from hf_cifar.report import charts
+from hf_cifar.report.page import render_template
+from hf_cifar.runs.folder import RunFolder, write_json, write_text
 from hf_cifar.text import render_table
 
 logger = logging.getLogger(__name__)
 ORIGINAL = "original"
 TARGET_SIZES = (0.5,)  # of pruning
 BATCH = 50
-FACTS_FILE = "compress.json"
+FACTS_FILE, PAGE_FILE = "compress.json", "compress.html"
 # Measured in a process of its own, which does nothing else.
 PEAK_MEMORY = f"""
 import resource, sys
@@ -101,6 +104,7 @@ def compress_run(run: str | Path, config: CompressConfig) -> dict[str, Any]:
         "versions": versions_found, "verdict": text, "chosen": chosen,
     }  # fmt: skip
     write_json(folder / FACTS_FILE, facts)
+    write_text(folder / PAGE_FILE, render_page(facts))
     return facts
 
 
@@ -237,11 +241,11 @@ def peak_megabytes(file: Path, size: tuple[int, int]) -> float | None:
     return int(done.stdout) / units
 
 
-def pareto_front(versions: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the names of the versions that no other one beats in both accuracy and time of an image."""
+def pareto_front(versions: Sequence[dict[str, Any]], batch_size: str = "1") -> list[str]:
+    """Return the names of the versions that no other one beats in both accuracy and time of a batch."""
 
     def place(version: dict[str, Any]) -> tuple[float, float]:
-        return version["validation"]["accuracy"], -version["milliseconds"]["1"]["median"]
+        return version["validation"]["accuracy"], -version["milliseconds"][batch_size]["median"]
 
     return [
         each["name"]
@@ -284,6 +288,32 @@ def _time(version: dict[str, Any]) -> float:
 def _is_worse(version: dict[str, Any]) -> bool:
     found = version["validation"]
     return found["difference"] < 0 and found["mcnemar_p"] < 1 - LEVEL
+
+
+def render_page(facts: dict[str, Any]) -> str:
+    """Render the comparison as a self-contained page; every number names its place in compress.json."""
+    versions, front = facts["versions"], pareto_front(facts["versions"])
+    plots = []
+    for size in ("1", "32"):
+        points = {
+            each["name"]: (
+                each["milliseconds"][size]["median"],
+                each["validation"]["accuracy"],
+                each["validation"]["interval"],
+            )
+            for each in versions
+        }
+        title = f"Accuracy and time of a batch of {size}"
+        labels = (f"milliseconds for a batch of {size}", "accuracy on validation")
+        chosen = front if size == "1" else pareto_front(versions, size)
+        plots.append(Markup(charts.trade_off(title, points, chosen, *labels)))
+    return render_template(
+        "compress.html",
+        facts,
+        plots=plots,
+        front=front,
+        splits=[name for name in ("validation", "test") if name in versions[0]],
+    )
 
 
 def render_comparison(facts: dict[str, Any]) -> str:

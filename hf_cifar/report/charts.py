@@ -95,6 +95,37 @@ def line_chart(
     return _svg(title, described, parts) + (_legend(list(series)) if len(series) > 1 else "")
 
 
+def trade_off(
+    title: str,
+    points: Mapping[str, tuple[float, float, Sequence[float]]],
+    front: Sequence[str],
+    x_label: str,
+    y_label: str,
+) -> str:
+    """Draw named points (x, y, interval of y), with a line through those of the Pareto front.
+
+    x has a logarithmic axis. Points of the front are blue, others orange.
+    """
+    xs = [x for x, _, _ in points.values()]
+    ys = [end for _, _, interval in points.values() for end in interval]
+    axes = LogAxes((0.8 * min(xs), 1.7 * max(xs)), _rounded(*_spread(min(ys), max(ys))))
+    parts = axes.draw(x_label, y_label, log_ticks(min(xs), max(xs)))
+    line = sorted(points[name][:2] for name in front)
+    path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in line)
+    parts.append(f'<polyline class="line series-0" points="{path}"/>')
+    for name, (x, y, (low, high)) in points.items():
+        left, kind = axes.x(x), "series-0" if name in front else "series-1"
+        parts.append(
+            f"<g><title>{escape(name)}: {x:.3g}, {y:.4f} [{low:.4f}, {high:.4f}]</title>"
+            f'<path class="whisker" d="M{left:.1f},{axes.y(low):.1f}V{axes.y(high):.1f}"/>'
+            f'<circle class="dot {kind}" cx="{left:.1f}" cy="{axes.y(y):.1f}" r="4"/>'
+            + _text(left + 7, axes.y(y) + 4, name, "start")
+            + "</g>"
+        )
+    described = "; ".join(f"{name} {x:.3g}, {y:.4f}" for name, (x, y, _) in points.items())
+    return _svg(title, f"{described}; the front: {', '.join(front)}", parts)
+
+
 def reliability_diagram(title: str, bins: Sequence[Mapping[str, float]]) -> str:
     """Draw accuracy against confidence. bins: low, high, num_images, accuracy, confidence, 0..1.
 
