@@ -102,7 +102,7 @@ def recovered(values: Mapping[str, list[float]], name: str) -> float:
     return round((float(np.mean(values[name])) - noisy) / (clean - noisy), 3)
 
 
-def compare(clean: DatasetDict, model: str, seeds: int, output: Path | None) -> None:
+def compare(clean: DatasetDict, model: str, seeds: int, output: Path | None = None) -> None:
     """Run all variants with every seed, and record accuracies, the share recovered, precision and recall."""
     found = [measure_seed(clean, model, seed) for seed in range(seeds)]
     values = {name: [each[name] for each in found] for name in VARIANTS}

@@ -6,6 +6,7 @@ python -m benchmarks.race --dataset_name DATA [--models article_cnn] [--data dig
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 import time
@@ -149,9 +150,12 @@ def measure(model: str, data: str, options: argparse.Namespace) -> None:
         picks: dict[str, Any] = {"default": default, "race": race.config.train.learning_rate}
         picks |= range_test(config, source, default)
         sweep = rates_around(default, NUM_RATES, FACTORS[NUM_RATES])
+        known = known_runs(f"race: {model}, {data}", given, options.reuse)
         found: dict[float, dict[str, float]] = {}
         for rate in sorted({*sweep, *picks.values()}):
-            found[rate] = accuracies(config, source, rate, Path(folder, f"{rate:g}"))
+            found[rate] = known.get(f"{rate:g}") or accuracies(
+                config, source, rate, Path(folder, f"{rate:g}")
+            )
             print(f"race, {model}, {data}: {rate:g} {found[rate]}", flush=True)
     best = {split: max(found[rate][split] for rate in sweep) for split in ("validation", "test")}
     record = {
@@ -162,6 +166,7 @@ def measure(model: str, data: str, options: argparse.Namespace) -> None:
         },
         "ratios": {}, "picks": picks, "race": race.race, "race_seconds": round(seconds, 1),
         "sweep": {f"{rate:g}": found[rate] for rate in sweep},
+        "runs": {f"{rate:g}": each for rate, each in found.items()},
         "best": best, "loss": {
             name: {split: round(best[split] - found[rate][split], 4) for split in best}
             for name, rate in picks.items()
@@ -169,6 +174,18 @@ def measure(model: str, data: str, options: argparse.Namespace) -> None:
     }  # fmt: skip
     write({**record, **conditions()}, options.output)
     print(f"race, {model}, {data}: picks {picks}, below the best {record['loss']}", flush=True)
+
+
+def known_runs(
+    benchmark: str, options: dict[str, object], records: Path | None
+) -> dict[str, dict[str, float]]:
+    """Return the accuracies of complete runs with these options by learning rate, from a file of records."""
+    lines = records.read_text().splitlines() if records else []
+    found: dict[str, dict[str, float]] = {}
+    for record in map(json.loads, lines):
+        if record["benchmark"] == benchmark and record["options"] == options:
+            found |= record["sweep"] | record.get("runs", {})
+    return found
 
 
 def accuracies(
@@ -195,6 +212,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, help="default: 5 for CIFAR-10, 10 for digits")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path, help="folder for the JSON lines")
+    parser.add_argument("--reuse", type=Path, help="records whose complete runs are not repeated")
     options = parser.parse_args()
     disable_progress_bars()
     quieten(True)

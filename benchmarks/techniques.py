@@ -27,11 +27,11 @@ CNN, HEAD, ALL = "article_cnn", "efficientnet_lite0, head", "efficientnet_lite0,
 MODELS: dict[str, Options] = {
     CNN: {
         "model_name_or_path": "scratch/article_cnn", "num_train_epochs": 10,
-        "per_device_train_batch_size": 64,
+        "per_device_train_batch_size": 64, "learning_rate": 1e-3,
     },
     HEAD: {
         "model_name_or_path": "bundled/efficientnet_lite0", "freeze": "backbone", "image_size": 96,
-        "num_train_epochs": 10, "max_eval_samples": 2500,
+        "num_train_epochs": 10, "max_eval_samples": 2500, "learning_rate": 1.41e-3,
     },
     ALL: {
         "model_name_or_path": "bundled/efficientnet_lite0", "image_size": 64, "num_train_epochs": 3,
@@ -135,6 +135,11 @@ def named(option: str, *values: object) -> dict[str, Options]:
     return {str(value): {option: value} for value in values}
 
 
+# Learning rates of the comparison of optimisers.
+RATES = {
+    "adamw_torch": 1e-3, "adam": 2e-3, "rmsprop": 1e-3, "adagrad": 0.01, "lion": 1e-3, "muon": 5e-3,
+    "sgd": 0.2,
+}  # fmt: skip
 SMALL = {"max_train_samples": 5000}
 TECHNIQUES: dict[str, Technique] = {
     "imbalance": Technique(
@@ -151,11 +156,12 @@ TECHNIQUES: dict[str, Technique] = {
     ),
     "optimiser": Technique(
         {
-            **named("optim", "adamw_torch", "adam", "rmsprop", "adagrad", "lion", "muon", "sgd"),
+            **{name: {"optim": name, "learning_rate": rate} for name, rate in RATES.items()},
             "sgd, Nesterov momentum": {
-                "optim": "sgd", "optim_args": "momentum=0.9,nesterov=true",
+                "optim": "sgd", "optim_args": "momentum=0.9,nesterov=true", "learning_rate": 0.02,
             },
         },
+        models=(CNN,),
         options=SMALL,
     ),
     "schedule": Technique(

@@ -122,9 +122,20 @@ def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Pre
             "no temperature: %s has no linear layer that gives its logits", type(model).__name__
         )
         return validation
-    name = calibrated.outcome.calibration_metric
-    before, after = (each.outcome.metric(name) for each in (validation, calibrated))
-    logger.info("%s: %s on validation %.4f, before %.4f", change, words(name), after, before)
+
+    def values(name: str) -> tuple[float, float]:
+        after, before = (each.outcome.metric(name) or 0.0 for each in (calibrated, validation))
+        return after, before
+
+    name, reason = calibrated.outcome.calibration_metric, ""
+    after, before = values(name)
+    if name == "ece" and after > before:
+        reason = "; the fitted cross-entropy is {:.4f}, before {:.4f}".format(
+            *values("cross_entropy")
+        )
+    logger.info(
+        "%s: %s on validation %.4f, before %.4f%s", change, words(name), after, before, reason
+    )
     return calibrated
 
 

@@ -236,7 +236,13 @@ def images_a_step(train: TrainingConfig, processes: Processes) -> int:
 def images_an_epoch(split: Split | Stream, train: TrainingConfig) -> int:
     """Return the number of images of an epoch, which over- and under-sampling change."""
     sampler = build_sampler(split, train)
-    return len(split) if sampler is None else len(sampler)
+    if sampler is None:
+        return len(split)
+    logger.info(
+        "--class_balance %s: an epoch has %s images, %s of each class, instead of %s",
+        train.class_balance, f"{len(sampler):,}", f"{sampler.draws:,}", f"{len(split):,}",
+    )  # fmt: skip
+    return len(sampler)
 
 
 def settle_epochs(config: RunConfig, num_images: int, processes: Processes) -> float:

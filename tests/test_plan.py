@@ -45,7 +45,8 @@ def test_settled_options_are_saved_and_logged(tmp_path, stripes, caplog):
 
 
 @pytest.mark.parametrize("balance", ["undersample", "oversample"])
-def test_the_number_of_epochs_is_for_the_images_that_are_drawn(balance, tmp_path, stripes):
+def test_the_number_of_epochs_is_for_the_images_that_are_drawn(balance, tmp_path, stripes, caplog):
+    caplog.set_level("INFO", logger="hf_cifar")
     config = tiny_config(
         tmp_path / "run", stripes, "scratch/article_mlp", "--imbalance_factor", "8",
         "--class_balance", balance,
@@ -54,6 +55,10 @@ def test_the_number_of_epochs_is_for_the_images_that_are_drawn(balance, tmp_path
     counts = class_counts(train.labels, 2)
     drawn = images_an_epoch(train, config.train)
     assert drawn == 2 * (counts.min() if balance == "undersample" else counts.max())
+    assert (
+        f"--class_balance {balance}: an epoch has {drawn} images, {drawn // 2} of each"
+        in caplog.text
+    )
 
 
 def test_data_that_cannot_be_balanced_are_refused_before_images_are_read(tmp_path, lights, shards):

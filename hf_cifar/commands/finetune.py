@@ -9,6 +9,7 @@ from hf_cifar.commands.command import Command, open_source, quieten
 from hf_cifar.config.command_line import inherited_parser, parse, wants_help
 from hf_cifar.config.run import CONFIGS, RunConfig
 from hf_cifar.models.names import check_model_name
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process
 from hf_cifar.runs.resume import check_folder
 
@@ -64,10 +65,14 @@ def print_help(*, everything: bool) -> None:
 
 def render_summary(result: RunResult) -> str:
     """Render the summary of a run: metrics, folder, and the code that loads the model."""
-    from hf_cifar.config.metrics import shown
+    from hf_cifar.config.metrics import METRICS, shown
     from hf_cifar.evaluation.tables import render_chosen
 
-    names = ("num_images", *shown("headline", result.metrics["validation"]))
+    names = ["num_images", *shown("headline", result.metrics["validation"])]
+    options = RunFolder(result.output_dir).options()
+    chosen = str(options["metric_for_best_model"]).removeprefix("eval_")
+    if chosen in METRICS and chosen not in names:
+        names.insert(2, chosen)
     return f"""{render_chosen(result.metrics, names)}
 
 model: {result.output_dir}

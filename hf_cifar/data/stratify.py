@@ -50,7 +50,15 @@ def long_tail(split: Split, factor: float, seed: int) -> Split:
     num_classes = len(split.id2label)
     most = len(split) / num_classes
     exponents = np.arange(num_classes) / max(1, num_classes - 1)
-    return _first_of_each(split, np.maximum(1, (most * factor**-exponents).astype(int)), seed)
+    tail = _first_of_each(split, np.maximum(1, (most * factor**-exponents).astype(int)), seed)
+    counts = class_counts(tail.labels, num_classes)
+    logger.info(
+        "--imbalance_factor %g: %s of %s training images, from %s of %r to %s of %r",
+        factor, f"{len(tail):,}", f"{len(split):,}",
+        f"{counts.max():,}", split.id2label[int(counts.argmax())],
+        f"{counts.min():,}", split.id2label[int(counts.argmin())],
+    )  # fmt: skip
+    return tail
 
 
 def few_shot(split: Split, shots: int | None, seed: int) -> Split:

@@ -316,3 +316,15 @@ def announce(doubted: np.ndarray, train: Split, option: str) -> None:
         option, f"{len(doubted):,}", f"{len(train):,}", 100 * len(doubted) / len(train),
         f" (label -> suggested label): {shown}" if pairs else "",
     )  # fmt: skip
+    before = class_counts(train.labels, len(train.id2label))
+    lost = class_counts(doubted[:, 1], len(train.id2label))
+    emptied = [
+        f"{train.id2label[label]} ({lost[label]:,} of {before[label]:,})"
+        for label in np.flatnonzero(lost > before / 2).tolist()
+    ]
+    if emptied:
+        logger.warning(
+            "--clean_labels %s: these classes lose more than half of their images: %s; rare classes are "
+            "doubted wrongly more often, so look at doubted_rows in run.json",
+            option, listed(emptied, SHOWN_CLASSES),
+        )  # fmt: skip

@@ -223,6 +223,20 @@ def decay_learning_rates(
     optimizer.param_groups[:] = groups
 
 
+def trainer_optimizer(
+    args: TrainingArguments, model: nn.Module
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Return an optimiser of transformers and its options.
+
+    Raises: ValueError for an argument that one of torch does not take; the Trainer would ignore it.
+    """
+    build, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    unknown = parse_arguments(args.optim_args).keys() - options.keys()
+    if unknown and optimizer_name(args) in OF_TORCH:
+        raise ValueError(f"it does not take {', '.join(sorted(unknown))}")
+    return build, options
+
+
 def timm_optimizer(
     args: TrainingArguments, model: nn.Module
 ) -> tuple[type[Optimizer], dict[str, Any]]:
@@ -265,9 +279,11 @@ def parse_arguments(text: str | None) -> dict[str, Any]:
     return found
 
 
+# Optimisers of torch, whose arguments the Trainer picks by name.
+OF_TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 # Functions of the arguments and the model, with the result of `optimizer_class`.
 OPTIMIZERS: dict[str, Callable[..., tuple[type[Optimizer], dict[str, Any]]]] = {
-    name: Trainer.get_optimizer_cls_and_kwargs if name in tuple(OptimizerNames) else timm_optimizer
+    name: trainer_optimizer if name in tuple(OptimizerNames) else timm_optimizer
     for name in get_args(config.Optimizer)
 }
 # Optimisers by their update rule. Others have no known rate.

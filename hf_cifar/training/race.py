@@ -31,6 +31,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_cifar.config.model import SCRATCH, ModelConfig
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.splits import Splits
 from hf_cifar.data.stratify import representative_rows
@@ -58,10 +59,13 @@ BUDGET, FORWARD = 0.1, 1 / 3
 FACTORS = {9: 2.5, 7: 3.0, 5: 4.0, 3: 4.0}
 # Without a default, this many learning rates race around a guess.
 WIDE_FACTORS, GUESS = {9: 5.0}, 3e-3
-MIN_STEPS = 10  # of the first rung
-# The best learning rate falls with the length of a run, by this power of the number of steps, so a short run
-# uses a higher one than the run that it imitates. Bjorck et al., Scaling Optimal LR Across Token Horizons,
-# 2024, find 0.32 for language models; 0.2 fitted two small runs here.
+# Fewest steps of the first rung. In 20 steps, two of five networks here learned nothing, and one preferred a
+# learning rate that is much too low for the run. Without a default, an uncertain choice is better than none.
+MIN_STEPS, MIN_STEPS_WITHOUT_DEFAULT = 40, 10
+# For new weights, the best learning rate falls with the length of a run, by this power of the number of
+# steps, so a short run uses a higher one than the run that it imitates. Bjorck et al., Scaling Optimal LR
+# Across Token Horizons, 2024, find 0.32 for language models; 0.2 fitted two small runs here. It misled a race
+# of EfficientNet-Lite0 with a fitted head, where the best rate of 100 steps is not above that of 800.
 HORIZON = 0.2
 # Validation images that rank the rates: as many as this share of the budget pays for, within these bounds.
 JUDGING_SHARE, JUDGING_IMAGES = 0.2, (50, 500)
@@ -161,10 +165,15 @@ def cost(rungs: list[Rung], batch: int, num_images: int) -> float:
 
 
 def affordable_race(
-    run_steps: int, batch: int, num_validation: int, fields: Iterable[int] = FACTORS
+    run_steps: int,
+    batch: int,
+    num_validation: int,
+    fields: Iterable[int] = FACTORS,
+    min_steps: int = MIN_STEPS,
 ) -> tuple[list[Rung], int]:
     """Return the rungs of the largest of `fields` that costs at most a tenth of the run, with as many steps
-    as that allows, and the number of validation images per evaluation; no rungs if all are too expensive."""
+    as that allows, and the number of validation images per evaluation; no rungs if all are too expensive.
+    min_steps: of the first rung."""
     budget = BUDGET * run_steps * batch
     for field in sorted(fields, reverse=True):
         image = cost(rungs_of(field, 0), batch, 1)  # in all evaluations
@@ -172,7 +181,7 @@ def affordable_race(
         fewest, most = JUDGING_IMAGES
         num_images = min(num_validation, most, max(fewest, int(JUDGING_SHARE * budget / image)))
         steps = math.floor((budget - num_images * image) / step)
-        if steps >= MIN_STEPS:
+        if steps >= min_steps:
             return rungs_of(field, steps), num_images
     return [], 0
 
@@ -198,23 +207,28 @@ def race_rates(
     Raises: UserError if the run is too short and there is no default; Stopped.
     """
     check_race(plan.config)
-    center, factors = (default, FACTORS) if default else (GUESS, WIDE_FACTORS)
+    center, factors, min_steps = default or GUESS, FACTORS, MIN_STEPS
+    if default is None:
+        factors, min_steps = WIDE_FACTORS, MIN_STEPS_WITHOUT_DEFAULT
     with tempfile.TemporaryDirectory(prefix="hf_cifar-race-") as folder, unchanged(model):
         short = replace(plan, config=short_run(plan.config, folder, center))
         trainer = build_trainer(model, image_processor, splits, short, Sprinter)
         assert isinstance(trainer, Sprinter)
         trainer.evaluation_loss = balanced_cross_entropy(model, splits.train, plan.config.train)
+        trainer.horizon = horizon_of(plan.config.model)
         batch = trainer.get_total_train_batch_size(trainer.args)
         labels = splits.validation.labels
-        rungs, num_images = affordable_race(trainer.run_steps, batch, len(labels), factors)
+        rungs, num_images = affordable_race(
+            trainer.run_steps, batch, len(labels), factors, min_steps
+        )
         if not rungs:
-            explain_no_race(trainer.run_steps, min(factors), default)
+            explain_no_race(trainer.run_steps, min(factors), min_steps, default)
             return None
         trainer.judged_by(representative_rows(labels, num_images, plan.config.train.seed).tolist())
         share = cost(rungs, batch, num_images) / (trainer.run_steps * batch)
         count = rungs[0].num_rates
         rates = rates_around(center, count, factors[count])
-        announce(rates, rungs, share, num_images, boost(trainer.run_steps, rungs[0].steps))
+        announce(rates, rungs, share, num_images, trainer.boost(rungs[0].steps))
         results: list[RungResult] = []
         for rung in rungs:
             if results:
@@ -231,9 +245,9 @@ def race_rates(
     return race
 
 
-def explain_no_race(run_steps: int, few: int, default: float | None) -> None:
+def explain_no_race(run_steps: int, few: int, min_steps: int, default: float | None) -> None:
     """Log why the default learning rate is used. Raises: UserError if there is none."""
-    reason = f"a tenth of {run_steps:,} steps is too short to race {few} rates for {MIN_STEPS} steps each"
+    reason = f"a tenth of {run_steps:,} steps is too short to race {few} rates for {min_steps} steps each"
     if default is None:
         raise UserError(
             f"--learning_rate auto: {reason}, and there is no default learning rate; pass a number"
@@ -241,21 +255,23 @@ def explain_no_race(run_steps: int, few: int, default: float | None) -> None:
     logger.info("learning rate: the default %g, because %s", default, reason)
 
 
-def boost(run_steps: int, steps: int) -> float:
-    """Return the factor by which a short run of `steps` steps raises the learning rate."""
-    return (run_steps / steps) ** HORIZON
+def horizon_of(model: ModelConfig) -> float:
+    """Return the power of the length of a run with which its best learning rate falls, see HORIZON."""
+    new = model.model_name_or_path.startswith(SCRATCH) or model.freeze == "backbone"
+    return HORIZON if new else 0.0
 
 
 def announce(
     rates: list[float], rungs: list[Rung], share: float, num_images: int, factor: float
 ) -> None:
-    """Log learning rates, rungs and cost before the race. factor: of the first rung, see `boost`."""
+    """Log learning rates, rungs and cost before the race. factor: of the first rung, see `Sprinter.boost`."""
     shown = ", then ".join(f"{each.num_rates} for {each.steps} steps" for each in rungs)
     fewer = "" if len(rates) == max(FACTORS) else f" (a longer run would race {max(FACTORS)})"
     logger.info(
         "learning rate: racing %d rates from %g to %g%s: %s, ranked by the loss on %d validation images; the "
-        "race costs %.1f%% of the training; short runs use higher rates, %.1f times in the first rung",
-        len(rates), rates[0], rates[-1], fewer, shown, num_images, 100 * share, factor,
+        "race costs %.1f%% of the training%s",
+        len(rates), rates[0], rates[-1], fewer, shown, num_images, 100 * share,
+        f"; short runs use higher rates, {factor:.1f} times in the first rung" if factor > 1 else "",
     )  # fmt: skip
 
 
@@ -274,10 +290,11 @@ def short_run(config: RunConfig, folder: str, rate: float) -> RunConfig:
 class Sprinter(ImageClassificationTrainer):
     """A Trainer of short runs that start from the same weights and save nothing.
 
-    run_steps: steps of the complete run, whose schedule each short run compresses.
+    run_steps: steps of the complete run, whose schedule each short run compresses. horizon: see HORIZON.
     """
 
     eval_dataset: Any
+    horizon = HORIZON
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -290,6 +307,10 @@ class Sprinter(ImageClassificationTrainer):
         *_, self.run_steps = self.set_initial_training_values(
             self.args, self.get_train_dataloader()
         )
+
+    def boost(self, steps: int) -> float:
+        """Return the factor by which a short run of `steps` steps raises the learning rate."""
+        return (self.run_steps / steps) ** self.horizon
 
     def judged_by(self, rows: list[int]) -> None:
         """Evaluate only on these rows of the validation images."""
@@ -310,7 +331,7 @@ class Sprinter(ImageClassificationTrainer):
         """Train for `steps` steps to imitate the run at a learning rate; return the validation loss, or
         infinity."""
         self.args.max_steps = steps
-        self.args.learning_rate = rate * boost(self.run_steps, steps)
+        self.args.learning_rate = rate * self.boost(steps)
         model = self.classifier
         with unchanged(model):
             set_seed(self.args.seed)  # the same batches, augmentation and dropout for each rate

@@ -72,12 +72,17 @@ def test_the_chosen_rows_never_change():
         assert hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()[:16] == digest
 
 
-def test_a_long_tail_has_the_sizes_of_cifar_10_lt(save, make_rows):
+def test_a_long_tail_has_the_sizes_of_cifar_10_lt(save, make_rows, caplog):
+    caplog.set_level("INFO", logger="hf_cifar")
     rows = make_rows([i % 10 for i in range(1000)], ClassLabel(num_classes=10))
     folder = save(train=rows, validation=rows.select(range(10)))
     splits = load_splits(config(folder, imbalance_factor=100))
     counts = np.bincount(splits.train.labels)
     assert counts.tolist() == [int(100 * 0.01 ** (i / 9)) for i in range(10)]
+    assert (
+        "--imbalance_factor 100: 242 of 1,000 training images, from 100 of '0' to 1 of '8'"
+        in caplog.text
+    )
     assert np.array_equal(splits.train.row_ids, np.sort(splits.train.row_ids))
     milder = load_splits(config(folder, imbalance_factor=10))
     assert set(splits.train.row_ids) < set(milder.train.row_ids)

@@ -18,7 +18,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluate import evaluate_saved
 from hf_cifar.finetune import prepare_images
 from hf_cifar.report.page import write_report
-from hf_cifar.training.cleaning import FOLDS, assign_folds, clean_labels
+from hf_cifar.training.cleaning import FOLDS, announce, assign_folds, clean_labels
 
 CNN = ["--image_size", "32", "--num_train_epochs", "6", "--learning_rate", "2e-3"]
 STEPS = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2"]
@@ -200,6 +200,19 @@ def test_folds_are_stratified_and_small_classes_are_not_checked(tmp_path, caplog
     assert (fold_of[train.labels == 2] == -1).all()
     assert "1 of 3 classes have fewer than 5 training images, and are not checked: 2" in caplog.text
     assert not np.array_equal(fold_of, assign_folds(train, seed=1))
+
+
+def test_a_class_that_loses_most_of_its_images_is_named(tmp_path, caplog):
+    images, _ = drawn(53, 0)
+    labels = np.repeat([0, 1, 2], [30, 17, 6])
+    config = tiny_config(tmp_path, "unused", "unused").with_options(
+        dataset_name={"train": (images, labels), "validation": (images, labels)}
+    )
+    train = load_splits(config.data).train
+    rare, common = (np.flatnonzero(train.labels == label) for label in (2, 1))
+    doubted = [(train.row_ids[row], train.labels[row], 0) for row in (*rare[:4], *common[:8])]
+    announce(np.array(doubted), train, "drop")
+    assert "these classes lose more than half of their images: 2 (4 of 6); rare" in caplog.text
 
 
 def test_a_small_class_keeps_its_rows(tmp_path, planted, tiny_vit):

@@ -293,6 +293,12 @@ def test_arguments_of_optimisers_are_parsed_and_checked(tmp_path):
     args.optim, args.optim_args = "lion", "momentum=0.5"
     with pytest.raises(ValueError, match="does not take momentum"):
         build_optimizer(vit(), args)
+    args = TrainingArguments(output_dir=tmp_path, learning_rate=0.1, use_cpu=True)
+    for args.optim, args.optim_args in (("sgd", "momentun=0.9"), ("adamw_torch", "momentum=0.9")):
+        with pytest.raises(ValueError, match="does not take momentu"):
+            build_optimizer(vit(), args)
+    args.optim, args.optim_args = "sgd", "momentum=0.9,nesterov=true"
+    assert build_optimizer(vit(), args).defaults["nesterov"] is True
 
 
 def test_l1_decay_moves_weights_towards_zero(tmp_path):

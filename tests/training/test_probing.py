@@ -170,8 +170,11 @@ def test_a_stream_starts_from_a_random_head(tmp_path, shards, caplog):
     assert has_new_head(trainer.model)
 
 
-def test_a_race_starts_from_the_fitted_head_and_the_run_does_too(tmp_path, stripes, caplog):
+def test_a_race_starts_from_the_fitted_head_and_the_run_does_too(
+    tmp_path, stripes, caplog, monkeypatch
+):
     """The short runs leave the model as it was, so that the run itself fits the head again."""
+    monkeypatch.setattr("hf_cifar.training.race.MIN_STEPS", 10)
     flags = ["--image_size", "32", "--learning_rate", "auto", "--max_steps", "400"]
     with caplog.at_level(logging.INFO):
         trainer = tiny_trainer(

@@ -12,7 +12,7 @@ import yaml
 from tiny import tiny_config, tiny_run
 from transformers import TrainingArguments
 
-from hf_cifar import build_model, load_splits, plan_run
+from hf_cifar import ModelConfig, build_model, load_splits, plan_run
 from hf_cifar.errors import UserError
 from hf_cifar.runs.signals import Stopped
 from hf_cifar.training import race
@@ -25,6 +25,7 @@ from hf_cifar.training.race import (
     affordable_race,
     compressed_schedule,
     cost,
+    horizon_of,
     rates_around,
     rungs_of,
     short_run,
@@ -33,6 +34,12 @@ from hf_cifar.training.schedules import build_schedule
 
 LONG = ["--max_steps", "400", "--learning_rate", "auto", "--precision", "fp32"]
 QUIET = ["--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+
+
+@pytest.fixture(autouse=True)
+def _short_races(monkeypatch):
+    """Let runs of 400 steps race."""
+    monkeypatch.setattr(race, "MIN_STEPS", 10)
 
 
 def built(config):
@@ -60,14 +67,20 @@ def test_the_worse_half_is_dropped_and_the_others_run_twice_as_long(num_rates, e
     assert rungs_of(num_rates, 5) == expected
 
 
+def test_the_first_rung_has_forty_steps_or_there_is_no_race():
+    """A tenth of 1,630 steps of 8 images is 1,304; 3 evaluations of 144 images leave 48 steps for 3 rates."""
+    assert affordable_race(1630, 8, 144) == ([(3, 48)], 144)
+    assert affordable_race(1300, 8, 144) == ([], 0)
+
+
 def test_a_race_is_as_long_as_a_tenth_of_the_run_allows():
     """By hand: 6,250 steps of 64 images have a tenth of 40,000. Fifteen evaluations of 500 images, of which
     each counts a third, leave 37,500, and 25 times the first rung's steps of 64 images fit 23 times."""
-    assert affordable_race(6250, 64, 5000) == ([(9, 23), (4, 46), (2, 92)], 500)
+    assert affordable_race(6250, 64, 5000, min_steps=10) == ([(9, 23), (4, 46), (2, 92)], 500)
     assert cost(rungs_of(9, 23), 64, 500) == pytest.approx(25 * 23 * 64 + 15 * 500 / 3)
     # A tenth of 1,304 steps of 8 images: 1,043.2. A fifth pays for 89 images in 7 evaluations, and the rest,
     # 835.5, for 11 times 9 steps.
-    assert affordable_race(1304, 8, 144) == ([(5, 11), (2, 22)], 89)
+    assert affordable_race(1304, 8, 144, min_steps=10) == ([(5, 11), (2, 22)], 89)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64, 512])
@@ -76,7 +89,9 @@ def test_a_race_never_costs_more_than_a_tenth(batch, num_validation):
     fewest = min(num_validation, race.JUDGING_IMAGES[0])
     raced = set()
     for run_steps in [*range(1, 9000, 37), 10**5]:
-        rungs, num_images = affordable_race(run_steps, batch, num_validation)
+        rungs, num_images = affordable_race(
+            run_steps, batch, num_validation, min_steps=race.MIN_STEPS
+        )
         budget = run_steps * batch / 10
         shortest = {
             field: cost(rungs_of(field, race.MIN_STEPS), batch, fewest) for field in FACTORS
@@ -206,6 +221,14 @@ def test_short_runs_use_higher_rates_than_the_run_that_they_imitate(tmp_path, st
     for steps, factor in ((10, 2.0), (320, 1.0)):  # 32 to the power of 0.2
         trainer.loss_of(1e-3, steps)
         assert trainer.args.learning_rate == pytest.approx(1e-3 * factor)
+    trainer.horizon = 0.0
+    assert trainer.boost(10) == 1.0
+
+
+def test_only_new_weights_have_a_horizon():
+    assert horizon_of(ModelConfig("scratch/article_cnn")) == race.HORIZON
+    assert horizon_of(ModelConfig("bundled/efficientnet_lite0", freeze="backbone")) == race.HORIZON
+    assert horizon_of(ModelConfig("bundled/efficientnet_lite0")) == 0.0
 
 
 def test_all_rates_diverge(tmp_path, stripes, monkeypatch):
