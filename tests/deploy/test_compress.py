@@ -1,6 +1,8 @@
 """hf_cifar.deploy.compress: versions of a run, compared on validation, with a verdict."""
 
+import html
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from hf_cifar.deploy.compress import (
 )
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.report.page import look_up, render_value
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("torch_pruning")
@@ -58,6 +61,10 @@ def test_a_run_is_compared_with_its_versions_and_other_runs(tmp_path, stripes, t
     for each in facts["versions"]:
         assert (folder / each["file"]).is_file() and 20 < each["peak_megabytes"] < 2000
         assert 0 < each["milliseconds"]["1"]["low"] <= each["milliseconds"]["1"]["median"]
+    page = (folder / "compress.html").read_text()
+    for place, text in re.findall(r'<data value="([^"]+)"[^>]*>([^<]*)</data>', page):
+        assert text == render_value(look_up(facts, place), "plain"), place
+    assert facts["verdict"] in html.unescape(page) and page.count("<svg") == 2
     text = render_comparison(facts)
     assert facts["verdict"] in text and "left out: pruned to 0.01" in text
     with pytest.raises(UserError, match="is not empty"):

@@ -12,6 +12,7 @@ from hf_cifar.report.charts import (
     reliability_diagram,
     thinned,
     ticks,
+    trade_off,
 )
 
 BINS = [
@@ -93,6 +94,32 @@ def test_bars_have_lengths_of_their_values_and_whiskers():
     assert bars[0] == pytest.approx(bars[1] / 2, abs=0.1)
     assert len([p for p in elements(svg, "path") if p.get("class") == "whisker"]) == 1
     assert elements(svg, "desc")[0].text == "lowest cat 0.500, highest dog 1.000"
+
+
+def test_a_trade_off_shows_every_point_and_joins_the_front():
+    points = {
+        "original": (4.0, 0.9, [0.88, 0.92]),
+        "int8": (1.0, 0.89, [0.87, 0.91]),
+        "slow": (8.0, 0.8, [0.7, 0.9]),
+    }
+    svg = trade_off("Accuracy and time", points, ["original", "int8"], "ms", "accuracy")
+    dots = {
+        title.text.partition(":")[0]: dot
+        for title, dot in zip(elements(svg, "title")[1:], elements(svg, "circle"), strict=True)
+    }
+    assert [dots[name].get("class") for name in points] == [
+        "dot series-0",
+        "dot series-0",
+        "dot series-1",
+    ]
+    places = {name: (float(dot.get("cx")), float(dot.get("cy"))) for name, dot in dots.items()}
+    assert places["int8"][0] < places["original"][0] < places["slow"][0]
+    assert places["original"][1] < places["int8"][1] < places["slow"][1]
+    (line,) = elements(svg, "polyline")
+    assert line.get("points") == " ".join(
+        f"{x},{y}" for x, y in (places["int8"], places["original"])
+    )
+    assert len([each for each in elements(svg, "path") if each.get("class") == "whisker"]) == 3
 
 
 def test_only_many_points_are_averaged():
