@@ -208,7 +208,7 @@ def test_two_processes_end_with_the_weights_of_one_with_a_technique(
 
 def test_two_processes_race_together(tmp_path, stripes, tiny_vit):
     """All train with the rate that the first one chooses, and end with the bits of a run with that rate."""
-    flags = ("--max_steps", "400", "--save_strategy", "no", "--eval_strategy", "no")
+    flags = ("--max_steps", "1250", "--save_strategy", "no", "--eval_strategy", "no")
     flags += ("--load_best_model_at_end", "false", "--precision", "fp32", "--learning_rate")
     raced = launch(tmp_path / "raced", stripes, tiny_vit, 2, *flags, "auto")
     assert raced.returncode == 0, raced.stderr

@@ -28,18 +28,20 @@ OPTIONS = [
 RUNS = {
     "cnn": [
         "images", "scratch/article_cnn", "--rotation", "10", "--color_jitter", "0.2", "--mixup_alpha", "0.4",
-        "--random_erasing", "0.25", "--ema_decay", "0.9",
+        "--random_erasing", "0.25", "--ema_decay", "0.9", "--learning_rate", "3.54e-4",
     ],
     "vit": [
         "images", "vit", "--crop_scale", "0.5", "--auto_augment", "trivial_augment", "--layer_decay", "0.7",
         "--gradient_accumulation_steps", "2", "--metric_for_best_model", "cross_entropy",
         "--probe_images", "0",  # a solved head differs more between processors
     ],
-    "frozen": ["images", "vit", "--freeze", "backbone", "--feature_views", "2"],
+    "frozen": [
+        "images", "vit", "--freeze", "backbone", "--feature_views", "2", "--learning_rate", "7.07e-4",
+    ],
     "multi_label": ["lights", "resnet", "--cutmix_alpha", "1", "--probe_images", "0"],
     "stream": [
         "shards", "scratch/article_cnn", "--streaming", "--max_eval_samples", "12",
-        "--dataloader_num_workers", "2", "--load_best_model_at_end", "false",
+        "--dataloader_num_workers", "2", "--load_best_model_at_end", "false", "--learning_rate", "3.54e-4",
     ],
 }  # fmt: skip
 STOPS = {"cnn": 13, "vit": 7}  # steps in mid-epoch, of 18 and 10
