@@ -9,15 +9,17 @@ from hf_cifar.errors import UserError
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import `module`, or report which extra of hf_cifar installs it.
+    """Import `module`, or report which extra of hf_cifar installs its package.
 
     Raises: UserError if the module is not installed.
     """
+    package = module.partition(".")[0]
     try:
-        return importlib.import_module(module)
+        importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
+        if error.name != package:
             raise
         raise UserError(
-            f"{module} is not installed; run: pip install 'hf-cifar[{extra}]'"
+            f"{package} is not installed; run: pip install 'hf-cifar[{extra}]'"
         ) from None
+    return importlib.import_module(module)

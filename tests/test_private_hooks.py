@@ -51,7 +51,7 @@ OTHER_NAMES = {
     "_internal_call": lambda: "_internal_call" in inspect.signature(Trainer.save_model).parameters,
     "_supports_sdpa": lambda: PreTrainedModel._supports_sdpa is False,
 }
-NAMED_TUPLE_METHODS = {"_asdict", "_replace"}  # which collections documents
+NAMED_TUPLE_METHODS = {"_asdict", "_fields", "_replace"}  # which collections documents
 
 
 def is_private(name):

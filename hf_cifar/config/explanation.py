@@ -31,7 +31,7 @@ class ExplainConfig:
     )
     sanity: bool = option(
         True,
-        "Check each map: does it change with randomised weights, and does it rank pixels better than chance?",
+        "Check whether each map changes with randomised weights, and ranks pixels better than chance.",
     )
     output_dir: str | None = option(
         None, "Folder of the page and the pictures; default: explanations in the run's folder."

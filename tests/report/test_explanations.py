@@ -134,7 +134,7 @@ def test_other_files_are_not_replaced(cnn_run, digit, tmp_path, capsys):
 
 def test_without_captum_the_error_names_the_extra(cnn_run, digit, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "captum", None)
-    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    monkeypatch.delitem(sys.modules, "captum.attr", raising=False)
     argv = ["explain", str(cnn_run), str(digit), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     assert main(argv) == 2
     assert "run: pip install 'hf-cifar[explain]'" in capsys.readouterr().err
