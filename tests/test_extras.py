@@ -13,7 +13,7 @@ def test_require_returns_the_module():
 
 def test_missing_module_names_the_extra():
     with pytest.raises(
-        UserError, match=r"no_such_module.part is not installed; run: pip install"
+        UserError, match=r"no_such_module is not installed; run: pip install"
     ) as caught:
         require("no_such_module.part", extra="bundled")
     assert "'hf-cifar[bundled]'" in str(caught.value)

@@ -143,7 +143,5 @@ def test_missing_packages_are_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "captum", None)
     monkeypatch.delitem(sys.modules, "captum.attr", raising=False)
     check_methods(["grad_cam", "attention_rollout", "feature_maps", "filters"])
-    with pytest.raises(
-        UserError, match=r"captum is not installed; run: pip install '.*explain"
-    ):
+    with pytest.raises(UserError, match=r"captum is not installed; run: pip install '.*explain"):
         check_methods(["occlusion"])
