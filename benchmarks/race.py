@@ -150,7 +150,8 @@ def measure(model: str, data: str, options: argparse.Namespace) -> None:
         picks: dict[str, Any] = {"default": default, "race": race.config.train.learning_rate}
         picks |= range_test(config, source, default)
         sweep = rates_around(default, NUM_RATES, FACTORS[NUM_RATES])
-        known = known_runs(f"race: {model}, {data}", given, options.reuse)
+        recorded = {**given, "dataset_name": Path(str(given["dataset_name"])).name}
+        known = known_runs(f"race: {model}, {data}", recorded, options.reuse)
         found: dict[float, dict[str, float]] = {}
         for rate in sorted({*sweep, *picks.values()}):
             found[rate] = known.get(f"{rate:g}") or accuracies(
@@ -159,7 +160,7 @@ def measure(model: str, data: str, options: argparse.Namespace) -> None:
             print(f"race, {model}, {data}: {rate:g} {found[rate]}", flush=True)
     best = {split: max(found[rate][split] for rate in sweep) for split in ("validation", "test")}
     record = {
-        "benchmark": f"race: {model}, {data}", "unit": "test accuracy", "n": 1, "options": given,
+        "benchmark": f"race: {model}, {data}", "unit": "test accuracy", "n": 1, "options": recorded,
         "figures": {
             "best of the sweep": summary([best["test"]]),
             **{name: summary([found[rate]["test"]]) for name, rate in picks.items()},
