@@ -12,7 +12,7 @@ def prune(config: PruneConfig, folders: Sequence[str]) -> int:
     """Prune the network of a run, fine-tune it, and print where it is."""
     run = one_run("prune", folders)
 
-    from hf_cifar.deploy.pruning import prune_run
+    from hf_cifar.deploy.prune import prune_run
 
     quieten(True)
     print(prune_run(run, config))

@@ -12,7 +12,7 @@ def quantize(config: QuantizeConfig, folders: Sequence[str]) -> int:
     """Quantise a run to 8-bit integers; the exit status is 1 if no scheme is as good and faster."""
     run = one_run("quantize", folders)
 
-    from hf_cifar.deploy.quantizing import quantize_run
+    from hf_cifar.deploy.quantize import quantize_run
 
     quieten(True)
     report = quantize_run(run, config)

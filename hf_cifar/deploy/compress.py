@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from hf_cifar.config.deployment import CompressConfig, ExportConfig, PruneConfig
 from hf_cifar.config.objects import require_object
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource, Splits
+from hf_cifar.deploy.channels import count_parameters
 from hf_cifar.deploy.export import export_run
-from hf_cifar.deploy.latency import latencies, processor
-from hf_cifar.deploy.prune import count_parameters
-from hf_cifar.deploy.pruning import prune_run
-from hf_cifar.deploy.quantize import runner
-from hf_cifar.deploy.quantizing import PACKAGES, quantize_file
+from hf_cifar.deploy.formats import require_format
+from hf_cifar.deploy.latency import Network, latencies, processor
+from hf_cifar.deploy.prune import prune_run
+from hf_cifar.deploy.quantize import check_data, quantize_file
+from hf_cifar.deploy.quantize import verdict as quantisation_verdict
+from hf_cifar.deploy.schemes import runner
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.comparison import compare_predictions
 from hf_cifar.evaluation.intervals import LEVEL
@@ -72,9 +75,19 @@ class Version:
     made: str
     parameters: int
 
+    @cached_property
+    def preprocessor(self) -> Preprocessor:
+        return Preprocessor.from_dict(read_onnx(str(self.file))[1]["preprocessor"])
+
     @property
-    def content(self) -> bytes:
-        return read_onnx(str(self.file))[0]
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the input, in pixels."""
+        return self.preprocessor.preprocessing.size
+
+    @cached_property
+    def run(self) -> Network:
+        """Computes logits [N, K] from inputs [N, 3, h, w]."""
+        return runner(read_onnx(str(self.file))[0])
 
 
 def compress_run(run: str | Path, config: CompressConfig) -> dict[str, Any]:
@@ -85,15 +98,18 @@ def compress_run(run: str | Path, config: CompressConfig) -> dict[str, Any]:
     Raises: UserError for a folder that is in use, runs that are not finished, or runs of other data.
     """
     run, folder = Path(run), Path(config.output_dir)
-    for each in (run, *(config.candidates or ())):
+    candidates = [Path(each) for each in config.candidates or ()]
+    for each in (run, *candidates):
         RunFolder(each).require_finished()
+    check_candidates(run, candidates)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder} is not empty; pass another folder")
-    for package in PACKAGES:
-        require(package, extra="deploy")
+    require_format("onnx")
+    require("torch_pruning", extra="deploy")
     data = RunFolder(run).data()
     require_object(data.dataset_name, "data set")
     source = DataSource(data)
+    check_data(source.splits)
     folder.mkdir(parents=True, exist_ok=True)
     versions, left_out = make_versions(run, folder, source.splits, config)
     splits: dict[str, Split] = {"validation": source.splits.validation}
@@ -111,6 +127,18 @@ def compress_run(run: str | Path, config: CompressConfig) -> dict[str, Any]:
     write_json(folder / FACTS_FILE, facts)
     write_text(folder / PAGE_FILE, render_page(facts))
     return facts
+
+
+def check_candidates(run: Path, candidates: Sequence[Path]) -> None:
+    """Raises: UserError for two runs of one name, which could not be told apart, or runs of other classes."""
+    names = [each.resolve().name for each in candidates]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise UserError(f"--candidates has two runs named {repeated[0]}; rename the folder of one")
+    labels = RunFolder(run).model_config()["id2label"]
+    for each in candidates:
+        if RunFolder(each).model_config()["id2label"] != labels:
+            raise UserError(f"{each} has other classes than {run}; pass runs on the same data")
 
 
 def make_versions(
@@ -136,7 +164,7 @@ def make_versions(
         file = folder / f"{source.file.stem}-int8.onnx"
         report = quantize_file(source.file, splits, QuantizeConfig(str(file)))
         if report["chosen"] is None:
-            left_out[name] = "no scheme is as good and faster on this machine"
+            left_out[name] = quantisation_verdict(report)[0]
             continue
         versions.append(Version(name, file, report["chosen"], source.parameters))
     file = folder / "original-float16.onnx"
@@ -144,7 +172,7 @@ def make_versions(
     versions.append(Version("float16", file, "numbers of 16 bits", original.parameters))
     for number, each in enumerate(config.candidates or (), 1):
         name, file = Path(each).resolve().name, folder / f"candidate-{number}.onnx"
-        versions.append(exported(Path(each), file, name, "another run"))
+        versions.append(exported(Path(each), file, f"run {name}", "another run"))
     return versions, left_out
 
 
@@ -175,18 +203,17 @@ def float16(file: Path) -> bytes:
 
 def predict_all(versions: Sequence[Version], split: Split) -> dict[str, Predictions]:
     """Predict every image of a split with every version; images are decoded once."""
-    runners = {version.name: runner(version.content) for version in versions}
-    views = {version.name: _preprocessor(version) for version in versions}
     logits: dict[str, list[np.ndarray]] = {version.name: [] for version in versions}
     starts = range(0, len(split), BATCH)
     for start in progress(starts, f"evaluating {len(versions)} versions on {split.name}"):
         positions = split.positions[start : start + BATCH].tolist()
         images = [split.pixels.decode(position) for position in positions]
         inputs: dict[Preprocessor, np.ndarray] = {}
-        for name, view in views.items():
+        for version in versions:
+            view = version.preprocessor
             if view not in inputs:
                 inputs[view] = view(images).numpy()
-            logits[name].append(runners[name](inputs[view]))
+            logits[version.name].append(version.run(inputs[view]))
     return {
         name: Predictions(
             split=split.name, row_ids=split.row_ids, labels=split.labels,
@@ -196,10 +223,6 @@ def predict_all(versions: Sequence[Version], split: Split) -> dict[str, Predicti
     }  # fmt: skip
 
 
-def _preprocessor(version: Version) -> Preprocessor:
-    return Preprocessor.from_dict(read_onnx(str(version.file))[1]["preprocessor"])
-
-
 def measured(
     versions: Sequence[Version], predicted: dict[str, dict[str, Predictions]]
 ) -> list[dict[str, Any]]:
@@ -207,17 +230,16 @@ def measured(
     times: dict[str, Any] = {}
     by_size: dict[tuple[int, int], list[Version]] = {}
     for version in versions:
-        by_size.setdefault(_preprocessor(version).preprocessing.size, []).append(version)
+        by_size.setdefault(version.size, []).append(version)
     for size, each in by_size.items():  # all of one size take turns
-        networks = {version.name: runner(version.content) for version in each}
+        networks = {version.name: version.run for version in each}
         times |= latencies(networks, np.zeros((1, 3, *size), np.float32))
     found = []
     for version in versions:
-        size = _preprocessor(version).preprocessing.size
         row: dict[str, Any] = {
             "name": version.name, "made": version.made, "file": version.file.name,
             "bytes": version.file.stat().st_size, "parameters": version.parameters,
-            "milliseconds": times[version.name], "peak_megabytes": peak_megabytes(version.file, size),
+            "milliseconds": times[version.name], "peak_megabytes": peak_megabytes(version.file, version.size),
         }  # fmt: skip
         for split, predictions in predicted.items():
             mine, original = predictions[version.name], predictions[ORIGINAL]

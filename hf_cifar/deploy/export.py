@@ -14,12 +14,11 @@ from typing import Any
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_cifar.config.deployment import ExportConfig
-from hf_cifar.deploy.formats import FORMATS
+from hf_cifar.deploy.formats import FORMATS, require_format
 from hf_cifar.deploy.graph import ClassifierGraph
 from hf_cifar.deploy.parity import compare, parity_images, verdict
 from hf_cifar.deploy.server import CONFIG_FILE, MODEL_FILE, VERSION, write_server_files
 from hf_cifar.errors import UserError
-from hf_cifar.extras import require
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.exported import IMAGES, PIXEL_VALUES
 from hf_cifar.models.problem_type import thresholds_of
@@ -40,8 +39,7 @@ def export_run(run: str | Path, config: ExportConfig) -> dict[str, Any] | None:
     Raises: UserError for an existing output, a missing package, or a model that cannot be exported.
     """
     check_output(config)
-    for package, extra in FORMATS[config.format].packages:
-        require(package, extra=extra)
+    require_format(config.format)
     model, image_processor = load_classifier(str(run), trust_remote_code=config.trust_remote_code)
     return export_classifier(model, image_processor, Path(run), config)
 

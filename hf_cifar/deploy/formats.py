@@ -139,3 +139,9 @@ FORMATS = {
     "openvino": Format(write_openvino, open_openvino, (*ONNX_PACKAGES, ("openvino", "openvino"))),
 }
 FORMATS["server"] = FORMATS["onnx"]
+
+
+def require_format(name: str) -> None:
+    """Raises: UserError if a package that a format needs is missing."""
+    for package, extra in FORMATS[name].packages:
+        require(package, extra=extra)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "am
 BATCH_SIZES = (1, 32)
 ROUNDS, SECONDS = 9, 0.1  # of each network in a round, or one batch if that takes longer
 
-Network = Callable[[np.ndarray], object]
+Network = Callable[[np.ndarray], Any]
 
 
 def processor() -> str:

@@ -45,9 +45,9 @@ def test_a_run_is_compared_with_its_versions_and_other_runs(tmp_path, stripes, t
     facts = compress_run(tmp_path / "run", config)
     assert json.loads((folder / "compress.json").read_text()) == facts
     names = [each["name"] for each in facts["versions"]]
-    assert names[0] == ORIGINAL and {"pruned to 0.8", "float16", "student"} < set(names)
+    assert names[0] == ORIGINAL and {"pruned to 0.8", "float16", "run student"} < set(names)
     assert set(names) | set(facts["left_out"]) == {
-        ORIGINAL, "pruned to 0.8", "pruned to 0.01", "int8", "pruned to 0.8, int8", "float16", "student",
+        ORIGINAL, "pruned to 0.8", "pruned to 0.01", "int8", "pruned to 0.8, int8", "float16", "run student",
     }  # fmt: skip
     assert "of the network is left" in facts["left_out"]["pruned to 0.01"]
     by_name = {each["name"]: each for each in facts["versions"]}
@@ -69,6 +69,16 @@ def test_a_run_is_compared_with_its_versions_and_other_runs(tmp_path, stripes, t
     assert facts["verdict"] in text and "left out: pruned to 0.01" in text
     with pytest.raises(UserError, match="is not empty"):
         compress_run(tmp_path / "run", config)
+    twice = CompressConfig(str(tmp_path / "other"), candidates=[str(tmp_path / "student")] * 2)
+    with pytest.raises(UserError, match="two runs named student"):
+        compress_run(tmp_path / "run", twice)
+    saved = json.loads((tmp_path / "student" / "config.json").read_text())
+    saved["id2label"]["0"] = "sideways"
+    (tmp_path / "student" / "config.json").write_text(json.dumps(saved))
+    other = CompressConfig(str(tmp_path / "other"), candidates=[str(tmp_path / "student")])
+    with pytest.raises(UserError, match="has other classes"):
+        compress_run(tmp_path / "run", other)
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_verdict_is_the_fastest_version_that_is_not_worse():

@@ -1,104 +1,60 @@
-"""hf_cifar.deploy.prune: networks lose channels, and the result loads from its config."""
+"""hf_cifar.deploy.prune: pruned runs are runs, or an ONNX file that answers like the network."""
 
+import numpy as np
 import pytest
-import torch
-from transformers import (
-    AutoModelForImageClassification,
-    ConvNextConfig,
-    ConvNextForImageClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from tiny import tiny_run
+from transformers import pipeline
 
-from hf_cifar.deploy.prune import (
-    Logits,
-    closest_ratio,
-    count_parameters,
-    pruned_copy,
-    ratios_of,
-)
+from hf_cifar.config.deployment import PruneConfig
+from hf_cifar.deploy.channels import count_parameters
+from hf_cifar.deploy.prune import prune_run
+from hf_cifar.errors import UserError
+from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.models.build import load_classifier
+from hf_cifar.runs.folder import RunFolder
 
 pytest.importorskip("torch_pruning")
-SIZE = (32, 32)
 
 
-def timm_model(architecture, **args):
-    config = TimmWrapperConfig(architecture=architecture, num_labels=5, model_args=args or None)
-    return TimmWrapperForImageClassification(config)
+def test_a_pruned_run_is_a_run(tmp_path, stripes, tiny_vit):
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--do_predict")
+    config = PruneConfig(str(tmp_path / "small"), target_size=0.8, num_train_epochs=3)
+    assert prune_run(tmp_path / "run", config) == tmp_path / "small"
+    RunFolder(tmp_path / "small").require_finished()
+    sizes = [count_parameters(load_classifier(str(tmp_path / n)).model) for n in ("run", "small")]
+    assert 0.5 * sizes[0] < sizes[1] <= 0.8 * sizes[0]
+    assert Predictions.load(tmp_path / "small", "test").metrics["accuracy"] > 0.8
+    image = next((stripes / "test").rglob("*.png"))
+    assert len(pipeline("image-classification", model=str(tmp_path / "small"))(str(image))) == 2
 
 
-def resnet(layer_type):
-    widths = {"hidden_sizes": [32, 64, 96, 128], "embedding_size": 32}
-    config = ResNetConfig(**widths, depths=[1, 2, 1, 1], layer_type=layer_type, num_labels=5)
-    return ResNetForImageClassification(config)
+def test_a_network_without_a_config_becomes_onnx(tmp_path, stripes):
+    pytest.importorskip("onnxruntime")
+    flags = ["--image_size", "32", "--learning_rate", "2e-3", "--do_predict"]
+    tiny_run(tmp_path / "run", stripes, "scratch/test_efficientnet", *flags)
+    config = PruneConfig(str(tmp_path / "small"), target_size=0.5)
+    file = prune_run(tmp_path / "run", config)
+    assert file == tmp_path / "small" / "model.onnx"
+    assert not (tmp_path / "small" / "model.safetensors").exists()
+    saved = Predictions.load(tmp_path / "small", "test")
+    model, processor = load_classifier(str(file))
+    from hf_cifar.data.splits import DataSource
+    from hf_cifar.preprocessor import Preprocessor
+
+    split = DataSource(RunFolder(tmp_path / "run").data()).test_split
+    images = [split.pixels.decode(position) for position in split.positions.tolist()]
+    logits = model(Preprocessor.of(model, processor)(images)).logits.numpy()
+    assert np.allclose(logits, saved.logits, atol=1e-4)
 
 
-def vit():
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32,
-        patch_size=8, num_labels=5,
-    )  # fmt: skip
-    return ViTForImageClassification(config)
-
-
-MODELS = {
-    "transformers ResNet, basic": lambda: resnet("basic"),
-    "transformers ResNet, bottleneck": lambda: resnet("bottleneck"),
-    "transformers ViT": vit,
-    "transformers ConvNeXt": lambda: ConvNextForImageClassification(
-        ConvNextConfig(hidden_sizes=[16, 32, 64, 96], depths=[1, 1, 2, 1], num_labels=5)
-    ),
-    "timm ResNet, basic": lambda: timm_model("resnet18"),
-    "timm ResNet, bottleneck": lambda: timm_model("resnet26"),
-    "timm ViT": lambda: timm_model("test_vit", img_size=32),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_a_pruned_network_loads_from_its_config(name, tmp_path):
-    model = MODELS[name]().eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    ratios = ratios_of(model)
-    for ratio in (ratios[0], ratios[len(ratios) // 2], ratios[-1]):
-        pruned = pruned_copy(model, ratio, SIZE)
-        assert type(pruned) is type(model)
-        assert count_parameters(pruned) < count_parameters(model)
-        pruned.save_pretrained(tmp_path / f"{ratio}")
-        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / f"{ratio}").eval()
-        images = torch.randn(2, 3, *SIZE)
-        assert torch.allclose(loaded(images).logits, pruned(images).logits, atol=1e-5)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-@torch.no_grad()
-def test_a_network_that_no_config_describes_is_a_plain_module():
-    model = timm_model("test_efficientnet").eval()
-    pruned = pruned_copy(model, 0.5, SIZE)
-    assert type(pruned) is Logits
-    assert count_parameters(pruned) < 0.5 * count_parameters(model)
-    assert pruned(torch.randn(2, 3, *SIZE)).shape == (2, 5)
-
-
-@torch.no_grad()
-def test_channels_of_small_weights_are_removed():
-    """Channels with weights of 0 change nothing, and are the first to go: the logits stay the same."""
-    model = vit().eval()
-    for layer in model.vit.layers:
-        chosen = torch.randperm(64)[:32]
-        layer.mlp.fc1.weight[chosen], layer.mlp.fc1.bias[chosen] = 0.0, 0.0
-        layer.mlp.fc2.weight[:, chosen] = 0.0
-    images = torch.randn(4, 3, *SIZE)
-    pruned = pruned_copy(model, 0.5, SIZE)
-    assert pruned.config.intermediate_size == 32
-    assert torch.allclose(pruned(images).logits, model(images).logits, atol=1e-5)
-
-
-def test_the_smallest_ratio_that_fits():
-    ratios = [0.1, 0.2, 0.3, 0.4]
-    for target, expected in ((0.05, 0.1), (0.1, 0.1), (0.25, 0.3), (0.4, 0.4), (0.5, None)):
-        assert closest_ratio(ratios, lambda ratio, t=target: ratio >= t) == expected
+def test_what_cannot_be_pruned_is_refused(tmp_path, stripes, tiny_vit):
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--max_steps", "2")
+    with pytest.raises(UserError, match=r"--target_size 0.01: 0\.\d+ of the network is left"):
+        prune_run(tmp_path / "run", PruneConfig(str(tmp_path / "small"), target_size=0.01))
+    assert not (tmp_path / "small").exists()
+    with pytest.raises(UserError, match="one of them"):
+        PruneConfig(str(tmp_path / "small"))
+    with pytest.raises(UserError, match="holds another run"):
+        prune_run(tmp_path / "run", PruneConfig(str(tmp_path / "run"), target_size=0.5))
+    with pytest.raises(UserError, match="no finished run"):
+        prune_run(tmp_path, PruneConfig(str(tmp_path / "small"), target_size=0.5))

@@ -1,4 +1,4 @@
-"""hf_cifar.deploy.quantize and quantizing: an 8-bit model is written if it is as good, and named with its
+"""hf_cifar.deploy.schemes and quantize: an 8-bit model is written if it is as good, and named with its
 scheme."""
 
 import json
@@ -10,10 +10,10 @@ from tiny import tiny_run
 
 from hf_cifar.config.deployment import QuantizeConfig
 from hf_cifar.data.splits import DataSource
-from hf_cifar.deploy import quantize as module
+from hf_cifar.deploy import schemes as module
 from hf_cifar.deploy.latency import latencies, processor
-from hf_cifar.deploy.quantize import Quantised, Scheme
-from hf_cifar.deploy.quantizing import inputs, quantize_run, verdict
+from hf_cifar.deploy.quantize import inputs, quantize_run, verdict
+from hf_cifar.deploy.schemes import Quantised, Scheme
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.exported import read_onnx

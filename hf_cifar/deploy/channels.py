@@ -1,0 +1,210 @@
+"""Structured pruning: remove whole channels of every layer, so that a network is smaller and faster on any
+device.
+
+The same share of each layer's channels is removed, those of the smallest magnitude, so that the config of
+most families describes the pruned network, and `from_pretrained` loads it.
+
+Sources: Fang et al., DepGraph: Towards Any Structural Pruning, 2023 (torch-pruning); Li et al., Pruning
+Filters for Efficient ConvNets, 2017.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from hf_cifar.extras import require
+from hf_cifar.models.heads import head_parameter_names
+
+# Ratios are multiples of 1 / MAX_STEPS, or of a larger fraction that leaves whole numbers of channels in each
+# layer.
+MAX_STEPS = 64
+CHANNELS = (nn.Conv2d, nn.Linear)  # layers that have channels
+
+
+class Logits(nn.Module):
+    """A model that returns its logits alone, which torch-pruning and exporters can trace."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values=pixel_values).logits
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a network is pruned. pruned: the layers whose output channels are removed. changes: the changes to
+    its config that describe the result, or None if no config can."""
+
+    pruned: list[nn.Module]
+    changes: Callable[[], dict[str, Any]] | None = None
+
+
+def layout_of(model: PreTrainedModel) -> Layout:
+    """Return the layout for a model's family: by default, all layers but the head, and no config."""
+    kind = model.config.model_type
+    if kind == "timm_wrapper":
+        kind = f"timm_{type(model.timm_model).__name__}"
+    return LAYOUTS.get(kind, _any_network)(model)
+
+
+def _any_network(model: PreTrainedModel) -> Layout:
+    head = {name.rpartition(".")[0] for name in head_parameter_names(model)}
+    return Layout(
+        [m for name, m in model.named_modules() if isinstance(m, CHANNELS) and name not in head]
+    )
+
+
+def _with_config(changes: Callable[[PreTrainedModel], dict[str, Any]]) -> Callable[..., Layout]:
+    """Return the layout of a family whose config has the widths of its stages."""
+
+    def layout(model: PreTrainedModel) -> Layout:
+        return Layout(_any_network(model).pruned, lambda: changes(model))
+
+    return layout
+
+
+def _resnet_widths(model: PreTrainedModel) -> dict[str, Any]:
+    stages = [stage.layers[-1].layer[-1] for stage in model.resnet.encoder.stages]
+    return {
+        "embedding_size": model.resnet.embedder.embedder.convolution.out_channels,
+        "hidden_sizes": [stage.convolution.out_channels for stage in stages],
+    }
+
+
+def _convnext_widths(model: PreTrainedModel) -> dict[str, Any]:
+    stages = model.base_model.encoder.stages
+    return {"hidden_sizes": [stage.layers[-1].pwconv2.out_features for stage in stages]}
+
+
+def _timm_resnet(model: PreTrainedModel) -> Layout:
+    """timm's ResNets have a stem of 64 channels, so the first stage keeps its width."""
+    network = model.timm_model
+    stages = [getattr(network, f"layer{number}") for number in range(1, 5)]
+    return Layout(
+        [m for stage in stages[1:] for m in stage.modules() if isinstance(m, nn.Conv2d)],
+        lambda: _timm_args(model, channels=[stage[0].conv1.out_channels for stage in stages]),
+    )
+
+
+def _timm_vit(model: PreTrainedModel) -> Layout:
+    layers = [block.mlp.fc1 for block in model.timm_model.blocks]
+    # timm computes the width as int(width of a token * mlp_ratio); half a channel more survives rounding.
+    return Layout(
+        layers,
+        lambda: _timm_args(model, mlp_ratio=(layers[0].out_features + 0.5) / layers[0].in_features),
+    )
+
+
+def _transformers_vit(model: PreTrainedModel) -> Layout:
+    layers = [
+        m
+        for name, m in model.named_modules()
+        if name.endswith(("mlp.fc1", "intermediate.dense")) and isinstance(m, nn.Linear)
+    ]
+    return Layout(layers, lambda: {"intermediate_size": layers[0].out_features})
+
+
+def _timm_args(model: PreTrainedModel, **changes: Any) -> dict[str, Any]:
+    return {"model_args": {**(model.config.model_args or {}), **changes}}
+
+
+# By `model_type`, or by the class of a timm model. Transformers lose channels of their MLPs only: attention
+# has a fixed number of heads, and torch-pruning breaks timm's.
+LAYOUTS: dict[str, Callable[[PreTrainedModel], Layout]] = {
+    "resnet": _with_config(_resnet_widths),
+    "convnext": _with_config(_convnext_widths),
+    "convnextv2": _with_config(_convnext_widths),
+    "timm_ResNet": _timm_resnet,
+    "timm_VisionTransformer": _timm_vit,
+    "vit": _transformers_vit,
+    "deit": _transformers_vit,
+}
+
+
+def ratios_of(model: PreTrainedModel) -> list[float]:
+    """Return the ratios of channels that may be removed, ascending: those that leave a whole number of
+    channels in each layer."""
+    layout = layout_of(model)
+    steps = MAX_STEPS
+    if layout.changes is not None:
+        steps = math.gcd(*(_width(layer) for layer in layout.pruned))
+    return [step / steps for step in range(1, steps)]
+
+
+def _width(layer: nn.Module) -> int:
+    return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+
+
+def pruned_copy(
+    model: PreTrainedModel, ratio: float, size: tuple[int, int]
+) -> PreTrainedModel | nn.Module:
+    """Return a copy of a model without a share `ratio` of its channels, for input of `size`.
+
+    It is a transformers model if a config describes it, else a network that returns logits.
+    """
+    pruning = require("torch_pruning", extra="deploy")
+    network = Logits(copy.deepcopy(model).cpu().eval().requires_grad_(True))
+    if hasattr(network.model, "set_attn_implementation"):
+        network.model.set_attn_implementation("eager")  # of which the layers can be traced
+    layout = layout_of(network.model)
+    chosen = {id(layer) for layer in layout.pruned}
+    kept = [m for m in network.modules() if isinstance(m, CHANNELS) and id(m) not in chosen]
+    with torch.enable_grad(), warnings.catch_warnings():
+        # It names parameters outside of layers, such as a ViT's CLS token, and prunes them with their
+        # neighbours.
+        warnings.filterwarnings("ignore", message="Unwrapped parameters", category=UserWarning)
+        pruner = pruning.pruner.MetaPruner(
+            network,
+            torch.zeros(1, 3, *size),
+            importance=pruning.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=ratio - 1e-6,  # so that rounding leaves the channels that the ratio says
+            ignored_layers=kept,
+            root_module_types=sorted({type(layer) for layer in layout.pruned}, key=str),
+        )
+        pruner.step()
+    if layout.changes is None:
+        return network
+    return _described(network.model, layout.changes())
+
+
+def _described(pruned: PreTrainedModel, changes: dict[str, Any]) -> PreTrainedModel | nn.Module:
+    """Build the model that a changed config describes, with the pruned weights; or return the network as it
+    is."""
+    config = copy.deepcopy(pruned.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForImageClassification.from_config(config)
+    try:
+        model.load_state_dict(pruned.state_dict())
+    except RuntimeError:  # a variant of the family whose widths the config does not say
+        return Logits(pruned)
+    return model.eval()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def closest_ratio(ratios: Iterable[float], fits: Callable[[float], bool]) -> float | None:
+    """Return the smallest ratio that fits, by bisection; None if the largest does not. A larger ratio than
+    one that fits must fit too."""
+    ratios = list(ratios)
+    if not ratios or not fits(ratios[-1]):
+        return None
+    low, high = 0, len(ratios) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(ratios[middle]) else (middle + 1, high)
+    return ratios[low]
