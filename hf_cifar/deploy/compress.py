@@ -32,7 +32,7 @@ from hf_cifar.deploy.quantize import check_data, quantize_file
 from hf_cifar.deploy.quantize import verdict as quantisation_verdict
 from hf_cifar.deploy.schemes import runner
 from hf_cifar.errors import UserError
-from hf_cifar.evaluation.comparison import compare_predictions
+from hf_cifar.evaluation.comparison import compare_predictions, compare_runs
 from hf_cifar.evaluation.intervals import LEVEL
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.extras import require
@@ -130,15 +130,13 @@ def compress_run(run: str | Path, config: CompressConfig) -> dict[str, Any]:
 
 
 def check_candidates(run: Path, candidates: Sequence[Path]) -> None:
-    """Raises: UserError for two runs of one name, which could not be told apart, or runs of other classes."""
+    """Raises: UserError for two runs of one name, which could not be told apart, or runs of other data."""
     names = [each.resolve().name for each in candidates]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise UserError(f"--candidates has two runs named {repeated[0]}; rename the folder of one")
-    labels = RunFolder(run).model_config()["id2label"]
     for each in candidates:
-        if RunFolder(each).model_config()["id2label"] != labels:
-            raise UserError(f"{each} has other classes than {run}; pass runs on the same data")
+        compare_runs((run, each), "validation")
 
 
 def make_versions(
