@@ -182,7 +182,8 @@ def metavar(kind: Any) -> str:
         choices = [str(choice) for choice in get_args(kind)]
         return "{" + ",".join(choices) + "}" if len(",".join(choices)) < 40 else "NAME"
     if get_origin(kind) is list:
-        return "NAME"
+        (item,) = get_args(kind)
+        return "NAME" if item is str else metavar(item)
     if isinstance(kind, NumberOr):
         return "|".join([metavar(kind.number), *kind.words])
     return {bool: "BOOL", int: "N", float: "X", str: "TEXT"}.get(kind, "JSON")
@@ -235,7 +236,8 @@ def convert(field: dataclasses.Field, words: str | list[str], kind: Any) -> Any:
     """
     flag = f"--{field.name}"
     if get_origin(kind) is list:
-        return list(words)
+        (item,) = get_args(kind)
+        return [convert(field, word, item) for word in words]
     word = str(words)
     if get_origin(kind) is dict:
         return parse_json(flag, word)

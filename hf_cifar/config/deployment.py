@@ -200,7 +200,7 @@ class CompressConfig:
         None, "Folders of other runs on the same data to compare with, such as a smaller network."
     )
     target_sizes: list[float] | None = option(  # noqa: RUF009
-        None, "Shares of the parameters to prune to; default: 0.5."
+        None, "Shares of the parameters to prune to; default: 0.5.", low=0.01, high=0.99
     )
     num_train_epochs: float | None = option(
         None,
@@ -213,7 +213,3 @@ class CompressConfig:
         check_fields(self)
         if not self.output_dir:
             raise UserError("--output_dir is missing; pass a new folder")
-        if not all(0.01 <= size <= 0.99 for size in self.target_sizes or []):
-            raise UserError(
-                f"--target_sizes is {self.target_sizes}; pass shares between 0.01 and 0.99"
-            )

@@ -43,7 +43,8 @@ def check_fields(config: Any) -> None:
         value, kind = getattr(config, each.name), kinds[each.name]
         if value is None or (isinstance(kind, NumberOr) and value in kind.words):
             continue
-        check_bounds(each, value)
+        for number in value if isinstance(value, list) else [value]:
+            check_bounds(each, number)
         check_choice(each.name, value, kind)
 
 

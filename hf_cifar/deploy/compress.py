@@ -7,6 +7,7 @@ verdict is decided on validation; test is only shown.
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -185,9 +186,9 @@ def _pruned(made: Path, file: Path, name: str, share: float) -> Version:
     words = f"at most {share:.0%} of the parameters, fine-tuned"
     if made.is_dir():
         return exported(made, file, name, words)
-    onnx = require("onnx", extra="deploy")
-    weights = onnx.load(str(made)).graph.initializer
-    return Version(name, made, words, sum(int(np.prod(each.dims)) for each in weights))
+    shutil.copyfile(made, file)
+    weights = require("onnx", extra="deploy").load(str(file)).graph.initializer
+    return Version(name, file, words, sum(int(np.prod(each.dims)) for each in weights))
 
 
 def float16(file: Path) -> bytes:

@@ -109,7 +109,10 @@ def trade_off(
     xs = [x for x, _, _ in points.values()]
     ys = [end for _, _, interval in points.values() for end in interval]
     axes = LogAxes((0.8 * min(xs), 1.7 * max(xs)), _rounded(*_spread(min(ys), max(ys))))
-    parts = axes.draw(x_label, y_label, log_ticks(min(xs), max(xs)))
+    rounded = [float(f"{value:.2g}") for value in log_ticks(min(xs), max(xs))]
+    parts = axes.draw(x_label, y_label, rounded)
+    places = {name: (axes.x(x), axes.y(y)) for name, (x, y, _) in points.items()}
+    labels = label_places(places)
     line = sorted(points[name][:2] for name in front)
     path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in line)
     parts.append(f'<polyline class="line series-0" points="{path}"/>')
@@ -119,11 +122,35 @@ def trade_off(
             f"<g><title>{escape(name)}: {x:.3g}, {y:.4f} [{low:.4f}, {high:.4f}]</title>"
             f'<path class="whisker" d="M{left:.1f},{axes.y(low):.1f}V{axes.y(high):.1f}"/>'
             f'<circle class="dot {kind}" cx="{left:.1f}" cy="{axes.y(y):.1f}" r="4"/>'
-            + _text(left + 7, axes.y(y) + 4, name, "start")
+            + _text(*labels[name], name, "start")
             + "</g>"
         )
     described = "; ".join(f"{name} {x:.3g}, {y:.4f}" for name, (x, y, _) in points.items())
     return _svg(title, f"{described}; the front: {', '.join(front)}", parts)
+
+
+def label_places(points: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Return the start (x, y) of a label for each named point: beside it, or above or below where others are
+    in the way, and inside the chart."""
+    taken = [(x - 4, x + 4, y) for x, y in points.values()]
+    found = {}
+    for name, (x, y) in sorted(points.items(), key=lambda point: point[1]):
+        width = 6.2 * len(name)
+        left = min(x + 7, WIDTH - width)
+        heights = [y + 4, y + 16, y - 8, y + 28, y - 20]
+        if left < x + 4:  # the label would cover its own point
+            heights = heights[1:]
+
+        def is_free(height: float, left: float = left, width: float = width) -> bool:
+            return not any(
+                low < left + width and left < high and abs(height - 4 - middle) < 11
+                for low, high, middle in taken
+            )
+
+        height = next(filter(is_free, heights), heights[0])
+        taken.append((left, left + width, height - 4))
+        found[name] = (left, height)
+    return found
 
 
 def reliability_diagram(title: str, bins: Sequence[Mapping[str, float]]) -> str:

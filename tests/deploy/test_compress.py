@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import tiny_run
 
+from hf_cifar.config.command_line import parse
 from hf_cifar.config.deployment import CompressConfig
 from hf_cifar.deploy.compress import (
     ORIGINAL,
@@ -78,6 +79,19 @@ def test_a_run_is_compared_with_its_versions_and_other_runs(tmp_path, stripes, t
     with pytest.raises(UserError, match="predicted different validation images"):
         compress_run(tmp_path / "run", other)
     assert not (tmp_path / "other").exists()
+
+
+def test_shares_are_numbers_within_bounds(capsys):
+    parsed, _ = parse(
+        [CompressConfig], ["--output_dir", "out", "--target_sizes", "0.7", "0.4"], "x"
+    )
+    assert parsed.target_sizes == [0.7, 0.4]
+    for words, message in (
+        (["0.7", "1"], "--target_sizes is 1; it must be in 0.01..0.99"),
+        (["half"], "--target_sizes takes a number, not 'half'"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            parse([CompressConfig], ["--output_dir", "out", "--target_sizes", *words], "x")
 
 
 def test_the_verdict_is_the_fastest_version_that_is_not_worse():

@@ -7,6 +7,7 @@ import pytest
 from hf_cifar.report.charts import (
     Axes,
     interval_bars,
+    label_places,
     line_chart,
     log_ticks,
     reliability_diagram,
@@ -120,6 +121,15 @@ def test_a_trade_off_shows_every_point_and_joins_the_front():
         f"{x},{y}" for x, y in (places["int8"], places["original"])
     )
     assert len([each for each in elements(svg, "path") if each.get("class") == "whisker"]) == 3
+
+
+def test_labels_of_close_points_do_not_overlap_and_stay_inside():
+    points = {"original": (100.0, 20.0), "float16": (120.0, 20.0), "pruned to 0.5": (340.0, 90.0)}
+    found = label_places(points)
+    assert found["original"][1] != found["float16"][1]
+    assert found["float16"] == (127.0, 24.0)
+    left, height = found["pruned to 0.5"]
+    assert left + 6.2 * len("pruned to 0.5") <= 360 and abs(height - 4 - 90) >= 11
 
 
 def test_only_many_points_are_averaged():
