@@ -1,19 +1,19 @@
-"""Structured pruning: remove whole channels of every layer, so that a network is smaller and faster on any
-device.
+"""Structured pruning: remove whole channels, so that a network is smaller and faster on any device.
 
-The same share of each layer's channels is removed, those of the smallest magnitude, so that the config of
-most families describes the pruned network, and `from_pretrained` loads it.
+Where a config can describe the result, the same share of each layer's channels is removed, and
+`from_pretrained` loads it. Elsewhere all layers compete, but for those on a residual connection: their
+channels are shared by many layers, and removing them costs the most.
 
-Sources: Fang et al., DepGraph: Towards Any Structural Pruning, 2023 (torch-pruning); Li et al., Pruning
-Filters for Efficient ConvNets, 2017.
+Source: Fang et al., DepGraph: Towards Any Structural Pruning, 2023 (torch-pruning).
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import statistics
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from hf_cifar.deploy.importance import LAYERS, GroupImportance, Importances
+from hf_cifar.errors import UserError
 from hf_cifar.extras import require
+from hf_cifar.models.classifier import describe
 from hf_cifar.models.heads import head_parameter_names
+from hf_cifar.text import one_line
 
-# Ratios are multiples of 1 / MAX_STEPS, or of a larger fraction that leaves whole numbers of channels in each
-# layer.
-MAX_STEPS = 64
-CHANNELS = (nn.Conv2d, nn.Linear)  # layers that have channels
+STEPS = 64  # ratios of a network without a config are multiples of 1 / STEPS
+MAX_RATIO = 0.9  # of a layer
+# Kernels work on blocks of 8 or 16 channels: with other numbers, a network of half the size was slower than
+# the whole one. Narrow layers have smaller blocks.
+BLOCKS = (16, 8, 4, 2, 1)
+MIN_BLOCKS = 8  # of a layer
 
 
 class Logits(nn.Module):
@@ -43,8 +49,8 @@ class Logits(nn.Module):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a network is pruned. pruned: the layers whose output channels are removed. changes: the changes to
-    its config that describe the result, or None if no config can."""
+    """How a network is pruned. pruned: the layers whose output channels may be removed. changes: the changes
+    to its config that describe the result, or None if no config can."""
 
     pruned: list[nn.Module]
     changes: Callable[[], dict[str, Any]] | None = None
@@ -61,7 +67,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
 def _any_network(model: PreTrainedModel) -> Layout:
     head = {name.rpartition(".")[0] for name in head_parameter_names(model)}
     return Layout(
-        [m for name, m in model.named_modules() if isinstance(m, CHANNELS) and name not in head]
+        [m for name, m in model.named_modules() if isinstance(m, LAYERS) and name not in head]
     )
 
 
@@ -133,13 +139,19 @@ LAYOUTS: dict[str, Callable[[PreTrainedModel], Layout]] = {
 
 
 def ratios_of(model: PreTrainedModel) -> list[float]:
-    """Return the ratios of channels that may be removed, ascending: those that leave a whole number of
-    channels in each layer."""
+    """Return the ratios of channels that may be removed, ascending: those that leave whole blocks of channels
+    in each layer, if a config describes the result."""
     layout = layout_of(model)
-    steps = MAX_STEPS
+    steps = STEPS
     if layout.changes is not None:
-        steps = math.gcd(*(_width(layer) for layer in layout.pruned))
+        common = math.gcd(*(_width(layer) for layer in layout.pruned))
+        steps = common // math.gcd(common, _block(common))
     return [step / steps for step in range(1, steps)]
+
+
+def _block(width: float) -> int:
+    """Return the number of channels that are removed together from a layer of this width."""
+    return next((block for block in BLOCKS if block * MIN_BLOCKS <= width), 1)
 
 
 def _width(layer: nn.Module) -> int:
@@ -147,35 +159,89 @@ def _width(layer: nn.Module) -> int:
 
 
 def pruned_copy(
-    model: PreTrainedModel, ratio: float, size: tuple[int, int]
+    model: PreTrainedModel, ratio: float, size: tuple[int, int], importances: Importances
 ) -> PreTrainedModel | nn.Module:
-    """Return a copy of a model without a share `ratio` of its channels, for input of `size`.
+    """Return a copy of a model without a share `ratio` of its channels, the least important ones.
 
-    It is a transformers model if a config describes it, else a network that returns logits.
+    size: of the input, (height, width). It is a transformers model if a config describes it, else a network
+    that returns logits.
+    Raises: UserError for a network that cannot be traced.
     """
-    pruning = require("torch_pruning", extra="deploy")
     network = Logits(copy.deepcopy(model).cpu().eval().requires_grad_(True))
     if hasattr(network.model, "set_attn_implementation"):
         network.model.set_attn_implementation("eager")  # of which the layers can be traced
-    layout = layout_of(network.model)
-    chosen = {id(layer) for layer in layout.pruned}
-    kept = [m for m in network.modules() if isinstance(m, CHANNELS) and id(m) not in chosen]
-    with torch.enable_grad(), warnings.catch_warnings():
-        # It names parameters outside of layers, such as a ViT's CLS token, and prunes them with their
-        # neighbours.
-        warnings.filterwarnings("ignore", message="Unwrapped parameters", category=UserWarning)
-        pruner = pruning.pruner.MetaPruner(
-            network,
-            torch.zeros(1, 3, *size),
-            importance=pruning.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=ratio - 1e-6,  # so that rounding leaves the channels that the ratio says
-            ignored_layers=kept,
-            root_module_types=sorted({type(layer) for layer in layout.pruned}, key=str),
-        )
-        pruner.step()
+    layout, example = layout_of(network.model), torch.zeros(1, 3, *size)
+    importance = GroupImportance(network.model, importances)
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            # It names parameters outside of layers, such as a ViT's CLS token, and prunes them with their
+            # neighbours.
+            warnings.filterwarnings("ignore", message="Unwrapped parameters", category=UserWarning)
+            shares = dict.fromkeys(layout.pruned, ratio)
+            if layout.changes is None:
+                shares = _shares(network, layout.pruned, example, importance, ratio)
+            _remove(network, shares, example, importance)
+            network(example)
+    except Exception as error:  # torch-pruning raises many kinds
+        raise UserError(
+            f"{describe(model)} cannot be pruned: {one_line(error, 200)}; quantize it instead"
+        ) from error
     if layout.changes is None:
         return network
     return _described(network.model, layout.changes())
+
+
+def _shares(
+    network: nn.Module,
+    layers: Sequence[nn.Module],
+    example: Tensor,
+    importance: GroupImportance,
+    ratio: float,
+) -> dict[nn.Module, float]:
+    """Return the share of channels to remove from each layer, 0..1, so that about `ratio` of all go, the
+    least important ones. Layers on a residual connection, where outputs are added, are left out."""
+    pruning = require("torch_pruning", extra="deploy")
+    graph = pruning.DependencyGraph().build_dependency(network, example)
+    kept = [m for m in network.modules() if isinstance(m, LAYERS) and m not in layers]
+    groups: list[
+        tuple[Tensor, list[nn.Module]]
+    ] = []  # importances [C], and the layers with these outputs
+    for group in graph.get_all_groups(ignored_layers=kept, root_module_types=list(LAYERS)):
+        members = [member.dep for member in group]
+        found = importance(group)
+        if found is not None and not any(
+            "AddBackward" in str(each.target.name) for each in members
+        ):
+            outputs = [each for each in members if graph.is_out_channel_pruning_fn(each.handler)]
+            modules = [each.target.module for each in outputs]
+            groups.append((found, [module for module in modules if isinstance(module, LAYERS)]))
+    if not groups:
+        return {}
+    limit = torch.cat([found for found, _ in groups]).quantile(ratio)
+    block = _block(statistics.median(len(found) for found, _ in groups))
+    shares = {}
+    for found, together in groups:
+        least = max(int((found > limit).sum()), (1 - MAX_RATIO) * len(found), 1)
+        left = min(len(found), math.ceil(least / block) * block)
+        shares |= dict.fromkeys(together, 1 - left / len(found))
+    return shares
+
+
+def _remove(
+    network: nn.Module,
+    shares: dict[nn.Module, float],
+    example: Tensor,
+    importance: GroupImportance,
+) -> None:
+    """Remove a share of the channels of each layer, 0..1, the least important ones."""
+    pruning = require("torch_pruning", extra="deploy")
+    # A little less, so that rounding leaves the channels that the share says.
+    by_layer = {layer: share - 1e-6 for layer, share in shares.items() if share}
+    kept = [m for m in network.modules() if isinstance(m, LAYERS) and m not in by_layer]
+    pruning.pruner.MetaPruner(
+        network, example, importance=importance, pruning_ratio_dict=by_layer, ignored_layers=kept,
+        root_module_types=list(LAYERS),
+    ).step()  # fmt: skip
 
 
 def _described(pruned: PreTrainedModel, changes: dict[str, Any]) -> PreTrainedModel | nn.Module:

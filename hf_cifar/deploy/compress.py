@@ -43,7 +43,7 @@ from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.progress import progress
 from hf_cifar.report import charts
 from hf_cifar.report.page import render_template
-from hf_cifar.runs.folder import RunFolder, write_json, write_text
+from hf_cifar.runs.folder import RunFolder, new_folder, write_json, write_text
 from hf_cifar.text import render_table
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def compress_run(run: str | Path, config: CompressConfig) -> dict[str, Any]:
     """Make smaller versions of a run in `config.output_dir`, and compare them with it and with other runs.
 
     Returns the facts of the comparison, which are also in compress.json. A version that cannot be made is
-    left out, with the reason.
+    left out, with the reason. The folder appears when all is done.
     Raises: UserError for a folder that is in use, runs that are not finished, or runs of other data.
     """
     run, folder = Path(run), Path(config.output_dir)
@@ -111,7 +111,12 @@ def compress_run(run: str | Path, config: CompressConfig) -> dict[str, Any]:
     require_object(data.dataset_name, "data set")
     source = DataSource(data)
     check_data(source.splits)
-    folder.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as unfinished:
+        return _compare(run, unfinished, source, config)
+
+
+def _compare(run: Path, folder: Path, source: DataSource, config: CompressConfig) -> dict[str, Any]:
+    """Make the versions, measure them, and write the facts and the page into a folder."""
     versions, left_out = make_versions(run, folder, source.splits, config)
     splits: dict[str, Split] = {"validation": source.splits.validation}
     try:
@@ -157,6 +162,9 @@ def make_versions(
         except UserError as error:
             left_out[name] = str(error)
             continue
+        pruned = RunFolder(target.output_dir)
+        final = str(Path(config.output_dir, pruned.path.name))
+        pruned.save_config(pruned.load_config().with_training(output_dir=final))
         versions.append(_pruned(made, folder / f"pruned-{share:g}.onnx", name, share))
     for source in [*versions]:
         name = "int8" if source is original else f"{source.name}, int8"

@@ -16,18 +16,26 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from hf_cifar.config.deployment import ExportConfig, PruneConfig
 from hf_cifar.config.objects import require_object
 from hf_cifar.config.run import RunConfig
+from hf_cifar.data.split import Split
+from hf_cifar.data.splits import DataSource
+from hf_cifar.data.streams import Stream
 from hf_cifar.deploy.channels import Logits, closest_ratio, count_parameters, pruned_copy, ratios_of
 from hf_cifar.deploy.export import export_classifier
 from hf_cifar.deploy.formats import require_format
+from hf_cifar.deploy.importance import Importances, measure_importances
+from hf_cifar.deploy.inputs import inputs_of
 from hf_cifar.deploy.latency import latencies
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.models.build import load_classifier
+from hf_cifar.preprocessor import Preprocessor
+from hf_cifar.progress import progress
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
+IMAGES, BATCH = 500, 50  # of training, for the importance of channels
 EXPORTED = "model.onnx"  # of a network that no config describes
 
 
@@ -49,8 +57,9 @@ def prune_run(folder: str | Path, config: PruneConfig) -> Path:
         str(folder), trust_remote_code=options.model.trust_remote_code
     )
     size = Preprocessing.from_image_processor(image_processor).size
-    ratio = _ratio(model, size, config)
-    pruned = pruned_copy(model, ratio, size)
+    importances = _importances(model, image_processor, DataSource(options.data).splits.train)
+    ratio = _ratio(model, size, importances, config)
+    pruned = pruned_copy(model, ratio, size, importances)
     before, after = count_parameters(model), count_parameters(pruned)
     logger.info(
         "removed %.1f%% of the channels: %s of %s parameters are left (%.1f%%)",
@@ -62,20 +71,42 @@ def prune_run(folder: str | Path, config: PruneConfig) -> Path:
     return _as_onnx(pruned, image_processor, tuned)
 
 
-def _ratio(model: PreTrainedModel, size: tuple[int, int], config: PruneConfig) -> float:
+def _importances(
+    model: PreTrainedModel, image_processor: BaseImageProcessor, train: Split | Stream
+) -> Importances:
+    """Measure the importance of each channel on training images."""
+    inputs = inputs_of(train, IMAGES, Preprocessor.of(model, image_processor))
+    starts = progress(range(0, len(inputs.labels), BATCH), "measuring importance", unit="batches")
+    return measure_importances(
+        model,
+        (
+            tuple(
+                map(
+                    torch.from_numpy,
+                    (inputs.pixel_values[i : i + BATCH], inputs.labels[i : i + BATCH]),
+                )
+            )
+            for i in starts
+        ),
+    )
+
+
+def _ratio(
+    model: PreTrainedModel, size: tuple[int, int], importances: Importances, config: PruneConfig
+) -> float:
     """Return the share of channels to remove. Raises: UserError if no share reaches the target."""
     if config.target_size is not None:
         target, what = config.target_size, f"--target_size {config.target_size:g}"
         whole = count_parameters(model)
 
         def left(ratio: float) -> float:
-            return count_parameters(pruned_copy(model, ratio, size)) / whole
+            return count_parameters(pruned_copy(model, ratio, size, importances)) / whole
     else:
         assert config.target_latency is not None
         target, what = config.target_latency, f"--target_latency {config.target_latency:g}"
 
         def left(ratio: float) -> float:
-            return _relative_latency(model, pruned_copy(model, ratio, size), size)
+            return _relative_latency(model, pruned_copy(model, ratio, size, importances), size)
 
     ratios = ratios_of(model)
     ratio = closest_ratio(ratios, lambda ratio: left(ratio) <= target)
@@ -99,15 +130,16 @@ def _relative_latency(model: nn.Module, pruned: nn.Module, size: tuple[int, int]
 
 
 def _fine_tuning(options: RunConfig, config: PruneConfig) -> RunConfig:
-    """Return the options of fine-tuning: those of the run, but all layers train, at a new learning rate, with
-    the batch's statistics, because pruning changed the checkpoint's."""
+    """Return the options of fine-tuning: those of the run, but all layers train. Its learning rate is the
+    run's if all layers trained there, else the default."""
+    all_layers = options.model.freeze == "none" and not options.model.lora_rank
     return options.with_options(
         output_dir=config.output_dir,
         num_train_epochs=config.num_train_epochs or options.train.num_train_epochs,
-        learning_rate=config.learning_rate,
-        image_size=None, freeze="none", lora_rank=0, freeze_batch_norm=False, head_solver="optimizer",
-        clean_labels="none", unfreeze_epochs=0, layer_decay=1.0, backbone_learning_rate=None, seeds=1,
-        run_name=None, push_to_hub=False,
+        learning_rate=config.learning_rate or (options.train.learning_rate if all_layers else None),
+        image_size=None, freeze="none", lora_rank=0, head_solver="optimizer", clean_labels="none",
+        unfreeze_epochs=0, layer_decay=1.0, backbone_learning_rate=None, seeds=1, run_name=None,
+        push_to_hub=False,
     )  # fmt: skip
 
 

@@ -8,18 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hf_cifar.config.deployment import ExportConfig, QuantizeConfig
 from hf_cifar.config.objects import require_object
-from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource, Splits
-from hf_cifar.data.stratify import representative_rows
-from hf_cifar.data.streams import Stream
 from hf_cifar.deploy.export import export_run
 from hf_cifar.deploy.formats import require_format
+from hf_cifar.deploy.inputs import inputs_of
 from hf_cifar.deploy.latency import processor
-from hf_cifar.deploy.schemes import Images, Quantised, quantize
+from hf_cifar.deploy.schemes import Quantised, quantize
 from hf_cifar.errors import UserError
 from hf_cifar.models.exported import METADATA, read_onnx
 from hf_cifar.preprocessor import Preprocessor
@@ -58,22 +54,17 @@ def quantize_run(run: str | Path, config: QuantizeConfig) -> dict[str, Any]:
 
 
 def check_data(splits: Splits) -> None:
-    """Raises: UserError for data on which answers cannot be compared, or activations not be calibrated."""
+    """Raises: UserError for data on which answers cannot be compared."""
     if splits.multi_label:
         raise UserError("top-1 answers are compared, and the run is multi-label; pass another run")
-    if isinstance(splits.train, Stream):
-        raise UserError(
-            "the run was trained on a stream, which is not read again for calibration; pass another run"
-        )
 
 
 def quantize_file(exported: Path, splits: Splits, config: QuantizeConfig) -> dict[str, Any]:
     """Quantise an exported file with the images of its data, see `quantize_run`."""
     content, notes = read_onnx(str(exported))
-    assert isinstance(splits.train, Split)  # see `check_data`
     preprocessor, output = Preprocessor.from_dict(notes["preprocessor"]), Path(config.output)
-    calibration = inputs(splits.train, config.calibration_images, preprocessor).pixel_values
-    judging = inputs(splits.validation, config.judging_images, preprocessor)
+    calibration = inputs_of(splits.train, config.calibration_images, preprocessor).pixel_values
+    judging = inputs_of(splits.validation, config.judging_images, preprocessor)
     chosen, report = quantize(content, calibration, judging)
     report = {"processor": processor(), **report}
     if chosen is not None:
@@ -82,13 +73,6 @@ def quantize_file(exported: Path, splits: Splits, config: QuantizeConfig) -> dic
     text, good = verdict(report)
     logger.log(logging.INFO if good else logging.WARNING, "%s: %s", output, text)
     return report
-
-
-def inputs(split: Split, count: int, preprocessor: Preprocessor) -> Images:
-    """Return the inputs of up to `count` images of a split, stratified, with their classes."""
-    rows = representative_rows(split.labels, count, seed=0)
-    images = [split.pixels.decode(position) for position in split.positions[rows].tolist()]
-    return Images(preprocessor(images).numpy().astype(np.float32), split.labels[rows])
 
 
 def _with_notes(model: Quantised, notes: dict[str, Any]) -> bytes:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_cifar.errors import UserError
-from hf_cifar.explain.target_layer import TargetLayer, describe, find_target_layer
+from hf_cifar.explain.target_layer import TargetLayer, find_target_layer
 from hf_cifar.extras import require
+from hf_cifar.models.classifier import describe
 
 EXTRA = "explain"
 INTEGRATION_STEPS = 64

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from hf_cifar.errors import UserError
 from hf_cifar.explain.methods import Example
-from hf_cifar.explain.target_layer import describe, trace
+from hf_cifar.explain.target_layer import trace
+from hf_cifar.models.classifier import describe
 
 MIN_WIDTH = 160  # smaller pictures are enlarged by whole numbers
 FOR, AGAINST = (255, 118, 0), (30, 110, 255)  # orange and blue, also for the colour-blind

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_cifar.errors import UserError
+from hf_cifar.models.classifier import describe
 
 MIN_SIDE = 2  # a map of one place says nothing
 MAX_PREFIX = 16  # class and register tokens before the patches
@@ -140,10 +141,3 @@ def _is_norm_of_block(call: Call) -> bool:
     """Return True for a norm inside a numbered block, not the final one."""
     numbered = any(part.isdigit() for part in call.name.split("."))
     return numbered and "norm" in type(call.layer).__name__.lower()
-
-
-def describe(model: PreTrainedModel) -> str:
-    """Name a model's architecture in a message."""
-    if model.config.model_type == "timm_wrapper":
-        return f"timm's {model.config.architecture}"
-    return type(model).__name__

@@ -17,3 +17,10 @@ class Classifier(NamedTuple):
 def label2id(id2label: dict[int, str]) -> dict[str, int]:
     """Invert `id2label`, for a model's config, which stores both."""
     return {label: i for i, label in id2label.items()}
+
+
+def describe(model: PreTrainedModel) -> str:
+    """Name a model's architecture in a message."""
+    if model.config.model_type == "timm_wrapper":
+        return f"timm's {model.config.architecture}"
+    return type(model).__name__

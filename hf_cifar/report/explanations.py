@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from hf_cifar.explain.explainer import Explainer, Explanation
 from hf_cifar.explain.sanity import SIMILAR, STEPS, Curves, doubts, summarize
 from hf_cifar.report import charts
 from hf_cifar.report.page import picture, render_template
-from hf_cifar.runs.folder import write_json, write_text
+from hf_cifar.runs.folder import new_folder, write_json, write_text
 from hf_cifar.text import render_table
 
 logger = logging.getLogger(__name__)
@@ -101,18 +100,11 @@ def write_explanations(
     Raises: UserError if no image can be read, or the folder is not writable.
     """
     refuse_folder(folder)
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
-        facts = _write(unfinished, title, explainer, subjects)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        with new_folder(folder) as unfinished:
+            return _write(unfinished, title, explainer, subjects)
     except PermissionError as error:
         raise UserError(f"cannot write the explanations: {error}; pass --output_dir") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return facts
 
 
 def _write(

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from hf_cifar.deploy.compress import (
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.report.page import look_up, render_value
+from hf_cifar.runs.folder import RunFolder
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("torch_pruning")
@@ -62,6 +64,9 @@ def test_a_run_is_compared_with_its_versions_and_other_runs(tmp_path, stripes, t
     for each in facts["versions"]:
         assert (folder / each["file"]).is_file() and 20 < each["peak_megabytes"] < 2000
         assert 0 < each["milliseconds"]["1"]["low"] <= each["milliseconds"]["1"]["median"]
+    assert RunFolder(folder / "pruned-0.8").load_config().train.output_dir == str(
+        folder / "pruned-0.8"
+    )
     page = (folder / "compress.html").read_text()
     for place, text in re.findall(r'<data value="([^"]+)"[^>]*>([^<]*)</data>', page):
         assert text == render_value(look_up(facts, place), "plain"), place
@@ -79,6 +84,14 @@ def test_a_run_is_compared_with_its_versions_and_other_runs(tmp_path, stripes, t
     with pytest.raises(UserError, match="predicted different validation images"):
         compress_run(tmp_path / "run", other)
     assert not (tmp_path / "other").exists()
+
+
+def test_nothing_is_left_of_a_comparison_that_fails(tmp_path, stripes, tiny_vit, monkeypatch):
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--max_steps", "2")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))  # of the memory measurement
+    with pytest.raises(FileNotFoundError):
+        compress_run(tmp_path / "run", CompressConfig(str(tmp_path / "small"), num_train_epochs=1))
+    assert sorted(path.name for path in tmp_path.iterdir() if "small" in path.name) == []
 
 
 def test_shares_are_numbers_within_bounds(capsys):

@@ -8,11 +8,14 @@ import pytest
 import torch
 from tiny import tiny_run
 
-from hf_cifar.config.deployment import QuantizeConfig
+from hf_cifar.config.deployment import ExportConfig, QuantizeConfig
 from hf_cifar.data.splits import DataSource
 from hf_cifar.deploy import schemes as module
+from hf_cifar.deploy.biases import biases_of, channel_means
+from hf_cifar.deploy.export import export_run
+from hf_cifar.deploy.inputs import inputs_of
 from hf_cifar.deploy.latency import latencies, processor
-from hf_cifar.deploy.quantize import inputs, quantize_run, verdict
+from hf_cifar.deploy.quantize import quantize_run, verdict
 from hf_cifar.deploy.schemes import Quantised, Scheme
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
@@ -60,7 +63,7 @@ def test_the_fastest_scheme_that_keeps_the_answers_is_written(run, tmp_path, tim
     model, _ = load_classifier(str(file))
     whole, _ = load_classifier(str(run))
     split = DataSource(RunFolder(run).data()).splits.validation
-    images = inputs(split, 8, Preprocessor.of(*load_classifier(str(run)))).pixel_values
+    images = inputs_of(split, 8, Preprocessor.of(*load_classifier(str(run)))).pixel_values
     with torch.no_grad():
         found, expected = (
             each(pixel_values=torch.from_numpy(images)).logits for each in (model, whole)
@@ -93,10 +96,36 @@ def test_sensitive_layers_stay_in_float_until_the_answers_are_kept(
     )
     report = quantize_run(run, QuantizeConfig(str(tmp_path / "int8.onnx"), **SMALL))
     kept = [len(each["in_float"]) for each in report["tried"]]
-    assert kept == [0, 0, 0, 0, 1, 2]
-    assert report["tried"][4]["in_float"] == report["tried"][5]["in_float"][:1]
+    assert kept == [0, 0, 0, 0, 0, 1, 2]
+    assert report["tried"][4]["scheme"].endswith("ranges, corrected biases")
+    assert report["tried"][5]["in_float"] == report["tried"][6]["in_float"][:1]
     assert report["chosen"].endswith("2 layers in float")
-    assert report["tried"][5]["bytes"] > report["tried"][0]["bytes"]
+    assert report["tried"][6]["bytes"] > report["tried"][0]["bytes"]
+
+
+def test_corrected_biases_give_each_channel_the_mean_of_the_float_model(run, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    export_run(run, ExportConfig(output=str(tmp_path / "float.onnx"), parity_images=0))
+    split = DataSource(RunFolder(run).data()).splits.train
+    images = inputs_of(split, 20, Preprocessor.of(*load_classifier(str(run)))).pixel_values
+    with module._prepared((tmp_path / "float.onnx").read_bytes()) as (prepared, folder):
+        plain, corrected = (
+            module.quantised(prepared, Scheme("QInt8", "MinMax", corrected), images, folder)
+            for corrected in (False, True)
+        )
+        biases = biases_of(onnx.load_model_from_string(plain))
+        wanted, before, after = (
+            channel_means(onnx.load_model_from_string(each), list(biases), images, 1)
+            for each in (prepared.read_bytes(), plain, corrected)
+        )
+    assert len(biases) >= 4
+    for name, bias in biases.items():
+        errors = [np.abs(each[name] - wanted[name]).max() for each in (before, after)]
+        assert errors[1] <= max(errors[0], 2 * bias.step.max())
+    shifts = [
+        sum(np.abs(each[name] - wanted[name]).sum() for name in biases) for each in (before, after)
+    ]
+    assert shifts[1] < 0.2 * shifts[0]
 
 
 def test_a_model_is_worse_if_mcnemar_says_so():

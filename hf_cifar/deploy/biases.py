@@ -1,0 +1,83 @@
+"""Correct the biases of a quantised network: rounding the weights shifts the mean of each channel, and a bias
+can shift it back.
+
+Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, 2019.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hf_cifar.models.exported import PIXEL_VALUES, session_of
+
+LAYERS = ("Conv", "Gemm")  # whose bias is an input; their channels are axis 1 of the output
+
+
+class Bias(NamedTuple):
+    """A bias of a layer in integers [C]: its tensor in the graph, and the value of one step, [C] or [1]."""
+
+    tensor: Any
+    step: np.ndarray
+
+
+def correct_biases(
+    content: bytes, prepared: bytes, pixel_values: np.ndarray, num_threads: int
+) -> bytes:
+    """Return a quantised model with biases that give each channel the mean that it has in the float model.
+
+    content: ONNX with integers as DequantizeLinear nodes; prepared: the float model that it was made of;
+    pixel_values [N, 3, h, w]: of training images. Layers are corrected in order, because each changes the
+    means after it.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    program = onnx.load_model_from_string(content)
+    biases = biases_of(program)
+    wanted = channel_means(
+        onnx.load_model_from_string(prepared), list(biases), pixel_values, num_threads
+    )
+    for output, (tensor, step) in biases.items():
+        found = channel_means(program, [output], pixel_values, num_threads)[output]
+        shift = np.round((wanted[output] - found) / step).astype(np.int32)
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + shift, tensor.name))
+    return program.SerializeToString()
+
+
+def biases_of(program: Any) -> dict[str, Bias]:
+    """Find the integer biases of a quantised model, by the outputs of their layers, in their order."""
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in program.graph.initializer}
+    made = {name: node for node in program.graph.node for name in node.output}
+    found = {}
+    for node in program.graph.node:
+        if node.op_type not in LAYERS or len(node.input) < 3 or node.input[2] not in made:
+            continue
+        bias, step = (tensors[name] for name in made[node.input[2]].input[:2])
+        found[node.output[0]] = Bias(bias, numpy_helper.to_array(step).reshape(-1))
+    return found
+
+
+def channel_means(
+    program: Any, outputs: list[str], pixel_values: np.ndarray, num_threads: int
+) -> dict[str, np.ndarray]:
+    """Return the mean of each channel [C] of inner outputs."""
+    import onnx
+
+    traced = onnx.ModelProto()
+    traced.CopyFrom(program)
+    for name in outputs:
+        traced.graph.output.append(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        )
+    session = session_of(traced.SerializeToString(), num_threads)
+    batches = np.array_split(pixel_values, max(1, len(pixel_values) // 50))
+    sums: dict[str, Any] = dict.fromkeys(outputs, 0.0)
+    for batch in batches:
+        for name, found in zip(outputs, session.run(outputs, {PIXEL_VALUES: batch}), strict=True):
+            places = found.reshape(*found.shape[:2], -1).astype(np.float64)
+            sums[name] = sums[name] + places.mean(axis=2).sum(axis=0)
+    return {name: total / len(pixel_values) for name, total in sums.items()}
