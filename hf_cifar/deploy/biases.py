@@ -6,12 +6,15 @@ Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bia
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hf_cifar.models.exported import PIXEL_VALUES, session_of
 
+BATCH = 50
+MAX_STEPS = 2**24
 LAYERS = ("Conv", "Gemm")  # whose bias is an input; their channels are axis 1 of the output
 
 
@@ -39,15 +42,18 @@ def correct_biases(
     wanted = channel_means(
         onnx.load_model_from_string(prepared), list(biases), pixel_values, num_threads
     )
-    for output, (tensor, step) in biases.items():
-        found = channel_means(program, [output], pixel_values, num_threads)[output]
-        shift = np.round((wanted[output] - found) / step).astype(np.int32)
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + shift, tensor.name))
+    for layer, (tensor, step) in biases.items():
+        found = channel_means(program, [layer], pixel_values, num_threads)[layer]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            steps = np.round((wanted[layer] - found) / step)
+        # A channel whose weights are all zero, or nearly, has steps of no use.
+        steps = np.where(np.abs(steps) < MAX_STEPS, steps, 0).astype(np.int32)
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + steps, tensor.name))
     return program.SerializeToString()
 
 
 def biases_of(program: Any) -> dict[str, Bias]:
-    """Find the integer biases of a quantised model, by the outputs of their layers, in their order."""
+    """Find the integer biases of a quantised model, by the names of their layers, in their order."""
     from onnx import numpy_helper
 
     tensors = {tensor.name: tensor for tensor in program.graph.initializer}
@@ -57,27 +63,28 @@ def biases_of(program: Any) -> dict[str, Bias]:
         if node.op_type not in LAYERS or len(node.input) < 3 or node.input[2] not in made:
             continue
         bias, step = (tensors[name] for name in made[node.input[2]].input[:2])
-        found[node.output[0]] = Bias(bias, numpy_helper.to_array(step).reshape(-1))
+        found[node.name] = Bias(bias, numpy_helper.to_array(step).reshape(-1))
     return found
 
 
 def channel_means(
-    program: Any, outputs: list[str], pixel_values: np.ndarray, num_threads: int
+    program: Any, layers: Collection[str], pixel_values: np.ndarray, num_threads: int
 ) -> dict[str, np.ndarray]:
-    """Return the mean of each channel [C] of inner outputs."""
+    """Return the mean of each channel [C] of the outputs of layers, by their names."""
     import onnx
 
+    outputs = {node.output[0]: node.name for node in program.graph.node if node.name in layers}
     traced = onnx.ModelProto()
     traced.CopyFrom(program)
-    for name in outputs:
-        traced.graph.output.append(
-            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-        )
+    del traced.graph.output[:]
+    traced.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs
+    )
     session = session_of(traced.SerializeToString(), num_threads)
-    batches = np.array_split(pixel_values, max(1, len(pixel_values) // 50))
-    sums: dict[str, Any] = dict.fromkeys(outputs, 0.0)
-    for batch in batches:
-        for name, found in zip(outputs, session.run(outputs, {PIXEL_VALUES: batch}), strict=True):
-            places = found.reshape(*found.shape[:2], -1).astype(np.float64)
+    sums: dict[str, Any] = dict.fromkeys(layers, 0.0)
+    for batch in np.array_split(pixel_values, max(1, len(pixel_values) // BATCH)):
+        found = session.run(list(outputs), {PIXEL_VALUES: batch})
+        for name, each in zip(outputs.values(), found, strict=True):
+            places = each.reshape(*each.shape[:2], -1).astype(np.float64)
             sums[name] = sums[name] + places.mean(axis=2).sum(axis=0)
     return {name: total / len(pixel_values) for name, total in sums.items()}
