@@ -1,4 +1,4 @@
-"""From any image to the input of a model, as one value: the contract that each way to run the model keeps."""
+"""Turn any image into the input of a model, in the same way however the model is run."""
 
 from __future__ import annotations
 

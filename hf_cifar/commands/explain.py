@@ -12,6 +12,7 @@ from hf_cifar.commands.command import Command, quieten, require_model
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.explanation import DEFAULT_IMAGES, ExplainConfig
+from hf_cifar.config.model import is_exported
 from hf_cifar.errors import UserError
 from hf_cifar.runs.folder import RunFolder
 
@@ -31,6 +32,10 @@ def explain(config: ExplainConfig, arguments: Sequence[str]) -> int:
         trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
     require_model(model)
+    if is_exported(run):
+        raise UserError(
+            f"{run} has no gradients or layers; pass the folder of the run that was exported"
+        )
     output = _output_folder(config, run)
     _check_sources(config, run, paths)
 
@@ -71,7 +76,9 @@ def _output_folder(config: ExplainConfig, run: str) -> Path:
     if config.output_dir is not None:
         return Path(config.output_dir)
     if not Path(run).is_dir():
-        raise UserError(f"{run} is not a folder; pass --output_dir")
+        raise UserError(
+            f"{run} is not a folder that explanations can be written to; pass --output_dir"
+        )
     return Path(run) / "explanations"
 
 
@@ -80,12 +87,16 @@ def _check_sources(config: ExplainConfig, run: str, paths: Sequence[str]) -> Non
     if paths:
         for name in ("split", "num_images", "dataset_name"):
             if getattr(config, name) is not None:
-                raise UserError(f"--{name} has no effect on image files; leave out one of the two")
+                raise UserError(
+                    f"--{name} has no effect with image files; leave out --{name} or the files"
+                )
         missing = [path for path in paths if not Path(path).expanduser().exists()]
         if len(missing) == len(paths):
-            raise UserError(f"no such file or folder: {missing[0]}")
+            raise UserError(
+                f"no such file or folder: {missing[0]}; pass image files or folders that exist"
+            )
     elif config.dataset_name is None and not RunFolder(run).has_run:
-        raise UserError(f"{run} does not name its data; pass image files, or --dataset_name")
+        raise UserError(f"{run} has no record of its data; pass image files, or --dataset_name")
 
 
 def _files(
@@ -152,7 +163,7 @@ def _split(config: ExplainConfig, run: str, class_names: list[str]) -> Split:
 
 
 COMMAND = Command(
-    "show which pixels speak for a prediction, and whether that can be trusted",
+    "show which pixels support a prediction, and whether that can be trusted",
     explain,
     (ExplainConfig,),
     "RUN [FILE_OR_FOLDER ...]",

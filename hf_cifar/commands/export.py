@@ -9,15 +9,17 @@ from hf_cifar.config.deployment import ExportConfig
 
 
 def export(config: ExportConfig, folders: Sequence[str]) -> int:
-    """Write the model of a run in another format, and say how well it agrees with the model."""
+    """Write the model of a run in another format, and say how well it agrees with the model; exit status 1 if
+    it does not."""
     run = one_run("export", folders)
 
     from hf_cifar.deploy.export import export_run
+    from hf_cifar.deploy.parity import verdict
 
     quieten(True)
-    export_run(run, config)
+    report = export_run(run, config)
     print(config.output)
-    return 0
+    return 0 if report is None or verdict(report)[1] else 1
 
 
 COMMAND = Command(

@@ -1,4 +1,4 @@
-"""Options of prediction, export and push."""
+"""Options of prediction, export, push, pruning, quantisation and compression."""
 
 from __future__ import annotations
 
@@ -73,13 +73,14 @@ class ExportConfig:
     )
     parity_images: int = option(
         1000,
-        "Compare the result with the model on this many images, at batch 1, 2, 7 and 64; 0 does not.",
+        "Compare the result with the model on up to this many images, at batch 1, 2, 7 and 64; 0: no "
+        "comparison.",
         low=0,
     )
     dataset_name: str | None = option(
         None, "Folder of images to compare on; default: the run's own validation images."
     )
-    overwrite: bool = option(False, "Replace what an earlier export wrote to --output.")
+    overwrite: bool = option(False, "Replace an existing --output.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
 
     def __post_init__(self) -> None:
@@ -89,11 +90,13 @@ class ExportConfig:
         suffix, found = SUFFIXES[self.format], Path(self.output).suffix.lower()
         if found != suffix and (suffix or found in SUFFIXES.values()):
             wanted = f"a file that ends with {suffix}" if suffix else "a folder, without an ending"
-            raise UserError(f"--output is {self.output}; --format {self.format} writes {wanted}")
+            raise UserError(
+                f"--output is {self.output}, and --format {self.format} writes {wanted}; change one"
+            )
         if self.format == "openvino" and self.with_preprocessing:
             raise UserError(
                 "--with_preprocessing needs float64, which OpenVINO computes as float32; pass --format onnx, "
-                "or leave it out"
+                "or leave out --with_preprocessing"
             )
         if self.dataset_name is not None and not self.parity_images:
             raise UserError(
@@ -133,11 +136,11 @@ class PruneConfig:
 
     output_dir: str = option("", "Folder of the pruned run. Required.")
     target_size: float | None = option(
-        None, "Share of the parameters to keep, for example 0.5.", low=0.01, high=0.99
+        None, "Largest share of the parameters to keep, for example 0.5.", low=0.01, high=0.99
     )
     target_latency: float | None = option(
         None,
-        "Share of the time of one image to keep, measured on this machine, for example 0.7.",
+        "Largest time of one image, as a share of the run's, measured on this machine, for example 0.7.",
         low=0.01, high=0.99,
     )  # fmt: skip
     num_train_epochs: float | None = option(
@@ -148,7 +151,8 @@ class PruneConfig:
     )
     learning_rate: float | None = option(
         None,
-        "Peak learning rate of fine-tuning; default: by optimiser and model family.",
+        "Peak learning rate of fine-tuning; default: the run's if all its layers trained, else by "
+        "optimiser and model family.",
         low=1e-12, high=1e3,
     )  # fmt: skip
 
@@ -157,7 +161,9 @@ class PruneConfig:
         if not self.output_dir:
             raise UserError("--output_dir is missing; pass the folder of the pruned run")
         if (self.target_size is None) == (self.target_latency is None):
-            raise UserError("pass --target_size or --target_latency, one of them")
+            raise UserError(
+                "--target_size and --target_latency are both missing, or both given; pass one of them"
+            )
 
 
 @dataclass(frozen=True)

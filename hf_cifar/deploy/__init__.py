@@ -1,1 +1,1 @@
-"""A fine-tuned model outside Python: export, and the proof that it gives the same answers."""
+"""Export, prune, quantise and compare fine-tuned models."""

@@ -19,7 +19,7 @@ LAYERS = ("Conv", "Gemm")  # whose bias is an input; their channels are axis 1 o
 
 
 class Bias(NamedTuple):
-    """A bias of a layer in integers [C]: its tensor in the graph, and the value of one step, [C] or [1]."""
+    """A bias of a layer in integers [C]: its tensor in the graph, and its quantisation scale, [C] or [1]."""
 
     tensor: Any
     step: np.ndarray
@@ -46,7 +46,7 @@ def correct_biases(
         found = channel_means(program, [layer], pixel_values, num_threads)[layer]
         with np.errstate(divide="ignore", invalid="ignore"):
             steps = np.round((wanted[layer] - found) / step)
-        # A channel whose weights are all zero, or nearly, has steps of no use.
+        # If all weights of a channel are nearly zero, its scale is too small for a correction.
         steps = np.where(np.abs(steps) < MAX_STEPS, steps, 0).astype(np.int32)
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + steps, tensor.name))
     return program.SerializeToString()

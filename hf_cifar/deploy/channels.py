@@ -1,8 +1,8 @@
 """Structured pruning: remove whole channels, so that a network is smaller and faster on any device.
 
 Where a config can describe the result, the same share of each layer's channels is removed, and
-`from_pretrained` loads it. Elsewhere all layers compete, but for those on a residual connection: their
-channels are shared by many layers, and removing them costs the most.
+`from_pretrained` loads it. In other networks, the channels of all layers are ranked together. Layers on a
+residual connection are left out: many layers share their channels, and removing them costs the most.
 
 Source: Fang et al., DepGraph: Towards Any Structural Pruning, 2023 (torch-pruning).
 """
@@ -31,7 +31,7 @@ from hf_cifar.text import one_line
 STEPS = 64  # ratios of a network without a config are multiples of 1 / STEPS
 MAX_RATIO = 0.9  # of a layer
 # Kernels work on blocks of 8 or 16 channels: with other numbers, a network of half the size was slower than
-# the whole one. Narrow layers have smaller blocks.
+# the whole one. Networks with narrow layers have smaller blocks.
 BLOCKS = (16, 8, 4, 2, 1)
 MIN_BLOCKS = 8  # of a layer
 
@@ -104,7 +104,7 @@ def _timm_resnet(model: PreTrainedModel) -> Layout:
 
 
 def _timm_vit(model: PreTrainedModel) -> Layout:
-    layers = [block.mlp.fc1 for block in model.timm_model.blocks]
+    layers = _first_of_mlps(model)
     # timm computes the width as int(width of a token * mlp_ratio); half a channel more survives rounding.
     return Layout(
         layers,
@@ -112,12 +112,16 @@ def _timm_vit(model: PreTrainedModel) -> Layout:
     )
 
 
-def _transformers_vit(model: PreTrainedModel) -> Layout:
-    layers = [
+def _first_of_mlps(model: PreTrainedModel) -> list[nn.Module]:
+    return [
         m
         for name, m in model.named_modules()
         if name.endswith(("mlp.fc1", "intermediate.dense")) and isinstance(m, nn.Linear)
     ]
+
+
+def _transformers_vit(model: PreTrainedModel) -> Layout:
+    layers = _first_of_mlps(model)
     return Layout(layers, lambda: {"intermediate_size": layers[0].out_features})
 
 
@@ -139,8 +143,10 @@ LAYOUTS: dict[str, Callable[[PreTrainedModel], Layout]] = {
 
 
 def ratios_of(model: PreTrainedModel) -> list[float]:
-    """Return the ratios of channels that may be removed, ascending: those that leave whole blocks of channels
-    in each layer, if a config describes the result."""
+    """Return the ratios of channels that may be removed, ascending.
+
+    If a config describes the result, each leaves whole blocks of channels in every layer.
+    """
     layout = layout_of(model)
     steps = STEPS
     if layout.changes is not None:
@@ -169,13 +175,13 @@ def pruned_copy(
     """
     network = Logits(copy.deepcopy(model).cpu().eval().requires_grad_(True))
     if hasattr(network.model, "set_attn_implementation"):
-        network.model.set_attn_implementation("eager")  # of which the layers can be traced
+        network.model.set_attn_implementation("eager")  # whose layers can be traced
     layout, example = layout_of(network.model), torch.zeros(1, 3, *size)
     importance = GroupImportance(network.model, importances)
     try:
         with torch.enable_grad(), warnings.catch_warnings():
-            # It names parameters outside of layers, such as a ViT's CLS token, and prunes them with their
-            # neighbours.
+            # torch-pruning warns of parameters outside layers, such as a ViT's CLS token, and prunes them
+            # with their neighbours.
             warnings.filterwarnings("ignore", message="Unwrapped parameters", category=UserWarning)
             shares = dict.fromkeys(layout.pruned, ratio)
             if layout.changes is None:
@@ -184,11 +190,11 @@ def pruned_copy(
             network(example)
     except Exception as error:  # torch-pruning raises many kinds
         raise UserError(
-            f"{describe(model)} cannot be pruned: {one_line(error, 200)}; quantize it instead"
+            f"{describe(model)} cannot be pruned: {one_line(error, 200)}; run hf-cifar quantize instead"
         ) from error
     if layout.changes is None:
         return network
-    return _described(network.model, layout.changes())
+    return _described(network.model, layout.changes(), model.config._attn_implementation)
 
 
 def _shares(
@@ -198,8 +204,8 @@ def _shares(
     importance: GroupImportance,
     ratio: float,
 ) -> dict[nn.Module, float]:
-    """Return the share of channels to remove from each layer, 0..1, so that about `ratio` of all go, the
-    least important ones. Layers on a residual connection, where outputs are added, are left out."""
+    """Return the share of channels to remove from each layer, 0..1, so that about `ratio` of all are removed,
+    the least important ones. Layers on a residual connection, where outputs are added, are left out."""
     pruning = require("torch_pruning", extra="deploy")
     graph = pruning.DependencyGraph().build_dependency(network, example)
     kept = [m for m in network.modules() if isinstance(m, LAYERS) and m not in layers]
@@ -219,7 +225,7 @@ def _shares(
         return {}
     limit = torch.cat([found for found, _ in groups]).quantile(ratio)
     block = _block(statistics.median(len(found) for found, _ in groups))
-    shares = {}
+    shares: dict[nn.Module, float] = {}
     for found, together in groups:
         least = max(int((found > limit).sum()), (1 - MAX_RATIO) * len(found), 1)
         left = min(len(found), math.ceil(least / block) * block)
@@ -235,7 +241,7 @@ def _remove(
 ) -> None:
     """Remove a share of the channels of each layer, 0..1, the least important ones."""
     pruning = require("torch_pruning", extra="deploy")
-    # A little less, so that rounding leaves the channels that the share says.
+    # Slightly less, so that rounding does not remove one channel too many.
     by_layer = {layer: share - 1e-6 for layer, share in shares.items() if share}
     kept = [m for m in network.modules() if isinstance(m, LAYERS) and m not in by_layer]
     pruning.pruner.MetaPruner(
@@ -244,9 +250,11 @@ def _remove(
     ).step()  # fmt: skip
 
 
-def _described(pruned: PreTrainedModel, changes: dict[str, Any]) -> PreTrainedModel | nn.Module:
-    """Build the model that a changed config describes, with the pruned weights; or return the network as it
-    is."""
+def _described(
+    pruned: PreTrainedModel, changes: dict[str, Any], attention: str | None
+) -> PreTrainedModel | nn.Module:
+    """Build the model that a changed config describes, with the pruned weights and this implementation of
+    attention; or return the network as it is."""
     config = copy.deepcopy(pruned.config)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -255,6 +263,8 @@ def _described(pruned: PreTrainedModel, changes: dict[str, Any]) -> PreTrainedMo
         model.load_state_dict(pruned.state_dict())
     except RuntimeError:  # a variant of the family whose widths the config does not say
         return Logits(pruned)
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(attention)
     return model.eval()
 
 

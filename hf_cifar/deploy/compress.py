@@ -6,12 +6,14 @@ verdict is decided on validation; test is only shown.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +24,14 @@ from markupsafe import Markup
 
 from hf_cifar.config.deployment import CompressConfig, ExportConfig, PruneConfig, QuantizeConfig
 from hf_cifar.config.objects import require_object
-from hf_cifar.data.split import Split
+from hf_cifar.data.split import Split, without_rows
 from hf_cifar.data.splits import DataSource, Splits
 from hf_cifar.deploy.channels import count_parameters
 from hf_cifar.deploy.export import export_run
 from hf_cifar.deploy.formats import require_format
-from hf_cifar.deploy.latency import Network, latencies, processor
-from hf_cifar.deploy.prune import prune_run
+from hf_cifar.deploy.inputs import used_splits
+from hf_cifar.deploy.latency import Network, is_faster, latencies, processor
+from hf_cifar.deploy.prune import EXPORTED, prune_run
 from hf_cifar.deploy.quantize import check_data, quantize_file
 from hf_cifar.deploy.quantize import verdict as quantisation_verdict
 from hf_cifar.deploy.schemes import runner
@@ -43,14 +46,16 @@ from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.progress import progress
 from hf_cifar.report import charts
 from hf_cifar.report.page import render_template
-from hf_cifar.runs.folder import RunFolder, new_folder, write_json, write_text
-from hf_cifar.text import render_table
+from hf_cifar.runs.folder import RunFolder, write_json, write_text
+from hf_cifar.runs.lock import sole_run
+from hf_cifar.text import one_line, render_table
 
 logger = logging.getLogger(__name__)
 ORIGINAL = "original"
 TARGET_SIZES = (0.5,)  # of pruning
 BATCH = 50
 FACTS_FILE, PAGE_FILE = "compress.json", "compress.html"
+UNFINISHED = "unfinished.json"  # the call that makes a folder, until it has ended
 # Measured in a process of its own, which does nothing else. On Linux, ru_maxrss would start with the memory
 # of the process that started it.
 PEAK_MEMORY = f"""
@@ -94,50 +99,74 @@ class Version:
 def compress_run(run: str | Path, config: CompressConfig) -> dict[str, Any]:
     """Make smaller versions of a run in `config.output_dir`, and compare them with it and with other runs.
 
-    Returns the facts of the comparison, which are also in compress.json. A version that cannot be made is
-    left out, with the reason. The folder appears when all is done.
+    Returns the facts of the comparison, which are also in compress.json. Pruned, 8-bit and 16-bit versions
+    that cannot be made are left out, with the reason. If it is interrupted, the same call continues with the
+    pruned versions that are complete.
     Raises: UserError for a folder that is in use, runs that are not finished, or runs of other data.
     """
-    run, folder = Path(run), Path(config.output_dir)
+    run, folder = Path(run).resolve(), Path(config.output_dir)
     candidates = [Path(each) for each in config.candidates or ()]
     for each in (run, *candidates):
         RunFolder(each).require_finished()
     check_candidates(run, candidates)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--output_dir {folder} is not empty; pass another folder")
     require_format("onnx")
     require("torch_pruning", extra="deploy")
     data = RunFolder(run).data()
     require_object(data.dataset_name, "data set")
     source = DataSource(data)
-    check_data(source.splits)
-    with new_folder(folder) as unfinished:
-        return _compare(run, unfinished, source, config)
-
-
-def _compare(run: Path, folder: Path, source: DataSource, config: CompressConfig) -> dict[str, Any]:
-    """Make the versions, measure them, and write the facts and the page into a folder."""
-    versions, left_out = make_versions(run, folder, source.splits, config)
-    splits: dict[str, Split] = {"validation": source.splits.validation}
-    try:
-        splits["test"] = source.test_split
-    except UserError as error:
-        logger.info("no test split to show: %s", error)
-    predicted = {name: predict_all(versions, split) for name, split in splits.items()}
-    versions_found = measured(versions, predicted)
-    text, chosen = verdict(versions_found)
-    facts: dict[str, Any] = {
-        "processor": processor(), "run": run.name, "left_out": left_out,
-        "versions": versions_found, "verdict": text, "chosen": chosen,
-    }  # fmt: skip
-    write_json(folder / FACTS_FILE, facts)
-    write_text(folder / PAGE_FILE, render_page(facts))
+    splits = used_splits(RunFolder(run), source)
+    check_data(splits)
+    with _claimed(folder, run, config):
+        versions, left_out = make_versions(run, folder, splits, config)
+        evaluated: dict[str, Split] = {"validation": splits.validation}
+        if RunFolder(run).predictions_path("test").is_file():  # else the run has not seen test yet
+            skipped = Predictions.load(run, "test").skipped_rows
+            evaluated["test"] = without_rows(source.test_split, skipped)
+        predicted = {name: predict_all(versions, split) for name, split in evaluated.items()}
+        for name in _overflowing(predicted):
+            left_out[name] = "its logits are not finite on all images"
+            versions = [version for version in versions if version.name != name]
+        versions_found = measured(versions, predicted)
+        text, chosen = verdict(versions_found)
+        facts: dict[str, Any] = {
+            "processor": processor(), "run": run.name, "left_out": left_out,
+            "versions": versions_found, "verdict": text, "chosen": chosen,
+        }  # fmt: skip
+        write_json(folder / FACTS_FILE, facts)
+        write_text(folder / PAGE_FILE, render_page(facts))
     return facts
+
+
+@contextmanager
+def _claimed(folder: Path, run: Path, config: CompressConfig) -> Iterator[None]:
+    """Lock a folder that is new, or holds what the same call left when it was interrupted.
+
+    Raises: UserError for a folder with anything else, or that cannot be written.
+    """
+    call = {
+        "run": str(run), "trained": RunFolder(run).facts()["finished"],
+        "target_sizes": config.target_sizes, "num_train_epochs": config.num_train_epochs,
+    }  # fmt: skip
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        note = folder / UNFINISHED
+        if not note.is_file() or json.loads(note.read_text()) != call:
+            raise UserError(f"--output_dir {folder} is not empty; pass another folder")
+        logger.info("continuing the comparison in %s that was interrupted", folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / UNFINISHED, call)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}: {one_line(error)}; pass another --output_dir"
+        ) from None
+    with sole_run(folder):
+        yield
+        (folder / UNFINISHED).unlink()
 
 
 def check_candidates(run: Path, candidates: Sequence[Path]) -> None:
     """Raises: UserError for two runs of one name, which could not be told apart, or runs of other data."""
-    names = [each.resolve().name for each in candidates]
+    names = [_name(each) for each in candidates]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise UserError(f"--candidates has two runs named {repeated[0]}; rename the folder of one")
@@ -149,54 +178,85 @@ def make_versions(
     run: Path, folder: Path, splits: Splits, config: CompressConfig
 ) -> tuple[list[Version], dict[str, str]]:
     """Make every version; return them, the original first, and the reasons for those that cannot be made."""
-    original = exported(run, folder / "original.onnx", ORIGINAL, "the run itself")
+    trust = RunFolder(run).load_config().model.trust_remote_code
+    original = exported(run, folder / "original.onnx", ORIGINAL, "the run itself", trust)
     versions, left_out = [original], {}
-    for share in config.target_sizes or TARGET_SIZES:
+    candidates = [
+        exported(
+            Path(each),
+            folder / f"candidate-{number}.onnx",
+            f"run {_name(each)}",
+            "another run",
+            trust,
+        )
+        for number, each in enumerate(config.candidates or (), 1)
+    ]
+    for share in dict.fromkeys(config.target_sizes or TARGET_SIZES):
         name = f"pruned to {share:g}"
-        target = PruneConfig(
-            str(folder / f"pruned-{share:g}"), target_size=share,
-            num_train_epochs=config.num_train_epochs,
-        )  # fmt: skip
         try:
-            made = prune_run(run, target)
+            made = _pruned_run(run, folder / f"pruned-{share:g}", share, config)
         except UserError as error:
             left_out[name] = str(error)
             continue
-        pruned = RunFolder(target.output_dir)
-        final = str(Path(config.output_dir, pruned.path.name))
-        pruned.save_config(pruned.load_config().with_training(output_dir=final))
-        versions.append(_pruned(made, folder / f"pruned-{share:g}.onnx", name, share))
+        words = f"at most {share:.0%} of the parameters, fine-tuned"
+        versions.append(exported(made, folder / f"pruned-{share:g}.onnx", name, words, trust))
     for source in [*versions]:
         name = "int8" if source is original else f"{source.name}, int8"
         file = folder / f"{source.file.stem}-int8.onnx"
-        report = quantize_file(source.file, splits, QuantizeConfig(str(file)))
+        try:
+            report = quantize_file(source.file, splits, QuantizeConfig(str(file)))
+        except UserError as error:
+            left_out[name] = str(error)
+            continue
         if report["chosen"] is None:
             left_out[name] = quantisation_verdict(report)[0]
             continue
         versions.append(Version(name, file, report["chosen"], source.parameters))
     file = folder / "original-float16.onnx"
-    file.write_bytes(float16(original.file))
-    versions.append(Version("float16", file, "numbers of 16 bits", original.parameters))
-    for number, each in enumerate(config.candidates or (), 1):
-        name, file = Path(each).resolve().name, folder / f"candidate-{number}.onnx"
-        versions.append(exported(Path(each), file, f"run {name}", "another run"))
-    return versions, left_out
+    try:
+        file.write_bytes(float16(original.file))
+        versions.append(Version("float16", file, "numbers of 16 bits", original.parameters))
+    except Exception as error:  # the converter raises many kinds
+        left_out["float16"] = one_line(error, 300)
+    return versions + candidates, left_out
 
 
-def exported(run: Path, file: Path, name: str, made: str) -> Version:
-    """Export a run as a version."""
-    export_run(run, ExportConfig(output=str(file), parity_images=0))
-    model, _ = load_classifier(str(run))
-    return Version(name, file, made, count_parameters(model))
+def _pruned_run(run: Path, folder: Path, share: float, config: CompressConfig) -> Path:
+    """Prune a run, or return the pruned run that an interrupted call completed."""
+    if (folder / EXPORTED).is_file():
+        return folder / EXPORTED
+    if (folder / "run.json").is_file() and RunFolder(folder).facts().get("finished"):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    target = PruneConfig(str(folder), target_size=share, num_train_epochs=config.num_train_epochs)
+    made = prune_run(run, target)
+    for checkpoint in RunFolder(folder).checkpoints():
+        shutil.rmtree(checkpoint)
+    return made
 
 
-def _pruned(made: Path, file: Path, name: str, share: float) -> Version:
-    words = f"at most {share:.0%} of the parameters, fine-tuned"
-    if made.is_dir():
-        return exported(made, file, name, words)
-    shutil.copyfile(made, file)
-    weights = require("onnx", extra="deploy").load(str(file)).graph.initializer
-    return Version(name, file, words, sum(int(np.prod(each.dims)) for each in weights))
+def _name(run: str | Path) -> str:
+    return Path(run).resolve().name
+
+
+def exported(run: Path, file: Path, name: str, made: str, trust_remote_code: bool) -> Version:
+    """Export a run as a version; of a network that is an ONNX file already, copy it."""
+    if run.suffix == ".onnx":
+        shutil.copyfile(run, file)
+        count = RunFolder(run.parent).facts()["parameters"]
+    else:
+        export_run(
+            run,
+            ExportConfig(
+                output=str(file),
+                parity_images=0,
+                overwrite=True,
+                trust_remote_code=trust_remote_code,
+            ),
+        )
+        model, _ = load_classifier(str(run), trust_remote_code=trust_remote_code)
+        count = count_parameters(model)
+    return Version(name, file, made, count)
 
 
 def float16(file: Path) -> bytes:
@@ -228,6 +288,19 @@ def predict_all(versions: Sequence[Version], split: Split) -> dict[str, Predicti
         )
         for name, each in logits.items()
     }  # fmt: skip
+
+
+def _overflowing(predicted: dict[str, dict[str, Predictions]]) -> list[str]:
+    """Return the names of the versions with logits that are infinite or NaN. predicted: by split and
+    version."""
+    return sorted(
+        {
+            name
+            for split in predicted.values()
+            for name, each in split.items()
+            if not np.isfinite(each.logits).all()
+        }
+    )
 
 
 def measured(
@@ -265,14 +338,17 @@ def measured(
 
 
 def peak_megabytes(file: Path, size: tuple[int, int]) -> float | None:
-    """Return the peak memory of a process that runs a batch of 32 images; None on Windows."""
+    """Return the peak memory of a process that runs a batch of 32 images; None on Windows, or if it fails."""
     if sys.platform == "win32":
         return None
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", PEAK_MEMORY, str(file.resolve()), *map(str, size)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    units = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
-    return int(done.stdout) / units
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        logger.warning("the memory of %s is unknown: %s", file.name, one_line(done.stderr, 200))
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
+    return int(done.stdout) * unit / 1e6
 
 
 def pareto_front(versions: Sequence[dict[str, Any]], batch_size: str = "1") -> list[str]:
@@ -298,10 +374,10 @@ def verdict(versions: Sequence[dict[str, Any]]) -> tuple[str, str]:
     worse than the original, or the original."""
     original = versions[0]
     good = [each for each in versions[1:] if not _is_worse(each)]
-    faster = [each for each in good if _time(each) < _time(original)]
+    faster = [each for each in good if is_faster(each["milliseconds"], original["milliseconds"])]
     if not faster:
         return (
-            "Keep the original: every faster version is significantly less accurate on validation.",
+            "Keep the original: no version that is as accurate on validation is faster for one image.",
             ORIGINAL,
         )
     best = min(faster, key=_time)

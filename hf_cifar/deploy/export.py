@@ -71,7 +71,7 @@ def export_classifier(
             raise
         except Exception as error:  # the exporters raise many kinds
             raise UserError(
-                f"{run} has no form as {config.format} ({one_line(error, 300)}); pass another --format"
+                f"{run} cannot be exported as {config.format} ({one_line(error, 300)}); pass another --format"
             ) from error
         report = None
         if images is not None:
@@ -96,12 +96,18 @@ def export_classifier(
 def check_output(config: ExportConfig) -> None:
     """Raises: UserError if the output exists and may not be replaced."""
     output = Path(config.output)
+    weights = output.with_suffix(".bin")
+    if config.format == "openvino" and weights.exists() and not config.overwrite:
+        raise UserError(f"{weights} exists; pass another --output, or --overwrite to replace it")
     if not output.exists() and not output.is_symlink():
         return
     ours = config.format != "server" or (output / CONFIG_FILE).is_file()
     if output.is_dir() != (config.format == "server") or not ours:
         kind = "a folder" if output.is_dir() else "a file"
-        raise UserError(f"--output {output} is {kind} that no export wrote; pass another --output")
+        raise UserError(
+            f"--output {output} is {kind}, which --format {config.format} does not replace; pass another "
+            "--output"
+        )
     if not config.overwrite:
         raise UserError(f"{output} exists; pass another --output, or --overwrite to replace it")
 

@@ -30,7 +30,7 @@ EXAMPLE = (
     40,
     50,
     3,
-)  # the shape of images; each size is another, so that none is taken for another
+)  # the shape of images; all sizes differ, so that the exporter does not equate two of them
 MAX_BYTES = 2**31  # of a protobuf message
 
 # The input of a model -> logits [N, K] and probabilities [N, K].
@@ -64,7 +64,7 @@ def onnx_program(graph: ClassifierGraph, metadata: dict[str, Any]) -> Any:
     num_bytes = sum(each.numel() * each.element_size() for each in graph.parameters())
     if num_bytes >= MAX_BYTES:
         raise UserError(
-            f"the model has {num_bytes / 1e9:.1f} GB of weights, and one ONNX file holds less than 2; pass "
+            f"the model has {num_bytes / 1e9:.1f} GB of weights, and an ONNX file holds less than 2 GB; pass "
             "--format torch_export"
         )
     example, sizes = _example(graph, metadata["input_size"])

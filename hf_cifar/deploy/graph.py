@@ -18,7 +18,7 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 from hf_cifar.transforms.resampling import KERNELS
 from hf_cifar.transforms.resizing import PILLOW_MAY_START_VERTICALLY
 
-# Bits of a weight behind the point, see `resizing._fraction_bits`; the coarse part of a weight has fewer, so
+# Fractional bits of a weight, see `resizing._fraction_bits`; the coarse part of a weight has fewer, so
 # that float32 sums its products with pixels exactly.
 PILLOW_BITS, COARSE_BITS = 22, 11
 
@@ -157,7 +157,7 @@ class PixelGraph(nn.Module):
         return axes
 
     def _unit(self, length: int, whole: int) -> Tensor:
-        """Two to the power of the bits of a weight behind the point, see `resizing._fraction_bits`."""
+        """Two to the power of the number of fractional bits of a weight, see `resizing._fraction_bits`."""
         if self.preprocessing.library == "pillow":
             return torch.tensor(2.0**PILLOW_BITS, dtype=torch.float64)
         scale = _number(length) / _number(whole)

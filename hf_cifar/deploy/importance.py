@@ -2,7 +2,8 @@
 
 Setting a channel to zero changes the loss of an image by about the sum over its places of activation x
 gradient. The importance of a channel is the mean square of this over images, so that the signs of images do
-not cancel, as they would in a converged network. It is in units of the loss: channels of all layers compare.
+not cancel, as they would in a converged network. It has one unit in all
+layers, so their channels can be compared.
 
 Source: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hf_cifar.extras import require
 
@@ -24,8 +26,7 @@ Importances = dict[str, Tensor]  # of the inputs of each layer, [channels], by t
 def measure_importances(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Importances:
     """Measure the importance of the input channels of each layer.
 
-    model: computes a loss from pixel_values [N, 3, h, w] and labels, as those of transformers do. batches:
-    such pairs, of training images.
+    batches: pixel_values [N, 3, h, w] and labels [N], or float [N, K] of multiple labels, of training images.
     """
     found: Importances = {}
     count = 0
@@ -52,8 +53,12 @@ def measure_importances(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor
         with torch.enable_grad():
             for pixel_values, labels in batches:
                 # The gradient reaches every activation, also of frozen layers, by way of the input.
-                loss = model(pixel_values=pixel_values.requires_grad_(), labels=labels).loss
-                (loss * len(labels)).backward()  # of each image's own loss
+                logits = model(pixel_values=pixel_values.requires_grad_()).logits
+                if labels.ndim == 2:
+                    loss = functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+                else:
+                    loss = functional.cross_entropy(logits, labels, reduction="sum")
+                loss.backward()
                 count += len(labels)
     finally:
         for hook in hooks:

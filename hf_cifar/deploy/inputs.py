@@ -1,33 +1,62 @@
-"""Inputs of a network with their labels, of a part of a split."""
+"""Inputs of a network with their labels, of a part of a run's data."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from hf_cifar.data.split import Split
+from hf_cifar.data.split import Split, trained_rows, without_rows
+from hf_cifar.data.splits import DataSource, Splits
 from hf_cifar.data.stratify import representative_rows
 from hf_cifar.data.streams import Stream
 from hf_cifar.preprocessor import Preprocessor
+from hf_cifar.runs.folder import RunFolder
+
+BATCH = 50  # images that are in memory at their full size
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """pixel_values: float32 [N, 3, h, w], normalised. labels: int [N], or float [N, K] of multiple labels."""
+    """pixel_values: float32 [N, 3, h, w], normalised. labels: int [N], or float32 [N, K] of multiple
+    labels."""
 
     pixel_values: np.ndarray
     labels: np.ndarray
 
 
+def used_splits(run: RunFolder, source: DataSource) -> Splits:
+    """Return the splits of a run without the rows that it left out, unreadable and doubted ones."""
+    facts, splits = run.facts(), source.splits
+    skipped = facts.get("skipped_rows", {}).get("validation", [])
+    validation = without_rows(splits.validation, skipped)
+    if isinstance(splits.train, Stream):
+        return dataclasses.replace(splits, validation=validation)
+    return dataclasses.replace(
+        splits, train=trained_rows(splits.train, facts), validation=validation
+    )
+
+
 def inputs_of(split: Split | Stream, count: int, preprocessor: Preprocessor) -> Inputs:
-    """Return the inputs of up to `count` images of a split, stratified, or of the first ones of a stream."""
+    """Return the inputs of up to `count` images of a split, stratified, or of the first ones of a stream.
+
+    Raises: UserError that names the row of an unreadable image.
+    """
     if isinstance(split, Stream):
-        images, found = zip(*islice(split.read(epoch=0), count), strict=True)
-        labels = np.array(found)
+        examples: Iterator[tuple[np.ndarray, np.ndarray | int]] = split.read(epoch=0)
     else:
         rows = representative_rows(split.labels, count, seed=0)
-        images = [split.pixels.decode(position) for position in split.positions[rows].tolist()]
-        labels = split.labels[rows]
-    return Inputs(preprocessor(list(images)).numpy().astype(np.float32), labels)
+        examples = ((split.decode(row), split.labels[row]) for row in rows.tolist())
+    examples, pixel_values, labels = islice(examples, count), [], []
+    while batch := list(islice(examples, BATCH)):
+        images, found = zip(*batch, strict=True)
+        pixel_values.append(preprocessor(list(images)).numpy().astype(np.float32, copy=False))
+        labels.extend(found)
+    stacked = np.stack(labels) if np.ndim(labels[0]) else np.array(labels)
+    return Inputs(
+        np.concatenate(pixel_values),
+        stacked.astype(np.float32 if stacked.ndim == 2 else np.int64),
+    )

@@ -59,6 +59,11 @@ def latencies(
     return found
 
 
+def is_faster(times: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
+    """Return True if the median time of one image is below the fastest round of another network."""
+    return times["1"]["median"] < than["1"]["low"]
+
+
 def _seconds(network: Network, batch: np.ndarray) -> float:
     """Return the mean time of a batch."""
     start, count = time.perf_counter(), 0

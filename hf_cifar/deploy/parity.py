@@ -104,7 +104,9 @@ def compare(
                     # Unlike max, this keeps NaN.
                     batch[name] = float(np.maximum(batch[name], np.abs(ours - theirs).max()))
     if not num_images:
-        raise UserError(f"none of {given.source} can be read: {unreadable[0]}")
+        raise UserError(
+            f"no image can be read ({given.source}): {unreadable[0]}; pass another --dataset_name"
+        )
     if unreadable:
         logger.warning("%d images cannot be read and are not compared", len(unreadable))
     return {

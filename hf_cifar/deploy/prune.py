@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hf_cifar.deploy.channels import Logits, closest_ratio, count_parameters, pr
 from hf_cifar.deploy.export import export_classifier
 from hf_cifar.deploy.formats import require_format
 from hf_cifar.deploy.importance import Importances, measure_importances
-from hf_cifar.deploy.inputs import inputs_of
+from hf_cifar.deploy.inputs import inputs_of, used_splits
 from hf_cifar.deploy.latency import latencies
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
@@ -31,7 +31,7 @@ from hf_cifar.finetune import finetune_classifier
 from hf_cifar.models.build import load_classifier
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.progress import progress
-from hf_cifar.runs.folder import RunFolder
+from hf_cifar.runs.folder import RunFolder, new_folder, write_json
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -40,12 +40,13 @@ EXPORTED = "model.onnx"  # of a network that no config describes
 
 
 def prune_run(folder: str | Path, config: PruneConfig) -> Path:
-    """Prune and fine-tune the network of a finished run, as a run in `config.output_dir`; return its model.
+    """Prune and fine-tune the network of a finished run, write it to `config.output_dir`, and return its
+    path.
 
-    That is the folder, or the ONNX file in it if no config describes the pruned network: `from_pretrained`
-    could not load its weights, so they are not written.
-    Raises: UserError for a target that pruning cannot reach, a run that is not finished, or whose data or
-    model was a Python object.
+    The path is that folder. If no config describes the pruned network, `from_pretrained` cannot load its
+    weights; then an ONNX file is written in the folder, and its path is returned.
+    Raises: UserError for a target that pruning cannot reach, a run that is not finished, or whose data was a
+    Python object.
     """
     run = RunFolder(folder)
     run.require_finished()
@@ -56,19 +57,27 @@ def prune_run(folder: str | Path, config: PruneConfig) -> Path:
     model, image_processor = load_classifier(
         str(folder), trust_remote_code=options.model.trust_remote_code
     )
+    source = DataSource(options.data)
     size = Preprocessing.from_image_processor(image_processor).size
-    importances = _importances(model, image_processor, DataSource(options.data).splits.train)
+    importances = _importances(model, image_processor, used_splits(run, source).train)
     ratio = _ratio(model, size, importances, config)
     pruned = pruned_copy(model, ratio, size, importances)
     before, after = count_parameters(model), count_parameters(pruned)
     logger.info(
-        "removed %.1f%% of the channels: %s of %s parameters are left (%.1f%%)",
-        100 * ratio, f"{after:,}", f"{before:,}", 100 * after / before,
+        "pruning ratio %.3f: %s of %s parameters are left (%.1f%%)",
+        ratio, f"{after:,}", f"{before:,}", 100 * after / before,
     )  # fmt: skip
-    tuned = _fine_tuning(options, config)
-    if isinstance(pruned, PreTrainedModel):
-        return finetune_classifier(tuned, model_name_or_path=(pruned, image_processor)).output_dir
-    return _as_onnx(pruned, image_processor, tuned)
+    if doubted := run.facts().get("doubted_rows"):
+        logger.info(
+            "%s images that the run left out as doubted train again", f"{doubted['num_rows']:,}"
+        )
+    described = isinstance(pruned, PreTrainedModel)
+    tuned = _fine_tuning(options, config, described=described)
+    if described:
+        return finetune_classifier(
+            tuned, source, model_name_or_path=(pruned, image_processor)
+        ).output_dir
+    return _as_onnx(pruned, image_processor, source, tuned)
 
 
 def _importances(
@@ -76,19 +85,12 @@ def _importances(
 ) -> Importances:
     """Measure the importance of each channel on training images."""
     inputs = inputs_of(train, IMAGES, Preprocessor.of(model, image_processor))
-    starts = progress(range(0, len(inputs.labels), BATCH), "measuring importance", unit="batches")
-    return measure_importances(
-        model,
-        (
-            tuple(
-                map(
-                    torch.from_numpy,
-                    (inputs.pixel_values[i : i + BATCH], inputs.labels[i : i + BATCH]),
-                )
-            )
-            for i in starts
-        ),
-    )
+    batches = [
+        (torch.from_numpy(inputs.pixel_values[start : start + BATCH]),
+         torch.from_numpy(inputs.labels[start : start + BATCH]))
+        for start in range(0, len(inputs.labels), BATCH)
+    ]  # fmt: skip
+    return measure_importances(model, progress(batches, "measuring importance", unit="batches"))
 
 
 def _ratio(
@@ -96,24 +98,28 @@ def _ratio(
 ) -> float:
     """Return the share of channels to remove. Raises: UserError if no share reaches the target."""
     if config.target_size is not None:
-        target, what = config.target_size, f"--target_size {config.target_size:g}"
+        target, what, unit = config.target_size, "target_size", "parameters"
         whole = count_parameters(model)
 
         def left(ratio: float) -> float:
             return count_parameters(pruned_copy(model, ratio, size, importances)) / whole
     else:
         assert config.target_latency is not None
-        target, what = config.target_latency, f"--target_latency {config.target_latency:g}"
+        target, what, unit = config.target_latency, "target_latency", "time of one image"
 
         def left(ratio: float) -> float:
             return _relative_latency(model, pruned_copy(model, ratio, size, importances), size)
 
-    ratios = ratios_of(model)
+    left, ratios = (
+        functools.cache(left),
+        ratios_of(model),
+    )  # a repeated measurement would be another one
     ratio = closest_ratio(ratios, lambda ratio: left(ratio) <= target)
     if ratio is None:
+        least = left(ratios[-1]) if ratios else 1.0
         raise UserError(
-            f"{what}: {left(ratios[-1]):.3g} of the network is left when almost all channels that can go are "
-            "removed; pass a larger share"
+            f"--{what} is {target:g}, and pruning leaves at least {least:.3g} of the {unit}; pass a larger "
+            "share"
         )
     return ratio
 
@@ -129,37 +135,57 @@ def _relative_latency(model: nn.Module, pruned: nn.Module, size: tuple[int, int]
     return found["pruned"]["1"]["median"] / found["whole"]["1"]["median"]
 
 
-def _fine_tuning(options: RunConfig, config: PruneConfig) -> RunConfig:
-    """Return the options of fine-tuning: those of the run, but all layers train. Its learning rate is the
-    run's if all layers trained there, else the default."""
+def _fine_tuning(options: RunConfig, config: PruneConfig, *, described: bool) -> RunConfig:
+    """Return the options of fine-tuning: those of the run, but all layers train, and what fits the network
+    and this machine is found anew. described: the network is of the run's family.
+
+    The learning rates are the run's if all layers trained there, and the network still has these layers. A
+    single rate for all layers is always kept.
+    """
+    train = options.train
     all_layers = options.model.freeze == "none" and not options.model.lora_rank
+    by_layer = train.layer_decay != 1 or train.backbone_learning_rate is not None
+    same_rates = all_layers and (described or not by_layer) and config.learning_rate is None
+    rates: dict[str, Any] = {"learning_rate": config.learning_rate}
+    if same_rates:
+        rates = {"learning_rate": train.learning_rate}
+    else:
+        rates |= {"layer_decay": 1.0, "backbone_learning_rate": None}
+    if config.num_train_epochs is not None:
+        rates |= {"num_train_epochs": config.num_train_epochs, "max_steps": -1}
     return options.with_options(
+        **rates,
         output_dir=config.output_dir,
-        num_train_epochs=config.num_train_epochs or options.train.num_train_epochs,
-        learning_rate=config.learning_rate or (options.train.learning_rate if all_layers else None),
-        image_size=None, freeze="none", lora_rank=0, head_solver="optimizer", clean_labels="none",
-        unfreeze_epochs=0, layer_decay=1.0, backbone_learning_rate=None, seeds=1, run_name=None,
-        push_to_hub=False,
+        image_size=None, freeze="none", lora_rank=0, dropout=None, drop_path=None, head_solver="optimizer",
+        clean_labels="none", unfreeze_epochs=0, seeds=1, run_name=None, push_to_hub=False, hub_model_id=None,
+        precision="auto", memory_format="auto", attention="auto", torch_compile=False,
     )  # fmt: skip
 
 
-def _as_onnx(pruned: Logits, image_processor: BaseImageProcessor, tuned: RunConfig) -> Path:
+def _as_onnx(
+    pruned: Logits, image_processor: BaseImageProcessor, source: DataSource, tuned: RunConfig
+) -> Path:
     """Fine-tune a network that no config describes, and write it as ONNX, with metrics and predictions."""
     require_format("onnx")
     output = Path(tuned.train.output_dir)
-    with tempfile.TemporaryDirectory(prefix="hf_cifar-prune-") as folder:
-        aside = tuned.with_training(output_dir=str(Path(folder, "run")))
-        result = finetune_classifier(aside, model_name_or_path=(pruned, image_processor))
+    with new_folder(output) as unfinished:
+        training = (
+            unfinished / "training" / output.name
+        )  # the name of the run is that of its folder
+        aside = tuned.with_training(output_dir=str(training))
+        result = finetune_classifier(aside, source, model_name_or_path=(pruned, image_processor))
         model: Any = result.model
-        output.mkdir(parents=True, exist_ok=True)
         export_classifier(
-            model.cpu(), image_processor, result.output_dir,
-            ExportConfig(output=str(output / EXPORTED), parity_images=0),
+            model.cpu(), image_processor, training,
+            ExportConfig(output=str(unfinished / EXPORTED), parity_images=0),
         )  # fmt: skip
-        run = RunFolder(result.output_dir)
-        for path in (run.metrics_path, run.facts_path):
-            shutil.copy(path, output / path.name)
-        shutil.copytree(run.path / "predictions", output / "predictions")
-        RunFolder(output).save_config(tuned)
+        run = RunFolder(training)
+        shutil.copy(run.metrics_path, unfinished / run.metrics_path.name)
+        facts = run.facts() | {"parameters": count_parameters(pruned)}
+        write_json(RunFolder(unfinished).facts_path, facts)
+        shutil.copytree(run.path / "predictions", unfinished / "predictions")
+        settled = run.load_config().with_training(output_dir=str(output))
+        RunFolder(unfinished).save_config(settled)
+        shutil.rmtree(training.parent)
     logger.info("no config describes the pruned network, so it is written as ONNX only")
     return output / EXPORTED

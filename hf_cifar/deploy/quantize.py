@@ -11,15 +11,16 @@ from typing import Any
 from hf_cifar.config.deployment import ExportConfig, QuantizeConfig
 from hf_cifar.config.objects import require_object
 from hf_cifar.data.splits import DataSource, Splits
-from hf_cifar.deploy.export import export_run
+from hf_cifar.deploy.export import check_output, export_run
 from hf_cifar.deploy.formats import require_format
-from hf_cifar.deploy.inputs import inputs_of
+from hf_cifar.deploy.inputs import inputs_of, used_splits
 from hf_cifar.deploy.latency import processor
 from hf_cifar.deploy.schemes import Quantised, quantize
 from hf_cifar.errors import UserError
 from hf_cifar.models.exported import METADATA, read_onnx
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.runs.folder import RunFolder, write_bytes, write_json
+from hf_cifar.text import one_line
 
 logger = logging.getLogger(__name__)
 REPORT = "quantization.json"  # beside the model: FILE.quantization.json
@@ -33,13 +34,12 @@ def quantize_run(run: str | Path, config: QuantizeConfig) -> dict[str, Any]:
     opened.
     """
     run, output = Path(run), Path(config.output)
-    if output.exists() and not config.overwrite:
-        raise UserError(f"{output} exists; pass another --output, or --overwrite to replace it")
+    check_output(ExportConfig(output=config.output, overwrite=config.overwrite))
     require_format("onnx")
     RunFolder(run).require_finished()
     data = RunFolder(run).data()
     require_object(data.dataset_name, "data set")
-    splits = DataSource(data).splits
+    splits = used_splits(RunFolder(run), DataSource(data))
     check_data(splits)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=output.parent) as folder:
@@ -56,22 +56,35 @@ def quantize_run(run: str | Path, config: QuantizeConfig) -> dict[str, Any]:
 def check_data(splits: Splits) -> None:
     """Raises: UserError for data on which answers cannot be compared."""
     if splits.multi_label:
-        raise UserError("top-1 answers are compared, and the run is multi-label; pass another run")
+        raise UserError(
+            "the run is multi-label, and top-1 accuracy needs one label per image; pass another run"
+        )
 
 
 def quantize_file(exported: Path, splits: Splits, config: QuantizeConfig) -> dict[str, Any]:
-    """Quantise an exported file with the images of its data, see `quantize_run`."""
+    """Quantise an exported file with the images of its data, see `quantize_run`.
+
+    Raises: UserError for a network that ONNX Runtime cannot quantise.
+    """
     content, notes = read_onnx(str(exported))
     preprocessor, output = Preprocessor.from_dict(notes["preprocessor"]), Path(config.output)
     calibration = inputs_of(splits.train, config.calibration_images, preprocessor).pixel_values
     judging = inputs_of(splits.validation, config.judging_images, preprocessor)
-    chosen, report = quantize(content, calibration, judging)
+    try:
+        chosen, report = quantize(content, calibration, judging)
+    except UserError:
+        raise
+    except Exception as error:  # the quantiser raises many kinds
+        raise UserError(
+            f"the network cannot be quantised ({one_line(error, 300)}); use it as it is"
+        ) from error
     report = {"processor": processor(), **report}
+    output.unlink(missing_ok=True)  # an earlier model, which this report is not about
     if chosen is not None:
         write_bytes(output, _with_notes(chosen, notes))
     write_json(output.with_name(f"{output.name}.{REPORT}"), report)
     text, good = verdict(report)
-    logger.log(logging.INFO if good else logging.WARNING, "%s: %s", output, text)
+    logger.log(logging.INFO if good else logging.WARNING, "%s: %s", output.name, text)
     return report
 
 
@@ -90,11 +103,10 @@ def verdict(report: dict[str, Any]) -> tuple[str, bool]:
     before, count = report["float"], f"{report['num_images']:,} validation images"
     if report["chosen"] is None:
         best = max(report["tried"], key=lambda each: each["accuracy"])
-        reason = "slower here" if best["milliseconds"] else "significantly less accurate"
         return (
-            f"not written, because every scheme is {reason} than the float model; accuracy of the best "
-            f"{best['accuracy']:.4f}, of the float model {before['accuracy']:.4f}, on {count}; keep the "
-            "original",
+            "not written, because no scheme is both as accurate as the float model and faster here; accuracy "
+            f"of the best {best['accuracy']:.4f}, of the float model {before['accuracy']:.4f}, on {count}; "
+            "keep the original",
             False,
         )
     after = next(each for each in report["tried"] if each["scheme"] == report["chosen"])

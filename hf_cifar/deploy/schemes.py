@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ import torch
 
 from hf_cifar.deploy.biases import correct_biases
 from hf_cifar.deploy.inputs import Inputs
-from hf_cifar.deploy.latency import latencies
+from hf_cifar.deploy.latency import is_faster, latencies
 from hf_cifar.evaluation.intervals import LEVEL, mcnemar
 from hf_cifar.extras import require
 from hf_cifar.models.exported import LOGITS, PIXEL_VALUES, session_of
@@ -73,13 +74,13 @@ class Quantised:
     milliseconds: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def p_value(self, correct: np.ndarray) -> float:
-        """McNemar's p against a model with these right answers; 1 if this one has at least as many."""
+        """McNemar's p against a model that is right where `correct`; 1 if this one is right as often."""
         if self.correct.sum() >= correct.sum():
             return 1.0
         return mcnemar(int((correct & ~self.correct).sum()), int((self.correct & ~correct).sum()))
 
     def facts(self, correct: np.ndarray) -> dict[str, Any]:
-        """Describe it in plain values, beside a float model with these right answers."""
+        """Describe it in plain values, beside a float model that is right where `correct`."""
         return {
             "scheme": str(self.scheme), "in_float": list(self.scheme.in_float),
             "accuracy": float(self.correct.mean()), "same_top1": self.same_top1,
@@ -120,8 +121,8 @@ def quantize(
     )
     for each in good:
         each.milliseconds = times[str(each.scheme)]
-    faster = [each for each in good if _speed(each.milliseconds) < _speed(times["float"])]
-    chosen = min(faster, key=lambda each: _speed(each.milliseconds)) if faster else None
+    faster = [each for each in good if is_faster(each.milliseconds, times["float"])]
+    chosen = min(faster, key=lambda each: each.milliseconds["1"]["median"], default=None)
     report = {
         "float": {
             "accuracy": float(correct.mean()), "bytes": len(content), "milliseconds": times["float"],
@@ -134,13 +135,8 @@ def quantize(
 
 
 def _keeps_answers(model: Quantised, correct: np.ndarray) -> bool:
-    """Return True unless McNemar's test finds a model worse than one with these right answers."""
+    """Return True unless McNemar's test finds a model worse than one that is right where `correct`."""
     return model.p_value(correct) >= 1 - LEVEL
-
-
-def _speed(milliseconds: dict[str, dict[str, float]]) -> float:
-    """Return the time of an image in a batch of 1, times that in a large batch: smaller is faster."""
-    return float(np.prod([each["median"] for each in milliseconds.values()]))
 
 
 @contextmanager
@@ -175,6 +171,8 @@ def quantised(model: Path, scheme: Scheme, calibration: np.ndarray, folder: Path
             quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
             weight_type=QuantType[scheme.weights], nodes_to_exclude=list(scheme.in_float),
             calibrate_method=CalibrationMethod[scheme.calibration],
+            # Ranges after each batch: else the activations of all images would be in memory at once.
+            extra_options={"CalibStridedMinMax": 1},
         )  # fmt: skip
     content = target.read_bytes()
     if scheme.corrected:
@@ -187,13 +185,22 @@ def reader(pixel_values: np.ndarray) -> Any:
     """Return the inputs in batches, in the form that ONNX Runtime's quantiser takes."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    # The histograms of Percentile need batches of one size.
-    size = next(n for n in range(CALIBRATION_BATCH, 0, -1) if len(pixel_values) % n == 0)
-    batches = iter(np.split(pixel_values, len(pixel_values) // size))
-
     class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.set_range(0, len(self))
+
+        def __len__(self) -> int:
+            return math.ceil(len(pixel_values) / CALIBRATION_BATCH)
+
+        def set_range(self, start_index: int, end_index: int) -> None:
+            """Continue with these batches."""
+            batches = range(
+                start_index * CALIBRATION_BATCH, end_index * CALIBRATION_BATCH, CALIBRATION_BATCH
+            )
+            self.batches = (pixel_values[start : start + CALIBRATION_BATCH] for start in batches)
+
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(batches, None)
+            batch = next(self.batches, None)
             return None if batch is None else {PIXEL_VALUES: batch}
 
     return Reader()

@@ -27,7 +27,7 @@ def write_server_files(
 
 
 def server_config(name: str, num_labels: int, size: tuple[int, int] | None) -> str:
-    """Render config.pbtxt: inputs and outputs without the batch, which the server makes of many requests.
+    """Render config.pbtxt: inputs and outputs without the batch dimension; the server batches requests.
 
     Source: https://github.com/triton-inference-server/common, protobuf/model_config.proto.
     """

@@ -1,1 +1,1 @@
-"""Which pixels speak for a class: attribution maps, their sanity checks, and pictures of them."""
+"""Which pixels support a class: attribution maps, their sanity checks, and pictures of them."""

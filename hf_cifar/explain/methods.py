@@ -1,6 +1,6 @@
-"""Attribution methods: maps [H, W] of how much each pixel of the model's input speaks for a class.
+"""Attribution methods: maps [H, W] of how much each pixel of the model's input supports a class.
 
-Positive values speak for it and negative ones against it; Grad-CAM and attention roll-out have only the
+Positive values support it and negative ones oppose it; Grad-CAM and attention roll-out have only the
 former. Differences of logits are explained, not of probabilities, which saturate. Pixels are taken away by
 replacing them with the mean colour of the checkpoint, which is zero after normalisation.
 """
@@ -50,8 +50,8 @@ def logits_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 def grad_cam(model: PreTrainedModel, example: Example) -> Tensor:
     """Weigh the maps of the target layer by their mean gradients, and keep what is positive.
 
-    captum's LayerGradCam takes dimension 1 for the channels, and means over all others; those of tokens
-    [N, T, D] are the last one.
+    captum's LayerGradCam takes dimension 1 for the channels, and averages over all others; the channels of
+    tokens [N, T, D] are the last one.
     Source: Selvaraju et al., Grad-CAM, ICCV 2017.
     """
     layer = example.layer or find_target_layer(model, example.pixel_values)

@@ -1,6 +1,6 @@
 """Does a map say anything about the model? Two checks of it that need no labels.
 
-Randomised weights: a map that stays the same without what the model has learned is an edge detector.
+Randomised weights: a map that stays the same with them shows the image, not the model.
 Deletion and insertion: if the pixels that a map ranks first are taken away, the probability should fall
 faster than in a random order; if they are added first to a blurred image, it should rise faster.
 """
@@ -54,7 +54,7 @@ class Check(NamedTuple):
 def doubts(check: Check, chance: Curves) -> list[str]:
     """Say what is wrong with the map of one image, if anything."""
     if check.is_flat:
-        return ["empty: nothing speaks for the class"]
+        return ["empty: no pixel supports the class"]
     better = [
         area < random if curve == "deletion" else area > random
         for curve, area, random in zip(
@@ -64,12 +64,12 @@ def doubts(check: Check, chance: Curves) -> list[str]:
     failed = [curve for curve, won in zip(Curves._fields, better, strict=True) if not won]
     found = [f"no better than a random order in {enumerated(failed)}"] if failed else []
     if check.correlation is not None and check.correlation >= SIMILAR:
-        found.append("much the same with randomised weights")
+        found.append("similar with randomised weights")
     return found
 
 
 def randomized(model: PreTrainedModel, pixel_values: Tensor, seed: int = 0) -> PreTrainedModel:
-    """Return a copy whose weights are shuffled within each tensor, so that it knows nothing.
+    """Return a copy whose weights are shuffled within each tensor, which removes what it has learned.
 
     pixel_values [N, 3, H, W]: images from which BatchNorms learn the statistics of the new weights.
     Source: Adebayo et al., Sanity Checks for Saliency Maps, NeurIPS 2018, which draws new weights.
@@ -172,7 +172,7 @@ def summarize(checks: Sequence[Check], chances: Sequence[Curves]) -> dict[str, A
         else "beats a random order in deletion and insertion"
     )
     if facts["correlation"] is None:
-        changed = "is the same everywhere for the model or for randomised weights"
+        changed = "is constant, with the model's weights or with randomised ones"
     elif facts["correlation"] < SIMILAR:
         changed = "changes with randomised weights"
     else:

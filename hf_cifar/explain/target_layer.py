@@ -1,4 +1,4 @@
-"""Find the layer whose feature maps explain a prediction best: the last one that still knows places.
+"""Find the layer whose feature maps explain a prediction best: the last one with spatial positions.
 
 Nothing is looked up by a model's name. The network runs once on an image; the shapes of the outputs say which
 of them are maps, and their gradients which of them reach the logits.
@@ -17,16 +17,16 @@ from transformers import PreTrainedModel
 from hf_cifar.errors import UserError
 from hf_cifar.models.classifier import describe
 
-MIN_SIDE = 2  # a map of one place says nothing
+MIN_SIDE = 2  # a map of one position says nothing
 MAX_PREFIX = 16  # class and register tokens before the patches
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How an output stores the places of an image.
+    """How an output stores the positions of an image.
 
     order: channels_first [N, D, h, w], channels_last [N, h, w, D], or tokens [N, prefix + h * w, D]. grid:
-    (h, w). prefix: class and register tokens, which have no place.
+    (h, w). prefix: class and register tokens, which have no position.
     """
 
     order: Literal["channels_first", "channels_last", "tokens"]
@@ -61,7 +61,7 @@ class Call(NamedTuple):
 def find_target_layer(model: PreTrainedModel, pixel_values: Tensor) -> TargetLayer:
     """Return the target layer of Grad-CAM. pixel_values: [1, 3, H, W].
 
-    It is the last layer with a map whose places all affect the logits: of a convolutional network the last
+    It is the last layer with a map that affects the logits: of a convolutional network the last
     stage, or what follows it before the pooling. Of a transformer it is the last norm inside a block: the
     first one if only the class token is read at the end, because later norms of the patches then have no
     gradient; the second one if the patches are averaged, as in Swin.
@@ -81,8 +81,8 @@ def find_target_layer(model: PreTrainedModel, pixel_values: Tensor) -> TargetLay
         reached = [call for call in reached if _is_norm_of_block(call)] or reached
     if not reached:
         raise UserError(
-            f"{describe(model)} has no layer with feature maps of at least {MIN_SIDE} x {MIN_SIDE} places; "
-            "use integrated_gradients, occlusion, lime or shap"
+            f"{describe(model)} has no layer with feature maps of at least {MIN_SIDE} x {MIN_SIDE} "
+            "positions; use integrated_gradients, occlusion, lime or shap"
         )
     return TargetLayer(reached[-1].name, reached[-1].layout)
 

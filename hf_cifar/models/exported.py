@@ -37,8 +37,8 @@ class ExportedProcessor(BaseImageProcessor):
 class ExportedClassifier(PreTrainedModel):
     """The network of an ONNX file, run by ONNX Runtime on the CPU; it has no parameters.
 
-    A session uses as many threads as torch does in the thread that calls it, because threads that each have a
-    batch share the cores.
+    A session uses as many threads as torch does in the calling thread: with a batch in each thread, the
+    threads share the cores.
     """
 
     config_class = PreTrainedConfig
@@ -107,7 +107,7 @@ def _config(saved: dict[str, Any]) -> PreTrainedConfig:
 
 
 def read_onnx(name: str) -> tuple[bytes, dict[str, Any]]:
-    """Read an ONNX file and its metadata. What is checked is what runs: no other file is ever read.
+    """Read an ONNX file and its metadata. The checked bytes are those that run; no other file is read.
 
     Raises: UserError for a missing file, a symbolic link, a file that hf-cifar export did not write, and
     weights in other files, which could be any file of the user's.
@@ -135,7 +135,7 @@ def read_onnx(name: str) -> tuple[bytes, dict[str, Any]]:
     saved = {each.key: each.value for each in model.metadata_props}.get(METADATA)
     if saved is None:
         raise UserError(
-            f"{name} does not say its labels and preprocessing; pass a file that hf-cifar export wrote"
+            f"{name} has no labels and preprocessing in its metadata; pass a file that hf-cifar export wrote"
         )
     return content, json.loads(saved)
 

@@ -36,13 +36,13 @@ class Note(NamedTuple):
 NOTES = {
     "grad_cam": Note(
         "Grad-CAM",
-        "Where the last feature maps speak for the class.",
-        "Its places are as coarse as these maps, and smoothing makes them look finer than they are.",
+        "Where the last feature maps support the class.",
+        "Its positions are as coarse as these maps, and smoothing makes them look finer than they are.",
     ),
     "attention_rollout": Note(
         "Attention roll-out",
         "Which patches the output attends to, through all blocks.",
-        "It is the same for every class, and what is attended to may change nothing.",
+        "It is the same for every class, and a patch with high attention may not affect the logit.",
     ),
     "integrated_gradients": Note(
         "Integrated gradients",
@@ -52,11 +52,11 @@ NOTES = {
     "occlusion": Note(
         "Occlusion",
         "How far the logit falls when a window of the image is covered.",
-        "A covered image is unlike any training image, and what is visible twice seems unimportant.",
+        "A covered image is unlike any training image, and evidence that is visible twice seems unimportant.",
     ),
     "lime": Note(
         "LIME",
-        "The weights of superpixels in a linear model of the logit, with some of them taken away.",
+        "The weights of superpixels in a linear model of the logit, fitted to images without some of them.",
         "It depends on the superpixels and on chance, and a linear model may fit badly.",
     ),
     "shap": Note(
@@ -85,9 +85,11 @@ def refuse_folder(folder: Path) -> None:
     """Raises: UserError for a file, or a folder with other files than explanations, which would be lost."""
     if folder.is_file():
         raise UserError(f"--output_dir {folder} is a file; pass a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / FACTS).is_file():
+    others = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if others := others - {PAGE, FACTS, PICTURES}:
         raise UserError(
-            f"--output_dir {folder} holds other files; pass a new folder, or one of earlier explanations"
+            f"--output_dir {folder} holds other files, such as {min(others)}; pass a new folder, or one of "
+            "earlier explanations"
         )
 
 
@@ -100,11 +102,8 @@ def write_explanations(
     Raises: UserError if no image can be read, or the folder is not writable.
     """
     refuse_folder(folder)
-    try:
-        with new_folder(folder) as unfinished:
-            return _write(unfinished, title, explainer, subjects)
-    except PermissionError as error:
-        raise UserError(f"cannot write the explanations: {error}; pass --output_dir") from None
+    with new_folder(folder) as unfinished:
+        return _write(unfinished, title, explainer, subjects)
 
 
 def _write(
@@ -128,7 +127,9 @@ def _write(
         found.pictures.clear()
         explained.append(found)
     if not rows:
-        raise UserError(f"none of the {len(unreadable)} images can be read: {_first(unreadable)}")
+        raise UserError(
+            f"none of the {len(unreadable)} images can be read: {_first(unreadable)}; pass other images"
+        )
     facts = {
         "title": title,
         "methods": [name for name in explainer.methods if name != "filters"],

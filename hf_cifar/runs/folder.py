@@ -199,13 +199,27 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that replaces `path` once the block has ended, and is removed if it raises."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    """Yield an empty folder that replaces `path` once the block has ended, and is removed if it raises.
+
+    Raises: UserError for a place that cannot be written, or a path that cannot be replaced.
+    """
+    path = path.resolve()  # a link keeps its target, and '.' has no name
+    if path.is_mount() or (path.exists() and not path.is_dir()):
+        kind = "the root of a file system" if path.is_mount() else "a file"
+        raise UserError(f"--output_dir {path} is {kind}; pass a new folder")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {one_line(error)}; pass another --output_dir"
+        ) from None
+    replaced = unfinished.with_suffix(".old")
+    try:
         yield unfinished
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            path.rename(replaced)
         unfinished.rename(path)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for each in (unfinished, replaced):
+            shutil.rmtree(each, ignore_errors=True)

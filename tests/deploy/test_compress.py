@@ -11,6 +11,7 @@ from tiny import tiny_run
 
 from hf_cifar.config.command_line import parse
 from hf_cifar.config.deployment import CompressConfig
+from hf_cifar.deploy import compress as module
 from hf_cifar.deploy.compress import (
     ORIGINAL,
     compress_run,
@@ -28,7 +29,8 @@ pytest.importorskip("torch_pruning")
 
 
 def version(name, accuracy, milliseconds, p=1.0):
-    times = {size: {"median": milliseconds, "low": 0, "high": 0} for size in ("1", "32")}
+    spread = {"median": milliseconds, "low": 0.9 * milliseconds, "high": 2 * milliseconds}
+    times = {size: spread for size in ("1", "32")}
     found = {"accuracy": accuracy, "mcnemar_p": p, "difference": accuracy - 0.9}
     return {
         "name": name, "made": "so", "bytes": 1000 * milliseconds, "milliseconds": times,
@@ -52,7 +54,7 @@ def test_a_run_is_compared_with_its_versions_and_other_runs(tmp_path, stripes, t
     assert set(names) | set(facts["left_out"]) == {
         ORIGINAL, "pruned to 0.8", "pruned to 0.01", "int8", "pruned to 0.8, int8", "float16", "run student",
     }  # fmt: skip
-    assert "of the network is left" in facts["left_out"]["pruned to 0.01"]
+    assert "pruning leaves at least" in facts["left_out"]["pruned to 0.01"]
     by_name = {each["name"]: each for each in facts["versions"]}
     original, half = by_name[ORIGINAL], by_name["float16"]
     saved = Predictions.load(tmp_path / "run", "test").metrics
@@ -86,12 +88,54 @@ def test_a_run_is_compared_with_its_versions_and_other_runs(tmp_path, stripes, t
     assert not (tmp_path / "other").exists()
 
 
-def test_nothing_is_left_of_a_comparison_that_fails(tmp_path, stripes, tiny_vit, monkeypatch):
+def test_an_interrupted_comparison_continues(tmp_path, stripes, tiny_vit, monkeypatch, caplog):
+    """A finished pruned version is kept, and the same call makes the rest; another call is refused."""
     tiny_run(tmp_path / "run", stripes, tiny_vit, "--max_steps", "2")
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))  # of the memory measurement
-    with pytest.raises(FileNotFoundError):
-        compress_run(tmp_path / "run", CompressConfig(str(tmp_path / "small"), num_train_epochs=1))
-    assert sorted(path.name for path in tmp_path.iterdir() if "small" in path.name) == []
+    folder = tmp_path / "small"
+    config = CompressConfig(str(folder), target_sizes=[0.8], num_train_epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "float16", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compress_run(tmp_path / "run", config)
+    pruned = RunFolder(folder / "pruned-0.8")
+    finished = pruned.facts()["finished"]
+    assert not (folder / "compress.html").exists() and not pruned.checkpoints()
+    with pytest.raises(UserError, match="is not empty"):
+        compress_run(tmp_path / "run", CompressConfig(str(folder), target_sizes=[0.9]))
+    caplog.set_level("INFO")
+    facts = compress_run(tmp_path / "run", config)
+    assert "continuing the comparison" in caplog.text
+    assert pruned.facts()["finished"] == finished
+    assert "pruned to 0.8" in [each["name"] for each in facts["versions"]]
+    assert "test" not in facts["versions"][0]  # the run has not seen it
+    assert not (folder / "unfinished.json").exists()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_versions_that_cannot_be_measured_are_left_out(tmp_path, stripes, tiny_vit, monkeypatch):
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--max_steps", "2")
+    monkeypatch.setattr(module, "_overflowing", lambda predicted: ["float16"])
+    monkeypatch.setattr(sys, "executable", "false")  # of the memory measurement
+    config = CompressConfig(str(tmp_path / "small"), target_sizes=[0.01])
+    facts = compress_run(tmp_path / "run", config)
+    assert facts["left_out"]["float16"] == "its logits are not finite on all images"
+    assert "pruning leaves at least" in facts["left_out"]["pruned to 0.01"]
+    (original,) = facts["versions"]
+    assert original["peak_megabytes"] is None and facts["chosen"] == ORIGINAL
+
+
+def test_logits_that_overflow_are_found():
+    def predictions(logits):
+        return Predictions(
+            "test", np.arange(1), np.zeros(1, int), np.array([logits]), {0: "a", 1: "b"}
+        )
+
+    good, bad = predictions([1.0, 2.0]), predictions([np.inf, 0.0])
+    predicted = {"validation": {"a": good, "b": good}, "test": {"a": good, "b": bad}}
+    assert module._overflowing(predicted) == ["b"]
 
 
 def test_shares_are_numbers_within_bounds(capsys):
@@ -116,7 +160,8 @@ def test_the_verdict_is_the_fastest_version_that_is_not_worse():
         "Use int8 (so): 2.0 times as fast for one image, 2.0 times smaller, accuracy on validation 0.8900 "
         "instead of 0.9000 (McNemar's p = 0.2)."
     )
-    text, chosen = verdict([original, fast_but_worse, version("float16", 0.9, 5)])
+    barely_faster = version("float16", 0.9, 3.9)
+    text, chosen = verdict([original, fast_but_worse, barely_faster])
     assert chosen == ORIGINAL and text.startswith("Keep the original")
 
 

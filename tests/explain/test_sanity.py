@@ -89,10 +89,10 @@ def test_doubts_are_in_words():
         "no better than a random order in deletion"
     ]
     assert doubts(Check(Curves(low, high), 0.5, False), chance) == [
-        "much the same with randomised weights"
+        "similar with randomised weights"
     ]
     assert doubts(Check(Curves(low, high), None, True), chance) == [
-        "empty: nothing speaks for the class"
+        "empty: no pixel supports the class"
     ]
 
 

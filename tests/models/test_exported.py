@@ -148,7 +148,7 @@ def test_the_file_of_another_program_is_refused(copied):
     path, model = copied
     del model.metadata_props[:]
     path.write_bytes(model.SerializeToString())
-    refused(path, "does not say its labels and preprocessing; pass a file that hf-cifar export")
+    refused(path, "has no labels and preprocessing in its metadata; pass a file that hf-cifar export")
 
 
 def test_damaged_files_are_refused(copied):
@@ -156,7 +156,7 @@ def test_damaged_files_are_refused(copied):
     content = path.read_bytes()
     for part in (b"", b"no model", content[:200], content[:-1000]):
         path.write_bytes(part)
-        refused(path, r"is not an ONNX file|does not say|cannot load model")
+        refused(path, r"is not an ONNX file|has no labels|cannot load model")
     (notes,) = model.metadata_props
     saved = json.loads(notes.value)
     for damage in ({"labels": ["one"]}, {"labels": [1, 2]}, {"preprocessor": {}}, {"input": None}):

@@ -108,7 +108,7 @@ def test_an_unreadable_file_is_counted_and_the_rest_explained(cnn_run, digit, tm
         (["--methods", "grad_cma"], "--methods does not take 'grad_cma'"),
         (["--methods", "attention_rollout"], "has no attention between all patches in every block"),
         (["--target", "thirteen"], "the model has no class 'thirteen'"),
-        (["--split", "test"], "--split has no effect on image files"),
+        (["--split", "test"], "--split has no effect with image files"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_nothing_is_written(
@@ -127,6 +127,12 @@ def test_other_files_are_not_replaced(cnn_run, digit, tmp_path, capsys):
     assert main(argv) == 2
     assert "holds other files" in capsys.readouterr().err
     assert digit.is_file()
+    (tmp_path / "explanations.json").write_text("{}")
+    assert main(argv) == 2 and digit.is_file()
+    assert "such as digit.png" in capsys.readouterr().err
+    (tmp_path / "model.onnx").write_bytes(b"")
+    assert main(["explain", str(tmp_path / "model.onnx"), str(digit)]) == 2
+    assert "pass the folder of the run that was exported" in capsys.readouterr().err
     assert main(["explain"]) == 2
     assert main(["explain", str(cnn_run), str(tmp_path / "missing.png")]) == 2
     assert "no such file" in capsys.readouterr().err
