@@ -55,7 +55,9 @@ def measure_importances(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor
                 # The gradient reaches every activation, also of frozen layers, by way of the input.
                 logits = model(pixel_values=pixel_values.requires_grad_()).logits
                 if labels.ndim == 2:
-                    loss = functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+                    loss = functional.binary_cross_entropy_with_logits(
+                        logits, labels, reduction="sum"
+                    )
                 else:
                     loss = functional.cross_entropy(logits, labels, reduction="sum")
                 loss.backward()

@@ -2,7 +2,7 @@
 
 Every chart is one <svg> of class "plot" with a title and a description for screen readers; sizes are in the
 units of its view box, which a phone shows at their original size. CSS classes: axis, grid, tick, series-0 to
-series-3, bar, gap (overconfident or underconfident), ideal, whisker.
+series-3, bar, gap (overconfident or underconfident), ideal, whisker, leader.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 WIDTH, HEIGHT = 360, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 38
+LETTER = 6.6  # mean width of a character of a label
 
 
 class Axes:
@@ -122,6 +123,7 @@ def trade_off(
             f"<g><title>{escape(name)}: {x:.3g}, {y:.4f} [{low:.4f}, {high:.4f}]</title>"
             f'<path class="whisker" d="M{left:.1f},{axes.y(low):.1f}V{axes.y(high):.1f}"/>'
             f'<circle class="dot {kind}" cx="{left:.1f}" cy="{axes.y(y):.1f}" r="4"/>'
+            + _leader(left, axes.y(y), name, labels[name])
             + _text(*labels[name], name, "start")
             + "</g>"
         )
@@ -129,25 +131,41 @@ def trade_off(
     return _svg(title, f"{described}; the front: {', '.join(front)}", parts)
 
 
+def _leader(x: float, y: float, name: str, label: tuple[float, float]) -> str:
+    """Draw a line from a point to the nearer end of its label, if the label is not beside it."""
+    left, middle = label[0], label[1] - 4
+    if abs(middle - y) < 14:
+        return ""
+    end = left - 2 if left > x else left + LETTER * len(name) + 2
+    return f'<path class="leader" d="M{x:.1f},{y:.1f}L{end:.1f},{middle:.1f}"/>'
+
+
 def label_places(points: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """Return the start (x, y) of a label for each named point: beside it, or above or below where others are
-    in the way, and inside the chart."""
-    taken = [(x - 4, x + 4, y) for x, y in points.values()]
+    """Return the start (x, y) of a label for each named point: beside it, or further up or down where others
+    are in the way, and inside the chart."""
+    taken = [(x - 5, x + 5, y) for x, y in points.values()]
     found = {}
     for name, (x, y) in sorted(points.items(), key=lambda point: point[1]):
-        width = 6.2 * len(name)
-        left = min(x + 7, WIDTH - width)
-        heights = [y + 4, y + 16, y - 8, y + 28, y - 20]
-        if left < x + 4:  # the label would cover its own point
-            heights = heights[1:]
+        width = LETTER * len(name)
+        sides = [side for side in (x + 7, x - 7 - width) if LEFT < side < WIDTH - width]
+        lefts = sides or [WIDTH - width]
+        # Nearer heights first, and on both sides of the point.
+        heights = sorted(range(-68, 69, 12), key=abs) if sides else [12, -12, 24, -24, 36, -36]
+        places = [
+            (left, y + 4 + height)
+            for height in heights
+            for left in lefts
+            if TOP < y + height < HEIGHT - BOTTOM
+        ]
 
-        def is_free(height: float, left: float = left, width: float = width) -> bool:
+        def is_free(place: tuple[float, float], width: float = width) -> bool:
+            left, height = place
             return not any(
-                low < left + width and left < high and abs(height - 4 - middle) < 11
+                low < left + width and left < high and abs(height - 4 - middle) < 12
                 for low, high, middle in taken
             )
 
-        height = next(filter(is_free, heights), heights[0])
+        left, height = next(filter(is_free, places), places[0])
         taken.append((left, left + width, height - 4))
         found[name] = (left, height)
     return found

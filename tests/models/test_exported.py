@@ -148,7 +148,9 @@ def test_the_file_of_another_program_is_refused(copied):
     path, model = copied
     del model.metadata_props[:]
     path.write_bytes(model.SerializeToString())
-    refused(path, "has no labels and preprocessing in its metadata; pass a file that hf-cifar export")
+    refused(
+        path, "has no labels and preprocessing in its metadata; pass a file that hf-cifar export"
+    )
 
 
 def test_damaged_files_are_refused(copied):

@@ -123,13 +123,32 @@ def test_a_trade_off_shows_every_point_and_joins_the_front():
     assert len([each for each in elements(svg, "path") if each.get("class") == "whisker"]) == 3
 
 
-def test_labels_of_close_points_do_not_overlap_and_stay_inside():
-    points = {"original": (100.0, 20.0), "float16": (120.0, 20.0), "pruned to 0.5": (340.0, 90.0)}
+# Positions of the versions of a real run, beside a far smaller network.
+VERSIONS = {
+    "original": (271.0, 31.0), "pruned to 0.7": (264.0, 37.0), "pruned to 0.4": (252.0, 42.0),
+    "int8": (231.0, 33.0), "pruned to 0.7, int8": (215.0, 37.0), "pruned to 0.4, int8": (216.0, 40.0),
+    "float16": (292.0, 30.0), "run cnn": (79.0, 158.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        {"original": (100.0, 20.0), "float16": (120.0, 20.0), "pruned to 0.5": (340.0, 90.0)},
+        VERSIONS,
+    ],
+)
+def test_labels_of_close_points_do_not_overlap_and_stay_inside(points):
     found = label_places(points)
-    assert found["original"][1] != found["float16"][1]
-    assert found["float16"] == (127.0, 24.0)
-    left, height = found["pruned to 0.5"]
-    assert left + 6.2 * len("pruned to 0.5") <= 360 and abs(height - 4 - 90) >= 11
+    boxes = [
+        (left, left + 6.6 * len(name), height - 10, height + 2)
+        for name, (left, height) in found.items()
+    ]
+    dots = [(x - 4, x + 4, y - 4, y + 4) for x, y in points.values()]
+    for number, (left, right, top, bottom) in enumerate(boxes):
+        assert left >= 58 and right <= 360 and top >= 0 and bottom <= 240 - 38
+        for low, high, above, below in boxes[number + 1 :] + dots:
+            assert right <= low or high <= left or bottom <= above or below <= top
 
 
 def test_only_many_points_are_averaged():
