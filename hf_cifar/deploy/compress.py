@@ -272,7 +272,8 @@ def predict_all(versions: Sequence[Version], split: Split) -> dict[str, Predicti
     """Predict every image of a split with every version; images are decoded once."""
     logits: dict[str, list[np.ndarray]] = {version.name: [] for version in versions}
     starts = range(0, len(split), BATCH)
-    for start in progress(starts, f"evaluating {len(versions)} versions on {split.name}"):
+    what = f"evaluating {len(versions)} versions on {split.name}"
+    for start in progress(starts, what, unit="batches"):
         positions = split.positions[start : start + BATCH].tolist()
         images = [split.pixels.decode(position) for position in positions]
         inputs: dict[Preprocessor, np.ndarray] = {}

@@ -167,7 +167,7 @@ def summarize(checks: Sequence[Check], chances: Sequence[Curves]) -> dict[str, A
     facts["correlation"] = float(np.median(found)) if found else None
     facts["num_flat"] = sum(check.is_flat for check in checks)
     beaten = (
-        f"does not beat a random order in {enumerated(failed)}"
+        f"is not shown to beat a random order in {enumerated(failed)}"
         if failed
         else "beats a random order in deletion and insertion"
     )

@@ -43,7 +43,9 @@ def test_the_right_place_beats_chance_and_the_wrong_one_does_not(planted):
     assert best["verdict"] == (
         "beats a random order in deletion and insertion; changes with randomised weights"
     )
-    assert worst["verdict"].startswith("does not beat a random order in deletion and insertion")
+    assert worst["verdict"].startswith(
+        "is not shown to beat a random order in deletion and insertion"
+    )
     assert best["deletion"]["area"] < best["deletion"]["random_area"] < worst["deletion"]["area"]
     assert best["insertion"]["area"] > best["insertion"]["random_area"]
     low, high = best["deletion"]["interval"]
