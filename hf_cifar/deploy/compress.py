@@ -149,8 +149,13 @@ def _claimed(folder: Path, run: Path, config: CompressConfig) -> Iterator[None]:
     }  # fmt: skip
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         note = folder / UNFINISHED
-        if not note.is_file() or json.loads(note.read_text()) != call:
+        if not note.is_file():
             raise UserError(f"--output_dir {folder} is not empty; pass another folder")
+        if json.loads(note.read_text()) != call:
+            raise UserError(
+                f"--output_dir {folder} holds an unfinished comparison with other options; repeat its "
+                "command, or pass another folder"
+            )
         logger.info("continuing the comparison in %s that was interrupted", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import shutil
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from hf_cifar.models.build import load_classifier
 from hf_cifar.models.exported import IMAGES, PIXEL_VALUES
 from hf_cifar.models.problem_type import thresholds_of
 from hf_cifar.preprocessor import Preprocessor
-from hf_cifar.runs.folder import RunFolder, write_json
+from hf_cifar.runs.folder import RunFolder, scratch_beside, write_json
 from hf_cifar.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -57,9 +56,8 @@ def export_classifier(
     if config.parity_images:
         images = parity_images(run, config.dataset_name, config.parity_images, preprocessor)
     metadata = _metadata(run, model, preprocessor, config)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as scratch:
-        made = file = Path(scratch, output.name)
+    with scratch_beside(output) as scratch:
+        made = file = scratch / output.name
         if config.format == "server":
             file = made / VERSION / MODEL_FILE
             file.parent.mkdir(parents=True)
@@ -84,7 +82,7 @@ def export_classifier(
             logger.log(logging.INFO if agrees else logging.WARNING, "%s %s", output, text)
         if output.is_dir():
             shutil.rmtree(output)
-        for path in sorted(Path(scratch).iterdir()):  # an .xml after its .bin
+        for path in sorted(scratch.iterdir()):  # an .xml after its .bin
             os.replace(path, output.with_name(path.name))
     report_path = parity_path(output)
     report_path.unlink(missing_ok=True)  # of an earlier export
@@ -96,6 +94,13 @@ def export_classifier(
 def check_output(config: ExportConfig) -> None:
     """Raises: UserError if the output exists and may not be replaced."""
     output = Path(config.output)
+    if not output.name:
+        raise UserError(f"--output {output} has no name; pass a new folder")
+    parent = next(each for each in output.absolute().parents if each.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(
+            f"cannot write {output}: {parent} is not a folder that can be written; pass another --output"
+        )
     weights = output.with_suffix(".bin")
     if config.format == "openvino" and weights.exists() and not config.overwrite:
         raise UserError(f"{weights} exists; pass another --output, or --overwrite to replace it")

@@ -52,7 +52,10 @@ def prune_run(folder: str | Path, config: PruneConfig) -> Path:
     run.require_finished()
     options = run.load_config()
     require_object(options.data.dataset_name, "data set")
-    RunFolder(config.output_dir).refuse_occupied()
+    output = Path(config.output_dir)
+    RunFolder(output).refuse_occupied()
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise UserError(f"--output_dir {output} is a file or not empty; pass a new folder")
     require("torch_pruning", extra="deploy")
     model, image_processor = load_classifier(
         str(folder), trust_remote_code=options.model.trust_remote_code

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from hf_cifar.deploy.schemes import Quantised, quantize
 from hf_cifar.errors import UserError
 from hf_cifar.models.exported import METADATA, read_onnx
 from hf_cifar.preprocessor import Preprocessor
-from hf_cifar.runs.folder import RunFolder, write_bytes, write_json
+from hf_cifar.runs.folder import RunFolder, scratch_beside, write_bytes, write_json
 from hf_cifar.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -41,9 +40,8 @@ def quantize_run(run: str | Path, config: QuantizeConfig) -> dict[str, Any]:
     require_object(data.dataset_name, "data set")
     splits = used_splits(RunFolder(run), DataSource(data))
     check_data(splits)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".quantize-", dir=output.parent) as folder:
-        exported = Path(folder, "float.onnx")
+    with scratch_beside(output) as folder:
+        exported = folder / "float.onnx"
         export_run(
             run,
             ExportConfig(

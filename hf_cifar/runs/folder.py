@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -214,12 +215,31 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise UserError(
             f"cannot write {path}: {one_line(error)}; pass another --output_dir"
         ) from None
-    replaced = unfinished.with_suffix(".old")
     try:
         yield unfinished
+        replaced = unfinished.with_suffix(".old")
         if path.exists():
             path.rename(replaced)
-        unfinished.rename(path)
+        try:
+            unfinished.rename(path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
-        for each in (unfinished, replaced):
-            shutil.rmtree(each, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def scratch_beside(output: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside a file to write. Raises: UserError if the place cannot be written."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=".hf_cifar-", dir=output.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output}: {one_line(error)}; pass another --output"
+        ) from None
+    with folder as path:
+        yield Path(path)

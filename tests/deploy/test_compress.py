@@ -100,7 +100,7 @@ def test_an_interrupted_comparison_continues(tmp_path, stripes, tiny_vit, monkey
     pruned = RunFolder(folder / "pruned-0.8")
     finished = pruned.facts()["finished"]
     assert not (folder / "compress.html").exists() and not pruned.checkpoints()
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="holds an unfinished comparison with other options"):
         compress_run(tmp_path / "run", CompressConfig(str(folder), target_sizes=[0.9]))
     caplog.set_level("INFO")
     facts = compress_run(tmp_path / "run", config)

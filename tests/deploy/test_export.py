@@ -298,6 +298,8 @@ def test_nothing_is_left_of_an_export_that_fails(run, tmp_path, monkeypatch):
             "--dataset_name has no effect with --parity_images 0",
         ),
         (["--output", "vit.onnx", "--dataset_name", "none"], "no image files in none"),
+        (["--output", ".", "--format", "server"], "has no name"),
+        (["--output", "/dev/null/vit.onnx"], "is not a folder that can be written"),
     ],
 )
 def test_mistakes_are_found_before_the_export(flags, message, run, tmp_path, monkeypatch, capsys):

@@ -60,6 +60,11 @@ def test_what_cannot_be_pruned_is_refused(tmp_path, stripes, tiny_vit):
         PruneConfig(str(tmp_path / "small"))
     with pytest.raises(UserError, match="holds another run"):
         prune_run(tmp_path / "run", PruneConfig(str(tmp_path / "run"), target_size=0.5))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(UserError, match="is a file or not empty"):
+        prune_run(tmp_path / "run", PruneConfig(str(tmp_path / "mine"), target_size=0.5))
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
     with pytest.raises(UserError, match="no finished run"):
         prune_run(tmp_path, PruneConfig(str(tmp_path / "small"), target_size=0.5))
 
