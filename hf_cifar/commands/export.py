@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from hf_cifar.commands.command import Command, one_run, quieten
@@ -19,6 +20,8 @@ def export(config: ExportConfig, folders: Sequence[str]) -> int:
     quieten(True)
     report = export_run(run, config)
     print(config.output)
+    if report is None:
+        print("hf-cifar: --parity_images 0: not compared with the model", file=sys.stderr)
     return 0 if report is None or verdict(report)[1] else 1
 
 

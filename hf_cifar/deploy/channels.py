@@ -209,15 +209,13 @@ def _shares(
     pruning = require("torch_pruning", extra="deploy")
     graph = pruning.DependencyGraph().build_dependency(network, example)
     kept = [m for m in network.modules() if isinstance(m, LAYERS) and m not in layers]
-    groups: list[
-        tuple[Tensor, list[nn.Module]]
-    ] = []  # importances [C], and the layers with these outputs
+    # The importance of each channel [C], and the layers that have these channels as outputs.
+    groups: list[tuple[Tensor, list[nn.Module]]] = []
     for group in graph.get_all_groups(ignored_layers=kept, root_module_types=list(LAYERS)):
         members = [member.dep for member in group]
         found = importance(group)
-        if found is not None and not any(
-            "AddBackward" in str(each.target.name) for each in members
-        ):
+        is_residual = any("AddBackward" in str(each.target.name) for each in members)
+        if found is not None and not is_residual:
             outputs = [each for each in members if graph.is_out_channel_pruning_fn(each.handler)]
             modules = [each.target.module for each in outputs]
             groups.append((found, [module for module in modules if isinstance(module, LAYERS)]))

@@ -27,7 +27,7 @@ from hf_cifar.config.objects import require_object
 from hf_cifar.data.split import Split, without_rows
 from hf_cifar.data.splits import DataSource, Splits
 from hf_cifar.deploy.channels import count_parameters
-from hf_cifar.deploy.export import export_run
+from hf_cifar.deploy.export import export_classifier
 from hf_cifar.deploy.formats import require_format
 from hf_cifar.deploy.inputs import used_splits
 from hf_cifar.deploy.latency import Network, is_faster, latencies, processor
@@ -123,9 +123,10 @@ def compress_run(run: str | Path, config: CompressConfig) -> dict[str, Any]:
             skipped = Predictions.load(run, "test").skipped_rows
             evaluated["test"] = without_rows(source.test_split, skipped)
         predicted = {name: predict_all(versions, split) for name, split in evaluated.items()}
-        for name in _overflowing(predicted):
-            left_out[name] = "its logits are not finite on all images"
-            versions = [version for version in versions if version.name != name]
+        for version in [each for each in versions if each.name in _overflowing(predicted)]:
+            left_out[version.name] = "its logits are not finite on all images"
+            version.file.unlink()
+            versions.remove(version)
         versions_found = measured(versions, predicted)
         text, chosen = verdict(versions_found)
         facts: dict[str, Any] = {
@@ -230,7 +231,7 @@ def _pruned_run(run: Path, folder: Path, share: float, config: CompressConfig) -
     """Prune a run, or return the pruned run that an interrupted call completed."""
     if (folder / EXPORTED).is_file():
         return folder / EXPORTED
-    if (folder / "run.json").is_file() and RunFolder(folder).facts().get("finished"):
+    if RunFolder(folder).facts().get("finished"):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     target = PruneConfig(str(folder), target_size=share, num_train_epochs=config.num_train_epochs)
@@ -250,16 +251,9 @@ def exported(run: Path, file: Path, name: str, made: str, trust_remote_code: boo
         shutil.copyfile(run, file)
         count = RunFolder(run.parent).facts()["parameters"]
     else:
-        export_run(
-            run,
-            ExportConfig(
-                output=str(file),
-                parity_images=0,
-                overwrite=True,
-                trust_remote_code=trust_remote_code,
-            ),
-        )
-        model, _ = load_classifier(str(run), trust_remote_code=trust_remote_code)
+        model, image_processor = load_classifier(str(run), trust_remote_code=trust_remote_code)
+        to_file = ExportConfig(output=str(file), parity_images=0)
+        export_classifier(model, image_processor, run, to_file)
         count = count_parameters(model)
     return Version(name, file, made, count)
 
@@ -279,8 +273,7 @@ def predict_all(versions: Sequence[Version], split: Split) -> dict[str, Predicti
     starts = range(0, len(split), BATCH)
     what = f"evaluating {len(versions)} versions on {split.name}"
     for start in progress(starts, what, unit="batches"):
-        positions = split.positions[start : start + BATCH].tolist()
-        images = [split.pixels.decode(position) for position in positions]
+        images = [split.decode(row) for row in range(start, min(start + BATCH, len(split)))]
         inputs: dict[Preprocessor, np.ndarray] = {}
         for version in versions:
             view = version.preprocessor

@@ -113,10 +113,8 @@ def _ratio(
         def left(ratio: float) -> float:
             return _relative_latency(model, pruned_copy(model, ratio, size, importances), size)
 
-    left, ratios = (
-        functools.cache(left),
-        ratios_of(model),
-    )  # a repeated measurement would be another one
+    left = functools.cache(left)  # a second measurement of a time would differ
+    ratios = ratios_of(model)
     ratio = closest_ratio(ratios, lambda ratio: left(ratio) <= target)
     if ratio is None:
         least = left(ratios[-1]) if ratios else 1.0
@@ -172,9 +170,7 @@ def _as_onnx(
     require_format("onnx")
     output = Path(tuned.train.output_dir)
     with new_folder(output) as unfinished:
-        training = (
-            unfinished / "training" / output.name
-        )  # the name of the run is that of its folder
+        training = unfinished / "training" / output.name  # a run is named after its folder
         aside = tuned.with_training(output_dir=str(training))
         result = finetune_classifier(aside, source, model_name_or_path=(pruned, image_processor))
         model: Any = result.model

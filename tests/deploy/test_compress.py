@@ -122,6 +122,7 @@ def test_versions_that_cannot_be_measured_are_left_out(tmp_path, stripes, tiny_v
     config = CompressConfig(str(tmp_path / "small"), target_sizes=[0.01])
     facts = compress_run(tmp_path / "run", config)
     assert facts["left_out"]["float16"] == "its logits are not finite on all images"
+    assert not (tmp_path / "small" / "original-float16.onnx").exists()
     assert "pruning leaves at least" in facts["left_out"]["pruned to 0.01"]
     (original,) = facts["versions"]
     assert original["peak_megabytes"] is None and facts["chosen"] == ORIGINAL

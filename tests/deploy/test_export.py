@@ -269,6 +269,7 @@ def test_an_existing_file_is_replaced_only_on_request(file, run, tmp_path, capsy
     stale = tmp_path / "vit.onnx.parity.json"
     stale.write_text("{}")
     assert main([*arguments, "--overwrite"]) == 0
+    assert "--parity_images 0: not compared with the model" in capsys.readouterr().err
     assert output.read_bytes() == file.read_bytes()
     assert not stale.exists()
 
