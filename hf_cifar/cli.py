@@ -27,6 +27,7 @@ from hf_cifar.commands import (
     report,
     reproduce,
     runs,
+    serve,
 )
 from hf_cifar.commands.command import Command
 from hf_cifar.errors import UserError
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Command] = {
     "prune": prune.COMMAND,
     "export": export.COMMAND,
     "explain": explain.COMMAND,
+    "serve": serve.COMMAND,
     "push": push.COMMAND,
     "quantize": quantize.COMMAND,
     "recipes": recipes.COMMAND,

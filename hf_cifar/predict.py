@@ -43,44 +43,16 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     Raises: UserError for an unknown model, or a folder without images.
     """
     files = expand_paths(paths)
-    exported = is_exported(config.model_name_or_path)  # runs on the CPU
-    on_gpu = torch.cuda.is_available() and not (config.use_cpu or exported)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    dtype = _autocast_dtype(config, device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    model, image_processor = load_classifier(
-        config.model_name_or_path,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    preprocessor = Preprocessor.of(model, image_processor, config.max_image_pixels)
-    multi_label = is_multi_label(model)
-    # Folded on the CPU: on a GPU, rounding of convolutions would hide a change of the logits.
-    noise = torch.Generator().manual_seed(0)
-    size = preprocessor.preprocessing.size
-    model = fold_norms(model, torch.randn(2, 3, *size, generator=noise))
-    memory_format = torch.contiguous_format if exported else torch.channels_last
-    model = model.to(device, memory_format=memory_format).eval()
-    # A GPU computes one batch at a time, to limit memory, while the next batches are decoded.
-    device_lock = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
-
-    def scores(images: Sequence[np.ndarray]) -> torch.Tensor:
-        with device_lock, torch.inference_mode():
-            pixel_values = preprocessor(images, device).contiguous(memory_format=memory_format)
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                logits = model(pixel_values=pixel_values).logits
-            found = logits.double().sigmoid() if multi_label else logits.float().softmax(dim=1)
-            return found.cpu()
+    predictor = Predictor(config)
 
     def records(batch: Sequence[Path]) -> list[dict[str, Any]]:
-        images = [_decoded(file, preprocessor) for file in batch]
+        images = [_decoded(file, predictor.preprocessor) for file in batch]
         readable = [image for image in images if not isinstance(image, UserError)]
-        rows = iter(scores(readable) if readable else ())
+        rows = iter(predictor.scores(readable) if readable else ())
         return [
             {"path": str(file), "error": str(image)}
             if isinstance(image, UserError)
-            else {"path": str(file), **_record(next(rows), model, config.top_k)}
+            else {"path": str(file), **predictor.record(next(rows))}
             for file, image in zip(batch, images, strict=True)
         ]
 
@@ -88,6 +60,68 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     at_once = min(config.batch_size, math.ceil(len(files) / num_threads))
     batches = [files[start : start + at_once] for start in range(0, len(files), at_once)]
     yield from chain.from_iterable(map_in_threads(records, batches, num_threads))
+
+
+class Predictor:
+    """A saved model, ready to predict in several threads at once.
+
+    Raises: UserError for an unknown model, or options that do not fit the device.
+    """
+
+    def __init__(self, config: PredictConfig) -> None:
+        exported = is_exported(config.model_name_or_path)  # runs on the CPU
+        on_gpu = torch.cuda.is_available() and not (config.use_cpu or exported)
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self.dtype = _autocast_dtype(config, self.device)
+        self.top_k = config.top_k
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        model, self.image_processor = load_classifier(
+            config.model_name_or_path,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+        self.preprocessor = Preprocessor.of(model, self.image_processor, config.max_image_pixels)
+        self._multi_label = is_multi_label(model)
+        # Folded on the CPU: on a GPU, rounding of convolutions would hide a change of the logits.
+        noise = torch.Generator().manual_seed(0)
+        size = self.preprocessor.preprocessing.size
+        model = fold_norms(model, torch.randn(2, 3, *size, generator=noise))
+        self._memory_format = torch.contiguous_format if exported else torch.channels_last
+        self.model = model.to(self.device, memory_format=self._memory_format).eval()
+        # A GPU computes one batch at a time, to limit memory, while the next batches are decoded.
+        on_cpu = self.device.type == "cpu"
+        self._device_lock = contextlib.nullcontext() if on_cpu else threading.Lock()
+
+    def scores(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """Compute the scores [N, K], 0..1, of decoded images [H, W, 3] uint8."""
+        with self._device_lock:
+            return self._scores(self.preprocessor(images, self.device))
+
+    def view(self, image: bytes) -> np.ndarray:
+        """Decode, resize and crop an image to [h, w, 3] uint8, the size of the model's input.
+
+        Raises: UserError for an unreadable image.
+        """
+        return self.preprocessor.preprocessing.view_image(self.preprocessor.decode(image))
+
+    def scores_of_views(self, views: Sequence[np.ndarray]) -> torch.Tensor:
+        """Compute the scores [N, K] of what `view` returned."""
+        with self._device_lock:
+            pixels = torch.from_numpy(np.stack(views)).to(self.device).permute(0, 3, 1, 2)
+            return self._scores(self.preprocessor.preprocessing.normalize(pixels))
+
+    @torch.inference_mode()
+    def _scores(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        pixel_values = pixel_values.contiguous(memory_format=self._memory_format)
+        enabled = self.dtype is not torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=enabled):
+            logits = self.model(pixel_values=pixel_values).logits
+        return (logits.double().sigmoid() if self._multi_label else logits.float().softmax(1)).cpu()
+
+    def record(self, scores: torch.Tensor) -> dict[str, Any]:
+        """Render the scores [K] of one image, see `predict_files`."""
+        return _record(scores, self.model, self.top_k)
 
 
 def _autocast_dtype(config: PredictConfig, device: torch.device) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Shared fixtures: no network, few threads, tiny real models and data."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,6 +42,12 @@ def streams_end_at_once():
     import datasets
 
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+
+
+# The camera is a moving test picture, and its use is allowed.
+BROWSER_FLAGS = [
+    "--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -234,3 +241,17 @@ def draw():
         return logits, labels
 
     return draw_logits
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A Chromium, for the pages."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    with playwright.sync_playwright() as api:
+        path = next(filter(None, [os.environ.get("CHROMIUM"), *found]), None)
+        if path is None and not Path(api.chromium.executable_path).exists():
+            pytest.skip("no Chromium; install it, or run: playwright install chromium")
+        chromium = api.chromium.launch(executable_path=path, args=BROWSER_FLAGS)
+        yield chromium
+        chromium.close()

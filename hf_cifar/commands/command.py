@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,8 @@ from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.model import BUNDLED, SCRATCH, is_exported
 from hf_cifar.errors import UserError
+from hf_cifar.logs import quieten as quieten
+from hf_cifar.logs import show_notes as show_notes
 from hf_cifar.models.names import check_model_name
 from hf_cifar.runs.processes import is_main_process
 
@@ -89,22 +89,3 @@ def open_source(data: DataConfig, splits: Sequence[str]) -> DataSource:
     for name in splits:
         _ = source.test_split if name == "test" else getattr(source.splits, name)
     return source
-
-
-def quieten(main_process: bool) -> None:
-    """Let the libraries report errors only, and this package its one-line notes in the main process."""
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
-    # It reports its search for CUDA.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    show_notes(main_process)
-
-
-def show_notes(main_process: bool) -> None:
-    """Let this package print its one-line notes, in the main process only."""
-    logging.getLogger("hf_cifar").setLevel(logging.INFO if main_process else logging.ERROR)

@@ -1,0 +1,95 @@
+"""Options of the server."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass
+
+from hf_cifar.config.fields import check_fields, option
+from hf_cifar.errors import UserError
+
+API_KEY = "HF_CIFAR_API_KEY"  # an environment variable; a command line can be read by other users
+MIN_KEY_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Where the server listens, and how much it takes."""
+
+    _argument_group_name = "server"
+
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on. Any other than a loopback address needs an API key or --no_auth.",
+    )
+    port: int = option(8000, "Port to listen on; 0: any free port.", low=0, high=65535)
+    workers: int = option(
+        1,
+        "Processes that run the model, each with a copy of it; they share the cores.",
+        low=1,
+        high=64,
+    )
+    api_key: str | None = option(
+        None,
+        f"Key that clients send as 'Authorization: Bearer KEY'. Other users of this machine can read it from "
+        f"the command line; the environment variable {API_KEY} hides it.",
+    )
+    no_auth: bool = option(False, "Serve other machines without a key.")
+    max_bytes: int = option(
+        10 * 2**20, "Largest request, in bytes; more is answered with 413.", low=1024, high=2**30
+    )
+    max_images: int = option(16, "Most images in a request.", low=1, high=10**4)
+    max_frames: int = option(
+        256, "Most frames of an animation, of which the first is classified.", low=1, high=10**6
+    )
+    max_queue: int = option(
+        64,
+        "Most images that wait or are computed at once; a request above it is answered with 503.",
+        low=1, high=10**6,
+    )  # fmt: skip
+    timeout: float = option(
+        10.0,
+        "Seconds for a client to send a request, and then for its images to be taken from the queue; "
+        "after that they are not computed.",
+        low=0.01, high=3600,
+    )  # fmt: skip
+    drain_seconds: float = option(
+        0.0,
+        "Seconds after SIGTERM in which new requests are still answered while /readyz says 503, so that a "
+        "load balancer can turn to other servers.",
+        low=0, high=3600,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.api_key is None and os.environ.get(API_KEY):
+            object.__setattr__(self, "api_key", os.environ[API_KEY])
+        check_fields(self)
+        if self.api_key is not None and self.no_auth:
+            raise UserError(
+                f"an API key and --no_auth cannot be combined; leave one out (see {API_KEY})"
+            )
+        if self.api_key is not None and (
+            len(self.api_key) < MIN_KEY_LENGTH or not self.api_key.isascii() or " " in self.api_key
+        ):
+            raise UserError(
+                f"the API key must have at least {MIN_KEY_LENGTH} ASCII characters without spaces; pass "
+                "another, such as the output of: openssl rand -hex 32"
+            )
+        if self.api_key is None and not self.no_auth and not is_loopback(self.host):
+            raise UserError(
+                f"--host {self.host} can be reached from other machines; set a key in {API_KEY}, or pass "
+                "--no_auth to serve anyone"
+            )
+        if self.max_images > self.max_queue:
+            raise UserError(
+                f"--max_images {self.max_images} is more than --max_queue {self.max_queue}; change one"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Return True for an address that only this machine can reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,293 @@
+"""The HTTP interface: its routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import jinja2
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from hf_cifar.config.serving import API_KEY, ServeConfig
+from hf_cifar.errors import UserError
+from hf_cifar.serve.metrics import Metrics
+from hf_cifar.serve.uploads import FIELD, FORM_TYPE, Refused, images_of, read_body
+from hf_cifar.serve.workers import Failed, Late, Overloaded, Workers
+
+RETRY_SECONDS = "1"
+HELD_REQUESTS = 16  # requests of the largest size that may be in memory at once
+SMALL_BODY = 2**16  # bytes of a form that is parsed at once; a larger one is in a thread
+DISCARD_SECONDS = 2  # of the rest of a refused request
+UNREADABLE = b'{"error"'
+
+
+class Score(BaseModel):
+    """A class and its probability."""
+
+    label: str
+    score: float
+
+
+class Result(BaseModel):
+    """The answer for one image: label and score, or labels of a multi-label model, or an error."""
+
+    label: str | None = None
+    score: float | None = None
+    labels: list[Score] | None = None
+    top_k: list[Score] | None = None
+    error: str | None = None
+
+
+class Answer(BaseModel):
+    """The results of a request, in the order of its images. model: the SHA-256 of the model's file."""
+
+    model: str
+    version: str
+    results: list[Result]
+
+
+class Problem(BaseModel):
+    """What is wrong with a request."""
+
+    error: str
+
+
+UPLOAD = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            FORM_TYPE: {
+                "schema": {
+                    "type": "object",
+                    "required": [FIELD],
+                    "properties": {
+                        FIELD: {"type": "array", "items": {"type": "string", "format": "binary"}}
+                    },
+                }
+            },
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+def problem(status: int, text: str) -> dict[int | str, dict[str, Any]]:
+    """Describe an error for OpenAPI."""
+    return {status: {"model": Problem, "description": text}}
+
+
+PROBLEMS = {
+    **problem(400, "The request has no image, or is damaged."),
+    **problem(401, "The key is missing or wrong."),
+    **problem(408, "The request took too long to arrive."),
+    **problem(413, "The request is too large."),
+    **problem(415, "The content type is neither a form nor an image."),
+    **problem(422, "The only image cannot be read."),
+    **problem(500, "The model failed."),
+    **problem(
+        503, "The server is above its capacity, or a process died; try again after Retry-After."
+    ),
+    **problem(504, "The images waited for too long, and were not computed."),
+}
+
+
+class Refusal(JSONResponse):
+    """An error before the whole request was read. It reaches a client that is still sending: closing the
+    connection at once would discard it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [*self.raw_headers, (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": bytes(self.body), "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while (message := await receive())["type"] == "http.request" and message[
+                    "more_body"
+                ]:
+                    pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Service:
+    """What the routes share. draining: the server is about to end."""
+
+    def __init__(self, workers: Workers, config: ServeConfig) -> None:
+        self.workers, self.config, self.metrics = workers, config, Metrics(workers)
+        self.draining = False
+        self._held = 0  # bytes of all requests that are in memory
+
+    @contextlib.asynccontextmanager
+    async def images(self, request: Request) -> AsyncIterator[list[bytes]]:
+        """Read the images of a request, and count their bytes until the block ends.
+
+        Raises: Refused, or Overloaded above the capacity of the workers or of memory.
+        """
+        self.workers.refuse_above_capacity()
+        size = 0
+
+        async def chunks() -> AsyncIterator[bytes]:
+            nonlocal size
+            async for chunk in request.stream():
+                size += len(chunk)
+                self._held += len(chunk)
+                if self._held > HELD_REQUESTS * self.config.max_bytes:
+                    raise Overloaded("too many large requests are in memory; try again")
+                yield chunk
+
+        try:
+            try:
+                async with asyncio.timeout(self.config.timeout):
+                    declared = request.headers.get("content-length")
+                    body = await read_body(chunks(), declared, self.config.max_bytes)
+            except TimeoutError:
+                raise Refused(
+                    408,
+                    f"the request took more than {self.config.timeout:g} s to arrive",
+                    close=True,
+                ) from None
+            content_type = request.headers.get("content-type", "")
+            if len(body) <= SMALL_BODY:
+                yield images_of(body, content_type, self.config.max_images)
+            else:
+                yield await asyncio.to_thread(images_of, body, content_type, self.config.max_images)
+        finally:
+            self._held -= size
+
+
+def create_app(service: Service) -> FastAPI:
+    """Build the routes of a server."""
+    app = FastAPI(title="hf_cifar", docs_url=None, redoc_url=None)
+    workers, config = service.workers, service.config
+    pages = jinja2.Environment(
+        loader=jinja2.PackageLoader("hf_cifar"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+
+    @app.post("/predict", responses={200: {"model": Answer}, **PROBLEMS}, openapi_extra=UPLOAD)
+    async def predict(request: Request) -> Response:
+        """Classify the images of a form, or one image that is the body."""
+        async with service.images(request) as images:
+            about, (values, results) = await workers.ask(images)
+        unreadable = sum(result.startswith(UNREADABLE) for result in results)
+        service.metrics.count_images(len(results) - unreadable, unreadable, values["batches"])
+        request.scope["hf_cifar.images"] = len(results)
+        if len(results) == unreadable == 1:
+            return Response(results[0], 422, media_type="application/json")
+        head = f'{{"model": "{about["model"]}", "version": {about["version_json"]}, "results": ['
+        return Response(
+            b"".join((head.encode(), b", ".join(results), b"]}")),
+            media_type="application/json",
+            headers={"x-model": about["model"]},
+        )
+
+    @app.post(
+        "/explain", responses={200: {"content": {"image/png": {}}}, **PROBLEMS}, openapi_extra=UPLOAD,
+        response_class=Response,
+    )  # fmt: skip
+    async def explain(request: Request) -> Response:
+        """Draw the heat map of the predicted class of one image (Grad-CAM), as PNG."""
+        async with service.images(request) as images:
+            if len(images) != 1:
+                raise Refused(400, f"a heat map is of one image; the request has {len(images)}")
+            about, (_, (result,)) = await workers.ask(images, "explain")
+        if result.startswith(UNREADABLE):
+            return Response(result, 422, media_type="application/json")
+        return Response(result, media_type="image/png", headers={"x-model": about["model"]})
+
+    @app.get("/model")
+    async def model() -> dict[str, Any]:
+        """Show labels, preprocessing, metrics and hash of the model, and the limits of the server."""
+        limits = ("max_bytes", "max_images", "max_frames", "max_queue", "timeout")
+        return {
+            **{name: value for name, value in workers.about.items() if name != "version_json"},
+            "limits": {name: getattr(config, name) for name in limits},
+        }
+
+    @app.get("/livez")
+    async def livez() -> dict[str, str]:
+        """Say that the server runs; otherwise it has to be restarted."""
+        return {"status": "alive"}
+
+    @app.get("/readyz", responses=problem(503, "It is about to end, or no process runs the model."))
+    async def readyz() -> Response:
+        """Say whether requests can be sent to this server."""
+        if service.draining:
+            return JSONResponse({"error": "the server is about to end"}, 503)
+        if not workers.alive:
+            return JSONResponse({"error": "no process runs the model"}, 503)
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Show metrics in Prometheus' text format."""
+        return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    @app.post(
+        "/admin/reload",
+        responses={
+            401: PROBLEMS[401],
+            **problem(403, "This server has no key."),
+            **problem(409, "The new model cannot be loaded; the old one stays."),
+        },
+    )
+    async def reload() -> Response:
+        """Load the model again, and exchange it without losing a request."""
+        if config.api_key is None:
+            raise Refused(403, f"reloading by HTTP needs a key; set {API_KEY}, or send SIGHUP")
+        try:
+            about = await workers.reload()
+        except UserError as error:
+            return JSONResponse({"error": f"the old model stays: {error}"}, 409)
+        return JSONResponse({"model": about["model"], "version": about["version"]})
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return _page("serve.html", about=workers.about, needs_key=config.api_key is not None)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        url = str(request.base_url).rstrip("/")
+        return _page("serve_docs.html", schema=app.openapi(), url=url, config=config)
+
+    def _page(name: str, **values: Any) -> Response:
+        nonce = secrets.token_urlsafe(16)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob:; "
+            "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        html = pages.get_template(name).render(nonce=nonce, **values)
+        return HTMLResponse(html, headers={"content-security-policy": policy})
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return (Refusal if error.close else JSONResponse)({"error": str(error)}, error.status)
+
+    @app.exception_handler(Overloaded)
+    async def overloaded(_: Request, error: Overloaded) -> Response:
+        return JSONResponse({"error": str(error)}, 503, headers={"retry-after": RETRY_SECONDS})
+
+    @app.exception_handler(Late)
+    async def late(_: Request, error: Late) -> Response:
+        return JSONResponse({"error": str(error)}, 504)
+
+    @app.exception_handler(Failed)
+    async def failed(_: Request, error: Failed) -> Response:
+        return JSONResponse({"error": str(error)}, 500)
+
+    @app.exception_handler(ClientDisconnect)
+    async def disconnected(_: Request, error: ClientDisconnect) -> Response:
+        return JSONResponse({"error": "the client closed the connection"}, 400)
+
+    @app.exception_handler(HTTPException)
+    async def other(_: Request, error: HTTPException) -> Response:
+        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+    return app

@@ -1,0 +1,139 @@
+"""Start a server, let it end without losing a request, and reload its model on SIGHUP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from hf_cifar.config.deployment import PredictConfig
+from hf_cifar.config.serving import ServeConfig
+from hf_cifar.errors import UserError
+from hf_cifar.serve.app import Service, create_app
+from hf_cifar.serve.gate import Gate
+from hf_cifar.serve.protocol import limited_protocol
+from hf_cifar.serve.workers import Workers
+from hf_cifar.text import one_line
+
+logger = logging.getLogger(__name__)
+BACKLOG = 2048  # connections that the system accepts before the server does
+KEEP_ALIVE_SECONDS = (
+    75  # longer than the 60 of common load balancers, which close the connection first
+)
+
+
+def serve(predict: PredictConfig, config: ServeConfig) -> None:
+    """Serve a model until a signal ends it.
+
+    Raises: UserError if the model cannot be loaded, or the address cannot be used.
+    """
+    log = logging.getLogger("hf_cifar.requests")
+    log.propagate, log.handlers = False, [logging.StreamHandler(sys.stdout)]
+    log.setLevel(logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # requests that are not HTTP
+    _allow_connections()
+    factory = None
+    if importlib.util.find_spec("uvloop") is not None:  # not on Windows
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with listening(config) as listener, asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(_serve(predict, config, listener))
+
+
+def listening(config: ServeConfig) -> socket.socket:
+    """Open the port. Raises: UserError if another program has it, or this machine has no such address."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {config.host}:{config.port}: {one_line(error.strerror or error)}; pass "
+            "another --port or --host"
+        ) from None
+
+
+async def _serve(predict: PredictConfig, config: ServeConfig, listener: socket.socket) -> None:
+    workers = Workers(predict, config)
+    await workers.start()
+    service = Service(workers, config)
+    app = create_app(service)
+    paths = {route.path for route in app.routes if hasattr(route, "path")}
+    server = Server(service, Gate(app, service, paths))
+    if hasattr(signal, "SIGHUP"):
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, lambda: server.start(_reload(workers)))
+    host, port = listener.getsockname()[:2]
+    logger.info(
+        "serving %s at http://%s:%d; the interface is described at /docs; Ctrl-C ends it",
+        workers.about["version"], f"[{host}]" if ":" in host else host, port,
+    )  # fmt: skip
+    await server.serve(sockets=[listener])
+    await workers.close()
+    logger.info("every accepted request was answered")
+
+
+async def _reload(workers: Workers) -> None:
+    try:
+        await workers.reload()
+    except UserError as error:
+        logger.error("the old model stays: %s", error)
+    else:
+        logger.info("serving %s", workers.about["version"])
+
+
+class Server(uvicorn.Server):
+    """A server that drains before it ends. A second signal ends it without waiting for new requests."""
+
+    def __init__(self, service: Service, app: Gate) -> None:
+        config = service.config
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                server_header=False,
+                http=limited_protocol(config.timeout),
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            )
+        )
+        self._service = service
+        self._background: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Any) -> None:
+        """Run a coroutine in the background."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        seconds = self._service.config.drain_seconds
+        if self._service.draining or sig != signal.SIGTERM or not seconds:
+            self._service.draining = True
+            self.should_exit = True
+            return
+        self._service.draining = True
+        logger.info("draining for %g s", seconds)
+        asyncio.get_event_loop().call_later(seconds, self._exit)
+
+    def _exit(self) -> None:
+        self.should_exit = True
+
+
+def _allow_connections() -> None:
+    """Raise the number of files, and so of connections, to what the system allows; 1,024 is common."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,263 @@
+"""A process that runs the model: it reads frames from its input, and writes answers to its output.
+
+It decodes in some threads and computes batches in others. A batch has all images that wait when a thread is
+free, so that a single one is not delayed, and batches grow with the load. An image that cannot be decoded
+is answered at once, and never gets into a batch.
+
+python -m hf_cifar.serve.worker: started by `workers` only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hf_cifar.config.deployment import PredictConfig
+from hf_cifar.config.model import is_exported
+from hf_cifar.errors import UserError
+from hf_cifar.logs import quieten
+from hf_cifar.models.exported import read_onnx
+from hf_cifar.models.files import model_folder, weight_files
+from hf_cifar.models.problem_type import thresholds_of
+from hf_cifar.predict import Predictor
+from hf_cifar.runs.folder import RunFolder
+from hf_cifar.serve import frames
+from hf_cifar.serve.heatmap import Heatmap
+from hf_cifar.text import listed, one_line
+
+logger = logging.getLogger(__name__)
+# Formats whose frames Pillow counts by going through them; those of others are in a header.
+WALKED_FORMATS = ("GIF", "TIFF")
+SWITCH_SECONDS = 0.0005  # after which a thread that runs Python lets another one run
+
+
+@dataclass(eq=False)
+class Job:
+    """A request. deadline: of `time.monotonic`, which all processes share; later, it is not computed."""
+
+    number: int
+    deadline: float
+    answers: list[bytes]
+    missing: int
+    outcome: str = "done"  # or "late", or "failed"
+    batches: list[int] = field(
+        default_factory=list
+    )  # the sizes of the batches that its images were in
+
+
+class Worker:
+    """Answers frames with a model. write: called with each answer, by any thread."""
+
+    def __init__(self, config: PredictConfig, max_frames: int, output: BinaryIO) -> None:
+        self.predictor = Predictor(config)
+        for tensor in chain(self.predictor.model.parameters(), self.predictor.model.buffers()):
+            # Loaded weights are mapped from their file; the process would die if it were overwritten.
+            tensor.data = tensor.data.clone()
+        self.heatmap = Heatmap(self.predictor)
+        self.max_frames, self.batch_size = max_frames, config.batch_size
+        self._output, self._output_lock = output, threading.Lock()
+        self._lock = threading.Lock()  # of jobs
+        self._waiting: queue.SimpleQueue[tuple[Job, int, np.ndarray]] = queue.SimpleQueue()
+        cores = torch.get_num_threads()
+        # Each thread of torch has its own number of cores. A batch on its own core takes less core time than
+        # one that is divided among all cores.
+        self._decoders = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
+        for _ in range(cores if self.predictor.device.type == "cpu" else 1):
+            threading.Thread(target=self._compute_batches, daemon=True).start()
+
+    def write(self, values: dict[str, Any], blobs: list[bytes] | None = None) -> None:
+        """Write a frame."""
+        content = frames.pack(values, blobs or [])
+        with self._output_lock:
+            self._output.write(content)
+            self._output.flush()
+
+    def submit(self, values: dict[str, Any], images: list[bytes]) -> None:
+        """Take a request: its id, its deadline, and the task that its images are for."""
+        job = Job(values["id"], values["deadline"], [b""] * len(images), len(images))
+        work = self._explain if values["task"] == "explain" else self._decode
+        for index, image in enumerate(images):
+            self._decoders.submit(self._guarded, work, job, index, image)
+
+    def _guarded(self, work: Any, job: Job, index: int, image: bytes) -> None:
+        """Do a part of a job, and answer in any case."""
+        if time.monotonic() > job.deadline:
+            self._answer(job, index, b"", outcome="late")
+            return
+        try:
+            work(job, index, image)
+        except UserError as error:
+            self._answer(job, index, _json({"error": str(error)}))
+        except Exception as error:
+            logger.error("an image failed: %s", one_line(error, 300))
+            self._answer(job, index, b"", outcome="failed")
+
+    def _decode(self, job: Job, index: int, image: bytes) -> None:
+        """Decode, resize and crop an image: what waits in the queue has the size of the model's input."""
+        check_frames(image, self.max_frames)
+        self._waiting.put((job, index, self.predictor.view(image)))
+
+    def _explain(self, job: Job, index: int, image: bytes) -> None:
+        check_frames(image, self.max_frames)
+        self._answer(job, index, self.heatmap(self.predictor.preprocessor.decode(image)))
+
+    def _compute_batches(self) -> None:
+        torch.set_num_threads(1)
+        while True:
+            batch = [self._waiting.get()]
+            while len(batch) < self.batch_size:
+                try:
+                    batch.append(self._waiting.get_nowait())
+                except queue.Empty:
+                    break
+            now = time.monotonic()
+            for job, index, _ in batch:
+                if now > job.deadline:
+                    self._answer(job, index, b"", outcome="late")
+            batch = [each for each in batch if now <= each[0].deadline]
+            if batch:
+                self._compute(batch)
+
+    def _compute(self, batch: list[tuple[Job, int, np.ndarray]]) -> None:
+        try:
+            scores = self.predictor.scores_of_views([view for *_, view in batch])
+            answers = [_json(self.predictor.record(row)) for row in scores]
+        except Exception as error:  # out of memory, for example
+            logger.error("a batch of %d images failed: %s", len(batch), one_line(error, 300))
+            for job, index, _ in batch:
+                self._answer(job, index, b"", outcome="failed")
+            return
+        for (job, index, _), answer in zip(batch, answers, strict=True):
+            self._answer(job, index, answer, batch_size=len(batch))
+
+    def _answer(
+        self, job: Job, index: int, answer: bytes, *, outcome: str = "done", batch_size: int = 0
+    ) -> None:
+        """Note the answer of an image, and write those of its job once they are complete."""
+        with self._lock:
+            job.answers[index] = answer
+            if outcome != "done":
+                job.outcome = outcome
+            job.missing -= 1
+            if batch_size:
+                job.batches.append(batch_size)
+            complete = not job.missing
+        if complete:
+            self.write(
+                {"id": job.number, "outcome": job.outcome, "batches": job.batches}, job.answers
+            )
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values).encode()
+
+
+def check_frames(image: bytes, max_frames: int) -> None:
+    """Raises: UserError if an animation, or a document of pages, has more frames than allowed."""
+    if image[:4] not in (b"GIF8", b"RIFF", b"\x89PNG", b"II*\0", b"MM\0*"):
+        return
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            if opened.format in WALKED_FORMATS:
+                opened.seek(max_frames)  # past the last one that is allowed
+            elif getattr(opened, "n_frames", 1) <= max_frames:
+                return
+    except Exception:  # it ends before that frame, or is damaged, which decoding will report
+        return
+    raise UserError(f"cannot read image: it has more than {max_frames:,} frames")
+
+
+def describe(config: PredictConfig, worker: Worker) -> dict[str, Any]:
+    """Return what GET /model shows: identity, labels, preprocessing, and metrics of the run."""
+    name, predictor = config.model_name_or_path, worker.predictor
+    metrics: dict[str, Any] = {}
+    if is_exported(name):
+        content, notes = read_onnx(name)
+        digest, facts = hashlib.sha256(content).hexdigest(), notes.get("run", {})
+    else:
+        folder = model_folder(name, config.model_revision, config.trust_remote_code)
+        digest = _digest(weight_files(folder))
+        facts, metrics = RunFolder(folder).facts(), RunFolder(folder).metrics()
+    version = listed(each for each in (Path(name).name, facts.get("finished")) if each)
+    thresholds, labels = thresholds_of(predictor.model), predictor.model.config.id2label
+    return {
+        "model": digest,
+        "name": Path(name).name,
+        "version": version,
+        "version_json": json.dumps(version),
+        "labels": [labels[i] for i in range(len(labels))],
+        "thresholds": None if thresholds is None else thresholds.tolist(),
+        "preprocessing": predictor.preprocessor.to_dict(),
+        "metrics": {
+            split: {key: value for key, value in found.items() if isinstance(value, (int, float))}
+            for split, found in metrics.items()
+        },
+        "device": str(predictor.device),
+        "heat_map": worker.heatmap.available,
+    }
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """Return the SHA-256 of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def main() -> None:
+    """Answer frames until the input ends, which it does when the server ends in any way."""
+    # The server decides when a worker ends; a terminal sends its signals to all processes.
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
+    ):
+        signal.signal(number, signal.SIG_IGN)
+    output = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what libraries print must not get between the frames
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    quieten(True)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    stream = sys.stdin.buffer
+    first = frames.read(stream)
+    if first is None:
+        return
+    settings, _ = first
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    config = PredictConfig(**settings["predict"])
+    try:
+        worker = Worker(config, settings["max_frames"], output)
+        about = describe(config, worker)
+    except UserError as error:
+        output.write(frames.pack({"error": str(error)}))
+        return
+    worker.write(about)
+    while (frame := frames.read(stream)) is not None:
+        worker.submit(*frame)
+    os._exit(0)  # without waiting for images that nobody waits for
+
+
+if __name__ == "__main__":
+    main()
