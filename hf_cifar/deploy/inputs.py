@@ -41,7 +41,15 @@ def open_data(run: RunFolder, dataset_name: str | None = None) -> DataSource:
         data = dataclasses.replace(data, dataset_name=dataset_name)
     require_object(data.dataset_name, "data set")
     source, recorded = DataSource(data), run.facts().get("split_hash")
-    if recorded is not None and source.splits.hash != recorded:
+    try:
+        found = source.splits.hash
+    except UserError as error:
+        if dataset_name is not None:
+            raise
+        raise UserError(
+            f"{error}; if the data has moved, pass its place as --dataset_name"
+        ) from None
+    if recorded is not None and found != recorded:
         raise UserError(
             f"{data.dataset_name} does not hold the data of {run.path}, or it has changed; "
             "restore it, or pass the folder where the data is now as --dataset_name"

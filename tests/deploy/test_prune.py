@@ -83,7 +83,9 @@ def test_data_that_has_moved_is_read_from_its_new_place(tmp_path, stripes, tiny_
         config = PruneConfig(str(tmp_path / "small"), target_size=0.8, **options)
         return prune_run(tmp_path / "run", config)
 
-    with pytest.raises(UserError, match="old"):
+    with pytest.raises(
+        UserError, match=r"old.*; if the data has moved, pass its place as --dataset_name"
+    ):
         prune()
     prune(dataset_name=str(new))
     assert RunFolder(tmp_path / "small").data().dataset_name == str(new)
