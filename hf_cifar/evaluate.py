@@ -28,6 +28,7 @@ from hf_cifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedSt
 from hf_cifar.evaluation.intervals import wilson
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import load_classifier
+from hf_cifar.models.classifier import describe
 from hf_cifar.models.heads import divide_logits
 from hf_cifar.models.problem_type import is_multi_label, thresholds_of
 from hf_cifar.models.value_range import saved_value_range
@@ -118,9 +119,7 @@ def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Pre
     elif divide_logits(model, calibrated.temperature):
         change = f"logits divided by {calibrated.temperature:.3f}"
     else:
-        logger.info(
-            "no temperature: %s has no linear layer that gives its logits", type(model).__name__
-        )
+        logger.info("no temperature: %s has no linear layer that gives its logits", describe(model))
         return validation
 
     def values(name: str) -> tuple[float, float]:

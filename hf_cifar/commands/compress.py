@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from hf_cifar.commands.command import Command, one_run, quieten
 from hf_cifar.config.deployment import CompressConfig
+from hf_cifar.deploy.preflight import check_compress
 
 
 def compress(config: CompressConfig, folders: Sequence[str]) -> int:
     """Make smaller versions of a run, compare them with it, and say which one to use."""
     run = one_run("compress", folders)
+    check_compress(run, config)
 
     from hf_cifar.deploy.compress import compress_run, render_comparison
 

@@ -14,7 +14,7 @@ from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.explanation import DEFAULT_IMAGES, ExplainConfig
 from hf_cifar.config.model import is_exported
 from hf_cifar.errors import UserError
-from hf_cifar.runs.folder import RunFolder
+from hf_cifar.runs.folder import EXPLANATION_FILES, RunFolder, refuse_other_files
 
 if TYPE_CHECKING:
     from hf_cifar.data.split import Split
@@ -37,6 +37,7 @@ def explain(config: ExplainConfig, arguments: Sequence[str]) -> int:
             f"{run} has no gradients or layers; pass the folder of the run that was exported"
         )
     output = _output_folder(config, run)
+    refuse_other_files(output, EXPLANATION_FILES)
     _check_sources(config, run, paths)
 
     import torch
@@ -44,15 +45,9 @@ def explain(config: ExplainConfig, arguments: Sequence[str]) -> int:
     from hf_cifar.explain.explainer import Explainer
     from hf_cifar.models.build import load_classifier
     from hf_cifar.progress import progress
-    from hf_cifar.report.explanations import (
-        PAGE,
-        refuse_folder,
-        render_summary,
-        write_explanations,
-    )
+    from hf_cifar.report.explanations import PAGE, render_summary, write_explanations
 
     quieten(True)
-    refuse_folder(output)
     on_gpu = torch.cuda.is_available() and not config.use_cpu
     classifier = load_classifier(
         run, revision=config.model_revision, trust_remote_code=config.trust_remote_code

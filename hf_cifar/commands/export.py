@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from hf_cifar.commands.command import Command, one_run, quieten
 from hf_cifar.config.deployment import ExportConfig
+from hf_cifar.deploy.preflight import check_export
 
 
 def export(config: ExportConfig, folders: Sequence[str]) -> int:
     """Write the model of a run in another format, and say how well it agrees with the model; exit status 1 if
     it does not."""
     run = one_run("export", folders)
+    check_export(run, config)
 
     from hf_cifar.deploy.export import export_run
     from hf_cifar.deploy.parity import verdict

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from hf_cifar.commands.command import Command, one_run, quieten
 from hf_cifar.config.deployment import PruneConfig
+from hf_cifar.deploy.preflight import check_prune
 
 
 def prune(config: PruneConfig, folders: Sequence[str]) -> int:
     """Prune the network of a run, fine-tune it, and print where it is."""
     run = one_run("prune", folders)
+    check_prune(run, config)
 
     from hf_cifar.deploy.prune import prune_run
 

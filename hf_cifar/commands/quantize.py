@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from hf_cifar.commands.command import Command, one_run, quieten
 from hf_cifar.config.deployment import QuantizeConfig
+from hf_cifar.deploy.preflight import check_quantize
 
 
 def quantize(config: QuantizeConfig, folders: Sequence[str]) -> int:
     """Quantise a run to 8-bit integers; the exit status is 1 if no scheme is as good and faster."""
     run = one_run("quantize", folders)
+    check_quantize(run, config)
 
     from hf_cifar.deploy.quantize import quantize_run
 

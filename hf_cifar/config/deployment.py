@@ -49,6 +49,7 @@ class PredictConfig:
         refuse_precision_of_exported(self)
 
 
+MOVED_DATA = "Where the run's data is now, if it has moved; default: where the run read it."
 # How the file of each format ends; a folder for a server has no ending.
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "openvino": ".xml", "server": ""}
 
@@ -155,15 +156,19 @@ class PruneConfig:
         "optimiser and model family.",
         low=1e-12, high=1e3,
     )  # fmt: skip
+    dataset_name: str | None = option(None, MOVED_DATA)
 
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.output_dir:
             raise UserError("--output_dir is missing; pass the folder of the pruned run")
-        if (self.target_size is None) == (self.target_latency is None):
+        if self.target_size is None and self.target_latency is None:
             raise UserError(
-                "--target_size and --target_latency are both missing, or both given; pass one of them"
+                "how much to prune is missing; pass --target_size or --target_latency, for example "
+                "--target_size 0.5"
             )
+        if self.target_size is not None and self.target_latency is not None:
+            raise UserError("--target_size and --target_latency are both given; leave one out")
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,7 @@ class QuantizeConfig:
         low=1,
         high=10**6,
     )
+    dataset_name: str | None = option(None, MOVED_DATA)
     overwrite: bool = option(False, "Replace an existing --output.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
 
@@ -214,6 +220,7 @@ class CompressConfig:
         low=1e-6,
         high=1e6,
     )
+    dataset_name: str | None = option(None, MOVED_DATA)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 from hf_cifar.config.data import MAX_IMAGE_PIXELS, PILLOW_PIXELS
 from hf_cifar.config.fields import check_fields, option
 from hf_cifar.errors import UserError
-from hf_cifar.text import listed
+from hf_cifar.text import listed, nearest_hint
 
 DEFAULT_METHODS = ("grad_cam", "attention_rollout", "integrated_gradients")
 ALL_METHODS = (*DEFAULT_METHODS, "occlusion", "lime", "shap", "feature_maps", "filters")
@@ -63,8 +64,13 @@ class ExplainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         for name in self.methods or ():
-            if name not in ALL_METHODS:
+            if name in ALL_METHODS:
+                continue
+            if os.path.exists(name):
                 raise UserError(
-                    f"--methods does not take {name!r}; it takes {listed(ALL_METHODS)}. Pass the run and the "
-                    "files before --methods"
+                    f"--methods takes all words after it, {name} too; pass the run and the files before it"
                 )
+            hint = nearest_hint(name, ALL_METHODS)
+            raise UserError(
+                f"--methods does not take {name!r}{hint}; it takes {listed(ALL_METHODS)}"
+            )

@@ -6,7 +6,6 @@ verdict is decided on validation; test is only shown.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import subprocess
@@ -23,14 +22,14 @@ import numpy as np
 from markupsafe import Markup
 
 from hf_cifar.config.deployment import CompressConfig, ExportConfig, PruneConfig, QuantizeConfig
-from hf_cifar.config.objects import require_object
 from hf_cifar.data.split import Split, without_rows
-from hf_cifar.data.splits import DataSource, Splits
+from hf_cifar.data.splits import Splits
 from hf_cifar.deploy.channels import count_parameters
 from hf_cifar.deploy.export import export_classifier
 from hf_cifar.deploy.formats import require_format
-from hf_cifar.deploy.inputs import used_splits
+from hf_cifar.deploy.inputs import open_data, used_splits
 from hf_cifar.deploy.latency import Network, is_faster, latencies, processor
+from hf_cifar.deploy.preflight import UNFINISHED, call_of, check_compress
 from hf_cifar.deploy.prune import EXPORTED, prune_run
 from hf_cifar.deploy.quantize import check_data, quantize_file
 from hf_cifar.deploy.quantize import verdict as quantisation_verdict
@@ -55,7 +54,6 @@ ORIGINAL = "original"
 TARGET_SIZES = (0.5,)  # of pruning
 BATCH = 50
 FACTS_FILE, PAGE_FILE = "compress.json", "compress.html"
-UNFINISHED = "unfinished.json"  # the call that makes a folder, until it has ended
 # Measured in a process of its own, which does nothing else. On Linux, ru_maxrss would start with the memory
 # of the process that started it.
 PEAK_MEMORY = f"""
@@ -102,18 +100,16 @@ def compress_run(run: str | Path, config: CompressConfig) -> dict[str, Any]:
     Returns the facts of the comparison, which are also in compress.json. Pruned, 8-bit and 16-bit versions
     that cannot be made are left out, with the reason. If it is interrupted, the same call continues with the
     pruned versions that are complete.
-    Raises: UserError for a folder that is in use, runs that are not finished, or runs of other data.
+    Raises: UserError for a folder that is in use, runs that are not finished, runs of other data, or data
+    that are missing or have changed.
     """
     run, folder = Path(run).resolve(), Path(config.output_dir)
-    candidates = [Path(each) for each in config.candidates or ()]
-    for each in (run, *candidates):
-        RunFolder(each).require_finished()
-    check_candidates(run, candidates)
+    check_compress(run, config)
+    for each in config.candidates or ():
+        compare_runs((run, Path(each)), "validation")  # which raises for other data
     require_format("onnx")
     require("torch_pruning", extra="deploy")
-    data = RunFolder(run).data()
-    require_object(data.dataset_name, "data set")
-    source = DataSource(data)
+    source = open_data(RunFolder(run), config.dataset_name)
     splits = used_splits(RunFolder(run), source)
     check_data(splits)
     with _claimed(folder, run, config):
@@ -142,42 +138,25 @@ def compress_run(run: str | Path, config: CompressConfig) -> dict[str, Any]:
 def _claimed(folder: Path, run: Path, config: CompressConfig) -> Iterator[None]:
     """Lock a folder that is new, or holds what the same call left when it was interrupted.
 
-    Raises: UserError for a folder with anything else, or that cannot be written.
+    Raises: UserError for a folder that cannot be written.
     """
-    call = {
-        "run": str(run), "trained": RunFolder(run).facts()["finished"],
-        "target_sizes": config.target_sizes, "num_train_epochs": config.num_train_epochs,
-    }  # fmt: skip
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        note = folder / UNFINISHED
-        if not note.is_file():
-            raise UserError(f"--output_dir {folder} is not empty; pass another folder")
-        if json.loads(note.read_text()) != call:
-            raise UserError(
-                f"--output_dir {folder} holds an unfinished comparison with other options; repeat its "
-                "command, or pass another folder"
-            )
+    note = folder / UNFINISHED
+    if note.is_file():
         logger.info("continuing the comparison in %s that was interrupted", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / UNFINISHED, call)
+        write_json(note, call_of(run, config))
     except OSError as error:
         raise UserError(
             f"cannot write {folder}: {one_line(error)}; pass another --output_dir"
         ) from None
     with sole_run(folder):
-        yield
-        (folder / UNFINISHED).unlink()
-
-
-def check_candidates(run: Path, candidates: Sequence[Path]) -> None:
-    """Raises: UserError for two runs of one name, which could not be told apart, or runs of other data."""
-    names = [_name(each) for each in candidates]
-    repeated = [name for name in names if names.count(name) > 1]
-    if repeated:
-        raise UserError(f"--candidates has two runs named {repeated[0]}; rename the folder of one")
-    for each in candidates:
-        compare_runs((run, each), "validation")
+        try:
+            yield
+        except KeyboardInterrupt:
+            logger.warning("interrupted: the same command continues in %s", folder)
+            raise
+        note.unlink()
 
 
 def make_versions(
@@ -234,7 +213,10 @@ def _pruned_run(run: Path, folder: Path, share: float, config: CompressConfig) -
     if RunFolder(folder).facts().get("finished"):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
-    target = PruneConfig(str(folder), target_size=share, num_train_epochs=config.num_train_epochs)
+    target = PruneConfig(
+        str(folder), target_size=share, num_train_epochs=config.num_train_epochs,
+        dataset_name=config.dataset_name,
+    )  # fmt: skip
     made = prune_run(run, target)
     for checkpoint in RunFolder(folder).checkpoints():
         shutil.rmtree(checkpoint)

@@ -16,7 +16,8 @@ from hf_cifar.config.deployment import ExportConfig
 from hf_cifar.deploy.formats import FORMATS, require_format
 from hf_cifar.deploy.graph import ClassifierGraph
 from hf_cifar.deploy.parity import compare, parity_images, verdict
-from hf_cifar.deploy.server import CONFIG_FILE, MODEL_FILE, VERSION, write_server_files
+from hf_cifar.deploy.preflight import check_export
+from hf_cifar.deploy.server import MODEL_FILE, VERSION, write_server_files
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.exported import IMAGES, PIXEL_VALUES
@@ -35,9 +36,10 @@ def export_run(run: str | Path, config: ExportConfig) -> dict[str, Any] | None:
 
     Returns the report, see `parity.compare`; None without images to compare on. The output appears when it is
     complete.
-    Raises: UserError for an existing output, a missing package, or a model that cannot be exported.
+    Raises: UserError for an existing output, a missing package, or a model that is missing or cannot be
+    exported.
     """
-    check_output(config)
+    check_export(Path(run), config)
     require_format(config.format)
     model, image_processor = load_classifier(str(run), trust_remote_code=config.trust_remote_code)
     return export_classifier(model, image_processor, Path(run), config)
@@ -89,32 +91,6 @@ def export_classifier(
     if report is not None:
         write_json(report_path, report)
     return report
-
-
-def check_output(config: ExportConfig) -> None:
-    """Raises: UserError if the output exists and may not be replaced."""
-    output = Path(config.output)
-    if not output.name:
-        raise UserError(f"--output {output} has no name; pass a new folder")
-    parent = next(each for each in output.absolute().parents if each.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(
-            f"cannot write {output}: {parent} is not a folder that can be written; pass another --output"
-        )
-    weights = output.with_suffix(".bin")
-    if config.format == "openvino" and weights.exists() and not config.overwrite:
-        raise UserError(f"{weights} exists; pass another --output, or --overwrite to replace it")
-    if not output.exists() and not output.is_symlink():
-        return
-    ours = config.format != "server" or (output / CONFIG_FILE).is_file()
-    if output.is_dir() != (config.format == "server") or not ours:
-        kind = "a folder" if output.is_dir() else "a file"
-        raise UserError(
-            f"--output {output} is {kind}, which --format {config.format} does not replace; pass another "
-            "--output"
-        )
-    if not config.overwrite:
-        raise UserError(f"{output} exists; pass another --output, or --overwrite to replace it")
 
 
 def parity_path(output: Path) -> Path:

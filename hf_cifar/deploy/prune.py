@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import shutil
@@ -14,21 +15,23 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_cifar.config.deployment import ExportConfig, PruneConfig
-from hf_cifar.config.objects import require_object
 from hf_cifar.config.run import RunConfig
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource
 from hf_cifar.data.streams import Stream
-from hf_cifar.deploy.channels import Logits, closest_ratio, count_parameters, pruned_copy, ratios_of
+from hf_cifar.deploy.channels import closest_ratio, count_parameters, pruned_copy, ratios_of
 from hf_cifar.deploy.export import export_classifier
 from hf_cifar.deploy.formats import require_format
 from hf_cifar.deploy.importance import Importances, measure_importances
-from hf_cifar.deploy.inputs import inputs_of, used_splits
+from hf_cifar.deploy.inputs import inputs_of, open_data, used_splits
 from hf_cifar.deploy.latency import latencies
+from hf_cifar.deploy.preflight import check_prune
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.finetune import finetune_classifier
 from hf_cifar.models.build import load_classifier
+from hf_cifar.models.classifier import describe
+from hf_cifar.models.modules import ModuleConfig, ModuleForImageClassification
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.progress import progress
 from hf_cifar.runs.folder import RunFolder, new_folder, write_json
@@ -45,22 +48,17 @@ def prune_run(folder: str | Path, config: PruneConfig) -> Path:
 
     The path is that folder. If no config describes the pruned network, `from_pretrained` cannot load its
     weights; then an ONNX file is written in the folder, and its path is returned.
-    Raises: UserError for a target that pruning cannot reach, a run that is not finished, or whose data was a
-    Python object.
+    Raises: UserError for a target that pruning cannot reach, a run that is not finished, or whose data are
+    missing or have changed.
     """
-    run = RunFolder(folder)
-    run.require_finished()
-    options = run.load_config()
-    require_object(options.data.dataset_name, "data set")
-    output = Path(config.output_dir)
-    RunFolder(output).refuse_occupied()
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        raise UserError(f"--output_dir {output} is a file or not empty; pass a new folder")
+    check_prune(Path(folder), config)
     require("torch_pruning", extra="deploy")
+    run = RunFolder(folder)
+    source = open_data(run, config.dataset_name)
+    options = dataclasses.replace(run.load_config(), data=source.config)
     model, image_processor = load_classifier(
         str(folder), trust_remote_code=options.model.trust_remote_code
     )
-    source = DataSource(options.data)
     size = Preprocessing.from_image_processor(image_processor).size
     importances = _importances(model, image_processor, used_splits(run, source).train)
     ratio = _ratio(model, size, importances, config)
@@ -80,7 +78,8 @@ def prune_run(folder: str | Path, config: PruneConfig) -> Path:
         return finetune_classifier(
             tuned, source, model_name_or_path=(pruned, image_processor)
         ).output_dir
-    return _as_onnx(pruned, image_processor, source, tuned)
+    network = ModuleForImageClassification(ModuleConfig(f"{describe(model)}, pruned"), pruned)
+    return _as_onnx(network, image_processor, source, tuned)
 
 
 def _importances(
@@ -164,7 +163,10 @@ def _fine_tuning(options: RunConfig, config: PruneConfig, *, described: bool) ->
 
 
 def _as_onnx(
-    pruned: Logits, image_processor: BaseImageProcessor, source: DataSource, tuned: RunConfig
+    pruned: ModuleForImageClassification,
+    image_processor: BaseImageProcessor,
+    source: DataSource,
+    tuned: RunConfig,
 ) -> Path:
     """Fine-tune a network that no config describes, and write it as ONNX, with metrics and predictions."""
     require_format("onnx")

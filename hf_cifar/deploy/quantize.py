@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_cifar.config.deployment import ExportConfig, QuantizeConfig
-from hf_cifar.config.objects import require_object
-from hf_cifar.data.splits import DataSource, Splits
-from hf_cifar.deploy.export import check_output, export_run
+from hf_cifar.data.splits import Splits
+from hf_cifar.deploy.export import export_run
 from hf_cifar.deploy.formats import require_format
-from hf_cifar.deploy.inputs import inputs_of, used_splits
+from hf_cifar.deploy.inputs import inputs_of, open_data, used_splits
 from hf_cifar.deploy.latency import processor
+from hf_cifar.deploy.preflight import check_quantize
 from hf_cifar.deploy.schemes import Quantised, quantize
 from hf_cifar.errors import UserError
 from hf_cifar.models.exported import METADATA, read_onnx
@@ -30,15 +30,12 @@ def quantize_run(run: str | Path, config: QuantizeConfig) -> dict[str, Any]:
     run's and it is faster on this machine; write a report of all schemes beside it, and return it.
 
     Raises: UserError for an existing output, a missing package, multi-label data, or data that cannot be
-    opened.
+    opened or have changed.
     """
     run, output = Path(run), Path(config.output)
-    check_output(ExportConfig(output=config.output, overwrite=config.overwrite))
+    check_quantize(run, config)
     require_format("onnx")
-    RunFolder(run).require_finished()
-    data = RunFolder(run).data()
-    require_object(data.dataset_name, "data set")
-    splits = used_splits(RunFolder(run), DataSource(data))
+    splits = used_splits(RunFolder(run), open_data(RunFolder(run), config.dataset_name))
     check_data(splits)
     with scratch_beside(output) as folder:
         exported = folder / "float.onnx"

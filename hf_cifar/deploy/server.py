@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_cifar.deploy.preflight import SERVER_CONFIG
 from hf_cifar.models.exported import IMAGES, LOGITS, PIXEL_VALUES, PROBABILITIES
 
-VERSION, MODEL_FILE, CONFIG_FILE, LABELS_FILE = "1", "model.onnx", "config.pbtxt", "labels.txt"
+VERSION, MODEL_FILE, LABELS_FILE = "1", "model.onnx", "labels.txt"
 MAX_BATCH_SIZE = 64
 
 
@@ -20,7 +21,7 @@ def write_server_files(
     name: of the folder, once it is in its place. size: (height, width) of `pixel_values`; None for a model
     that takes images of any size.
     """
-    (folder / CONFIG_FILE).write_text(server_config(name, len(labels), size), encoding="utf-8")
+    (folder / SERVER_CONFIG).write_text(server_config(name, len(labels), size), encoding="utf-8")
     # One label a line; Triton returns them for its classification extension.
     lines = "".join(f"{' '.join(label.split())}\n" for label in labels)
     (folder / LABELS_FILE).write_text(lines, encoding="utf-8")

@@ -25,7 +25,7 @@ from hf_cifar.explain.sanity import (
 from hf_cifar.explain.target_layer import TargetLayer, find_target_layer
 from hf_cifar.models.classifier import Classifier
 from hf_cifar.models.problem_type import thresholds_of
-from hf_cifar.text import nearest_hint
+from hf_cifar.text import listed, nearest_hint
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -94,12 +94,13 @@ class Explainer:
                     METHODS[name](self.model, Example(noise, view, 0, self.layer))
                 elif name == "feature_maps":
                     feature_maps(self.model, Example(noise, view, 0))
-            except UserError as error:
+            except UserError:
                 if requested:
                     raise
-                logger.info("%s is left out: %s", name, error)
                 continue
             applicable.append(name)
+        if not requested:
+            logger.info("methods: %s", listed(applicable))
         if self.layer is not None and "grad_cam" in applicable:
             height, width = self.layer.layout.grid
             logger.info("Grad-CAM: maps of %d x %d of layer %s", height, width, self.layer.name)
@@ -157,5 +158,6 @@ def _id_of(label: str, id2label: dict[int, str]) -> int:
         if name == label:
             return class_id
     raise UserError(
-        f"the model has no class {label!r}{nearest_hint(label, id2label.values())}; pass another --target"
+        f"the model has no class {label!r}{nearest_hint(label, id2label.values())}; it has "
+        f"{listed(id2label.values(), 10)}; pass another --target"
     )

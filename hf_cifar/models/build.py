@@ -30,7 +30,7 @@ from hf_cifar.models.article import (
     ArticleMLPForImageClassification,
 )
 from hf_cifar.models.blocks import describe_trainable, freeze
-from hf_cifar.models.classifier import Classifier, label2id
+from hf_cifar.models.classifier import Classifier, describe, label2id
 from hf_cifar.models.dropout import check_dropout, set_dropout
 from hf_cifar.models.exported import load_exported
 from hf_cifar.models.files import count_weights, model_folder
@@ -106,7 +106,7 @@ def build_model(
         origin = origin_of_model(config)
         base = origin.hub_id or origin.name
         add_adapters(classifier, config.lora_rank, base, config.model_revision)
-    _log_summary(name, model, new)
+    _log_summary(describe(model) if isinstance(name, InMemory) else name, model, new)
     return classifier
 
 

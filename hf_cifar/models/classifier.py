@@ -23,4 +23,6 @@ def describe(model: PreTrainedModel) -> str:
     """Name a model's architecture in a message."""
     if model.config.model_type == "timm_wrapper":
         return f"timm's {model.config.architecture}"
+    if model.config.model_type == "torch_module":
+        return model.config.module_class
     return type(model).__name__

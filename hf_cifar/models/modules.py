@@ -85,9 +85,14 @@ def wrap_module(
     config: ModelConfig,
     id2label: dict[int, str],
 ) -> tuple[Classifier, set[str]]:
-    """Make a classifier of a copy of a network. Raises: UserError if the size of its input is unknown."""
+    """Make a classifier of a copy of a network, or of one that this has made, with these labels.
+
+    Raises: UserError if the size of its input is unknown.
+    """
     network = getattr(network, "_orig_mod", network)  # of torch.compile
+    is_wrapped = isinstance(network, ModuleForImageClassification)
     cls = type(network)
+    name = network.config.module_class if is_wrapped else f"{cls.__module__}.{cls.__qualname__}"
     if processor is None:
         if config.image_size is None:
             raise UserError(
@@ -102,8 +107,8 @@ def wrap_module(
         )
     labels: dict[str, Any] = {"id2label": id2label, "label2id": label2id(id2label)}
     model = ModuleForImageClassification(
-        ModuleConfig(module_class=f"{cls.__module__}.{cls.__qualname__}", **labels),
-        copy.deepcopy(network).cpu().float(),
+        ModuleConfig(module_class=name, **labels),
+        copy.deepcopy(network.network if is_wrapped else network).cpu().float(),
     )
     if config.image_size is not None and config.image_size != native_size(model.config, processor):
         raise UserError(
@@ -111,9 +116,10 @@ def wrap_module(
         )
     set_dropout(model.config, config)  # raises if a rate is requested: a module has none
     _check_logits(model, native_size(model.config, processor))
-    logger.warning(
-        "%s is a torch.nn.Module, which has no config: the run saves its weights as model.safetensors, "
-        "for load_state_dict; pipeline and from_pretrained load only transformers and timm models",
-        cls.__name__,
-    )
+    if not is_wrapped:
+        logger.warning(
+            "%s is a torch.nn.Module, which has no config: the run saves its weights as model.safetensors, "
+            "for load_state_dict; pipeline and from_pretrained load only transformers and timm models",
+            cls.__name__,
+        )
     return Classifier(model, processor), set()

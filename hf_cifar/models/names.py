@@ -18,6 +18,7 @@ from hf_cifar.text import listed, nearest_hint, one_line
 
 ARTICLE_NAMES = ("article_cnn", "article_mlp")
 BUNDLED_NAMES = ("efficientnet_lite0",)
+ANY_MODEL = f"a local folder or {BUNDLED}{BUNDLED_NAMES[0]}"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHT_SUFFIXES = {
     ".bin", ".ckpt", ".gguf", ".h5", ".keras", ".msgpack", ".onnx", ".pb", ".pt", ".pth", ".safetensors",
@@ -29,11 +30,11 @@ def check_model_name(
     revision: str | None = None,
     *,
     trust_remote_code: bool = False,
-    purpose: str = "a local folder or bundled/efficientnet_lite0",
+    purpose: str = ANY_MODEL,
 ) -> None:
     """Check that a model exists, reading at most one small file.
 
-    purpose: the alternative that the error for an unreachable Hub suggests.
+    purpose: what to pass instead, in the error for an unreachable Hub, or for a folder without a model.
     Raises: UserError if the model does not exist, the Hub is needed and cannot be reached, or its code is not
     pinned to a commit.
     """
@@ -51,14 +52,14 @@ def check_model_name(
             )
     elif looks_like_path(name):
         if not (Path(name).expanduser() / "config.json").is_file():
-            raise UserError(_no_model(name))
+            raise UserError(_no_model(name, purpose))
     else:
         require_network(f"model {name}")
         with hub_errors(name, revision or "main", purpose):
             fetch(name, "config.json", revision=revision or "main")
 
 
-def _no_model(name: str) -> str:
+def _no_model(name: str, purpose: str) -> str:
     """Say why a path is not a model, and what is there instead."""
     folder = Path(name).expanduser()
     problem = f"no model in {name}: "
@@ -87,7 +88,8 @@ def _no_model(name: str) -> str:
             f"{problem}config.json does not exist beside model.safetensors; add that of the model"
         )
     found = f"; found {listed(others, 3)}, which is not read" if others else ""
-    return f"{problem}{Path(name) / 'config.json'} does not exist{found}; save the model with save_pretrained"
+    advice = "save the model with save_pretrained" if purpose == ANY_MODEL else f"pass {purpose}"
+    return f"{problem}{Path(name) / 'config.json'} does not exist{found}; {advice}"
 
 
 def check_code_is_pinned(name: str, revision: str | None, trust_remote_code: bool) -> None:
@@ -133,9 +135,7 @@ def _other_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def hub_errors(
-    name: str, revision: str, purpose: str = "a local folder or bundled/efficientnet_lite0"
-) -> Iterator[None]:
+def hub_errors(name: str, revision: str, purpose: str = ANY_MODEL) -> Iterator[None]:
     """Turn an error about a model on the Hub into a UserError that says what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (

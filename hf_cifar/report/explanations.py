@@ -16,11 +16,17 @@ from hf_cifar.explain.explainer import Explainer, Explanation
 from hf_cifar.explain.sanity import SIMILAR, STEPS, Curves, doubts, summarize
 from hf_cifar.report import charts
 from hf_cifar.report.page import picture, render_template
-from hf_cifar.runs.folder import new_folder, write_json, write_text
+from hf_cifar.runs.folder import (
+    EXPLANATION_FILES,
+    new_folder,
+    refuse_other_files,
+    write_json,
+    write_text,
+)
 from hf_cifar.text import render_table
 
 logger = logging.getLogger(__name__)
-PAGE, FACTS, PICTURES = "explanations.html", "explanations.json", "images"
+PAGE, FACTS, PICTURES = EXPLANATION_FILES
 FILTERS = f"{PICTURES}/filters.png"
 MAX_SIDE = 224  # pixels of a picture in the page; the files keep their size
 
@@ -81,18 +87,6 @@ class Subject(NamedTuple):
     truth: str | None = None
 
 
-def refuse_folder(folder: Path) -> None:
-    """Raises: UserError for a file, or a folder with other files than explanations, which would be lost."""
-    if folder.is_file():
-        raise UserError(f"--output_dir {folder} is a file; pass a folder")
-    others = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if others := others - {PAGE, FACTS, PICTURES}:
-        raise UserError(
-            f"--output_dir {folder} holds other files, such as {min(others)}; pass a new folder, or one of "
-            "earlier explanations"
-        )
-
-
 def write_explanations(
     folder: Path, title: str, explainer: Explainer, subjects: Iterable[Subject]
 ) -> dict[str, Any]:
@@ -101,7 +95,7 @@ def write_explanations(
     Nothing changes unless all is written. Returns the facts, with `unreadable` images by name.
     Raises: UserError if no image can be read, or the folder is not writable.
     """
-    refuse_folder(folder)
+    refuse_other_files(folder, EXPLANATION_FILES)  # which would be lost
     with new_folder(folder) as unfinished:
         return _write(unfinished, title, explainer, subjects)
 

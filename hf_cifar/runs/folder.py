@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ RESULT_FILES = (
     "report.json",
 )  # fmt: skip
 NEXT_STEP = "restore it from a copy, or remove it"
+# Files of `hf-cifar explain`: the page, its facts and its pictures.
+EXPLANATION_FILES = ("explanations.html", "explanations.json", "images")
 
 
 class RunFolder:
@@ -196,6 +198,31 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def require_writable(folder: Path, flag: str) -> None:
+    """Raises: UserError if a folder, or the existing one that it would be made in, cannot be written.
+
+    flag: the option that names it.
+    """
+    folder = folder.absolute()
+    place = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"cannot write {folder}: {place} is not a folder that can be written; pass another {flag}"
+        )
+
+
+def refuse_other_files(folder: Path, ours: Collection[str] = ()) -> None:
+    """Raises: UserError for an output folder that is a file, has other files than `ours`, or cannot be
+    written."""
+    if folder.is_file():
+        raise UserError(f"--output_dir {folder} is a file; pass a folder")
+    require_writable(folder, "--output_dir")
+    if others := {each.name for each in folder.glob("*")} - set(ours):
+        raise UserError(
+            f"--output_dir {folder} holds other files, such as {min(others)}; pass a new folder"
+        )
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """hf_cifar.deploy.compress: versions of a run, compared on validation, with a verdict."""
 
+import dataclasses
 import html
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -75,7 +77,7 @@ def test_a_run_is_compared_with_its_versions_and_other_runs(tmp_path, stripes, t
     assert facts["verdict"] in html.unescape(page) and page.count("<svg") == 2
     text = render_comparison(facts)
     assert facts["verdict"] in text and "left out: pruned to 0.01" in text
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="holds other files"):
         compress_run(tmp_path / "run", config)
     twice = CompressConfig(str(tmp_path / "other"), candidates=[str(tmp_path / "student")] * 2)
     with pytest.raises(UserError, match="two runs named student"):
@@ -90,20 +92,24 @@ def test_a_run_is_compared_with_its_versions_and_other_runs(tmp_path, stripes, t
 
 def test_an_interrupted_comparison_continues(tmp_path, stripes, tiny_vit, monkeypatch, caplog):
     """A finished pruned version is kept, and the same call makes the rest; another call is refused."""
-    tiny_run(tmp_path / "run", stripes, tiny_vit, "--max_steps", "2")
+    shutil.copytree(stripes, tmp_path / "old")
+    tiny_run(tmp_path / "run", tmp_path / "old", tiny_vit, "--max_steps", "2")
     folder = tmp_path / "small"
     config = CompressConfig(str(folder), target_sizes=[0.8], num_train_epochs=1)
+    caplog.set_level("INFO")
     with monkeypatch.context() as patch:
         patch.setattr(module, "float16", interrupt)
         with pytest.raises(KeyboardInterrupt):
             compress_run(tmp_path / "run", config)
     pruned = RunFolder(folder / "pruned-0.8")
     finished = pruned.facts()["finished"]
+    assert f"interrupted: the same command continues in {folder}" in caplog.text
     assert not (folder / "compress.html").exists() and not pruned.checkpoints()
     with pytest.raises(UserError, match="holds an unfinished comparison with other options"):
         compress_run(tmp_path / "run", CompressConfig(str(folder), target_sizes=[0.9]))
-    caplog.set_level("INFO")
-    facts = compress_run(tmp_path / "run", config)
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = dataclasses.replace(config, dataset_name=str(tmp_path / "new"))
+    facts = compress_run(tmp_path / "run", moved)
     assert "continuing the comparison" in caplog.text
     assert pruned.facts()["finished"] == finished
     assert "pruned to 0.8" in [each["name"] for each in facts["versions"]]

@@ -1,5 +1,7 @@
 """hf_cifar.deploy.prune: pruned runs are runs, or an ONNX file that answers like the network."""
 
+import shutil
+
 import numpy as np
 import pytest
 from tiny import tiny_run
@@ -29,13 +31,17 @@ def test_a_pruned_run_is_a_run(tmp_path, stripes, tiny_vit):
     assert len(pipeline("image-classification", model=str(tmp_path / "small"))(str(image))) == 2
 
 
-def test_a_network_without_a_config_becomes_onnx(tmp_path, stripes):
+def test_a_network_without_a_config_becomes_onnx(tmp_path, stripes, caplog):
     pytest.importorskip("onnxruntime")
     flags = ["--image_size", "32", "--learning_rate", "2e-3", "--do_predict"]
     tiny_run(tmp_path / "run", stripes, "scratch/test_efficientnet", *flags)
     config = PruneConfig(str(tmp_path / "small"), target_size=0.5)
+    caplog.set_level("INFO")
     file = prune_run(tmp_path / "run", config)
     assert file == tmp_path / "small" / "model.onnx"
+    assert "timm's test_efficientnet, pruned: all" in caplog.text
+    for words in ("torch.nn.Module", "model.safetensors", "memory/", "Logits"):
+        assert words not in caplog.text
     assert not (tmp_path / "small" / "model.safetensors").exists()
     saved = Predictions.load(tmp_path / "small", "test")
     model, processor = load_classifier(str(file))
@@ -56,17 +62,38 @@ def test_what_cannot_be_pruned_is_refused(tmp_path, stripes, tiny_vit):
     ):
         prune_run(tmp_path / "run", PruneConfig(str(tmp_path / "small"), target_size=0.01))
     assert not (tmp_path / "small").exists()
-    with pytest.raises(UserError, match="one of them"):
-        PruneConfig(str(tmp_path / "small"))
     with pytest.raises(UserError, match="holds another run"):
         prune_run(tmp_path / "run", PruneConfig(str(tmp_path / "run"), target_size=0.5))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(UserError, match="is a file or not empty"):
+    with pytest.raises(UserError, match=r"holds other files, such as notes.txt"):
         prune_run(tmp_path / "run", PruneConfig(str(tmp_path / "mine"), target_size=0.5))
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
     with pytest.raises(UserError, match="no finished run"):
         prune_run(tmp_path, PruneConfig(str(tmp_path / "small"), target_size=0.5))
+
+
+def test_data_that_has_moved_is_read_from_its_new_place(tmp_path, stripes, tiny_vit):
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(stripes, old)
+    tiny_run(tmp_path / "run", old, tiny_vit, "--max_steps", "2")
+    old.rename(new)
+
+    def prune(**options):
+        config = PruneConfig(str(tmp_path / "small"), target_size=0.8, **options)
+        return prune_run(tmp_path / "run", config)
+
+    with pytest.raises(
+        UserError, match=r"old.*; if the data has moved, pass its place as --dataset_name"
+    ):
+        prune()
+    prune(dataset_name=str(new))
+    assert RunFolder(tmp_path / "small").data().dataset_name == str(new)
+    shutil.rmtree(tmp_path / "small")
+    next((new / "train").rglob("*.png")).unlink()
+    with pytest.raises(UserError, match=r"does not hold the data of .*run, or it has changed"):
+        prune(dataset_name=str(new))
+    assert not (tmp_path / "small").exists()
 
 
 def test_options_of_the_run_that_do_not_fit_are_dropped(tmp_path):

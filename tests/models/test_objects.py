@@ -107,6 +107,18 @@ def test_a_module_is_a_classifier(form, caplog):
     assert "which has no config" in caplog.text and "load_state_dict" in caplog.text
 
 
+def test_a_module_that_is_a_classifier_already_is_not_wrapped_again(caplog):
+    first, processor = build(Net(), image_size=16)
+    caplog.clear()
+    caplog.set_level("INFO")
+    again, _ = build((first, processor))
+    assert type(again.network) is Net and same(again.network, first.network)
+    assert again.config.module_class == first.config.module_class
+    assert again.config.id2label == first.config.id2label
+    assert "Net: all" in caplog.text and "memory/" not in caplog.text
+    assert "which has no config" not in caplog.text
+
+
 def test_half_precision_and_frozen_parameters_are_changed_with_a_line(caplog):
     net = Net().half()
     net.features.requires_grad_(False)

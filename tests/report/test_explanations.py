@@ -59,7 +59,7 @@ def test_each_image_has_its_prediction_and_pictures(explained, cnn_run):
     assert not list(cnn_run.glob(".explanations*"))
 
 
-def test_predictions_are_those_of_predict(cnn_run, digit, tmp_path, capsys):
+def test_predictions_are_those_of_predict(cnn_run, digit, tmp_path, capsys, caplog):
     assert main(["predict", "--model_name_or_path", str(cnn_run), "--use_cpu", str(digit)]) == 0
     record = json.loads(capsys.readouterr().out)
     output = tmp_path / "out"
@@ -69,6 +69,8 @@ def test_predictions_are_those_of_predict(cnn_run, digit, tmp_path, capsys):
     assert row["prediction"] == record["label"]
     assert row["score"] == pytest.approx(record["score"], abs=1e-5)
     assert row["truth"] is None and row["checks"] == {}
+    assert "methods: grad_cam, integrated_gradients" in caplog.text
+    assert "attention_rollout" not in caplog.text  # which nobody asked for
 
 
 def test_another_class_can_be_explained(cnn_run, digit, tmp_path):
@@ -105,9 +107,10 @@ def test_an_unreadable_file_is_counted_and_the_rest_explained(cnn_run, digit, tm
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--methods", "grad_cma"], "--methods does not take 'grad_cma'"),
+        (["--methods", "gradcam"], "does not take 'gradcam' (nearest: grad_cam); it takes grad_cam, "),
+        (["--methods", "lime", __file__], "test_explanations.py too; pass the run and the files before it"),
         (["--methods", "attention_rollout"], "has no attention between all patches in every block"),
-        (["--target", "thirteen"], "the model has no class 'thirteen'"),
+        (["--target", "thirteen"], "the model has no class 'thirteen'; it has 0, 1, 2, 3,"),
         (["--split", "test"], "--split has no effect with image files"),
     ],
 )  # fmt: skip
