@@ -126,7 +126,7 @@ def wait_until(condition, seconds):
         time.sleep(0.2)
 
 
-def finished(number, environment, seconds=180):
+def finished(number, environment, seconds=300):
     """Wait until a job has ended, and return the states of its tasks."""
 
     def states():

@@ -91,6 +91,13 @@ def test_a_table_of_files_of_this_machine_is_refused(tmp_path):
         stage_run(config, "/inputs", tmp_path)
 
 
+def test_a_file_of_this_machine_among_other_options_is_refused(tmp_path):
+    (tmp_path / "zero.json").write_text("{}")
+    config = RunConfig.of(deepspeed=str(tmp_path / "zero.json"))
+    with pytest.raises(UserError, match=r"--deepspeed is \S+zero.json, a file of this machine"):
+        stage_run(config, "/inputs", tmp_path)
+
+
 def test_extras_follow_from_the_options(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert extras_of(RunConfig.of(model_name_or_path="them/vit")) == []
