@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_cifar.config.jobs import JobConfig
+from hf_cifar.config.model import BUNDLED
 from hf_cifar.config.run import RunConfig
 from hf_cifar.deploy.job import Job, job_name
 from hf_cifar.deploy.staging import CONFIG, extras_of, stage_run
 from hf_cifar.errors import UserError
 from hf_cifar.hub.push import Access, Target, check_access, check_online, reason_of
+from hf_cifar.hub.reach import looks_like_path
 from hf_cifar.text import megabytes
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi, JobInfo, JobStatus
+    from huggingface_hub import DatasetInfo, HfApi, JobInfo, JobStatus
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"  # Debian with Python and uv
 MOUNT = "/inputs"  # where the job reads its files
@@ -39,6 +41,11 @@ def submit_hf_jobs(config: RunConfig, options: JobConfig) -> int:
     """
     check_for_hf_jobs(config)
     check_online("--job hf_jobs", None)
+    data = config.data.dataset_name
+    if not (data.startswith(BUNDLED) or looks_like_path(data)) and _find_data_set(data) is None:
+        raise UserError(
+            f"no data set {data} on the Hub, or it is private or gated; check the name, or pass a folder"
+        )
     access = check_access(Target.of_run(config.train))
     repository = f"{access.user}/{REPOSITORY}"
     with tempfile.TemporaryDirectory(prefix="hf_cifar-") as scratch:
@@ -127,20 +134,25 @@ def _folder_of(job: Job) -> str:
 
 def _is_new(repository: str) -> bool:
     """Return True if the repository for staged files does not exist. Raises: UserError if it is public."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        info = HfApi().dataset_info(repository)
-    except RepositoryNotFoundError:
-        return True
-    except Exception as error:  # the client raises its own, httpx's and OS errors
-        raise UserError(f"--job hf_jobs: cannot read {repository}: {reason_of(error)}") from None
-    if not info.private:
+    info = _find_data_set(repository)
+    if info is not None and not info.private:
         raise UserError(
             f"{repository} is public, and local files would be uploaded to it; make it private, or delete it"
         )
-    return False
+    return info is None
+
+
+def _find_data_set(name: str) -> DatasetInfo | None:
+    """Ask the Hub about a data set; None if it does not exist, or not for this token."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        return HfApi().dataset_info(name)
+    except (RepositoryNotFoundError, HFValidationError):
+        return None
+    except Exception as error:  # the client raises its own, httpx's and OS errors
+        raise UserError(f"--job hf_jobs: cannot read data set {name}: {reason_of(error)}") from None
 
 
 def _send(job: Job, options: JobConfig, repository: str, folder: str) -> JobInfo:

@@ -177,6 +177,7 @@ def test_the_same_job_uploads_nothing_again(hub, tmp_path, stripes, tiny_vit):
 
 def test_hub_names_and_a_table_of_labels(hub, tmp_path, stripes):
     hub.repos["models", "them/vit"] = Repo({"config.json": b"{}"})
+    hub.repos["datasets", "them/photos"] = Repo()
     photos = tmp_path / "photos"
     photos.mkdir()
     images = sorted(stripes.glob("train/*/*.png"))
@@ -211,6 +212,7 @@ def test_what_cannot_work_is_one_line(hub, tmp_path, stripes, tiny_vit):
         (["--resume_from_checkpoint", "last"], TOKEN, "--resume_from_checkpoint needs a folder of this"),
         (["--hub_token", TOKEN], TOKEN, "--hub_token would be readable in the job"),
         (["--hub_model_id", "audience/x"], TOKEN, "me has no write access to audience"),
+        (["--dataset_name", "them/nothing"], TOKEN, "no data set them/nothing on the Hub"),
         ([], READ_TOKEN, "the token of me is read-only"),
         ([], None, "--job hf_jobs needs a token; run: hf auth login, or set HF_TOKEN"),
     ]  # fmt: skip
