@@ -71,3 +71,8 @@ def duration(seconds: float) -> str:
     if minutes:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     return f"{rest} s"
+
+
+def megabytes(size: int) -> str:
+    """Format a number of bytes in megabytes."""
+    return f"{size / 1e6:,.3f} MB"

@@ -1,7 +1,7 @@
 """A local Hub server: enough of the protocol for the unmodified huggingface_hub client.
 
 Create, validate, preupload (regular and LFS), commit, branch; resolve, info, revision, tree, paths-info,
-auth-check. It refuses, fails and drops connections on request.
+auth-check; start, show, cancel and follow jobs. It refuses, fails and drops connections on request.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,15 +65,26 @@ class Repo:
         return entry | ({"lfs": lfs} if path in self.lfs else {})
 
 
+@dataclass
+class RemoteJob:
+    """A job of HF Jobs: what was posted, its log so far, its stage, and a message about it."""
+
+    spec: dict
+    lines: list[str] = field(default_factory=list)
+    stage: str = "RUNNING"
+    message: str | None = None
+
+
 class Hub:
     """The server, its repos by ("models" or "datasets", id), and its configured refusals and faults.
 
     refused: (action, repo id) -> HTTP status. faults: (action, repo id) -> statuses or DROP, one for each
     request until none is left. Actions: whoami and validate, which name no repo (""), write, create, branch,
     preupload, lfs, upload, commit, and answer, which fails after the commit; info, listing, and download, of
-    a path after the repo id. A fault of None lets one request pass. refused_cards: model names
-    that validate rejects. etag: a mirror's ETag of a content, quotes included; None for the Hub's.
-    requests: the log of requests.
+    a path after the repo id; jobs and logs, of a namespace. A fault of None lets one request pass.
+    refused_cards: model names that validate rejects. etag: a mirror's ETag of a content, quotes included;
+    None for the Hub's. requests: the log of requests. jobs: by id. machine: runs a job in a thread: adds to
+    its log, and sets its stage at the end; None leaves jobs running.
     """
 
     def __init__(self) -> None:
@@ -83,6 +95,8 @@ class Hub:
         self.refused_cards: set[str] = set()
         self.etag: Callable[[bytes], str] | None = None
         self.requests: list[str] = []
+        self.jobs: dict[str, RemoteJob] = {}
+        self.machine: Callable[[RemoteJob, Hub], None] | None = None
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -144,6 +158,11 @@ class Handler(BaseHTTPRequestHandler):
                 siblings = [{"rfilename": name} for name in repo.files]
                 names = {"id": found[2], "sha": repo.sha, "siblings": siblings, "tags": []}
                 self.answer(names | {"private": repo.private, "downloads": 0, "likes": 0})
+        elif found := re.fullmatch(r"/api/jobs/([^/]+)/([^/]+)(/logs)?", path):
+            if found[3]:
+                self.stream_log(found[1], self.hub.jobs[found[2]])
+            else:
+                self.answer(self.job_info(found[2]))
         elif found := re.fullmatch(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)", path):
             self.answer_file("datasets" if found[1] else "models", *found.groups()[1:])
         else:
@@ -174,6 +193,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         elif path == "/api/repos/create":
             self.create(json.loads(body))
+        elif found := re.fullmatch(r"/api/jobs/([^/]+)", path):
+            if not self.refuses("jobs", found[1]):
+                self.start_job(json.loads(body))
+        elif found := re.fullmatch(r"/api/jobs/([^/]+)/([^/]+)/cancel", path):
+            self.hub.jobs[found[2]].stage = "CANCELED"
+            self.answer({})
         elif found := re.fullmatch(r"/api/(\w+)/(.+)/preupload/([^/]+)", path):
             repo = self.at(found[1], found[2], found[3])
             if repo and not self.refuses("preupload", found[2]):
@@ -224,6 +249,44 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.repos.setdefault((kind, repo_id), Repo(private=private))
         prefix = "" if kind == "models" else f"{kind}/"
         self.answer({"url": f"{self.hub.endpoint}/{prefix}{repo_id}"}, 409 if known else 200)
+
+    def start_job(self, spec: dict) -> None:
+        job_id = f"{len(self.hub.jobs):024x}"
+        job = self.hub.jobs[job_id] = RemoteJob(spec)
+        if self.hub.machine is not None:
+            threading.Thread(target=self.hub.machine, args=(job, self.hub), daemon=True).start()
+        self.answer(self.job_info(job_id))
+
+    def job_info(self, job_id: str) -> dict:
+        job = self.hub.jobs[job_id]
+        shown = {name: value for name, value in job.spec.items() if name != "secrets"}
+        owner = {"id": "0" * 24, "name": USER, "type": "user"}
+        status = {"stage": job.stage, "message": job.message}
+        return {**shown, "id": job_id, "owner": owner, "status": status}
+
+    def stream_log(self, namespace: str, job: RemoteJob) -> None:
+        """Send the lines of a job as server-sent events, until it ends."""
+        if self.fails("logs", namespace):
+            return
+        self.hub.requests.append(f"GET {self.path} 200")
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        sent = 0
+        try:
+            while True:
+                ended = job.stage != "RUNNING"
+                for line in job.lines[sent:]:
+                    event = {"data": line, "timestamp": "2026-01-01T00:00:00.000Z"}
+                    self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+                    sent += 1
+                if ended:
+                    return
+                time.sleep(0.05)
+        except OSError:  # the client has gone
+            pass
 
     def commit(self, kind: str, repo_id: str, revision: str, lines: list[dict]) -> None:
         repo = self.at(kind, repo_id, revision)

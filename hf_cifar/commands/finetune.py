@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 from hf_cifar.commands.command import Command, open_source, quieten
 from hf_cifar.config.command_line import inherited_parser, parse, wants_help
-from hf_cifar.config.run import CONFIGS, RunConfig
+from hf_cifar.config.jobs import JobConfig, split_job_options
+from hf_cifar.config.run import CONFIGS as RUN_CONFIGS
+from hf_cifar.config.run import RunConfig
+from hf_cifar.hub.reach import looks_like_path
 from hf_cifar.models.names import check_model_name
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process
@@ -16,6 +19,7 @@ from hf_cifar.runs.resume import check_folder
 if TYPE_CHECKING:
     from hf_cifar.finetune import RunResult
 
+CONFIGS = (*RUN_CONFIGS, JobConfig)
 USAGE = "hf-cifar finetune [--recipe NAME] [--config FILE.yaml] [options]"
 DESCRIPTION = (
     "A recipe's options come first, then those of the config file, then the flags; the last one wins. "
@@ -30,12 +34,16 @@ def finetune(argv: Sequence[str]) -> int:
     if wants_help(argv) or "--help_all" in argv:
         print_help(everything="--help_all" in argv)
         return 0
+    job, argv = split_job_options(argv)
     config = RunConfig.parse(argv)
-    check_folder(config)
+    if job.job != "hf_jobs":
+        check_folder(config)
     model = config.model
     check_model_name(
         model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
     )
+    if job.job is not None:
+        return submit(job, config, argv)
     source = open_source(config.data, ["train", "validation"])
 
     from hf_cifar.finetune import finetune_classifier
@@ -55,11 +63,33 @@ def finetune(argv: Sequence[str]) -> int:
 COMMAND = Command("fine-tune a pretrained classifier", finetune)
 
 
+def submit(job: JobConfig, config: RunConfig, argv: Sequence[str]) -> int:
+    """Submit the command instead of running it here, after checking what can be checked here."""
+    from hf_cifar.deploy.job import check_job
+
+    check_job(config)
+    if looks_like_path(config.data.dataset_name):
+        open_source(config.data, ["train", "validation"])
+    if job.job == "hf_jobs":
+        from hf_cifar.deploy.hf_jobs import submit_hf_jobs
+
+        return submit_hf_jobs(config, job)
+    from hf_cifar.deploy.slurm import submit_slurm
+
+    runs = [config]
+    if config.train.seeds > 1:
+        from hf_cifar.studies.seeds import check_series, config_of, seeds_of
+
+        check_series(config)
+        runs = [config_of(config, seed) for seed in seeds_of(config)]
+    return submit_slurm(config, argv, runs, job)
+
+
 def print_help(*, everything: bool) -> None:
     """Print our options, or also those of TrainingArguments, which needs torch."""
     if everything:
         quieten(True)
-        print(inherited_parser(CONFIGS).format_help())
+        print(inherited_parser(RUN_CONFIGS).format_help())
     parse(CONFIGS, ["--help"], "hf-cifar finetune", usage=USAGE, description=DESCRIPTION)
 
 

@@ -18,7 +18,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status, validate_rep
 
 from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import require_network
-from hf_cifar.text import one_line
+from hf_cifar.text import megabytes, one_line
 
 if TYPE_CHECKING:
     from hf_cifar.config.training import TrainingConfig
@@ -127,7 +127,9 @@ def check_access(target: Target) -> Access:
             f"{target.repo_id!r} is not a valid repository name ({one_line(error, 200)}); pass another"
         ) from None
     except Exception as error:  # the client raises its own, httpx's and OS errors
-        raise UserError(f"cannot push to {target.repo_id}: {_reason(error, target)}") from None
+        raise UserError(
+            f"cannot push to {target.repo_id}: {reason_of(error, target.token)}"
+        ) from None
 
 
 def _check_namespace(repo_id: str, who: dict[str, Any]) -> None:
@@ -175,7 +177,9 @@ def check_card_on_hub(text: str, target: Target) -> None:
             f"{CARD_FILE}"
         ) from None
     except Exception as error:  # as above
-        raise UserError(f"cannot push to {target.repo_id}: {_reason(error, target)}") from None
+        raise UserError(
+            f"cannot push to {target.repo_id}: {reason_of(error, target.token)}"
+        ) from None
 
 
 def _validate_card(text: str) -> None:
@@ -247,10 +251,10 @@ def render_plan(plan: PushPlan) -> str:
         f"token       of {access.user}, not shown",
         "permission  to create it" if access.is_new else "permission  to write",
         "card        valid",
-        f"files       {len(sizes)}, {_megabytes(sum(sizes.values()))}, in one commit",
+        f"files       {len(sizes)}, {megabytes(sum(sizes.values()))}, in one commit",
     ]
     return "\n".join(
-        [*lines, *(f"  {_megabytes(size):>12}  {name}" for name, size in sizes.items())]
+        [*lines, *(f"  {megabytes(size):>12}  {name}" for name, size in sizes.items())]
     )
 
 
@@ -277,7 +281,7 @@ def push_planned(plan: PushPlan) -> str:
             _commit(plan)
     except Exception as error:  # as above
         raise UserError(
-            f"push to {repo_id} failed: {_reason(error, target)}{_retry(plan.folder, target)}"
+            f"push to {repo_id} failed: {reason_of(error, target.token)}{_retry(plan.folder, target)}"
         ) from None
     return str(url)
 
@@ -313,7 +317,7 @@ def prepare_push(train: TrainingConfig, card: str) -> None:
         target.api.create_repo(access.repo_id, private=target.private, exist_ok=True)
     except Exception as error:  # as above
         raise UserError(
-            f"--push_to_hub: cannot create {access.repo_id}: {_reason(error, target)}"
+            f"--push_to_hub: cannot create {access.repo_id}: {reason_of(error, target.token)}"
         ) from None
 
 
@@ -346,17 +350,13 @@ def _is_transient(error: Exception) -> bool:
     return not isinstance(error, ValueError)
 
 
-def _reason(error: Exception, target: Target) -> str:
-    """Format an error as one line, with what to do next and without the token."""
+def reason_of(error: Exception, token: str | None = None) -> str:
+    """Format an error of the client as one line, with what to do next and without the token."""
     text = f"{type(error).__name__}: {one_line(error, 200)}"
-    for token in (target.token, huggingface_hub.get_token()):
-        text = text.replace(token, "...") if token else text
+    for secret in (token, huggingface_hub.get_token()):
+        text = text.replace(secret, "...") if secret else text
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         step = "the Hub failed: try again" if status >= 500 else NEXT_STEPS.get(status)
         return f"{step} ({text})" if step else text
     return text
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.3f} MB"
