@@ -121,7 +121,8 @@ class _Form:
 
     def _end_header(self) -> None:
         if self._header.lower() == b"content-disposition":
-            self._field = parse_options_header(self._value)[1].get(b"name", b"")
+            kind, options = parse_options_header(self._value)
+            self._field = options.get(b"name", b"") if kind == b"form-data" else b""
         self._header, self._value = b"", b""
 
     def _check_field(self) -> None:

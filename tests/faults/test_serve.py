@@ -110,8 +110,9 @@ def test_malformed_uploads(server, images, record_result):
     passed = 0
     for body, content_type in itertools.islice(malformed(), 200):
         status, headers, answer = server.call("/predict", body, content_type)
-        is_error = headers["content-type"] == "application/json" and json.loads(answer)["error"]
-        passed += 400 <= status < 500 and bool(is_error)
+        assert headers["content-type"] == "application/json", answer
+        assert "error" in json.loads(answer), (body, content_type)
+        passed += 400 <= status < 500
     assert [each.pid for each in server.workers] == [worker.pid]
     assert server.call("/predict", images[0])[0] == 200
     record_result(
@@ -165,7 +166,7 @@ def test_bombs(server, record_result):
     assert highest - before < 50e6
     record_result(
         24, "decompression bombs: PNG, GIF, WebP; pixels and frames",
-        f"refused before decoding (slowest: {1000 * max(times):.0f} ms), less than 50 MB more memory", passed, 20,
+        f"refused before decoding (slowest: {1000 * max(times):.0f} ms); no 50 MB more memory", passed, 20,
     )  # fmt: skip
 
 
@@ -179,20 +180,23 @@ def received(connection):
     return found
 
 
-def sent_until_refused(connection, chunk):
-    """Send until the server answers or closes the connection; return the number of bytes."""
+def send_until_refused(connection, chunk, most):
+    """Send chunks until the server answers or closes the connection; return the number of bytes."""
     connection.setblocking(False)
-    sent = 0
-    while sent < 64 * MEGABYTE:
+    sent, rest = 0, b""
+    while sent < most:
         with contextlib.suppress(BlockingIOError):
             if connection.recv(1, socket.MSG_PEEK):
                 break
+        rest = rest or chunk
         try:
-            sent += connection.send(chunk)
+            count = connection.send(rest)
         except BlockingIOError:
             time.sleep(0.001)
+            continue
         except OSError:
             break
+        sent, rest = sent + count, rest[count:]
     return sent
 
 
@@ -209,12 +213,12 @@ def test_oversize_and_slow_clients(server, images, record_result):
         passed += received(declared).startswith(b"HTTP/1.1 413")
     with connect() as chunked:
         chunked.sendall(head + b"transfer-encoding: chunked\r\n\r\n")
-        sent_until_refused(chunked, b"10000\r\n" + b"x" * 65536 + b"\r\n")
-        passed += received(chunked).startswith(b"HTTP/1.1 413")
+        chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+        sent = send_until_refused(chunked, chunk, 64 * MEGABYTE)
+        passed += received(chunked).startswith(b"HTTP/1.1 413") and sent < 8 * MEGABYTE
     with connect() as lying:  # more follows than was declared: the rest is not a request
         lying.sendall(head + b"content-length: 10\r\n\r\n" + b"x" * 10_000)
-        answer = received(lying)
-        passed += answer.startswith(b"HTTP/1.1 422") and b"HTTP/1.1 400" in answer
+        passed += received(lying).startswith(b"HTTP/1.1 4")
     with connect() as short:
         short.sendall(head + b"content-length: 100\r\n\r\n" + b"x" * 10)
         short.shutdown(socket.SHUT_WR)
@@ -362,10 +366,11 @@ def test_three_times_the_capacity(tmp_path, stripes, save_vit, record_result):
         assert set(alive) == {200}
         assert len(refused) > len(replies) / 3
         assert server.call("/predict", image)[0] == 200
+        late = 1000 * quantile([reply.seconds for reply in refused], 0.99)
         record_result(
             27, f"3 times the capacity of {capacity:.0f} requests/s for 20 s",
-            f"503 with Retry-After above capacity (p99 {1000 * quantile([r.seconds for r in refused], 0.99):.0f} "
-            f"ms), {goodput / capacity:.0%} of the capacity goes on, /livez always answers",
+            f"503 with Retry-After above capacity (p99 {late:.0f} ms); "
+            f"{goodput / capacity:.0%} of the capacity goes on; /livez always answers",
             passed, len(refused),
         )  # fmt: skip
 
@@ -398,5 +403,6 @@ def test_killed_worker(tmp_path, finished, images, record_result):
         assert server.metric("hf_cifar_worker_restarts") == 5
     record_result(
         30, "kill -9 of the process that runs the model, under load",
-        f"its requests get 503, and another starts by itself (after {quantile(seconds, 0.5):.1f} s)", passed, 5,
+        f"its requests get 503, and another starts by itself (after {quantile(seconds, 0.5):.1f} s)",
+        passed, 5,
     )  # fmt: skip
