@@ -15,6 +15,7 @@ from benchmarks import (
     accuracy,
     checkpoint,
     correctness,
+    exported,
     gpu,
     measure,
     noise,
@@ -131,11 +132,20 @@ def test_a_range_test_suggests_the_steepest_descent_and_a_tenth_of_the_minimum()
 
 def test_every_way_to_serve_gives_the_same_labels(tmp_path, stripes, tiny_vit):
     tiny_run(tmp_path / "run", stripes, tiny_vit, "--probe_images", "0")
-    speeds, same = serving.compare_served(
+    speeds, same = exported.compare_served(
         str(tmp_path / "run"), str(stripes / "test"), rounds=1, folder=tmp_path / "results"
     )
     assert len(speeds) == 5
     assert same == {"predict, torch": 1.0, "pipeline": 1.0}
+
+
+def test_servers_are_compared_under_load(tmp_path, stripes, tiny_vit):
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--probe_images", "0")
+    rates = serving.compare_servers(
+        str(tmp_path / "run"), str(stripes / "test"), rounds=1, seconds=0.5, folder=tmp_path
+    )
+    assert {"hf-cifar serve, ONNX", "hf-cifar serve, run", "FastAPI, pipeline"} <= set(rates)
+    assert all(rate > 0 for (rate,) in rates.values())
 
 
 def test_every_peer_trains(tmp_path):
