@@ -18,6 +18,18 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def share_of_launcher() -> tuple[int, int]:
+    """Return the number of this process and the number of processes, by the launcher's environment."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_gpu() -> int:
+    """Return the number of this process's GPU, by the launcher's environment."""
+    import torch
+
+    return int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of a run.
