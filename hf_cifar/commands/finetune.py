@@ -11,7 +11,7 @@ from hf_cifar.config.run import CONFIGS, RunConfig
 from hf_cifar.models.names import check_model_name
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process
-from hf_cifar.runs.resume import check_folder
+from hf_cifar.runs.resume import check_folder, with_restarts
 
 if TYPE_CHECKING:
     from hf_cifar.finetune import RunResult
@@ -30,7 +30,7 @@ def finetune(argv: Sequence[str]) -> int:
     if wants_help(argv) or "--help_all" in argv:
         print_help(everything="--help_all" in argv)
         return 0
-    config = RunConfig.parse(argv)
+    config = with_restarts(RunConfig.parse(argv))
     check_folder(config)
     model = config.model
     check_model_name(

@@ -271,10 +271,13 @@ def _source(layout: Layout, config: DataConfig, streaming: bool) -> Source:
 def _unlabelled_source(listing: Listing) -> Source:
     """Open all images of a folder; its top folders are splits if all of them are named as splits."""
     tops = top_folders([file.name for file in listing.images])
-    roles = split_roles(set(tops))
+    names = set(tops)
+    roles = split_roles(names)
+    if len(roles) < len(names):
+        roles = dict.fromkeys(names, "train")
     files: dict[str, list[File]] = {}
     for file, top in zip(listing.images, tops, strict=True):
-        files.setdefault(roles[top] if len(roles) == len(set(tops)) else "train", []).append(file)
+        files.setdefault(roles[top], []).append(file)
     features = Features({"image": Image(decode=False)})
     splits = {
         split: _in_memory({"image": _image_cells(files[split])}, features)
