@@ -42,7 +42,8 @@ def images_per_second(num_processes: int, run: str, images: str, num_images: int
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         pool = stack.enter_context(CONTEXT.Pool(num_processes))
         pool.map(abs, range(num_processes), 1)  # started
-        work = [(core, run, images, str(Path(folder, "out"))) for core in range(num_processes)]
+        cores = sorted(os.sched_getaffinity(0))[:num_processes]
+        work = [(core, run, images, str(Path(folder, "out"))) for core in cores]
         start = time.perf_counter()
         pool.starmap(predict_on_core, work, 1)
         seconds = time.perf_counter() - start

@@ -13,6 +13,7 @@ from tiny import tiny_run
 
 from benchmarks import (
     accuracy,
+    batch_prediction,
     checkpoint,
     correctness,
     gpu,
@@ -136,6 +137,14 @@ def test_every_way_to_serve_gives_the_same_labels(tmp_path, stripes, tiny_vit):
     )
     assert len(speeds) == 5
     assert same == {"predict, torch": 1.0, "pipeline": 1.0}
+
+
+def test_two_processes_predict_what_one_does(tmp_path, stripes, tiny_vit):
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--probe_images", "0")
+    speeds = batch_prediction.compare_processes(
+        str(tmp_path / "run"), str(stripes), 102, rounds=1, folder=tmp_path / "results"
+    )
+    assert list(speeds) == ["2 processes", "1 process"]
 
 
 def test_every_peer_trains(tmp_path):

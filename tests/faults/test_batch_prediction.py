@@ -129,7 +129,7 @@ def test_kill_of_both_processes_again_and_again(predicts, undisturbed, tmp_path,
         good += (in_child(predicts(output)), files_of(output) == expected) == (0, True)
     record_result(
         "-",
-        "kill -9 of both processes at random times, three times in a row",
+        "kill -9 of both processes that predict into a folder, three times in a row",
         "the same command continues; the same bytes at the end",
         good,
         6,
