@@ -288,6 +288,22 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path, stripes, tiny_vi
     assert (folder / "model.safetensors").read_bytes() == (both / "model.safetensors").read_bytes()
 
 
+def test_a_run_of_one_process_resumes_with_two(runs, tmp_path, stripes, tiny_vit):
+    """The second process has no random state in the checkpoint, and each has half of the batch."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(runs / "1", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-18")
+    flags = ("--per_device_train_batch_size", "8", "--resume_from_checkpoint", "last")
+    done = launch(tmp_path / "run", stripes, tiny_vit, 2, *flags)
+    assert done.returncode == 0, done.stderr
+    line = "--per_device_train_batch_size 4 instead of 8, so that a step still has 8 images"
+    assert f"resuming with 2 processes instead of 1: {line}" in done.stderr
+    one, two = (load_file(f / "model.safetensors") for f in (runs / "1", tmp_path / "run"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-4)
+
+
 def test_a_step_that_cannot_be_divided_is_refused(tmp_path, stripes, tiny_vit):
     flags = (
         "--per_device_train_batch_size",

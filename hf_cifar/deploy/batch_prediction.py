@@ -43,26 +43,9 @@ def predict_dataset(config: PredictConfig, batch: BatchPredictionConfig) -> dict
     }  # fmt: skip
     parts = Parts(Path(batch.output), len(images), settings)
     parts.begin()
-    shard, num_shards = _shard(batch)
-    todo = parts.missing(shard, num_shards)
-    logger.info(
-        "%s images in %s parts; %s parts to classify here%s",
-        f"{len(images):,}", f"{parts.count:,}", f"{len(todo):,}",
-        f", of shard {shard}/{num_shards}" if num_shards > 1 else "",
-    )  # fmt: skip
-    shown = Progress("classifying", sum(len(parts.rows(number)) for number in todo))
-    try:
-        while todo:
-            before = shown.count
-            for number, table in _tables(parts, todo, images, predictor, config.batch_size):
-                parts.write(number, table)
-                shown.update(len(table))
-            todo = parts.missing(shard, num_shards)
-            if todo and shown.count == before:
-                time.sleep(WAIT_SECONDS)
-    finally:
-        parts.release()
-        shown.close()
+    (index, count), (rank, processes) = batch.share, share_of_launcher()
+    shard, num_shards = index * processes + rank, count * processes
+    _write_shard(parts, shard, num_shards, images, predictor, config.batch_size)
     missing = parts.missing()
     if missing:
         logger.info(
@@ -84,10 +67,37 @@ def _data(config: PredictConfig, batch: BatchPredictionConfig) -> DataConfig:
     )
 
 
-def _shard(batch: BatchPredictionConfig) -> tuple[int, int]:
-    """Return the shard of this process: of the processes of a launcher within the requested share."""
-    (index, count), (rank, processes) = batch.share, share_of_launcher()
-    return index * processes + rank, count * processes
+def _write_shard(
+    parts: Parts,
+    shard: int,
+    num_shards: int,
+    images: UnlabelledImages,
+    predictor: Predictor,
+    batch_size: int,
+) -> None:
+    """Write the missing parts of a shard; wait for those that other processes work on, in case they end."""
+    todo, waiting = parts.missing(shard, num_shards), False
+    logger.info(
+        "%s images in %s parts; %s parts to classify here%s",
+        f"{len(images):,}", f"{parts.count:,}", f"{len(todo):,}",
+        f", of shard {shard}/{num_shards}" if num_shards > 1 else "",
+    )  # fmt: skip
+    shown = Progress("classifying", sum(len(parts.rows(number)) for number in todo))
+    try:
+        while todo:
+            before = shown.count
+            for number, table in _tables(parts, todo, images, predictor, batch_size):
+                parts.write(number, table)
+                shown.update(len(table))
+            todo = parts.missing(shard, num_shards)
+            if todo and shown.count == before:
+                if not waiting:
+                    logger.info("waiting for %s parts of other processes", f"{len(todo):,}")
+                waiting = True
+                time.sleep(WAIT_SECONDS)
+    finally:
+        parts.release()
+        shown.close()
 
 
 def _tables(

@@ -111,11 +111,14 @@ class Parts:
         """Write a part that this process has claimed, and release it."""
         record = json.dumps({"part": number, **self.settings}, sort_keys=True)
         aside = self.unfinished / f"{number:05}.{socket.gethostname()}-{os.getpid()}.parquet"
-        parquet.write_table(
-            table.replace_schema_metadata({METADATA: record}), aside, compression="zstd"
-        )
-        flush_to_disk(aside)
-        os.replace(aside, self.path(number))
+        table = table.replace_schema_metadata({METADATA: record})
+        try:
+            parquet.write_table(table, aside, compression="zstd")
+            flush_to_disk(aside)
+            os.replace(aside, self.path(number))
+        except FileNotFoundError:  # without locks, another process may have finished the table
+            if not self.path(number).exists():
+                raise
         self._claims.pop(number).close()
 
     def release(self) -> None:
