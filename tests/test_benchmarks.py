@@ -13,6 +13,7 @@ from tiny import tiny_run
 
 from benchmarks import (
     accuracy,
+    batch_prediction,
     checkpoint,
     correctness,
     exported,
@@ -146,6 +147,14 @@ def test_servers_are_compared_under_load(tmp_path, stripes, tiny_vit):
     )
     assert {"hf-cifar serve, ONNX", "hf-cifar serve, run", "FastAPI, pipeline"} <= set(rates)
     assert all(rate > 0 for (rate,) in rates.values())
+
+
+def test_two_processes_predict_what_one_does(tmp_path, stripes, tiny_vit):
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--probe_images", "0")
+    speeds = batch_prediction.compare_processes(
+        str(tmp_path / "run"), str(stripes), 102, rounds=1, folder=tmp_path / "results"
+    )
+    assert list(speeds) == ["2 processes", "1 process"]
 
 
 def test_every_peer_trains(tmp_path):

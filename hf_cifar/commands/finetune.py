@@ -14,7 +14,7 @@ from hf_cifar.hub.reach import looks_like_path
 from hf_cifar.models.names import check_model_name
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process
-from hf_cifar.runs.resume import check_folder
+from hf_cifar.runs.resume import check_folder, with_restarts
 
 if TYPE_CHECKING:
     from hf_cifar.finetune import RunResult
@@ -35,7 +35,7 @@ def finetune(argv: Sequence[str]) -> int:
         print_help(everything="--help_all" in argv)
         return 0
     job, argv = split_job_options(argv)
-    config = RunConfig.parse(argv)
+    config = with_restarts(RunConfig.parse(argv))
     if job.job != "hf_jobs":
         check_folder(config)
     model = config.model

@@ -48,7 +48,9 @@ class Result(BaseModel):
 
 
 class Answer(BaseModel):
-    """The results of a request, in the order of its images. model: the SHA-256 of the model's file."""
+    """The results of a request, in the order of its images. model: the SHA-256 of its weights,
+    labels and preprocessing.
+    """
 
     model: str
     version: str

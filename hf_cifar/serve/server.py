@@ -101,6 +101,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 lifespan="off",
+                proxy_headers=False,
                 ws="none",
                 server_header=False,
                 http=limited_protocol(config.timeout),

@@ -9,7 +9,6 @@ python -m hf_cifar.serve.worker: started by `workers` only.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -19,7 +18,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -35,7 +33,7 @@ from hf_cifar.config.model import is_exported
 from hf_cifar.errors import UserError
 from hf_cifar.logs import quieten
 from hf_cifar.models.exported import read_onnx
-from hf_cifar.models.files import model_folder, weight_files
+from hf_cifar.models.files import model_folder
 from hf_cifar.models.problem_type import thresholds_of
 from hf_cifar.predict import Predictor
 from hf_cifar.runs.folder import RunFolder
@@ -190,16 +188,14 @@ def describe(config: PredictConfig, worker: Worker) -> dict[str, Any]:
     name, predictor = config.model_name_or_path, worker.predictor
     metrics: dict[str, Any] = {}
     if is_exported(name):
-        content, notes = read_onnx(name)
-        digest, facts = hashlib.sha256(content).hexdigest(), notes.get("run", {})
+        facts = read_onnx(name)[1].get("run", {})
     else:
-        folder = model_folder(name, config.model_revision, config.trust_remote_code)
-        digest = _digest(weight_files(folder))
-        facts, metrics = RunFolder(folder).facts(), RunFolder(folder).metrics()
+        run = RunFolder(model_folder(name, config.model_revision, config.trust_remote_code))
+        facts, metrics = run.facts(), run.metrics()
     version = listed(each for each in (Path(name).name, facts.get("finished")) if each)
     thresholds, labels = thresholds_of(predictor.model), predictor.model.config.id2label
     return {
-        "model": digest,
+        "model": predictor.model_hash,
         "name": Path(name).name,
         "version": version,
         "version_json": json.dumps(version),
@@ -213,16 +209,6 @@ def describe(config: PredictConfig, worker: Worker) -> dict[str, Any]:
         "device": str(predictor.device),
         "heat_map": worker.heatmap.available,
     }
-
-
-def _digest(files: Sequence[Path]) -> str:
-    """Return the SHA-256 of the contents of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def main() -> None:
