@@ -91,7 +91,8 @@ async def _reload(workers: Workers) -> None:
 
 
 class Server(uvicorn.Server):
-    """A server that drains before it ends. A second signal ends it without waiting for new requests."""
+    """A server that drains before it ends. A second signal ends the draining, and a third one ends it without
+    waiting for answers."""
 
     def __init__(self, service: Service, app: Gate) -> None:
         config = service.config
@@ -118,14 +119,15 @@ class Server(uvicorn.Server):
         task.add_done_callback(self._background.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        seconds = self._service.config.drain_seconds
-        if self._service.draining or sig != signal.SIGTERM or not seconds:
-            self._service.draining = True
-            self.should_exit = True
-            return
+        seconds, was_draining = self._service.config.drain_seconds, self._service.draining
         self._service.draining = True
-        logger.info("draining for %g s", seconds)
-        asyncio.get_event_loop().call_later(seconds, self._exit)
+        if sig == signal.SIGTERM and seconds and not was_draining:
+            logger.info("draining for %g s", seconds)
+            asyncio.get_event_loop().call_later(seconds, self._exit)
+        elif not self.should_exit:
+            self.should_exit = True
+        else:
+            self.force_exit = True
 
     def _exit(self) -> None:
         self.should_exit = True

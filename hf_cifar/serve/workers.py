@@ -119,6 +119,8 @@ class Worker:
         """Let the process answer what it has, and end it."""
         while self._pending and not self.ended.is_set():
             await asyncio.sleep(0.01)
+            if self.stuck:
+                self.kill()
         self._stdin.close()
         await self.process.wait()
 

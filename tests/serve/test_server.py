@@ -177,6 +177,15 @@ def test_openapi_names_every_route(server):
     assert f"curl -F file=@cat.jpg http://127.0.0.1:{server.port}/predict" in page
 
 
+def test_python_in_the_docs_works(server, pictures, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(pictures[0], "cat.jpg")
+    exec(code.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"))
+    assert capsys.readouterr().out.split()[0] in ("across", "down")
+
+
 def test_heat_map_is_a_picture(server, pictures):
     status, headers, body = server.call("/explain", pictures[0].read_bytes())
     assert (status, headers["content-type"]) == (200, "image/png")
