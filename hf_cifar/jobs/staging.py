@@ -25,14 +25,8 @@ MODEL_FILES = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json",
     "processor_config.json", "*.py",
 )  # fmt: skip
-OLDEST = (
-    1980,
-    1,
-    1,
-    0,
-    0,
-    0,
-)  # of zip; one time for all members makes equal files for equal content
+# Of zip: one time for all members makes equal files of equal content.
+OLDEST = (1980, 1, 1, 0, 0, 0)
 
 
 def stage_run(
@@ -160,8 +154,8 @@ def extras_of(config: RunConfig) -> list[str]:
     names = (config.model.model_name_or_path, config.data.dataset_name)
     wanted = {
         "bundled": any(name.startswith(BUNDLED) for name in names),
-        "heif": importlib.util.find_spec("pillow_heif")
-        is not None,  # it may have read the data here
+        # It may have read the data here.
+        "heif": importlib.util.find_spec("pillow_heif") is not None,
         "lora": bool(config.model.lora_rank),
         "track": bool(config.train.report_to),
     }

@@ -1,4 +1,4 @@
-"""hf_cifar.deploy.hf_jobs: what is staged and posted, the log, and the result, with a local Hub."""
+"""hf_cifar.jobs.hf_jobs: what is staged and posted, the log, and the result, with a local Hub."""
 
 import dataclasses
 import io

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from hf_cifar.config.jobs import JobConfig
 from hf_cifar.config.run import RunConfig
-from hf_cifar.deploy.job import Job, job_name
 from hf_cifar.errors import UserError
+from hf_cifar.jobs.job import Job, job_name
 from hf_cifar.text import one_line
 
 FOLDER = "slurm"  # in the output folder: scripts and logs

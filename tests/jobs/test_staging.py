@@ -1,4 +1,4 @@
-"""hf_cifar.deploy.staging: the files that a job gets."""
+"""hf_cifar.jobs.staging: the files that a job gets."""
 
 import os
 import subprocess
@@ -10,9 +10,9 @@ import pytest
 from tiny import tiny_config
 
 from hf_cifar.config.run import RunConfig
-from hf_cifar.deploy.job import Job, check_job, job_name
-from hf_cifar.deploy.staging import build_wheel, extras_of, files_below, pack, stage_run
 from hf_cifar.errors import UserError
+from hf_cifar.jobs.job import Job, check_job, job_name
+from hf_cifar.jobs.staging import build_wheel, extras_of, files_below, pack, stage_run
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,4 +1,4 @@
-"""hf_cifar.deploy.slurm: the batch script, and real jobs on a Slurm of one node."""
+"""hf_cifar.jobs.slurm: the batch script, and real jobs on a Slurm of one node."""
 
 import json
 import os
