@@ -177,6 +177,11 @@ class PushConfig:
     revision: str | None = option(
         None, "Branch to push to, created from main if it does not exist; default: main."
     )
+    handler: bool = option(
+        False,
+        "Write handler.py into the run and push it: with it, Hugging Face Inference Endpoints answers as "
+        "hf-cifar predict does.",
+    )
 
     def __post_init__(self) -> None:
         if not self.repo_id:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +34,7 @@ PUSHED_FILES = (
     "preprocessor_config.json",
     "adapter/adapter_*",
     "*.py",
+    "requirements.txt",
     "metrics.json",
     f"{EVAL_RESULTS_FOLDER}/*.yaml",
     "report.html",
@@ -209,13 +210,18 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     return files
 
 
-def plan_push(folder: Path, target: Target, card_for: Callable[[Path, str], str]) -> PushPlan:
+def plan_push(
+    folder: Path,
+    target: Target,
+    card_for: Callable[[Path, str], str],
+    added: Mapping[str, bytes] | None = None,
+) -> PushPlan:
     """Check everything about a push that can be checked in advance.
 
-    card_for: returns the card of a run for the name of a repository.
+    card_for: returns the card of a run for the name of a repository. added: files that the folder lacks.
     Raises: UserError for anything that would make it fail, or would upload private data.
     """
-    files: dict[str, Path | bytes] = dict(files_to_push(folder))
+    files: dict[str, Path | bytes] = {**files_to_push(folder), **(added or {})}
     check_online("a push", target.token)
     access = check_access(target)
     card = card_for(folder, access.repo_id)
