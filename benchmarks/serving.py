@@ -1,4 +1,4 @@
-"""The server under open-loop load: goodput with p99 at 100 ms or less, beside LitServe and a plain FastAPI.
+"""The server under open-loop load: goodput at p99 <= 100 ms, compared with LitServe and plain FastAPI.
 
 python -m benchmarks.serving [--run RUN --images FOLDER] [--rounds 3] [--seconds 5]
 """
@@ -94,10 +94,10 @@ def started(command: Callable[[int], list[str]], request: bytes) -> Iterator[int
 
 
 def goodput(port: int, requests: Sequence[bytes], seconds: float) -> float:
-    """Return the answers per second within `LIMIT`, at the highest rate at which 99% of them are.
+    """Return the answers per second within `LIMIT`, at the highest rate at which 99% of requests meet it.
 
-    The rates are steps downwards from what clients that wait for their answers achieve; if the highest one
-    is within the limit, upwards.
+    The search starts at the closed-loop throughput, and steps up while the limit holds, or down until it
+    does.
     """
     closed = run(lambda: closed_loop(port, requests, CLIENTS, seconds=seconds))
     rate, found = sum(reply.status == 200 for reply in closed) / seconds, 0.0
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--run", help="folder of a run; default: train one")
     parser.add_argument("--images", help="folder of images for the run")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5, help="of each rate that is tried")
+    parser.add_argument("--seconds", type=float, default=5, help="for each rate")
     options = parser.parse_args()
     if (options.run is None) != (options.images is None):
         parser.error("--run and --images belong together")

@@ -1,4 +1,4 @@
-"""LitServe, as its documentation shows it: batches of the model's own inputs; the workers share the cores.
+"""LitServe set up as in its documentation: dynamic batches of decoded images, a worker on each core.
 
 python -m benchmarks.serving_litserve RUN PORT
 """

@@ -82,6 +82,7 @@ class Predictor:
         noise = torch.Generator().manual_seed(0)
         size = self.preprocessor.preprocessing.size
         model = fold_norms(model, torch.randn(2, 3, *size, generator=noise))
+        self._levels = self.preprocessor.preprocessing.levels(self.device)
         self.memory_format = torch.contiguous_format if exported else torch.channels_last
         self.model = model.to(self.device, memory_format=self.memory_format).eval()
         # A GPU computes one batch at a time, to limit memory, while the next batches are decoded.
@@ -124,7 +125,7 @@ class Predictor:
         """Compute the scores [N, K] of what `view` returned."""
         with self._device_lock:
             pixels = torch.from_numpy(np.stack(views)).to(self.device).permute(0, 3, 1, 2)
-            return self._scores(self.preprocessor.preprocessing.normalize(pixels))
+            return self._scores(self._levels(pixels))
 
     @torch.inference_mode()
     def _scores(self, pixel_values: torch.Tensor) -> torch.Tensor:

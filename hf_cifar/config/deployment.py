@@ -73,8 +73,8 @@ class BatchPredictionConfig:
     split: str | None = option(None, "Split to classify; default: all, one after another.")
     output: str | None = option(
         None,
-        "Folder for the predictions, in Parquet files of 1,000 rows. The same command continues in it, also "
-        "in multiple processes at the same time.",
+        "Folder for the predictions, in Parquet files of 1,000 rows. Repeat the command to continue, in "
+        "multiple processes at once if wanted.",
     )
     shard: str | None = option(
         None,

@@ -21,7 +21,7 @@ class ServeConfig:
 
     host: str = option(
         "127.0.0.1",
-        "Address to listen on. Any other than a loopback address needs an API key or --no_auth.",
+        "Address to listen on. An address other than loopback needs an API key or --no_auth.",
     )
     port: int = option(8000, "Port to listen on; 0: any free port.", low=0, high=65535)
     workers: int = option(
@@ -39,19 +39,23 @@ class ServeConfig:
     max_bytes: int = option(
         10 * 2**20, "Largest request, in bytes; more is answered with 413.", low=1024, high=2**30
     )
-    max_images: int = option(16, "Most images in a request.", low=1, high=10**4)
+    max_images: int = option(16, "Largest number of images in a request.", low=1, high=10**4)
     max_frames: int = option(
-        256, "Most frames of an animation, of which the first is classified.", low=1, high=10**6
+        256,
+        "Largest number of frames in an animation; only the first is classified.",
+        low=1,
+        high=10**6,
     )
     max_queue: int = option(
         64,
-        "Most images that wait or are computed at once; a request above it is answered with 503.",
+        "Largest number of images waiting or being computed; a request that would exceed it is answered "
+        "with 503.",
         low=1, high=10**6,
     )  # fmt: skip
     timeout: float = option(
         10.0,
-        "Seconds for a client to send a request, and then for its images to be taken from the queue; "
-        "after that they are not computed.",
+        "Seconds allowed for the headers, for the body, and for the images to leave the queue; images that "
+        "wait longer are not computed.",
         low=0.01, high=3600,
     )  # fmt: skip
     drain_seconds: float = option(

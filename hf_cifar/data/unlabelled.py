@@ -1,4 +1,4 @@
-"""The images of a data set in a fixed order, with or without labels, which are not read."""
+"""The images of a data set in a fixed order; labels are not needed and not read."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ def predict_dataset(config: PredictConfig, batch: BatchPredictionConfig) -> dict
     """Classify the images of a data set into a folder of Parquet files, see docs/scale.md.
 
     Returns the manifest once the table is complete, None while other shards are still missing.
-    Raises: UserError for data or a model that cannot be used, or other ones than those of the parts that are
-    there.
+    Raises: UserError for data or a model that cannot be used, or that differs from that of the existing
+    parts.
     """
     assert batch.dataset_name is not None and batch.output is not None  # checked by the config
     images = load_images(_data(config, batch), batch.split)
@@ -49,7 +49,7 @@ def predict_dataset(config: PredictConfig, batch: BatchPredictionConfig) -> dict
     missing = parts.missing()
     if missing:
         logger.info(
-            "shard %d/%d is complete; %s of %s parts are missing, which the other shards write",
+            "shard %d/%d is complete; the other shards still have to write %s of %s parts",
             shard, num_shards, f"{len(missing):,}", f"{parts.count:,}",
         )  # fmt: skip
         return None
@@ -92,7 +92,9 @@ def _write_shard(
             todo = parts.missing(shard, num_shards)
             if todo and shown.count == before:
                 if not waiting:
-                    logger.info("waiting for %s parts of other processes", f"{len(todo):,}")
+                    logger.info(
+                        "waiting for %s parts that other processes are writing", f"{len(todo):,}"
+                    )
                 waiting = True
                 time.sleep(WAIT_SECONDS)
     finally:

@@ -77,7 +77,7 @@ def check_for_hf_jobs(config: RunConfig) -> None:
         )
     if train.resumes:
         raise UserError(
-            "--resume_from_checkpoint needs a folder of this machine, which the job cannot read; leave it out"
+            "--resume_from_checkpoint needs a folder on this machine, which the job cannot read; leave it out"
         )
 
 

@@ -73,7 +73,7 @@ def submit_slurm(
         f"submitted job {numbers[0]}" + (f", an array of {len(runs)} runs" if len(runs) > 1 else "")
     )
     if len(runs) > 1:
-        print(f"submitted job {numbers[1]}, which collects their results once all have finished")
+        print(f"submitted job {numbers[1]}, which collects their results once all have succeeded")
     print(f"state: squeue --job {','.join(numbers)}")
     print(f"log: tail -F {log}")
     print(f"cancel: scancel {' '.join(numbers)}")

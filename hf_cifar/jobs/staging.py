@@ -32,7 +32,7 @@ OLDEST = (1980, 1, 1, 0, 0, 0)
 def stage_run(
     config: RunConfig, mount: str, scratch: Path
 ) -> tuple[dict[str, str | Path], RunConfig]:
-    """Return the files of a run by name, with its options as they are where the files lie in `mount`.
+    """Return a run's files by name, and its options with the paths that the files have below `mount`.
 
     scratch: a folder for files that are made here: the package as a wheel, and a folder of data as a zip.
     Raises: UserError for local files that would be missing there.
@@ -49,7 +49,7 @@ def stage_run(
     for name, value in config.trainer.items():
         if isinstance(value, str) and os.path.isfile(value):
             raise UserError(
-                f"--{name} is {value}, a file of this machine, which the job cannot read; leave it out, or "
+                f"--{name} is {value}, a file on this machine, which the job cannot read; leave it out, or "
                 "pass its content as JSON"
             )
     there = dataclasses.replace(config, data=data, model=model)
@@ -64,7 +64,7 @@ def _stage_data(
     path = Path(config.data.dataset_name).expanduser().resolve()
     if path.name.lower().endswith(TABLE_SUFFIXES) and not holds_images(str(path)):
         raise UserError(
-            f"{config.data.dataset_name} lists files of this machine, which the job cannot read; pass their "
+            f"{config.data.dataset_name} lists files on this machine, which the job cannot read; pass their "
             "folder as --dataset_name, and the table as --labels_file"
         )
     staged = path
@@ -114,7 +114,7 @@ def pack(
                         file.write(chunk)
             except UnicodeEncodeError:
                 raise UserError(
-                    f"the file name {name!r} is not valid text and cannot be uploaded; rename it"
+                    f"the file name {name!r} is not valid Unicode and cannot be uploaded; rename it"
                 ) from None
 
 

@@ -1,4 +1,4 @@
-"""The identity of a model: a hash of everything that decides about its answers."""
+"""The identity of a model: a hash of everything that determines its answers."""
 
 from __future__ import annotations
 

@@ -92,7 +92,9 @@ def _locked(folder: Path, *, create: bool) -> Iterator[IO[bytes]]:
                     f"{folder} is in use by {shown}; wait for it, or pass another --output_dir"
                 )
         if not waited:
-            logger.warning("%s is still locked by a run that has ended; waiting for it", folder)
+            logger.warning(
+                "%s is locked by another run; waiting up to two minutes for the lock", folder
+            )
         time.sleep(1)
 
 

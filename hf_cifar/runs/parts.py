@@ -35,7 +35,7 @@ WAIT_SECONDS = 0.2  # between two looks at a lock
 class Parts:
     """The parts of a table of `num_rows` rows in a folder, with columns row_id and error.
 
-    settings: plain values that decide about the content; every part records them.
+    settings: plain values that determine the content; every part records them.
     """
 
     def __init__(self, folder: Path, num_rows: int, settings: dict[str, Any]) -> None:
@@ -165,8 +165,8 @@ class Parts:
         for name, value in self.settings.items():
             if record.get(name) != value:
                 raise UserError(
-                    f"{path} was made with another {name.replace('_', ' ')} ({_short(record.get(name))} "
-                    f"then, {_short(value)} now); restore that, or pass another --output"
+                    f"{path} has a different {name.replace('_', ' ')} ({_short(record.get(name))} there, "
+                    f"{_short(value)} now); use the same, or pass another --output"
                 )
 
     @contextlib.contextmanager

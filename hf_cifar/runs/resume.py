@@ -31,11 +31,10 @@ EVALUATION = {
 
 
 def with_restarts(config: RunConfig) -> RunConfig:
-    """Return the options with --resume_from_checkpoint last, unless they say something else, if the launcher
-    restarts processes: each of them then continues the run, or begins it.
+    """Make --resume_from_checkpoint last the default if the launcher restarts processes, so that each start
+    continues or begins the run.
 
-    Decided by what all processes were started with: a process on a new machine does not know of restarts
-    before it.
+    This depends only on max-restarts, because a process on a new machine does not know of earlier restarts.
     """
     if config.train.resume_from_checkpoint is None and launcher_restarts():
         return config.with_training(resume_from_checkpoint="last")
@@ -142,13 +141,13 @@ def with_batch_of(run: Path | None, config: RunConfig, num_devices: int) -> RunC
     if config.data.streaming:
         raise UserError(
             f"--streaming: each process reads its own part of the stream, and the run in {run} has "
-            f"{before} processes, not {num_devices}; start as many, or start again in another --output_dir"
+            f"{before} process(es), not {num_devices}; start {before}, or begin again in another --output_dir"
         )
     if images % num_devices:
         fewer = max(n for n in range(1, num_devices) if images % n == 0)
         raise UserError(
             f"a step of the run in {run} has {images} images, which {num_devices} processes cannot share "
-            f"equally; start {fewer} instead"
+            f"equally; start {fewer} process(es) instead"
         )
     each = images // num_devices
     largest = max(n for n in range(1, min(batch, each) + 1) if each % n == 0)

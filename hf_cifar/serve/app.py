@@ -48,8 +48,8 @@ class Result(BaseModel):
 
 
 class Answer(BaseModel):
-    """The results of a request, in the order of its images. model: the SHA-256 of its weights,
-    labels and preprocessing.
+    """The results of a request, in the order of its images. model: the SHA-256 of the
+    model's weights, labels and preprocessing.
     """
 
     model: str
@@ -96,7 +96,8 @@ PROBLEMS = {
     **problem(422, "The only image cannot be read."),
     **problem(500, "The model failed."),
     **problem(
-        503, "The server is above its capacity, or a process died; try again after Retry-After."
+        503,
+        "The server is overloaded, or a worker died; try again after the seconds in Retry-After.",
     ),
     **problem(504, "The images waited for too long, and were not computed."),
 }
@@ -120,7 +121,7 @@ class Refusal(JSONResponse):
 
 
 class Service:
-    """What the routes share. draining: the server is about to end."""
+    """What the routes share. draining: the server is shutting down."""
 
     def __init__(self, workers: Workers, config: ServeConfig) -> None:
         self.workers, self.config, self.metrics = workers, config, Metrics(workers)
@@ -175,7 +176,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/predict", responses={200: {"model": Answer}, **PROBLEMS}, openapi_extra=UPLOAD)
     async def predict(request: Request) -> Response:
-        """Classify the images of a form, or one image that is the body."""
+        """Classify the images of a form, or one image sent as the body."""
         async with service.images(request) as images:
             about, (values, results) = await workers.ask(images)
         unreadable = sum(result.startswith(UNREADABLE) for result in results)
@@ -195,10 +196,13 @@ def create_app(service: Service) -> FastAPI:
         response_class=Response,
     )  # fmt: skip
     async def explain(request: Request) -> Response:
-        """Draw the heat map of the predicted class of one image (Grad-CAM), as PNG."""
+        """Return a heat map (Grad-CAM) of the predicted class of one image, as PNG."""
         async with service.images(request) as images:
             if len(images) != 1:
-                raise Refused(400, f"a heat map is of one image; the request has {len(images)}")
+                raise Refused(
+                    400,
+                    f"a heat map needs one image, but the request has {len(images)}; send one image",
+                )
             about, (_, (result,)) = await workers.ask(images, "explain")
         if result.startswith(UNREADABLE):
             return Response(result, 422, media_type="application/json")
@@ -215,16 +219,18 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/livez")
     async def livez() -> dict[str, str]:
-        """Say that the server runs; otherwise it has to be restarted."""
+        """Report that the server is running; restart it if this fails."""
         return {"status": "alive"}
 
-    @app.get("/readyz", responses=problem(503, "It is about to end, or no process runs the model."))
+    @app.get(
+        "/readyz", responses=problem(503, "The server is shutting down, or no worker is running.")
+    )
     async def readyz() -> Response:
-        """Say whether requests can be sent to this server."""
+        """Report whether the server can take requests."""
         if service.draining:
-            return JSONResponse({"error": "the server is about to end"}, 503)
+            return JSONResponse({"error": "the server is shutting down"}, 503)
         if not workers.alive:
-            return JSONResponse({"error": "no process runs the model"}, 503)
+            return JSONResponse({"error": "no worker is running"}, 503)
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics", response_class=Response)
@@ -241,13 +247,15 @@ def create_app(service: Service) -> FastAPI:
         },
     )
     async def reload() -> Response:
-        """Load the model again, and exchange it without losing a request."""
+        """Reload the model without losing a request."""
         if config.api_key is None:
             raise Refused(403, f"reloading by HTTP needs a key; set {API_KEY}, or send SIGHUP")
         try:
             about = await workers.reload()
         except UserError as error:
-            return JSONResponse({"error": f"the old model stays: {error}"}, 409)
+            return JSONResponse(
+                {"error": f"the model was not reloaded, and the old one stays in use: {error}"}, 409
+            )
         return JSONResponse({"model": about["model"], "version": about["version"]})
 
     @app.get("/", include_in_schema=False)

@@ -22,7 +22,7 @@ class Heatmap:
     """Explains one image at a time, with a copy of the model, because hooks on its layers would see the
     images of other threads. The copy is made for the first heat map.
 
-    available: False for an exported file, which has no layers, and a model without maps.
+    available: False for an exported file, which has no layers.
     """
 
     def __init__(self, predictor: Predictor) -> None:

@@ -73,26 +73,30 @@ async def _serve(predict: PredictConfig, config: ServeConfig, listener: socket.s
         loop.add_signal_handler(signal.SIGHUP, lambda: server.start(_reload(workers)))
     host, port = listener.getsockname()[:2]
     logger.info(
-        "serving %s at http://%s:%d; the interface is described at /docs; Ctrl-C ends it",
+        "serving %s at http://%s:%d; API documentation at /docs; Ctrl-C stops the server",
         workers.about["version"], f"[{host}]" if ":" in host else host, port,
     )  # fmt: skip
     await server.serve(sockets=[listener])
     await workers.close()
-    logger.info("every accepted request was answered")
+    forced = server.force_exit
+    logger.info(
+        "stopped%s",
+        " without waiting for answers" if forced else "; all accepted requests were answered",
+    )
 
 
 async def _reload(workers: Workers) -> None:
     try:
         await workers.reload()
     except UserError as error:
-        logger.error("the old model stays: %s", error)
+        logger.error("the model was not reloaded, and the old one stays in use: %s", error)
     else:
         logger.info("serving %s", workers.about["version"])
 
 
 class Server(uvicorn.Server):
-    """A server that drains before it ends. A second signal ends the draining, and a third one ends it without
-    waiting for answers."""
+    """A server that drains on SIGTERM. While it drains, another signal ends the drain; after that, the next
+    one ends the server without waiting for answers."""
 
     def __init__(self, service: Service, app: Gate) -> None:
         config = service.config

@@ -1,8 +1,8 @@
 """A process that runs the model: it reads frames from its input, and writes answers to its output.
 
-It decodes in some threads and computes batches in others. A batch has all images that wait when a thread is
-free, so that a single one is not delayed, and batches grow with the load. An image that cannot be decoded
-is answered at once, and never gets into a batch.
+Each core has a thread that decodes the images that wait, up to the size of a batch, and computes them. So a
+single image is not delayed, and batches grow with the load. An image that cannot be decoded is answered at
+once, and never gets into a batch.
 
 python -m hf_cifar.serve.worker: started by `workers` only.
 """
@@ -18,11 +18,11 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ from hf_cifar.text import listed, one_line
 logger = logging.getLogger(__name__)
 # Formats whose frames Pillow counts by going through them; those of others are in a header.
 WALKED_FORMATS = ("GIF", "TIFF")
+# A batch is not filled up for longer than this: its images wait while another one, which may be large, is
+# decoded.
+GATHER_SECONDS = 0.02
 SWITCH_SECONDS = 0.0005  # after which a thread that runs Python lets another one run
 
 
@@ -61,8 +64,12 @@ class Job:
     )  # the sizes of the batches that its images were in
 
 
+Item = tuple[Job, int, bytes]  # an image of a job, with its place there
+Result = TypeVar("Result")
+
+
 class Worker:
-    """Answers frames with a model. write: called with each answer, by any thread."""
+    """Answers frames with a model. output: the stream for the answers; all threads write to it."""
 
     def __init__(self, config: PredictConfig, max_frames: int, output: BinaryIO) -> None:
         self.predictor = Predictor(config)
@@ -73,66 +80,82 @@ class Worker:
         self.max_frames, self.batch_size = max_frames, config.batch_size
         self._output, self._output_lock = output, threading.Lock()
         self._lock = threading.Lock()  # of jobs
-        self._waiting: queue.SimpleQueue[tuple[Job, int, np.ndarray]] = queue.SimpleQueue()
-        cores = torch.get_num_threads()
-        # Each thread of torch has its own number of cores. A batch on its own core takes less core time than
-        # one that is divided among all cores.
-        self._decoders = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
-        for _ in range(cores if self.predictor.device.type == "cpu" else 1):
-            threading.Thread(target=self._compute_batches, daemon=True).start()
+        self._waiting: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._to_explain: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        for _ in range(self.predictor.num_threads):
+            threading.Thread(target=self._predict_batches, daemon=True).start()
+        threading.Thread(target=self._explain_images, daemon=True).start()
 
     def write(self, values: dict[str, Any], blobs: list[bytes] | None = None) -> None:
         """Write a frame."""
         content = frames.pack(values, blobs or [])
         with self._output_lock:
             self._output.write(content)
-            self._output.flush()
 
     def submit(self, values: dict[str, Any], images: list[bytes]) -> None:
         """Take a request: its id, its deadline, and the task that its images are for."""
         job = Job(values["id"], values["deadline"], [b""] * len(images), len(images))
-        work = self._explain if values["task"] == "explain" else self._decode
+        waiting = self._to_explain if values["task"] == "explain" else self._waiting
         for index, image in enumerate(images):
-            self._decoders.submit(self._guarded, work, job, index, image)
+            waiting.put((job, index, image))
 
-    def _guarded(self, work: Any, job: Job, index: int, image: bytes) -> None:
-        """Do a part of a job, and answer in any case."""
+    def _predict_batches(self) -> None:
+        """Decode the images that wait, and compute them as a batch, on one core.
+
+        A batch on its own core takes less core time than one that is divided among all cores.
+        """
+        torch.set_num_threads(1)
+        while True:
+            item: Item | None = self._waiting.get()
+            batch: list[tuple[Job, int, np.ndarray]] = []
+            end = time.monotonic() + GATHER_SECONDS
+            while item is not None:
+                job, index, image = item
+                view = self._guarded(self._view, job, index, image)
+                if view is not None:
+                    batch.append((job, index, view))
+                if len(batch) == self.batch_size or time.monotonic() > end:
+                    break
+                item = self._next()
+            if batch:
+                self._compute(batch)
+
+    def _next(self) -> Item | None:
+        try:
+            return self._waiting.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _explain_images(self) -> None:
+        while True:
+            job, index, image = self._to_explain.get()
+            picture = self._guarded(self._heat, job, index, image)
+            if picture is not None:
+                self._answer(job, index, picture)
+
+    def _view(self, image: bytes) -> np.ndarray:
+        check_frames(image, self.max_frames)
+        return self.predictor.view(image)
+
+    def _heat(self, image: bytes) -> bytes:
+        check_frames(image, self.max_frames)
+        return self.heatmap(self.predictor.preprocessor.decode(image))
+
+    def _guarded(
+        self, work: Callable[[bytes], Result], job: Job, index: int, image: bytes
+    ) -> Result | None:
+        """Do some work with an image, or answer why it cannot be done, and return None."""
         if time.monotonic() > job.deadline:
             self._answer(job, index, b"", outcome="late")
-            return
+            return None
         try:
-            work(job, index, image)
+            return work(image)
         except UserError as error:
             self._answer(job, index, _json({"error": str(error)}))
         except Exception as error:
             logger.error("an image failed: %s", one_line(error, 300))
             self._answer(job, index, b"", outcome="failed")
-
-    def _decode(self, job: Job, index: int, image: bytes) -> None:
-        """Decode, resize and crop an image: what waits in the queue has the size of the model's input."""
-        check_frames(image, self.max_frames)
-        self._waiting.put((job, index, self.predictor.view(image)))
-
-    def _explain(self, job: Job, index: int, image: bytes) -> None:
-        check_frames(image, self.max_frames)
-        self._answer(job, index, self.heatmap(self.predictor.preprocessor.decode(image)))
-
-    def _compute_batches(self) -> None:
-        torch.set_num_threads(1)
-        while True:
-            batch = [self._waiting.get()]
-            while len(batch) < self.batch_size:
-                try:
-                    batch.append(self._waiting.get_nowait())
-                except queue.Empty:
-                    break
-            now = time.monotonic()
-            for job, index, _ in batch:
-                if now > job.deadline:
-                    self._answer(job, index, b"", outcome="late")
-            batch = [each for each in batch if now <= each[0].deadline]
-            if batch:
-                self._compute(batch)
+        return None
 
     def _compute(self, batch: list[tuple[Job, int, np.ndarray]]) -> None:
         try:

@@ -188,7 +188,7 @@ class Workers:
 
     def _tend(self, worker: Worker) -> None:
         logger.info(
-            "process %d runs %s, %.0f MB",
+            "worker process %d serves %s and uses %.0f MB",
             worker.process.pid,
             worker.about["version"],
             worker.memory() / 1e6,
@@ -207,7 +207,9 @@ class Workers:
             for worker in list(self.running):
                 if worker.stuck:
                     logger.error(
-                        "process %d has not answered for %.0f s", worker.process.pid, GRACE_SECONDS
+                        "worker process %d has not answered for %.0f s; stopping it",
+                        worker.process.pid,
+                        GRACE_SECONDS,
                     )
                     worker.kill()
                 if not worker.ended.is_set() or self._reloading.locked():
@@ -215,7 +217,9 @@ class Workers:
                 self.running.remove(worker)
                 status = await worker.process.wait()
                 logger.error(
-                    "process %d ended with status %d; starting another", worker.process.pid, status
+                    "worker process %d ended with status %d; starting another",
+                    worker.process.pid,
+                    status,
                 )
                 self._background(self._replace())
 
@@ -225,7 +229,7 @@ class Workers:
             try:
                 worker = await Worker.start(self._predict, self._serve)
             except (UserError, OSError) as error:
-                logger.error("cannot start another process: %s", error)
+                logger.error("cannot start a worker process: %s; trying again", error)
                 await asyncio.sleep(RESTART_SECONDS)
                 continue
             self.restarts += 1

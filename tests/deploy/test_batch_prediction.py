@@ -87,7 +87,7 @@ def test_shards_add_up_to_the_table_of_one_process(run, stripes, tmp_path, capsy
     for index in (2, 0):
         assert predict(run, stripes, tmp_path / "shards", "--shard", f"{index}/3") == 0
         assert not (tmp_path / "shards" / "_manifest.json").exists()
-    assert "shard 0/3 is complete; 1 of 4 parts are missing" in caplog.text
+    assert "shard 0/3 is complete; the other shards still have to write 1 of 4 parts" in caplog.text
     assert capsys.readouterr().out == ""
     assert predict(run, stripes, tmp_path / "shards", "--shard", "1/3") == 0
     assert "102 rows in 4 Parquet files" in capsys.readouterr().out
@@ -115,7 +115,7 @@ def test_another_model_data_or_option_is_refused(run, stripes, colours, tmp_path
     }  # fmt: skip
     for what, (model, data, *flags) in changes.items():
         assert predict(model, data, tmp_path / "out", *flags) == 2
-        assert f"was made with another {what} (" in capsys.readouterr().err
+        assert f"has a different {what} (" in capsys.readouterr().err
     assert predict(run, stripes, tmp_path / "out") == 0
 
 

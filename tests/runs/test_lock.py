@@ -77,4 +77,4 @@ with sole_run(Path({str(tmp_path)!r})):
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     with sole_run(tmp_path):
-        assert "is still locked by a run that has ended; waiting for it" in caplog.text
+        assert "is locked by another run; waiting up to two minutes for the lock" in caplog.text

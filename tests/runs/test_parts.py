@@ -83,7 +83,7 @@ def test_a_file_system_without_locks_warns(tmp_path, monkeypatch, caplog):
 
 def test_other_settings_and_other_files_are_refused(tmp_path):
     write_all(begun(tmp_path / "out"))
-    with pytest.raises(UserError, match=r"made with another model \(a then, b now\); restore that"):
+    with pytest.raises(UserError, match=r"has a different model \(a there, b now\); use the same"):
         begun(tmp_path / "out", model="b")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")

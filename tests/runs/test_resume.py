@@ -39,10 +39,10 @@ def test_a_step_keeps_its_images(asked, images, devices, settled, tmp_path, capl
 def test_what_cannot_be_kept_is_refused(tmp_path):
     (tmp_path / "batch.json").write_text(json.dumps({"images_per_step": 8}))
     config = RunConfig.of(per_device_train_batch_size=4)
-    with pytest.raises(UserError, match="which 3 processes cannot share equally; start 2 instead"):
+    with pytest.raises(UserError, match="which 3 processes cannot share equally; start 2 process"):
         with_batch_of(tmp_path, config, 3)
     stream = config.with_options(streaming=True)
-    with pytest.raises(UserError, match="has 2 processes, not 1; start as many"):
+    with pytest.raises(UserError, match="has 2 process\(es\), not 1; start 2"):
         with_batch_of(tmp_path, stream, 1)
     assert with_batch_of(tmp_path, stream, 2) == stream
     assert with_batch_of(None, config, 3) == config

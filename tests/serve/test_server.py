@@ -233,7 +233,7 @@ def test_model_is_replaced_without_losing_a_request(tmp_path, finished, pictures
 
         (copy / "model.safetensors").write_bytes(b"damaged")
         status, _, body = server.call("/admin/reload", b"", **headers)
-        assert status == 409 and "the old model stays" in json.loads(body)["error"]
+        assert status == 409 and "the old one stays in use" in json.loads(body)["error"]
         assert server.get("/model", **headers)["model"] == new
         assert server.call("/predict", image, **headers)[0] == 200
 
