@@ -76,7 +76,7 @@ class Predictor:
             trust_remote_code=config.trust_remote_code,
         )
         self.preprocessor = Preprocessor.of(model, self.image_processor, config.max_image_pixels)
-        self.model_hash = model_hash(model, self.preprocessor.to_dict())
+        self.model_hash = model_hash(model, self.preprocessor.preprocessing.to_dict())
         self.multi_label, self.top_k = is_multi_label(model), config.top_k
         # Folded on the CPU: on a GPU, rounding of convolutions would hide a change of the logits.
         noise = torch.Generator().manual_seed(0)

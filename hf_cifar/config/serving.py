@@ -74,11 +74,12 @@ class ServeConfig:
                 f"an API key and --no_auth cannot be combined; leave one out (see {API_KEY})"
             )
         if self.api_key is not None and (
-            len(self.api_key) < MIN_KEY_LENGTH or not self.api_key.isascii() or " " in self.api_key
+            len(self.api_key) < MIN_KEY_LENGTH
+            or not all("!" <= each <= "~" for each in self.api_key)
         ):
             raise UserError(
-                f"the API key must have at least {MIN_KEY_LENGTH} ASCII characters without spaces; pass "
-                "another, such as the output of: openssl rand -hex 32"
+                f"the API key must have at least {MIN_KEY_LENGTH} letters, digits or signs, without spaces "
+                "and line ends; pass another, such as the output of: openssl rand -hex 32"
             )
         if self.api_key is None and not self.no_auth and not is_loopback(self.host):
             raise UserError(

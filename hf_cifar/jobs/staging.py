@@ -15,7 +15,7 @@ from typing import Any
 
 from hf_cifar.config.model import BUNDLED
 from hf_cifar.config.run import RunConfig
-from hf_cifar.data.listing import TABLE_SUFFIXES
+from hf_cifar.data.listing import TABLE_SUFFIXES, list_files
 from hf_cifar.data.tables import holds_images
 from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import looks_like_path
@@ -70,7 +70,11 @@ def _stage_data(
     staged = path
     if path.is_dir():
         staged = scratch / f"{path.name}.zip"
-        pack(staged, files_below(path))
+        listing = list_files(path)  # as the run lists it: links to folders are followed
+        pack(
+            staged,
+            sorted((each.name, Path(each.path)) for each in (*listing.images, *listing.others)),
+        )
     files[f"{DATA}/{staged.name}"] = staged
     options: dict[str, Any] = {"dataset_name": f"{mount}/{DATA}/{staged.name}"}
     if config.data.labels_file is not None:

@@ -67,7 +67,7 @@ class Parts:
         try:
             if self.folder.exists() and not self.folder.is_dir():
                 raise UserError(f"--output {self.folder} is a file; pass a folder")
-            if not self.settings_path.exists() and _has_files(self.folder):
+            if _has_files(self.folder) and not self.settings_path.exists():
                 raise UserError(f"--output {self.folder} holds other files; pass a new folder")
             self.unfinished.mkdir(parents=True, exist_ok=True)
             with self._alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
@@ -23,11 +24,13 @@ from hf_cifar.serve.metrics import Metrics
 from hf_cifar.serve.uploads import FIELD, FORM_TYPE, Refused, images_of, read_body
 from hf_cifar.serve.workers import Failed, Late, Overloaded, Workers
 
+logger = logging.getLogger(__name__)
 RETRY_SECONDS = "1"
 HELD_REQUESTS = 16  # requests of the largest size that may be in memory at once
 SMALL_BODY = 2**16  # bytes of a form that is parsed at once; a larger one is in a thread
 DISCARD_SECONDS = 2  # of the rest of a refused request
 UNREADABLE = b'{"error"'
+BODY_READ = "hf_cifar.body_read"  # in the scope of a request
 
 
 class Score(BaseModel):
@@ -134,7 +137,6 @@ class Service:
 
         Raises: Refused, or Overloaded above the capacity of the workers or of memory.
         """
-        self.workers.refuse_above_capacity()
         size = 0
 
         async def chunks() -> AsyncIterator[bytes]:
@@ -146,22 +148,29 @@ class Service:
                     raise Overloaded("too many large requests are in memory; try again")
                 yield chunk
 
+        declared = request.headers.get("content-length", "")
+        is_small = declared.isdigit() and int(declared) <= SMALL_BODY
         try:
+            if not is_small:  # reading a small one keeps the connection for the next request
+                self.workers.refuse_above_capacity()
             try:
                 async with asyncio.timeout(self.config.timeout):
-                    declared = request.headers.get("content-length")
                     body = await read_body(chunks(), declared, self.config.max_bytes)
+                request.scope[BODY_READ] = True
             except TimeoutError:
                 raise Refused(
                     408,
                     f"the request took more than {self.config.timeout:g} s to arrive",
                     close=True,
                 ) from None
-            content_type = request.headers.get("content-type", "")
-            if len(body) <= SMALL_BODY:
-                yield images_of(body, content_type, self.config.max_images)
+            self.workers.refuse_above_capacity()
+            content_type, most = request.headers.get("content-type", ""), self.config.max_images
+            if is_small:
+                images = images_of(body, content_type, most)
             else:
-                yield await asyncio.to_thread(images_of, body, content_type, self.config.max_images)
+                images = await asyncio.to_thread(images_of, body, content_type, most)
+            del body  # of a form, a second copy of its images
+            yield images
         finally:
             self._held -= size
 
@@ -281,8 +290,9 @@ def create_app(service: Service) -> FastAPI:
         return (Refusal if error.close else JSONResponse)({"error": str(error)}, error.status)
 
     @app.exception_handler(Overloaded)
-    async def overloaded(_: Request, error: Overloaded) -> Response:
-        return JSONResponse({"error": str(error)}, 503, headers={"retry-after": RETRY_SECONDS})
+    async def overloaded(request: Request, error: Overloaded) -> Response:
+        answer = JSONResponse if request.scope.get(BODY_READ) else Refusal
+        return answer({"error": str(error)}, 503, headers={"retry-after": RETRY_SECONDS})
 
     @app.exception_handler(Late)
     async def late(_: Request, error: Late) -> Response:
@@ -295,6 +305,11 @@ def create_app(service: Service) -> FastAPI:
     @app.exception_handler(ClientDisconnect)
     async def disconnected(_: Request, error: ClientDisconnect) -> Response:
         return JSONResponse({"error": "the client closed the connection"}, 400)
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        logger.error("a request failed", exc_info=error)
+        return JSONResponse({"error": "the server failed; its log says why"}, 500)
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> Response:

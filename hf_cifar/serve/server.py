@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import math
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.serve.app import Service, create_app
 from hf_cifar.serve.gate import Gate
 from hf_cifar.serve.protocol import limited_protocol
-from hf_cifar.serve.workers import Workers
+from hf_cifar.serve.workers import GRACE_SECONDS, Workers
 from hf_cifar.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -77,8 +78,8 @@ async def _serve(predict: PredictConfig, config: ServeConfig, listener: socket.s
         workers.about["version"], f"[{host}]" if ":" in host else host, port,
     )  # fmt: skip
     await server.serve(sockets=[listener])
-    await workers.close()
     forced = server.force_exit
+    await workers.close(at_once=forced)
     logger.info(
         "stopped%s",
         " without waiting for answers" if forced else "; all accepted requests were answered",
@@ -110,6 +111,8 @@ class Server(uvicorn.Server):
                 ws="none",
                 server_header=False,
                 http=limited_protocol(config.timeout),
+                # Clients that do not read their answers do not keep the server.
+                timeout_graceful_shutdown=math.ceil(2 * config.timeout + GRACE_SECONDS),
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
             )
         )

@@ -4,7 +4,7 @@ Each core has a thread that decodes the images that wait, up to the size of a ba
 single image is not delayed, and batches grow with the load. An image that cannot be decoded is answered at
 once, and never gets into a batch.
 
-python -m hf_cifar.serve.worker: started by `workers` only.
+Started by `workers` only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -42,8 +43,6 @@ from hf_cifar.serve.heatmap import Heatmap
 from hf_cifar.text import listed, one_line
 
 logger = logging.getLogger(__name__)
-# Formats whose frames Pillow counts by going through them; those of others are in a header.
-WALKED_FORMATS = ("GIF", "TIFF")
 # A batch is not filled up for longer than this: its images wait while another one, which may be large, is
 # decoded.
 GATHER_SECONDS = 0.02
@@ -91,6 +90,7 @@ class Worker:
         content = frames.pack(values, blobs or [])
         with self._output_lock:
             self._output.write(content)
+            self._output.flush()
 
     def submit(self, values: dict[str, Any], images: list[bytes]) -> None:
         """Take a request: its id, its deadline, and the task that its images are for."""
@@ -193,17 +193,53 @@ def _json(values: dict[str, Any]) -> bytes:
 
 def check_frames(image: bytes, max_frames: int) -> None:
     """Raises: UserError if an animation, or a document of pages, has more frames than allowed."""
-    if image[:4] not in (b"GIF8", b"RIFF", b"\x89PNG", b"II*\0", b"MM\0*"):
+    if image[:4] == b"GIF8":
+        count = gif_frames(image, max_frames + 1)
+    elif image[:4] in (b"RIFF", b"\x89PNG", b"II*\0", b"MM\0*"):
+        count = _frames(image, max_frames)
+    else:
         return
+    if count > max_frames:
+        raise UserError(f"cannot read image: it has more than {max_frames:,} frames")
+
+
+def _frames(image: bytes, max_frames: int) -> int:
+    """Return the number of frames in the header of an image; of a TIFF file, count up to one too many."""
     try:
         with Image.open(io.BytesIO(image)) as opened:
-            if opened.format in WALKED_FORMATS:
-                opened.seek(max_frames)  # past the last one that is allowed
-            elif getattr(opened, "n_frames", 1) <= max_frames:
-                return
-    except Exception:  # it ends before that frame, or is damaged, which decoding will report
-        return
-    raise UserError(f"cannot read image: it has more than {max_frames:,} frames")
+            if opened.format != "TIFF":
+                return getattr(opened, "n_frames", 1)
+            opened.seek(max_frames)  # reads the directories of pages only
+            return max_frames + 1
+    except Exception:  # it ends before that page, or is damaged, which decoding will report
+        return 1
+
+
+def gif_frames(content: bytes, most: int) -> int:
+    """Count the frames of a GIF file up to `most`, from its blocks. Pillow would decode them.
+
+    Source: GIF89a specification, CompuServe, 1990.
+    """
+    count, at = 0, 13 + _colour_table(content, 10)
+    while at < len(content) and count < most:
+        kind, at = content[at], at + 1
+        if kind == 0x2C:  # an image: place and size, flags, colours, and the code size of its data
+            count += 1
+            at += 9 + _colour_table(content, at + 8) + 1
+        elif kind == 0x21:  # an extension: its label
+            at += 1
+        else:
+            break
+        while at < len(content) and content[at]:  # data in blocks, each after its length
+            at += 1 + content[at]
+        at += 1
+    return count
+
+
+def _colour_table(content: bytes, flags_at: int) -> int:
+    """Return the bytes of a colour table, from the flags before it."""
+    flags = content[flags_at] if flags_at < len(content) else 0
+    return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
 
 
 def describe(config: PredictConfig, worker: Worker) -> dict[str, Any]:
@@ -234,8 +270,9 @@ def describe(config: PredictConfig, worker: Worker) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Answer frames until the input ends, which it does when the server ends in any way."""
+def main(descriptor: int) -> None:
+    """Answer frames until the input ends, which it does when the server ends in any way. descriptor: of the
+    output."""
     # The server decides when a worker ends; a terminal sends its signals to all processes.
     for number in (
         signal.SIGINT,
@@ -243,10 +280,10 @@ def main() -> None:
         *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
     ):
         signal.signal(number, signal.SIG_IGN)
-    output = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what libraries print must not get between the frames
+    output = os.fdopen(descriptor, "wb")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     quieten(True)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # a line for each odd file of a client
     sys.setswitchinterval(SWITCH_SECONDS)
     stream = sys.stdin.buffer
     first = frames.read(stream)
@@ -261,12 +298,9 @@ def main() -> None:
         about = describe(config, worker)
     except UserError as error:
         output.write(frames.pack({"error": str(error)}))
+        output.flush()
         return
     worker.write(about)
     while (frame := frames.read(stream)) is not None:
         worker.submit(*frame)
     os._exit(0)  # without waiting for images that nobody waits for
-
-
-if __name__ == "__main__":
-    main()

@@ -22,6 +22,7 @@ from tiny import tiny_run
 from benchmarks.load import closed_loop, post, run
 from hf_cifar import PredictConfig, predict_files
 from hf_cifar.cli import main
+from hf_cifar.serve.worker import gif_frames
 
 KEY = "0123456789abcdef0123"
 
@@ -277,6 +278,49 @@ def test_exported_file_of_multiple_labels_is_served(tmp_path, lights, tiny_vit):
 def _saved(path, content):
     path.write_bytes(content)
     return str(path)
+
+
+def test_a_large_upload_gets_its_refusal(tmp_path, finished):
+    """The server closes the connection, but not before the client has read the answer."""
+    with serving(tmp_path, finished, env={"HF_CIFAR_API_KEY": KEY}) as server:
+        body = b"x" * 5_000_000
+        for headers in ({}, {"Connection": "close"}):
+            status, found, answer = server.call("/predict", body, **headers)
+            assert status == 401 and b"key" in answer
+            assert found["connection"] == "close"
+        (worker,) = server.workers
+        worker.kill()
+        while server.call("/readyz")[0] == 200:
+            time.sleep(0.001)
+        allowed = {"Authorization": f"Bearer {KEY}"}
+        status, found, answer = server.call("/predict", body, **allowed)
+        assert (status, found["retry-after"]) == (503, "1")
+        assert server.call("/")[0] == 200  # with what is known of the model
+        assert server.get("/model", **allowed)["labels"] == ["across", "down"]
+
+
+def test_every_worker_is_replaced(tmp_path, finished, pictures):
+    with serving(tmp_path, finished, "--workers", "2") as server:
+        before = {worker.pid for worker in server.workers}
+        server.workers[0].kill()
+        server.process.send_signal(signal.SIGHUP)
+        while before & {worker.pid for worker in server.workers} or len(server.workers) != 2:
+            assert server.call("/predict", pictures[0].read_bytes())[0] in (200, 503)
+            time.sleep(0.1)
+        time.sleep(3)
+        assert len(server.workers) == 2
+        assert server.call("/predict", pictures[0].read_bytes())[0] == 200
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("frames", [1, 2, 40])
+def test_frames_of_a_gif_are_counted_from_its_blocks(frames):
+    colours = [Image.new("RGB", (30, 20), (number * 5, 0, 99)) for number in range(frames)]
+    content = encode(colours[0], "GIF", save_all=True, append_images=colours[1:], loop=0)
+    assert gif_frames(content, 100) == frames
+    assert gif_frames(content, 3) == min(3, frames)
+    for end in range(0, len(content), 7):
+        assert gif_frames(content[:end], 100) <= frames
 
 
 @pytest.mark.parametrize(
