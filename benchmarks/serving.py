@@ -94,7 +94,8 @@ def started(command: Callable[[int], list[str]], request: bytes) -> Iterator[int
 
 
 def goodput(port: int, requests: Sequence[bytes], seconds: float, limit: float) -> float:
-    """Return the answers per second within `limit` seconds, at the highest rate at which 99% of requests meet it.
+    """Return the answers per second within `limit` seconds, at the highest rate at which 99% of requests
+    meet it.
 
     The search starts at the closed-loop throughput, and steps up while the limit holds, or down until it
     does.
