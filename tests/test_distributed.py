@@ -318,4 +318,4 @@ def test_a_step_that_cannot_be_divided_is_refused(tmp_path, stripes, tiny_vit):
     (tmp_path / "run" / "run.json").unlink()
     done = launch(tmp_path / "run", stripes, tiny_vit, 2, *flags)
     assert done.returncode != 0
-    assert "has 3 images, which 2 processes cannot share equally; start 1 instead" in done.stderr
+    assert "has 3 images, which 2 processes cannot share equally; start 1 process" in done.stderr
