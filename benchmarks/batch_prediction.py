@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import tempfile
 import time
@@ -19,12 +18,11 @@ import torch
 from benchmarks.evaluation import IMAGE_SIZE, MODEL, run_on_files
 from benchmarks.measure import compare
 from benchmarks.peers import small_pictures
+from benchmarks.turns import CONTEXT
 from hf_cifar.config.deployment import BatchPredictionConfig, PredictConfig
 from hf_cifar.deploy.batch_prediction import predict_dataset
 
 NUM_IMAGES = 16_000
-# Forked from a process that has imported everything and computed nothing.
-CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def predict_on_core(core: int, run: str, images: str, output: str) -> None:

@@ -109,6 +109,25 @@ def run_on_files(
     return str(saved), str(images), len(split)
 
 
+def parse_run_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse a command line with the options of a run to compare on, besides those of the parser."""
+    parser.add_argument("--run", help="folder of a run; default: train one")
+    parser.add_argument("--images", help="folder of images for the run")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    if (options.run is None) != (options.images is None):
+        parser.error("--run and --images belong together")
+    return options
+
+
+def given_or_trained(options: argparse.Namespace, num_images: int, folder: Path) -> tuple[str, str]:
+    """Return the run and the images that were given, or those of a run on small generated pictures."""
+    if options.run is not None:
+        return options.run, options.images
+    pictures = str(small_pictures(folder / "data", num_images))
+    return run_on_files(pictures, MODEL, IMAGE_SIZE, 80, folder)[:2]
+
+
 def compare_peers(
     benchmark: str,
     peers: dict[str, Callable[[], Found]],

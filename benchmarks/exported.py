@@ -15,16 +15,14 @@ import numpy as np
 import torch
 
 from benchmarks.evaluation import (
-    IMAGE_SIZE,
-    MODEL,
     NUM_IMAGES,
     Found,
     compare_peers,
+    given_or_trained,
     ours,
-    run_on_files,
+    parse_run_options,
     theirs,
 )
-from benchmarks.peers import small_pictures
 from benchmarks.turns import CONTEXT
 from hf_cifar import PredictConfig
 from hf_cifar.config.deployment import ExportConfig
@@ -82,18 +80,10 @@ def compare_served(
 def main() -> None:
     """Compare on a run's own images, or on small generated pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", help="folder of a run; default: train one")
-    parser.add_argument("--images", help="folder of images for the run")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    if (options.run is None) != (options.images is None):
-        parser.error("--run and --images belong together")
+    options = parse_run_options(parser)
     CONTEXT.set_forkserver_preload(["benchmarks.exported"])
     with tempfile.TemporaryDirectory() as folder:
-        run, images = options.run, options.images
-        if run is None:
-            pictures = str(small_pictures(Path(folder, "data"), NUM_IMAGES))
-            run, images, _ = run_on_files(pictures, MODEL, IMAGE_SIZE, 80, Path(folder))
+        run, images = given_or_trained(options, NUM_IMAGES, Path(folder))
         compare_served(run, images, rounds=options.rounds)
 
 

@@ -17,10 +17,10 @@ from datasets import Dataset, DatasetDict, disable_progress_bars
 from benchmarks.measure import conditions, summary, write
 from benchmarks.techniques import CNN, HEAD, MODELS, SHARED, accuracy, paired_differences
 from hf_cifar import RunConfig, finetune_classifier
-from hf_cifar.commands.command import quieten
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.splits import DataSource
 from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.logs import quieten
 from hf_cifar.runs.folder import RunFolder
 
 SHARE = 0.2  # of the labels that are wrong

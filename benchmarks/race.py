@@ -23,9 +23,9 @@ from transformers import set_seed
 
 from benchmarks.measure import conditions, summary, write
 from hf_cifar import RunConfig, build_model, finetune_classifier, plan_run
-from hf_cifar.commands.command import quieten
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
+from hf_cifar.logs import quieten
 from hf_cifar.plan import Plan
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.guards import FiniteLoss

@@ -20,11 +20,10 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.evaluation import MODEL, run_on_files
+from benchmarks.evaluation import given_or_trained, parse_run_options
 from benchmarks.exported import bare
 from benchmarks.load import closed_loop, form, open_loop, post, quantile, run
 from benchmarks.measure import ROOT, compare
-from benchmarks.peers import small_pictures
 from benchmarks.turns import CONTEXT
 from hf_cifar.config.deployment import ExportConfig
 from hf_cifar.data.listing import list_images
@@ -32,7 +31,7 @@ from hf_cifar.deploy.export import export_run
 
 LIMIT = 0.1  # seconds, of p99
 CLIENTS, STEP = 32, 1.1  # of the load that finds the capacity; between the rates that are tried
-NUM_IMAGES, IMAGE_SIZE = 500, 96
+NUM_IMAGES = 500
 
 
 def free_port() -> int:
@@ -169,19 +168,11 @@ def compare_servers(
 def main() -> None:
     """Compare on a run's own images, or on small generated pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", help="folder of a run; default: train one")
-    parser.add_argument("--images", help="folder of images for the run")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5, help="for each rate")
-    options = parser.parse_args()
-    if (options.run is None) != (options.images is None):
-        parser.error("--run and --images belong together")
+    options = parse_run_options(parser)
     CONTEXT.set_forkserver_preload(["benchmarks.serving"])
     with tempfile.TemporaryDirectory() as folder:
-        model, images = options.run, options.images
-        if model is None:
-            pictures = str(small_pictures(Path(folder, "data"), NUM_IMAGES))
-            model, images, _ = run_on_files(pictures, MODEL, IMAGE_SIZE, 80, Path(folder))
+        model, images = given_or_trained(options, NUM_IMAGES, Path(folder))
         compare_servers(model, images, rounds=options.rounds, seconds=options.seconds)
 
 

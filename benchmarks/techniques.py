@@ -17,8 +17,8 @@ from scipy.stats import t
 
 from benchmarks.measure import conditions, summary, write
 from hf_cifar import RunConfig, finetune_classifier
-from hf_cifar.commands.command import quieten
 from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.logs import quieten
 
 Options = Mapping[str, object]
 # Options of each model: one trained from random weights, a head on features that are computed once, and a

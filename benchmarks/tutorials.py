@@ -19,10 +19,10 @@ from PIL import Image
 
 from benchmarks.measure import conditions, summary, write
 from hf_cifar import DataConfig, ModelConfig, RunConfig, build_model, finetune_classifier
-from hf_cifar.commands.command import quieten
 from hf_cifar.data.images import decode_cell
 from hf_cifar.data.sources import load_source
 from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.logs import quieten
 from hf_cifar.transforms.resampling import resample
 from hf_cifar.transforms.views import RandomView
 

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.model import is_exported
@@ -136,8 +135,14 @@ class Predictor:
         return (logits.double().sigmoid() if self.multi_label else logits.float().softmax(1)).cpu()
 
     def record(self, scores: torch.Tensor) -> dict[str, Any]:
-        """Render the scores [K] of one image, see `predict_files`."""
-        return _record(scores, self.model, self.top_k)
+        """Render the scores [K] of one image: the best labels, and those that reach their thresholds."""
+        names, thresholds = self.model.config.id2label, thresholds_of(self.model)
+        best = scores.topk(min(self.top_k, len(scores))).indices
+        ranked = _labels_and_scores(scores, best, names)
+        if thresholds is None:
+            return {**ranked[0], "top_k": ranked}
+        predicted = [i for i in scores.argsort(descending=True) if scores[i] >= thresholds[i]]
+        return {"labels": _labels_and_scores(scores, predicted, names), "top_k": ranked}
 
 
 def _autocast_dtype(config: PredictConfig, device: torch.device) -> torch.dtype:
@@ -169,16 +174,6 @@ def expand_paths(paths: Sequence[str]) -> list[Path]:
     if left_out:
         logger.info("left out: %s", render_left_out(left_out))
     return files
-
-
-def _record(scores: torch.Tensor, model: PreTrainedModel, top_k: int) -> dict[str, Any]:
-    """Render the scores [K] of one image: the best labels, and those that reach their thresholds."""
-    names, thresholds = model.config.id2label, thresholds_of(model)
-    ranked = _labels_and_scores(scores, scores.topk(min(top_k, len(scores))).indices, names)
-    if thresholds is None:
-        return {**ranked[0], "top_k": ranked}
-    predicted = [i for i in scores.argsort(descending=True) if scores[i] >= thresholds[i]]
-    return {"labels": _labels_and_scores(scores, predicted, names), "top_k": ranked}
 
 
 def _labels_and_scores(

@@ -163,6 +163,16 @@ def tiny_vit(save_vit):
     return save_vit()
 
 
+@pytest.fixture(scope="session")
+def finished_vit(tmp_path_factory, stripes, tiny_vit):
+    """The folder of a finished run of the tiny ViT on the stripes; copy it to change it."""
+    from tiny import tiny_run
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    tiny_run(folder, stripes, tiny_vit)
+    return folder
+
+
 @pytest.fixture
 def datasets_cache(tmp_path, monkeypatch):
     """A cache of `datasets` inside the test's folder."""

@@ -13,8 +13,7 @@ from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.model import BUNDLED, SCRATCH, is_exported
 from hf_cifar.errors import UserError
-from hf_cifar.logs import quieten as quieten
-from hf_cifar.logs import show_notes as show_notes
+from hf_cifar.logs import show_notes
 from hf_cifar.models.names import check_model_name
 from hf_cifar.runs.processes import is_main_process
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_cifar.commands.command import Command, one_run, quieten
+from hf_cifar.commands.command import Command, one_run
 from hf_cifar.config.deployment import CompressConfig
 from hf_cifar.deploy.preflight import check_compress
+from hf_cifar.logs import quieten
 
 
 def compress(config: CompressConfig, folders: Sequence[str]) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_cifar.commands.command import Command, quieten, require_model
+from hf_cifar.commands.command import Command, require_model
 from hf_cifar.config.command_line import parse, refuse_options, unexpected_argument
 from hf_cifar.config.data import DataConfig, is_same_source
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.fields import field_names
 from hf_cifar.errors import UserError
+from hf_cifar.logs import quieten
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process
 

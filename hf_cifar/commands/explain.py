@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_cifar.commands.command import Command, quieten, require_model
+from hf_cifar.commands.command import Command, require_model
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.explanation import DEFAULT_IMAGES, ExplainConfig
 from hf_cifar.config.model import is_exported
 from hf_cifar.errors import UserError
+from hf_cifar.logs import quieten
 from hf_cifar.runs.folder import EXPLANATION_FILES, RunFolder, refuse_other_files
 
 if TYPE_CHECKING:

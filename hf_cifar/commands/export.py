@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hf_cifar.commands.command import Command, one_run, quieten
+from hf_cifar.commands.command import Command, one_run
 from hf_cifar.config.deployment import ExportConfig
 from hf_cifar.deploy.preflight import check_export
+from hf_cifar.logs import quieten
 
 
 def export(config: ExportConfig, folders: Sequence[str]) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_cifar.commands.command import Command, open_source, quieten
+from hf_cifar.commands.command import Command, open_source
 from hf_cifar.config.command_line import inherited_parser, parse, wants_help
 from hf_cifar.config.jobs import JobConfig, split_job_options
 from hf_cifar.config.run import CONFIGS as RUN_CONFIGS
 from hf_cifar.config.run import RunConfig
 from hf_cifar.hub.reach import looks_like_path
+from hf_cifar.logs import quieten
 from hf_cifar.models.names import check_model_name
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cifar.commands.command import Command, quieten, require_model
+from hf_cifar.commands.command import Command, require_model
 from hf_cifar.config.deployment import BatchPredictionConfig, PredictConfig
 from hf_cifar.errors import UserError
+from hf_cifar.logs import quieten
 from hf_cifar.runs.processes import is_main_process
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_cifar.commands.command import Command, one_run, quieten
+from hf_cifar.commands.command import Command, one_run
 from hf_cifar.config.evaluation import ReportConfig
+from hf_cifar.logs import quieten
 
 
 def report(config: ReportConfig, folders: Sequence[str]) -> int:

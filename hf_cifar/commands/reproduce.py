@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cifar.commands.command import Command, one_run, quieten
+from hf_cifar.commands.command import Command, one_run
 from hf_cifar.config.studies import ReproduceConfig
+from hf_cifar.logs import quieten
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process
 

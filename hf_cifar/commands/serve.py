@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from hf_cifar.commands.command import Command, require_model, show_notes
+from hf_cifar.commands.command import Command, require_model
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.serving import ServeConfig
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
+from hf_cifar.logs import show_notes
 
 
 def serve(predict: PredictConfig, config: ServeConfig, arguments: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import secrets
 from collections.abc import AsyncIterator
@@ -193,7 +194,7 @@ def create_app(service: Service) -> FastAPI:
         request.scope["hf_cifar.images"] = len(results)
         if len(results) == unreadable == 1:
             return Response(results[0], 422, media_type="application/json")
-        head = f'{{"model": "{about["model"]}", "version": {about["version_json"]}, "results": ['
+        head = f'{{"model": "{about["model"]}", "version": {json.dumps(about["version"])}, "results": ['
         return Response(
             b"".join((head.encode(), b", ".join(results), b"]}")),
             media_type="application/json",
@@ -222,7 +223,7 @@ def create_app(service: Service) -> FastAPI:
         """Show labels, preprocessing, metrics and hash of the model, and the limits of the server."""
         limits = ("max_bytes", "max_images", "max_frames", "max_queue", "timeout")
         return {
-            **{name: value for name, value in workers.about.items() if name != "version_json"},
+            **workers.about,
             "limits": {name: getattr(config, name) for name in limits},
         }
 

@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -26,9 +25,7 @@ from hf_cifar.text import one_line
 
 logger = logging.getLogger(__name__)
 BACKLOG = 2048  # connections that the system accepts before the server does
-KEEP_ALIVE_SECONDS = (
-    75  # longer than the 60 of common load balancers, which close the connection first
-)
+KEEP_ALIVE_SECONDS = 75  # longer than common load balancers, which then close the connection first
 
 
 def serve(predict: PredictConfig, config: ServeConfig) -> None:
@@ -71,7 +68,7 @@ async def _serve(predict: PredictConfig, config: ServeConfig, listener: socket.s
     server = Server(service, Gate(app, service, paths))
     if hasattr(signal, "SIGHUP"):
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, lambda: server.start(_reload(workers)))
+        loop.add_signal_handler(signal.SIGHUP, lambda: workers.background(_reload(workers)))
     host, port = listener.getsockname()[:2]
     logger.info(
         "serving %s at http://%s:%d; API documentation at /docs; Ctrl-C stops the server",
@@ -117,13 +114,6 @@ class Server(uvicorn.Server):
             )
         )
         self._service = service
-        self._background: set[asyncio.Task[None]] = set()
-
-    def start(self, work: Any) -> None:
-        """Run a coroutine in the background."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         seconds, was_draining = self._service.config.drain_seconds, self._service.draining

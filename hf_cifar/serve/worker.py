@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -59,9 +59,8 @@ class Job:
     answers: list[bytes]
     missing: int
     outcome: str = "done"  # or "late", or "failed"
-    batches: list[int] = field(
-        default_factory=list
-    )  # the sizes of the batches that its images were in
+    # The sizes of the batches that its images were in.
+    batches: list[int] = field(default_factory=list)
 
 
 Item = tuple[Job, int, bytes]  # an image of a job, with its place there
@@ -86,9 +85,9 @@ class Worker:
             threading.Thread(target=self._predict_batches, daemon=True).start()
         threading.Thread(target=self._explain_images, daemon=True).start()
 
-    def write(self, values: dict[str, Any], blobs: list[bytes] | None = None) -> None:
+    def write(self, values: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
         """Write a frame."""
-        content = frames.pack(values, blobs or [])
+        content = frames.pack(values, blobs)
         with self._output_lock:
             self._output.write(content)
             self._output.flush()
@@ -256,13 +255,12 @@ def describe(config: PredictConfig, worker: Worker) -> dict[str, Any]:
     else:
         run = RunFolder(model_folder(name, config.model_revision, config.trust_remote_code))
         facts, metrics = run.facts(), run.metrics()
-    version = listed(each for each in (Path(name).name, facts.get("finished")) if each)
+    short_name = Path(name).name
     thresholds, labels = thresholds_of(predictor.model), predictor.model.config.id2label
     return {
         "model": predictor.model_hash,
-        "name": Path(name).name,
-        "version": version,
-        "version_json": json.dumps(version),
+        "name": short_name,
+        "version": listed(each for each in (short_name, facts.get("finished")) if each),
         "labels": [labels[i] for i in range(len(labels))],
         "thresholds": None if thresholds is None else thresholds.tolist(),
         "preprocessing": predictor.preprocessor.to_dict(),
@@ -279,12 +277,9 @@ def main(descriptor: int) -> None:
     """Answer frames until the input ends, which it does when the server ends in any way. descriptor: of the
     output."""
     # The server decides when a worker ends; a terminal sends its signals to all processes.
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
-    ):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows lacks the last one
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     output = os.fdopen(descriptor, "wb")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     quieten(True)

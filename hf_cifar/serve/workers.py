@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import psutil
@@ -18,12 +18,12 @@ import psutil
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.serving import ServeConfig
 from hf_cifar.errors import UserError
+from hf_cifar.platform import num_cores
 from hf_cifar.serve import frames
 
 logger = logging.getLogger(__name__)
-GRACE_SECONDS = (
-    60.0  # at least, without any answer although images wait, after which a worker is stopped
-)
+# At least, without any answer although images wait, after which a worker is stopped.
+GRACE_SECONDS = 60.0
 # What libraries print must not get between the frames.
 START = "import os; output = os.dup(1); os.dup2(2, 1); from hf_cifar.serve.worker import main; main(output)"
 RESTART_SECONDS = 1.0  # between attempts to start a worker
@@ -44,12 +44,13 @@ class Failed(Exception):
 
 
 class Worker:
-    """A process that runs the model. about: what `worker.describe` returned; {} before it is ready."""
+    """A process that runs the model. number: from 0; of its GPU. about: what `worker.describe` returned; {}
+    before it is ready."""
 
-    def __init__(self, process: asyncio.subprocess.Process, timeout: float) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, number: int, timeout: float) -> None:
         assert process.stdin is not None and process.stdout is not None
         self.process, self._stdin, self._stdout = process, process.stdin, process.stdout
-        self.about: dict[str, Any] = {}
+        self.number, self.about = number, dict[str, Any]()
         # Images that are late are answered at once, so this is enough for any request.
         self.grace = max(GRACE_SECONDS, 2 * timeout)
         self.images = 0  # that it has not answered
@@ -59,21 +60,17 @@ class Worker:
 
     @classmethod
     async def start(cls, predict: PredictConfig, serve: ServeConfig, number: int) -> Worker:
-        """Start a process, and wait until it has loaded the model. number: from 0; of its GPU.
-
-        Raises: UserError if it cannot load the model.
-        """
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        """Start a process, and wait until it has loaded the model. Raises: UserError if it cannot."""
         settings = {
             "predict": dataclasses.asdict(predict),
             "max_frames": serve.max_frames,
-            "threads": max(1, (cores or 1) // serve.workers) if serve.workers > 1 else None,
+            "threads": max(1, num_cores() // serve.workers) if serve.workers > 1 else None,
         }
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", START, limit=2**20, env={**os.environ, "LOCAL_RANK": str(number)},
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        worker = cls(process, serve.timeout)
+        worker = cls(process, number, serve.timeout)
         try:
             worker._stdin.write(frames.pack(settings))
             about, _ = await frames.read_async(worker._stdout)
@@ -175,7 +172,7 @@ class Workers:
     async def start(self) -> None:
         """Start all workers. Raises: UserError if the model cannot be loaded."""
         self.running = await self._started()
-        self._background(self._watch())
+        self.background(self._watch())
 
     async def _started(self) -> list[Worker]:
         tasks = [
@@ -203,9 +200,10 @@ class Workers:
             worker.about["version"],
             worker.memory() / 1e6,
         )
-        self._background(worker.read_answers())
+        self.background(worker.read_answers())
 
-    def _background(self, work: Any) -> None:
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine while the server goes on."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -231,16 +229,15 @@ class Workers:
                     worker.process.pid,
                     status,
                 )
-                self._background(self._replace())
+                self.background(self._replace(worker.number))
 
-    async def _replace(self) -> None:
-        """Start one more worker, as often as it takes, unless a reload has replaced all."""
+    async def _replace(self, number: int) -> None:
+        """Start a worker in place of a dead one, as often as it takes, unless a reload has replaced all."""
         while not self._closing:
             async with self._reloading:
                 if len(self.running) >= self._serve.workers:
                     return
                 try:
-                    number = len(self.running)
                     worker = await Worker.start(self._predict, self._serve, number)
                 except (UserError, OSError) as error:
                     logger.error("cannot start a worker process: %s; trying again", error)
@@ -292,7 +289,7 @@ class Workers:
             new = await self._started()
             old, self.running = self.running, new
         for worker in old:
-            self._background(worker.finish())
+            self.background(worker.finish())
         return self.about
 
     async def close(self, *, at_once: bool = False) -> None:

@@ -8,7 +8,6 @@ import onnx
 import pytest
 from onnx.external_data_helper import set_external_data
 from PIL import Image
-from tiny import tiny_run
 
 from hf_cifar import load_classifier
 from hf_cifar.cli import main
@@ -19,26 +18,19 @@ SECRET = b"secret" * 100
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, stripes, tiny_vit):
-    folder = tmp_path_factory.mktemp("exported") / "run"
-    tiny_run(folder, stripes, tiny_vit)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(finished):
-    file = finished.with_name("model.onnx")
-    export_run(finished, ExportConfig(output=str(file), parity_images=0))
+def exported(finished_vit, tmp_path_factory):
+    file = tmp_path_factory.mktemp("exported") / "model.onnx"
+    export_run(finished_vit, ExportConfig(output=str(file), parity_images=0))
     return file
 
 
-def test_export_agrees_with_the_run(finished, tmp_path, record_result):
+def test_export_agrees_with_the_run(finished_vit, tmp_path, record_result):
     generator = np.random.default_rng(0)
     for number in range(1000):
         pixels = generator.integers(0, 256, (16, 16, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number:04}.png")
     config = ExportConfig(output=str(tmp_path / "model.onnx"), dataset_name=str(tmp_path))
-    batches = export_run(finished, config)["batches"]
+    batches = export_run(finished_vit, config)["batches"]
     assert set(batches) == {"1", "2", "7", "64"} or set(batches) == {1, 2, 7, 64}
     assert max(each["logits"] for each in batches.values()) <= 1e-4
     passed = sum(each["same_top1"] for each in batches.values())
@@ -77,7 +69,7 @@ def hostile(exported, folder):
     yield target / "passwd.onnx"
 
 
-def test_weights_in_other_files(exported, finished, stripes, tmp_path, capsys, record_result):
+def test_weights_in_other_files(exported, finished_vit, stripes, tmp_path, capsys, record_result):
     image = str(next((stripes / "test").rglob("*.png")))
     passed, files = 0, list(hostile(exported, tmp_path))
     for file in files:

@@ -22,13 +22,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from hf_cifar.commands.command import quieten
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.data.cifar_archives import PYTHON_FILES
 from hf_cifar.data.sources import load_source
 from hf_cifar.errors import UserError
+from hf_cifar.logs import quieten
 from hf_cifar.models.build import build_model, load_classifier
 from hf_cifar.predict import predict_files
 

@@ -29,16 +29,9 @@ MEGABYTE = 2**20
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, stripes, tiny_vit):
-    folder = tmp_path_factory.mktemp("served") / "run"
-    tiny_run(folder, stripes, tiny_vit)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, finished):
+def server(tmp_path_factory, finished_vit):
     flags = ("--max_bytes", str(MEGABYTE), "--timeout", "5", "--max_queue", "256")
-    with serving(tmp_path_factory.mktemp("server"), finished, *flags) as running:
+    with serving(tmp_path_factory.mktemp("server"), finished_vit, *flags) as running:
         yield running
 
 
@@ -51,9 +44,9 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def expected(finished, images):
+def expected(finished_vit, images):
     """The scores of each image alone, by label."""
-    predictor = Predictor(PredictConfig(str(finished), use_cpu=True))
+    predictor = Predictor(PredictConfig(str(finished_vit), use_cpu=True))
     found = []
     for image in images:
         record = predictor.record(predictor.scores([predictor.preprocessor.decode(image)])[0])
@@ -322,13 +315,13 @@ def test_soak(server, images, record_result):
     )  # fmt: skip
 
 
-def test_drain(tmp_path, finished, images, record_result):
+def test_drain(tmp_path, finished_vit, images, record_result):
     lost = answered = 0
     statuses = set()
     for number in range(5):
         folder = tmp_path / str(number)
         folder.mkdir()
-        server = Server(folder, finished, "--drain_seconds", "1").wait()
+        server = Server(folder, finished_vit, "--drain_seconds", "1").wait()
         requests = [
             post(images[row % 100], more=f"x-request-id: {number}-{row}\r\n") for row in range(2000)
         ]
@@ -394,10 +387,10 @@ def test_three_times_the_capacity(tmp_path, stripes, save_vit, record_result):
         )  # fmt: skip
 
 
-def test_killed_worker(tmp_path, finished, images, record_result):
+def test_killed_worker(tmp_path, finished_vit, images, record_result):
     requests = [post(images[number % 100]) for number in range(100)]
     passed, seconds = 0, []
-    with serving(tmp_path, finished) as server:
+    with serving(tmp_path, finished_vit) as server:
         for _ in range(5):
             (worker,) = server.workers
             times = {}

@@ -28,15 +28,8 @@ KEY = "0123456789abcdef0123"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, stripes, tiny_vit):
-    folder = tmp_path_factory.mktemp("served") / "run"
-    tiny_run(folder, stripes, tiny_vit)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, finished):
-    with serving(tmp_path_factory.mktemp("server"), finished, "--max_images", "8") as running:
+def server(tmp_path_factory, finished_vit):
+    with serving(tmp_path_factory.mktemp("server"), finished_vit, "--max_images", "8") as running:
         yield running
 
 
@@ -45,8 +38,10 @@ def pictures(stripes):
     return sorted((stripes / "test").rglob("*.png"))[:6]
 
 
-def test_answers_are_those_of_predict(server, finished, pictures):
-    expected = list(predict_files(PredictConfig(str(finished), use_cpu=True), map(str, pictures)))
+def test_answers_are_those_of_predict(server, finished_vit, pictures):
+    expected = list(
+        predict_files(PredictConfig(str(finished_vit), use_cpu=True), map(str, pictures))
+    )
     status, headers, body = server.call(
         "/predict", *forms(*(path.read_bytes() for path in pictures))
     )
@@ -62,12 +57,12 @@ def test_answers_are_those_of_predict(server, finished, pictures):
         ]
 
 
-def test_every_kind_of_image_is_answered_as_by_predict(server, finished, tmp_path):
+def test_every_kind_of_image_is_answered_as_by_predict(server, finished_vit, tmp_path):
     kinds = files()
     for number, content in enumerate(kinds.values()):
         (tmp_path / f"{number:02}").write_bytes(content)
     paths = sorted(map(str, tmp_path.iterdir()))
-    expected = predict_files(PredictConfig(str(finished), use_cpu=True), paths)
+    expected = predict_files(PredictConfig(str(finished_vit), use_cpu=True), paths)
     for kind, content, record in zip(kinds, kinds.values(), expected, strict=True):
         (result,) = json.loads(server.call("/predict", content)[2])["results"]
         assert result["label"] == record["label"], kind
@@ -133,14 +128,14 @@ def test_unknown_path_and_method(server):
     assert server.call("/livez")[0] == server.call("/readyz")[0] == 200
 
 
-def test_model_page_describes_model_and_limits(server, finished):
+def test_model_page_describes_model_and_limits(server, finished_vit):
     about = server.get("/model")
-    metrics = json.loads((finished / "metrics.json").read_text())
+    metrics = json.loads((finished_vit / "metrics.json").read_text())
     assert about["labels"] == ["across", "down"]
     assert about["metrics"]["validation"]["accuracy"] == metrics["validation"]["accuracy"]
     assert about["preprocessing"]["preprocessing"]["resize"] == [16, 16]
     assert about["limits"]["max_images"] == 8
-    assert str(finished) not in json.dumps(about)
+    assert str(finished_vit) not in json.dumps(about)
 
 
 def test_prometheus_accepts_the_metrics_and_they_count(server, pictures):
@@ -198,9 +193,9 @@ def test_reloading_by_http_needs_a_key(server):
     assert server.call("/admin/reload", b"")[0] == 403
 
 
-def test_key_is_required_and_never_logged(tmp_path, finished, pictures):
+def test_key_is_required_and_never_logged(tmp_path, finished_vit, pictures):
     image = pictures[0].read_bytes()
-    with serving(tmp_path, finished, env={"HF_CIFAR_API_KEY": KEY}) as server:
+    with serving(tmp_path, finished_vit, env={"HF_CIFAR_API_KEY": KEY}) as server:
         for path in ("/livez", "/readyz", "/docs", "/openapi.json", "/"):
             assert server.call(path)[0] == 200
         for path in ("/metrics", "/model"):
@@ -212,9 +207,9 @@ def test_key_is_required_and_never_logged(tmp_path, finished, pictures):
     assert KEY not in server.log.read_text() + server.requests.read_text()
 
 
-def test_model_is_replaced_without_losing_a_request(tmp_path, finished, pictures):
+def test_model_is_replaced_without_losing_a_request(tmp_path, finished_vit, pictures):
     copy = tmp_path / "run"
-    shutil.copytree(finished, copy)
+    shutil.copytree(finished_vit, copy)
     image, headers = pictures[0].read_bytes(), {"Authorization": f"Bearer {KEY}"}
     with serving(tmp_path, copy, env={"HF_CIFAR_API_KEY": KEY}) as server:
         old = server.get("/model", **headers)["model"]
@@ -239,8 +234,8 @@ def test_model_is_replaced_without_losing_a_request(tmp_path, finished, pictures
         assert server.call("/predict", image, **headers)[0] == 200
 
 
-def test_images_that_waited_too_long_are_not_computed(tmp_path, finished, pictures):
-    with serving(tmp_path, finished, "--timeout", "1") as server:
+def test_images_that_waited_too_long_are_not_computed(tmp_path, finished_vit, pictures):
+    with serving(tmp_path, finished_vit, "--timeout", "1") as server:
         (worker,) = server.workers
         worker.suspend()
         requests = [post(pictures[0].read_bytes())] * 3
@@ -280,9 +275,9 @@ def _saved(path, content):
     return str(path)
 
 
-def test_a_large_upload_gets_its_refusal(tmp_path, finished):
+def test_a_large_upload_gets_its_refusal(tmp_path, finished_vit):
     """The server closes the connection, but not before the client has read the answer."""
-    with serving(tmp_path, finished, env={"HF_CIFAR_API_KEY": KEY}) as server:
+    with serving(tmp_path, finished_vit, env={"HF_CIFAR_API_KEY": KEY}) as server:
         body = b"x" * 5_000_000
         for headers in ({}, {"Connection": "close"}):
             status, found, answer = server.call("/predict", body, **headers)
@@ -299,8 +294,8 @@ def test_a_large_upload_gets_its_refusal(tmp_path, finished):
         assert server.get("/model", **allowed)["labels"] == ["across", "down"]
 
 
-def test_every_worker_is_replaced(tmp_path, finished, pictures):
-    with serving(tmp_path, finished, "--workers", "2") as server:
+def test_every_worker_is_replaced(tmp_path, finished_vit, pictures):
+    with serving(tmp_path, finished_vit, "--workers", "2") as server:
         before = {worker.pid for worker in server.workers}
         server.workers[0].kill()
         server.process.send_signal(signal.SIGHUP)
@@ -334,20 +329,20 @@ def test_frames_of_a_gif_are_counted_from_its_blocks(frames):
         (["other"], "serve takes one model"),
     ],
 )
-def test_mistakes_are_found_before_the_model_is_loaded(flags, words, finished, capsys):
-    assert main(["serve", str(finished), *flags]) == 2
+def test_mistakes_are_found_before_the_model_is_loaded(flags, words, finished_vit, capsys):
+    assert main(["serve", str(finished_vit), *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
 
 
-def test_port_in_use_and_missing_model(server, finished, tmp_path, capsys):
-    assert main(["serve", str(finished), "--port", str(server.port)]) == 2
+def test_port_in_use_and_missing_model(server, finished_vit, tmp_path, capsys):
+    assert main(["serve", str(finished_vit), "--port", str(server.port)]) == 2
     assert f"cannot listen on 127.0.0.1:{server.port}" in capsys.readouterr().err
     assert main(["serve", str(tmp_path / "nothing")]) == 2
     assert main(["serve"]) == 2
 
 
-def test_the_process_that_answers_http_imports_no_torch(finished):
+def test_the_process_that_answers_http_imports_no_torch(finished_vit):
     code = "import sys, hf_cifar.serve.server; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    assert COMMAND[-1] == "serve" and Path(finished).is_dir()
+    assert COMMAND[-1] == "serve" and Path(finished_vit).is_dir()
