@@ -8,7 +8,8 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -74,6 +75,29 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit of open files and connections to what the system allows; 1,024 is common.
+    Does nothing on Windows, which has no such limit."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def on_hangup(loop: AbstractEventLoop, callback: Callable[[], object]) -> None:
+    """Call a function in an event loop at each SIGHUP. Does nothing on Windows, which has no such signal."""
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, callback)
+
+
+def ignore_signals() -> None:
+    """Let this process outlive the signals that a terminal sends to all its processes, and SIGTERM."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows lacks the last one
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:

@@ -22,7 +22,12 @@ set -e
 {sys.executable} -c "{LOOPBACK}"
 mount --bind "$MODEL" {MODEL}
 awk '{{print $5}}' /proc/self/mountinfo | sort -u | while read -r place; do
-    case "$place" in /proc*|/dev*|/sys*) ;; *) mount -o remount,ro,bind "$place" 2> /dev/null || true ;; esac
+    case "$place" in /proc*|/dev*|/sys*) continue ;; esac
+    # Refused while another program writes there.
+    for attempt in 1 2 3 4 5 6 7 8 9; do
+        if mount -o remount,ro,bind "$place" 2> /dev/null; then break; fi
+        sleep 0.1
+    done
 done
 mount -t tmpfs tmpfs /tmp
 mount -t proc proc /proc

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import hf_cifar
@@ -37,3 +39,13 @@ def test_no_other_module_calls_what_is_posix_alone():
         for path in Path(hf_cifar.__file__).parent.rglob("*.py")
     }
     assert [name for name, calls_in_file in found.items() if calls_in_file] == ["platform.py"]
+
+
+def test_the_limit_of_open_files_is_raised():
+    program = (
+        "import resource; from hf_cifar.platform import allow_open_files\n"
+        "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); allow_open_files()\n"
+        "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.util
 import logging
 import math
@@ -17,6 +16,7 @@ import uvicorn
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.serving import ServeConfig
 from hf_cifar.errors import UserError
+from hf_cifar.platform import allow_open_files, on_hangup
 from hf_cifar.serve.app import Service, create_app
 from hf_cifar.serve.gate import Gate
 from hf_cifar.serve.protocol import limited_protocol
@@ -37,7 +37,7 @@ def serve(predict: PredictConfig, config: ServeConfig) -> None:
     log.propagate, log.handlers = False, [logging.StreamHandler(sys.stdout)]
     log.setLevel(logging.INFO)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # requests that are not HTTP
-    _allow_connections()
+    allow_open_files()
     factory = None
     if importlib.util.find_spec("uvloop") is not None:  # not on Windows
         import uvloop
@@ -66,9 +66,7 @@ async def _serve(predict: PredictConfig, config: ServeConfig, listener: socket.s
     app = create_app(service)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     server = Server(service, Gate(app, service, paths))
-    if hasattr(signal, "SIGHUP"):
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, lambda: workers.background(_reload(workers)))
+    on_hangup(asyncio.get_running_loop(), lambda: workers.background(_reload(workers)))
     host, port = listener.getsockname()[:2]
     logger.info(
         "serving %s at http://%s:%d; API documentation at /docs; Ctrl-C stops the server",
@@ -128,12 +126,3 @@ class Server(uvicorn.Server):
 
     def _exit(self) -> None:
         self.should_exit = True
-
-
-def _allow_connections() -> None:
-    """Raise the number of files, and so of connections, to what the system allows; 1,024 is common."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

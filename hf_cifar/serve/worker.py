@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -37,6 +36,7 @@ from hf_cifar.logs import quieten
 from hf_cifar.models.exported import read_onnx
 from hf_cifar.models.files import model_folder
 from hf_cifar.models.problem_type import thresholds_of
+from hf_cifar.platform import ignore_signals
 from hf_cifar.predict import Predictor
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.serve import frames
@@ -277,9 +277,7 @@ def main(descriptor: int) -> None:
     """Answer frames until the input ends, which it does when the server ends in any way. descriptor: of the
     output."""
     # The server decides when a worker ends; a terminal sends its signals to all processes.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows lacks the last one
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ignore_signals()
     output = os.fdopen(descriptor, "wb")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     quieten(True)

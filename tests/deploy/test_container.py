@@ -135,7 +135,7 @@ def test_the_command_of_the_image_serves_read_only_as_process_1_and_drains(
         assert health_check(running)  # not ready, but it still answers
         assert ask(running, image) == answer
         assert running.process.wait(30) == 0, running.log.read_text()
-    assert "every accepted request was answered" in running.log.read_text()
+    assert "all accepted requests were answered" in running.log.read_text()
 
 
 @pytest.mark.slow
