@@ -19,12 +19,11 @@ from hf_cifar.config.serving import ServeConfig
 from hf_cifar.errors import UserError
 from hf_cifar.serve.app import Service, create_app
 from hf_cifar.serve.gate import Gate
+from hf_cifar.serve.listener import listening, url_of
 from hf_cifar.serve.protocol import limited_protocol
 from hf_cifar.serve.workers import Workers
-from hf_cifar.text import one_line
 
 logger = logging.getLogger(__name__)
-BACKLOG = 2048  # connections that the system accepts before the server does
 KEEP_ALIVE_SECONDS = (
     75  # longer than the 60 of common load balancers, which close the connection first
 )
@@ -49,18 +48,6 @@ def serve(predict: PredictConfig, config: ServeConfig) -> None:
         runner.run(_serve(predict, config, listener))
 
 
-def listening(config: ServeConfig) -> socket.socket:
-    """Open the port. Raises: UserError if another program has it, or this machine has no such address."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {config.host}:{config.port}: {one_line(error.strerror or error)}; pass "
-            "another --port or --host"
-        ) from None
-
-
 async def _serve(predict: PredictConfig, config: ServeConfig, listener: socket.socket) -> None:
     workers = Workers(predict, config)
     await workers.start()
@@ -71,10 +58,9 @@ async def _serve(predict: PredictConfig, config: ServeConfig, listener: socket.s
     if hasattr(signal, "SIGHUP"):
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, lambda: server.start(_reload(workers)))
-    host, port = listener.getsockname()[:2]
     logger.info(
-        "serving %s at http://%s:%d; the interface is described at /docs; Ctrl-C ends it",
-        workers.about["version"], f"[{host}]" if ":" in host else host, port,
+        "serving %s at %s; the interface is described at /docs; Ctrl-C ends it",
+        workers.about["version"], url_of(listener),
     )  # fmt: skip
     await server.serve(sockets=[listener])
     await workers.close()
