@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 KEPT_SECONDS = 600  # of an uploaded file
 MAX_WAITING = 64  # predictions
 # Gradio's own would be fetched from Google.
-STYLE = "#picture img { width: 100%; height: 100%; object-fit: contain; }"  # also of small pictures
+STYLE = ".whole img { width: 100%; height: 100%; object-fit: contain; }"  # also of small pictures
 COLUMN_PIXELS = (
     240  # at least, so that a picture and two models are side by side on a screen of 1200
 )
@@ -57,7 +57,7 @@ def serve_demo(
         server = uvicorn.Server(
             uvicorn.Config(
                 Guard(app, config.max_bytes), log_level="critical", ws="none", server_header=False,
-                timeout_graceful_shutdown=1,
+                timeout_graceful_shutdown=1, loop="asyncio",
             )
         )  # fmt: skip
         server.run(sockets=[port])
@@ -84,23 +84,24 @@ def build_page(models: Mapping[str, Predictor], examples: Sequence[Path]) -> gr.
                     type="filepath", image_mode=None, label="Picture", height=320,
                     sources=["upload", "webcam", "clipboard"],
                     webcam_options=gr.WebcamOptions(mirror=False), buttons=["fullscreen"],
-                    elem_id="picture",
+                    elem_classes="whole",
                 )  # fmt: skip
                 with_map = gr.Checkbox(
                     label="Heat map", info="The pixels that support the answer (Grad-CAM)",
                     visible=any(each.available for each in heatmaps.values()),
                 )  # fmt: skip
-                if examples:
-                    gr.Examples([str(path) for path in examples], image, label="Examples")
             for name, predictor in models.items():
                 with gr.Column(min_width=COLUMN_PIXELS):
                     outputs.append(gr.Label(label=name, num_top_classes=predictor.top_k))
                     outputs.append(
                         gr.Image(
                             label=f"Heat map of {name}", visible=False, interactive=False, height=320,
-                            buttons=["fullscreen", "download"],
+                            buttons=["fullscreen", "download"], elem_classes="whole",
                         )
                     )  # fmt: skip
+
+        if examples:
+            gr.Examples([str(path) for path in examples], image, label="Examples")
 
         def answer(path: str | None, with_map: bool) -> list[Any]:
             found: list[Any] = []
