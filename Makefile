@@ -57,7 +57,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 
 # About 30 minutes; photos: 15. Run nothing else meanwhile.
 bench: $(VENV)/installed
-	for name in data training settings evaluation head scaling checkpoint photos serving; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in data training settings evaluation head scaling checkpoint photos exported serving batch_prediction; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.table
 
 clean:

@@ -1,4 +1,4 @@
-"""A client that loads a server on this machine, and costs little itself: raw HTTP over kept connections."""
+"""A load generator with little overhead of its own: raw HTTP over persistent connections."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ class Client:
 async def closed_loop(
     port: int, requests: Sequence[bytes], clients: int, seconds: float | None = None
 ) -> list[Reply]:
-    """Send requests from clients of which each waits for its answer: each request once, in order, or, for
-    some seconds, in turns."""
+    """Send requests from clients that each wait for their answer: every request once, in order, or, given
+    seconds, in rotation until the time is up."""
     client, replies = Client(port), [Reply(0, 0, LOST, b"")] * len(requests)
     numbers = itertools.count()
     start = time.perf_counter()

@@ -1,82 +1,159 @@
-"""Prediction speed of an exported file: `predict` with ONNX and with torch, `pipeline`, and the bare runtime.
+"""The server under open-loop load: goodput at p99 <= 100 ms, compared with LitServe and plain FastAPI.
 
-python -m benchmarks.serving [--run RUN --images FOLDER] [--rounds 3]
+python -m benchmarks.serving [--run RUN --images FOLDER] [--rounds 3] [--seconds 5]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
+import psutil
 
-from benchmarks.evaluation import (
-    IMAGE_SIZE,
-    MODEL,
-    NUM_IMAGES,
-    Found,
-    compare_peers,
-    ours,
-    run_on_files,
-    theirs,
-)
+from benchmarks.evaluation import MODEL, run_on_files
+from benchmarks.exported import bare
+from benchmarks.load import closed_loop, form, open_loop, post, quantile, run
+from benchmarks.measure import ROOT, compare
 from benchmarks.peers import small_pictures
 from benchmarks.turns import CONTEXT
-from hf_cifar import PredictConfig
 from hf_cifar.config.deployment import ExportConfig
 from hf_cifar.data.listing import list_images
 from hf_cifar.deploy.export import export_run
-from hf_cifar.models.exported import PIXEL_VALUES, read_onnx, session_of
-from hf_cifar.runs.folder import RunFolder
-from hf_cifar.threads import map_in_threads
 
-PIPELINE_BATCH = 16  # its best in benchmarks.evaluation
+LIMIT = 0.1  # seconds, of p99
+CLIENTS, STEP = 32, 1.1  # of the load that finds the capacity; between the rates that are tried
+NUM_IMAGES, IMAGE_SIZE = 500, 96
 
 
-def bare(in_threads: bool, num_images: int, file: str) -> Found:
-    """Run ready tensors through ONNX Runtime: an upper bound. in_threads: a batch on each core, as `predict`
-    does; else the runtime divides each batch among all cores."""
-    content, notes = read_onnx(file)
-    num_threads, size = torch.get_num_threads(), PredictConfig.batch_size
-    session = session_of(content, 1 if in_threads else num_threads)
-    generator = np.random.default_rng(0)
-    pixel_values = generator.normal(size=(size, 3, *notes["input_size"])).astype(np.float32)
+def free_port() -> int:
+    """Return a port that no program uses at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
-    def computed(num_batches: int) -> int:
-        batches = [pixel_values] * num_batches
-        work = partial(session.run, None)
-        found = map_in_threads(
-            lambda batch: work({PIXEL_VALUES: batch}), batches, num_threads if in_threads else 1
+
+def ours(model: str, *flags: str) -> Callable[[int], list[str]]:
+    """Return the command line of our server, given a port."""
+    start = [
+        sys.executable,
+        "-c",
+        "from hf_cifar.cli import run; run()",
+        "serve",
+        model,
+        "--use_cpu",
+    ]
+    return lambda port: [*start, "--port", str(port), *flags]
+
+
+def peer(name: str, model: str) -> Callable[[int], list[str]]:
+    """Return the command line of another server, given a port."""
+    start = [sys.executable, "-m", f"benchmarks.serving_{name}", model]
+    return lambda port: [*start, str(port)]
+
+
+@contextlib.contextmanager
+def started(command: Callable[[int], list[str]], request: bytes) -> Iterator[int]:
+    """Start a server, wait for its first answer, yield its port, and end it with all its processes."""
+    port = free_port()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command(port),
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
-        return size * len(list(found))
+        try:
+            while True:
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(log.read().decode()[-2000:])
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    replies = run(lambda: closed_loop(port, [request], 1))
+                    if replies[0].status == 200:
+                        break
+                time.sleep(0.2)
+            yield port
+        finally:
+            with contextlib.suppress(psutil.Error):
+                children = psutil.Process(process.pid).children(recursive=True)
+                for each in children:
+                    each.kill()
+            process.kill()
+            process.wait()
 
-    computed(num_threads)
-    start = time.perf_counter()
-    done = computed(max(1, num_images // size))
-    return done / (time.perf_counter() - start), []
+
+def goodput(port: int, requests: Sequence[bytes], seconds: float) -> float:
+    """Return the answers per second within `LIMIT`, at the highest rate at which 99% of requests meet it.
+
+    The search starts at the closed-loop throughput, and steps up while the limit holds, or down until it
+    does.
+    """
+    closed = run(lambda: closed_loop(port, requests, CLIENTS, seconds=seconds))
+    rate, found = sum(reply.status == 200 for reply in closed) / seconds, 0.0
+    direction = 0
+    while rate > 1:
+        replies = run(partial(open_loop, port, requests, rate, seconds))
+        good = [r.seconds for r in replies if r.status == 200 and r.seconds <= LIMIT]
+        holds = len(good) >= 0.99 * len(replies)
+        print(
+            f"  {rate:.0f} requests/s: {len(good) / seconds:.0f} answers/s within {1000 * LIMIT:.0f} ms, p99 "
+            f"{1000 * quantile([r.seconds for r in replies], 0.99):.0f} ms",
+            flush=True,
+        )
+        if holds:
+            found = max(found, len(good) / seconds)
+        if direction == 0:
+            direction = 1 if holds else -1
+        elif holds != (direction == 1):
+            return found
+        rate = rate * STEP if direction == 1 else rate / STEP
+    return found
 
 
-def compare_served(
-    run: str, images: str, *, rounds: int = 3, folder: Path | None = None
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Export a run, and classify a folder of images with both, see `evaluation.compare_peers`."""
-    count = len(list_images(images)[0])
-    with tempfile.TemporaryDirectory() as temporary:
+def measured(command: Callable[[int], list[str]], images: Sequence[bytes], seconds: float) -> float:
+    """Start a server, and measure its goodput with forms of one image, as browsers and curl send them."""
+    requests = [post(body, content_type=kind) for body, kind in map(form, images)]
+    with started(command, requests[0]) as port:
+        run(lambda: closed_loop(port, requests, CLIENTS, seconds=2))  # warm up
+        return goodput(port, requests, seconds)
+
+
+def compare_servers(
+    model: str, images: str, *, rounds: int = 3, seconds: float = 5, folder: Path | None = None
+) -> dict[str, list[float]]:
+    """Compare servers of a run with each other, and with the network alone, which no server exceeds."""
+    files = [Path(path).read_bytes() for path in list_images(images)[0][:NUM_IMAGES]]
+    with tempfile.TemporaryDirectory() as temporary, CONTEXT.Pool(1) as process:
         file = str(Path(temporary, "model.onnx"))
-        export_run(run, ExportConfig(output=file, parity_images=0))
-        peers = {
-            "predict, ONNX": partial(ours, file, images),
-            "predict, torch": partial(ours, run, images),
-            "pipeline": partial(theirs, PIPELINE_BATCH, run, images),
-            "bare ONNX Runtime, a batch on each core": partial(bare, True, count, file),
-            "bare ONNX Runtime, all cores for a batch": partial(bare, False, count, file),
+        export_run(model, ExportConfig(output=file, parity_images=0))
+        servers = {
+            "hf-cifar serve, ONNX": ours(file),
+            "hf-cifar serve, run": ours(model),
+            "FastAPI, pipeline": peer("plain", model),
         }
-        name = RunFolder(run).options()["model_name_or_path"].split("/")[-1].removeprefix("tf_")
-        return compare_peers(f"prediction, exported {name}", peers, count, rounds, folder)
+        if importlib.util.find_spec("litserve") is None:
+            print("LitServe is left out; it needs: pip install litserve")
+        else:
+            servers["LitServe"] = peer("litserve", model)
+        variants: dict[str, Callable[[], float]] = {
+            name: partial(measured, command, files, seconds) for name, command in servers.items()
+        }
+        variants["bare ONNX Runtime"] = lambda: process.apply(bare, (True, 2000, file))[0]
+        return compare(
+            "serving", variants, "answers/s", rounds, folder,
+            p99_limit_ms=1000 * LIMIT, seconds=seconds, loop="open", bytes_per_image=len(files[0]),
+        )  # fmt: skip
 
 
 def main() -> None:
@@ -85,16 +162,17 @@ def main() -> None:
     parser.add_argument("--run", help="folder of a run; default: train one")
     parser.add_argument("--images", help="folder of images for the run")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5, help="for each rate")
     options = parser.parse_args()
     if (options.run is None) != (options.images is None):
         parser.error("--run and --images belong together")
     CONTEXT.set_forkserver_preload(["benchmarks.serving"])
     with tempfile.TemporaryDirectory() as folder:
-        run, images = options.run, options.images
-        if run is None:
+        model, images = options.run, options.images
+        if model is None:
             pictures = str(small_pictures(Path(folder, "data"), NUM_IMAGES))
-            run, images, _ = run_on_files(pictures, MODEL, IMAGE_SIZE, 80, Path(folder))
-        compare_served(run, images, rounds=options.rounds)
+            model, images, _ = run_on_files(pictures, MODEL, IMAGE_SIZE, 80, Path(folder))
+        compare_servers(model, images, rounds=options.rounds, seconds=options.seconds)
 
 
 if __name__ == "__main__":

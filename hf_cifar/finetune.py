@@ -31,6 +31,7 @@ from hf_cifar.report.card import card_for, save_card
 from hf_cifar.runs.energy import measured_energy
 from hf_cifar.runs.folder import write_json
 from hf_cifar.runs.lock import sole_run
+from hf_cifar.runs.resume import with_restarts
 from hf_cifar.runs.signals import deferred_signals
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.cleaning import clean_labels
@@ -112,11 +113,11 @@ def requested(model: Any, dataset: Any, options: dict[str, Any]) -> tuple[RunCon
     config = model if isinstance(model, RunConfig) else RunConfig()
     if not isinstance(model, (RunConfig, type(None))):
         options = {"model_name_or_path": model, **options}
-    if isinstance(dataset, DataSource):
-        return config.with_options(**options), dataset
-    if dataset is not None:
+    if dataset is not None and not isinstance(dataset, DataSource):
         options = {"dataset_name": dataset, **options}
-    config = config.with_options(**options)
+    config = with_restarts(config.with_options(**options))
+    if isinstance(dataset, DataSource):
+        return config, dataset
     return config, DataSource(config.data)
 
 

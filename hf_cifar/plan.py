@@ -28,7 +28,7 @@ from hf_cifar.models.kernels import has_fused_attention
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.folder import RunFolder, write_json
 from hf_cifar.runs.processes import Processes, is_sharded, start_processes
-from hf_cifar.runs.resume import run_to_resume, with_options_of
+from hf_cifar.runs.resume import BATCH, run_to_resume, with_batch_of, with_options_of
 from hf_cifar.text import duration
 from hf_cifar.training.autotune import Setting, pick_setting
 from hf_cifar.training.build import build_sampler, check_balance
@@ -68,8 +68,14 @@ class Plan:
         return RunFolder(self.config.train.output_dir)
 
     def save(self) -> None:
-        """Write the settled options and the race into the folder of the run."""
-        self.folder.save_config(self.config)
+        """Write the settled options, the images per step and the race into the folder of the run.
+
+        The options keep the requested batch: other numbers of processes only divide it differently.
+        """
+        asked = {name: getattr(self.requested.train, name) for name in BATCH}
+        self.folder.save_config(self.config.with_training(**asked))
+        images = images_a_step(self.config.train, self.processes)
+        write_json(self.folder.batch_path, {"images_per_step": images})
         if self.race is not None:
             write_json(self.folder.race_path, self.race)
 
@@ -92,7 +98,9 @@ def plan_run(
     check_balance(splits, config.train)
     processes, before = start_processes(config), config_before(config.train)
     checkpoint = find_checkpoint(config.train)
+    devices = processes.count * processes.num_devices
     resumed = with_options_of(before, config)
+    resumed = with_batch_of(run_to_resume(config.train), resumed, devices)
     train = resumed.train
     preprocessing = Preprocessing.from_image_processor(image_processor)
     check = settle_check(resumed, splits, preprocessing, processes)

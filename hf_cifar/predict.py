@@ -21,9 +21,11 @@ from hf_cifar.config.model import is_exported
 from hf_cifar.data.listing import list_images, render_left_out
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
+from hf_cifar.models.fingerprint import model_hash
 from hf_cifar.models.folding import fold_norms
 from hf_cifar.models.problem_type import is_multi_label, thresholds_of
 from hf_cifar.preprocessor import Preprocessor
+from hf_cifar.runs.processes import local_gpu
 from hf_cifar.threads import map_in_threads
 from hf_cifar.training.memory import keep_freed_memory
 
@@ -46,34 +48,26 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     predictor = Predictor(config)
 
     def records(batch: Sequence[Path]) -> list[dict[str, Any]]:
-        images = [_decoded(file, predictor.preprocessor) for file in batch]
-        readable = [image for image in images if not isinstance(image, UserError)]
-        rows = iter(predictor.scores(readable) if readable else ())
-        return [
-            {"path": str(file), "error": str(image)}
-            if isinstance(image, UserError)
-            else {"path": str(file), **predictor.record(next(rows))}
-            for file, image in zip(batch, images, strict=True)
-        ]
+        found = zip(batch, predictor.records(batch), strict=True)
+        return [{"path": str(file), **record} for file, record in found]
 
-    num_threads = min(MAX_THREADS, torch.get_num_threads(), len(files))
+    num_threads = min(predictor.num_threads, len(files))
     at_once = min(config.batch_size, math.ceil(len(files) / num_threads))
     batches = [files[start : start + at_once] for start in range(0, len(files), at_once)]
     yield from chain.from_iterable(map_in_threads(records, batches, num_threads))
 
 
 class Predictor:
-    """A saved model, ready to predict in several threads at once.
+    """A saved model, ready to classify images. Threads may use it at the same time.
 
-    Raises: UserError for an unknown model, or options that do not fit the device.
+    Raises: UserError for an unknown model.
     """
 
     def __init__(self, config: PredictConfig) -> None:
         exported = is_exported(config.model_name_or_path)  # runs on the CPU
         on_gpu = torch.cuda.is_available() and not (config.use_cpu or exported)
-        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self.device = torch.device("cuda", local_gpu()) if on_gpu else torch.device("cpu")
         self.dtype = _autocast_dtype(config, self.device)
-        self.top_k = config.top_k
         if self.device.type == "cpu":
             keep_freed_memory()
         model, self.image_processor = load_classifier(
@@ -82,16 +76,38 @@ class Predictor:
             trust_remote_code=config.trust_remote_code,
         )
         self.preprocessor = Preprocessor.of(model, self.image_processor, config.max_image_pixels)
-        self._multi_label = is_multi_label(model)
+        self.model_hash = model_hash(model, self.preprocessor.preprocessing.to_dict())
+        self.multi_label, self.top_k = is_multi_label(model), config.top_k
         # Folded on the CPU: on a GPU, rounding of convolutions would hide a change of the logits.
         noise = torch.Generator().manual_seed(0)
         size = self.preprocessor.preprocessing.size
         model = fold_norms(model, torch.randn(2, 3, *size, generator=noise))
-        self._memory_format = torch.contiguous_format if exported else torch.channels_last
-        self.model = model.to(self.device, memory_format=self._memory_format).eval()
+        self._levels = self.preprocessor.preprocessing.levels(self.device)
+        self.memory_format = torch.contiguous_format if exported else torch.channels_last
+        self.model = model.to(self.device, memory_format=self.memory_format).eval()
         # A GPU computes one batch at a time, to limit memory, while the next batches are decoded.
         on_cpu = self.device.type == "cpu"
         self._device_lock = contextlib.nullcontext() if on_cpu else threading.Lock()
+        self.num_threads = min(MAX_THREADS, torch.get_num_threads())
+
+    def records(self, images: Sequence[Any]) -> list[dict[str, Any]]:
+        """Classify images of any kind that `Preprocessor.decode` takes, as a batch of the readable ones.
+
+        A record is as in `predict_files`, without its path.
+        """
+        decoded = [self._decoded(image) for image in images]
+        readable = [image for image in decoded if not isinstance(image, UserError)]
+        rows = iter(self.scores(readable) if readable else ())
+        return [
+            {"error": str(image)} if isinstance(image, UserError) else self.record(next(rows))
+            for image in decoded
+        ]
+
+    def _decoded(self, image: Any) -> np.ndarray | UserError:
+        try:
+            return self.preprocessor.decode(image)
+        except UserError as error:
+            return error
 
     def scores(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """Compute the scores [N, K], 0..1, of decoded images [H, W, 3] uint8."""
@@ -109,15 +125,15 @@ class Predictor:
         """Compute the scores [N, K] of what `view` returned."""
         with self._device_lock:
             pixels = torch.from_numpy(np.stack(views)).to(self.device).permute(0, 3, 1, 2)
-            return self._scores(self.preprocessor.preprocessing.normalize(pixels))
+            return self._scores(self._levels(pixels))
 
     @torch.inference_mode()
     def _scores(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        pixel_values = pixel_values.contiguous(memory_format=self._memory_format)
+        pixel_values = pixel_values.contiguous(memory_format=self.memory_format)
         enabled = self.dtype is not torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=enabled):
             logits = self.model(pixel_values=pixel_values).logits
-        return (logits.double().sigmoid() if self._multi_label else logits.float().softmax(1)).cpu()
+        return (logits.double().sigmoid() if self.multi_label else logits.float().softmax(1)).cpu()
 
     def record(self, scores: torch.Tensor) -> dict[str, Any]:
         """Render the scores [K] of one image, see `predict_files`."""
@@ -130,13 +146,6 @@ def _autocast_dtype(config: PredictConfig, device: torch.device) -> torch.dtype:
             "--fp16 needs a GPU, and none is in use; use --bf16 instead, or leave it out"
         )
     return torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else torch.float32
-
-
-def _decoded(file: Path, preprocessor: Preprocessor) -> np.ndarray | UserError:
-    try:
-        return preprocessor.decode(file)
-    except UserError as error:
-        return error
 
 
 def expand_paths(paths: Sequence[str]) -> list[Path]:

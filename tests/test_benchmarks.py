@@ -13,8 +13,10 @@ from tiny import tiny_run
 
 from benchmarks import (
     accuracy,
+    batch_prediction,
     checkpoint,
     correctness,
+    exported,
     gpu,
     measure,
     noise,
@@ -131,11 +133,28 @@ def test_a_range_test_suggests_the_steepest_descent_and_a_tenth_of_the_minimum()
 
 def test_every_way_to_serve_gives_the_same_labels(tmp_path, stripes, tiny_vit):
     tiny_run(tmp_path / "run", stripes, tiny_vit, "--probe_images", "0")
-    speeds, same = serving.compare_served(
+    speeds, same = exported.compare_served(
         str(tmp_path / "run"), str(stripes / "test"), rounds=1, folder=tmp_path / "results"
     )
     assert len(speeds) == 5
     assert same == {"predict, torch": 1.0, "pipeline": 1.0}
+
+
+def test_servers_are_compared_under_load(tmp_path, stripes, tiny_vit):
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--probe_images", "0")
+    rates = serving.compare_servers(
+        str(tmp_path / "run"), str(stripes / "test"), rounds=1, seconds=0.5, folder=tmp_path
+    )
+    assert {"hf-cifar serve, ONNX", "hf-cifar serve, run", "FastAPI, pipeline"} <= set(rates)
+    assert all(rate > 0 for (rate,) in rates.values())
+
+
+def test_two_processes_predict_what_one_does(tmp_path, stripes, tiny_vit):
+    tiny_run(tmp_path / "run", stripes, tiny_vit, "--probe_images", "0")
+    speeds = batch_prediction.compare_processes(
+        str(tmp_path / "run"), str(stripes), 102, rounds=1, folder=tmp_path / "results"
+    )
+    assert list(speeds) == ["2 processes", "1 process"]
 
 
 def test_every_peer_trains(tmp_path):

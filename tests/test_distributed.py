@@ -257,3 +257,65 @@ def test_adapters_of_two_processes_are_those_of_one(tmp_path, stripes, tiny_vit)
         assert one.keys() == two.keys()
         for name in one:
             assert torch.allclose(one[name], two[name], atol=2e-4), name
+
+
+def test_a_run_resumes_on_another_number_of_processes(tmp_path, stripes, tiny_vit):
+    """From one process to two, and back: the same images and augmentation, equal to float rounding if the
+    batch of a process stays, and the line that says what changed."""
+    from safetensors.torch import load_file
+
+    # The last --per_device_train_batch_size counts.
+    flags = ("--flip", "0.5", "--crop_padding", "0.125", "--per_device_train_batch_size", "4")
+    flags += ("--resume_from_checkpoint", "last", "--save_total_limit", "9", "--precision", "fp32")
+    both = tmp_path / "both"
+    done = launch(both, stripes, tiny_vit, 2, *flags)
+    assert done.returncode == 0, done.stderr
+    expected, folder = load_file(both / "model.safetensors"), tmp_path / "one"
+    shutil.copytree(both, folder)
+    shutil.rmtree(folder / "checkpoint-18")
+    done = launch(folder, stripes, tiny_vit, 1, *flags)
+    assert done.returncode == 0, done.stderr
+    line = "--gradient_accumulation_steps 2 instead of 1, so that a step still has 8 images"
+    assert f"resuming with 1 process instead of 2: {line}" in done.stderr
+    for name, value in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-4)
+    assert log_of(folder, "loss")[9:] == pytest.approx(log_of(both, "loss")[9:], rel=2e-3)
+    shutil.rmtree(folder / "checkpoint-18")
+    done = launch(folder, stripes, tiny_vit, 2, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "instead of" not in done.stderr
+    assert json.loads((folder / "run.json").read_text())["processes"] == 2
+    assert (folder / "model.safetensors").read_bytes() == (both / "model.safetensors").read_bytes()
+
+
+def test_a_run_of_one_process_resumes_with_two(runs, tmp_path, stripes, tiny_vit):
+    """The second process has no random state in the checkpoint, and each has half of the batch."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(runs / "1", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-18")
+    flags = ("--per_device_train_batch_size", "8", "--resume_from_checkpoint", "last")
+    done = launch(tmp_path / "run", stripes, tiny_vit, 2, *flags)
+    assert done.returncode == 0, done.stderr
+    line = "--per_device_train_batch_size 4 instead of 8, so that a step still has 8 images"
+    assert f"resuming with 2 processes instead of 1: {line}" in done.stderr
+    one, two = (load_file(f / "model.safetensors") for f in (runs / "1", tmp_path / "run"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-4)
+
+
+def test_a_step_that_cannot_be_divided_is_refused(tmp_path, stripes, tiny_vit):
+    flags = (
+        "--per_device_train_batch_size",
+        "3",
+        "--resume_from_checkpoint",
+        "last",
+        "--precision",
+        "fp32",
+    )
+    done = launch(tmp_path / "run", stripes, tiny_vit, 1, *flags)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "run" / "run.json").unlink()
+    done = launch(tmp_path / "run", stripes, tiny_vit, 2, *flags)
+    assert done.returncode != 0
+    assert "has 3 images, which 2 processes cannot share equally; start 1 instead" in done.stderr

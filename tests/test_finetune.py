@@ -69,7 +69,7 @@ def test_a_run_writes_all_documented_files(vit_run):
     names = {path.name for path in vit_run.iterdir() if not path.name.startswith("checkpoint")}
     assert names == {
         "config.json", "model.safetensors", "preprocessor_config.json", "config.yaml", "metrics.json",
-        "predictions", "run.json", "README.md",
+        "predictions", "run.json", "batch.json", "README.md",
     }  # fmt: skip
     assert not list(vit_run.rglob("training_args.bin"))
     modes = {(vit_run / name).stat().st_mode for name in ("model.safetensors", "metrics.json")}

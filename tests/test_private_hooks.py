@@ -92,7 +92,12 @@ def names():
                     used.add(name)
                 case ast.ImportFrom(module=str(module)) if not module.startswith("hf_cifar"):
                     used |= {alias.name for alias in node.names} | set(module.split("."))
-                case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+                case (
+                    ast.FunctionDef(name=name)
+                    | ast.AsyncFunctionDef(name=name)
+                    | ast.ClassDef(name=name)
+                    | ast.arg(arg=name)
+                ):
                     defined.add(name)
                 case ast.Name(id=name, ctx=ast.Store()):
                     defined.add(name)

@@ -14,7 +14,7 @@ from hf_cifar.hub.reach import looks_like_path
 from hf_cifar.models.names import check_model_name
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process
-from hf_cifar.runs.resume import check_folder
+from hf_cifar.runs.resume import check_folder, with_restarts
 
 if TYPE_CHECKING:
     from hf_cifar.finetune import RunResult
@@ -35,7 +35,7 @@ def finetune(argv: Sequence[str]) -> int:
         print_help(everything="--help_all" in argv)
         return 0
     job, argv = split_job_options(argv)
-    config = RunConfig.parse(argv)
+    config = with_restarts(RunConfig.parse(argv))
     if job.job != "hf_jobs":
         check_folder(config)
     model = config.model
@@ -60,21 +60,18 @@ def finetune(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMAND = Command("fine-tune a pretrained classifier", finetune)
-
-
 def submit(job: JobConfig, config: RunConfig, argv: Sequence[str]) -> int:
     """Submit the command instead of running it here, after checking what can be checked here."""
-    from hf_cifar.deploy.job import check_job
+    from hf_cifar.jobs.job import check_job
 
     check_job(config)
     if looks_like_path(config.data.dataset_name):
         open_source(config.data, ["train", "validation"])
     if job.job == "hf_jobs":
-        from hf_cifar.deploy.hf_jobs import submit_hf_jobs
+        from hf_cifar.jobs.hf_jobs import submit_hf_jobs
 
         return submit_hf_jobs(config, job)
-    from hf_cifar.deploy.slurm import submit_slurm
+    from hf_cifar.jobs.slurm import submit_slurm
 
     runs = [config]
     if config.train.seeds > 1:
@@ -115,3 +112,6 @@ print(classify("image.png"))"""
 
 def _custom_code(result: RunResult) -> str:
     return ", trust_remote_code=True" if any(result.output_dir.glob("*.py")) else ""
+
+
+COMMAND = Command("fine-tune a pretrained classifier", finetune)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,6 +51,61 @@ class PredictConfig:
 
 
 MOVED_DATA = "Where the run's data is now, if it has moved; default: where the run read it."
+
+
+@dataclass(frozen=True)
+class BatchPredictionConfig:
+    """Which data set to classify as a whole, and where the table of predictions goes."""
+
+    _argument_group_name = "batch prediction"
+
+    dataset_name: str | None = option(
+        None,
+        "Classify a data set of any size into --output, instead of files: a folder or archive of images, "
+        "Parquet files, a saved data set or a Hub id; labels are not needed.",
+    )
+    dataset_config_name: str | None = option(
+        None, "Configuration of a data set that has more than one."
+    )
+    image_column_name: str | None = option(
+        None, "Image column; default: found by its type or name."
+    )
+    split: str | None = option(None, "Split to classify; default: all, one after another.")
+    output: str | None = option(
+        None,
+        "Folder for the predictions, in Parquet files of 1,000 rows. Repeat the command to continue, in "
+        "multiple processes at once if wanted.",
+    )
+    shard: str | None = option(
+        None,
+        "i/N, i from 0: classify the i-th of N equal shares. Processes of accelerate launch divide the "
+        "share further.",
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.dataset_name is None:
+            given = [name for name, value in vars(self).items() if value is not None]
+            if given:
+                raise UserError(
+                    f"--{given[0]} is for a data set; pass --dataset_name too, or leave it out"
+                )
+        elif self.output is None:
+            raise UserError("--output is missing; pass a folder for the predictions")
+        _ = self.share
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Return the number of the share and the number of shares, (0, 1) by default."""
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard or "0/1")
+        index, count = map(int, match.groups()) if match else (0, 0)
+        if index >= count:
+            raise UserError(
+                f"--shard is {self.shard}; pass i/N with i from 0 to N - 1, such as 0/4 to 3/4"
+            )
+        return index, count
+
+
 # How the file of each format ends; a folder for a server has no ending.
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "openvino": ".xml", "server": ""}
 
@@ -120,6 +176,11 @@ class PushConfig:
     private: bool = option(True, "Make a new repository private; an existing one stays as it is.")
     revision: str | None = option(
         None, "Branch to push to, created from main if it does not exist; default: main."
+    )
+    handler: bool = option(
+        False,
+        "Write handler.py into the run and push it: with it, Hugging Face Inference Endpoints answers as "
+        "hf-cifar predict does.",
     )
 
     def __post_init__(self) -> None:

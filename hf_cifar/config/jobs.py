@@ -34,12 +34,13 @@ class JobConfig:
     job: Literal["hf_jobs", "slurm"] | None = _option(
         None,
         "Run the command elsewhere: hf_jobs, on a machine of Hugging Face, with local data and models "
-        "uploaded to a private repository and the result pushed to --hub_model_id; slurm, on the cluster of "
-        "this machine, with --seeds as an array.",
+        "uploaded to a private repository and the result pushed to --hub_model_id; slurm, on the cluster "
+        "that this machine belongs to, with --seeds as an array.",
     )
     flavor: str | None = _option(
         None,
-        "Hardware of HF Jobs, for example a10g-small; hf jobs hardware lists it. Required there.",
+        "Hardware of HF Jobs, for example a10g-small; hf jobs hardware lists the choices. Required with "
+        "--job hf_jobs.",
     )
     job_timeout: str | None = _option(
         None, "Longest time of the job on HF Jobs, for example 90m or 2d; default: 6h."
@@ -61,12 +62,12 @@ class JobConfig:
             )
         if self.job == "hf_jobs" and not self.flavor:
             raise UserError(
-                "--flavor is missing; pass the hardware of the job, for example a10g-small, see: hf jobs "
-                "hardware"
+                "--flavor is missing; pass the hardware of the job, for example a10g-small; hf jobs "
+                "hardware lists the choices"
             )
         if self.job_timeout is not None and not TIME.fullmatch(self.job_timeout):
             raise UserError(
-                f"--job_timeout is {self.job_timeout!r}; it takes a number of s, m, h or d, for example 90m"
+                f"--job_timeout is {self.job_timeout!r}; pass a number followed by s, m, h or d, such as 90m"
             )
         for each in self.sbatch_options:
             if each.partition("=")[0] in OWN_SBATCH_OPTIONS:

@@ -21,7 +21,7 @@ class ListenConfig:
 
     host: str = option(
         "127.0.0.1",
-        "Address to listen on. Any other than a loopback address needs an API key or --no_auth.",
+        "Address to listen on. An address other than loopback needs an API key or --no_auth.",
     )
     port: int = option(8000, "Port to listen on; 0: any free port.", low=0, high=65535)
     api_key: str | None = option(
@@ -43,11 +43,12 @@ class ListenConfig:
                 f"an API key and --no_auth cannot be combined; leave one out (see {API_KEY})"
             )
         if self.api_key is not None and (
-            len(self.api_key) < MIN_KEY_LENGTH or not self.api_key.isascii() or " " in self.api_key
+            len(self.api_key) < MIN_KEY_LENGTH
+            or not all("!" <= each <= "~" for each in self.api_key)
         ):
             raise UserError(
-                f"the API key must have at least {MIN_KEY_LENGTH} ASCII characters without spaces; pass "
-                "another, such as the output of: openssl rand -hex 32"
+                f"the API key must have at least {MIN_KEY_LENGTH} letters, digits or signs, without spaces "
+                "and line ends; pass another, such as the output of: openssl rand -hex 32"
             )
         if self.api_key is None and not self.no_auth and not is_loopback(self.host):
             raise UserError(
@@ -68,19 +69,23 @@ class ServeConfig(ListenConfig):
         low=1,
         high=64,
     )
-    max_images: int = option(16, "Most images in a request.", low=1, high=10**4)
+    max_images: int = option(16, "Largest number of images in a request.", low=1, high=10**4)
     max_frames: int = option(
-        256, "Most frames of an animation, of which the first is classified.", low=1, high=10**6
+        256,
+        "Largest number of frames in an animation; only the first is classified.",
+        low=1,
+        high=10**6,
     )
     max_queue: int = option(
         64,
-        "Most images that wait or are computed at once; a request above it is answered with 503.",
+        "Largest number of images waiting or being computed; a request that would exceed it is answered "
+        "with 503.",
         low=1, high=10**6,
     )  # fmt: skip
     timeout: float = option(
         10.0,
-        "Seconds for a client to send a request, and then for its images to be taken from the queue; "
-        "after that they are not computed.",
+        "Seconds allowed for the headers, for the body, and for the images to leave the queue; images that "
+        "wait longer are not computed.",
         low=0.01, high=3600,
     )  # fmt: skip
     drain_seconds: float = option(

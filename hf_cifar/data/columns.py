@@ -81,6 +81,22 @@ def standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
         return DatasetDict(encoded_images(with_classes(labelled), data_folder(config)))
 
 
+def image_columns(splits: DatasetDict, config: DataConfig) -> dict[str, Dataset]:
+    """Find the image column of every split, rename it and encode the images; nothing else is kept.
+
+    Raises: UserError for a column that cannot be identified or read, or that a split lacks.
+    """
+    first = next(iter(splits.values()))
+    image, found = _image_column(first.features, config, first), {}
+    for split, rows in splits.items():
+        if image not in rows.features:
+            raise UserError(f"split {split} has columns {list(rows.features)}, not {image}")
+        rows = rows.select_columns([image])
+        found[split] = rows if image == "image" else rows.rename_column(image, "image")
+    with quiet_datasets():
+        return encoded_images(found, data_folder(config))
+
+
 def standard_split(rows: Dataset, split: str, config: DataConfig) -> Dataset:
     """Find the two columns of one split, rename them and encode the images, with the labels as they are."""
     found = with_standard_names(rows, split, *image_and_label(rows.features, config, rows))

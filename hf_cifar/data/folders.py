@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from hf_cifar.data.cifar_archives import cifar_version, read_cifar
 from hf_cifar.data.columns import quiet_datasets
 from hf_cifar.data.images import pnm_bytes
 from hf_cifar.data.labels import class_label
-from hf_cifar.data.layout import Layout, NoClassFolders, read_layout
+from hf_cifar.data.layout import ORDER, Layout, NoClassFolders, read_layout, split_roles
 from hf_cifar.data.listing import (
     TABLE_SUFFIXES,
     File,
@@ -57,6 +57,7 @@ from hf_cifar.data.tables import (
     metadata_files,
     read_metadata_layout,
     read_table_layout,
+    top_folders,
 )
 from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import url_advice
@@ -87,7 +88,7 @@ class Source:
 
     description: one line about what it is, None if there is nothing to say. left_out: files that are not
     used, counted by reason; rows_left_out: rows of a table. notes: decisions that the user may not expect,
-    one line each.
+    one line each. roots: how the names of files below a folder begin.
     """
 
     splits: DatasetDict | IterableDatasetDict
@@ -95,6 +96,7 @@ class Source:
     left_out: dict[str, int] = field(default_factory=dict)
     rows_left_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    roots: dict[str, str] = field(default_factory=dict)
 
 
 def refuse_configuration(config: DataConfig) -> None:
@@ -153,23 +155,33 @@ def from_layout(layout: Layout) -> DatasetDict:
     )
     splits = {}
     for split, rows in layout.splits.items():
-        # A path that is not valid Unicode cannot be stored in a column.
-        contents = [
-            None if _is_text(file.path) else Path(file.path).read_bytes() for file, _ in rows
-        ]
-        paths = [file.path if _is_text(file.path) else None for file, _ in rows]
-        cells = pyarrow.StructArray.from_arrays(
-            [pyarrow.array(contents, pyarrow.binary()), pyarrow.array(paths, pyarrow.string())],
-            ["bytes", "path"],
-        )
         labels = [
             [ids[name] for name in each] if isinstance(each, tuple) else ids[each]
             for _, each in rows
         ]
+        cells = _image_cells(file for file, _ in rows)
         columns = {image: cells, layout.label_column: pyarrow.array(labels)}
-        table = pyarrow.table(columns).cast(features.arrow_schema)
-        splits[split] = Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
+        splits[split] = _in_memory(columns, features)
     return DatasetDict(splits)
+
+
+def _image_cells(files: Iterable[File]) -> pyarrow.StructArray:
+    """Make the cells of an image column from files, which are not read."""
+    contents, paths = [], []
+    for file in files:
+        is_text = _is_text(file.path)
+        # A path that is not valid Unicode cannot be stored in a column.
+        contents.append(None if is_text else Path(file.path).read_bytes())
+        paths.append(file.path if is_text else None)
+    return pyarrow.StructArray.from_arrays(
+        [pyarrow.array(contents, pyarrow.binary()), pyarrow.array(paths, pyarrow.string())],
+        ["bytes", "path"],
+    )
+
+
+def _in_memory(columns: dict[str, pyarrow.Array], features: Features) -> Dataset:
+    table = pyarrow.table(columns).cast(features.arrow_schema)
+    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
 
 
 def _is_text(path: str) -> bool:
@@ -181,9 +193,15 @@ def _is_text(path: str) -> bool:
 
 
 def load_local(
-    path: Path, config: DataConfig, streaming: bool, known: Sequence[str] = ()
+    path: Path,
+    config: DataConfig,
+    streaming: bool,
+    known: Sequence[str] = (),
+    *,
+    labelled: bool = True,
 ) -> Source:
-    """Open all splits of a file or folder. known: classes of which there may be only one.
+    """Open all splits of a file or folder. known: classes of which there may be only one. labelled: False
+    for the images of a folder without looking for their classes.
 
     Raises: UserError if it is not a data set.
     """
@@ -201,7 +219,7 @@ def load_local(
             DatasetDict({split: from_pixels(columns, names) for split, columns in parts.items()})
         )
     if path.is_file():
-        return _load_file(path, config, streaming, known)
+        return _load_file(path, config, streaming, known, labelled)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         refuse_folder_options(config)
         refuse_streaming(config.dataset_name, streaming)
@@ -210,6 +228,8 @@ def load_local(
     if config.labels_file is None and (_declares_files(path) or _has_shards(listing)):
         return _shards_source(path, listing, config, streaming)
     listing = _with_archives(listing)
+    if listing.images and not labelled:
+        return _unlabelled_source(listing)
     layout = None
     if listing.images or config.labels_file or candidates(listing) or metadata_files(listing):
         layout = _read_images(listing, config, known)
@@ -248,13 +268,39 @@ def _source(layout: Layout, config: DataConfig, streaming: bool) -> Source:
     )
 
 
-def _load_file(path: Path, config: DataConfig, streaming: bool, known: Sequence[str]) -> Source:
+def _unlabelled_source(listing: Listing) -> Source:
+    """Open all images of a folder; its top folders are splits if all of them are named as splits."""
+    tops = top_folders([file.name for file in listing.images])
+    names = set(tops)
+    roles = split_roles(names)
+    if len(roles) < len(names):
+        roles = dict.fromkeys(names, "train")
+    files: dict[str, list[File]] = {}
+    for file, top in zip(listing.images, tops, strict=True):
+        files.setdefault(roles[top], []).append(file)
+    features = Features({"image": Image(decode=False)})
+    splits = {
+        split: _in_memory({"image": _image_cells(files[split])}, features)
+        for split in ORDER
+        if split in files
+    }
+    left_out = {reason: n for reason, n in listing.all_left_out().items() if n}
+    description = f"{len(listing.images):,} images"
+    if left_out:
+        description += f"; left out: {render_left_out(Counter(left_out))}"
+    roots = {path: f"{name}/" for name, path in listing.mounts.items()} | {listing.root: ""}
+    return Source(DatasetDict(splits), description, left_out, roots=roots)
+
+
+def _load_file(
+    path: Path, config: DataConfig, streaming: bool, known: Sequence[str], labelled: bool
+) -> Source:
     """Open an archive, a table of paths, or a Parquet file."""
     refuse_other_archives(path)
     if is_archive(path) and not is_web_dataset(path):
         folder = unpack(path)
         try:
-            return load_local(folder, config, streaming, known)
+            return load_local(folder, config, streaming, known, labelled=labelled)
         except UserError as error:
             raise type(error)(str(error).replace(str(folder), str(path))) from None
     if is_archive(path) or holds_images(str(path)):

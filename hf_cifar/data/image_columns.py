@@ -139,8 +139,10 @@ def _encode_files(rows: Dataset, folder: Path | None) -> Dataset:
 
 def _with_images(rows: Dataset, cells: pyarrow.Array) -> Dataset:
     added: Any = cells
-    rows = rows.remove_columns("image").add_column("image", added, feature=Image(decode=False))
-    return rows.select_columns(["image", "label"])
+    # Added first: a table without columns would have no rows.
+    rows = rows.add_column("_image", added, feature=Image(decode=False)).remove_columns("image")
+    rows = rows.rename_column("_image", "image")
+    return rows.select_columns([name for name in ("image", "label") if name in rows.features])
 
 
 class Reading(NamedTuple):
@@ -295,7 +297,7 @@ def _arranged(values: np.ndarray, layout: str) -> np.ndarray:
 def _encode_numbers(rows: Dataset, split: str, reading: Reading) -> Dataset:
     folder = tempfile.mkdtemp(prefix="hf_cifar-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    features = Features({"image": Image(decode=False), "label": rows.features["label"]})
+    features = Features({**rows.features, "image": Image(decode=False)})
     encode = functools.partial(_encode_batch, split=split, reading=reading)
     return (
         rows.with_format("arrow")
@@ -323,7 +325,8 @@ def _encode_batch(
     images = pyarrow.StructArray.from_arrays(
         [pyarrow.array(cells, pyarrow.binary()), paths], ["bytes", "path"]
     )
-    return pyarrow.table({"image": images, "label": table["label"]})
+    rest = {name: table[name] for name in table.column_names if name != "image"}
+    return pyarrow.table({"image": images, **rest})
 
 
 def _encode(values: np.ndarray, reading: Reading) -> bytes:

@@ -58,7 +58,7 @@ class Listing:
 
     others: files that are not images. left_out: files that are never looked into, counted by
     reason. folders: names of all folders below the root, without hidden ones. run_parents: the folders that
-    hold folders of runs, at any depth.
+    hold folders of runs, at any depth. mounts: folders elsewhere, by their names below the root.
     """
 
     root: str
@@ -67,6 +67,7 @@ class Listing:
     left_out: Counter[str] = field(default_factory=Counter)
     folders: list[str] = field(default_factory=list)
     run_parents: set[str] = field(default_factory=set)
+    mounts: dict[str, str] = field(default_factory=dict)
 
     def all_left_out(self, used: Container[str] = ()) -> Counter[str]:
         """Count everything that is not an image, by reason. used: paths of tables, which are read."""
@@ -81,11 +82,11 @@ def list_files(root: str | Path, mounts: dict[str, str] | None = None) -> Listin
     mounts: folders elsewhere that count as folders of this name directly below the root.
     Raises: UserError for a folder that cannot be listed.
     """
-    listing = Listing(os.path.abspath(root))
+    listing = Listing(os.path.abspath(root), mounts=mounts or {})
     # Prefix of the names, folder, and the identities of it and those above.
     todo: list[tuple[str, str, tuple[tuple[int, int], ...]]]
     todo = [("", listing.root, (_identity(listing.root),))]
-    todo += [(f"{name}/", path, (_identity(path),)) for name, path in (mounts or {}).items()]
+    todo += [(f"{name}/", path, (_identity(path),)) for name, path in listing.mounts.items()]
     seen: set[tuple[str, tuple[int, int]]] = set()
     shown = Progress(f"listing {os.path.basename(listing.root)}", unit="files")
     while todo:

@@ -81,11 +81,18 @@ def announced(source: Source, config: DataConfig) -> Source:
     return source
 
 
-def open_data_set(config: DataConfig, streaming: bool = False, known: Sequence[str] = ()) -> Source:
+def open_data_set(
+    config: DataConfig,
+    streaming: bool = False,
+    known: Sequence[str] = (),
+    *,
+    labelled: bool = True,
+) -> Source:
     """Open all splits with their original columns.
 
     streaming: without reading them, for a folder or the Hub. known: the classes of a model, of which a folder
-    of images may have only one.
+    of images may have only one. labelled: False if the labels are not needed: those of a folder of images are
+    not looked for.
 
     Raises: UserError for an unknown data set, no network, or a source that cannot be streamed.
     """
@@ -103,7 +110,8 @@ def open_data_set(config: DataConfig, streaming: bool = False, known: Sequence[s
     if not name:
         raise UserError("--dataset_name is empty; pass a folder of images, or a Hub id")
     if looks_like_path(name):
-        return load_local(Path(name).expanduser(), config, streaming, known)
+        path = Path(name).expanduser()
+        return load_local(path, config, streaming, known, labelled=labelled)
     refuse_folder_options(config)
     try:
         return Source(_load_hub(name, config, streaming))

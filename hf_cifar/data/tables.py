@@ -645,7 +645,7 @@ def _splits(
         roles, mark = split_roles(set(cells)), ""
         names = {file: cells[row] for file, (row, _) in rows.items()}
     else:
-        tops = _top_folders([file.name for file in rows])
+        tops = top_folders([file.name for file in rows])
         roles, mark = {} if folders == "classes" else split_roles(set(tops)), "/"
         names = dict(zip(rows, tops, strict=True))
     if not roles:
@@ -665,7 +665,7 @@ def _splits(
     }
 
 
-def _top_folders(names: list[str]) -> list[str]:
+def top_folders(names: list[str]) -> list[str]:
     """The first folder of each name, below those that all share, but not below one named as a split."""
     tops = [name.split("/", 1) for name in names]
     while all(len(parts) == 2 for parts in tops):

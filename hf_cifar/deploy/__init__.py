@@ -1,1 +1,1 @@
-"""Export, prune, quantise and compare fine-tuned models."""
+"""Export, prune, quantise and compare fine-tuned models, and classify large data with them."""

@@ -15,9 +15,9 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from hf_cifar.config.deployment import ExportConfig
 from hf_cifar.deploy.formats import FORMATS, require_format
 from hf_cifar.deploy.graph import ClassifierGraph
+from hf_cifar.deploy.model_repository import MODEL_FILE, VERSION, write_server_files
 from hf_cifar.deploy.parity import compare, parity_images, verdict
 from hf_cifar.deploy.preflight import check_export
-from hf_cifar.deploy.server import MODEL_FILE, VERSION, write_server_files
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.exported import IMAGES, PIXEL_VALUES

@@ -1,4 +1,4 @@
-"""Mistakes in what `export`, `prune`, `quantize` and `compress` are given, found before torch is imported."""
+"""Find mistakes in the arguments of `export`, `prune`, `quantize` and `compress` before torch is imported."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_prune(run: Path, config: PruneConfig) -> None:
 
 
 def check_compress(run: Path, config: CompressConfig) -> None:
-    """Raises: UserError for runs that are not finished or have one name, or an output folder that is in use,
+    """Raises: UserError for runs that are not finished or share a name, or an output folder that is in use,
     unless the same call left it when it was interrupted."""
     candidates = [Path(each).resolve() for each in config.candidates or ()]
     for each in (run, *candidates):

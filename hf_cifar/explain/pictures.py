@@ -25,8 +25,10 @@ TILE, GAP = 40, 2  # pixels
 def overlay(view: np.ndarray, attribution: np.ndarray) -> np.ndarray:
     """Colour a greyed image [H, W, 3] uint8 by a map [H, W]: orange for the class, blue against it.
 
-    The strongest percent of the map has the full colour; a map of zeros leaves the image grey.
+    The strongest percent of the map has the full colour; a map of zeros leaves the image grey. What all
+    pixels have in common, as in Grad-CAM's maps of few places, says nothing about where, and is taken off.
     """
+    attribution = attribution - max(0.0, attribution.min())
     strongest = np.quantile(np.abs(attribution), 0.99) or np.abs(attribution).max() or 1.0
     strength = np.clip(attribution / strongest, -1, 1)[..., None]
     grey = view.astype(float) @ (0.299, 0.587, 0.114)

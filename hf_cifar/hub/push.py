@@ -34,6 +34,7 @@ PUSHED_FILES = (
     "preprocessor_config.json",
     "adapter/adapter_*",
     "*.py",
+    "requirements.txt",
     "metrics.json",
     f"{EVAL_RESULTS_FOLDER}/*.yaml",
     "report.html",
@@ -221,24 +222,32 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     return files
 
 
-def plan_push(folder: Path, target: Target, card_for: Callable[[Path, str], str]) -> PushPlan:
+def plan_push(
+    folder: Path,
+    target: Target,
+    card_for: Callable[[Path, str], str],
+    added: Mapping[str, bytes] | None = None,
+) -> PushPlan:
     """Check everything about a push that can be checked in advance.
 
-    card_for: returns the card of a run for the name of a repository.
+    card_for: returns the card of a run for the name of a repository. added: files that the folder lacks.
     Raises: UserError for anything that would make it fail, or would upload private data.
     """
-    files = files_to_push(folder)
+    files: dict[str, Path | bytes] = {**files_to_push(folder), **(added or {})}
     return plan_files(folder, target, files, lambda repo_id: card_for(folder, repo_id))
 
 
 def plan_files(
-    folder: Path, target: Target, paths: Mapping[str, Path], card_for: Callable[[str], str]
+    folder: Path,
+    target: Target,
+    given: Mapping[str, Path | bytes],
+    card_for: Callable[[str], str],
 ) -> PushPlan:
     """Check everything about a push of files in a folder, by path in the repository; see `plan_push`.
 
     card_for: returns the card for the name of the repository.
     """
-    files: dict[str, Path | bytes] = dict(paths)
+    files: dict[str, Path | bytes] = dict(given)
     check_online("a push", target.token)
     access = check_access(target)
     card = card_for(access.repo_id)

@@ -46,7 +46,7 @@ class ExportedClassifier(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, content: bytes) -> None:
         super().__init__(config)
-        self._content, self._session, self._num_threads = content, None, 0
+        self.content, self._session, self._num_threads = content, None, 0
         self._lock = threading.Lock()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutput:
@@ -59,7 +59,7 @@ class ExportedClassifier(PreTrainedModel):
         num_threads = torch.get_num_threads()
         with self._lock:
             if self._session is None or self._num_threads != num_threads:
-                self._session = session_of(self._content, num_threads)
+                self._session = session_of(self.content, num_threads)
                 self._num_threads = num_threads
             return self._session
 

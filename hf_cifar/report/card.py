@@ -19,6 +19,7 @@ from hf_cifar.config.objects import MEMORY
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.mistakes import confused_pairs
 from hf_cifar.evaluation.tables import render_cell, render_number
+from hf_cifar.hub.endpoint import HANDLER
 from hf_cifar.hub.origin import HUB
 from hf_cifar.models.names import ARTICLE_NAMES
 from hf_cifar.report.public import public_options
@@ -79,7 +80,7 @@ def load_card(folder: Path) -> tuple[CardFacts, str]:
             run=run,
             metrics=metrics,
             class_names=_class_names(config),
-            custom_code=any(folder.glob("*.py")),
+            custom_code=any(path.name != HANDLER.name for path in folder.glob("*.py")),
             article_model=config.get("model_type") in ARTICLE_NAMES,
             module_class=config.get("module_class", ""),
         )

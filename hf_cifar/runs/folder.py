@@ -42,6 +42,7 @@ class RunFolder:
         self.path = Path(path)
         self.config_path = self.path / CONFIG_FILE  # the settled options
         self.facts_path = self.path / "run.json"  # what happened; written last, with the card
+        self.batch_path = self.path / "batch.json"  # images per step, on any number of processes
         self.race_path = self.path / "race.json"  # the race of learning rates, see training/race.py
         self.metrics_path = self.path / "metrics.json"  # by split
         self.corruptions_path = self.path / "corruptions.json"  # by split
@@ -141,6 +142,10 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """Return the facts in run.json."""
         return _read(self.facts_path)
+
+    def images_per_step(self) -> int | None:
+        """Return the number of training images per optimiser step; None if it is not known."""
+        return _read(self.batch_path).get("images_per_step")
 
     def race(self) -> dict[str, Any]:
         """Return the race that chose the learning rate; {} without one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,10 +13,29 @@ if TYPE_CHECKING:
 
     from hf_cifar.config.run import RunConfig
 
+logger = logging.getLogger(__name__)
+
 
 def is_main_process() -> bool:
     """Return True in the first process, by the launcher's environment. Imports no torch."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def launcher_restarts() -> bool:
+    """Return True if the launcher starts processes again that have failed: torchrun --max-restarts."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+def share_of_launcher() -> tuple[int, int]:
+    """Return the number of this process and the number of processes, by the launcher's environment."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_gpu() -> int:
+    """Return the number of this process's GPU, by the launcher's environment."""
+    import torch
+
+    return int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,13 @@ def start_processes(config: RunConfig) -> Processes:
     import torch
     from accelerate import PartialState
     from accelerate.utils import DistributedType
+
+    if launcher_restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The store of the agents outlives a restart, with the addresses of the processes before it.
+        logger.warning(
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or processes that it restarts may wait "
+            "for those before them"
+        )
 
     options: dict[str, Any] = {"cpu": True} if computes_on_cpu(config.train.use_cpu) else {}
     if "ddp_backend" in config.trainer:

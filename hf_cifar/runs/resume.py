@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from hf_cifar.config.training import TrainingConfig
 from hf_cifar.errors import UserError
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.lock import refuse_in_use
-from hf_cifar.runs.processes import is_main_process
+from hf_cifar.runs.processes import is_main_process, launcher_restarts
+from hf_cifar.text import enumerated
 
+logger = logging.getLogger(__name__)
+# Options whose product with the number of processes is the number of images per step.
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # Prefixes of inherited options that affect output, retention or speed, but not the result.
 INHERITED_MAY_CHANGE = (
     "dataloader_", "eval_", "hub_", "log", "save_", "torch_compile", "tf32", "greater_is_better",
@@ -23,6 +28,17 @@ INHERITED_MAY_CHANGE = (
 EVALUATION = {
     "eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end",
 }  # fmt: skip
+
+
+def with_restarts(config: RunConfig) -> RunConfig:
+    """Make --resume_from_checkpoint last the default if the launcher restarts processes, so that each start
+    continues or begins the run.
+
+    This depends only on max-restarts, because a process on a new machine does not know of earlier restarts.
+    """
+    if config.train.resume_from_checkpoint is None and launcher_restarts():
+        return config.with_training(resume_from_checkpoint="last")
+    return config
 
 
 def run_to_resume(train: TrainingConfig) -> Path | None:
@@ -109,6 +125,46 @@ def with_options_of(before: RunConfig | None, config: RunConfig) -> RunConfig:
     taken = {name: getattr(before.train, name) for name in left_open}
     both = {**before.trainer, **config.trainer}
     return dataclasses.replace(config.with_training(**taken), trainer=both)
+
+
+def with_batch_of(run: Path | None, config: RunConfig, num_devices: int) -> RunConfig:
+    """Return the options with as many images per step as the resumed run has, on any number of devices.
+
+    Accumulation changes if that suffices: the statistics of norms and the random draws depend on the batch of
+    a device. Raises: UserError if the images cannot be divided.
+    """
+    images = None if run is None else RunFolder(run).images_per_step()
+    batch, accumulated = (getattr(config.train, name) for name in BATCH)
+    if images is None or images == batch * accumulated * num_devices:
+        return config
+    before = images // (batch * accumulated)
+    if config.data.streaming:
+        raise UserError(
+            f"--streaming: each process reads its own part of the stream, and the run in {run} has "
+            f"{before} process(es), not {num_devices}; start {before}, or begin again in another --output_dir"
+        )
+    if images % num_devices:
+        fewer = max(n for n in range(1, num_devices) if images % n == 0)
+        raise UserError(
+            f"a step of the run in {run} has {images} images, which {num_devices} processes cannot share "
+            f"equally; start {fewer} process(es) instead"
+        )
+    each = images // num_devices
+    largest = max(n for n in range(1, min(batch, each) + 1) if each % n == 0)
+    changed = dict(zip(BATCH, (largest, each // largest), strict=True))
+    logger.info(
+        "resuming with %d process%s instead of %d: %s, so that a step still has %s images",
+        num_devices, "" if num_devices == 1 else "es", before,
+        enumerated(
+            [
+                f"--{name} {value} instead of {getattr(config.train, name)}"
+                for name, value in changed.items()
+                if value != getattr(config.train, name)
+            ]
+        ),
+        f"{images:,}",
+    )  # fmt: skip
+    return config.with_training(**changed)
 
 
 def _is_inherited_default(name: str, value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
@@ -23,11 +24,13 @@ from hf_cifar.serve.metrics import Metrics
 from hf_cifar.serve.uploads import FIELD, FORM_TYPE, Refused, images_of, read_body
 from hf_cifar.serve.workers import Failed, Late, Overloaded, Workers
 
+logger = logging.getLogger(__name__)
 RETRY_SECONDS = "1"
 HELD_REQUESTS = 16  # requests of the largest size that may be in memory at once
 SMALL_BODY = 2**16  # bytes of a form that is parsed at once; a larger one is in a thread
 DISCARD_SECONDS = 2  # of the rest of a refused request
 UNREADABLE = b'{"error"'
+BODY_READ = "hf_cifar.body_read"  # in the scope of a request
 
 
 class Score(BaseModel):
@@ -48,7 +51,9 @@ class Result(BaseModel):
 
 
 class Answer(BaseModel):
-    """The results of a request, in the order of its images. model: the SHA-256 of the model's file."""
+    """The results of a request, in the order of its images. model: the SHA-256 of the
+    model's weights, labels and preprocessing.
+    """
 
     model: str
     version: str
@@ -94,7 +99,8 @@ PROBLEMS = {
     **problem(422, "The only image cannot be read."),
     **problem(500, "The model failed."),
     **problem(
-        503, "The server is above its capacity, or a process died; try again after Retry-After."
+        503,
+        "The server is overloaded, or a worker died; try again after the seconds in Retry-After.",
     ),
     **problem(504, "The images waited for too long, and were not computed."),
 }
@@ -118,7 +124,7 @@ class Refusal(JSONResponse):
 
 
 class Service:
-    """What the routes share. draining: the server is about to end."""
+    """What the routes share. draining: the server is shutting down."""
 
     def __init__(self, workers: Workers, config: ServeConfig) -> None:
         self.workers, self.config, self.metrics = workers, config, Metrics(workers)
@@ -131,7 +137,6 @@ class Service:
 
         Raises: Refused, or Overloaded above the capacity of the workers or of memory.
         """
-        self.workers.refuse_above_capacity()
         size = 0
 
         async def chunks() -> AsyncIterator[bytes]:
@@ -143,22 +148,29 @@ class Service:
                     raise Overloaded("too many large requests are in memory; try again")
                 yield chunk
 
+        declared = request.headers.get("content-length", "")
+        is_small = declared.isdigit() and int(declared) <= SMALL_BODY
         try:
+            if not is_small:  # reading a small one keeps the connection for the next request
+                self.workers.refuse_above_capacity()
             try:
                 async with asyncio.timeout(self.config.timeout):
-                    declared = request.headers.get("content-length")
                     body = await read_body(chunks(), declared, self.config.max_bytes)
+                request.scope[BODY_READ] = True
             except TimeoutError:
                 raise Refused(
                     408,
                     f"the request took more than {self.config.timeout:g} s to arrive",
                     close=True,
                 ) from None
-            content_type = request.headers.get("content-type", "")
-            if len(body) <= SMALL_BODY:
-                yield images_of(body, content_type, self.config.max_images)
+            self.workers.refuse_above_capacity()
+            content_type, most = request.headers.get("content-type", ""), self.config.max_images
+            if is_small:
+                images = images_of(body, content_type, most)
             else:
-                yield await asyncio.to_thread(images_of, body, content_type, self.config.max_images)
+                images = await asyncio.to_thread(images_of, body, content_type, most)
+            del body  # of a form, a second copy of its images
+            yield images
         finally:
             self._held -= size
 
@@ -173,7 +185,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/predict", responses={200: {"model": Answer}, **PROBLEMS}, openapi_extra=UPLOAD)
     async def predict(request: Request) -> Response:
-        """Classify the images of a form, or one image that is the body."""
+        """Classify the images of a form, or one image sent as the body."""
         async with service.images(request) as images:
             about, (values, results) = await workers.ask(images)
         unreadable = sum(result.startswith(UNREADABLE) for result in results)
@@ -193,10 +205,13 @@ def create_app(service: Service) -> FastAPI:
         response_class=Response,
     )  # fmt: skip
     async def explain(request: Request) -> Response:
-        """Draw the heat map of the predicted class of one image (Grad-CAM), as PNG."""
+        """Return a heat map (Grad-CAM) of the predicted class of one image, as PNG."""
         async with service.images(request) as images:
             if len(images) != 1:
-                raise Refused(400, f"a heat map is of one image; the request has {len(images)}")
+                raise Refused(
+                    400,
+                    f"a heat map needs one image, but the request has {len(images)}; send one image",
+                )
             about, (_, (result,)) = await workers.ask(images, "explain")
         if result.startswith(UNREADABLE):
             return Response(result, 422, media_type="application/json")
@@ -213,16 +228,18 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/livez")
     async def livez() -> dict[str, str]:
-        """Say that the server runs; otherwise it has to be restarted."""
+        """Report that the server is running; restart it if this fails."""
         return {"status": "alive"}
 
-    @app.get("/readyz", responses=problem(503, "It is about to end, or no process runs the model."))
+    @app.get(
+        "/readyz", responses=problem(503, "The server is shutting down, or no worker is running.")
+    )
     async def readyz() -> Response:
-        """Say whether requests can be sent to this server."""
+        """Report whether the server can take requests."""
         if service.draining:
-            return JSONResponse({"error": "the server is about to end"}, 503)
+            return JSONResponse({"error": "the server is shutting down"}, 503)
         if not workers.alive:
-            return JSONResponse({"error": "no process runs the model"}, 503)
+            return JSONResponse({"error": "no worker is running"}, 503)
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics", response_class=Response)
@@ -239,13 +256,15 @@ def create_app(service: Service) -> FastAPI:
         },
     )
     async def reload() -> Response:
-        """Load the model again, and exchange it without losing a request."""
+        """Reload the model without losing a request."""
         if config.api_key is None:
             raise Refused(403, f"reloading by HTTP needs a key; set {API_KEY}, or send SIGHUP")
         try:
             about = await workers.reload()
         except UserError as error:
-            return JSONResponse({"error": f"the old model stays: {error}"}, 409)
+            return JSONResponse(
+                {"error": f"the model was not reloaded, and the old one stays in use: {error}"}, 409
+            )
         return JSONResponse({"model": about["model"], "version": about["version"]})
 
     @app.get("/", include_in_schema=False)
@@ -271,8 +290,9 @@ def create_app(service: Service) -> FastAPI:
         return (Refusal if error.close else JSONResponse)({"error": str(error)}, error.status)
 
     @app.exception_handler(Overloaded)
-    async def overloaded(_: Request, error: Overloaded) -> Response:
-        return JSONResponse({"error": str(error)}, 503, headers={"retry-after": RETRY_SECONDS})
+    async def overloaded(request: Request, error: Overloaded) -> Response:
+        answer = JSONResponse if request.scope.get(BODY_READ) else Refusal
+        return answer({"error": str(error)}, 503, headers={"retry-after": RETRY_SECONDS})
 
     @app.exception_handler(Late)
     async def late(_: Request, error: Late) -> Response:
@@ -285,6 +305,11 @@ def create_app(service: Service) -> FastAPI:
     @app.exception_handler(ClientDisconnect)
     async def disconnected(_: Request, error: ClientDisconnect) -> Response:
         return JSONResponse({"error": "the client closed the connection"}, 400)
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        logger.error("a request failed", exc_info=error)
+        return JSONResponse({"error": "the server failed; its log says why"}, 500)
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> Response:

@@ -10,10 +10,9 @@ import time
 import uuid
 from datetime import UTC, datetime
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hf_cifar.serve.app import Service
+from hf_cifar.serve.app import Refusal, Service
 
 requests_log = logging.getLogger("hf_cifar.requests")
 OPEN_PATHS = ("/", "/livez", "/readyz", "/docs", "/openapi.json")  # without a key
@@ -32,7 +31,7 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service, paths: set[str]) -> None:
         self._app, self._service, self._paths = app, service, paths
         key = service.config.api_key
-        self._key = None if key is None else b"Bearer " + key.encode()
+        self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start, status = time.perf_counter(), 0
@@ -57,7 +56,7 @@ class Gate:
             else:
                 problem = {"error": "the key is missing or wrong; send Authorization: Bearer KEY"}
                 challenge = {"www-authenticate": "Bearer"}
-                await JSONResponse(problem, 401, challenge)(scope, receive, send_more)
+                await Refusal(problem, 401, challenge)(scope, receive, send_more)
         finally:
             seconds = time.perf_counter() - start
             self._service.metrics.count_request(path, status, seconds)
@@ -72,4 +71,5 @@ class Gate:
     def _may_call(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self._key is None or path in OPEN_PATHS:
             return True
-        return hmac.compare_digest(headers.get(b"authorization", b""), self._key)
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)

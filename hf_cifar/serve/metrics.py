@@ -35,7 +35,7 @@ class Metrics:
             buckets=SECONDS, registry=self._registry,
         )  # fmt: skip
         self._batches = Histogram(
-            "batch_images", "Images of the batch that an image was computed in.", (), PREFIX,
+            "batch_images", "Size of the batch that each image was computed in.", (), PREFIX,
             buckets=BATCHES, registry=self._registry,
         )  # fmt: skip
 
@@ -67,17 +67,17 @@ class _State(Collector):
     def collect(self) -> Iterable[Metric]:
         workers = self._workers
         for name, text, value in (
-            ("queue_images", "Images that wait or are computed.", workers.images),
-            ("workers", "Processes that run the model.", len(workers.alive)),
+            ("queue_images", "Images waiting or being computed.", workers.images),
+            ("workers", "Worker processes.", len(workers.alive)),
         ):
             yield GaugeMetricFamily(f"{PREFIX}_{name}", text, value)
         yield GaugeMetricFamily(
             f"{PREFIX}_worker_restarts",
-            "Processes that died and were replaced since the server started.",
+            "Worker processes that died and were replaced since the server started.",
             workers.restarts,
         )
         memory = GaugeMetricFamily(
-            f"{PREFIX}_worker_memory_bytes", "Resident memory of a process.", labels=("pid",)
+            f"{PREFIX}_worker_memory_bytes", "Resident memory of a worker process.", labels=("pid",)
         )
         for worker in workers.alive:
             memory.add_metric((str(worker.process.pid),), worker.memory())

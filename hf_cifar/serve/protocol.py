@@ -30,6 +30,13 @@ def limited_protocol(header_seconds: float) -> type[HttpToolsProtocol]:
             self._stop_timer()
             super().connection_lost(exc)
 
+        def data_received(self, data: bytes) -> None:
+            # The parser reports a header once it is complete, however long it is.
+            self._header_bytes += len(data)
+            super().data_received(data)
+            if self._timer is not None and self._header_bytes > MAX_HEADER_BYTES:
+                self._refuse_headers()
+
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._header_bytes = 0
@@ -54,7 +61,10 @@ def limited_protocol(header_seconds: float) -> type[HttpToolsProtocol]:
         def _count(self, size: int) -> None:
             self._header_bytes += size
             if self._header_bytes > MAX_HEADER_BYTES:
-                self._refuse(431, f"the headers have more than {MAX_HEADER_BYTES:,} bytes")
+                self._refuse_headers()
+
+        def _refuse_headers(self) -> None:
+            self._refuse(431, f"the headers have more than {MAX_HEADER_BYTES:,} bytes")
 
         def _start_timer(self) -> None:
             self._stop_timer()

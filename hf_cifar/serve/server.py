@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import math
 import signal
 import socket
 import sys
@@ -21,7 +22,7 @@ from hf_cifar.serve.app import Service, create_app
 from hf_cifar.serve.gate import Gate
 from hf_cifar.serve.listener import listening, url_of
 from hf_cifar.serve.protocol import limited_protocol
-from hf_cifar.serve.workers import Workers
+from hf_cifar.serve.workers import GRACE_SECONDS, Workers
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = (
@@ -59,25 +60,30 @@ async def _serve(predict: PredictConfig, config: ServeConfig, listener: socket.s
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, lambda: server.start(_reload(workers)))
     logger.info(
-        "serving %s at %s; the interface is described at /docs; Ctrl-C ends it",
+        "serving %s at %s; API documentation at /docs; Ctrl-C stops the server",
         workers.about["version"], url_of(listener),
     )  # fmt: skip
     await server.serve(sockets=[listener])
-    await workers.close()
-    logger.info("every accepted request was answered")
+    forced = server.force_exit
+    await workers.close(at_once=forced)
+    logger.info(
+        "stopped%s",
+        " without waiting for answers" if forced else "; all accepted requests were answered",
+    )
 
 
 async def _reload(workers: Workers) -> None:
     try:
         await workers.reload()
     except UserError as error:
-        logger.error("the old model stays: %s", error)
+        logger.error("the model was not reloaded, and the old one stays in use: %s", error)
     else:
         logger.info("serving %s", workers.about["version"])
 
 
 class Server(uvicorn.Server):
-    """A server that drains before it ends. A second signal ends it without waiting for new requests."""
+    """A server that drains on SIGTERM. While it drains, another signal ends the drain; after that, the next
+    one ends the server without waiting for answers."""
 
     def __init__(self, service: Service, app: Gate) -> None:
         config = service.config
@@ -87,9 +93,12 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 lifespan="off",
+                proxy_headers=False,
                 ws="none",
                 server_header=False,
                 http=limited_protocol(config.timeout),
+                # Clients that do not read their answers do not keep the server.
+                timeout_graceful_shutdown=math.ceil(2 * config.timeout + GRACE_SECONDS),
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
             )
         )
@@ -103,14 +112,15 @@ class Server(uvicorn.Server):
         task.add_done_callback(self._background.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        seconds = self._service.config.drain_seconds
-        if self._service.draining or sig != signal.SIGTERM or not seconds:
-            self._service.draining = True
-            self.should_exit = True
-            return
+        seconds, was_draining = self._service.config.drain_seconds, self._service.draining
         self._service.draining = True
-        logger.info("draining for %g s", seconds)
-        asyncio.get_event_loop().call_later(seconds, self._exit)
+        if sig == signal.SIGTERM and seconds and not was_draining:
+            logger.info("draining for %g s", seconds)
+            asyncio.get_event_loop().call_later(seconds, self._exit)
+        elif not self.should_exit:
+            self.should_exit = True
+        else:
+            self.force_exit = True
 
     def _exit(self) -> None:
         self.should_exit = True

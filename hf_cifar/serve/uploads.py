@@ -23,7 +23,7 @@ class Refused(Exception):
         self.status, self.close = status, close
 
 
-async def read_body(stream: AsyncIterator[bytes], declared: str | None, max_bytes: int) -> bytes:
+async def read_body(stream: AsyncIterator[bytes], declared: str, max_bytes: int) -> bytes:
     """Read a request's body. declared: its Content-Length.
 
     Raises: Refused as soon as it is known to be too large.
@@ -31,7 +31,7 @@ async def read_body(stream: AsyncIterator[bytes], declared: str | None, max_byte
     too_large = Refused(
         413, f"the request is larger than {max_bytes:,} bytes, the limit of this server", close=True
     )
-    if declared is not None and declared.isdigit() and int(declared) > max_bytes:
+    if declared.isdigit() and int(declared) > max_bytes:
         raise too_large
     chunks, size = [], 0
     async for chunk in stream:

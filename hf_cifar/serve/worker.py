@@ -1,15 +1,14 @@
 """A process that runs the model: it reads frames from its input, and writes answers to its output.
 
-It decodes in some threads and computes batches in others. A batch has all images that wait when a thread is
-free, so that a single one is not delayed, and batches grow with the load. An image that cannot be decoded
-is answered at once, and never gets into a batch.
+Each core has a thread that decodes the images that wait, up to the size of a batch, and computes them. So a
+single image is not delayed, and batches grow with the load. An image that cannot be decoded is answered at
+once, and never gets into a batch.
 
-python -m hf_cifar.serve.worker: started by `workers` only.
+Started by `workers` only.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -19,12 +18,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from hf_cifar.config.model import is_exported
 from hf_cifar.errors import UserError
 from hf_cifar.logs import quieten
 from hf_cifar.models.exported import read_onnx
-from hf_cifar.models.files import model_folder, weight_files
+from hf_cifar.models.files import model_folder
 from hf_cifar.models.problem_type import thresholds_of
 from hf_cifar.predict import Predictor
 from hf_cifar.runs.folder import RunFolder
@@ -44,8 +43,9 @@ from hf_cifar.serve.heatmap import Heatmap
 from hf_cifar.text import listed, one_line
 
 logger = logging.getLogger(__name__)
-# Formats whose frames Pillow counts by going through them; those of others are in a header.
-WALKED_FORMATS = ("GIF", "TIFF")
+# A batch is not filled up for longer than this: its images wait while another one, which may be large, is
+# decoded.
+GATHER_SECONDS = 0.02
 SWITCH_SECONDS = 0.0005  # after which a thread that runs Python lets another one run
 
 
@@ -63,8 +63,12 @@ class Job:
     )  # the sizes of the batches that its images were in
 
 
+Item = tuple[Job, int, bytes]  # an image of a job, with its place there
+Result = TypeVar("Result")
+
+
 class Worker:
-    """Answers frames with a model. write: called with each answer, by any thread."""
+    """Answers frames with a model. output: the stream for the answers; all threads write to it."""
 
     def __init__(self, config: PredictConfig, max_frames: int, output: BinaryIO) -> None:
         self.predictor = Predictor(config)
@@ -75,13 +79,11 @@ class Worker:
         self.max_frames, self.batch_size = max_frames, config.batch_size
         self._output, self._output_lock = output, threading.Lock()
         self._lock = threading.Lock()  # of jobs
-        self._waiting: queue.SimpleQueue[tuple[Job, int, np.ndarray]] = queue.SimpleQueue()
-        cores = torch.get_num_threads()
-        # Each thread of torch has its own number of cores. A batch on its own core takes less core time than
-        # one that is divided among all cores.
-        self._decoders = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
-        for _ in range(cores if self.predictor.device.type == "cpu" else 1):
-            threading.Thread(target=self._compute_batches, daemon=True).start()
+        self._waiting: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._to_explain: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        for _ in range(self.predictor.num_threads):
+            threading.Thread(target=self._predict_batches, daemon=True).start()
+        threading.Thread(target=self._explain_images, daemon=True).start()
 
     def write(self, values: dict[str, Any], blobs: list[bytes] | None = None) -> None:
         """Write a frame."""
@@ -93,48 +95,67 @@ class Worker:
     def submit(self, values: dict[str, Any], images: list[bytes]) -> None:
         """Take a request: its id, its deadline, and the task that its images are for."""
         job = Job(values["id"], values["deadline"], [b""] * len(images), len(images))
-        work = self._explain if values["task"] == "explain" else self._decode
+        waiting = self._to_explain if values["task"] == "explain" else self._waiting
         for index, image in enumerate(images):
-            self._decoders.submit(self._guarded, work, job, index, image)
+            waiting.put((job, index, image))
 
-    def _guarded(self, work: Any, job: Job, index: int, image: bytes) -> None:
-        """Do a part of a job, and answer in any case."""
+    def _predict_batches(self) -> None:
+        """Decode the images that wait, and compute them as a batch, on one core.
+
+        A batch on its own core takes less core time than one that is divided among all cores.
+        """
+        torch.set_num_threads(1)
+        while True:
+            item: Item | None = self._waiting.get()
+            batch: list[tuple[Job, int, np.ndarray]] = []
+            end = time.monotonic() + GATHER_SECONDS
+            while item is not None:
+                job, index, image = item
+                view = self._guarded(self._view, job, index, image)
+                if view is not None:
+                    batch.append((job, index, view))
+                if len(batch) == self.batch_size or time.monotonic() > end:
+                    break
+                item = self._next()
+            if batch:
+                self._compute(batch)
+
+    def _next(self) -> Item | None:
+        try:
+            return self._waiting.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _explain_images(self) -> None:
+        while True:
+            job, index, image = self._to_explain.get()
+            picture = self._guarded(self._heat, job, index, image)
+            if picture is not None:
+                self._answer(job, index, picture)
+
+    def _view(self, image: bytes) -> np.ndarray:
+        check_frames(image, self.max_frames)
+        return self.predictor.view(image)
+
+    def _heat(self, image: bytes) -> bytes:
+        check_frames(image, self.max_frames)
+        return self.heatmap(self.predictor.preprocessor.decode(image))
+
+    def _guarded(
+        self, work: Callable[[bytes], Result], job: Job, index: int, image: bytes
+    ) -> Result | None:
+        """Do some work with an image, or answer why it cannot be done, and return None."""
         if time.monotonic() > job.deadline:
             self._answer(job, index, b"", outcome="late")
-            return
+            return None
         try:
-            work(job, index, image)
+            return work(image)
         except UserError as error:
             self._answer(job, index, _json({"error": str(error)}))
         except Exception as error:
             logger.error("an image failed: %s", one_line(error, 300))
             self._answer(job, index, b"", outcome="failed")
-
-    def _decode(self, job: Job, index: int, image: bytes) -> None:
-        """Decode, resize and crop an image: what waits in the queue has the size of the model's input."""
-        check_frames(image, self.max_frames)
-        self._waiting.put((job, index, self.predictor.view(image)))
-
-    def _explain(self, job: Job, index: int, image: bytes) -> None:
-        check_frames(image, self.max_frames)
-        self._answer(job, index, self.heatmap(self.predictor.preprocessor.decode(image)))
-
-    def _compute_batches(self) -> None:
-        torch.set_num_threads(1)
-        while True:
-            batch = [self._waiting.get()]
-            while len(batch) < self.batch_size:
-                try:
-                    batch.append(self._waiting.get_nowait())
-                except queue.Empty:
-                    break
-            now = time.monotonic()
-            for job, index, _ in batch:
-                if now > job.deadline:
-                    self._answer(job, index, b"", outcome="late")
-            batch = [each for each in batch if now <= each[0].deadline]
-            if batch:
-                self._compute(batch)
+        return None
 
     def _compute(self, batch: list[tuple[Job, int, np.ndarray]]) -> None:
         try:
@@ -172,17 +193,53 @@ def _json(values: dict[str, Any]) -> bytes:
 
 def check_frames(image: bytes, max_frames: int) -> None:
     """Raises: UserError if an animation, or a document of pages, has more frames than allowed."""
-    if image[:4] not in (b"GIF8", b"RIFF", b"\x89PNG", b"II*\0", b"MM\0*"):
+    if image[:4] == b"GIF8":
+        count = gif_frames(image, max_frames + 1)
+    elif image[:4] in (b"RIFF", b"\x89PNG", b"II*\0", b"MM\0*"):
+        count = _frames(image, max_frames)
+    else:
         return
+    if count > max_frames:
+        raise UserError(f"cannot read image: it has more than {max_frames:,} frames")
+
+
+def _frames(image: bytes, max_frames: int) -> int:
+    """Return the number of frames in the header of an image; of a TIFF file, count up to one too many."""
     try:
         with Image.open(io.BytesIO(image)) as opened:
-            if opened.format in WALKED_FORMATS:
-                opened.seek(max_frames)  # past the last one that is allowed
-            elif getattr(opened, "n_frames", 1) <= max_frames:
-                return
-    except Exception:  # it ends before that frame, or is damaged, which decoding will report
-        return
-    raise UserError(f"cannot read image: it has more than {max_frames:,} frames")
+            if opened.format != "TIFF":
+                return getattr(opened, "n_frames", 1)
+            opened.seek(max_frames)  # reads the directories of pages only
+            return max_frames + 1
+    except Exception:  # it ends before that page, or is damaged, which decoding will report
+        return 1
+
+
+def gif_frames(content: bytes, most: int) -> int:
+    """Count the frames of a GIF file up to `most`, from its blocks. Pillow would decode them.
+
+    Source: GIF89a specification, CompuServe, 1990.
+    """
+    count, at = 0, 13 + _colour_table(content, 10)
+    while at < len(content) and count < most:
+        kind, at = content[at], at + 1
+        if kind == 0x2C:  # an image: place and size, flags, colours, and the code size of its data
+            count += 1
+            at += 9 + _colour_table(content, at + 8) + 1
+        elif kind == 0x21:  # an extension: its label
+            at += 1
+        else:
+            break
+        while at < len(content) and content[at]:  # data in blocks, each after its length
+            at += 1 + content[at]
+        at += 1
+    return count
+
+
+def _colour_table(content: bytes, flags_at: int) -> int:
+    """Return the bytes of a colour table, from the flags before it."""
+    flags = content[flags_at] if flags_at < len(content) else 0
+    return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
 
 
 def describe(config: PredictConfig, worker: Worker) -> dict[str, Any]:
@@ -190,16 +247,14 @@ def describe(config: PredictConfig, worker: Worker) -> dict[str, Any]:
     name, predictor = config.model_name_or_path, worker.predictor
     metrics: dict[str, Any] = {}
     if is_exported(name):
-        content, notes = read_onnx(name)
-        digest, facts = hashlib.sha256(content).hexdigest(), notes.get("run", {})
+        facts = read_onnx(name)[1].get("run", {})
     else:
-        folder = model_folder(name, config.model_revision, config.trust_remote_code)
-        digest = _digest(weight_files(folder))
-        facts, metrics = RunFolder(folder).facts(), RunFolder(folder).metrics()
+        run = RunFolder(model_folder(name, config.model_revision, config.trust_remote_code))
+        facts, metrics = run.facts(), run.metrics()
     version = listed(each for each in (Path(name).name, facts.get("finished")) if each)
     thresholds, labels = thresholds_of(predictor.model), predictor.model.config.id2label
     return {
-        "model": digest,
+        "model": predictor.model_hash,
         "name": Path(name).name,
         "version": version,
         "version_json": json.dumps(version),
@@ -215,18 +270,9 @@ def describe(config: PredictConfig, worker: Worker) -> dict[str, Any]:
     }
 
 
-def _digest(files: Sequence[Path]) -> str:
-    """Return the SHA-256 of the contents of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-def main() -> None:
-    """Answer frames until the input ends, which it does when the server ends in any way."""
+def main(descriptor: int) -> None:
+    """Answer frames until the input ends, which it does when the server ends in any way. descriptor: of the
+    output."""
     # The server decides when a worker ends; a terminal sends its signals to all processes.
     for number in (
         signal.SIGINT,
@@ -234,10 +280,10 @@ def main() -> None:
         *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
     ):
         signal.signal(number, signal.SIG_IGN)
-    output = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what libraries print must not get between the frames
+    output = os.fdopen(descriptor, "wb")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     quieten(True)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # a line for each odd file of a client
     sys.setswitchinterval(SWITCH_SECONDS)
     stream = sys.stdin.buffer
     first = frames.read(stream)
@@ -252,12 +298,9 @@ def main() -> None:
         about = describe(config, worker)
     except UserError as error:
         output.write(frames.pack({"error": str(error)}))
+        output.flush()
         return
     worker.write(about)
     while (frame := frames.read(stream)) is not None:
         worker.submit(*frame)
     os._exit(0)  # without waiting for images that nobody waits for
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,11 @@ from hf_cifar.errors import UserError
 from hf_cifar.serve import frames
 
 logger = logging.getLogger(__name__)
-GRACE_SECONDS = 60.0  # without any answer, although images wait, after which a worker is stopped
+GRACE_SECONDS = (
+    60.0  # at least, without any answer although images wait, after which a worker is stopped
+)
+# What libraries print must not get between the frames.
+START = "import os; output = os.dup(1); os.dup2(2, 1); from hf_cifar.serve.worker import main; main(output)"
 RESTART_SECONDS = 1.0  # between attempts to start a worker
 
 Answer = frames.Frame
@@ -42,18 +46,23 @@ class Failed(Exception):
 class Worker:
     """A process that runs the model. about: what `worker.describe` returned; {} before it is ready."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, timeout: float) -> None:
         assert process.stdin is not None and process.stdout is not None
         self.process, self._stdin, self._stdout = process, process.stdin, process.stdout
         self.about: dict[str, Any] = {}
+        # Images that are late are answered at once, so this is enough for any request.
+        self.grace = max(GRACE_SECONDS, 2 * timeout)
         self.images = 0  # that it has not answered
         self._pending: dict[int, asyncio.Future[Answer]] = {}
         self._last_answer = time.monotonic()
         self.ended = asyncio.Event()
 
     @classmethod
-    async def start(cls, predict: PredictConfig, serve: ServeConfig) -> Worker:
-        """Start a process, and wait until it has loaded the model. Raises: UserError if it cannot."""
+    async def start(cls, predict: PredictConfig, serve: ServeConfig, number: int) -> Worker:
+        """Start a process, and wait until it has loaded the model. number: from 0; of its GPU.
+
+        Raises: UserError if it cannot load the model.
+        """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         settings = {
             "predict": dataclasses.asdict(predict),
@@ -61,10 +70,10 @@ class Worker:
             "threads": max(1, (cores or 1) // serve.workers) if serve.workers > 1 else None,
         }
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "hf_cifar.serve.worker",
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=2**20,
+            sys.executable, "-c", START, limit=2**20, env={**os.environ, "LOCAL_RANK": str(number)},
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        worker = cls(process)
+        worker = cls(process, serve.timeout)
         try:
             worker._stdin.write(frames.pack(settings))
             about, _ = await frames.read_async(worker._stdout)
@@ -82,18 +91,22 @@ class Worker:
 
     async def read_answers(self) -> None:
         """Pass on answers until the process ends; then its requests fail with Overloaded."""
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        try:
             while True:
                 values, blobs = await frames.read_async(self._stdout)
                 self._last_answer = time.monotonic()
                 future = self._pending.pop(values["id"], None)
                 if future is not None and not future.done():
                     future.set_result((values, blobs))
-        self.ended.set()
-        for future in self._pending.values():
-            if not future.done():
-                future.set_exception(Overloaded("a process that ran the model died; try again"))
-        self._pending.clear()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.kill()  # if its answers are damaged
+            self.ended.set()
+            for future in self._pending.values():
+                if not future.done():
+                    future.set_exception(Overloaded("a worker process died; try again"))
+            self._pending.clear()
 
     async def ask(self, number: int, task: str, images: Sequence[bytes], deadline: float) -> Answer:
         """Send images, and wait for the answer. Raises: Overloaded if the process dies."""
@@ -113,12 +126,14 @@ class Worker:
     @property
     def stuck(self) -> bool:
         """True if nothing was answered for long, although images wait."""
-        return bool(self._pending) and time.monotonic() - self._last_answer > GRACE_SECONDS
+        return bool(self._pending) and time.monotonic() - self._last_answer > self.grace
 
     async def finish(self) -> None:
         """Let the process answer what it has, and end it."""
         while self._pending and not self.ended.is_set():
             await asyncio.sleep(0.01)
+            if self.stuck:
+                self.kill()
         self._stdin.close()
         await self.process.wait()
 
@@ -140,16 +155,12 @@ class Workers:
     def __init__(self, predict: PredictConfig, serve: ServeConfig) -> None:
         self._predict, self._serve = predict, serve
         self.running: list[Worker] = []
+        self.about: dict[str, Any] = {}  # facts about the model, see `worker.describe`
         self.restarts = 0
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._reloading = asyncio.Lock()
         self._closing = False
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """Facts about the model, see `worker.describe`."""
-        return self.running[0].about if self.running else {}
 
     @property
     def alive(self) -> list[Worker]:
@@ -168,8 +179,8 @@ class Workers:
 
     async def _started(self) -> list[Worker]:
         tasks = [
-            asyncio.create_task(Worker.start(self._predict, self._serve))
-            for _ in range(self._serve.workers)
+            asyncio.create_task(Worker.start(self._predict, self._serve, number))
+            for number in range(self._serve.workers)
         ]
         try:
             workers = await asyncio.gather(*tasks)
@@ -182,11 +193,12 @@ class Workers:
             raise
         for worker in workers:
             self._tend(worker)
+        self.about = workers[0].about
         return workers
 
     def _tend(self, worker: Worker) -> None:
         logger.info(
-            "process %d runs %s, %.0f MB",
+            "worker process %d serves %s and uses %.0f MB",
             worker.process.pid,
             worker.about["version"],
             worker.memory() / 1e6,
@@ -205,7 +217,9 @@ class Workers:
             for worker in list(self.running):
                 if worker.stuck:
                     logger.error(
-                        "process %d has not answered for %.0f s", worker.process.pid, GRACE_SECONDS
+                        "worker process %d has not answered for %.0f s; stopping it",
+                        worker.process.pid,
+                        worker.grace,
                     )
                     worker.kill()
                 if not worker.ended.is_set() or self._reloading.locked():
@@ -213,28 +227,35 @@ class Workers:
                 self.running.remove(worker)
                 status = await worker.process.wait()
                 logger.error(
-                    "process %d ended with status %d; starting another", worker.process.pid, status
+                    "worker process %d ended with status %d; starting another",
+                    worker.process.pid,
+                    status,
                 )
                 self._background(self._replace())
 
     async def _replace(self) -> None:
-        """Start one more worker, as often as it takes."""
+        """Start one more worker, as often as it takes, unless a reload has replaced all."""
         while not self._closing:
-            try:
-                worker = await Worker.start(self._predict, self._serve)
-            except (UserError, OSError) as error:
-                logger.error("cannot start another process: %s", error)
-                await asyncio.sleep(RESTART_SECONDS)
-                continue
-            self.restarts += 1
-            self._tend(worker)
-            self.running.append(worker)
-            return
+            async with self._reloading:
+                if len(self.running) >= self._serve.workers:
+                    return
+                try:
+                    number = len(self.running)
+                    worker = await Worker.start(self._predict, self._serve, number)
+                except (UserError, OSError) as error:
+                    logger.error("cannot start a worker process: %s; trying again", error)
+                else:
+                    self.restarts += 1
+                    self._tend(worker)
+                    self.about = worker.about
+                    self.running.append(worker)
+                    return
+            await asyncio.sleep(RESTART_SECONDS)
 
     def refuse_above_capacity(self, count: int = 1) -> None:
         """Raises: Overloaded if `count` more images cannot be taken now."""
         if not self.alive:
-            raise Overloaded("no process runs the model at the moment; try again")
+            raise Overloaded("no worker is running at the moment; try again")
         if self.images + count > self._serve.max_queue:
             raise Overloaded(
                 f"{self.images} images wait already, and the limit is {self._serve.max_queue}; try again"
@@ -274,7 +295,10 @@ class Workers:
             self._background(worker.finish())
         return self.about
 
-    async def close(self) -> None:
-        """End all workers after their last answer."""
+    async def close(self, *, at_once: bool = False) -> None:
+        """End all workers after their last answer. at_once: without waiting for it."""
         self._closing = True
+        if at_once:
+            for worker in self.running:
+                worker.kill()
         await asyncio.gather(*(worker.finish() for worker in self.running))

@@ -106,7 +106,7 @@ def build_trainer(
         loss=build_loss(model, splits.train, train),
         sampler=build_sampler(splits.train, train),
         shrink_batch=train.auto_find_batch_size,
-        identity=identity(splits, plan.processes.count),
+        identity=identity(splits),
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )
 

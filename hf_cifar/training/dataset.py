@@ -293,7 +293,7 @@ def prepare_inputs(
     identity = None
     if splits := [each for each in (train, *evals.values()) if isinstance(each, Split)]:
         set_workers(args, default_num_workers(decodes=any_decodes(splits)))
-        identity = identity_of(splits, model.config.id2label, args.world_size)
+        identity = identity_of(splits, model.config.id2label)
     train, *stores = [
         store_of(each, args) if isinstance(each, Split) else each
         for each in (train, *evals.values())

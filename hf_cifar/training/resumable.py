@@ -20,12 +20,14 @@ from transformers import (
     TrainerCallback,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import Splits
+from hf_cifar.data.store import ShardStore
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.training.checkpoints import (
@@ -40,6 +42,7 @@ from hf_cifar.training.checkpoints import (
 logger = logging.getLogger(__name__)
 OPTIMIZER_FILE, SCALER_FILE = "optimizer.safetensors", "scaler.safetensors"
 IDENTITY_FILE = "identity.json"
+IMAGES_PER_STEP = "images per step"  # in the identity
 DOUBTED = "doubted rows"  # in the identity of a run with --clean_labels, see `Split`
 
 
@@ -93,7 +96,7 @@ class ResumableTrainer(Trainer):
                     if isinstance(part, ExportableState):
                         state.stateful_callbacks[type(part).__name__] = part.state()
                 state.save_to_json(str(staging / TRAINER_STATE_NAME))
-                text = json.dumps(self.identity, indent=2)
+                text = json.dumps(self.identity | self._step_identity(), indent=2)
                 (staging / IDENTITY_FILE).write_text(text, encoding="utf-8")
         self.saved_step = step = state.global_step
         if is_main:
@@ -159,9 +162,24 @@ class ResumableTrainer(Trainer):
             self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint) / SCALER_FILE))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            states = load_state(Path(checkpoint) / self._random_state_file)
-            set_random_states(states, self.args.device)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / self._random_state_file
+        if path.exists():
+            set_random_states(load_state(path), self.args.device)
+        else:  # of a process that the run did not have then
+            key = (self.args.seed, self.state.global_step, self.args.process_index)
+            set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+    def _step_identity(self) -> dict[str, Any]:
+        """Return the parts of the identity that depend on the processes; a stream is divided among them."""
+        facts = {
+            IMAGES_PER_STEP: self.get_total_train_batch_size(self.args),
+            "processes": self.args.world_size,
+        }
+        if isinstance(self.train_dataset, ShardStore):
+            facts["processes that read the stream"] = self.args.world_size
+        return facts
 
     @property
     def _random_state_file(self) -> str:
@@ -191,7 +209,7 @@ class Resuming(TrainerCallback):
         if self.checkpoint is None:
             return
         trainer, checkpoint = self.trainer, Path(self.checkpoint)
-        check_identity(checkpoint, trainer.identity)
+        check_identity(checkpoint, trainer.identity | trainer._step_identity())
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 before = state.stateful_callbacks.get(type(callback).__name__, callback.state())
@@ -257,11 +275,14 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Require the values that the checkpoint was saved with.
+    """Require the values that the checkpoint was saved with; the number of processes may differ if a step
+    has the same number of images.
 
     Raises: UserError that names the first difference.
     """
     before = json.loads((checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))
+    if IMAGES_PER_STEP in before:
+        before.pop("processes", None)
     changed = [name for name in before if before[name] != identity.get(name, before[name])]
     if changed:
         name = changed[0]
@@ -280,17 +301,15 @@ def all_finite(model: nn.Module) -> bool:
         return bool(torch.isfinite(torch.stack(sums)).all())
 
 
-def identity(splits: Splits, num_processes: int) -> dict[str, Any]:
+def identity(splits: Splits) -> dict[str, Any]:
     """Return the values that must be the same when a run is resumed."""
     parts = [s for s in (splits.train, splits.validation) if isinstance(s, Split)]
-    return {"split": splits.hash} | identity_of(parts, splits.id2label, num_processes)
+    return {"split": splits.hash} | identity_of(parts, splits.id2label)
 
 
-def identity_of(
-    splits: Sequence[Split], id2label: dict[int, str], num_processes: int
-) -> dict[str, Any]:
+def identity_of(splits: Sequence[Split], id2label: dict[int, str]) -> dict[str, Any]:
     """Return the same for splits that were not made together."""
-    facts: dict[str, Any] = {"classes": list(id2label.values()), "processes": num_processes}
+    facts: dict[str, Any] = {"classes": list(id2label.values())}
     for split in splits:
         facts[f"labels of {split.name}"] = hashlib.sha256(split.labels.tobytes()).hexdigest()
         if split.doubted is not None:

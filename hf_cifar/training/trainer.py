@@ -67,7 +67,7 @@ class ImageClassificationTrainer(ResumableTrainer):
     preprocessing: default: the image processor's, applied to evaluation batches. loss: of training; default:
     cross-entropy, smoothed as `args` say. augmentation: the random transform applied to training batches
     instead, or its options; default: `AugmentConfig()`. It is drawn from a generator seeded by (seed, step,
-    micro-batch, rank), so that a resumed run sees the images that an uninterrupted one would. setting: how
+    batch in the step), so that a resumed run sees the images that an uninterrupted one would. setting: how
     the model computes while it trains; default: float32, with the model's own attention kernel. averaging: of
     the weights that are evaluated and saved. layer_decay, l1_decay, backbone_learning_rate: see
     `build_optimizer`. freeze_batch_norm: normalise with the model's own statistics, also in training;
@@ -328,11 +328,16 @@ class ImageClassificationTrainer(ResumableTrainer):
         return inputs
 
     def _step_generator(self) -> torch.Generator:
-        """Return a generator that depends only on the seed, the step, the micro-batch and the rank."""
+        """Return a generator that depends only on the seed, the step, and the number of the batch in it.
+
+        Batches are dealt to the processes in turn. A batch has the same number, and the same images, on any
+        number of processes.
+        """
         step, micro = self._micro_batch
         micro = micro + 1 if step == self.state.global_step else 0
         self._micro_batch = (self.state.global_step, micro)
-        key = (self.args.seed, *self._micro_batch, self.args.process_index)
+        batch = micro * self.args.world_size + self.args.process_index
+        key = (self.args.seed, self.state.global_step, batch, 0)
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
         return torch.Generator().manual_seed(seed % 2**63)
 

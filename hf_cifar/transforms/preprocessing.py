@@ -16,6 +16,8 @@ from hf_cifar.errors import UserError
 from hf_cifar.transforms.resampling import KERNELS, Levels, whole_image
 from hf_cifar.transforms.resizing import LIBRARIES, resize_exactly
 
+MAX_CANVAS = 2**27  # pixels of an image with its border
+
 # Training images are stored this much larger than the model's input, as a margin for random crops.
 TRAINING_MARGIN = 8 / 7
 # The transformers processor that adds a border of the mean colour.
@@ -280,12 +282,14 @@ class Preprocessing:
         resized = self.resized(height, width)
         top, left = self.corner(resized)
         library = LIBRARIES.get((self.library, self.interpolation))
-        if library is None or self.border is not None or min(top, left) < 0:
+        # Of a long, narrow image, the library would resize the whole, and the crop keeps little of it.
+        is_wasteful = math.prod(resized) > 4 * max(height * width, math.prod(self.size))
+        if library is None or self.border is not None or min(top, left) < 0 or is_wasteful:
             view = self.view(torch.tensor(image).permute(2, 0, 1)[None])
             return view[0].permute(1, 2, 0).to(torch.uint8).numpy()
         if resized != (height, width):
             image = library(image, resized, self.interpolation)
-        return image[top : top + self.size[0], left : left + self.size[1]]
+        return np.ascontiguousarray(image[top : top + self.size[0], left : left + self.size[1]])
 
     def frame(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images with their border, if any, and the box [1, 4] that random views vary: what the
@@ -306,7 +310,14 @@ class Preprocessing:
         )
 
     def _bordered(self, images: Tensor, height: int, width: int) -> Tensor:
-        """Put images [N, C, H, W] in the middle of a canvas of the border's colour."""
+        """Put images [N, C, H, W] in the middle of a canvas of the border's colour.
+
+        Raises: UserError for a canvas of more pixels than any image may have.
+        """
+        if height * width > MAX_CANVAS:
+            raise UserError(
+                f"cannot read image: with its border, it would have {width:,} x {height:,} pixels; crop it"
+            )
         top, left = (height - images.shape[-2]) // 2, (width - images.shape[-1]) // 2
         colour = torch.tensor(self.border, dtype=images.dtype).to(images.device).view(1, -1, 1, 1)
         canvas = colour.expand(*images.shape[:2], height, width).clone()

@@ -21,8 +21,8 @@ from hf_cifar.config.deployment import ExportConfig
 from hf_cifar.deploy import export as export_module
 from hf_cifar.deploy.export import export_run
 from hf_cifar.deploy.formats import open_onnx
+from hf_cifar.deploy.model_repository import server_config
 from hf_cifar.deploy.parity import BATCH_SIZES, TOLERANCE, compare, parity_images, verdict
-from hf_cifar.deploy.server import server_config
 from hf_cifar.errors import UserError
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.runs.folder import RunFolder

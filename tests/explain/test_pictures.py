@@ -20,11 +20,12 @@ def test_the_colours_of_a_map_say_for_and_against():
     assert len(set(drawn[20, 150])) == 1  # grey
 
 
-def test_a_map_of_zeros_leaves_the_image_grey_and_small_images_grow():
+def test_a_map_without_differences_leaves_the_image_grey_and_small_images_grow():
     view = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    drawn = overlay(view, np.zeros((32, 32)))
-    assert drawn.shape == (160, 160, 3)
-    assert np.ptp(drawn.astype(int), axis=2).max() == 0
+    for common in (0.0, 0.5):
+        drawn = overlay(view, np.full((32, 32), common))
+        assert drawn.shape == (160, 160, 3)
+        assert np.ptp(drawn.astype(int), axis=2).max() == 0
 
 
 @pytest.mark.parametrize("name", ["scratch/test_resnet", "scratch/test_vit", "swin"])

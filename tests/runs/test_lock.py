@@ -61,3 +61,20 @@ def test_a_lock_of_another_user_is_seen(tmp_path):
         (tmp_path / LOCK_FILE).chmod(0o444)
         with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
             refuse_in_use(tmp_path)
+
+
+def test_a_lock_that_children_of_a_dead_process_keep_is_waited_for(tmp_path, caplog):
+    """As the loader processes of a killed run do, until they notice that it is gone."""
+    code = f"""
+import os, signal, time
+from pathlib import Path
+from hf_cifar.runs.lock import sole_run
+with sole_run(Path({str(tmp_path)!r})):
+    if os.fork() == 0:
+        time.sleep(1.5)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    with sole_run(tmp_path):
+        assert "is locked by another run; waiting up to two minutes for the lock" in caplog.text

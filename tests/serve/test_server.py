@@ -22,6 +22,7 @@ from tiny import tiny_run
 from benchmarks.load import closed_loop, post, run
 from hf_cifar import PredictConfig, predict_files
 from hf_cifar.cli import main
+from hf_cifar.serve.worker import gif_frames
 
 KEY = "0123456789abcdef0123"
 
@@ -177,6 +178,15 @@ def test_openapi_names_every_route(server):
     assert f"curl -F file=@cat.jpg http://127.0.0.1:{server.port}/predict" in page
 
 
+def test_python_in_the_docs_works(server, pictures, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(pictures[0], "cat.jpg")
+    exec(code.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"))
+    assert capsys.readouterr().out.split()[0] in ("across", "down")
+
+
 def test_heat_map_is_a_picture(server, pictures):
     status, headers, body = server.call("/explain", pictures[0].read_bytes())
     assert (status, headers["content-type"]) == (200, "image/png")
@@ -224,7 +234,7 @@ def test_model_is_replaced_without_losing_a_request(tmp_path, finished, pictures
 
         (copy / "model.safetensors").write_bytes(b"damaged")
         status, _, body = server.call("/admin/reload", b"", **headers)
-        assert status == 409 and "the old model stays" in json.loads(body)["error"]
+        assert status == 409 and "the old one stays in use" in json.loads(body)["error"]
         assert server.get("/model", **headers)["model"] == new
         assert server.call("/predict", image, **headers)[0] == 200
 
@@ -262,11 +272,55 @@ def test_exported_file_of_multiple_labels_is_served(tmp_path, lights, tiny_vit):
         assert len(server.workers) == 2
         status, _, body = server.call("/explain", image)
         assert status == 422 and "serve the run" in json.loads(body)["error"]
+        assert not server.get("/model")["heat_map"]
 
 
 def _saved(path, content):
     path.write_bytes(content)
     return str(path)
+
+
+def test_a_large_upload_gets_its_refusal(tmp_path, finished):
+    """The server closes the connection, but not before the client has read the answer."""
+    with serving(tmp_path, finished, env={"HF_CIFAR_API_KEY": KEY}) as server:
+        body = b"x" * 5_000_000
+        for headers in ({}, {"Connection": "close"}):
+            status, found, answer = server.call("/predict", body, **headers)
+            assert status == 401 and b"key" in answer
+            assert found["connection"] == "close"
+        (worker,) = server.workers
+        worker.kill()
+        while server.call("/readyz")[0] == 200:
+            time.sleep(0.001)
+        allowed = {"Authorization": f"Bearer {KEY}"}
+        status, found, answer = server.call("/predict", body, **allowed)
+        assert (status, found["retry-after"]) == (503, "1")
+        assert server.call("/")[0] == 200  # with what is known of the model
+        assert server.get("/model", **allowed)["labels"] == ["across", "down"]
+
+
+def test_every_worker_is_replaced(tmp_path, finished, pictures):
+    with serving(tmp_path, finished, "--workers", "2") as server:
+        before = {worker.pid for worker in server.workers}
+        server.workers[0].kill()
+        server.process.send_signal(signal.SIGHUP)
+        while before & {worker.pid for worker in server.workers} or len(server.workers) != 2:
+            assert server.call("/predict", pictures[0].read_bytes())[0] in (200, 503)
+            time.sleep(0.1)
+        time.sleep(3)
+        assert len(server.workers) == 2
+        assert server.call("/predict", pictures[0].read_bytes())[0] == 200
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("frames", [1, 2, 40])
+def test_frames_of_a_gif_are_counted_from_its_blocks(frames):
+    colours = [Image.new("RGB", (30, 20), (number * 5, 0, 99)) for number in range(frames)]
+    content = encode(colours[0], "GIF", save_all=True, append_images=colours[1:], loop=0)
+    assert gif_frames(content, 100) == frames
+    assert gif_frames(content, 3) == min(3, frames)
+    for end in range(0, len(content), 7):
+        assert gif_frames(content[:end], 100) <= frames
 
 
 @pytest.mark.parametrize(

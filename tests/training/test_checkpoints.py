@@ -22,7 +22,7 @@ from hf_cifar.training.checkpoints import (
     save_state,
     written_aside,
 )
-from hf_cifar.training.resumable import IDENTITY_FILE, check_identity
+from hf_cifar.training.resumable import IDENTITY_FILE, IMAGES_PER_STEP, check_identity
 
 
 def write(folder, step, text="weights"):
@@ -177,3 +177,15 @@ def test_a_change_since_a_checkpoint_is_named(tmp_path):
         UserError, match=r"different classes \(\['a', 'b'\] then, \['b', 'a'\] now\)"
     ):
         check_identity(tmp_path, {"classes": ["b", "a"]})
+
+
+def test_the_number_of_processes_may_change_if_a_step_stays(tmp_path):
+    before = {IMAGES_PER_STEP: 8, "processes": 2, "classes": ["a"]}
+    (tmp_path / IDENTITY_FILE).write_text(json.dumps(before))
+    check_identity(tmp_path, before | {"processes": 1})
+    with pytest.raises(UserError, match=r"different images per step \(8 then, 4 now\)"):
+        check_identity(tmp_path, before | {IMAGES_PER_STEP: 4, "processes": 1})
+    del before[IMAGES_PER_STEP]  # of an older checkpoint
+    (tmp_path / IDENTITY_FILE).write_text(json.dumps(before))
+    with pytest.raises(UserError, match=r"different processes \(2 then, 1 now\)"):
+        check_identity(tmp_path, before | {IMAGES_PER_STEP: 8, "processes": 1})

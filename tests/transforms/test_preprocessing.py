@@ -129,6 +129,25 @@ def test_enlarged_shows_the_same_part():
         assert (large.box(128, 160) - preprocessing.box(128, 160)).abs().max() <= 2
 
 
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1)])
+def test_a_long_narrow_image_is_not_enlarged_as_a_whole(shape):
+    """Its shorter side becomes 64 pixels, and the other one 3,840,000, of which the crop keeps 64."""
+    preprocessing = Preprocessing(64, (64, 64), "bilinear", (0.5,) * 3, (0.5,) * 3)
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    view = preprocessing.view_image(image)
+    assert view.shape == (64, 64, 3)
+    expected = preprocessing.view(torch.tensor(image).permute(2, 0, 1)[None])[0]
+    assert np.array_equal(view, expected.permute(1, 2, 0).numpy())
+
+
+def test_a_border_that_makes_an_image_too_large_is_refused():
+    square = Preprocessing(
+        (64, 64), None, "bilinear", (0.5,) * 3, (0.5,) * 3, border=(0, 0, 0), border_first=True
+    )
+    with pytest.raises(UserError, match="it would have 60,000 x 60,000 pixels"):
+        square.view(torch.zeros(1, 3, 1, 60_000, dtype=torch.uint8))
+
+
 def test_unknown_processors_are_refused():
     with pytest.raises(UserError, match="crops with mode 'corner'; only center, squash and border"):
         Preprocessing._from_timm(timm().data_config | {"crop_mode": "corner"})

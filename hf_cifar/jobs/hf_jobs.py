@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from hf_cifar.config.jobs import JobConfig
 from hf_cifar.config.model import BUNDLED
 from hf_cifar.config.run import RunConfig
-from hf_cifar.deploy.job import Job, job_name
-from hf_cifar.deploy.staging import CONFIG, extras_of, stage_run
 from hf_cifar.errors import UserError
 from hf_cifar.hub.push import Access, Target, check_access, check_online, reason_of
 from hf_cifar.hub.reach import looks_like_path
+from hf_cifar.jobs.job import Job, job_name
+from hf_cifar.jobs.staging import CONFIG, extras_of, stage_run
 from hf_cifar.text import megabytes
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def check_for_hf_jobs(config: RunConfig) -> None:
         )
     if train.resumes:
         raise UserError(
-            "--resume_from_checkpoint needs a folder of this machine, which the job cannot read; leave it out"
+            "--resume_from_checkpoint needs a folder on this machine, which the job cannot read; leave it out"
         )
 
 

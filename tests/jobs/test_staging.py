@@ -1,4 +1,4 @@
-"""hf_cifar.deploy.staging: the files that a job gets."""
+"""hf_cifar.jobs.staging: the files that a job gets."""
 
 import os
 import subprocess
@@ -10,9 +10,9 @@ import pytest
 from tiny import tiny_config
 
 from hf_cifar.config.run import RunConfig
-from hf_cifar.deploy.job import Job, check_job, job_name
-from hf_cifar.deploy.staging import build_wheel, extras_of, files_below, pack, stage_run
 from hf_cifar.errors import UserError
+from hf_cifar.jobs.job import Job, check_job, job_name
+from hf_cifar.jobs.staging import build_wheel, extras_of, files_below, pack, stage_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def test_equal_folders_make_equal_files(tmp_path):
 def test_a_name_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/caf\xe9.png")).write_bytes(b"")
-    with pytest.raises(UserError, match="is not valid text and cannot be uploaded; rename it"):
+    with pytest.raises(UserError, match="is not valid Unicode and cannot be uploaded; rename it"):
         pack(tmp_path / "out.zip", files_below(tmp_path / "in"))
 
 
@@ -87,14 +87,14 @@ def test_a_model_is_staged_without_what_only_its_run_needs(tmp_path, stripes, ti
 def test_a_table_of_files_of_this_machine_is_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("file,label\n/here/a.png,cat\n")
     config = RunConfig.of(dataset_name=str(tmp_path / "rows.csv"))
-    with pytest.raises(UserError, match="lists files of this machine"):
+    with pytest.raises(UserError, match="lists files on this machine"):
         stage_run(config, "/inputs", tmp_path)
 
 
 def test_a_file_of_this_machine_among_other_options_is_refused(tmp_path):
     (tmp_path / "zero.json").write_text("{}")
     config = RunConfig.of(deepspeed=str(tmp_path / "zero.json"))
-    with pytest.raises(UserError, match=r"--deepspeed is \S+zero.json, a file of this machine"):
+    with pytest.raises(UserError, match=r"--deepspeed is \S+zero.json, a file on this machine"):
         stage_run(config, "/inputs", tmp_path)
 
 

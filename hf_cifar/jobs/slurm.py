@@ -13,8 +13,8 @@ from pathlib import Path
 
 from hf_cifar.config.jobs import JobConfig
 from hf_cifar.config.run import RunConfig
-from hf_cifar.deploy.job import Job, job_name
 from hf_cifar.errors import UserError
+from hf_cifar.jobs.job import Job, job_name
 from hf_cifar.text import one_line
 
 FOLDER = "slurm"  # in the output folder: scripts and logs
@@ -73,7 +73,7 @@ def submit_slurm(
         f"submitted job {numbers[0]}" + (f", an array of {len(runs)} runs" if len(runs) > 1 else "")
     )
     if len(runs) > 1:
-        print(f"submitted job {numbers[1]}, which collects their results once all have finished")
+        print(f"submitted job {numbers[1]}, which collects their results once all have succeeded")
     print(f"state: squeue --job {','.join(numbers)}")
     print(f"log: tail -F {log}")
     print(f"cancel: scancel {' '.join(numbers)}")

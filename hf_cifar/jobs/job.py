@@ -67,8 +67,8 @@ def check_job(config: RunConfig) -> None:
     """Raises: UserError for a command that cannot be submitted, wherever it goes."""
     if "RANK" in os.environ or "LOCAL_RANK" in os.environ:
         raise UserError(
-            "--job submits the command once, and this is one process of a launcher; run hf-cifar finetune "
-            "itself (the job starts one process per GPU)"
+            "--job cannot be used under a launcher; run hf-cifar finetune directly (the job starts one "
+            "process per GPU)"
         )
     if config.train.hub_token is not None:
         raise UserError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from hf_cifar.config.model import BUNDLED
 from hf_cifar.config.run import RunConfig
-from hf_cifar.data.listing import TABLE_SUFFIXES
+from hf_cifar.data.listing import TABLE_SUFFIXES, list_files
 from hf_cifar.data.tables import holds_images
 from hf_cifar.errors import UserError
 from hf_cifar.hub.reach import looks_like_path
@@ -25,20 +25,14 @@ MODEL_FILES = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json",
     "processor_config.json", "*.py",
 )  # fmt: skip
-OLDEST = (
-    1980,
-    1,
-    1,
-    0,
-    0,
-    0,
-)  # of zip; one time for all members makes equal files for equal content
+# Of zip: one time for all members makes equal files of equal content.
+OLDEST = (1980, 1, 1, 0, 0, 0)
 
 
 def stage_run(
     config: RunConfig, mount: str, scratch: Path
 ) -> tuple[dict[str, str | Path], RunConfig]:
-    """Return the files of a run by name, with its options as they are where the files lie in `mount`.
+    """Return a run's files by name, and its options with the paths that the files have below `mount`.
 
     scratch: a folder for files that are made here: the package as a wheel, and a folder of data as a zip.
     Raises: UserError for local files that would be missing there.
@@ -55,7 +49,7 @@ def stage_run(
     for name, value in config.trainer.items():
         if isinstance(value, str) and os.path.isfile(value):
             raise UserError(
-                f"--{name} is {value}, a file of this machine, which the job cannot read; leave it out, or "
+                f"--{name} is {value}, a file on this machine, which the job cannot read; leave it out, or "
                 "pass its content as JSON"
             )
     there = dataclasses.replace(config, data=data, model=model)
@@ -70,13 +64,17 @@ def _stage_data(
     path = Path(config.data.dataset_name).expanduser().resolve()
     if path.name.lower().endswith(TABLE_SUFFIXES) and not holds_images(str(path)):
         raise UserError(
-            f"{config.data.dataset_name} lists files of this machine, which the job cannot read; pass their "
+            f"{config.data.dataset_name} lists files on this machine, which the job cannot read; pass their "
             "folder as --dataset_name, and the table as --labels_file"
         )
     staged = path
     if path.is_dir():
         staged = scratch / f"{path.name}.zip"
-        pack(staged, files_below(path))
+        listing = list_files(path)  # as the run lists it: links to folders are followed
+        pack(
+            staged,
+            sorted((each.name, Path(each.path)) for each in (*listing.images, *listing.others)),
+        )
     files[f"{DATA}/{staged.name}"] = staged
     options: dict[str, Any] = {"dataset_name": f"{mount}/{DATA}/{staged.name}"}
     if config.data.labels_file is not None:
@@ -120,7 +118,7 @@ def pack(
                         file.write(chunk)
             except UnicodeEncodeError:
                 raise UserError(
-                    f"the file name {name!r} is not valid text and cannot be uploaded; rename it"
+                    f"the file name {name!r} is not valid Unicode and cannot be uploaded; rename it"
                 ) from None
 
 
@@ -160,8 +158,8 @@ def extras_of(config: RunConfig) -> list[str]:
     names = (config.model.model_name_or_path, config.data.dataset_name)
     wanted = {
         "bundled": any(name.startswith(BUNDLED) for name in names),
-        "heif": importlib.util.find_spec("pillow_heif")
-        is not None,  # it may have read the data here
+        # It may have read the data here.
+        "heif": importlib.util.find_spec("pillow_heif") is not None,
         "lora": bool(config.model.lora_rank),
         "track": bool(config.train.report_to),
     }

@@ -1,4 +1,4 @@
-"""hf_cifar.deploy.slurm: the batch script, and real jobs on a Slurm of one node."""
+"""hf_cifar.jobs.slurm: the batch script, and real jobs on a Slurm of one node."""
 
 import json
 import os
@@ -121,7 +121,7 @@ def test_what_cannot_work_is_one_line(
 def test_a_process_of_a_launcher_submits_nothing(tmp_path, stripes, tiny_vit, capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["finetune", *options(tmp_path / "run", stripes, tiny_vit)]) == 2
-    assert "--job submits the command once" in capsys.readouterr().err
+    assert "--job cannot be used under a launcher" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""hf_cifar.deploy.hf_jobs: what is staged and posted, the log, and the result, with a local Hub."""
+"""hf_cifar.jobs.hf_jobs: what is staged and posted, the log, and the result, with a local Hub."""
 
 import dataclasses
 import io
@@ -207,9 +207,9 @@ def test_what_cannot_work_is_one_line(hub, tmp_path, stripes, tiny_vit):
     cases = [
         (["--hub_model_id", ""], TOKEN, "--hub_model_id is missing; pass the repository that the result"),
         (["--flavor", ""], TOKEN, "--flavor is missing; pass the hardware of the job"),
-        (["--job_timeout", "soon"], TOKEN, "--job_timeout is 'soon'; it takes a number of s, m, h or d"),
+        (["--job_timeout", "soon"], TOKEN, "--job_timeout is 'soon'; pass a number followed by s, m, h or d"),
         (["--seeds", "2"], TOKEN, "--job hf_jobs pushes one model; leave out --seeds"),
-        (["--resume_from_checkpoint", "last"], TOKEN, "--resume_from_checkpoint needs a folder of this"),
+        (["--resume_from_checkpoint", "last"], TOKEN, "--resume_from_checkpoint needs a folder on this"),
         (["--hub_token", TOKEN], TOKEN, "--hub_token would be readable in the job"),
         (["--hub_model_id", "audience/x"], TOKEN, "me has no write access to audience"),
         (["--dataset_name", "them/nothing"], TOKEN, "no data set them/nothing on the Hub"),

@@ -1,0 +1,31 @@
+"""The identity of a model: a hash of everything that determines its answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_cifar.models.exported import ExportedClassifier
+
+CONFIG_KEYS = ("id2label", "problem_type", "thresholds", "value_range")
+
+
+def model_hash(model: PreTrainedModel, preprocessing: dict[str, Any]) -> str:
+    """Return the SHA-256 of a model's weights, labels and thresholds, and of its preprocessing.
+
+    preprocessing: plain values. The same for a copy of the model, wherever it lies.
+    """
+    found = {name: getattr(model.config, name, None) for name in CONFIG_KEYS}
+    found |= {"class": type(model).__name__, "preprocessing": preprocessing}
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode())
+    if isinstance(model, ExportedClassifier):
+        digest.update(model.content)
+    for name, value in sorted(model.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
