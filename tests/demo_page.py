@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -155,6 +156,14 @@ def page_of(folder, code, *arguments, cwd=None, **variables):
     finally:
         page.process.kill()
         page.process.wait()
+
+
+def space_page(folder, space):
+    """Start a written Space, without hf_cifar. Gradio takes no port 0."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    variables = {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(Path(folder, "uploads"))}
+    return page_of(folder, SPACE, cwd=space, **variables)
 
 
 def showing(folder, *arguments, **variables):

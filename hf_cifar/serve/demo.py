@@ -9,9 +9,8 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
@@ -23,6 +22,9 @@ from hf_cifar.serve.guard import Guard
 from hf_cifar.serve.heatmap import Heatmap
 from hf_cifar.serve.listener import listening, url_of
 from hf_cifar.text import enumerated
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 logger = logging.getLogger(__name__)
 KEPT_SECONDS = 600  # of an uploaded file
@@ -43,6 +45,8 @@ def serve_demo(
     Uploads are in a temporary folder, which is removed at the end.
     Raises: UserError if the address cannot be used.
     """
+    import gradio as gr
+
     with tempfile.TemporaryDirectory(prefix="hf_cifar-demo-") as folder, listening(config) as port:
         os.environ["GRADIO_TEMP_DIR"] = folder
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -70,6 +74,8 @@ def _keeper(key: str) -> Any:
 
 def build_page(models: Mapping[str, Predictor], examples: Sequence[Path]) -> gr.Blocks:
     """Build the page: a picture on one side, and for each model its bars and its heat map."""
+    import gradio as gr
+
     heatmaps = {name: Heatmap(predictor) for name, predictor in models.items()}
     title = enumerated(list(models))
     with gr.Blocks(
@@ -121,6 +127,8 @@ def build_page(models: Mapping[str, Predictor], examples: Sequence[Path]) -> gr.
 
 def _answer(path: str | None, predictor: Predictor, heatmap: Heatmap | None) -> tuple[Any, Any]:
     """Return what is shown of a picture: its scores by label, and its heat map."""
+    import gradio as gr
+
     if path is None:
         return None, gr.Image(None, visible=False)
     image = predictor.preprocessor.decode(Path(path))

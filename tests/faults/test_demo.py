@@ -104,12 +104,13 @@ def test_oversize(page, tmp_path, record_result):
 
     before = stored()
     large = b"0" * (LARGEST + 5000)
+    pieces = b"%x\r\n%s\r\n0\r\n\r\n" % (len(large), large)
     chunked = {"Transfer_Encoding": "chunked", "Content_Type": "multipart/form-data; boundary=b"}
     statuses = [
         page.upload(large)[0],
         page.upload(large[: LARGEST // 2], large[: LARGEST // 2 + 5000])[0],
         page.upload(*[large[:1000]] * 200)[0],
-        page.call("POST", "/gradio_api/upload", b"186A0\r\n" + large, **chunked)[0],
+        page.call("POST", "/gradio_api/upload", pieces, **chunked)[0],
         page.send({"data": ["0" * 2**20, False]})[0],
         page.send({"data": ["0" * 2**20]}, "/gradio_api/queue/join")[0],
     ]
