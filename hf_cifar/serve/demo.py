@@ -17,6 +17,7 @@ from PIL import Image
 
 from hf_cifar.config.serving import DemoConfig
 from hf_cifar.errors import UserError
+from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.predict import Predictor
 from hf_cifar.serve.guard import Guard
 from hf_cifar.serve.heatmap import Heatmap
@@ -98,7 +99,12 @@ def build_page(models: Mapping[str, Predictor], examples: Sequence[Path]) -> gr.
                 )  # fmt: skip
             for name, predictor in models.items():
                 with gr.Column(min_width=COLUMN_PIXELS):
-                    outputs.append(gr.Label(label=name, num_top_classes=predictor.top_k))
+                    outputs.append(
+                        gr.Label(
+                            label=name, num_top_classes=predictor.top_k,
+                            show_heading=not is_multi_label(predictor.model),
+                        )
+                    )  # fmt: skip
                     outputs.append(
                         gr.Image(
                             label=f"Heat map of {name}", visible=False, interactive=False, height=320,
