@@ -143,7 +143,12 @@ def test_every_way_to_serve_gives_the_same_labels(tmp_path, stripes, tiny_vit):
 def test_servers_are_compared_under_load(tmp_path, stripes, tiny_vit):
     tiny_run(tmp_path / "run", stripes, tiny_vit, "--probe_images", "0")
     rates = serving.compare_servers(
-        str(tmp_path / "run"), str(stripes / "test"), rounds=1, seconds=0.5, folder=tmp_path
+        str(tmp_path / "run"),
+        str(stripes / "test"),
+        rounds=1,
+        seconds=0.5,
+        limit=2,
+        folder=tmp_path,
     )
     assert {"hf-cifar serve, ONNX", "hf-cifar serve, run", "FastAPI, pipeline"} <= set(rates)
     assert all(rate > 0 for (rate,) in rates.values())

@@ -124,6 +124,8 @@ def decode_image(
             if page is not None:
                 _check_size(*page.size, max_pixels)
                 return _scaled(deep_tiff(page, file.read()), value_range)
+            check_webp(file.read(HEAD_BYTES), max_pixels)
+            file.seek(0)
             with _open_image(file) as image:
                 _check_size(image.height, image.width, max_pixels)
                 pixels = _jpeg_pixels(image, file)
@@ -209,6 +211,17 @@ def _open_image(file: BinaryIO) -> Image.Image:
 
 def _foreign(kind: str) -> UserError:
     return UserError(f"cannot read image: it is {kind}; convert it to PNG or JPEG")
+
+
+def check_webp(head: bytes, max_pixels: int) -> None:
+    """Check the size of an animated WebP file by its first bytes: Pillow allocates its canvas to open it.
+
+    Raises: UserError if it is too large.
+    Source: RFC 9649, section 2.7.
+    """
+    if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and len(head) >= 30:
+        width, height = (1 + int.from_bytes(head[at : at + 3], "little") for at in (24, 27))
+        _check_size(height, width, max_pixels)
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

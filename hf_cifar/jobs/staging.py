@@ -133,8 +133,10 @@ def build_wheel(folder: Path) -> Path:
         for name, path in files_below(package)
         if "__pycache__" not in path.parts
     }
+    # An editable installation may be found by its egg-info, which has another name for it.
+    metadata = installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
     members |= {
-        f"{info}/METADATA": installed.read_text("METADATA") or "",
+        f"{info}/METADATA": metadata,
         f"{info}/entry_points.txt": installed.read_text("entry_points.txt") or "",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: hf-cifar\nRoot-Is-Purelib: true\n"
         "Tag: py3-none-any\n",

@@ -31,6 +31,7 @@ from PIL import Image
 
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.model import is_exported
+from hf_cifar.data.images import HEAD_BYTES, check_webp
 from hf_cifar.errors import UserError
 from hf_cifar.logs import quieten
 from hf_cifar.models.exported import read_onnx
@@ -134,11 +135,15 @@ class Worker:
                 self._answer(job, index, picture)
 
     def _view(self, image: bytes) -> np.ndarray:
-        check_frames(image, self.max_frames)
+        self._check(image)
         return self.predictor.view(image)
 
-    def _heat(self, image: bytes) -> bytes:
+    def _check(self, image: bytes) -> None:
+        check_webp(image[:HEAD_BYTES], self.predictor.preprocessor.max_pixels)
         check_frames(image, self.max_frames)
+
+    def _heat(self, image: bytes) -> bytes:
+        self._check(image)
         return self.heatmap(self.predictor.preprocessor.decode(image))
 
     def _guarded(
