@@ -15,6 +15,7 @@ from typing import NoReturn
 from hf_cifar.commands import (
     compare,
     compress,
+    demo,
     evaluate,
     explain,
     export,
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "export": export.COMMAND,
     "explain": explain.COMMAND,
     "serve": serve.COMMAND,
+    "demo": demo.COMMAND,
     "push": push.COMMAND,
     "quantize": quantize.COMMAND,
     "recipes": recipes.COMMAND,

@@ -76,7 +76,7 @@ class RemoteJob:
 
 
 class Hub:
-    """The server, its repos by ("models" or "datasets", id), and its configured refusals and faults.
+    """The server, its repos by ("models", "datasets" or "spaces", id), its configured refusals and faults.
 
     refused: (action, repo id) -> HTTP status. faults: (action, repo id) -> statuses or DROP, one for each
     request until none is left. Actions: whoami and validate, which name no repo (""), write, create, branch,
@@ -144,10 +144,12 @@ class Handler(BaseHTTPRequestHandler):
                 orgs = [{"name": org, "roleInOrg": role} for org, role in ORGANISATIONS.items()]
                 auth = {"accessToken": {"role": ROLES[self.token]}}
                 self.answer({"type": "user", "name": USER, "orgs": orgs, "auth": auth})
-        elif found := re.fullmatch(r"/api/(models|datasets)/(.+)/auth-check(/write)?", path):
+        elif found := re.fullmatch(r"/api/(models|datasets|spaces)/(.+)/auth-check(/write)?", path):
             if self.repo(found[1], found[2]) and not (found[3] and self.refuses("write", found[2])):
                 self.answer({})
-        elif found := re.fullmatch(r"/api/(models|datasets)/(.+?)(/revision/([^/]+))?", path):
+        elif found := re.fullmatch(
+            r"/api/(models|datasets|spaces)/(.+?)(/revision/([^/]+))?", path
+        ):
             if "/tree/" in path:
                 self.answer_tree(
                     *re.fullmatch(r"/api/(\w+)/(.+)/tree/([^/]+)/?(.*)", path).groups()
@@ -163,8 +165,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.stream_log(found[1], self.hub.jobs[found[2]])
             else:
                 self.answer(self.job_info(found[2]))
-        elif found := re.fullmatch(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)", path):
-            self.answer_file("datasets" if found[1] else "models", *found.groups()[1:])
+        elif found := re.fullmatch(r"/(datasets/|spaces/)?(.+?)/resolve/([^/]+)/(.+)", path):
+            kind = (found[1] or "models/").rstrip("/")
+            self.answer_file(kind, *found.groups()[1:])
         else:
             self.answer({"error": "no such page"}, 404)
 
@@ -175,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if path == "/api/validate-yaml":
             content = json.loads(body)["content"]
-            errors = card_errors(content)
+            errors = card_errors(content, json.loads(body)["repoType"])
             names = re.findall(r"^- name: (.*)$", content, re.MULTILINE)
             errors += [f"not this one: {name}" for name in names if name in self.hub.refused_cards]
             if not self.fails("validate", ""):
@@ -208,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
                     for f in json.loads(body)["files"]
                 ]
                 self.answer({"files": files})
-        elif found := re.fullmatch(r"/(datasets/)?(.+)\.git/info/lfs/objects/batch", path):
+        elif found := re.fullmatch(r"/(datasets/|spaces/)?(.+)\.git/info/lfs/objects/batch", path):
             if not self.refuses("lfs", found[2]):
                 self.answer_lfs_batch(found[2], json.loads(body)["objects"])
         elif found := re.fullmatch(r"/api/(\w+)/(.+)/commit/([^/]+)", path):
@@ -442,7 +445,7 @@ def upload_mode(file: dict) -> str:
     return "lfs" if file["path"].endswith(LFS_SUFFIXES) or file["size"] > LFS_BYTES else "regular"
 
 
-def card_errors(content: str) -> list[str]:
+def card_errors(content: str, kind: str = "model") -> list[str]:
     """Errors in the metadata of a README.md, as far as this server checks."""
     found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
     if not found:
@@ -454,6 +457,8 @@ def card_errors(content: str) -> list[str]:
     ids = [metadata.get("base_model") or [], metadata.get("datasets") or []]
     flat = [name for value in ids for name in (value if isinstance(value, list) else [value])]
     errors = [f"{name!r} is not a valid id" for name in flat if not REPO_ID.fullmatch(name)]
+    if kind == "space":
+        return errors + space_errors(metadata)
     if metadata.get("pipeline_tag") != "image-classification":
         errors.append("pipeline_tag is not one of this server's")
     for model in metadata.get("model-index", []):
@@ -462,4 +467,18 @@ def card_errors(content: str) -> list[str]:
                 if not isinstance(result[key].get(wanted), str):
                     errors.append(f"model-index: {key}.{wanted} is missing")
             errors += [f"no value: {m}" for m in result["metrics"] if "value" not in m]
+    return errors
+
+
+def space_errors(metadata: dict) -> list[str]:
+    """Errors in the metadata of a Space. Source: huggingface.co/docs/hub/spaces-config-reference"""
+    colours = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
+    errors = [
+        f"{key} is missing" for key in ("title", "app_file", "sdk_version") if not metadata.get(key)
+    ]
+    errors += [key for key in ("colorFrom", "colorTo") if metadata.get(key) not in colours]
+    if metadata.get("sdk") not in ("gradio", "docker", "static"):
+        errors.append("sdk is not one of the Hub's")
+    if len(metadata.get("short_description", "")) > 60:
+        errors.append("short_description is longer than 60 characters")
     return errors

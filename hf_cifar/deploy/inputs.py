@@ -69,17 +69,24 @@ def used_splits(run: RunFolder, source: DataSource) -> Splits:
     )
 
 
+def images_of(split: Split | Stream, count: int) -> Iterator[tuple[np.ndarray, np.ndarray | int]]:
+    """Yield up to `count` images [H, W, 3] uint8 of a split with their labels, stratified, or the first ones
+    of a stream.
+
+    Raises: UserError that names the row of an unreadable image.
+    """
+    if isinstance(split, Stream):
+        return islice(split.read(epoch=0), count)
+    rows = representative_rows(split.labels, count, seed=0)
+    return ((split.decode(row), split.labels[row]) for row in rows.tolist())
+
+
 def inputs_of(split: Split | Stream, count: int, preprocessor: Preprocessor) -> Inputs:
     """Return the inputs of up to `count` images of a split, stratified, or of the first ones of a stream.
 
     Raises: UserError that names the row of an unreadable image.
     """
-    if isinstance(split, Stream):
-        examples: Iterator[tuple[np.ndarray, np.ndarray | int]] = split.read(epoch=0)
-    else:
-        rows = representative_rows(split.labels, count, seed=0)
-        examples = ((split.decode(row), split.labels[row]) for row in rows.tolist())
-    examples, pixel_values, labels = islice(examples, count), [], []
+    examples, pixel_values, labels = images_of(split, count), [], []
     while batch := list(islice(examples, BATCH)):
         images, found = zip(*batch, strict=True)
         pixel_values.append(preprocessor(list(images)).numpy().astype(np.float32, copy=False))

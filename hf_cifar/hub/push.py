@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import huggingface_hub
 import yaml
-from huggingface_hub import CommitOperationAdd, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, ModelCard, SpaceCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
@@ -40,7 +40,7 @@ PUSHED_FILES = (
     "report.html",
     "report.json",
 )
-COMMIT_MESSAGE = "Fine-tuned with hf_cifar"
+COMMIT_MESSAGES = {"model": "Fine-tuned with hf_cifar", "space": "Demo made with hf_cifar"}
 # Seconds to wait before each retry of a failed commit; the client itself retries everything else. Uploaded
 # files are not sent again.
 WAITS_S = (1.0, 3.0)
@@ -56,12 +56,14 @@ NEXT_STEPS = {
 
 @dataclass(frozen=True)
 class Target:
-    """The destination of a push. repo_id: with or without a namespace. token: the stored one if None."""
+    """The destination of a push. repo_id: with or without a namespace. token: the stored one if None. kind:
+    of the repository; a Space runs Gradio."""
 
     repo_id: str
     private: bool = True
     revision: str | None = None
     token: str | None = dataclasses.field(default=None, repr=False)
+    kind: Literal["model", "space"] = "model"
 
     @classmethod
     def of_run(cls, train: TrainingConfig) -> Target:
@@ -76,6 +78,14 @@ class Target:
     @property
     def api(self) -> huggingface_hub.HfApi:
         return huggingface_hub.HfApi(token=self.token)
+
+    def create(self, repo_id: str) -> str:
+        """Create the repository unless it exists, and return its URL."""
+        sdk = "gradio" if self.kind == "space" else None
+        url = self.api.create_repo(
+            repo_id, private=self.private, exist_ok=True, repo_type=self.kind, space_sdk=sdk
+        )
+        return str(url)
 
 
 class Access(NamedTuple):
@@ -115,11 +125,11 @@ def check_access(target: Target) -> Access:
         repo_id = target.repo_id if "/" in target.repo_id else f"{who['name']}/{target.repo_id}"
         validate_repo_id(repo_id)
         try:
-            info = target.api.model_info(repo_id)
+            info = target.api.repo_info(repo_id, repo_type=target.kind)
         except RepositoryNotFoundError:
             _check_namespace(repo_id, who)
             return Access(repo_id, who["name"], True, "private" if target.private else "public")
-        target.api.auth_check(repo_id, write=True)
+        target.api.auth_check(repo_id, repo_type=target.kind, write=True)
         return Access(repo_id, who["name"], False, "private" if info.private else "public")
     except UserError:
         raise
@@ -150,16 +160,18 @@ def _check_namespace(repo_id: str, who: dict[str, Any]) -> None:
         )
 
 
-def check_card(text: str) -> None:
+def check_card(text: str, kind: str = "model") -> None:
     """Raises: UserError for metadata that the Hub would reject, as far as the client can check."""
     try:
-        data: Any = ModelCard(text).data  # a ModelCardData, declared as its parent
-        for repo_id in (data.base_model, *(data.datasets or [])):
+        # A ModelCardData or SpaceCardData, declared as their parent.
+        data: Any = (SpaceCard if kind == "space" else ModelCard)(text).data
+        bases = data.models or [] if kind == "space" else [data.base_model]
+        for repo_id in (*bases, *(data.datasets or [])):
             if repo_id is not None:
                 validate_repo_id(repo_id)
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(
-            f"the model card's metadata is not valid ({one_line(error, 300)}); fix the top of "
+            f"the {kind} card's metadata is not valid ({one_line(error, 300)}); fix the top of "
             f"{CARD_FILE}"
         ) from None
 
@@ -169,12 +181,12 @@ def check_card_on_hub(text: str, target: Target) -> None:
 
     Raises: UserError if it rejects them.
     """
-    check_card(text)
+    check_card(text, target.kind)
     try:
-        _validate_card(text)
+        _validate_card(text, target.kind)
     except ValueError as error:
         raise UserError(
-            f"the Hub rejects the model card's metadata ({one_line(error, 200)}); fix the top of "
+            f"the Hub rejects the {target.kind} card's metadata ({one_line(error, 200)}); fix the top of "
             f"{CARD_FILE}"
         ) from None
     except Exception as error:  # as above
@@ -183,14 +195,14 @@ def check_card_on_hub(text: str, target: Target) -> None:
         ) from None
 
 
-def _validate_card(text: str) -> None:
+def _validate_card(text: str, kind: str) -> None:
     """Check like `ModelCard.validate`, which ignores HF_ENDPOINT before huggingface_hub 2.
 
     Raises: ValueError for invalid metadata.
     """
     response = get_session().post(
         f"{constants.ENDPOINT}/api/validate-yaml",
-        json={"repoType": "model", "content": text},
+        json={"repoType": kind, "content": text},
         headers={"Accept": "text/plain"},
     )
     if response.status_code == 400:
@@ -222,9 +234,23 @@ def plan_push(
     Raises: UserError for anything that would make it fail, or would upload private data.
     """
     files: dict[str, Path | bytes] = {**files_to_push(folder), **(added or {})}
+    return plan_files(folder, target, files, lambda repo_id: card_for(folder, repo_id))
+
+
+def plan_files(
+    folder: Path,
+    target: Target,
+    given: Mapping[str, Path | bytes],
+    card_for: Callable[[str], str],
+) -> PushPlan:
+    """Check everything about a push of files in a folder, by path in the repository; see `plan_push`.
+
+    card_for: returns the card for the name of the repository.
+    """
+    files: dict[str, Path | bytes] = dict(given)
     check_online("a push", target.token)
     access = check_access(target)
-    card = card_for(folder, access.repo_id)
+    card = card_for(access.repo_id)
     files[CARD_FILE] = card.encode()
     token = target.token or huggingface_hub.get_token()
     assert token is not None  # see `check_online`
@@ -272,9 +298,9 @@ def push_planned(plan: PushPlan) -> str:
     target, repo_id = plan.target, plan.access.repo_id
     api = target.api
     try:
-        url = api.create_repo(repo_id, private=target.private, exist_ok=True)
+        url = target.create(repo_id)
         if target.revision and not target.revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=target.revision, exist_ok=True)
+            api.create_branch(repo_id, branch=target.revision, repo_type=target.kind, exist_ok=True)
         for wait_s in WAITS_S:
             try:
                 _commit(plan)
@@ -289,7 +315,7 @@ def push_planned(plan: PushPlan) -> str:
         raise UserError(
             f"push to {repo_id} failed: {reason_of(error, target.token)}{_retry(plan.folder, target)}"
         ) from None
-    return str(url)
+    return url
 
 
 def _commit(plan: PushPlan) -> None:
@@ -297,7 +323,8 @@ def _commit(plan: PushPlan) -> None:
     plan.target.api.create_commit(
         plan.access.repo_id,
         [CommitOperationAdd(name, file) for name, file in plan.files.items()],
-        commit_message=COMMIT_MESSAGE,
+        commit_message=COMMIT_MESSAGES[plan.target.kind],
+        repo_type=plan.target.kind,
         revision=plan.target.revision,
     )
 
@@ -320,7 +347,7 @@ def prepare_push(train: TrainingConfig, card: str) -> None:
     access = check_access(target)
     check_card_on_hub(card, target)
     try:
-        target.api.create_repo(access.repo_id, private=target.private, exist_ok=True)
+        target.create(access.repo_id)
     except Exception as error:  # as above
         raise UserError(
             f"--push_to_hub: cannot create {access.repo_id}: {reason_of(error, target.token)}"
@@ -342,6 +369,9 @@ def push_run(train: TrainingConfig, card_for: Callable[[Path, str], str]) -> str
 
 def _retry(folder: Path, target: Target) -> str:
     """End an error message with the command that retries the push, without the token."""
+    if target.kind == "space":
+        upload = shlex.join(["hf", "upload", target.repo_id, str(folder), "--repo-type", "space"])
+        return f"; the Space is written in {folder}; retry with: {upload}"
     parts = ["hf-cifar", "push", str(folder), "--repo_id", target.repo_id]
     parts += ["--revision", target.revision] if target.revision else []
     parts += [] if target.private else ["--private", "false"]

@@ -218,15 +218,17 @@ def require_writable(folder: Path, flag: str) -> None:
         )
 
 
-def refuse_other_files(folder: Path, ours: Collection[str] = ()) -> None:
+def refuse_other_files(
+    folder: Path, ours: Collection[str] = (), flag: str = "--output_dir"
+) -> None:
     """Raises: UserError for an output folder that is a file, has other files than `ours`, or cannot be
-    written."""
+    written. flag: the option that names it."""
     if folder.is_file():
-        raise UserError(f"--output_dir {folder} is a file; pass a folder")
-    require_writable(folder, "--output_dir")
+        raise UserError(f"{flag} {folder} is a file; pass a folder")
+    require_writable(folder, flag)
     if others := {each.name for each in folder.glob("*")} - set(ours):
         raise UserError(
-            f"--output_dir {folder} holds other files, such as {min(others)}; pass a new folder"
+            f"{flag} {folder} holds other files, such as {min(others)}; pass a new folder"
         )
 
 

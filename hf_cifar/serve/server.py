@@ -19,12 +19,11 @@ from hf_cifar.errors import UserError
 from hf_cifar.platform import allow_open_files, on_hangup
 from hf_cifar.serve.app import Service, create_app
 from hf_cifar.serve.gate import Gate
+from hf_cifar.serve.listener import listening, url_of
 from hf_cifar.serve.protocol import limited_protocol
 from hf_cifar.serve.workers import GRACE_SECONDS, Workers
-from hf_cifar.text import one_line
 
 logger = logging.getLogger(__name__)
-BACKLOG = 2048  # connections that the system accepts before the server does
 KEEP_ALIVE_SECONDS = 75  # longer than common load balancers, which then close the connection first
 
 
@@ -47,18 +46,6 @@ def serve(predict: PredictConfig, config: ServeConfig) -> None:
         runner.run(_serve(predict, config, listener))
 
 
-def listening(config: ServeConfig) -> socket.socket:
-    """Open the port. Raises: UserError if another program has it, or this machine has no such address."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {config.host}:{config.port}: {one_line(error.strerror or error)}; pass "
-            "another --port or --host"
-        ) from None
-
-
 async def _serve(predict: PredictConfig, config: ServeConfig, listener: socket.socket) -> None:
     workers = Workers(predict, config)
     await workers.start()
@@ -67,10 +54,9 @@ async def _serve(predict: PredictConfig, config: ServeConfig, listener: socket.s
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     server = Server(service, Gate(app, service, paths))
     on_hangup(asyncio.get_running_loop(), lambda: workers.background(_reload(workers)))
-    host, port = listener.getsockname()[:2]
     logger.info(
-        "serving %s at http://%s:%d; API documentation at /docs; Ctrl-C stops the server",
-        workers.about["version"], f"[{host}]" if ":" in host else host, port,
+        "serving %s at %s; API documentation at /docs; Ctrl-C stops the server",
+        workers.about["version"], url_of(listener),
     )  # fmt: skip
     await server.serve(sockets=[listener])
     forced = server.force_exit
