@@ -20,7 +20,7 @@ test: $(VENV)/installed quality
 	$(BIN)/pytest -n 3 --dist loadfile -q -m 'not slow and not faults'
 
 test-all: $(VENV)/installed quality
-	$(BIN)/pytest -n 3 --dist loadfile -q
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -q
 
 test-faults: $(VENV)/installed
 	$(BIN)/pytest -n 2 -q -m faults tests/faults --write-table docs/reliability.md

@@ -32,6 +32,7 @@ from hf_cifar.deploy.export import export_run
 LIMIT = 0.1  # seconds, of p99
 CLIENTS, STEP = 32, 1.1  # of the load that finds the capacity; between the rates that are tried
 NUM_IMAGES = 500
+START_SECONDS = 180  # allowed until the first answer
 
 
 def free_port() -> int:
@@ -71,15 +72,16 @@ def started(command: Callable[[int], list[str]], request: bytes) -> Iterator[int
             cwd=ROOT,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
+        reply, end = None, time.monotonic() + START_SECONDS
         try:
             while True:
-                if process.poll() is not None:
+                if process.poll() is not None or time.monotonic() > end:
                     log.seek(0)
-                    raise RuntimeError(log.read().decode()[-2000:])
+                    raise RuntimeError(f"no answer: {reply}\n{log.read().decode()[-2000:]}")
                 with contextlib.suppress(OSError):
                     socket.create_connection(("127.0.0.1", port)).close()
-                    replies = run(lambda: closed_loop(port, [request], 1))
-                    if replies[0].status == 200:
+                    (reply,) = run(lambda: closed_loop(port, [request], 1))
+                    if reply.status == 200:
                         break
                 time.sleep(0.2)
             yield port

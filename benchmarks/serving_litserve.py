@@ -3,14 +3,13 @@
 python -m benchmarks.serving_litserve RUN PORT
 """
 
-from __future__ import annotations
-
 import io
 import sys
 from typing import Any
 
 import litserve
 import torch
+from fastapi import Request, Response  # LitServe reads these annotations, as classes
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -29,7 +28,7 @@ class Classifier(litserve.LitAPI):
         self.model = AutoModelForImageClassification.from_pretrained(self.run).eval()
         self.image_processor = AutoImageProcessor.from_pretrained(self.run)
 
-    def decode_request(self, request: Any) -> Image.Image:
+    def decode_request(self, request: Request) -> Image.Image:  # a form with its files
         return Image.open(io.BytesIO(request["file"].file.read())).convert("RGB")
 
     @torch.inference_mode()
@@ -43,7 +42,7 @@ class Classifier(litserve.LitAPI):
             for row in zip(top.values, top.indices, strict=True)
         ]
 
-    def encode_response(self, output: Any) -> Any:
+    def encode_response(self, output: Any) -> Response:  # JSON of it
         return output
 
 

@@ -12,6 +12,12 @@ import pytest
 from PIL import Image
 
 
+def pytest_collection_modifyitems(items):
+    """Start the files with slow tests first, so that no process is still at one when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, len(item.path.parents)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_disk_cache(tmp_path_factory):
     """Keep the disk cache inside the tests' own folder."""

@@ -33,9 +33,10 @@ from benchmarks.peers import (
     small_pictures,
     train_as,
 )
-from benchmarks.turns import workers
+from benchmarks.turns import CONTEXT, workers
 
 pytestmark = pytest.mark.slow  # each starts processes that compute
+CONTEXT.set_forkserver_preload(["benchmarks.peers", "benchmarks.serving"])  # imported once for all
 
 
 @pytest.fixture
@@ -146,8 +147,8 @@ def test_servers_are_compared_under_load(tmp_path, stripes, tiny_vit):
         str(tmp_path / "run"),
         str(stripes / "test"),
         rounds=1,
-        seconds=0.5,
-        limit=2,
+        seconds=0.3,
+        limit=1,
         folder=tmp_path,
     )
     assert {"hf-cifar serve, ONNX", "hf-cifar serve, run", "FastAPI, pipeline"} <= set(rates)

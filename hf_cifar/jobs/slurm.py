@@ -65,8 +65,7 @@ def submit_slurm(
     except UserError:
         if numbers:
             subprocess.run(["scancel", *numbers], check=False)
-        else:
-            _remove(folder)
+        _remove(folder)
         raise
     log = folder / (f"{numbers[0]}_*.log" if len(runs) > 1 else f"{numbers[0]}.log")
     print(

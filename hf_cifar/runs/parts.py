@@ -46,6 +46,7 @@ class Parts:
         self.unfinished = folder / ".unfinished"  # locks, and parts that are being written
         self.count = -(-num_rows // PART_ROWS)
         self._claims: dict[int, contextlib.ExitStack] = {}
+        self._warned = False  # that nothing can be locked
 
     def rows(self, number: int) -> range:
         """Return the rows of a part."""
@@ -95,11 +96,12 @@ class Parts:
             except FileNotFoundError:  # another process has just finished the table
                 continue
             except NotImplementedError as error:
-                if not self._claims:
+                if not self._warned:
                     logger.warning(
                         "cannot lock %s (%s): pass --shard, or processes may predict the same parts",
                         self.folder, error,
                     )  # fmt: skip
+                self._warned = True
             else:
                 if lock is None or self.path(number).exists():
                     claim.close()

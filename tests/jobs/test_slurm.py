@@ -190,6 +190,23 @@ def test_a_refused_job_is_one_line_and_leaves_nothing(cluster, tmp_path, stripes
     assert not (tmp_path / "run").exists()
 
 
+def test_an_array_is_cancelled_if_the_job_after_it_is_refused(
+    tmp_path, stripes, tiny_vit, capsys, monkeypatch
+):
+    programs = {
+        "sbatch": 'case "$*" in *collect*) echo "no such limit" >&2; exit 1 ;; *) echo 7 ;; esac',
+        "scancel": f'echo "$*" > {tmp_path}/cancelled',
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert main(["finetune", *options(tmp_path / "run", stripes, tiny_vit, "--seeds", "2")]) == 2
+    assert "sbatch refused the job: no such limit" in capsys.readouterr().err
+    assert (tmp_path / "cancelled").read_text() == "7\n"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_the_script_starts_a_process_for_each_gpu(tmp_path, stripes, tiny_vit, capsys):
     # Two processes on a CPU stand for those of two GPUs.

@@ -89,6 +89,24 @@ def test_camera_takes_a_picture(page):
     assert shown_picture(page).std() > 5
 
 
+def test_camera_opens_once_and_is_switched_off(page):
+    page.evaluate("""() => {
+        window.streams = [];
+        const open = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+        navigator.mediaDevices.getUserMedia = async (asked) => {
+            const stream = await open(asked);
+            window.streams.push(stream);
+            return stream;
+        };
+        for (let i = 0; i < 3; i++) document.getElementById("camera").click();
+    }""")
+    page.wait_for_selector("#live:not([hidden])")
+    page.click("#camera")
+    page.click("#stop")
+    states = "window.streams.map((stream) => stream.getTracks().map((track) => track.readyState))"
+    assert page.evaluate(states) == [["ended"]]
+
+
 def test_keyboard_reaches_everything(page, picture):
     # Choosers are intercepted from now on; enabled with the key press, that is too late at times.
     page.on("filechooser", lambda _: None)
