@@ -6,6 +6,7 @@ is that of the image, without capabilities, except to read every file: a test's 
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -87,5 +88,7 @@ def container(*arguments):
     try:
         yield started
     finally:
-        started.process.kill()  # and its child with it
+        # Its first process, and so all of them; they have another user, and do not end with their parent.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(started.pid, signal.SIGKILL)
         started.process.wait()

@@ -19,6 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 # A batch is not filled up for longer than this: its images wait while another one, which may be large, is
 # decoded.
 GATHER_SECONDS = 0.02
+# Images that arrive while a batch is computed wait for it: it takes no longer than this, or than twice the
+# time of one image.
+BATCH_SECONDS = 0.05
 SWITCH_SECONDS = 0.0005  # after which a thread that runs Python lets another one run
 
 
@@ -76,7 +80,8 @@ class Worker:
             # Loaded weights are mapped from their file; the process would die if it were overwritten.
             tensor.data = tensor.data.clone()
         self.heatmap = Heatmap(self.predictor)
-        self.max_frames, self.batch_size = max_frames, config.batch_size
+        self.max_frames = max_frames
+        self.batch_size = prompt_batch_size(self.predictor, config.batch_size)
         self._output, self._output_lock = output, threading.Lock()
         self._lock = threading.Lock()  # of jobs
         self._waiting: queue.SimpleQueue[Item] = queue.SimpleQueue()
@@ -189,6 +194,33 @@ class Worker:
             self.write(
                 {"id": job.number, "outcome": job.outcome, "batches": job.batches}, job.answers
             )
+
+
+def prompt_batch_size(predictor: Predictor, largest: int) -> int:
+    """Return the size of a batch, up to `largest`, that is computed within `BATCH_SECONDS` or, if one image
+    takes long, within twice the time of one.
+
+    Measured on one core, as batches are computed; this warms the model up, too.
+    """
+    view = np.zeros((*predictor.preprocessor.preprocessing.size, 3), np.uint8)
+
+    def seconds(size: int) -> float:
+        times = []
+        for _ in range(2):  # the first may prepare something
+            start = time.perf_counter()
+            predictor.scores_of_views([view] * size)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def measure() -> int:
+        torch.set_num_threads(1)
+        found, size, limit = 1, 2, max(BATCH_SECONDS, 2 * seconds(1))
+        while size <= largest and seconds(size) <= limit:
+            found, size = size, 2 * size
+        return found
+
+    with ThreadPoolExecutor(1) as pool:  # the number of threads is that of a thread
+        return pool.submit(measure).result()
 
 
 def _json(values: dict[str, Any]) -> bytes:
