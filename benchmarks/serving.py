@@ -170,10 +170,10 @@ def compare_servers(
         }
         if peers:
             servers["FastAPI, pipeline"] = peer("plain", model)
-        if peers and importlib.util.find_spec("litserve") is None:
-            print("LitServe is left out; it needs: pip install litserve")
-        elif peers:
-            servers["LitServe"] = peer("litserve", model)
+            if importlib.util.find_spec("litserve") is None:
+                print("LitServe is left out; it needs: pip install litserve")
+            else:
+                servers["LitServe"] = peer("litserve", model)
         throughputs: dict[str, list[float]] = {name: [] for name in servers}
         variants: dict[str, Callable[[], float]] = {
             name: partial(measured, command, files, seconds, limit, throughputs[name])

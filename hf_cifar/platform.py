@@ -94,7 +94,7 @@ def on_hangup(loop: AbstractEventLoop, callback: Callable[[], object]) -> None:
 
 
 def ignore_signals() -> None:
-    """Let this process outlive the signals that a terminal sends to all its processes, and SIGTERM."""
+    """Ignore SIGTERM, and the signals that a terminal sends to all of its processes."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):  # Windows lacks the last one
             signal.signal(getattr(signal, name), signal.SIG_IGN)

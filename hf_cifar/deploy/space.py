@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -145,8 +144,10 @@ def _card(title: str, runs: Mapping[str, RunFolder]) -> str:
 
 
 def _rendered(name: str, **values: Any) -> str:
-    template = resources.files("hf_cifar") / "templates" / name
     environment = jinja2.Environment(
-        trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+        loader=jinja2.PackageLoader("hf_cifar"),
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
     )
-    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
+    return environment.get_template(name).render(**values)

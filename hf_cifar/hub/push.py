@@ -370,8 +370,9 @@ def push_run(train: TrainingConfig, card_for: Callable[[Path, str], str]) -> str
 def _retry(folder: Path, target: Target) -> str:
     """End an error message with the command that retries the push, without the token."""
     if target.kind == "space":
-        upload = shlex.join(["hf", "upload", target.repo_id, str(folder), "--repo-type", "space"])
-        return f"; the Space is written in {folder}; retry with: {upload}"
+        upload = ["hf", "upload", target.repo_id, str(folder), "--repo-type", "space"]
+        upload += ["--private"] if target.private else []
+        return f"; the Space is written in {folder}; retry with: {shlex.join(upload)}"
     parts = ["hf-cifar", "push", str(folder), "--repo_id", target.repo_id]
     parts += ["--revision", target.revision] if target.revision else []
     parts += [] if target.private else ["--private", "false"]

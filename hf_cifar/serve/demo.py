@@ -30,11 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 KEPT_SECONDS = 600  # of an uploaded file
 MAX_WAITING = 64  # predictions
-# Gradio's own would be fetched from Google.
 STYLE = ".whole img { width: 100%; height: 100%; object-fit: contain; }"  # also of small pictures
-COLUMN_PIXELS = (
-    240  # at least, so that a picture and two models are side by side on a screen of 1200
-)
+COLUMN_PIXELS = 240  # at least: a picture and two models fit side by side on a screen of 1200
+# Gradio's own would be fetched from Google.
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
 
@@ -54,7 +52,7 @@ def serve_demo(
         gr.mount_gradio_app(
             app, build_page(models, examples), "/",
             auth=None if config.api_key is None else _keeper(config.api_key),
-            auth_message="Any name, and the key as the password", max_file_size=config.max_bytes,
+            auth_message="Enter any name, and the key as the password", max_file_size=config.max_bytes,
             theme=gr.themes.Default(**FONTS), css=STYLE, footer_links=[], run_history=False, pwa=False,
             ssr_mode=False, enable_monitoring=False, show_error=True,
         )  # fmt: skip
@@ -69,7 +67,7 @@ def serve_demo(
 
 
 def _keeper(key: str) -> Any:
-    """Return a function that says whether a name and a password may enter."""
+    """Return a function that takes a name and a password, and returns True for the right password."""
     return lambda name, password: hmac.compare_digest(password.encode(), key.encode())
 
 

@@ -56,8 +56,8 @@ class Guard:
         length = dict(scope["headers"]).get(b"content-length", b"")
         if not length.isdigit():
             await refuse(411, "send the length of the request")
-        elif int(length) > (self._max_bytes + FORM_BYTES if is_upload else EVENT_BYTES):
-            await refuse(413, f"the request is larger than {self._max_bytes:,} bytes")
+        elif int(length) > (most := self._max_bytes + FORM_BYTES if is_upload else EVENT_BYTES):
+            await refuse(413, f"the request is larger than {most:,} bytes")
         elif is_upload:
             await self._app(scope, receive, send_more)
         else:

@@ -9,6 +9,7 @@ Started by `workers` only.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -81,7 +82,7 @@ class Worker:
             tensor.data = tensor.data.clone()
         self.heatmap = Heatmap(self.predictor)
         self.max_frames = max_frames
-        self.batch_size = prompt_batch_size(self.predictor, config.batch_size)
+        self.batch_size = measured_batch_size(self.predictor, config.batch_size)
         self._output, self._output_lock = output, threading.Lock()
         self._lock = threading.Lock()  # of jobs
         self._waiting: queue.SimpleQueue[Item] = queue.SimpleQueue()
@@ -196,7 +197,7 @@ class Worker:
             )
 
 
-def prompt_batch_size(predictor: Predictor, largest: int) -> int:
+def measured_batch_size(predictor: Predictor, largest: int) -> int:
     """Return the size of a batch, up to `largest`, that is computed within `BATCH_SECONDS` or, if one image
     takes long, within twice the time of one.
 
@@ -215,8 +216,9 @@ def prompt_batch_size(predictor: Predictor, largest: int) -> int:
     def measure() -> int:
         torch.set_num_threads(1)
         found, size, limit = 1, 2, max(BATCH_SECONDS, 2 * seconds(1))
-        while size <= largest and seconds(size) <= limit:
-            found, size = size, 2 * size
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while size <= largest and seconds(size) <= limit:
+                found, size = size, 2 * size
         return found
 
     with ThreadPoolExecutor(1) as pool:  # the number of threads is that of a thread
@@ -301,6 +303,7 @@ def describe(config: PredictConfig, worker: Worker) -> dict[str, Any]:
             for split, found in metrics.items()
         },
         "device": str(predictor.device),
+        "batch_size": worker.batch_size,
         "heat_map": worker.heatmap.available,
     }
 

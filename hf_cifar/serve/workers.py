@@ -195,9 +195,10 @@ class Workers:
 
     def _tend(self, worker: Worker) -> None:
         logger.info(
-            "worker process %d serves %s and uses %.0f MB",
+            "worker process %d serves %s in batches of up to %d images, and uses %.0f MB",
             worker.process.pid,
             worker.about["version"],
+            worker.about["batch_size"],
             worker.memory() / 1e6,
         )
         self.background(worker.read_answers())

@@ -165,5 +165,6 @@ def test_push(tmp_path, run):
         hub.refused["commit", "me/third"] = 413
         done = run_demo(run, "--space", tmp_path / "third", "--push", "third", env=env)
         assert done.returncode == 2
-        assert f"retry with: hf upload third {tmp_path / 'third'} --repo-type space" in done.stderr
+        retry = f"retry with: hf upload third {tmp_path / 'third'} --repo-type space --private\n"
+        assert retry in done.stderr
         assert (tmp_path / "third/app.py").is_file()

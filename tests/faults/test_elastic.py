@@ -34,7 +34,9 @@ class Nodes:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
             "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
-            "--rdzv-conf", "last_call_timeout=5", "--local-addr", "127.0.0.1",
+            "--local-addr", "127.0.0.1", "--rdzv-conf",
+        ]  # fmt: skip
+        training = [
             str(ROOT / "scripts/finetune.py"), "--dataset_name", str(data),
             "--model_name_or_path", str(model),
             "--output_dir", str(folder), "--per_device_train_batch_size", "4", "--learning_rate", "1e-3",
@@ -47,9 +49,14 @@ class Nodes:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }  # fmt: skip
         with self.log.open("w") as log:
+            # Otherwise both would try to host, because both are on the machine of the endpoint.
             self.agents = [
-                subprocess.Popen(command, stdout=log, stderr=log, env=environment) for _ in range(2)
-            ]
+                subprocess.Popen(
+                    [*command, f"last_call_timeout=5,is_host={is_host}", *training],
+                    stdout=log, stderr=log, env=environment,
+                )
+                for is_host in (True, False)
+            ]  # fmt: skip
 
     def __enter__(self):
         return self

@@ -32,24 +32,15 @@ def demo(tmp_path_factory, runs):
         yield page
 
 
-@pytest.fixture(scope="module")
-def picture(stripes):
-    return next((stripes / "test" / "down").glob("*.png"))
-
-
 @pytest.fixture
-def page(demo, browser):
+def page(demo, tab):
     """The page in Chromium; nothing may come from elsewhere, or fail."""
-    problems = []
-    page = browser.new_page()
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda each: problems.append(each.text) if each.type == "error" else None)
+    page, problems = tab
     page.on(
         "request", lambda each: problems.append(each.url) if not is_own(each.url, demo) else None
     )
     page.goto(demo.url)
     yield page
-    page.close()
     assert problems == []
 
 

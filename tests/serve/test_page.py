@@ -17,20 +17,11 @@ def server(tmp_path_factory, finished_vit):
 
 
 @pytest.fixture
-def page(server, browser):
-    problems = []
-    page = browser.new_page()
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda each: problems.append(each.text) if each.type == "error" else None)
+def page(server, tab):
+    page, problems = tab
     page.goto(f"http://127.0.0.1:{server.port}/")
     yield page
-    page.close()
     assert [each for each in problems if "422" not in each] == []
-
-
-@pytest.fixture(scope="module")
-def picture(stripes):
-    return next((stripes / "test" / "down").glob("*.png"))
 
 
 def shown_picture(page):

@@ -135,6 +135,7 @@ def test_model_page_describes_model_and_limits(server, finished_vit):
     assert about["metrics"]["validation"]["accuracy"] == metrics["validation"]["accuracy"]
     assert about["preprocessing"]["preprocessing"]["resize"] == [16, 16]
     assert about["limits"]["max_images"] == 8
+    assert f"in batches of up to {about['batch_size']} images" in server.log.read_text()
     assert str(finished_vit) not in json.dumps(about)
 
 

@@ -4,13 +4,27 @@ import io
 import time
 
 import pytest
+import torch
 
 from hf_cifar import PredictConfig
 from hf_cifar.predict import Predictor
 from hf_cifar.serve import frames
-from hf_cifar.serve.worker import Worker
+from hf_cifar.serve.worker import Worker, measured_batch_size
 
 BATCH_SIZE, NUM_IMAGES = 8, 40
+
+
+def test_sizes_that_do_not_fit_into_memory_are_left_out(finished_vit, monkeypatch):
+    compute = Predictor.scores_of_views
+
+    def limited(self, views):
+        if len(views) > 4:
+            raise torch.OutOfMemoryError("too many images")
+        return compute(self, views)
+
+    monkeypatch.setattr(Predictor, "scores_of_views", limited)
+    predictor = Predictor(PredictConfig(str(finished_vit), use_cpu=True))
+    assert measured_batch_size(predictor, BATCH_SIZE) == 4
 
 
 @pytest.mark.parametrize(("image_seconds", "expected"), [(0, BATCH_SIZE), (0.015, 2), (0.1, 2)])
