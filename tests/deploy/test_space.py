@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -81,7 +82,17 @@ def test_files(space):
 
 def test_app_is_written_in_the_style_of_the_project(space):
     subprocess.run(
-        ["ruff", "check", "--isolated", "--line-length", "110", space / "app.py"], check=True
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "check",
+            "--isolated",
+            "--line-length",
+            "110",
+            space / "app.py",
+        ],
+        check=True,
     )
 
 
