@@ -275,7 +275,10 @@ def split_to_evaluate(
 
 
 # Options that decide which rows of train become validation.
-SPLIT_OPTIONS = ("train_val_split", "split_seed", "label_column_name", "streaming")
+SPLIT_OPTIONS = (
+    "train_val_split", "split_seed", "num_folds", "fold", "label_column_name", "group_column_name",
+    "streaming",
+)  # fmt: skip
 
 
 def _validation_of_run(

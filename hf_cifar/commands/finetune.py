@@ -76,10 +76,9 @@ def submit(job: JobConfig, config: RunConfig, argv: Sequence[str]) -> int:
 
     runs = [config]
     if config.train.seeds > 1:
-        from hf_cifar.studies.seeds import check_series, config_of, seeds_of
+        from hf_cifar.studies.seeds import runs_of_seeds
 
-        check_series(config)
-        runs = [config_of(config, seed) for seed in seeds_of(config)]
+        runs = runs_of_seeds(config)
     return submit_slurm(config, argv, runs, job)
 
 

@@ -83,6 +83,11 @@ class DataConfig:
         ". It holds class labels, strings, whole numbers or booleans; for multi-label data, lists of class "
         "labels or strings.",
     )
+    group_column_name: str | None = option(
+        None,
+        "Column of what images have in common, such as the patient or the camera: validation and every fold "
+        "get whole groups.",
+    )
     train_val_split: float = option(
         0.1,
         "Fraction of train that becomes validation, stratified (not for a stream), if there is no "
@@ -90,6 +95,14 @@ class DataConfig:
     )
     split_seed: int = option(
         42, "Seed of the train/validation split and of every subsample.", low=0, high=2**32 - 1
+    )
+    num_folds: int | None = option(
+        None, "Divide train into this many folds, stratified, instead of --train_val_split.", low=2
+    )
+    fold: int | None = option(
+        None,
+        "Number of the fold that is validation, from 1; train is the others. hf-cifar kfold runs each.",
+        low=1,
     )
     imbalance_factor: float = option(
         1.0,
@@ -148,6 +161,22 @@ class DataConfig:
             ValueRange.parse(self.value_range)
         if self.streaming and self.pixel_store == "resident":
             raise UserError("--streaming and --pixel_store resident cannot be combined")
+        if self.fold is not None and self.fold > (self.num_folds or 0):
+            raise UserError(
+                f"--fold is {self.fold}, and "
+                + (
+                    "--num_folds is not given"
+                    if self.num_folds is None
+                    else f"there are {self.num_folds}"
+                )
+                + "; pass a --num_folds of at least that"
+            )
+        for name in ("num_folds", "group_column_name"):
+            if self.streaming and getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name} needs every row before training, and a stream is not read in advance; leave "
+                    f"out --{name} or --streaming"
+                )
         if self.streaming and (self.imbalance_factor != 1 or self.shots is not None):
             raise UserError(
                 "--imbalance_factor and --shots choose rows by class, which a stream does not know; leave "

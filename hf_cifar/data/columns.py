@@ -72,7 +72,7 @@ def standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
         if may_be_hidden and image in rows.features and label not in rows.features:
             logger.info("split %s has no column %r, and is left out", split, label)
             continue
-        rows = with_standard_names(rows, split, image, label)
+        rows = with_standard_names(rows, split, image, label, _group_column(rows, split, config))
         if may_be_hidden and is_hidden(rows):
             logger.info("split %s has no labels, and is left out", split)
             continue
@@ -127,16 +127,37 @@ def image_and_label(
     return image, _label_column(features, config, image)
 
 
-def with_standard_names(rows: Rows, split: str, image: str, label: str) -> Rows:
-    """Select the two columns, as `image` and `label`. Raises: UserError if the split lacks one."""
+def with_standard_names(
+    rows: Rows, split: str, image: str, label: str, group: str | None = None
+) -> Rows:
+    """Select the columns, as `image`, `label` and, with a group column, `group`.
+
+    Raises: UserError if the split lacks one.
+    """
     if image not in rows.features or label not in rows.features:
         raise UserError(f"split {split} has columns {list(rows.features)}, not {image} and {label}")
-    rows = rows.select_columns([image, label])
-    if (image, label) != ("image", "label"):
-        # Through temporary names, in case the two columns swap names.
-        rows = rows.rename_columns({image: "_image", label: "_label"})
-        rows = rows.rename_columns({"_image": "image", "_label": "label"})
+    names = {image: "image", label: "label"} | ({group: "group"} if group else {})
+    rows = rows.select_columns(list(names))
+    if any(name != standard for name, standard in names.items()):
+        # Through temporary names, in case columns swap names.
+        rows = rows.rename_columns({name: f"_{standard}" for name, standard in names.items()})
+        rows = rows.rename_columns({f"_{standard}": standard for standard in names.values()})
     return rows
+
+
+def _group_column(rows: Dataset, split: str, config: DataConfig) -> str | None:
+    """Return the group column of train, the only split that is divided. Raises: UserError without one."""
+    requested = config.group_column_name
+    if requested is None or split in ("validation", "test"):
+        return None
+    _require_column(requested, rows.features, "group")
+    kind = getattr(rows.features[requested], "dtype", "")
+    if kind not in ("string", "large_string", "bool") and "int" not in kind:
+        raise UserError(
+            f"column {requested!r} holds {rows.features[requested]}, not the names or numbers of groups; "
+            "pass another --group_column_name"
+        )
+    return requested
 
 
 def _image_column(features: Features, config: DataConfig, rows: Dataset | None) -> str:

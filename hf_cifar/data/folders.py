@@ -21,6 +21,7 @@ from datasets import (
     Image,
     IterableDatasetDict,
     List,
+    Value,
 )
 from datasets.table import InMemoryTable
 from huggingface_hub import metadata_load
@@ -152,6 +153,7 @@ def from_layout(layout: Layout) -> DatasetDict:
     is_multi_label = any(isinstance(each, tuple) for each in every)
     features = Features(
         {image: Image(decode=False), layout.label_column: List(label) if is_multi_label else label}
+        | ({layout.group_column: Value("string")} if layout.group_column else {})
     )
     splits = {}
     for split, rows in layout.splits.items():
@@ -161,6 +163,10 @@ def from_layout(layout: Layout) -> DatasetDict:
         ]
         cells = _image_cells(file for file, _ in rows)
         columns = {image: cells, layout.label_column: pyarrow.array(labels)}
+        if layout.group_column:
+            columns[layout.group_column] = pyarrow.array(
+                [layout.group_of[file] for file, _ in rows]
+            )
         splits[split] = _in_memory(columns, features)
     return DatasetDict(splits)
 
@@ -508,7 +514,7 @@ def _agreed(
     layout: Layout, fitting: dict[str, Layout], unclear: dict[str, UserError], config: DataConfig
 ) -> Layout:
     """Choose between class folders and tables. Raises: UserError if they contradict each other."""
-    columns = (config.image_column_name, config.label_column_name)
+    columns = (config.image_column_name, config.label_column_name, config.group_column_name)
     if set(columns) - {None, "image", "label"} and len(fitting) == 1:
         return next(iter(fitting.values()))
     folder_of = _class_of(layout)

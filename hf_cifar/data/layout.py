@@ -48,8 +48,9 @@ class Layout:
     splits: the images of each split with their class, or classes. class_names: in the order of their ids.
     labels_from: where the classes come from. left_out: files that are not used, counted by reason;
     rows_left_out: rows of a table. split_names: the original name of each split; empty without splits.
-    image_column, label_column: names of the columns of a data set made from this. notes: decisions that the
-    user may not expect, one line each.
+    image_column, label_column: names of the columns of a data set made from this. group_column: of a column
+    of groups, if requested, and group_of: the group of each image. notes: decisions that the user may not
+    expect, one line each.
     """
 
     splits: dict[str, list[tuple[File, str | tuple[str, ...]]]]
@@ -61,6 +62,8 @@ class Layout:
     image_column: str = "image"
     label_column: str = "label"
     notes: list[str] = field(default_factory=list)
+    group_column: str | None = None
+    group_of: dict[File, str] = field(default_factory=dict)
 
     def describe(self) -> str:
         """Describe the layout in one line."""

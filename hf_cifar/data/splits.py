@@ -28,7 +28,7 @@ from hf_cifar.data.labels import (
 from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.sources import Source, announced, open_data_set, read_source
 from hf_cifar.data.split import Split, UnreadableImages, readable, with_images
-from hf_cifar.data.stratify import few_shot, long_tail, stratified, subsample
+from hf_cifar.data.stratify import assign_folds, few_shot, long_tail, stratified, subsample
 from hf_cifar.data.streams import (
     Stream,
     collect,
@@ -48,6 +48,8 @@ if TYPE_CHECKING:  # mistakes in data are found without importing torch
 logger = logging.getLogger(__name__)
 # Training images examined for more than 8 bits; of a stream, the first ones.
 IMAGES_FOR_RANGE, STREAMED_FOR_RANGE = 500, 64
+# The name of all images of train, each predicted by a model that was not trained on it.
+OUT_OF_FOLD = "out_of_fold"
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
 
 
@@ -95,6 +97,19 @@ class DataSource:
         self.config = config
         self._pixels: dict[str, Pixels] = {}
 
+    def sharing(self, config: DataConfig) -> DataSource:
+        """Return the same data divided by other options; the two share their images, decoded once.
+
+        config: may differ from that of this source in the options that choose rows only.
+        """
+        other = DataSource(config)
+        other._pixels = self._pixels
+        # Cached properties of this source, which those options do not change.
+        if not config.streaming:
+            vars(other)["_source"] = self._source
+            vars(other)["value_range"] = self.value_range
+        return other
+
     @functools.cached_property
     def splits(self) -> Splits:
         """Train and validation, see `load_splits`."""
@@ -104,6 +119,11 @@ class DataSource:
     def test_split(self) -> Split:
         """Test, for the final evaluation only, see `load_test_split`."""
         return _test_split(self)
+
+    @functools.cached_property
+    def folded_split(self) -> Split:
+        """All images that folds divide: the source's own train."""
+        return _whole_split(OUT_OF_FOLD, self.pixels(_train_name(self.rows)))
 
     @functools.cached_property
     def rows(self) -> Mapping[str, Dataset | IterableDataset]:
@@ -284,13 +304,11 @@ def _splits(source: DataSource) -> Splits:
     names = class_label(train.rows.features["label"]).names
     _require_classes(names, config)
     own = _own_validation(rows)
-    if own is not None:
+    if own is not None and config.num_folds is None:
         validation = _whole_split("validation", source.pixels(own))
         train_rows = np.arange(len(train))
     else:
-        train_rows, validation_rows = stratified(
-            labels, config.train_val_split, names, config.split_seed, train_name
-        )
+        train_rows, validation_rows = _divide(source, labels, names, train_name)
         validation = Split("validation", train, validation_rows)
     train_split = long_tail(
         Split("train", train, train_rows), config.imbalance_factor, config.split_seed
@@ -299,6 +317,60 @@ def _splits(source: DataSource) -> Splits:
     train_split = _sampled(train_split, "max_train_samples", config)
     validation = _sampled(validation, "max_eval_samples", config)
     return Splits(train_split, validation)
+
+
+def _divide(
+    source: DataSource, labels: np.ndarray, names: list[str], split: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divide the rows of train into two sorted arrays of row numbers: train and validation."""
+    config, rows = source.config, source.rows[split]
+    groups = None if config.group_column_name is None else _groups_of(rows, config)
+    if config.num_folds is None and groups is None:
+        return stratified(labels, config.train_val_split, names, config.split_seed, split)
+    # Validation of whole groups is one of the folds that would have about its size.
+    num_folds = config.num_folds or max(2, round(1 / config.train_val_split))
+    number = config.fold or (1 if config.num_folds is None else None)
+    if number is None:
+        raise UserError(
+            f"--num_folds {num_folds} needs --fold, the number of the one that is validation, from 1 to "
+            f"{num_folds}; hf-cifar kfold --folds {num_folds} runs all of them"
+        )
+    num_units = len(rows) if groups is None else len(np.unique(groups))
+    if config.num_folds is None:
+        num_folds = min(num_folds, num_units)
+    if num_folds > num_units or num_units < 2:
+        units = "images" if groups is None else f"groups in column {config.group_column_name!r}"
+        raise UserError(
+            f"{split} has {num_units:,} {units}, too few for {num_folds} folds; pass fewer, or add some"
+        )
+    if config.num_folds and _own_validation(source.rows):
+        logger.warning(
+            "the folds divide %s; the data set's own validation split takes no part", split
+        )
+    fold_of = assign_folds(labels, num_folds, config.split_seed, groups)
+    in_fold = fold_of == number - 1
+    if groups is not None:
+        logger.info(
+            "validation: %s of %s groups of column %r, %s of %s images",
+            f"{len(np.unique(groups[in_fold])):,}", f"{num_units:,}", config.group_column_name,
+            f"{np.count_nonzero(in_fold):,}", f"{len(rows):,}",
+        )  # fmt: skip
+    return np.flatnonzero(~in_fold), np.flatnonzero(in_fold)
+
+
+def _groups_of(rows: Dataset, config: DataConfig) -> np.ndarray:
+    """Return the number of each row's group [N]; a row without one is a group of its own."""
+    values = rows["group"][:]
+    missing = [position for position, value in enumerate(values) if value in (None, "")]
+    if missing:
+        logger.warning(
+            "%s of %s images have no value in column %r, and each is a group of its own",
+            f"{len(missing):,}", f"{len(values):,}", config.group_column_name,
+        )  # fmt: skip
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    groups = np.array([numbers[value] for value in values])
+    groups[missing] = len(numbers) + np.arange(len(missing))
+    return groups
 
 
 def _test_split(source: DataSource) -> Split:

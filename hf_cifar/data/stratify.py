@@ -116,6 +116,62 @@ def stratified(
     return np.setdiff1d(np.arange(len(labels)), second), second
 
 
+def assign_folds(
+    labels: np.ndarray, num_folds: int, seed: int, groups: np.ndarray | None = None
+) -> np.ndarray:
+    """Assign each row to a fold, 0..num_folds - 1 [N], so that every fold gets its share of each class.
+
+    Without groups, fold sizes, and the images of a class in each fold, differ by at most one; for labels
+    [N, K], classes are balanced as far as possible. groups: [N], equal for rows that must be in one fold.
+    """
+    generator = np.random.default_rng(seed)
+    if groups is not None:
+        return _folds_of_groups(labels, num_folds, groups, generator)
+    fold_of = np.full(len(labels), num_folds - 1)
+    if labels.ndim == 2:
+        rest = np.arange(len(labels))
+        for fold in range(num_folds - 1):
+            size = len(rest) // (num_folds - fold)
+            chosen = stratified_choice(labels[rest], size, int(generator.integers(2**31)))
+            fold_of[rest[chosen]] = fold
+            rest = np.delete(rest, chosen)
+        return fold_of
+    shuffled = generator.permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    fold_of[by_class] = np.arange(len(labels)) % num_folds
+    return fold_of
+
+
+def _folds_of_groups(
+    labels: np.ndarray, num_folds: int, groups: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """Assign groups to folds one by one, those with the most uneven classes first, each to the fold where the
+    classes are then the most even over the folds.
+
+    Source: scikit-learn, StratifiedGroupKFold.
+    """
+    group_of = np.unique(groups, return_inverse=True)[1]
+    each = labels if labels.ndim == 2 else np.eye(labels.max() + 1, dtype=np.int64)[labels]
+    counts = np.zeros((group_of.max() + 1, each.shape[1]))
+    np.add.at(counts, group_of, each)
+    # Without labels, an image counts for the size of its fold.
+    counts = np.column_stack([counts, np.bincount(group_of)])
+    shares = counts / np.maximum(counts.sum(axis=0), 1)
+    order = generator.permutation(len(counts))
+    order = order[np.argsort(-counts[order].std(axis=1), kind="stable")]
+    folds, fold_of_group = np.zeros((num_folds, counts.shape[1])), np.zeros(len(counts), np.int64)
+    for group in order:
+        spread = []
+        for fold in range(num_folds):
+            folds[fold] += shares[group]
+            spread.append((round(folds.std(axis=0).mean(), 12), folds[fold].sum()))
+            folds[fold] -= shares[group]
+        best = min(range(num_folds), key=spread.__getitem__)
+        folds[best] += shares[group]
+        fold_of_group[group] = best
+    return fold_of_group[group_of]
+
+
 def _choose_rows(labels: np.ndarray, size: int, seed: int, spare: int = 0) -> np.ndarray:
     """Choose `size` row numbers, sorted, with each class in proportion (largest remainder, at least one row).
 

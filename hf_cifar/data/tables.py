@@ -174,9 +174,10 @@ def join_tables(listing: Listing, tables: dict[str, Layout]) -> Layout | None:
     rows_left_out = sum((table.rows_left_out for table in tables.values()), Counter())
     notes = [note for table in tables.values() for note in table.notes]
     first = tables[names["train"]]
+    group_of = {file: group for table in tables.values() for file, group in table.group_of.items()}
     return Layout(
         splits, _class_names(splits, joined), f"column {first.label_column!r} of {joined}", left_out,
-        rows_left_out, names, first.image_column, first.label_column, notes,
+        rows_left_out, names, first.image_column, first.label_column, notes, first.group_column, group_of,
     )  # fmt: skip
 
 
@@ -550,7 +551,8 @@ def _layout(
     """Put the rows of a table into splits. Raises: UserError for labels that are ambiguous."""
     notes: list[str] = []
     split_column = _split_column(table, path_columns, config)
-    rest = set(path_columns) | ({split_column} if split_column else set())
+    groups = _groups(table, config)
+    rest = path_columns | {name for name in (split_column, config.group_column_name) if name}
     label_column, labels = _labels(table, rest, config, notes, folders)
     missing = [value for value, file in zip(values, files, strict=True) if file is None]
     if len(missing) == len(files):
@@ -610,8 +612,22 @@ def _layout(
     )
     return Layout(
         splits, class_names, f"column {label_column!r} of {table.name}", left_out, rows_left_out,
-        split_names, config.image_column_name or "_image", label_column, notes,
+        split_names, config.image_column_name or "_image", label_column, notes, config.group_column_name,
+        {file: groups[row] for file, (row, _) in rows.items()} if groups else {},
     )  # fmt: skip
+
+
+def _groups(table: Table, config: DataConfig) -> list[str]:
+    """Return the group of each row; empty if none are requested. Raises: NoTable without the column."""
+    requested = config.group_column_name
+    if requested is None:
+        return []
+    if requested not in table.columns:
+        raise NoTable(
+            f"no column {requested!r} in {table.name}, only {listed(table.columns, 8)}"
+            f"{nearest_hint(requested, table.columns)}; pass --group_column_name with one of them"
+        )
+    return [_text(cell) for cell in table.columns[requested]]
 
 
 def _split_column(table: Table, taken: set[str], config: DataConfig) -> str | None:

@@ -28,6 +28,9 @@ LOCK_FILE = ".lock"
 PATIENCE = 120
 
 
+_held: set[Path] = set()  # folders that a series has locked in this process
+
+
 @contextlib.contextmanager
 def sole_run(folder: Path) -> Iterator[None]:
     """Lock an output folder for this process. The operating system releases it if the process dies.
@@ -35,6 +38,9 @@ def sole_run(folder: Path) -> Iterator[None]:
     On a file system without locks this only warns.
     Raises: UserError that names the run that holds it; nothing in the folder is changed then.
     """
+    if folder.resolve() in _held:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -47,19 +53,59 @@ def sole_run(folder: Path) -> Iterator[None]:
             )
             yield
             return
-        lock.truncate(0)
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        # The first byte is a space: others may not be able to read it.
-        lock.write(b" " + json.dumps(facts).encode())
-        try:
+        with _signed(folder, lock):
             yield
+
+
+@contextlib.contextmanager
+def claimed_run(folder: Path) -> Iterator[bool]:
+    """Lock an output folder for a run that this process may start in the block; yields False, at once, if
+    another process holds it.
+
+    Without locks it yields True: only one process can work on a series then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        path = folder / LOCK_FILE
+        try:
+            lock = stack.enter_context(lock_file(path, create=True))
+        except NotImplementedError:
+            yield True
+            return
+        if lock is None or not _is_file_at(path, lock):
+            yield False
+            return
+        stack.enter_context(_signed(folder, lock))
+        _held.add(folder.resolve())
+        try:
+            yield True
         finally:
-            remove_open_file(folder / LOCK_FILE, lock)
+            _held.remove(folder.resolve())
+
+
+@contextlib.contextmanager
+def _signed(folder: Path, lock: IO[bytes]) -> Iterator[None]:
+    """Write who holds a lock into its file, and remove the file when the block ends."""
+    lock.truncate(0)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+    # The first byte is a space: others may not be able to read it.
+    lock.write(b" " + json.dumps(facts).encode())
+    try:
+        yield
+    finally:
+        remove_open_file(folder / LOCK_FILE, lock)
+
+
+def _is_file_at(path: Path, file: IO[bytes]) -> bool:
+    """Return False if the run that held a lock has removed its file since it was opened here."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def refuse_in_use(folder: Path) -> None:
     """Raises: UserError that names the run that holds a folder at this moment."""
+    if folder.resolve() in _held:
+        return
     with (
         contextlib.suppress(FileNotFoundError, NotADirectoryError, NotImplementedError),
         _locked(folder, create=False),
@@ -73,12 +119,7 @@ def _locked(folder: Path, *, create: bool) -> Iterator[IO[bytes]]:
     path = folder / LOCK_FILE
     for waited in itertools.count():
         with lock_file(path, create=create) as lock:
-            # The run that held it may have removed the file since it was opened here.
-            if (
-                lock is not None
-                and path.exists()
-                and os.path.samestat(os.fstat(lock.fileno()), path.stat())
-            ):
+            if lock is not None and _is_file_at(path, lock):
                 yield lock
                 return
             holder = _holder(path)

@@ -31,6 +31,7 @@ from hf_cifar.data.labels import SHOWN_CLASSES, class_counts
 from hf_cifar.data.split import Split, subset
 from hf_cifar.data.splits import Splits
 from hf_cifar.data.store import build_store, images_of
+from hf_cifar.data.stratify import assign_folds
 from hf_cifar.errors import UserError
 from hf_cifar.text import listed
 from hf_cifar.training.autotune import computing_as
@@ -121,7 +122,7 @@ def find_doubted(
     train, processes = splits.train, plan.processes
     assert isinstance(train, Split)
     preprocessing = Preprocessing.from_image_processor(image_processor)
-    fold_of = assign_folds(train, plan.config.data.split_seed)
+    fold_of = checked_folds(train, plan.config.data.split_seed)
     pretrained = not plan.config.model.model_name_or_path.startswith(SCRATCH)
     model.to(processes.device)
     if pretrained and has_feature_vectors(model, preprocessing):
@@ -147,14 +148,11 @@ def find_among(probabilities: np.ndarray, labels: np.ndarray, fold_of: np.ndarra
     return rows[doubted_labels(probabilities[rows].astype(np.float64), labels[rows])]
 
 
-def assign_folds(train: Split, seed: int) -> np.ndarray:
+def checked_folds(train: Split, seed: int) -> np.ndarray:
     """Return the fold [N] of each image, stratified; -1 for classes with too few images for every fold, which
     are trained on in all folds and are never left out."""
-    generator, fold_of = np.random.default_rng(seed), np.full(len(train), -1)
     counts = class_counts(train.labels, len(train.id2label))
-    for label in np.flatnonzero(counts >= FOLDS):
-        rows = generator.permutation(np.flatnonzero(train.labels == label))
-        fold_of[rows] = (np.arange(len(rows)) + label) % FOLDS
+    fold_of = np.where(counts[train.labels] < FOLDS, -1, assign_folds(train.labels, FOLDS, seed))
     small = [train.id2label[int(label)] for label in np.flatnonzero(counts < FOLDS)]
     if small:
         logger.info(

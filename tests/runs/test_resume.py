@@ -42,7 +42,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path):
     with pytest.raises(UserError, match="which 3 processes cannot share equally; start 2 process"):
         with_batch_of(tmp_path, config, 3)
     stream = config.with_options(streaming=True)
-    with pytest.raises(UserError, match="has 2 process\(es\), not 1; start 2"):
+    with pytest.raises(UserError, match=r"has 2 process\(es\), not 1; start 2"):
         with_batch_of(tmp_path, stream, 1)
     assert with_batch_of(tmp_path, stream, 2) == stream
     assert with_batch_of(None, config, 3) == config

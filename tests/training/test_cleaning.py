@@ -18,7 +18,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.evaluate import evaluate_saved
 from hf_cifar.finetune import prepare_images
 from hf_cifar.report.page import write_report
-from hf_cifar.training.cleaning import FOLDS, announce, assign_folds, clean_labels
+from hf_cifar.training.cleaning import FOLDS, announce, checked_folds, clean_labels
 
 CNN = ["--image_size", "32", "--num_train_epochs", "6", "--learning_rate", "2e-3"]
 STEPS = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2"]
@@ -193,13 +193,13 @@ def test_folds_are_stratified_and_small_classes_are_not_checked(tmp_path, caplog
     )
     train = load_splits(config.data).train
     caplog.set_level(logging.INFO)
-    fold_of = assign_folds(train, seed=0)
+    fold_of = checked_folds(train, seed=0)
     for label, count in ((0, 30), (1, 20)):
         folds = fold_of[train.labels == label]
         assert np.bincount(folds).tolist() == [count // FOLDS] * FOLDS
     assert (fold_of[train.labels == 2] == -1).all()
     assert "1 of 3 classes have fewer than 5 training images, and are not checked: 2" in caplog.text
-    assert not np.array_equal(fold_of, assign_folds(train, seed=1))
+    assert not np.array_equal(fold_of, checked_folds(train, seed=1))
 
 
 def test_a_class_that_loses_most_of_its_images_is_named(tmp_path, caplog):
