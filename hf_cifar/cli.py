@@ -20,6 +20,7 @@ from hf_cifar.commands import (
     explain,
     export,
     finetune,
+    kfold,
     predict,
     prune,
     push,
@@ -41,6 +42,7 @@ USER_ERROR = 2
 COMMANDS: dict[str, Command] = {
     "finetune": finetune.COMMAND,
     "evaluate": evaluate.COMMAND,
+    "kfold": kfold.COMMAND,
     "reproduce": reproduce.COMMAND,
     "compare": compare.COMMAND,
     "compress": compress.COMMAND,

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 import hf_cifar
-from hf_cifar.config.jobs import split_job_options
-from hf_cifar.config.run import RunConfig
+from hf_cifar.config.jobs import JobConfig
+from hf_cifar.config.run import RunConfig, split_options
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
@@ -24,7 +24,7 @@ def test_the_skypilot_task_runs_a_command_that_exists():
     assert words[0] == "torchrun"
     command = words[words.index("-m") + 1 :]
     assert command[:2] == ["hf_cifar", "finetune"]
-    _, argv = split_job_options(command[2:])
+    _, argv = split_options([JobConfig], command[2:], "hf-cifar finetune")
     train = RunConfig.parse(argv).train
     assert train.output_dir.startswith(next(iter(task["file_mounts"])))
     assert train.resumes_last and train.push_to_hub and train.hub_model_id

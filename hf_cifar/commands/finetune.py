@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from hf_cifar.commands.command import Command, open_source
 from hf_cifar.config.command_line import inherited_parser, parse, wants_help
-from hf_cifar.config.jobs import JobConfig, split_job_options
+from hf_cifar.config.jobs import JobConfig
 from hf_cifar.config.run import CONFIGS as RUN_CONFIGS
-from hf_cifar.config.run import RunConfig
+from hf_cifar.config.run import RunConfig, split_options
 from hf_cifar.hub.reach import looks_like_path
 from hf_cifar.logs import quieten
 from hf_cifar.models.names import check_model_name
@@ -35,7 +35,7 @@ def finetune(argv: Sequence[str]) -> int:
     if wants_help(argv) or "--help_all" in argv:
         print_help(everything="--help_all" in argv)
         return 0
-    job, argv = split_job_options(argv)
+    job, argv = split_options([JobConfig], argv, "hf-cifar finetune")
     config = with_restarts(RunConfig.parse(argv))
     if job.job != "hf_jobs":
         check_folder(config)
@@ -79,7 +79,8 @@ def submit(job: JobConfig, config: RunConfig, argv: Sequence[str]) -> int:
         from hf_cifar.studies.seeds import runs_of_seeds
 
         runs = runs_of_seeds(config)
-    return submit_slurm(config, argv, runs, job)
+    collect = ["finetune", *argv, "--resume_from_checkpoint", "last"]
+    return submit_slurm(config, argv, runs, collect, job)
 
 
 def print_help(*, everything: bool) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_cifar.config.command_line import parse, refuse_early
 from hf_cifar.config.fields import check_fields, option
-from hf_cifar.config.recipes import expand_tokens
 from hf_cifar.errors import UserError
 
 TIME = re.compile(r"\d+(\.\d+)?[smhd]")
@@ -80,14 +77,3 @@ class JobConfig:
         """Return the options of sbatch, one an item, without dashes."""
         words = [word for each in self.slurm_options or () for word in shlex.split(each)]
         return [word.lstrip("-") for word in words]
-
-
-def split_job_options(argv: Sequence[str]) -> tuple[JobConfig, list[str]]:
-    """Read the options of a job from a command line, and return the command line without them, with recipes
-    and config files written out.
-
-    Raises: UserError for a misspelled option of a job.
-    """
-    job, rest = parse([JobConfig], expand_tokens(argv), "hf-cifar finetune")
-    refuse_early(rest, [JobConfig])
-    return job, rest

@@ -123,6 +123,17 @@ class RunConfig:
         return dataclasses.replace(trial, trainer={**self.trainer, "eval_on_start": False})
 
 
+def split_options(classes: Sequence[type], argv: Sequence[str], prog: str) -> tuple[Any, ...]:
+    """Read a command's own options from a command line whose other options are those of finetune: an instance
+    of each class, and the command line without them, with recipes and config files written out.
+
+    Raises: UserError for a misspelled option of the classes.
+    """
+    *own, rest = parse(classes, expand_tokens(argv), prog)
+    refuse_early(rest, classes)
+    return (*own, rest)
+
+
 def conflicts(config: RunConfig) -> Iterator[str]:
     """Yield a message for each option that has no effect, or does not work, with another one."""
     train, model, augment = config.train, config.model, config.augment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_cifar.config.fields import option
+from hf_cifar.config.fields import check_fields, option
 
 
 @dataclass(frozen=True)
@@ -26,3 +26,17 @@ class ListConfig:
     _argument_group_name = "list"
 
     json: bool = option(False, "Print a JSON record per line instead of a table.")
+
+
+@dataclass(frozen=True)
+class KFoldConfig:
+    """How to cross-validate."""
+
+    _argument_group_name = "cross-validation"
+
+    folds: int = option(
+        5, "Number of folds; each is validation of one run, which trains on the others.", low=2
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -146,7 +146,7 @@ def _folds_of_groups(
     labels: np.ndarray, num_folds: int, groups: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
     """Assign groups to folds one by one, those with the most uneven classes first, each to the fold where the
-    classes are then the most even over the folds.
+    classes are then the most even over the folds; if equal, to the smallest.
 
     Source: scikit-learn, StratifiedGroupKFold.
     """
@@ -154,20 +154,20 @@ def _folds_of_groups(
     each = labels if labels.ndim == 2 else np.eye(labels.max() + 1, dtype=np.int64)[labels]
     counts = np.zeros((group_of.max() + 1, each.shape[1]))
     np.add.at(counts, group_of, each)
-    # Without labels, an image counts for the size of its fold.
-    counts = np.column_stack([counts, np.bincount(group_of)])
     shares = counts / np.maximum(counts.sum(axis=0), 1)
     order = generator.permutation(len(counts))
     order = order[np.argsort(-counts[order].std(axis=1), kind="stable")]
+    sizes, num_images = np.bincount(group_of), np.zeros(num_folds, np.int64)
     folds, fold_of_group = np.zeros((num_folds, counts.shape[1])), np.zeros(len(counts), np.int64)
     for group in order:
         spread = []
         for fold in range(num_folds):
             folds[fold] += shares[group]
-            spread.append((round(folds.std(axis=0).mean(), 12), folds[fold].sum()))
+            spread.append((round(folds.std(axis=0).mean(), 12), num_images[fold]))
             folds[fold] -= shares[group]
         best = min(range(num_folds), key=spread.__getitem__)
         folds[best] += shares[group]
+        num_images[best] += sizes[group]
         fold_of_group[group] = best
     return fold_of_group[group_of]
 

@@ -74,8 +74,8 @@ def metric_intervals(
 class Predictions:
     """A model's logits for the images of one split.
 
-    split: "validation" or "test". row_ids, labels [N]; logits [N, K]. Row ids are row numbers in the data
-    set's own split: train, for a validation split taken from it.
+    split: "validation", "test" or, of a cross-validation, "out_of_fold". row_ids, labels [N]; logits [N, K].
+    Row ids are row numbers in the data set's own split: train, for a validation split taken from it.
     temperature: the number by which calibration has divided the logits, 1 for none.
     For multi-label data, labels are [N, K], 0 or 1, and a class is predicted if its probability reaches
     thresholds [K], or 0.5 without thresholds. skipped_rows: ids of the rows that were left out because
@@ -204,6 +204,6 @@ def saved_splits(folder: str | Path) -> list[str]:
     """List the splits with predictions in a folder."""
     return [
         split
-        for split in ("validation", "test")
+        for split in ("validation", "test", "out_of_fold")
         if RunFolder(folder).predictions_path(split).is_file()
     ]

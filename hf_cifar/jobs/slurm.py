@@ -30,26 +30,30 @@ if [ "${{SLURM_GPUS_ON_NODE:-1}}" -gt 1 ]; then
     launch=(-m torch.distributed.run --standalone --nproc_per_node "$SLURM_GPUS_ON_NODE")
 fi
 # In place of this shell, so that Slurm's signals reach the run.
-exec {python} "${{launch[@]}}" -m hf_cifar finetune {arguments} "${{run[@]}}"
+exec {python} "${{launch[@]}}" -m hf_cifar {arguments} "${{run[@]}}"
 """
 
 
 def submit_slurm(
-    config: RunConfig, argv: Sequence[str], runs: Sequence[RunConfig], options: JobConfig
+    config: RunConfig,
+    argv: Sequence[str],
+    runs: Sequence[RunConfig],
+    collect: Sequence[str],
+    options: JobConfig,
 ) -> int:
     """Submit the runs of a command, and print how to follow and cancel them; returns 0.
 
-    argv: the command line, without the options of a job. runs: those that the command consists of, such as
-    the seeds of a series. Each becomes a task of an array, and a last job collects their results: it is the
-    command again, which keeps finished runs.
+    argv: options of finetune, those of `config`. runs: those that the command consists of, such as the seeds
+    of a series. Each becomes a task of an array, and a last job collects their results with `collect`, a
+    command line that keeps finished runs.
     Raises: UserError if Slurm is missing or refuses the job; the files of the job are removed then.
     """
     folder = Path(config.train.output_dir).absolute() / FOLDER
-    jobs = [batch_job(folder / "job.sh", argv, tasks_of(config, runs), options)]
+    jobs = [batch_job(folder / "job.sh", ["finetune", *argv], tasks_of(config, runs), options)]
     if len(runs) > 1:
-        collect = batch_job(folder / "collect.sh", [*argv, *RESUME], [], options)
-        collect.command[-1:-1] = ["--dependency=afterok:JOB", "--kill-on-invalid-dep=yes"]
-        jobs.append(collect)
+        last = batch_job(folder / "collect.sh", collect, [], options)
+        last.command[-1:-1] = ["--dependency=afterok:JOB", "--kill-on-invalid-dep=yes"]
+        jobs.append(last)
     if options.dry_run:
         print("\n\n".join(job.render() for job in jobs))
         print("\nnothing was submitted: leave out --dry_run to submit")
@@ -98,8 +102,8 @@ def tasks_of(config: RunConfig, runs: Sequence[RunConfig]) -> list[list[str]]:
 def batch_job(
     path: Path, argv: Sequence[str], tasks: Sequence[Sequence[str]], options: JobConfig
 ) -> Job:
-    """Return the job of one batch script. path: of the script. tasks: further arguments of each task of an
-    array, none for a single job."""
+    """Return the job of one batch script. path: of the script. argv: of hf-cifar. tasks: further arguments of
+    each task of an array, none for a single job."""
     name = job_name(path.parents[1].name)
     output = path.parent / ("%A_%a.log" if tasks else "%j.log")
     directives = [

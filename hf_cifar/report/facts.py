@@ -21,7 +21,7 @@ from hf_cifar.audit.properties import image_properties
 from hf_cifar.config.evaluation import ReportConfig
 from hf_cifar.config.objects import MEMORY
 from hf_cifar.data.split import Split, trained_rows, without_rows
-from hf_cifar.data.splits import DataSource
+from hf_cifar.data.splits import OUT_OF_FOLD, DataSource
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.calibration import NUM_BINS, reliability
 from hf_cifar.evaluation.intervals import wilson
@@ -41,6 +41,8 @@ from hf_cifar.text import listed
 
 logger = logging.getLogger(__name__)
 DEFAULTS = ReportConfig()
+# The split that a report is about: the first of these with predictions.
+SHOWN_FIRST = (OUT_OF_FOLD, "test", "validation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,7 @@ def build_report(
         )
     predictions = {split: Predictions.load(folder, split) for split in found}
     run = RunFolder(folder).facts()
-    evaluated = predictions["test" if "test" in found else "validation"]
+    evaluated = predictions[next(split for split in SHOWN_FIRST if split in found)]
     metrics = {split: each.metrics for split, each in predictions.items()}
     facts = {
         "title": public_name(str(folder.resolve())),
@@ -84,13 +86,16 @@ def build_report(
         **(
             {} if evaluated.multi_label else single_label_facts(evaluated, metrics[evaluated.split])
         ),
+        "folds": RunFolder(folder).folds() or None,
         "corruptions": RunFolder(folder).corruptions().get(evaluated.split),
         **run_facts(folder, run),
         **galleries(evaluated, config.gallery_size),
         "explained_errors": None,
     }
     facts["role"] = (
-        role_of(evaluated.split, metrics[evaluated.split], facts["options"], run) if run else ""
+        role_of(evaluated.split, metrics[evaluated.split], facts["options"], run)
+        if run or facts["folds"]
+        else ""
     )
     source = None if dataset is None else given_source(folder, dataset)
     try:
@@ -114,7 +119,7 @@ def build_report(
             folder, evaluated, facts["worst_errors"][: config.explain], pictures
         )
         pictures |= maps
-    if config.check_duplicates:
+    if config.check_duplicates and evaluated.split != OUT_OF_FOLD:
         train = source.splits.train
         if isinstance(train, Split):
             facts["duplicates"], of_pairs = duplicates_of(
@@ -222,7 +227,10 @@ def matching_split(source: DataSource, evaluated: Predictions) -> Split:
 
     Raises: UserError if it cannot be read or has changed.
     """
-    split = source.test_split if evaluated.split == "test" else source.splits.validation
+    if evaluated.split == OUT_OF_FOLD:
+        split = source.folded_split
+    else:
+        split = source.test_split if evaluated.split == "test" else source.splits.validation
     split = without_rows(split, evaluated.skipped_rows)
     same = np.array_equal(split.row_ids, evaluated.row_ids)
     if not same or not np.array_equal(split.labels, evaluated.labels):

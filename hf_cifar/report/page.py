@@ -53,6 +53,7 @@ def render_page(report: Report) -> str:
         curves=[*race_curves(facts["run"].get("race")), *training_curves(facts["history"])],
         race=render_race(facts["run"]),
         bars=recall_bars(metrics),
+        fold_bars=fold_bars(facts["folds"]),
         headline=[name for name in shown("headline", metrics) if name != "accuracy"],
         reliability=reliability_diagram(facts),
         matrix_classes=MATRIX_CLASSES,
@@ -69,13 +70,18 @@ def render_template(name: str, facts: dict[str, Any], **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"words": words, "key": pointer_key}
+    environment.filters |= {"words": words, "key": pointer_key, "spoken": spoken}
     return environment.get_template(name).render(
         report=facts,
         number=lambda place, form="plain": number(facts, place, form),
         interval=lambda place, form="plain": interval(facts, place, form),
         **values,
     )
+
+
+def spoken(split: str) -> str:
+    """Return the name of a split as it is written before a noun: out_of_fold is out-of-fold."""
+    return split.replace("_", "-")
 
 
 def pointer_key(name: str) -> str:
@@ -134,7 +140,7 @@ def reliability_diagram(facts: dict[str, Any]) -> Markup | None:
     """Draw accuracy against confidence; None for multi-label data."""
     if "reliability" not in facts:
         return None
-    title = f"Reliability on {facts['split']}"
+    title = f"Reliability, {spoken(facts['split'])}"
     return Markup(charts.reliability_diagram(title, facts["reliability"]))
 
 
@@ -182,6 +188,16 @@ def race_curves(race: dict[str, Any] | None) -> list[Markup]:
         series |= {f"after {rung['steps']} steps": line} if line else {}
     title, labels = "Race of learning rates", ("learning rate", "validation loss")
     return [Markup(charts.line_chart(title, series, *labels, log_x=True))] if series else []
+
+
+def fold_bars(folds: dict[str, Any] | None) -> Markup | None:
+    """Draw the accuracy of each fold with its interval; None without folds."""
+    if not folds:
+        return None
+    values = folds["metrics"]["validation"]["accuracy"]["values"]
+    pairs = zip(values, folds["accuracy_intervals"], strict=True)
+    rows = dict(zip(folds["runs"], pairs, strict=True))
+    return Markup(charts.interval_bars("Accuracy by fold", rows, "accuracy, with 95% interval"))
 
 
 def recall_bars(metrics: dict[str, Any]) -> Markup:

@@ -13,6 +13,8 @@ def role_of(
     split: str, metrics: dict[str, Any], options: dict[str, Any], run: dict[str, Any]
 ) -> str:
     """Describe how a run used a split, since that determines how far its metrics can be trusted."""
+    if split == "out_of_fold":
+        return "Each image was predicted by a model that was not trained on it."
     if split == "test":
         return "Not read before the end of training; no choice depends on it."
     chosen = ["the checkpoint"] if options.get("load_best_model_at_end") else []

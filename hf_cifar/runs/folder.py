@@ -51,6 +51,7 @@ class RunFolder:
         self.card_path = self.path / "README.md"
         self.page_path = self.path / "report.html"
         self.page_facts_path = self.path / "report.json"
+        self.folds_path = self.path / "folds.json"  # of a cross-validation, see studies/kfold.py
         self.reproduction_path = self.path / "reproduction.json"
 
     def predictions_path(self, split: str) -> Path:
@@ -73,7 +74,7 @@ class RunFolder:
     @property
     def has_run(self) -> bool:
         """Return True once a run has started, finished or not."""
-        return self.config_path.is_file()
+        return self.config_path.is_file() and not self.folds_path.is_file()
 
     def refuse_occupied(self) -> None:
         """Raises: UserError if the folder holds a run, finished or not, or is a file."""
@@ -93,6 +94,8 @@ class RunFolder:
                 f"{self.path} holds runs with --seeds; pass another --output_dir, or resume with the same "
                 "--seeds and --resume_from_checkpoint last"
             )
+        if any(RunFolder(below).has_run for below in self.path.glob("fold-*")):
+            raise UserError(f"{self.path} holds runs of hf-cifar kfold; pass another --output_dir")
 
     def require_finished(self) -> None:
         """Raises: UserError if the folder does not hold a finished run."""
@@ -122,7 +125,7 @@ class RunFolder:
 
     def data_tokens(self) -> list[str]:
         """Return the data options as command line tokens; none without config.yaml."""
-        if not self.has_run:
+        if not self.config_path.is_file():
             return []
         names, tokens, kept = field_names(DataConfig), [], False
         for token in yaml_tokens(self.config_path.read_bytes(), str(self.config_path)):
@@ -134,7 +137,7 @@ class RunFolder:
 
     def data(self) -> DataConfig:
         """Return the data options. Raises: UserError without config.yaml."""
-        if not self.has_run:
+        if not self.config_path.is_file():
             raise UserError(f"{self.path} has no {self.config_path.name} that names its data")
         data, *_ = parse([DataConfig], self.data_tokens(), "hf-cifar")
         return data
@@ -150,6 +153,10 @@ class RunFolder:
     def race(self) -> dict[str, Any]:
         """Return the race that chose the learning rate; {} without one."""
         return _read(self.race_path)
+
+    def folds(self) -> dict[str, Any]:
+        """Return the metrics of each fold of a cross-validation; {} for anything else."""
+        return _read(self.folds_path)
 
     def metrics(self) -> dict[str, Any]:
         """Return the metrics by split."""

@@ -16,7 +16,6 @@ from hf_cifar.studies.series import (
     check_series,
     metrics_of,
     run_of,
-    run_series,
     splits_of,
     spread,
 )
@@ -35,6 +34,8 @@ def finetune_seeds(config: RunConfig, source: DataSource | None = None) -> dict[
 
     Raises: UserError before the first run for options or folders that hold other runs.
     """
+    from hf_cifar.studies.execution import run_series  # imports torch
+
     configs = runs_of_seeds(config)
     check_same(configs)
     start_processes(config).wait_for_all()  # none may write before all have checked the folders

@@ -1,95 +1,21 @@
-"""A series: complete runs in one folder, by one process after another or by many at once."""
+"""A series: complete runs of one recipe, in the folders of one folder. Imports no torch."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import broadcast_object_list, release_memory
 
 from hf_cifar.config.metrics import shown
 from hf_cifar.config.run import RunConfig
-from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
-from hf_cifar.finetune import finetune_classifier
-from hf_cifar.plan import requested_setting
 from hf_cifar.runs.folder import RunFolder
-from hf_cifar.runs.lock import claimed_run
-from hf_cifar.runs.processes import Processes, is_main_process, start_processes
 from hf_cifar.runs.resume import check_same_run
 
-logger = logging.getLogger(__name__)
-
-WAIT_SECONDS = 1  # between two looks at runs that other processes are working on
 # A resumed run may change these; a finished run that is kept must not.
 LENGTHS = ("num_train_epochs", "max_steps")
-FINISHED, TAKEN, FREE = "finished", "taken", "free"
-
-
-def run_series(configs: Sequence[RunConfig], source: DataSource) -> None:
-    """Finish every run, each in its own folder; they share the images of `source`.
-
-    Finished runs are kept if the options resume, and interrupted ones resume. Other processes may work on the
-    same series, here or on other machines that share the folder: each takes the runs that no other one is
-    working on, and takes over those of a process that has died. All runs use the setting that
-    `--precision auto` picks for the first.
-    """
-    processes, pending = start_processes(configs[0]), list(configs)
-    waiting = False
-    while pending:
-        before = len(pending)
-        for config in tuple(pending):
-            with claimed(config, configs[0], processes) as state:
-                if state != TAKEN:
-                    finish(config, state, configs, source)
-                    pending.remove(config)
-        if len(pending) == before:
-            if not waiting and processes.is_main:
-                names = ", ".join(Path(config.train.output_dir).name for config in pending)
-                logger.info("waiting for %s: other processes are working on them", names)
-            waiting = True
-            time.sleep(WAIT_SECONDS)
-
-
-@contextlib.contextmanager
-def claimed(config: RunConfig, first: RunConfig, processes: Processes) -> Iterator[str]:
-    """Claim a run for this process and those that train with it, and yield its state.
-
-    FREE is claimed until the block ends or the process dies; TAKEN is claimed by another one, or has to wait
-    until the first run of the series has picked the setting.
-    """
-    waits = config is not first and not RunFolder(first.train.output_dir).has_run
-    with contextlib.ExitStack() as stack:
-        state = [TAKEN]
-        if processes.is_main and is_kept(config):
-            state = [FINISHED]
-        elif processes.is_main and not waits:
-            is_free = stack.enter_context(claimed_run(Path(config.train.output_dir)))
-            # Another process may have finished it before it was claimed here.
-            state = [FINISHED if is_kept(config) else FREE if is_free else TAKEN]
-        if processes.count > 1:
-            broadcast_object_list(state)
-        yield state[0]
-
-
-def finish(config: RunConfig, state: str, configs: Sequence[RunConfig], source: DataSource) -> None:
-    """Start or resume a run that is free, and say which one it is."""
-    number, folder = configs.index(config), config.train.output_dir
-    place = f"run {number + 1} of {len(configs)}"
-    if state == FINISHED:
-        logger.info("%s: already finished, in %s", place, folder)
-        return
-    logger.info("%s: %s", place, folder)
-    config = start_or_resume(config)
-    if number:
-        config = with_setting_of(configs[0], config)
-    finetune_classifier(config, source.sharing(config.data))
-    release_memory()  # a Trainer and its model refer to each other
 
 
 def check_series(config: RunConfig, what: str) -> None:
@@ -141,22 +67,6 @@ def check_same(configs: Sequence[RunConfig]) -> None:
                     f"--{name} is {now:g}, but the finished run in {folder} had {then:g}; start a series of "
                     "that length in another --output_dir"
                 )
-
-
-def start_or_resume(config: RunConfig) -> RunConfig:
-    """Resume from a checkpoint if there is one; else start, also after a run without a checkpoint."""
-    folder = RunFolder(config.train.output_dir)
-    if not config.train.resumes or folder.checkpoints():
-        return config
-    if is_main_process():
-        folder.config_path.unlink(missing_ok=True)
-    return config.with_training(resume_from_checkpoint=None)
-
-
-def with_setting_of(first: RunConfig, config: RunConfig) -> RunConfig:
-    """Return the options of a run with the setting that the first run of the series found the fastest."""
-    before = RunFolder(first.train.output_dir).load_config()
-    return config.with_training(**requested_setting(config.train, before))
 
 
 def splits_of(config: RunConfig) -> list[str]:

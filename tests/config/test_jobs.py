@@ -7,8 +7,8 @@ from transformers import TrainingArguments
 
 from hf_cifar.config.command_line import MISSPELLED
 from hf_cifar.config.fields import field_names
-from hf_cifar.config.jobs import JobConfig, split_job_options
-from hf_cifar.config.run import CONFIGS, RunConfig
+from hf_cifar.config.jobs import JobConfig
+from hf_cifar.config.run import CONFIGS, RunConfig, split_options
 from hf_cifar.errors import UserError
 from hf_cifar.text import nearest
 
@@ -18,11 +18,11 @@ NAMES = field_names(JobConfig)
 def test_the_options_of_a_job_are_taken_out_and_the_others_are_kept_in_order(tmp_path):
     (tmp_path / "run.yaml").write_text("seed: 3\njob: slurm\nslurm_options: [partition=gpu]\n")
     argv = ["--bf16", "--config", str(tmp_path / "run.yaml"), "--dry_run", "--report_to", "a", "b"]
-    job, rest = split_job_options(argv)
+    job, rest = split_options([JobConfig], argv, "hf-cifar finetune")
     assert job == JobConfig(job="slurm", slurm_options=["partition=gpu"], dry_run=True)
     assert rest == ["--seed", "3", "--bf16", "--report_to", "a", "b"]
     # The rest cannot submit again.
-    assert split_job_options(rest) == (JobConfig(), rest)
+    assert split_options([JobConfig], rest, "hf-cifar finetune") == (JobConfig(), rest)
 
 
 def test_a_run_has_no_option_of_a_job():

@@ -1,14 +1,15 @@
-"""hf_cifar.data.stratify: a stratified split of multi-label images."""
+"""hf_cifar.data.stratify: a stratified split of multi-label images, and folds."""
 
 import hashlib
 
 import numpy as np
 import pytest
 from datasets import ClassLabel, List
+from sklearn.model_selection import StratifiedGroupKFold
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.splits import load_splits
-from hf_cifar.data.stratify import stratified, stratified_choice
+from hf_cifar.data.stratify import assign_folds, stratified, stratified_choice
 from hf_cifar.errors import UserError
 
 TAGS = ClassLabel(names=["cat", "dog", "owl"])
@@ -96,3 +97,56 @@ def test_shots_are_images_of_each_class(save, make_rows):
     assert set(one.row_ids) < set(five.row_ids)
     with pytest.raises(UserError, match=r"--shots 12: class .* has 11 training images"):
         load_splits(config(folder, shots=12))
+
+
+@pytest.mark.parametrize("num_folds", [2, 5, 7])
+def test_folds_and_their_classes_differ_by_at_most_one_image(num_folds):
+    labels = np.random.default_rng(0).choice(4, 403, p=[0.6, 0.25, 0.1, 0.05])
+    fold_of = assign_folds(labels, num_folds, seed=0)
+    table = np.zeros((num_folds, 4), int)
+    np.add.at(table, (fold_of, labels), 1)
+    assert np.ptp(table.sum(axis=1)) <= 1 and np.ptp(table, axis=0).max() <= 1
+    np.testing.assert_array_equal(fold_of, assign_folds(labels, num_folds, seed=0))
+    assert not np.array_equal(fold_of, assign_folds(labels, num_folds, seed=1))
+
+
+def test_folds_of_multiple_labels_have_their_shares():
+    labels = drawn_labels(0)
+    fold_of = assign_folds(labels, 4, seed=0)
+    assert np.bincount(fold_of).tolist() == [100] * 4
+    table = np.stack([labels[fold_of == fold].sum(axis=0) for fold in range(4)])
+    # Without stratification, the standard deviation would be 4.3 for 100 images of a class.
+    assert np.abs(table - labels.sum(axis=0) / 4).max() <= 3
+
+
+def test_groups_are_divided_as_evenly_as_by_scikit_learn():
+    found = np.array([unevenness_of_groups(seed) for seed in range(20)])
+    ours, reference = found.mean(axis=0)
+    assert ours < 1.1 * reference
+
+
+def unevenness_of_groups(seed):
+    """The mean standard deviation of the classes' shares over five folds: ours, and scikit-learn's."""
+    generator = np.random.default_rng(seed)
+    groups = generator.choice(60, 500)
+    labels = (generator.choice(3, 60)[groups] + (generator.random(500) < 0.3)) % 3
+    fold_of = assign_folds(labels, 5, seed, groups)
+    assert all(len(set(fold_of[groups == group])) == 1 for group in np.unique(groups))
+    reference = np.zeros(500, int)
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(labels, labels, groups)
+    for fold, (_, held_out) in enumerate(folds):
+        reference[held_out] = fold
+
+    def unevenness(fold_of):
+        table = np.zeros((5, 3))
+        np.add.at(table, (fold_of, labels), 1)
+        return (table / table.sum(axis=0)).std(axis=0).mean()
+
+    return unevenness(fold_of), unevenness(reference)
+
+
+def test_groups_of_multiple_labels_stay_together():
+    labels, groups = drawn_labels(3), np.arange(400) // 8
+    fold_of = assign_folds(labels, 5, 0, groups)
+    assert (fold_of.reshape(50, 8) == fold_of[::8, None]).all()
+    assert np.abs(np.bincount(fold_of) - 80).max() <= 16
