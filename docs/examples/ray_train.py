@@ -1,4 +1,4 @@
-"""Fine-tune on a Ray cluster: pip install 'ray[train]' hf-cifar, then python ray_train.py.
+"""Fine-tune on a Ray cluster: pip install 'ray[train]' and hf_cifar from a clone, then python ray_train.py.
 
 Ray starts one process for each GPU and connects them; each calls hf_cifar, which trains as under torchrun.
 The output folder is on storage that all machines share. Compiled in a test here, not run.

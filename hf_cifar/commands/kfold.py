@@ -14,8 +14,6 @@ from hf_cifar.errors import UserError
 from hf_cifar.logs import quieten
 from hf_cifar.models.names import check_model_name
 from hf_cifar.runs.processes import is_main_process
-from hf_cifar.studies.kfold import cross_validate, render_folds, runs_of_folds
-from hf_cifar.studies.series import check_same
 
 USAGE = "hf-cifar kfold [--folds N] [options of hf-cifar finetune]"
 DESCRIPTION = (
@@ -30,6 +28,9 @@ def kfold(argv: Sequence[str]) -> int:
     if wants_help(argv):
         classes = (KFoldConfig, *RUN_CONFIGS, JobConfig)
         parse(classes, ["--help"], "hf-cifar kfold", usage=USAGE, description=DESCRIPTION)
+    from hf_cifar.studies.kfold import cross_validate, render_folds, runs_of_folds
+    from hf_cifar.studies.series import check_same
+
     own, job, argv = split_options([KFoldConfig, JobConfig], argv, "hf-cifar kfold")
     config = RunConfig.parse(argv, "hf-cifar kfold")
     model = config.model

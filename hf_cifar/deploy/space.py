@@ -77,10 +77,13 @@ def write_space(models: Mapping[str, PredictConfig], space: Path) -> Iterator[Pa
                 packages.append("timm")
         top_k = next(iter(models.values())).top_k
         title = enumerated(list(models))
-        write_text(
-            folder / APP,
-            _rendered("space_app.jinja", title=title, models=names, top_k=top_k),
-        )
+        app = _rendered("space_app.jinja", title=title, models=names, top_k=top_k)
+        if (space / APP).exists() and (space / APP).read_text(encoding="utf-8") != app:
+            raise UserError(
+                f"--space {space} holds another Space, or its {APP} was edited; pass a new folder, or remove "
+                "it"
+            )
+        write_text(folder / APP, app)
         pins = sorted({f"{each}=={version(each).partition('+')[0]}" for each in packages})
         write_text(folder / REQUIREMENTS, "\n".join(pins) + "\n")
         runs = {title: RunFolder(source) for title, source in sources.items()}

@@ -110,7 +110,7 @@ def check_online(what: str, token: str | None) -> None:
     """Raises: UserError if there is no network or no token for `what`."""
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{what} needs the network, but HF_HUB_OFFLINE=1 forbids it; unset it")
-    require_network(what)
+    require_network(what, "check the connection and HF_ENDPOINT")
     if not (token or huggingface_hub.get_token()):
         raise UserError(f"{what} needs a token; run: hf auth login, or set HF_TOKEN")
 

@@ -36,11 +36,17 @@ def url_advice(name: str) -> str:
     return "; it is a URL: download it, and pass the file or folder"
 
 
-def require_network(what: str, timeout_s: float = 3.0) -> None:
+OFFLINE = (
+    "set HF_HUB_OFFLINE=1 to use the cache, or pass a local folder (offline: --model_name_or_path "
+    "bundled/efficientnet_lite0 --dataset_name bundled/digits)"
+)
+
+
+def require_network(what: str, advice: str = OFFLINE, timeout_s: float = 3.0) -> None:
     """Fail at once if the Hub cannot be reached, not after minutes of retries by the client.
 
-    Does nothing under HF_HUB_OFFLINE=1, when the cache is used.
-    Raises: UserError that says how to go offline.
+    Does nothing under HF_HUB_OFFLINE=1, when the cache is used. advice: what to do then.
+    Raises: UserError with the advice.
     """
     from huggingface_hub import constants
 
@@ -58,11 +64,7 @@ def require_network(what: str, timeout_s: float = 3.0) -> None:
     thread.start()
     thread.join(timeout_s)
     if not reached.is_set():
-        raise UserError(
-            f"{what} needs {constants.ENDPOINT}, which cannot be reached; set HF_HUB_OFFLINE=1 to use the "
-            "cache, or pass a local folder (offline: --model_name_or_path bundled/efficientnet_lite0 "
-            "--dataset_name bundled/digits)"
-        )
+        raise UserError(f"{what} needs {constants.ENDPOINT}, which cannot be reached; {advice}")
 
 
 def _first_hop(endpoint: str) -> tuple[str, int]:

@@ -4,6 +4,7 @@ several."""
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from hf_cifar.text import one_line
 
 FOLDER = "slurm"  # in the output folder: scripts and logs
 RESUME = ("--resume_from_checkpoint", "last")
+SBATCH = re.compile(r"^sbatch: (error|fatal): ")
 SCRIPT = """#!/bin/bash
 {directives}
 run=()
@@ -147,8 +149,12 @@ def _submit(job: Job, before: Sequence[str]) -> str:
     command = [part.replace("afterok:JOB", f"afterok:{','.join(before)}") for part in job.command]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = one_line(done.stderr).removeprefix("sbatch: error: ")
-        raise UserError(f"sbatch refused the job: {reason}; see --slurm_options")
+        reason = "; ".join(
+            SBATCH.sub("", line) for line in done.stderr.splitlines() if line.strip()
+        )
+        raise UserError(
+            f"sbatch did not take the job: {one_line(reason)}; check --slurm_options, and that sinfo works"
+        )
     return done.stdout.strip().partition(";")[0]  # NUMBER;CLUSTER
 
 

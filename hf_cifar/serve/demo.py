@@ -80,7 +80,7 @@ def build_page(models: Mapping[str, Predictor], examples: Sequence[Path]) -> gr.
     with gr.Blocks(
         title=title, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)
     ) as page:
-        gr.Markdown(f"# {title}\nDrop a picture, take one with the camera, or choose an example.")
+        gr.Markdown(f"# {title}\nChoose or drop a picture, paste one, or take one with the camera.")
         outputs: list[gr.Component] = []
         with gr.Row():
             with gr.Column(min_width=COLUMN_PIXELS):
@@ -91,8 +91,11 @@ def build_page(models: Mapping[str, Predictor], examples: Sequence[Path]) -> gr.
                     webcam_options=gr.WebcamOptions(mirror=False), buttons=["fullscreen"],
                     elem_classes="whole",
                 )  # fmt: skip
+                # Gradio itself would open the file, and show its own error with a path of this machine.
+                image.preprocess = _path_of
                 with_map = gr.Checkbox(
-                    label="Heat map", info="The pixels that support the answer (Grad-CAM)",
+                    label="Heat map",
+                    info="Orange: pixels that support the answer (Grad-CAM). Coarse maps may show none.",
                     visible=any(each.available for each in heatmaps.values()),
                 )  # fmt: skip
             for name, predictor in models.items():
@@ -127,6 +130,11 @@ def build_page(models: Mapping[str, Predictor], examples: Sequence[Path]) -> gr.
             show_progress="minimal", trigger_mode="always_last",
         )  # fmt: skip
     return page.queue(max_size=MAX_WAITING)
+
+
+def _path_of(file: Any) -> str | None:
+    """Return the path of an uploaded file."""
+    return None if file is None else file.path
 
 
 def _answer(path: str | None, predictor: Predictor, heatmap: Heatmap | None) -> tuple[Any, Any]:

@@ -137,6 +137,13 @@ def test_timm_model_and_multiple_labels(tmp_path, lights):
     assert scores_of(shown) == pytest.approx(expected, abs=1e-5)
 
 
+def test_another_space_is_not_replaced(run, space):
+    before = {path: path.read_bytes() for path in space.rglob("*") if path.is_file()}
+    done = run_demo(run, "--space", space)
+    assert done.returncode == 2 and "holds another Space, or its app.py was edited" in done.stderr
+    assert {path: path.read_bytes() for path in space.rglob("*") if path.is_file()} == before
+
+
 def test_existing_files_are_kept(tmp_path, run):
     (tmp_path / "mine.txt").write_text("mine")
     done = run_demo(run, "--space", tmp_path)

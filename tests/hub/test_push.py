@@ -589,7 +589,10 @@ def test_missing_network_fails_quickly_and_explains_offline_mode(tmp_path):
     for what, command in zip(needs, done, strict=True):
         line = error_line(command)
         assert f"{what} needs {CLOSED}, which cannot be reached" in line
-        assert "set HF_HUB_OFFLINE=1" in line and "bundled/" in line
+        if what == "--push_to_hub":
+            assert "check the connection and HF_ENDPOINT" in line
+        else:
+            assert "set HF_HUB_OFFLINE=1" in line and "bundled/" in line
     # The client alone would retry for at least 23 s.
     assert max(command.seconds for command in done) < 10
     assert not (tmp_path / "run").exists()

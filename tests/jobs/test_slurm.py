@@ -186,7 +186,7 @@ def test_a_refused_job_is_one_line_and_leaves_nothing(cluster, tmp_path, stripes
     done = submit(cluster, options(tmp_path / "run", stripes, tiny_vit, *flags))
     assert done.status == 2
     (error,) = [line for line in done.stderr.splitlines() if "error" in line]
-    assert "sbatch refused the job" in error and "nowhere" in error
+    assert "sbatch did not take the job" in error and "nowhere" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -202,7 +202,7 @@ def test_an_array_is_cancelled_if_the_job_after_it_is_refused(
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert main(["finetune", *options(tmp_path / "run", stripes, tiny_vit, "--seeds", "2")]) == 2
-    assert "sbatch refused the job: no such limit" in capsys.readouterr().err
+    assert "sbatch did not take the job: no such limit" in capsys.readouterr().err
     assert (tmp_path / "cancelled").read_text() == "7\n"
     assert not (tmp_path / "run").exists()
 

@@ -103,6 +103,13 @@ def test_unreadable_picture_is_an_error_and_the_next_one_is_answered(demo, pictu
     assert demo.answer(picture.read_bytes(), False)[0]["label"] in ("across", "down")
 
 
+def test_a_file_that_is_no_picture_is_one_line_without_its_path(page, tmp_path):
+    (tmp_path / "notes.png").write_text("text")
+    page.set_input_files("input[type=file]", str(tmp_path / "notes.png"))
+    page.get_by_text("cannot read image").wait_for()
+    assert "/tmp" not in page.inner_text("body")
+
+
 @pytest.mark.parametrize(("width", "height"), [(1200, 900), (390, 844), (320, 600)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_fits_the_screen(demo, browser, picture, width, height, scheme):
