@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from hf_cifar.commands import (
+    combine,
     compare,
     compress,
     demo,
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": evaluate.COMMAND,
     "kfold": kfold.COMMAND,
     "reproduce": reproduce.COMMAND,
+    "combine": combine.COMMAND,
     "compare": compare.COMMAND,
     "compress": compress.COMMAND,
     "report": report.COMMAND,

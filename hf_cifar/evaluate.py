@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ from hf_cifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedSt
 from hf_cifar.evaluation.intervals import wilson
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import load_classifier
-from hf_cifar.models.classifier import describe
+from hf_cifar.models.classifier import Classifier, describe
 from hf_cifar.models.heads import divide_logits
 from hf_cifar.models.problem_type import is_multi_label, thresholds_of
 from hf_cifar.models.value_range import saved_value_range
 from hf_cifar.progress import progress
 from hf_cifar.report.card import is_untouched, save_card
+from hf_cifar.run_data import require_held_out
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import computes_on_cpu
 from hf_cifar.text import listed
@@ -173,25 +175,8 @@ def evaluate_saved(
     split = prepare_split(
         split, preprocessing, kind=data.pixel_store, on_bad_image=data.on_bad_image
     )
-    num_workers = config.dataloader_num_workers
-    if num_workers is None:
-        num_workers = default_num_workers(decodes=images_of(split).decodes)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = ImageClassificationTrainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                per_device_eval_batch_size=config.per_device_eval_batch_size,
-                dataloader_num_workers=num_workers,
-                dataloader_pin_memory=num_workers > 0,
-                bf16=config.bf16,
-                fp16=config.fp16,
-                use_cpu=computes_on_cpu(config.use_cpu or is_exported(config.model_name_or_path)),
-                report_to="none",
-            ),
-            processing_class=image_processor,
-            preprocessing=preprocessing,
-        )
+    classifier = Classifier(model, image_processor)
+    with evaluating(classifier, config, decodes=images_of(split).decodes) as trainer:
         evaluation = evaluate_classifier(trainer, split, temperature)
         corrupted = None
         if config.corruptions:
@@ -206,6 +191,32 @@ def evaluate_saved(
         if untouched:  # keep an edited card
             save_card(folder)
     return evaluation
+
+
+@contextlib.contextmanager
+def evaluating(
+    classifier: Classifier, config: EvaluateConfig, *, decodes: bool
+) -> Iterator[ImageClassificationTrainer]:
+    """Yield a Trainer that predicts. decodes: its images are decoded when they are read."""
+    num_workers = config.dataloader_num_workers
+    if num_workers is None:
+        num_workers = default_num_workers(decodes=decodes)
+    with tempfile.TemporaryDirectory() as scratch:
+        yield ImageClassificationTrainer(
+            model=classifier.model,
+            args=TrainingArguments(
+                output_dir=scratch,
+                per_device_eval_batch_size=config.per_device_eval_batch_size,
+                dataloader_num_workers=num_workers,
+                dataloader_pin_memory=num_workers > 0,
+                bf16=config.bf16,
+                fp16=config.fp16,
+                use_cpu=computes_on_cpu(config.use_cpu or is_exported(config.model_name_or_path)),
+                report_to="none",
+            ),
+            processing_class=classifier.image_processor,
+            preprocessing=Preprocessing.from_image_processor(classifier.image_processor),
+        )
 
 
 def data_as_trained(config: EvaluateConfig, data: DataConfig) -> DataConfig:
@@ -289,6 +300,7 @@ def _validation_of_run(
     Raises: UserError if it is a part of train, and the run may have trained on rows of it: because of another
     option, or because the data has changed.
     """
+    require_held_out(run)
     data, splits = source.config, source.splits
     if is_named(splits.validation):
         return _require_classes(splits.validation, class_names, data)

@@ -18,6 +18,7 @@ def open_data(run: RunFolder, dataset_name: str | None = None) -> DataSource:
     Raises: UserError for data that are missing, were a Python object, or have changed: images that the run
     trained on could then be in validation.
     """
+    require_held_out(run)
     data = run.data()
     if dataset_name is not None:
         data = dataclasses.replace(data, dataset_name=dataset_name)
@@ -37,6 +38,16 @@ def open_data(run: RunFolder, dataset_name: str | None = None) -> DataSource:
             "restore it, or pass the folder where the data is now as --dataset_name"
         )
     return source
+
+
+def require_held_out(run: RunFolder) -> None:
+    """Raises: UserError for a combination of runs in which each validation image of one was trained on by
+    another."""
+    if not run.facts().get("combined", {}).get("has_validation", True):
+        raise UserError(
+            f"{run.path} combines runs that were trained on each other's validation images, so none was held "
+            "out; evaluate it on test, or on other images"
+        )
 
 
 def used_splits(run: RunFolder, source: DataSource) -> Splits:

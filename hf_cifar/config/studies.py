@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hf_cifar.config.fields import check_fields, option
+from hf_cifar.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,33 @@ class KFoldConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclass(frozen=True)
+class CombineConfig:
+    """How to combine finished runs."""
+
+    _argument_group_name = "combination"
+
+    output_dir: str = option("", "Folder of the combined run.")
+    method: Literal["ensemble", "uniform_soup", "greedy_soup"] = option(
+        "ensemble",
+        "ensemble: the mean of the runs' probabilities; uniform_soup: one network with the mean of their "
+        "weights; greedy_soup: of those runs only that do not lower the accuracy on validation, best first.",
+    )
+    views: Literal["image", "flip", "crops", "auto"] = option(
+        "image",
+        "Average over views of each image: image, itself only; flip, also its mirror image; crops, also five "
+        "crops of it and of its mirror image; auto: the best on validation.",
+    )
+    do_predict: bool = option(False, "Also evaluate the combined run on test.")
+    per_device_eval_batch_size: int = option(64, "Images per batch.", low=1)
+    use_cpu: bool = option(False, "Compute on the CPU.")
+    dataset_name: str | None = option(
+        None, "Where the data of the runs is now, if it has moved since."
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.output_dir:
+            raise UserError("--output_dir is missing; pass a new folder for the combined run")

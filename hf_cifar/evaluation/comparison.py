@@ -120,11 +120,6 @@ def render_comparison(comparison: dict[str, Any], names: Sequence[str]) -> str:
             for name in ("num_images", *shown("comparison", comparison["first"]))
         ],
     )
-    difference, (low, high) = (
-        comparison["accuracy_difference"], comparison["accuracy_difference_interval"],
-    )  # fmt: skip
-    p = comparison["mcnemar_p"]
-    verdict = _verdict(names, difference, is_clear=p < 1 - LEVEL)
     balanced = ""
     if comparison.get("largest_class", 0) >= UNEQUAL * comparison.get("smallest_class", 1):
         found = comparison["balanced_accuracy_difference"]
@@ -138,8 +133,20 @@ def render_comparison(comparison: dict[str, Any], names: Sequence[str]) -> str:
         f"{table}\n\ncorrect only in {names[0]}: {comparison['only_first_correct']:,}; only in {names[1]}: "
         f"{comparison['only_second_correct']:,}; in both: {comparison['both_correct']:,}; in neither: "
         f"{comparison['both_wrong']:,}\n"
+        f"{render_difference(comparison, names)}{balanced}"
+    )
+
+
+def render_difference(comparison: dict[str, Any], names: Sequence[str]) -> str:
+    """Format the difference in accuracy with its interval, and what follows from it."""
+    difference, (low, high) = (
+        comparison["accuracy_difference"], comparison["accuracy_difference_interval"],
+    )  # fmt: skip
+    p = comparison["mcnemar_p"]
+    verdict = _verdict(names, difference, is_clear=p < 1 - LEVEL)
+    return (
         f"accuracy of {names[1]} minus {names[0]}: {difference:+.4f} [{low:+.4f}, {high:+.4f}], McNemar's "
-        f"exact p = {p:.2g}: {verdict}{balanced}"
+        f"exact p = {p:.2g}: {verdict}"
     )
 
 

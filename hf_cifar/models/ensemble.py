@@ -32,9 +32,9 @@ CROP = 0.875  # side of a crop, relative to the image
 class EnsembleConfig(PreTrainedConfig):
     """What an ensemble consists of.
 
-    members: the config of each member. scales, shifts: [members][3], what each member multiplies a pixel value
-    by, and then adds, because its own normalisation differs from that of the image processor. views: of each
-    image, see VIEWS. logits_divisor: a temperature.
+    members: the config of each member. scales, shifts: [members][3], what each member multiplies a pixel
+    value by, and then adds, because its own normalisation differs from that of the image processor. views: of
+    each image, see VIEWS. logits_divisor: a temperature.
     """
 
     model_type = "image_classifier_ensemble"

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_cifar.errors import UserError
+from hf_cifar.models.ensemble import EnsembleForImageClassification
 
 
 def head_parameter_names(model: PreTrainedModel) -> set[str]:
@@ -58,7 +59,13 @@ def _linear_layers_of_head(model: PreTrainedModel) -> list[nn.Linear]:
 
 
 def divide_logits(model: PreTrainedModel, divisor: float) -> bool:
-    """Divide the logits by scaling the layers that compute them. Returns False if that is impossible."""
+    """Divide the logits by scaling the layers that compute them; those of an ensemble, in its config.
+
+    Returns False if that is impossible.
+    """
+    if isinstance(model, EnsembleForImageClassification):
+        model.config.logits_divisor *= divisor
+        return True
     layers = output_layers(model)
     with torch.no_grad():
         for parameter in (p for layer in layers for p in layer.parameters()):

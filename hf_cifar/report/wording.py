@@ -23,6 +23,9 @@ def role_of(
     chosen += ["the temperature"] if "temperature" in metrics else []
     if is_multi_label(metrics) and options.get("calibrate"):
         chosen += ["each label's threshold"]
+    combined = run.get("combined") or {}
+    chosen += ["the runs of the soup"] if combined.get("method") == "greedy_soup" else []
+    chosen += ["the views"] if combined.get("views_chosen") else []
     biased = f" It was used to choose {enumerated(chosen)}, so its metrics are optimistic."
     return "Held out from training." + (biased if chosen else "")
 
@@ -79,6 +82,8 @@ def render_leakage(run: dict[str, Any]) -> str:
 
 def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
     """Describe the steps, time and machine of a finished training."""
+    if "combined" in run:
+        return f"{describe_combined(run['combined'])} Options of the first run:"
     if "steps" not in run:
         return ""
     processes = f"{run['processes']} process{'es' if run['processes'] > 1 else ''}"
@@ -88,6 +93,19 @@ def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
         f"{run['trainable']}. {work} in {run['train_seconds']:,.0f} s on {run['device']}, {processes}. "
         f"{race}Seed {options['seed']}. Options:"
     )
+
+
+def describe_combined(combined: dict[str, Any]) -> str:
+    """Describe how runs were combined into one."""
+    runs, views = combined["runs"], combined["views"]
+    named = f"{len(runs)} runs ({enumerated(runs)})" if len(runs) > 1 else f"the run {runs[0]}"
+    seen = (
+        f", over {len(views)} views of each image ({enumerated(views)})" if len(views) > 1 else ""
+    )
+    if combined["method"] == "ensemble":
+        return f"Mean of the probabilities of {named}{seen}."
+    what = f"One network with the mean of the weights of {named}"
+    return f"{what}; mean of its probabilities{seen}." if seen else f"{what}."
 
 
 def render_race(run: dict[str, Any]) -> str:

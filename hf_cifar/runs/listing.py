@@ -61,6 +61,9 @@ def read_run(path: Path) -> dict[str, Any]:
         if not finished:
             return record | {"state": _unfinished(folder)}
         facts, metrics = folder.facts(), folder.metrics()
+        if combined := facts.get("combined"):
+            kind, count = combined["method"].replace("_", " "), len(combined["runs"])
+            record["model"] = f"{kind} of {count} run{'s' if count > 1 else ''}"
         if not metrics:
             raise UserError(f"{folder.metrics_path.name} is missing")
         record["epochs"] = float(facts["epochs"])

@@ -54,6 +54,10 @@ def reproduce_run(
     folder = Path(folder)
     RunFolder(folder).require_finished()
     facts = RunFolder(folder).facts()
+    if "combined" in facts:
+        raise UserError(
+            f"{folder} combines runs; reproduce those, and combine them again with hf-cifar combine"
+        )
     config = config_of_rerun(folder, Path(output_dir), facts)
     require_object(config.data.dataset_name, "data set")
     require_object(config.model.model_name_or_path, "model")

@@ -8,11 +8,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from hf_cifar.models.lora import ADAPTER_FOLDER
 
 UNPREFIXED = {"timm_wrapper": "timm_model.", "torch_module": "network."}
+
+
+def saved_weights(model: PreTrainedModel, weights: dict[str, Any]) -> dict[str, Any]:
+    """Return weights by the names that they have in a file: timm's own, and those of a torch.nn.Module."""
+    prefix = UNPREFIXED.get(model.config.model_type, "")
+    return {name.removeprefix(prefix): value for name, value in weights.items()}
 
 
 def save_classifier(trainer: Trainer, folder: Path, weights: dict[str, Any] | None = None) -> None:
@@ -29,8 +35,7 @@ def save_classifier(trainer: Trainer, folder: Path, weights: dict[str, Any] | No
     weights = {name.removeprefix("_orig_mod."): value for name, value in weights.items()}
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
-        prefix = UNPREFIXED.get(model.config.model_type, "")
-        saved = {name.removeprefix(prefix): value for name, value in weights.items()}
+        saved = saved_weights(model, weights)
         folder.mkdir(parents=True, exist_ok=True)
         # Written to a temporary folder first, so that no reader sees part of a model.
         with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as aside:
