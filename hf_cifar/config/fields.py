@@ -57,7 +57,7 @@ def check_bounds(each: Field, value: Any) -> None:
         bound = f"at least {low:g}" if high is None else f"at most {high:g}"
     else:
         bound = f"in {low:.10g}..{high:.10g}"
-    raise UserError(f"--{each.name} is {value:g}; it must be {bound}")
+    raise UserError(f"--{each.name} is {value:.10g}; it must be {bound}")
 
 
 def check_choice(name: str, value: Any, kind: Any) -> None:

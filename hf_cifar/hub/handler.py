@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 MAX_PIXELS = 8192 * 8192
@@ -111,6 +111,8 @@ def to_rgb(image: Any, value_range: Sequence[float] | None) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+    except UnidentifiedImageError:  # whose message shows a Python object
+        raise ValueError("cannot read image: not a known image format") from None
     except Exception as error:  # Pillow's decoders fail on damaged bytes in many ways
         raise ValueError(f"cannot read image: {error}") from None
 

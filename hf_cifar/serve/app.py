@@ -176,6 +176,15 @@ class Service:
             self._held -= size
 
 
+def refuse_query(request: Request) -> None:
+    """Raises: Refused for parameters in the URL, which would have no effect."""
+    if name := next(iter(request.query_params), None):
+        raise Refused(
+            400,
+            f"the URL has the parameter {name!r}; leave it out: the server's options set everything",
+        )
+
+
 def create_app(service: Service) -> FastAPI:
     """Build the routes of a server."""
     app = FastAPI(title="hf_cifar", docs_url=None, redoc_url=None)
@@ -187,6 +196,7 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/predict", responses={200: {"model": Answer}, **PROBLEMS}, openapi_extra=UPLOAD)
     async def predict(request: Request) -> Response:
         """Classify the images of a form, or one image sent as the body."""
+        refuse_query(request)
         async with service.images(request) as images:
             about, (values, results) = await workers.ask(images)
         unreadable = sum(result.startswith(UNREADABLE) for result in results)
@@ -207,6 +217,7 @@ def create_app(service: Service) -> FastAPI:
     )  # fmt: skip
     async def explain(request: Request) -> Response:
         """Return a heat map (Grad-CAM) of the predicted class of one image, as PNG."""
+        refuse_query(request)
         async with service.images(request) as images:
             if len(images) != 1:
                 raise Refused(
@@ -227,11 +238,13 @@ def create_app(service: Service) -> FastAPI:
             "limits": {name: getattr(config, name) for name in limits},
         }
 
+    @app.head("/livez", include_in_schema=False)
     @app.get("/livez")
     async def livez() -> dict[str, str]:
         """Report that the server is running; restart it if this fails."""
         return {"status": "alive"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get(
         "/readyz", responses=problem(503, "The server is shutting down, or no worker is running.")
     )
@@ -268,6 +281,7 @@ def create_app(service: Service) -> FastAPI:
             )
         return JSONResponse({"model": about["model"], "version": about["version"]})
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return _page("serve.html", about=workers.about, needs_key=config.api_key is not None)

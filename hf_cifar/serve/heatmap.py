@@ -41,7 +41,7 @@ class Heatmap:
         """
         if not self.available:
             raise UserError(
-                "this model has no feature maps to draw; of an exported file, serve the run instead"
+                "a heat map needs a run of a network with feature maps; an exported file has none"
             )
         with self._lock:
             if self._explainer is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import logging
 import math
@@ -68,12 +69,8 @@ async def _serve(predict: PredictConfig, config: ServeConfig, listener: socket.s
 
 
 async def _reload(workers: Workers) -> None:
-    try:
+    with contextlib.suppress(UserError):  # which is logged
         await workers.reload()
-    except UserError as error:
-        logger.error("the model was not reloaded, and the old one stays in use: %s", error)
-    else:
-        logger.info("serving %s", workers.about["version"])
 
 
 class Server(uvicorn.Server):

@@ -195,10 +195,11 @@ class Workers:
 
     def _tend(self, worker: Worker) -> None:
         logger.info(
-            "worker process %d serves %s in batches of up to %d images, and uses %.0f MB",
+            "worker process %d serves %s in batches of up to %d image%s, and uses %.0f MB",
             worker.process.pid,
             worker.about["version"],
             worker.about["batch_size"],
+            "" if worker.about["batch_size"] == 1 else "s",
             worker.memory() / 1e6,
         )
         self.background(worker.read_answers())
@@ -287,8 +288,13 @@ class Workers:
         Raises: UserError if the model cannot be loaded; the old workers go on.
         """
         async with self._reloading:
-            new = await self._started()
+            try:
+                new = await self._started()
+            except UserError as error:
+                logger.error("the model was not reloaded, and the old one stays in use: %s", error)
+                raise
             old, self.running = self.running, new
+        logger.info("serving %s", self.about["version"])
         for worker in old:
             self.background(worker.finish())
         return self.about

@@ -267,7 +267,7 @@ def test_exported_file_of_multiple_labels_is_served(tmp_path, lights, tiny_vit):
         }
         assert len(server.workers) == 2
         status, _, body = server.call("/explain", image)
-        assert status == 422 and "serve the run" in json.loads(body)["error"]
+        assert status == 422 and "an exported file has none" in json.loads(body)["error"]
         assert not server.get("/model")["heat_map"]
 
 

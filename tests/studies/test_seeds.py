@@ -151,7 +151,7 @@ LAST = ("--resume_from_checkpoint", "last")
         (["--push_to_hub"], "--push_to_hub pushes one model"),
         (["--resume_from_checkpoint", "x/checkpoint-9"], "not from the one checkpoint x/checkp"),
         (["--seeds", "0"], "--seeds is 0; it must be in 1"),
-        (["--seed", str(2**32 - 1)], "--seed is 4.29.* it must be in"),
+        (["--seed", str(2**32 - 1)], "--seed is 4294967296; it must be in"),
         ([], "holds runs with --seeds"),
         (["--seeds", "1"], "holds runs with --seeds"),
         (["--num_train_epochs", "3", *LAST], r"--num_train_epochs is 3, but the finished run in"),
