@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,15 @@ def test_unknown_path_and_method(server):
     assert server.call("/nothing")[0] == 404
     assert server.call("/predict")[0] == 405
     assert server.call("/livez")[0] == server.call("/readyz")[0] == 200
+
+
+def test_probes_may_use_head_and_the_url_has_no_parameters(server, pictures):
+    for path in ("/livez", "/readyz", "/"):
+        url = f"http://127.0.0.1:{server.port}{path}"
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as answer:
+            assert (answer.status, answer.read()) == (200, b"")
+    status, _, body = server.call("/predict?top_k=2", pictures[0].read_bytes())
+    assert status == 400 and "the URL has the parameter 'top_k'" in json.loads(body)["error"]
 
 
 def test_model_page_describes_model_and_limits(server, finished_vit):
