@@ -27,7 +27,6 @@ from hf_cifar.data.splits import Splits
 from hf_cifar.deploy.channels import count_parameters
 from hf_cifar.deploy.export import export_classifier
 from hf_cifar.deploy.formats import require_format
-from hf_cifar.deploy.inputs import open_data, used_splits
 from hf_cifar.deploy.latency import Network, is_faster, latencies, processor
 from hf_cifar.deploy.preflight import UNFINISHED, call_of, check_compress
 from hf_cifar.deploy.prune import EXPORTED, prune_run
@@ -45,6 +44,7 @@ from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.progress import progress
 from hf_cifar.report import charts
 from hf_cifar.report.page import render_template
+from hf_cifar.run_data import open_data, used_splits
 from hf_cifar.runs.folder import RunFolder, write_json, write_text
 from hf_cifar.runs.lock import sole_run
 from hf_cifar.text import one_line, render_table

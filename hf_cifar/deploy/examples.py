@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from hf_cifar.deploy.inputs import images_of, open_data, used_splits
+from hf_cifar.deploy.inputs import images_of
+from hf_cifar.run_data import open_data, used_splits
 from hf_cifar.runs.folder import RunFolder
 
 

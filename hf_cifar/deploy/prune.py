@@ -23,7 +23,7 @@ from hf_cifar.deploy.channels import closest_ratio, count_parameters, pruned_cop
 from hf_cifar.deploy.export import export_classifier
 from hf_cifar.deploy.formats import require_format
 from hf_cifar.deploy.importance import Importances, measure_importances
-from hf_cifar.deploy.inputs import inputs_of, open_data, used_splits
+from hf_cifar.deploy.inputs import inputs_of
 from hf_cifar.deploy.latency import latencies
 from hf_cifar.deploy.preflight import check_prune
 from hf_cifar.errors import UserError
@@ -34,6 +34,7 @@ from hf_cifar.models.classifier import describe
 from hf_cifar.models.modules import ModuleConfig, ModuleForImageClassification
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.progress import progress
+from hf_cifar.run_data import open_data, used_splits
 from hf_cifar.runs.folder import RunFolder, new_folder, write_json
 from hf_cifar.transforms.preprocessing import Preprocessing
 

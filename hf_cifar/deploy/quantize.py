@@ -11,13 +11,14 @@ from hf_cifar.config.deployment import ExportConfig, QuantizeConfig
 from hf_cifar.data.splits import Splits
 from hf_cifar.deploy.export import export_run
 from hf_cifar.deploy.formats import require_format
-from hf_cifar.deploy.inputs import inputs_of, open_data, used_splits
+from hf_cifar.deploy.inputs import inputs_of
 from hf_cifar.deploy.latency import processor
 from hf_cifar.deploy.preflight import check_quantize
 from hf_cifar.deploy.schemes import Quantised, quantize
 from hf_cifar.errors import UserError
 from hf_cifar.models.exported import METADATA, read_onnx
 from hf_cifar.preprocessor import Preprocessor
+from hf_cifar.run_data import open_data, used_splits
 from hf_cifar.runs.folder import RunFolder, scratch_beside, write_bytes, write_json
 from hf_cifar.text import one_line
 
