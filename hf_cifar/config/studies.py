@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_cifar.config.fields import option
+from hf_cifar.config.deployment import MOVED_DATA
+from hf_cifar.config.fields import check_fields, option
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,42 @@ class ListConfig:
     _argument_group_name = "list"
 
     json: bool = option(False, "Print a JSON record per line instead of a table.")
+
+
+@dataclass(frozen=True)
+class DriftConfig:
+    """Which images to compare with those of a run, and how strictly."""
+
+    _argument_group_name = "drift"
+
+    dataset_config_name: str | None = option(
+        None, "Configuration of DATA, if it has more than one."
+    )
+    image_column_name: str | None = option(
+        None, "Image column of DATA; default: found by its type or name."
+    )
+    split: str | None = option(None, "Split of DATA to examine; default: all together.")
+    alpha: float = option(
+        0.05,
+        "Largest probability of finding drift in images of the same distribution; the tests share it.",
+        low=0.001,
+        high=0.5,
+    )
+    num_images: int = option(
+        2000,
+        "Images of the run and of DATA to compare, at most; of more, that many are drawn with a fixed seed.",
+        low=20,
+        high=10_000,
+    )
+    output_dir: str | None = option(
+        None,
+        "New folder for the page drift.html and its facts drift.json; default: none are written.",
+    )
+    gallery_size: int = option(
+        24, "Pictures on the page: those least like the run's images; 0 for none.", low=0
+    )
+    dataset_name: str | None = option(None, MOVED_DATA)
+    use_cpu: bool = option(False, "Compute on the CPU even if there is a GPU.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
