@@ -21,7 +21,7 @@ from hf_cifar.report.page import picture, render_template
 from hf_cifar.text import listed, render_table
 
 SEED = 0  # of the permutations
-NEIGHBOUR = 10  # whose distance says how strange a picture is
+NEIGHBOUR = 5  # whose distance says how strange a picture is
 RARE = 0.01  # share of the reference images that count as further away than usual
 POINTS = 101  # of a drawn distribution
 ENOUGH = 500  # images that show small differences too, see docs/techniques.md
