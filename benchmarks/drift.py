@@ -2,7 +2,7 @@
 
 Each draw compares other images of test with other validation images of the run, by the tests of the command.
 
-python -m benchmarks.drift --run RUN [--draws 100] [--num_images 500] [--pool 1500]
+python -m benchmarks.drift --run RUN [--draws 100] [--num_images 500] [--pool 1000]
 """
 
 from __future__ import annotations
@@ -118,12 +118,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--draws", type=int, default=100, help="of clean images")
-    parser.add_argument("--corrupted_draws", type=int, default=20, help="of each corruption")
+    parser.add_argument("--corrupted_draws", type=int, default=10, help="of each corruption")
     parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument(
         "--fewer_images", type=int, default=100, help="for a second measure of power"
     )
-    parser.add_argument("--pool", type=int, default=1500, help="test images that are corrupted")
+    parser.add_argument("--pool", type=int, default=1000, help="test images that are corrupted")
     parser.add_argument("--output", type=Path, help="folder for the JSON lines")
     options = parser.parse_args()
     quieten(True)

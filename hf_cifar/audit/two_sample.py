@@ -14,7 +14,7 @@ import numpy as np
 from scipy.linalg import eigh
 
 Array = np.ndarray
-PERMUTATIONS = 999  # and more if the level is so low that these could not reach it
+PERMUTATIONS = 499  # and more if the level is so low that these could not reach it
 AT_ONCE = 250  # permutations in memory
 # Most principal components of the features, and images for each of them.
 COMPONENTS, IMAGES_EACH = 128, 10

@@ -104,7 +104,7 @@ def test_a_small_shift_in_a_quiet_direction_is_found():
     new[:, -1] += 1
     for features in (reference, new):
         features[:, :10] *= 100
-    assert mmd_test(reference, new, 0.025, seed=0).p == pytest.approx(0.001)
+    assert mmd_test(reference, new, 0.025, seed=0).p == pytest.approx(0.002)
 
 
 def test_whitened_features():

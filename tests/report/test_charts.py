@@ -174,7 +174,10 @@ def test_ids_come_from_titles():
 
 
 def test_interval_dots_show_each_series_on_one_scale():
-    rows = {"cat": [(0.1, (0.05, 0.2)), (0.3, (0.25, 0.4))], "a very long name": [(0, (0, 0.1))] * 2}
+    rows = {
+        "cat": [(0.1, (0.05, 0.2)), (0.3, (0.25, 0.4))],
+        "a very long name": [(0, (0, 0.1))] * 2,
+    }
     svg = interval_dots("Shares", ["before", "after"], rows, "share")
     dots = [dot for dot in elements(svg, "circle") if dot.get("class").startswith("dot")]
     places = [float(dot.get("cx")) for dot in dots]
