@@ -56,14 +56,14 @@ def _tail(gap: float, n: int, m: int) -> float:
     nearer to the diagonal, row by row, as shares of all paths to each point (as R's psmirnov does).
     """
     n, m = sorted((n, m))
-    least = round(gap * n * m)  # |i m - j n| of the points that a path must not reach
-    steps = np.arange(m + 1)
-    inside = n * steps < least
-    shares = inside.astype(np.float64)
+    least = round(gap * n * m)  # |i m - j n| of the points (i, j) that a path must not reach
+    shares = np.zeros(m + 1)
+    shares[: -(-least // n)] = 1
     for i in range(1, n + 1):
-        inside = np.abs(i * m - steps * n) < least
-        # To (i, j), a path comes from (i - 1, j) or (i, j - 1), and only through points inside.
-        shares = np.where(inside, shares * (i / (i + m)), 0).cumsum() * inside
+        low, end = max(0, (i * m - least) // n + 1), -(-(i * m + least) // n)
+        shares[:low] = 0
+        # To (i, j), a path comes from (i - 1, j) or from (i, j - 1).
+        shares[low:end] = (shares[low:end] * (i / (i + m))).cumsum()
     return float(np.clip(1 - shares[-1], 0, 1))
 
 

@@ -29,7 +29,14 @@ from hf_cifar.models.value_range import value_range_of
 from hf_cifar.progress import progress
 from hf_cifar.report.drift import Outputs, compare_outputs, render_page
 from hf_cifar.run_data import open_data, used_splits
-from hf_cifar.runs.folder import DRIFT_FILES, RunFolder, new_folder, write_json, write_text
+from hf_cifar.runs.folder import (
+    DRIFT_FILES,
+    RunFolder,
+    new_folder,
+    refuse_other_files,
+    write_json,
+    write_text,
+)
 from hf_cifar.training.features import feature_store, has_feature_vectors
 from hf_cifar.transforms.augmentation import Augmentation
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -46,6 +53,8 @@ def detect_drift(run: str | Path, data_name: str, config: DriftConfig) -> dict[s
     Returns the facts, which are also in drift.json, with the page, if there is an output folder.
     Raises: UserError for a run whose data are missing or have changed, or too few images.
     """
+    if config.output_dir is not None:
+        refuse_other_files(Path(config.output_dir), DRIFT_FILES)  # which would be lost
     files = RunFolder(run)
     own = files.data()
     data = DataConfig(
@@ -69,22 +78,8 @@ def detect_drift(run: str | Path, data_name: str, config: DriftConfig) -> dict[s
     reference = prepare_split(drawn, preprocessing, on_bad_image="skip", device=device)
     unlabelled = unlabelled_split(images, draw(len(images), config.num_images), model, data)
     new = prepare_split(unlabelled, preprocessing, on_bad_image="skip", device=device)
-    for split, size, what in (
-        (reference, len(validation), "validation images of the run"),
-        (new, len(images), f"readable images of {data_name}"),
-    ):
-        if len(split) < FEWEST:
-            raise UserError(
-                f"there are only {len(split)} {what}, and drift cannot be told from fewer than {FEWEST}; "
-                "pass another run, or more images"
-            )
-        if size > config.num_images:
-            logger.info(
-                "%s of %s %s are compared, drawn with a fixed seed",
-                f"{len(split):,}",
-                f"{size:,}",
-                what,
-            )
+    check_sizes(reference, len(validation), "validation images of the run")
+    check_sizes(new, len(images), f"readable images of {data_name}")
     known, found = (compute_outputs(model, each, preprocessing) for each in (reference, new))
     facts: dict[str, Any] = {
         "run": public_name(str(run)),
@@ -112,6 +107,18 @@ def detect_drift(run: str | Path, data_name: str, config: DriftConfig) -> dict[s
 def draw(count: int, most: int) -> np.ndarray:
     """Return the numbers of up to `most` of `count` images, sorted; all if there are no more."""
     return np.sort(np.random.default_rng(SEED).permutation(count)[:most])
+
+
+def check_sizes(split: Split, available: int, what: str) -> None:
+    """State how many images are used if not all are. Raises: UserError for too few."""
+    if len(split) < FEWEST:
+        raise UserError(
+            f"there are only {len(split)} {what}, and drift cannot be told from fewer than {FEWEST}; pass "
+            "another run, or more images"
+        )
+    if len(split) + len(split.skipped) < available:
+        numbers = f"{len(split):,}", f"{available:,}"
+        logger.info("%s of %s %s are compared, drawn with a fixed seed", *numbers, what)
 
 
 def unlabelled_split(
