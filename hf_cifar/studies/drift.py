@@ -56,18 +56,8 @@ def detect_drift(run: str | Path, data_name: str, config: DriftConfig) -> dict[s
     if config.output_dir is not None:
         refuse_other_files(Path(config.output_dir), DRIFT_FILES)  # which would be lost
     files = RunFolder(run)
-    own = files.data()
-    data = DataConfig(
-        dataset_name=data_name, dataset_config_name=config.dataset_config_name,
-        image_column_name=config.image_column_name, max_image_pixels=own.max_image_pixels,
-    )  # fmt: skip
-    images = load_images(data, config.split)
+    images, data = open_images(data_name, config, files.data())
     validation = used_splits(files, open_data(files, config.dataset_name)).validation
-    if is_same_source(own, data) and config.split != "test":
-        logger.warning(
-            "%s is the data of the run: the model knows its training images, which may count as drift; pass "
-            "--split test, or other data", data_name,
-        )  # fmt: skip
     trust = files.load_config().model.trust_remote_code
     model, image_processor = load_classifier(str(run), trust_remote_code=trust)
     on_gpu = torch.cuda.is_available() and not config.use_cpu
@@ -75,13 +65,15 @@ def detect_drift(run: str | Path, data_name: str, config: DriftConfig) -> dict[s
     model = model.to(device, memory_format=torch.channels_last).eval()
     preprocessing = Preprocessing.from_image_processor(image_processor)
     drawn = subset(validation, draw(len(validation), config.num_images))
-    reference = prepare_split(drawn, preprocessing, on_bad_image="skip", device=device)
     unlabelled = unlabelled_split(images, draw(len(images), config.num_images), model, data)
-    new = prepare_split(unlabelled, preprocessing, on_bad_image="skip", device=device)
-    check_sizes(reference, len(validation), "validation images of the run")
-    check_sizes(new, len(images), f"readable images of {data_name}")
+    reference, new = (
+        prepare_split(each, preprocessing, on_bad_image="skip", device=device)
+        for each in (drawn, unlabelled)
+    )
+    check_size(reference, len(validation), "validation images of the run")
+    check_size(new, len(images), f"readable images of {data_name}")
     known, found = (compute_outputs(model, each, preprocessing) for each in (reference, new))
-    facts: dict[str, Any] = {
+    facts = {
         "run": public_name(str(run)),
         "data": public_name(data_name),
         "split": config.split,
@@ -96,12 +88,33 @@ def detect_drift(run: str | Path, data_name: str, config: DriftConfig) -> dict[s
         (cell,) = images.cells(range(number, number + 1))
         row |= {"row": number, "name": images.name(cell) or f"row {number}"}
     if config.output_dir is not None:
-        pictures = {row["position"]: new.decode(row["position"]) for row in facts["strangest"]}
-        with new_folder(Path(config.output_dir)) as folder:
-            facts_file, page_file = DRIFT_FILES
-            write_json(folder / facts_file, facts)
-            write_text(folder / page_file, render_page(facts, pictures))
+        write_drift(Path(config.output_dir), facts, new)
     return facts
+
+
+def open_images(
+    data_name: str, config: DriftConfig, own: DataConfig
+) -> tuple[UnlabelledImages, DataConfig]:
+    """Open the new images, and return them with their options. own: the data of the run."""
+    data = DataConfig(
+        dataset_name=data_name, dataset_config_name=config.dataset_config_name,
+        image_column_name=config.image_column_name, max_image_pixels=own.max_image_pixels,
+    )  # fmt: skip
+    if is_same_source(own, data) and config.split != "test":
+        logger.warning(
+            "%s is the data of the run: the model knows its training images, which may count as drift; pass "
+            "--split test, or other data", data_name,
+        )  # fmt: skip
+    return load_images(data, config.split), data
+
+
+def write_drift(output: Path, facts: dict[str, Any], new: Split) -> None:
+    """Write drift.json and drift.html into a folder, in place of earlier ones."""
+    pictures = {row["position"]: new.decode(row["position"]) for row in facts["strangest"]}
+    facts_file, page_file = DRIFT_FILES
+    with new_folder(output) as folder:
+        write_json(folder / facts_file, facts)
+        write_text(folder / page_file, render_page(facts, pictures))
 
 
 def draw(count: int, most: int) -> np.ndarray:
@@ -109,7 +122,7 @@ def draw(count: int, most: int) -> np.ndarray:
     return np.sort(np.random.default_rng(SEED).permutation(count)[:most])
 
 
-def check_sizes(split: Split, available: int, what: str) -> None:
+def check_size(split: Split, available: int, what: str) -> None:
     """State how many images are used if not all are. Raises: UserError for too few."""
     if len(split) < FEWEST:
         raise UserError(
