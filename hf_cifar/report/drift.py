@@ -200,12 +200,12 @@ def verdict(facts: dict[str, Any]) -> str:
             (each for each in facts["classes"] if each["drift"]), key=lambda each: each["p"]
         )
         names = listed((each["name"] for each in drifted), 3)
-        found.append(f"the model's scores of {names} ({p_value(tests['ks']['p'], 'p = ')})")
+        found.append(f"scores of {names} ({p_value(tests['ks']['p'], 'p = ')})")
     if tests["mmd"]["drift"]:
-        found.append(f"its features ({p_value(tests['mmd']['p'], 'p = ')})")
+        found.append(f"features ({p_value(tests['mmd']['p'], 'p = ')})")
     if found:
-        where = " and in ".join(found)
-        return f"Drift: these images are not like those of the run. The tests see it in {where}."
+        where = ", and its ".join(found)
+        return f"Drift: these images are not like those of the run, by the model's {where}."
     count = facts["num_images"]["new"]
     size = "" if count >= ENOUGH else ", and so few only show large differences"
     return f"No drift found in {count:,} images{size}."
@@ -280,7 +280,7 @@ def render_summary(facts: dict[str, Any]) -> str:
     rows = [["images", *(f"{facts['num_images'][sample]:,}" for sample in SAMPLES), ""]]
     rows.append(row("mean confidence", facts["confidence"]))
     if facts["accuracy"]:
-        rows.append(row("accuracy (estimate)", facts["accuracy"]))
+        rows.append(row("accuracy (new: estimate)", facts["accuracy"]))
     rows.append(row("unusually far", facts["distance"]["beyond"]))
     ranked = sorted(facts["classes"], key=lambda each: each["p"])[:SUMMARY_CLASSES]
     rows += [row(f"share of {each['name']}", each["share"], p_value(each["p"])) for each in ranked]

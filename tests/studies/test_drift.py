@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.stats import ks_2samp
 from tiny import tiny_run
 
+from benchmarks import drift as benchmark
 from hf_cifar.cli import main
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.studies import DriftConfig
@@ -214,3 +215,17 @@ def test_every_number_on_the_page_is_from_its_facts(browser, turned):
         assert text == render_value(look_up(facts, place), form), place
     assert facts["verdict"] in page.inner_text("main")
     page.close()
+
+
+def test_the_benchmark_in_tiny_form(digits_run, tmp_path, monkeypatch):
+    argv = ["drift", "--run", str(digits_run), "--draws", "2", "--corrupted_draws", "1", "--num_images", "60",
+            "--fewer_images", "30", "--pool", "60", "--output", str(tmp_path)]  # fmt: skip
+    monkeypatch.setattr("sys.argv", argv)
+    benchmark.main()
+    (file,) = tmp_path.iterdir()
+    drift, accuracy = map(json.loads, file.read_text().splitlines())
+    assert len(drift["figures"]) == 1 + 5 * (3 + 1) and drift["n"] == 2
+    assert drift["counts"]["gaussian_noise, severity 5"]["either"] in (0, 1)
+    assert len(accuracy["accuracy"]) == accuracy["n"] == 15
+    errors = [abs(each["true"] - each["estimate"]) for each in accuracy["accuracy"].values()]
+    assert accuracy["mean"] == pytest.approx(np.mean(errors))
