@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hf_cifar.config.deployment import MOVED_DATA
 from hf_cifar.config.fields import check_fields, option
 from hf_cifar.errors import UserError
 
@@ -59,16 +60,53 @@ class CombineConfig:
     views: Literal["image", "flip", "crops", "auto"] = option(
         "image",
         "Average over views of each image: image, itself only; flip, also its mirror image; crops, also five "
-        "crops of it and of its mirror image; auto: the best on validation.",
+        "crops of it; auto: the best on validation.",
     )
     do_predict: bool = option(False, "Also evaluate the combined run on test.")
     per_device_eval_batch_size: int = option(64, "Images per batch.", low=1)
     use_cpu: bool = option(False, "Compute on the CPU.")
-    dataset_name: str | None = option(
-        None, "Where the data of the runs is now, if it has moved since."
-    )
+    dataset_name: str | None = option(None, MOVED_DATA)
 
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.output_dir:
             raise UserError("--output_dir is missing; pass a new folder for the combined run")
+
+
+@dataclass(frozen=True)
+class DriftConfig:
+    """Which images to compare with those of a run, and how strictly."""
+
+    _argument_group_name = "drift"
+
+    dataset_config_name: str | None = option(
+        None, "Configuration of DATA, if it has more than one."
+    )
+    image_column_name: str | None = option(
+        None, "Image column of DATA; default: found by its type or name."
+    )
+    split: str | None = option(None, "Split of DATA to examine; default: all together.")
+    alpha: float = option(
+        0.05,
+        "Largest probability of finding drift in images of the same distribution; the tests share it.",
+        low=0.001,
+        high=0.5,
+    )
+    num_images: int = option(
+        2000,
+        "Images of the run and of DATA to compare, at most; of more, that many are drawn with a fixed seed.",
+        low=20,
+        high=10_000,
+    )
+    output_dir: str | None = option(
+        None,
+        "New folder for the page drift.html and its facts drift.json; default: none are written.",
+    )
+    gallery_size: int = option(
+        24, "Pictures on the page: those least like the run's images; 0 for none.", low=0
+    )
+    dataset_name: str | None = option(None, MOVED_DATA)
+    use_cpu: bool = option(False, "Compute on the CPU even if there is a GPU.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -256,6 +256,50 @@ def interval_bars(
     return _svg(title, described, parts, height)
 
 
+def interval_dots(
+    title: str,
+    series: Sequence[str],
+    rows: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
+    x_label: str,
+) -> str:
+    """Draw up to four values with their intervals [low, high] for each name, one below the other, from 0 on.
+
+    series: what the values are, for the legend.
+    """
+    label, line = 92, 10 + 9 * len(series)
+    height = TOP + line * len(rows) + BOTTOM
+    most = max(high for values in rows.values() for _, (_, high) in values)
+    scale = (WIDTH - label - RIGHT) / _rounded(0, most)[1]
+    parts = []
+    for value in ticks(0, _rounded(0, most)[1]):
+        x, bottom = label + value * scale, height - BOTTOM
+        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}"/>')
+        parts.append(_text(x, bottom + 16, _number(value), "middle"))
+    for number, (name, values) in enumerate(rows.items()):
+        top = TOP + number * line
+        shown = name if len(name) <= 14 else name[:13] + "…"
+        words = "; ".join(
+            f"{each} {value:.4f} [{low:.4f}, {high:.4f}]"
+            for each, (value, (low, high)) in zip(series, values, strict=True)
+        )
+        parts.append(f"<g><title>{escape(name)}: {escape(words)}</title>")
+        parts.append(_text(label - 6, top + line / 2 + 4, shown, "end"))
+        for place, (value, (low, high)) in enumerate(values):
+            y = top + 9.5 + 9 * place
+            low, high = label + low * scale, label + high * scale
+            parts.append(
+                f'<path class="whisker" d="M{low:.1f},{y}H{high:.1f}"/>'
+                f'<circle class="dot series-{place}" cx="{label + value * scale:.1f}" cy="{y}" r="3.5"/>'
+            )
+        parts.append("</g>")
+    parts.append(_text((label + WIDTH - RIGHT) / 2, height - 4, x_label, "middle"))
+    described = "; ".join(
+        f"{name} {', '.join(f'{value:.3f}' for value, _ in values)}"
+        for name, values in rows.items()
+    )
+    return _svg(title, described, parts, height) + _legend(series)
+
+
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Choose about `about` round numbers between low and high."""
     step = _step(low, high, about)

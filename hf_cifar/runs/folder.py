@@ -30,6 +30,7 @@ RESULT_FILES = (
 NEXT_STEP = "restore it from a copy, or remove it"
 # Files of `hf-cifar explain`: the page, its facts and its pictures.
 EXPLANATION_FILES = ("explanations.html", "explanations.json", "images")
+DRIFT_FILES = ("drift.json", "drift.html")  # of `hf-cifar drift`: the facts, and the page
 
 
 class RunFolder:

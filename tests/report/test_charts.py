@@ -7,6 +7,7 @@ import pytest
 from hf_cifar.report.charts import (
     Axes,
     interval_bars,
+    interval_dots,
     label_places,
     line_chart,
     log_ticks,
@@ -170,3 +171,18 @@ def test_ids_come_from_titles():
     assert chart == line_chart(
         "Validation accuracy", {"accuracy": [(1, 0.5), (2, 0.6)]}, "epoch", "accuracy"
     )
+
+
+def test_interval_dots_show_each_series_on_one_scale():
+    rows = {
+        "cat": [(0.1, (0.05, 0.2)), (0.3, (0.25, 0.4))],
+        "a very long name": [(0, (0, 0.1))] * 2,
+    }
+    svg = interval_dots("Shares", ["before", "after"], rows, "share")
+    dots = [dot for dot in elements(svg, "circle") if dot.get("class").startswith("dot")]
+    places = [float(dot.get("cx")) for dot in dots]
+    assert [dot.get("class") for dot in dots] == ["dot series-0", "dot series-1"] * 2
+    assert places[1] - places[2] == pytest.approx(3 * (places[0] - places[2]), abs=0.2)
+    titles = [title.text for title in elements(svg, "title")]
+    assert titles[1] == "cat: before 0.1000 [0.0500, 0.2000]; after 0.3000 [0.2500, 0.4000]"
+    assert "a very long n…" in svg and '<span class="swatch series-1"></span>after' in svg
