@@ -207,10 +207,10 @@ def evaluate_saved(
         evaluation = evaluate_classifier(trainer, split, temperature, store=store)
         if train is not None and config.reject is not None:
             sample = store_of(train, trainer.args)
-            evaluation, distance = fit_to_reject(
-                trainer, sample, store, evaluation, config.reject
-            )
-        elif rejection_of(model) is not None and not isinstance(config.model_name_or_path, InMemory):
+            evaluation, distance = fit_to_reject(trainer, sample, store, evaluation, config.reject)
+        elif rejection_of(model) is not None and not isinstance(
+            config.model_name_or_path, InMemory
+        ):
             evaluation = reject_images(trainer, store, evaluation, saved_distance(config))
         corrupted = None
         if config.corruptions:

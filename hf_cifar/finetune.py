@@ -201,7 +201,9 @@ def evaluate_run(
     if train.reject is not None:
         assert isinstance(splits.train, Split)  # see `check_rejection`
         images = (
-            store_of(splits.train, trainer.args, skips=True) if on_features else trainer.train_dataset
+            store_of(splits.train, trainer.args, skips=True)
+            if on_features
+            else trainer.train_dataset
         )
         sample = Subset(images, fitting_rows(splits.train).tolist())
         validation, distance = fit_to_reject(trainer, sample, store, validation, train.reject)

@@ -44,9 +44,9 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     """Yield one record for each image file, in the given order; folders are searched recursively.
 
     A record is {"path", "label", "score", "top_k": [{"label", "score"}, ...]}, scores 0..1, or
-    {"path", "error"} for an unreadable file. A model that rejects images, see `models.rejection`, gives those
-    of none of its classes the label "unknown" and the score None. For a multi-label model, "labels": [{"label", "score"}, ...],
-    those that reach their thresholds, replaces "label" and "score".
+    {"path", "error"} for an unreadable file. With the thresholds of --reject, the label of an image of none
+    of the classes is "unknown", and its score None. For a multi-label model, "labels": [{"label", "score"},
+    ...], those that reach their thresholds, replaces "label" and "score".
     Raises: UserError for an unknown model, or a folder without images.
     """
     files = expand_paths(paths)
@@ -171,7 +171,9 @@ class Predictor:
         distance, scores = scores[-1], scores[: len(names)]
         best = scores.topk(min(self.top_k, len(scores))).indices
         ranked = _labels_and_scores(scores, best, names)
-        if self.rejection is not None and self.rejection.rejects(scores.max().item(), distance.item()):
+        if self.rejection is not None and self.rejection.rejects(
+            scores.max().item(), distance.item()
+        ):
             return {"label": self.rejection.answer, "score": None, "top_k": ranked}
         if thresholds is None:
             return {**ranked[0], "top_k": ranked}

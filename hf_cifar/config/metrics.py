@@ -84,7 +84,10 @@ UNCALIBRATED = "_uncalibrated"  # after a metric's name: its value before calibr
 # Metrics of a single class, and the classes' other columns, whose words are not the name.
 _CLASS_WORDS = {"num_images": "images", "f1": "F1", "roc_auc": "ROC AUC"}
 # Metrics of a model that rejects images.
-_KEPT_WORDS = {"kept": "share of images that keep their label", "accuracy_kept": "accuracy of these"}
+_KEPT_WORDS = {
+    "kept": "share of images that keep their label",
+    "accuracy_kept": "accuracy of these",
+}
 
 
 def words(name: str) -> str:

@@ -20,8 +20,8 @@ from hf_cifar.deploy.parity import compare, parity_images, verdict
 from hf_cifar.deploy.preflight import check_export
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
-from hf_cifar.models.exported import IMAGES, PIXEL_VALUES
 from hf_cifar.models.distance import load_distance, rejecting
+from hf_cifar.models.exported import IMAGES, PIXEL_VALUES
 from hf_cifar.models.problem_type import thresholds_of
 from hf_cifar.models.rejection import rejection_of
 from hf_cifar.preprocessor import Preprocessor
@@ -69,7 +69,9 @@ def export_classifier(
             file = made / VERSION / MODEL_FILE
             file.parent.mkdir(parents=True)
             size = None if config.with_preprocessing else preprocessor.preprocessing.size
-            write_server_files(made, output.name, metadata["labels"], size, rejects=rejection is not None)
+            write_server_files(
+                made, output.name, metadata["labels"], size, rejects=rejection is not None
+            )
         try:
             FORMATS[config.format].write(graph, metadata, file)
         except (UserError, OSError):

@@ -145,8 +145,8 @@ class Predictions:
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
         """Every metric, see `compute_metrics`; under "intervals" the 95% interval of each; with a
-        temperature, also two metrics without it; the rows that were left out, if any; with rejection, the share
-        of images that keep their label, and the accuracy of these.
+        temperature, also two metrics without it; the rows that were left out, if any; with rejection, the
+        share of images that keep their label, and the accuracy of these.
 
         Intervals take seconds, so those of `saved_metrics` are reused if all metrics there are the same.
         """

@@ -138,7 +138,9 @@ def rejecting(model: PreTrainedModel, distance: Distance, head: str) -> PreTrain
     def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.features = inputs[0]
 
-    def measure(whole: nn.Module, _: tuple[Tensor, ...], output: ImageClassifierOutput) -> RejectableOutput:
+    def measure(
+        whole: nn.Module, _: tuple[Tensor, ...], output: ImageClassifierOutput
+    ) -> RejectableOutput:
         return RejectableOutput(logits=output.logits, distances=whole.distance(seen.features))
 
     layer.register_forward_pre_hook(note)

@@ -47,9 +47,7 @@ class Rejection:
         ranks = np.minimum(_ranks(confidences), _ranks(-distances))
         lowest = np.sort(ranks)[int(np.floor(count * (1 - keep) + 1e-9))]
         kept = ranks >= lowest
-        return cls(
-            keep, float(confidences[kept].min()), float(distances[kept].max()), answer, head
-        )
+        return cls(keep, float(confidences[kept].min()), float(distances[kept].max()), answer, head)
 
     def rejects(self, confidences: np.ndarray, distances: np.ndarray) -> np.ndarray:
         """Return True for each image [N] that gets the answer instead of its label."""
@@ -92,13 +90,15 @@ def rejection_in(config: dict[str, Any]) -> Rejection | None:
     found = config.get("reject")
     if not found:
         return None
-    kinds = {"answer": str, "head": str, "method": str}
     try:
-        values = {each.name: kinds.get(each.name, float)(found[each.name]) for each in fields(Rejection)}
+        values: dict[str, Any] = {
+            each.name: (str if each.type == "str" else float)(found[each.name])
+            for each in fields(Rejection)
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"the model's config.json has a damaged 'reject' ({type(error).__name__}: {error}); remove it, or "
-            "run hf-cifar evaluate --reject"
+            f"the model's config.json has a damaged 'reject' ({type(error).__name__}: {error}); remove it, "
+            "or run hf-cifar evaluate --reject"
         ) from None
     if values["method"] != METHOD:
         raise UserError(

@@ -146,7 +146,7 @@ def _outputs(
     args, whole = trainer.args, store.dataset if isinstance(store, Subset) else store
     loader: DataLoader = DataLoader(
         store, batch_size=args.eval_batch_size, collate_fn=take_batch,
-        num_workers=default_num_workers(decodes=whole.decodes),  # type: ignore[attr-defined]
+        num_workers=default_num_workers(decodes=whole.decodes),
     )  # fmt: skip
     model.eval()
     for batch in progress(loader, f"computing {what}", unit="batches"):
