@@ -27,7 +27,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from benchmarks.measure import conditions, summary, write
-from benchmarks.techniques import ALL, HEAD, MODELS, SHARED
+from benchmarks.techniques import ALL, MODELS, SHARED
 from hf_cifar import RunConfig, evaluate_saved, finetune_classifier
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.deployment import PredictConfig
@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--runs", nargs="+", default=[], help="NAME=FOLDER")
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=[HEAD, ALL])
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=[ALL])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder for the JSON lines")
     options = parser.parse_args()
