@@ -211,7 +211,12 @@ def test_an_existing_run_gets_the_same_thresholds_without_training(runs, tmp_pat
 def test_the_same_run_again_and_a_resumed_one_have_the_same_bits(runs, stripes, tiny_vit, tmp_path):
     flags = ("--do_predict", "--train_val_split", "0.3", "--reject", "0.9")
     tiny_run(tmp_path / "run", stripes, tiny_vit, *flags, "--num_train_epochs", "2")
-    again = ("--num_train_epochs", "2", "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-7"))
+    again = (
+        "--num_train_epochs",
+        "2",
+        "--resume_from_checkpoint",
+        str(tmp_path / "run/checkpoint-7"),
+    )
     for folder, more in (("again", again[:2]), ("resumed", again)):
         tiny_run(tmp_path / folder, stripes, tiny_vit, *flags, *more)
         for name in ("config.json", "reject.safetensors"):
@@ -239,7 +244,10 @@ def test_a_model_in_memory_answers_with_classes_and_says_so(runs, pictures, capl
     pair = (model, AutoImageProcessor.from_pretrained(runs / "reject"))
     found = list(predict_files(PredictConfig(pair, use_cpu=True), [str(pictures)]))
     assert all(record["label"] in ("across", "down") for record in found)
-    assert "every image gets a class, because a model in memory has no reject.safetensors" in caplog.text
+    assert (
+        "every image gets a class, because a model in memory has no reject.safetensors"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,7 +296,9 @@ def test_what_it_does_not_support_is_refused_before_training(
         (("--output_dir", str(tmp_path / "out")), "leave out --output_dir"),
     ):
         with pytest.raises(UserError, match=message):
-            main_or_raise(["evaluate", "--model_name_or_path", str(runs / "plain"), "--reject", *flags])
+            main_or_raise(
+                ["evaluate", "--model_name_or_path", str(runs / "plain"), "--reject", *flags]
+            )
 
 
 def main_or_raise(argv):
@@ -309,9 +319,9 @@ def test_a_model_without_one_linear_head_is_refused(stripes, tmp_path):
         key_dim=[8, 8, 8], num_labels=2,
     )  # fmt: skip
     LevitForImageClassificationWithTeacher(config).save_pretrained(tmp_path / "levit")
-    LevitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        tmp_path / "levit"
-    )
+    LevitImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(tmp_path / "levit")
     with pytest.raises(UserError, match="--reject needs a head that is one linear layer"):
         tiny_run(tmp_path / "run", stripes, tmp_path / "levit", "--reject")
     assert not (tmp_path / "run").exists()

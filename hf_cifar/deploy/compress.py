@@ -236,7 +236,9 @@ def exported(run: Path, file: Path, name: str, made: str, trust_remote_code: boo
     else:
         model, image_processor = load_classifier(str(run), trust_remote_code=trust_remote_code)
         if rejection_of(model) is not None:
-            logger.info("%s: its versions here give every image a class, without --reject", run.name)
+            logger.info(
+                "%s: its versions here give every image a class, without --reject", run.name
+            )
             forget_rejection(model)
         to_file = ExportConfig(output=str(file), parity_images=0)
         export_classifier(model, image_processor, run, to_file)

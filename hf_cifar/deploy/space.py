@@ -71,7 +71,9 @@ def write_space(models: Mapping[str, PredictConfig], space: Path) -> Iterator[Pa
             names = [f"{name}-{number}" for number, name in enumerate(names, 1)]
         packages = list(PACKAGES)
         if any(read_object(source / CONFIG).get("reject") for source in sources.values()):
-            logger.info("the Space answers with a class for every image: pipeline does not reject any")
+            logger.info(
+                "the Space answers with a class for every image: pipeline does not reject any"
+            )
         for name, source in zip(names, sources.values(), strict=True):
             target = folder / MODELS / name
             target.mkdir(parents=True)
