@@ -2,12 +2,16 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.dataset
 import pytest
 import torch
 from datasets import ClassLabel
+from hub_server import Hub, hub_environment
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from serving import Server
@@ -61,6 +65,25 @@ def answers(model, pictures, **options):
     """Records of predict by file name."""
     found = predict_files(PredictConfig(str(model), use_cpu=True, **options), [str(pictures)])
     return {record.pop("path").rpartition("/")[2]: record for record in found}
+
+
+FETCH = """
+import sys
+from hf_cifar.models.distance import load_distance
+from hf_cifar.models.files import model_folder
+print(len(load_distance(model_folder("me/model", None, False)).center))
+"""
+
+
+def test_a_model_from_the_hub_comes_with_its_distance(runs, tmp_path):
+    with Hub() as hub:
+        hub.fill("models", "me/model", runs / "reject")
+        environment = hub_environment(tmp_path, hub.endpoint)
+        environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+        done = subprocess.run(
+            [sys.executable, "-c", FETCH], env=environment, capture_output=True, text=True
+        )
+    assert done.stdout.strip() == "32", done.stderr
 
 
 @pytest.fixture(scope="module")
