@@ -70,7 +70,9 @@ def techniques_page(page: str, records: list[dict]) -> str:
     """Return docs/techniques.md with the measured tables written again."""
 
     def written(mark: re.Match) -> str:
-        return f"{mark[1]}\n{races(records) if mark[2] == 'race' else effects(mark[2], records)}"
+        tables = {"race": races, "reject": rejections}
+        found = tables[mark[2]](records) if mark[2] in tables else effects(mark[2], records)
+        return f"{mark[1]}\n{found}"
 
     return MARKED.sub(written, page)
 
@@ -95,6 +97,28 @@ def races(records: list[dict]) -> str:
             for name in picks
         ]
         lines.append(f"| {record['benchmark'].removeprefix('race: ')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def rejections(records: list[dict]) -> str:
+    """Return a table with what each rule of --reject keeps and rejects, and its 95% interval, by model."""
+    by_model = {
+        record["benchmark"].removeprefix("reject, "): record
+        for record in records
+        if record["benchmark"].startswith("reject, ")
+    }
+    if not by_model:
+        return MISSING
+    heads = [f"{model}, n = {each['n']}" for model, each in by_model.items()]
+    lines = [f"| share of images | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
+    for kind in next(iter(by_model.values()))["figures"]:
+        cells = []
+        for record in by_model.values():
+            rule, _, what = kind.partition(": ")
+            mean = statistics.mean(each[rule][what]["share"] for each in record["runs"])
+            low, high = record["intervals"][kind]
+            cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -19,8 +19,9 @@ from hf_cifar.config.data import FULL_RANGE, DataConfig, is_same_source
 from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
 from hf_cifar.config.model import is_exported
+from hf_cifar.config.objects import InMemory
 from hf_cifar.data.listing import refuse_data_folder
-from hf_cifar.data.split import Split, prepare_split, trained_rows
+from hf_cifar.data.split import Split, prepare_split, subset, trained_rows
 from hf_cifar.data.splits import DataSource, is_named, load_other_split
 from hf_cifar.data.store import default_num_workers, images_of
 from hf_cifar.data.stratify import subsample
@@ -30,16 +31,25 @@ from hf_cifar.evaluation.intervals import wilson
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.classifier import Classifier, describe
+from hf_cifar.models.distance import Distance, load_distance
+from hf_cifar.models.files import model_folder
 from hf_cifar.models.heads import divide_logits
 from hf_cifar.models.problem_type import is_multi_label, thresholds_of
+from hf_cifar.models.rejection import rejection_of
 from hf_cifar.models.value_range import saved_value_range
 from hf_cifar.progress import progress
 from hf_cifar.report.card import is_untouched, save_card
 from hf_cifar.run_data import require_held_out
-from hf_cifar.runs.folder import RunFolder
+from hf_cifar.runs.folder import RunFolder, write_bytes, write_json
 from hf_cifar.runs.processes import computes_on_cpu
 from hf_cifar.text import listed
 from hf_cifar.training.dataset import store_of
+from hf_cifar.training.rejection import (
+    check_rejection,
+    fit_to_reject,
+    fitting_rows,
+    reject_images,
+)
 from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.preprocessing import Preprocessing
 
@@ -172,12 +182,21 @@ def evaluate_saved(
             f"the model assigns {kinds[is_multi_label(model)]}, but the data "
             f"{kinds[split.labels.ndim == 2]}; pass the --label_column_name that it was trained on"
         )
+    train = None if config.reject is None else train_of_run(config, data, model, preprocessing)
     split = prepare_split(
         split, preprocessing, kind=data.pixel_store, on_bad_image=data.on_bad_image
     )
     classifier = Classifier(model, image_processor)
     with evaluating(classifier, config, decodes=images_of(split).decodes) as trainer:
-        evaluation = evaluate_classifier(trainer, split, temperature)
+        store, distance = store_of(split, trainer.args), None
+        evaluation = evaluate_classifier(trainer, split, temperature, store=store)
+        if train is not None and config.reject is not None:
+            sample = store_of(train, trainer.args)
+            evaluation, distance = fit_to_reject(trainer, sample, store, evaluation, config.reject)
+        elif rejection_of(model) is not None and not isinstance(
+            config.model_name_or_path, InMemory
+        ):
+            evaluation = reject_images(trainer, store, evaluation, saved_distance(config))
         corrupted = None
         if config.corruptions:
             corrupted = evaluate_corrupted(trainer, split, config.corruptions)
@@ -185,6 +204,8 @@ def evaluate_saved(
     if folder is not None and trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         untouched = is_untouched(folder)
+        if distance is not None:
+            save_rejection(RunFolder(folder), model, distance)
         evaluation.save(folder)
         if corrupted is not None:
             RunFolder(folder).save_corruptions(split.name, corrupted)
@@ -217,6 +238,51 @@ def evaluating(
             processing_class=classifier.image_processor,
             preprocessing=Preprocessing.from_image_processor(classifier.image_processor),
         )
+
+
+def train_of_run(
+    config: EvaluateConfig, data: DataConfig, model: PreTrainedModel, preprocessing: Preprocessing
+) -> Split:
+    """Return images that a run trained on, to fit a distance to. `split_to_evaluate` has checked that the
+    data are the same.
+
+    Raises: UserError for a folder without a run, and data or a model that --reject does not support.
+    """
+    run = RunFolder(config.model_name_or_path)
+    if not run.has_run or not is_same_source(run.data(), data):
+        raise UserError(
+            "--reject needs the training images of a run; pass its folder as --model_name_or_path, and "
+            "leave out --dataset_name"
+        )
+    splits = DataSource(data).splits
+    check_rejection(splits, model, preprocessing)
+    assert isinstance(splits.train, Split)
+    train = trained_rows(splits.train, run.facts())
+    return prepare_split(
+        subset(train, fitting_rows(train)), preprocessing, on_bad_image=data.on_bad_image
+    )
+
+
+def saved_distance(config: EvaluateConfig) -> Distance | None:
+    """Load the distance of a model that rejects images; None for an exported one, which computes it."""
+    if is_exported(config.model_name_or_path):
+        return None
+    folder = model_folder(
+        config.model_name_or_path, config.model_revision, config.trust_remote_code
+    )
+    return load_distance(folder)
+
+
+def save_rejection(run: RunFolder, model: PreTrainedModel, distance: Distance) -> None:
+    """Add the thresholds of a model to the config.json of its run, and the distance beside it."""
+    write_bytes(run.reject_path, distance.to_bytes())
+    if "test" in run.metrics():
+        logger.info(
+            "the metrics of test do not have these thresholds yet; run: hf-cifar evaluate "
+            "--model_name_or_path %s --split test", run.path,
+        )  # fmt: skip
+    settings = run.model_config() | {"reject": model.config.reject}
+    write_json(run.model_config_path, dict(sorted(settings.items())))
 
 
 def data_as_trained(config: EvaluateConfig, data: DataConfig) -> DataConfig:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 from transformers import set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -24,18 +25,21 @@ from hf_cifar.evaluate import calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.hub.push import push_run
 from hf_cifar.models.build import build_model
+from hf_cifar.models.distance import Distance
 from hf_cifar.plan import Plan, plan_run
 from hf_cifar.preflight import check_card, check_request, check_space
 from hf_cifar.record import Fitted, known_facts, run_facts
 from hf_cifar.report.card import card_for, save_card
 from hf_cifar.runs.energy import measured_energy
-from hf_cifar.runs.folder import write_json
+from hf_cifar.runs.folder import write_bytes, write_json
 from hf_cifar.runs.lock import sole_run
 from hf_cifar.runs.resume import with_restarts
 from hf_cifar.runs.signals import deferred_signals
 from hf_cifar.training.build import build_trainer
 from hf_cifar.training.cleaning import clean_labels
+from hf_cifar.training.dataset import store_of
 from hf_cifar.training.features import FeatureStore, fit_head
+from hf_cifar.training.rejection import fit_to_reject, fitting_rows, reject_images
 from hf_cifar.training.saving import save_classifier
 from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -82,9 +86,9 @@ def finetune_classifier(model: Any = None, dataset: Any = None, **options: Any) 
     trainer = build_trainer(model, image_processor, splits, plan)
     with claimed_folder(plan):
         fitted = fit(trainer, splits, plan)
-        evaluations = evaluate_run(trainer, splits, test, plan)
+        evaluations, distance = evaluate_run(trainer, splits, test, plan)
         facts = known | run_facts(trainer, splits, fitted, evaluations[0].temperature)
-        return finish_run(trainer, facts, evaluations, plan)
+        return finish_run(trainer, facts, evaluations, distance, plan)
 
 
 def prepare_images(
@@ -183,27 +187,48 @@ def save_batch(trainer: ImageClassificationTrainer, plan: Plan) -> None:
 
 def evaluate_run(
     trainer: ImageClassificationTrainer, splits: Splits, test: Split | None, plan: Plan
-) -> list[Predictions]:
-    """Evaluate and calibrate on validation; with --do_predict, also evaluate test, after all choices."""
-    store = None if isinstance(trainer.eval_dataset, FeatureStore) else trainer.eval_dataset
+) -> tuple[list[Predictions], Distance | None]:
+    """Evaluate and calibrate on validation; with --do_predict, also evaluate test, after all choices.
+
+    With --reject, the distance that the model needs is returned too.
+    """
+    train, distance = plan.config.train, None
+    on_features = isinstance(trainer.eval_dataset, FeatureStore)
+    store = store_of(splits.validation, trainer.args) if on_features else trainer.eval_dataset
     validation = evaluate_classifier(trainer, splits.validation, store=store)
-    if plan.config.train.calibrate:
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        validation = calibrate_classifier(model, validation)
-    if test is None or not plan.config.train.do_predict:
-        return [validation]
-    return [validation, evaluate_classifier(trainer, test, validation.temperature)]
+    if train.calibrate:
+        validation = calibrate_classifier(trainer.classifier, validation)
+    if train.reject is not None:
+        assert isinstance(splits.train, Split)  # see `check_rejection`
+        images = (
+            store_of(splits.train, trainer.args, skips=True)
+            if on_features
+            else trainer.train_dataset
+        )
+        sample = Subset(images, fitting_rows(splits.train).tolist())
+        validation, distance = fit_to_reject(trainer, sample, store, validation, train.reject)
+    if test is None or not train.do_predict:
+        return [validation], distance
+    store = store_of(test, trainer.args)
+    evaluated = evaluate_classifier(trainer, test, validation.temperature, store=store)
+    if distance is not None:
+        evaluated = reject_images(trainer, store, evaluated, distance)
+    return [validation, evaluated], distance
 
 
 def finish_run(
     trainer: ImageClassificationTrainer,
     facts: dict[str, Any],
     evaluations: list[Predictions],
+    distance: Distance | None,
     plan: Plan,
 ) -> RunResult:
     """Save the model with its metrics, facts and card, and push it if requested."""
     folder, train = plan.folder, plan.config.train
     with deferred_signals() as stop_request:
+        if distance is not None and plan.processes.is_main:
+            # Before config.json, which says that it is there.
+            write_bytes(folder.reject_path, distance.to_bytes())
         save_classifier(trainer, folder.path)
         if plan.processes.is_main:
             before = folder.facts() if train.resumes else {}

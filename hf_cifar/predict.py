@@ -14,15 +14,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from hf_cifar.config.deployment import PredictConfig
 from hf_cifar.config.model import is_exported
+from hf_cifar.config.objects import InMemory
 from hf_cifar.data.listing import list_images, render_left_out
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
+from hf_cifar.models.distance import load_distance, rejecting
+from hf_cifar.models.files import REJECT, model_folder
 from hf_cifar.models.fingerprint import model_hash
 from hf_cifar.models.folding import fold_norms
 from hf_cifar.models.problem_type import is_multi_label, thresholds_of
+from hf_cifar.models.rejection import Rejection, rejection_of
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.runs.processes import local_gpu
 from hf_cifar.threads import map_in_threads
@@ -39,8 +44,9 @@ def predict_files(config: PredictConfig, paths: Sequence[str]) -> Iterator[dict[
     """Yield one record for each image file, in the given order; folders are searched recursively.
 
     A record is {"path", "label", "score", "top_k": [{"label", "score"}, ...]}, scores 0..1, or
-    {"path", "error"} for an unreadable file. For a multi-label model, "labels": [{"label", "score"}, ...],
-    those that reach their thresholds, replaces "label" and "score".
+    {"path", "error"} for an unreadable file. With the thresholds of --reject, the label of an image of none
+    of the classes is "unknown", and its score None. For a multi-label model, "labels": [{"label", "score"},
+    ...], those that reach their thresholds, replaces "label" and "score".
     Raises: UserError for an unknown model, or a folder without images.
     """
     files = expand_paths(paths)
@@ -77,6 +83,9 @@ class Predictor:
         self.preprocessor = Preprocessor.of(model, self.image_processor, config.max_image_pixels)
         self.model_hash = model_hash(model, self.preprocessor.preprocessing.to_dict())
         self.multi_label, self.top_k = is_multi_label(model), config.top_k
+        self.rejection = rejection_of(model)
+        if self.rejection is not None and not exported:
+            model = self._rejecting(model, self.rejection, config)
         # Folded on the CPU: on a GPU, rounding of convolutions would hide a change of the logits.
         noise = torch.Generator().manual_seed(0)
         size = self.preprocessor.preprocessing.size
@@ -88,6 +97,22 @@ class Predictor:
         on_cpu = self.device.type == "cpu"
         self._device_lock = contextlib.nullcontext() if on_cpu else threading.Lock()
         self.num_threads = min(MAX_THREADS, torch.get_num_threads())
+
+    def _rejecting(
+        self, model: PreTrainedModel, rejection: Rejection, config: PredictConfig
+    ) -> PreTrainedModel:
+        """Return the model with the distance that lies beside it."""
+        if isinstance(config.model_name_or_path, InMemory):
+            logger.warning(
+                "every image gets a class, because a model in memory has no %s beside it; pass the run's "
+                "folder to answer %r too", REJECT, rejection.answer,
+            )  # fmt: skip
+            self.rejection = None
+            return model
+        folder = model_folder(
+            config.model_name_or_path, config.model_revision, config.trust_remote_code
+        )
+        return rejecting(model, load_distance(folder), rejection.head)
 
     def records(self, images: Sequence[Any]) -> list[dict[str, Any]]:
         """Classify images of any kind that `Preprocessor.decode` takes, as a batch of the readable ones.
@@ -109,7 +134,8 @@ class Predictor:
             return error
 
     def scores(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """Compute the scores [N, K], 0..1, of decoded images [H, W, 3] uint8."""
+        """Compute the scores [N, K], 0..1, of decoded images [H, W, 3] uint8; of a model that rejects images,
+        [N, K + 1], the distance last."""
         with self._device_lock:
             return self._scores(self.preprocessor(images, self.device))
 
@@ -121,7 +147,7 @@ class Predictor:
         return self.preprocessor.preprocessing.view_image(self.preprocessor.decode(image))
 
     def scores_of_views(self, views: Sequence[np.ndarray]) -> torch.Tensor:
-        """Compute the scores [N, K] of what `view` returned."""
+        """Compute the same of what `view` returned."""
         with self._device_lock:
             pixels = torch.from_numpy(np.stack(views)).to(self.device).permute(0, 3, 1, 2)
             return self._scores(self._levels(pixels))
@@ -131,14 +157,24 @@ class Predictor:
         pixel_values = pixel_values.contiguous(memory_format=self.memory_format)
         enabled = self.dtype is not torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=enabled):
-            logits = self.model(pixel_values=pixel_values).logits
-        return (logits.double().sigmoid() if self.multi_label else logits.float().softmax(1)).cpu()
+            output = self.model(pixel_values=pixel_values)
+        if self.multi_label:
+            return output.logits.double().sigmoid().cpu()
+        scores = output.logits.float().softmax(1)
+        if self.rejection is not None:
+            scores = torch.cat((scores, output.distances.float()[:, None]), dim=1)
+        return scores.cpu()
 
     def record(self, scores: torch.Tensor) -> dict[str, Any]:
-        """Render the scores [K] of one image: the best labels, and those that reach their thresholds."""
+        """Render the scores of one image: the best labels, and those that reach their thresholds."""
         names, thresholds = self.model.config.id2label, thresholds_of(self.model)
+        distance, scores = scores[-1], scores[: len(names)]
         best = scores.topk(min(self.top_k, len(scores))).indices
         ranked = _labels_and_scores(scores, best, names)
+        if self.rejection is not None and self.rejection.rejects(
+            scores.max().item(), distance.item()
+        ):
+            return {"label": self.rejection.answer, "score": None, "top_k": ranked}
         if thresholds is None:
             return {**ranked[0], "top_k": ranked}
         predicted = [i for i in scores.argsort(descending=True) if scores[i] >= thresholds[i]]

@@ -21,6 +21,7 @@ from benchmarks import (
     measure,
     noise,
     race,
+    reject,
     scaling,
     serving,
     table,
@@ -105,6 +106,23 @@ def test_the_tables_of_techniques_are_written_again():
     missing = table.techniques_page(page, [])
     assert missing == "text\n\n<!-- measured: schedule -->\n\nNot measured yet.\n\nmore text\n"
     assert table.techniques_page(missing, [record]) == written
+
+
+def test_what_is_rejected_becomes_a_table(results, stripes, tiny_vit, monkeypatch):
+    for name in ("NOISE_IMAGES", "DIGITS", "MOST_TILES"):
+        monkeypatch.setattr(reject, name, 6)
+    tiny_run(results / "run", stripes, tiny_vit, "--train_val_split", "0.3", "--reject")
+    reject.compare("tiny", [results / "run"])
+    (record,) = map(json.loads, (results / "results" / "cpu.jsonl").read_text().splitlines())
+    rules = record["runs"][0]
+    assert set(rules) == {"confidence alone", "distance alone", "both"}
+    for found in rules.values():
+        assert found["test images kept"]["num_images"] == 22
+        assert found["photographs rejected"]["num_pictures"] == len(found["by picture"]) == 16
+        low, high = found["digits rejected"]["interval"]
+        assert 0 <= low <= found["digits rejected"]["share"] <= high <= 1
+    page = table.techniques_page("<!-- measured: reject -->\n\nNot measured yet.\n", [record])
+    assert "| share of images | tiny, n = 1 |" in page and "| both: digits rejected | " in page
 
 
 def test_the_table_of_races_compares_the_picks_with_the_best_run():

@@ -61,7 +61,9 @@ def parse(
         print(parser.format_help())
         raise SystemExit(0)
     kinds = {name: kind for each in classes for name, kind in field_types(each).items()}
-    namespace, rest = parser.parse_known_args(explicit_flags(tokens, kinds, paths_follow))
+    namespace, rest = parser.parse_known_args(
+        explicit_flags(tokens, bare_values(classes), paths_follow)
+    )
     given = vars(namespace)
     configs = [
         each(**{
@@ -205,11 +207,22 @@ def render_default(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def bare_values(classes: Sequence[Any]) -> dict[str, str]:
+    """Return the values of the options that may stand without one: true, or what the field says."""
+    found: dict[str, str] = {}
+    for each in classes:
+        kinds = field_types(each)
+        for field in dataclasses.fields(each):
+            value = "true" if kinds[field.name] is bool else field.metadata.get("bare")
+            found |= {field.name: value} if value else {}
+    return found
+
+
 def explicit_flags(
-    tokens: Sequence[str], kinds: dict[str, Any], paths_follow: bool = False
+    tokens: Sequence[str], bare: dict[str, str], paths_follow: bool = False
 ) -> list[str]:
-    """Write a bare `--flag` as `--flag true`, names with underscores, and `--flag -1,2` with an equals sign,
-    because argparse would take -1,2 for an option. paths_follow: see `parse`."""
+    """Write a bare `--flag` with its value, names with underscores, and `--flag -1,2` with an equals sign,
+    because argparse would take -1,2 for an option. bare: the values. paths_follow: see `parse`."""
     explicit: list[str] = []
     for token, following in zip(tokens, [*tokens[1:], "--"], strict=False):
         if explicit and re.match(r"-[\d.]", token) and re.fullmatch(r"--\w+", explicit[-1]):
@@ -224,8 +237,8 @@ def explicit_flags(
         has_value = equals or not following.startswith("--")
         if paths_follow and not equals:
             has_value = following.lower() in TRUE + FALSE
-        if kinds.get(flag[2:]) is bool and not has_value:
-            explicit.append("true")
+        if flag[2:] in bare and not has_value:
+            explicit.append(bare[flag[2:]])
     return explicit
 
 

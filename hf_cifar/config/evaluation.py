@@ -38,6 +38,12 @@ class EvaluateConfig:
     )
     bf16: bool = option(False, "Evaluate under bfloat16 autocast.")
     fp16: bool = option(False, "Evaluate under float16 autocast (GPU).")
+    reject: float | None = option(
+        None,
+        "Fit thresholds to the run's validation images, of which this share is kept, as finetune --reject "
+        "does, and save them beside the model; 0.95 without a value.",
+        low=0.5, high=0.999, bare="0.95",
+    )  # fmt: skip
     corruptions: int = option(
         0,
         "Also measure the accuracy under five common corruptions at five severities, on this many images "
@@ -55,6 +61,12 @@ class EvaluateConfig:
         check_fields(self)
         refuse_both_formats(self)
         refuse_precision_of_exported(self)
+        if self.reject is None:
+            return
+        if self.split == "test":
+            raise UserError("--reject is fitted on validation; leave out --split test")
+        if not self.writes_to_model:
+            raise UserError("--reject changes the run in its own folder; leave out --output_dir")
 
     @property
     def writes_to_model(self) -> bool:

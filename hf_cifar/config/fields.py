@@ -21,17 +21,18 @@ def option(
     may_change: bool = False,
     saved: bool = True,
     public: bool = True,
+    bare: str | None = None,
 ) -> Any:
     """Declare an option: a dataclass field with its metadata.
 
     text: shown in `--help` and docs/options.md. low, high: inclusive bounds of a number. group: heading in
     `--help` from this option on; the class's name if none was given. may_change: a resumed run may change it.
     saved: config.yaml records it; not for secrets and options that do not affect the run. public: a model
-    card may show it.
+    card may show it. bare: the value of the flag without one; true for a BOOL.
     """
     metadata = {
         "help": text, "low": low, "high": high, "group": group, "may_change": may_change,
-        "saved": saved, "public": public,
+        "saved": saved, "public": public, "bare": bare,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 

@@ -83,6 +83,11 @@ LOSS = "loss"  # computed by the Trainer at every evaluation, smaller is better
 UNCALIBRATED = "_uncalibrated"  # after a metric's name: its value before calibration
 # Metrics of a single class, and the classes' other columns, whose words are not the name.
 _CLASS_WORDS = {"num_images": "images", "f1": "F1", "roc_auc": "ROC AUC"}
+# Metrics of a model that rejects images.
+_KEPT_WORDS = {
+    "kept": "share of images that keep their label",
+    "accuracy_kept": "accuracy of these",
+}
 
 
 def words(name: str) -> str:
@@ -91,7 +96,7 @@ def words(name: str) -> str:
         return f"{words(name.removesuffix(UNCALIBRATED))} before calibration"
     if name in METRICS:
         return METRICS[name].words
-    return _CLASS_WORDS.get(name, name.replace("_", " "))
+    return (_CLASS_WORDS | _KEPT_WORDS).get(name, name.replace("_", " "))
 
 
 def metrics_of(

@@ -148,6 +148,8 @@ def conflicts(config: RunConfig) -> Iterator[str]:
             yield "--unfreeze_epochs would recompile the model for each block with --torch_compile"
         if config.trainer.get("ddp_find_unused_parameters") is False:
             yield "--unfreeze_epochs cannot be combined with --ddp_find_unused_parameters false"
+    if train.reject is not None and config.data.streaming:
+        yield "--reject reads training images again after training, and --streaming does not keep them"
     if train.head_solver == "lbfgs":
         for name in ("sam_rho", "ema_decay", "l1_decay", "early_stopping_patience"):
             if getattr(train, name):

@@ -225,6 +225,13 @@ class TrainingConfig:
         "At the end, fit a temperature on validation and fold it into the head; for multi-label data, fit a "
         "threshold for each class.",
     )
+    reject: float | None = option(
+        None,
+        "Share of validation images to keep: fit thresholds on confidence and on distance from the training "
+        "images, so that hf-cifar predict and serve answer 'unknown' for images of none of the classes; 0.95 "
+        "without a value.",
+        low=0.5, high=0.999, bare="0.95",
+    )  # fmt: skip
     check_leakage: bool = option(
         False,
         "Before training, list test images with an exact or near duplicate in train or validation.",

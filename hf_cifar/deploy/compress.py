@@ -40,6 +40,7 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.extras import require
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.exported import PIXEL_VALUES, read_onnx
+from hf_cifar.models.rejection import forget_rejection, rejection_of
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.progress import progress
 from hf_cifar.report import charts
@@ -234,6 +235,11 @@ def exported(run: Path, file: Path, name: str, made: str, trust_remote_code: boo
         count = RunFolder(run.parent).facts()["parameters"]
     else:
         model, image_processor = load_classifier(str(run), trust_remote_code=trust_remote_code)
+        if rejection_of(model) is not None:
+            logger.info(
+                "%s: its versions here give every image a class, without --reject", run.name
+            )
+            forget_rejection(model)
         to_file = ExportConfig(output=str(file), parity_images=0)
         export_classifier(model, image_processor, run, to_file)
         count = count_parameters(model)

@@ -20,8 +20,10 @@ from hf_cifar.deploy.parity import compare, parity_images, verdict
 from hf_cifar.deploy.preflight import check_export
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
+from hf_cifar.models.distance import load_distance, rejecting
 from hf_cifar.models.exported import IMAGES, PIXEL_VALUES
 from hf_cifar.models.problem_type import thresholds_of
+from hf_cifar.models.rejection import rejection_of
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.runs.folder import RunFolder, scratch_beside, write_json
 from hf_cifar.text import one_line
@@ -51,6 +53,9 @@ def export_classifier(
     """Write the model of a run that is already loaded, see `export_run`."""
     output = Path(config.output)
     model = model.eval().float()
+    rejection = rejection_of(model)
+    if rejection is not None:
+        model = rejecting(model, load_distance(run), rejection.head)
     preprocessor = Preprocessor.of(model, image_processor)
     preprocessing = preprocessor.preprocessing if config.with_preprocessing else None
     graph = ClassifierGraph(model, preprocessing).eval()
@@ -64,7 +69,9 @@ def export_classifier(
             file = made / VERSION / MODEL_FILE
             file.parent.mkdir(parents=True)
             size = None if config.with_preprocessing else preprocessor.preprocessing.size
-            write_server_files(made, output.name, metadata["labels"], size)
+            write_server_files(
+                made, output.name, metadata["labels"], size, rejects=rejection is not None
+            )
         try:
             FORMATS[config.format].write(graph, metadata, file)
         except (UserError, OSError):
@@ -110,6 +117,7 @@ def _metadata(
     return {
         "labels": [model.config.id2label[i] for i in range(model.config.num_labels)],
         "thresholds": None if thresholds is None else thresholds.tolist(),
+        **({"reject": model.config.reject} if rejection_of(model) else {}),
         "input": IMAGES if config.with_preprocessing else PIXEL_VALUES,
         "input_size": list(preprocessor.preprocessing.size),
         "preprocessor": preprocessor.to_dict(),

@@ -17,6 +17,7 @@ from hf_cifar.deploy.graph import ClassifierGraph
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.models.exported import (
+    DISTANCES,
     LOGITS,
     METADATA,
     PROBABILITIES,
@@ -72,7 +73,8 @@ def onnx_program(graph: ClassifierGraph, metadata: dict[str, Any]) -> Any:
         warnings.simplefilter("ignore")  # about the exporter's own code
         program = torch.onnx.export(
             graph, (example,), dynamo=True, dynamic_shapes=(sizes,), external_data=False,
-            input_names=[metadata["input"]], output_names=OUTPUTS, verbose=False,
+            input_names=[metadata["input"]], verbose=False,
+            output_names=[*OUTPUTS, DISTANCES] if graph.rejects else OUTPUTS,
         )  # fmt: skip
     model = program.model_proto
     require("onnx", extra="deploy").helper.set_model_props(
@@ -103,7 +105,7 @@ def open_torch_export(path: Path) -> Runner:
 
     def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.inference_mode():
-            logits, probabilities = module(torch.from_numpy(images))
+            logits, probabilities, *_ = module(torch.from_numpy(images))
         return logits.numpy(), probabilities.numpy()
 
     return run

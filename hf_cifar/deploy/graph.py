@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_cifar.errors import UserError
 from hf_cifar.models.problem_type import is_multi_label
+from hf_cifar.models.rejection import rejection_of
 from hf_cifar.transforms.preprocessing import Preprocessing
 from hf_cifar.transforms.resampling import KERNELS
 from hf_cifar.transforms.resizing import PILLOW_MAY_START_VERTICALLY
@@ -24,7 +25,8 @@ PILLOW_BITS, COARSE_BITS = 22, 11
 
 
 class ClassifierGraph(nn.Module):
-    """A classifier that returns (logits, probabilities), both [N, K].
+    """A classifier that returns (logits, probabilities), both [N, K]; of a model that rejects images, see
+    `models.distance.rejecting`, also distances [N].
 
     Its input is `pixel_values` [N, 3, h, w] float, or, with a preprocessing, images [N, H, W, 3] uint8 of any
     size. The probabilities of a multi-label model are independent of each other.
@@ -35,12 +37,15 @@ class ClassifierGraph(nn.Module):
         self.model = model
         self.pixels = None if preprocessing is None else PixelGraph(preprocessing)
         self.multi_label = is_multi_label(model)
+        self.rejects = rejection_of(model) is not None
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         if self.pixels is not None:
             images = self.pixels.preprocessing.normalize(self.pixels(images))
-        logits = self.model(pixel_values=images).logits
-        return logits, logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
+        output = self.model(pixel_values=images)
+        logits = output.logits
+        answers = logits, logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
+        return (*answers, output.distances) if self.rejects else answers
 
 
 class Axis(NamedTuple):

@@ -9,14 +9,16 @@ from typing import Any
 
 from hf_cifar.config.deployment import ExportConfig, QuantizeConfig
 from hf_cifar.data.splits import Splits
-from hf_cifar.deploy.export import export_run
+from hf_cifar.deploy.export import export_classifier
 from hf_cifar.deploy.formats import require_format
 from hf_cifar.deploy.inputs import inputs_of
 from hf_cifar.deploy.latency import processor
 from hf_cifar.deploy.preflight import check_quantize
 from hf_cifar.deploy.schemes import Quantised, quantize
 from hf_cifar.errors import UserError
+from hf_cifar.models.build import load_classifier
 from hf_cifar.models.exported import METADATA, read_onnx
+from hf_cifar.models.rejection import forget_rejection, rejection_of
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.run_data import open_data, used_splits
 from hf_cifar.runs.folder import RunFolder, scratch_beside, write_bytes, write_json
@@ -40,12 +42,17 @@ def quantize_run(run: str | Path, config: QuantizeConfig) -> dict[str, Any]:
     check_data(splits)
     with scratch_beside(output) as folder:
         exported = folder / "float.onnx"
-        export_run(
-            run,
-            ExportConfig(
-                output=str(exported), parity_images=0, trust_remote_code=config.trust_remote_code
-            ),
+        model, image_processor = load_classifier(
+            str(run), trust_remote_code=config.trust_remote_code
         )
+        if (rejection := rejection_of(model)) is not None:
+            logger.info(
+                "the 8-bit model does not answer %r: its features are not those that --reject was fitted to",
+                rejection.answer,
+            )
+            forget_rejection(model)
+        to_file = ExportConfig(output=str(exported), parity_images=0)
+        export_classifier(model, image_processor, run, to_file)
         return quantize_file(exported, splits, config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import sys
@@ -30,6 +31,7 @@ from hf_cifar.models.value_range import saved_value_range
 from hf_cifar.runs.folder import RunFolder, new_folder, refuse_other_files, write_text
 from hf_cifar.text import enumerated
 
+logger = logging.getLogger(__name__)
 APP, REQUIREMENTS, MODELS = "app.py", "requirements.txt", "models"
 FILES = (APP, REQUIREMENTS, CARD_FILE, MODELS, "examples")
 PACKAGES = ("gradio", "pillow", "torch", "torchvision", "transformers")
@@ -68,6 +70,10 @@ def write_space(models: Mapping[str, PredictConfig], space: Path) -> Iterator[Pa
         if len(set(names)) < len(names):
             names = [f"{name}-{number}" for number, name in enumerate(names, 1)]
         packages = list(PACKAGES)
+        if any(read_object(source / CONFIG).get("reject") for source in sources.values()):
+            logger.info(
+                "the Space answers with a class for every image: pipeline does not reject any"
+            )
         for name, source in zip(names, sources.values(), strict=True):
             target = folder / MODELS / name
             target.mkdir(parents=True)

@@ -19,12 +19,15 @@ from hf_cifar.data.labels import class_label, holds_lists, indicators
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.multi_label import MultiLabel
 from hf_cifar.evaluation.outcome import DRAWS, Outcome
+from hf_cifar.evaluation.rejection import kept_intervals, kept_metrics
 from hf_cifar.evaluation.single_label import SingleLabel
+from hf_cifar.models.rejection import Rejection, rejection_in
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.text import one_line
 
 # Keys in the metadata of the file.
 TEMPERATURE, THRESHOLDS, SKIPPED = "temperature", "thresholds", "skipped_rows"
+REJECT = "reject"
 
 
 def outcome_of(
@@ -79,7 +82,8 @@ class Predictions:
     temperature: the number by which calibration has divided the logits, 1 for none.
     For multi-label data, labels are [N, K], 0 or 1, and a class is predicted if its probability reaches
     thresholds [K], or 0.5 without thresholds. skipped_rows: ids of the rows that were left out because
-    their images cannot be read. saved_metrics: the split's part of metrics.json, if loaded from a folder.
+    their images cannot be read. distances [N], rejection: of a model that rejects images, and its thresholds.
+    saved_metrics: the split's part of metrics.json, if loaded from a folder.
     """
 
     split: str
@@ -90,6 +94,8 @@ class Predictions:
     temperature: float = 1.0
     thresholds: np.ndarray | None = None
     skipped_rows: tuple[int, ...] = ()
+    distances: np.ndarray | None = None
+    rejection: Rejection | None = None
     saved_metrics: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
@@ -124,20 +130,37 @@ class Predictions:
         """True for each image [N] whose predicted labels are all of its labels and no others."""
         return self.outcome.correct
 
+    @property
+    def confidences(self) -> np.ndarray:
+        """Probability [N] of the predicted class, or classes, of each image."""
+        return self.probabilities_of(self.predicted)
+
+    @functools.cached_property
+    def kept(self) -> np.ndarray | None:
+        """True for each image [N] that keeps its label; None for a model that rejects none."""
+        if self.rejection is None or self.distances is None:
+            return None
+        return ~self.rejection.rejects(self.confidences, self.distances)
+
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
         """Every metric, see `compute_metrics`; under "intervals" the 95% interval of each; with a
-        temperature, also two metrics without it; the rows that were left out, if any.
+        temperature, also two metrics without it; the rows that were left out, if any; with rejection, the
+        share of images that keep their label, and the accuracy of these.
 
         Intervals take seconds, so those of `saved_metrics` are reused if all metrics there are the same.
         """
         metrics = self.outcome.compute(self.id2label)
         if self.skipped_rows:
             metrics[SKIPPED] = list(self.skipped_rows)
+        if self.kept is not None:
+            metrics |= kept_metrics(self.kept, self.correct)
         saved = dict(self.saved_metrics)
         intervals = saved.pop("intervals", None)
         if intervals is None or saved != metrics:
             intervals = self.outcome.intervals(self.id2label)
+            if self.kept is not None:
+                intervals |= kept_intervals(self.kept, self.correct)
         return {**metrics, "intervals": intervals}
 
     def save(self, folder: str | Path) -> None:
@@ -150,17 +173,16 @@ class Predictions:
         if self.outcome.thresholds is not None:
             label, labels = datasets.List(label), [np.flatnonzero(row) for row in labels]
             note[THRESHOLDS] = json.dumps(self.outcome.thresholds.tolist())
-        features = datasets.Features(
-            {
-                "row_id": datasets.Value("int64"),
-                "label": label,
-                "logits": datasets.Sequence(datasets.Value("float32")),
-            }
-        )
-        table = pyarrow.table(
-            {"row_id": self.row_ids, "label": labels, "logits": list(self.logits)},
-            schema=features.arrow_schema,
-        )
+        columns = {"row_id": self.row_ids, "label": labels, "logits": list(self.logits)}
+        kinds = {
+            "row_id": datasets.Value("int64"),
+            "label": label,
+            "logits": datasets.Sequence(datasets.Value("float32")),
+        }
+        if self.distances is not None and self.rejection is not None:
+            columns["distance"], kinds["distance"] = self.distances, datasets.Value("float32")
+            note[REJECT] = json.dumps(self.rejection.to_dict())
+        table = pyarrow.table(columns, schema=datasets.Features(kinds).arrow_schema)
         table = table.replace_schema_metadata({**table.schema.metadata, **note})
         temporary = path.with_name(f".{path.name}.tmp")
         pyarrow.parquet.write_table(table, temporary)
@@ -182,6 +204,7 @@ class Predictions:
             label = datasets.Features.from_arrow_schema(table.schema)["label"]
             names, multi_label = class_label(label).names, holds_lists(label)
             note, labels = table.schema.metadata, table["label"]
+            reject = json.loads(note.get(REJECT.encode(), "null"))
             return cls(
                 split=split,
                 row_ids=table["row_id"].to_numpy(),
@@ -191,6 +214,8 @@ class Predictions:
                 temperature=float(note.get(TEMPERATURE.encode(), 1)),
                 thresholds=np.array(json.loads(note[THRESHOLDS.encode()])) if multi_label else None,
                 skipped_rows=tuple(json.loads(note.get(SKIPPED.encode(), "[]"))),
+                distances=table["distance"].to_numpy() if reject else None,
+                rejection=rejection_in({REJECT: reject}),
                 saved_metrics=saved if isinstance(saved, dict) else {},
             )
         except (KeyError, AttributeError, ValueError, OSError) as error:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 MAX_PIXELS = 8192 * 8192
@@ -51,13 +54,31 @@ class EndpointHandler:
         self._model = model.to(self._device).eval()
         self._config = model.config.to_dict()
         self._multi_label = self._config.get("problem_type") == "multi_label_classification"
+        self._reject, self._features = self._config.get("reject"), torch.empty(0)
+        if self._reject:
+            self._distance = load_file(Path(path, "reject.safetensors"), self._device)
+            head = model.get_submodule(self._reject["head"])
+            head.register_forward_pre_hook(self._note)
+
+    def _note(self, _: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._features = inputs[0]
+
+    def _rejects(self, confidence: float) -> bool:
+        """Return True if the last image is of none of the classes: the probability of the best is too low, or
+        its feature too far from those of all classes (Mahalanobis distance)."""
+        whitening, points = self._distance["whitening"], F.normalize(self._features.float(), dim=1)
+        points = (points - self._distance["center"]) @ whitening
+        distance = (points - self._distance["means"]).norm(dim=1).min().item()
+        reject = self._reject
+        return confidence < reject["min_confidence"] or not distance <= reject["max_distance"]
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
         """Classify `inputs`: an image as a Pillow image, encoded bytes, or their base64 text; or a list.
 
         `parameters`: top_k, 5 by default. The answer for an image is {"label", "score", "top_k":
         [{"label", "score"}, ...]}; that of a multi-label model has "labels": [{"label", "score"}, ...], those
-        that reach their thresholds, in place of "label" and "score".
+        that reach their thresholds, in place of "label" and "score". With the thresholds of --reject, an
+        image of none of the classes has the label "unknown" and the score None.
         Raises: ValueError for an unreadable image or an unknown parameter.
         """
         parameters = dict(data.get("parameters") or {})
@@ -81,6 +102,8 @@ class EndpointHandler:
         found = [
             {"label": self._model.config.id2label[i], "score": round(scores[i], 6)} for i in order
         ]
+        if self._reject and self._rejects(max(scores)):
+            return {"label": self._reject["answer"], "score": None, "top_k": found[:top_k]}
         if not self._multi_label:
             return {**found[0], "top_k": found[:top_k]}
         thresholds = self._config.get("thresholds") or [0.5] * len(scores)

@@ -48,6 +48,7 @@ from hf_cifar.models.objects import (
 )
 from hf_cifar.models.problem_type import set_problem
 from hf_cifar.models.processor import plain_processor, timm_processor, transformers_processor
+from hf_cifar.models.rejection import forget_rejection
 from hf_cifar.models.resizing import native_size, resize_transformers
 from hf_cifar.models.timm_models import (
     build_bundled,
@@ -100,6 +101,7 @@ def build_model(
         check_forward(classifier, name, "pass another --image_size")
     check_dropout(model, config)
     set_problem(model, multi_label)
+    forget_rejection(model)
     set_value_range(model, value_range)
     freeze(model, config.freeze)
     if config.lora_rank:

@@ -17,11 +17,14 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.models.classifier import Classifier, label2id
+from hf_cifar.models.distance import RejectableOutput
 from hf_cifar.models.problem_type import MULTI_LABEL
+from hf_cifar.models.rejection import rejection_of
 from hf_cifar.text import listed, one_line
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 PIXEL_VALUES, IMAGES, LOGITS, PROBABILITIES = "pixel_values", "images", "logits", "probabilities"
+DISTANCES = "distances"  # a third output of a model that rejects images
 METADATA = "hf_cifar"  # the key of our metadata in a file, as JSON
 CPU_PROVIDER = "CPUExecutionProvider"
 
@@ -47,13 +50,19 @@ class ExportedClassifier(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, content: bytes) -> None:
         super().__init__(config)
         self.content, self._session, self._num_threads = content, None, 0
+        self.rejects = rejection_of(self) is not None
         self._lock = threading.Lock()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutput:
-        """pixel_values [N, 3, h, w] -> logits [N, K], on the same device."""
+        """pixel_values [N, 3, h, w] -> logits [N, K] and, if the file has them, distances [N], on the same
+        device."""
         images = np.ascontiguousarray(pixel_values.detach().to("cpu", torch.float32).numpy())
-        (logits,) = self._ready_session().run([LOGITS], {PIXEL_VALUES: images})
-        return ImageClassifierOutput(logits=torch.from_numpy(logits).to(pixel_values.device))
+        wanted = [LOGITS, DISTANCES] if self.rejects else [LOGITS]
+        found = self._ready_session().run(wanted, {PIXEL_VALUES: images})
+        tensors = [torch.from_numpy(each).to(pixel_values.device) for each in found]
+        if self.rejects:
+            return RejectableOutput(logits=tensors[0], distances=tensors[1])
+        return ImageClassifierOutput(logits=tensors[0])
 
     def _ready_session(self) -> Any:
         num_threads = torch.get_num_threads()
@@ -103,6 +112,7 @@ def _config(saved: dict[str, Any]) -> PreTrainedConfig:
         problem_type=None if thresholds is None else MULTI_LABEL,
         thresholds=thresholds,
         value_range=saved["preprocessor"]["value_range"],
+        reject=saved.get("reject"),
     )
 
 

@@ -20,6 +20,7 @@ from hf_cifar.models.names import WEIGHT_SUFFIXES, check_code_is_pinned, hub_err
 from hf_cifar.text import listed
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+REJECT = "reject.safetensors"  # of a model that rejects images, see `models.distance`
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 PICKLE, PICKLES = "pytorch_model.bin", "pytorch_model*.bin"  # whole, or in shards
 # Tensors that share memory are copied, as the format demands. A shell does not change it in double quotes.
@@ -70,6 +71,8 @@ def _fetch_model(name: str, revision: str, trust_remote_code: bool) -> Path:
                 raise UserError(_no_weights(folder, name, commit))
             for shard in _shards(index):
                 fetch(name, shard, revision=commit)
+        if read_object(folder / CONFIG).get("reject"):
+            fetch(name, REJECT, revision=commit)
         if trust_remote_code:
             snapshot_download(name, revision=commit, allow_patterns="*.py")
             for path in folder.rglob("*.py"):

@@ -20,6 +20,8 @@ def model_hash(model: PreTrainedModel, preprocessing: dict[str, Any]) -> str:
     preprocessing: plain values. The same for a copy of the model, wherever it lies.
     """
     found = {name: getattr(model.config, name, None) for name in CONFIG_KEYS}
+    if reject := getattr(model.config, "reject", None):
+        found["reject"] = reject
     found |= {"class": type(model).__name__, "preprocessing": preprocessing}
     digest = hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode())
     if isinstance(model, ExportedClassifier):

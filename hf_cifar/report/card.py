@@ -22,6 +22,7 @@ from hf_cifar.evaluation.tables import render_cell, render_number
 from hf_cifar.hub.endpoint import HANDLER
 from hf_cifar.hub.origin import HUB
 from hf_cifar.models.names import ARTICLE_NAMES
+from hf_cifar.models.rejection import Rejection, rejection_in
 from hf_cifar.report.public import public_options
 from hf_cifar.report.wording import (
     hashed,
@@ -65,6 +66,7 @@ class CardFacts:
     custom_code: bool = False
     article_model: bool = False
     module_class: str = ""  # of a torch.nn.Module, which has no config
+    rejection: Rejection | None = None  # of a model that answers that an image is of no class
 
 
 def load_card(folder: Path) -> tuple[CardFacts, str]:
@@ -83,6 +85,7 @@ def load_card(folder: Path) -> tuple[CardFacts, str]:
             custom_code=any(path.name != HANDLER.name for path in folder.glob("*.py")),
             article_model=config.get("model_type") in ARTICLE_NAMES,
             module_class=config.get("module_class", ""),
+            rejection=rejection_in(config),
         )
         return facts, render_card(facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError,
@@ -136,6 +139,12 @@ def render_card(facts: CardFacts) -> str:
         results=[_result(split, metrics[split], options, run) for split in reversed(metrics)],
         temperature=_temperature(metrics),
         calibration=_calibration(metrics),
+        rejection=facts.rejection,
+        kept=[
+            (split, *(render_cell(own, name) for name in ("kept", "accuracy_kept", "accuracy")))
+            for split, own in reversed(metrics.items())
+            if "kept" in own
+        ],
         per_class=_per_class(last),
         per_class_note=_per_class_note(last_split, last),
         last_split=last_split,

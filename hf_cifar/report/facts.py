@@ -32,6 +32,7 @@ from hf_cifar.evaluation.mistakes import (
     worst_errors,
 )
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
+from hf_cifar.evaluation.rejection import risk_coverage
 from hf_cifar.hub.origin import public_name
 from hf_cifar.progress import progress
 from hf_cifar.report.public import public_options
@@ -162,8 +163,17 @@ def single_label_facts(evaluated: Predictions, metrics: dict[str, Any]) -> dict[
     names = list(evaluated.id2label.values())
     return {
         "reliability": reliability_bins(evaluated.probabilities, evaluated.labels),
+        "rejection": rejection_facts(evaluated),
         "confused_pairs": confused_pairs(metrics["confusion_matrix"], names),
     }
+
+
+def rejection_facts(evaluated: Predictions) -> dict[str, Any] | None:
+    """Thresholds, and accuracy by the share of images kept; None for a model that rejects no image."""
+    if evaluated.rejection is None:
+        return None
+    curve = risk_coverage(evaluated.confidences, evaluated.correct)
+    return {**evaluated.rejection.to_dict(), "risk_coverage": curve}
 
 
 def reliability_bins(probabilities: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:

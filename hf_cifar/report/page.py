@@ -56,6 +56,7 @@ def render_page(report: Report) -> str:
         fold_bars=fold_bars(facts["folds"]),
         headline=[name for name in shown("headline", metrics) if name != "accuracy"],
         reliability=reliability_diagram(facts),
+        risk_coverage=risk_coverage_curve(facts),
         matrix_classes=MATRIX_CLASSES,
         skipped=render_skipped(facts["run"], facts["metrics"]),
     )
@@ -142,6 +143,18 @@ def reliability_diagram(facts: dict[str, Any]) -> Markup | None:
         return None
     title = f"Reliability, {spoken(facts['split'])}"
     return Markup(charts.reliability_diagram(title, facts["reliability"]))
+
+
+def risk_coverage_curve(facts: dict[str, Any]) -> Markup | None:
+    """Draw accuracy against the share of images kept; None for a model that rejects no image."""
+    if not (rejection := facts.get("rejection")):
+        return None
+    metrics = facts["metrics"][facts["split"]]
+    series = {"by confidence alone": [tuple(point) for point in rejection["risk_coverage"]]}
+    if metrics["accuracy_kept"] is not None:
+        series["both thresholds"] = [(metrics["kept"], metrics["accuracy_kept"])]
+    title = f"Accuracy by the share of images kept, on {facts['split']}"
+    return Markup(charts.line_chart(title, series, "share of images kept", "accuracy of these"))
 
 
 def training_curves(history: list[dict[str, float | None]]) -> list[Markup]:

@@ -21,6 +21,7 @@ def role_of(
     chosen = ["the head's penalty"] if options.get("head_solver") == "lbfgs" else chosen
     chosen += ["the learning rate"] if run.get("race") else []
     chosen += ["the temperature"] if "temperature" in metrics else []
+    chosen += ["the thresholds of rejection"] if "kept" in metrics else []
     if is_multi_label(metrics) and options.get("calibrate"):
         chosen += ["each label's threshold"]
     combined = run.get("combined") or {}

@@ -48,6 +48,7 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.json"  # by split
         self.corruptions_path = self.path / "corruptions.json"  # by split
         self.weights_path = self.path / "model.safetensors"
+        self.reject_path = self.path / "reject.safetensors"  # see models/distance.py
         self.model_config_path = self.path / "config.json"
         self.card_path = self.path / "README.md"
         self.page_path = self.path / "report.html"

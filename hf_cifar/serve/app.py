@@ -42,7 +42,8 @@ class Score(BaseModel):
 
 
 class Result(BaseModel):
-    """The answer for one image: label and score, or labels of a multi-label model, or an error."""
+    """The answer for one image: label and score, or labels of a multi-label model, or an error. A model with
+    `reject` in GET /model also answers its word, without a score."""
 
     label: str | None = None
     score: float | None = None

@@ -76,6 +76,12 @@ def build_page(models: Mapping[str, Predictor], examples: Sequence[Path]) -> gr.
     import gradio as gr
 
     heatmaps = {name: Heatmap(predictor) for name, predictor in models.items()}
+    for name, predictor in models.items():
+        if predictor.rejection is not None:
+            logger.info(
+                "the demo shows the classes of every image, also where hf-cifar predict answers %r for %s",
+                predictor.rejection.answer, name,
+            )  # fmt: skip
     title = enumerated(list(models))
     with gr.Blocks(
         title=title, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)

@@ -299,6 +299,7 @@ def describe(config: PredictConfig, worker: Worker) -> dict[str, Any]:
         "version": listed(each for each in (short_name, facts.get("finished")) if each),
         "labels": [labels[i] for i in range(len(labels))],
         "thresholds": None if thresholds is None else thresholds.tolist(),
+        "reject": None if predictor.rejection is None else predictor.rejection.to_dict(),
         "preprocessing": predictor.preprocessor.to_dict(),
         "metrics": {
             split: {key: value for key, value in found.items() if isinstance(value, (int, float))}

@@ -95,7 +95,7 @@ def accepting_features(model: PreTrainedModel, store: Dataset) -> Iterator[None]
 
 
 @contextmanager
-def _inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
+def head_inputs(head: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the inputs of a module until the block ends."""
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -120,7 +120,7 @@ def has_feature_vectors(model: PreTrainedModel, preprocessing: Preprocessing) ->
     pixel_values = torch.rand(2, 3, *preprocessing.size, device=device)
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), _inputs_of(head) as seen:
+    with torch.inference_mode(), head_inputs(head) as seen:
         logits = model(pixel_values=pixel_values).logits
         same = len(seen) == 1 and seen[0].ndim == 2
         same = same and torch.allclose(head(seen[0]), logits, atol=1e-4)
@@ -199,7 +199,7 @@ def _one_view(
     head, device = linear_head(model), next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), _inputs_of(head) as seen:
+    with torch.inference_mode(), head_inputs(head) as seen:
         batches = progress(loader, f"computing features of {name}", unit="batches")
         for number, batch in enumerate(batches):
             images, labels = batch["pixel_values"].to(device), batch["labels"].to(device)

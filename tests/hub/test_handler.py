@@ -64,7 +64,7 @@ def kinds(tmp_path_factory):
 def runs(tmp_path_factory, stripes, lights, tiny_vit):
     root = tmp_path_factory.mktemp("runs")
     tiny_run(root / "single", stripes, tiny_vit, "--num_train_epochs", "1")
-    tiny_run(root / "timm", stripes, "scratch/test_vit", "--num_train_epochs", "1")
+    tiny_run(root / "timm", stripes, "scratch/test_vit", "--num_train_epochs", "1", "--reject")
     tiny_run(root / "multi", lights, tiny_vit, "--train_val_split", "0.2")
     return root
 
