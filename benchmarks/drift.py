@@ -140,31 +140,37 @@ def main() -> None:
         figures[name] = rate(counts[name]["either"], draws)
         print(f"{name}: {counts[name]} of {draws}", flush=True)
 
+    def estimate(name: str, new: Outputs) -> None:
+        known, hits = lab.reference.outcome, new.outcome.predicted == labels
+        found, _ = estimated_accuracy(
+            known.probabilities, known.correct, new.outcome.probabilities, draws=2
+        )
+        accuracy[name] = {"true": float(hits.mean()), "estimate": found}
+        print(f"{name}: {accuracy[name]}", flush=True)
+
     measure("clean", clean, options.num_images, options.draws)
+    estimate("clean", chosen(clean, rows))
     for name in CORRUPTIONS:
         for severity in SEVERITIES:
             new, what = lab.corrupted(rows, name, severity), f"{name}, severity {severity}"
-            estimate, _ = estimated_accuracy(
-                lab.reference.outcome.probabilities, lab.reference.outcome.correct,
-                new.outcome.probabilities, draws=2,
-            )  # fmt: skip
-            hits = new.outcome.predicted == labels
-            accuracy[what] = {"true": float(hits.mean()), "estimate": estimate}
-            print(f"{what}: {accuracy[what]}", flush=True)
+            estimate(what, new)
             measure(what, new, options.num_images, options.corrupted_draws)
             if severity == DECISIVE:
                 fewer = f"{what}, {options.fewer_images} images"
                 measure(fewer, new, options.fewer_images, options.corrupted_draws)
     shared = {"ratios": {}, "num_reference": REFERENCE, **conditions()}
-    record = {
-        "benchmark": f"drift, {options.num_images} images against {REFERENCE}", "unit": "of draws with drift",
-        "n": options.draws, "corrupted_draws": options.corrupted_draws, "pool": options.pool,
-        "alpha": ALPHA, "figures": figures, "counts": counts, **shared,
-    }  # fmt: skip
-    write(record, options.output)
+    for kind, draws in (("clean", options.draws), ("corrupted", options.corrupted_draws)):
+        names = [name for name in figures if (name == "clean") == (kind == "clean")]
+        record = {
+            "benchmark": f"drift, {options.num_images} {kind} images against {REFERENCE}",
+            "unit": "of draws with drift", "n": draws, "pool": options.pool, "alpha": ALPHA,
+            "figures": {name: figures[name] for name in names},
+            "counts": {name: counts[name] for name in names}, **shared,
+        }  # fmt: skip
+        write(record, options.output)
     errors = [abs(each["estimate"] - each["true"]) for each in accuracy.values()]
     record = {
-        "benchmark": "accuracy without labels, corrupted images", "unit": "error", "n": len(errors),
+        "benchmark": "accuracy without labels, clean and corrupted images", "unit": "error", "n": len(errors),
         "figures": {"average thresholded confidence": summary(errors)},
         "mean": float(np.mean(errors)), "accuracy": accuracy, **shared,
     }  # fmt: skip

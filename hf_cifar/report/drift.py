@@ -274,23 +274,23 @@ def render_summary(facts: dict[str, Any]) -> str:
         low, high = found["interval"]
         return f"{found['value']:.4f} [{low:.4f}, {high:.4f}]"
 
-    def row(name: str, place: dict[str, Any], p: str = "") -> list[str]:
+    def row(name: str, place: dict[str, Any], p: str = "-") -> list[str]:
         return [name, *(cell(place[sample]) for sample in SAMPLES), p]
 
-    rows = [["images", *(f"{facts['num_images'][sample]:,}" for sample in SAMPLES), ""]]
+    rows = [["images", *(f"{facts['num_images'][sample]:,}" for sample in SAMPLES), "-"]]
     rows.append(row("mean confidence", facts["confidence"]))
     if facts["accuracy"]:
         rows.append(row("accuracy (new: estimate)", facts["accuracy"]))
     rows.append(row("unusually far", facts["distance"]["beyond"]))
     ranked = sorted(facts["classes"], key=lambda each: each["p"])[:SUMMARY_CLASSES]
     rows += [row(f"share of {each['name']}", each["share"], p_value(each["p"])) for each in ranked]
-    rows.append(["features", "", "", p_value(facts["tests"]["mmd"]["p"])])
+    rows.append(["features", "-", "-", p_value(facts["tests"]["mmd"]["p"])])
     level = {name: p_value(each["level"]) for name, each in facts["tests"].items()}
     return "\n".join(
         [
             render_table(["95% intervals", *SAMPLES.values(), "p"], rows),
             "",
-            f"drift counts if p is at most {level['ks']} for a class, or {level['mmd']} for the features",
+            f"there is drift if p is at most {level['ks']} for a class, or {level['mmd']} for the features",
             facts["verdict"],
         ]
     )
