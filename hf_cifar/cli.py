@@ -16,6 +16,7 @@ from hf_cifar.commands import (
     compare,
     compress,
     demo,
+    doctor,
     evaluate,
     explain,
     export,
@@ -39,6 +40,7 @@ from hf_cifar.text import one_line
 
 USER_ERROR = 2
 COMMANDS: dict[str, Command] = {
+    "doctor": doctor.COMMAND,
     "finetune": finetune.COMMAND,
     "evaluate": evaluate.COMMAND,
     "reproduce": reproduce.COMMAND,

@@ -64,7 +64,9 @@ def survey_split(split: Split) -> Survey:
     columns = np.zeros((count, len(COLUMNS)), np.int64)
     thumbnails = np.zeros((count, SIDE, SIDE), np.float32)
     colours = np.zeros((count, SMALL, SMALL, 3), np.uint8)
-    digests = [b"%d" % position for position in range(count)]  # unreadable images are not duplicates
+    digests = [
+        b"%d" % position for position in range(count)
+    ]  # unreadable images are not duplicates
     faults: dict[int, str] = {}
 
     def work(positions: Array) -> int:
@@ -95,9 +97,7 @@ def _cells(split: Split, positions: Array) -> Iterator[dict | None]:
 
 
 def _thumbnail(image: Array) -> Array:
-    small = Image.fromarray(image).resize(
-        (SMALL, SMALL), Image.Resampling.BOX, reducing_gap=2.0
-    )
+    small = Image.fromarray(image).resize((SMALL, SMALL), Image.Resampling.BOX, reducing_gap=2.0)
     return np.asarray(small)
 
 
