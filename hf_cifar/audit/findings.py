@@ -103,7 +103,7 @@ def image_findings(survey: Survey) -> Iterator[Finding]:
         yield Finding(
             "note", "grey images",
             f"{of_images(grey, survey)} {_verb(grey)} grey, and the others are in colour",
-            "nothing, unless images of later use are all of one kind: then convert all to it",
+            "nothing to do, unless the model will see images of one kind only; then convert all to it",
             examples_of(survey, grey),
         )  # fmt: skip
     if len(alpha):
@@ -247,9 +247,9 @@ def duplicate_findings(
     """Find copies of images within a split, or of images of `first` in `second`, and different labels of one
     image. compare_labels: False for test, of which only pixels are read."""
     within, name, other = first is second, first.split.name, second.split.name
-    where = f"again in {name}" if within else f"also in {other}"
+    where = f"another image of {name}" if within else f"an image of {other}"
     many_near = MANY_NEAR if within else MANY_NEAR_ACROSS
-    for exact, many, words in ((True, MANY_EXACT, "exactly"), (False, many_near, "nearly")):
+    for exact, many, words in ((True, MANY_EXACT, ""), (False, many_near, "nearly ")):
         of_kind = [pair for pair in pairs if pair.exact == exact]
         copies = {pair.first for pair in of_kind}
         if not copies:
@@ -260,10 +260,11 @@ def duplicate_findings(
         if not within:
             action = f"remove them from {other}: metrics on {name} are too good with them"
         if not exact:
-            action = f"look at the pairs on the page; of copies, {action}"
+            action = f"look at the pairs on the page; if they are copies, {action}"
         yield Finding(
             level, f"{'exact' if exact else 'near'} duplicates, {name}" + ("" if within else f" and {other}"),
-            f"{len(copies):,} of {count_of(len(first.split))} of {name} are {words} {where}",
+            f"{len(copies):,} of {count_of(len(first.split))} of {name} {words}"
+            f"{'equals' if len(copies) == 1 else 'equal'} {where}",
             action, tuple(_pair(first, second, pair) for pair in of_kind),
         )  # fmt: skip
     if not compare_labels:

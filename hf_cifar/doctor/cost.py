@@ -128,7 +128,7 @@ class StepTimes(TrainerCallback):
         now = time.perf_counter()
         self.times.append(now - self._start)
         self._start = now
-        control.should_training_stop |= now - self._begun > SECONDS
+        control.should_training_stop |= now - self._begun > SECONDS and len(self.times) > 1
 
     @property
     def count(self) -> int:

@@ -192,6 +192,8 @@ def _unreadable(surveys: dict[str, Survey], config: RunConfig, refusals: Refusal
         elif names == ("test",) and not reads_test:
             level = "warning"
         found.append(Finding(level, "unreadable images", text, "", examples))
+    if config.data.on_bad_image != "skip":
+        return found
     with refusals.noting():
         for name in ("train", "validation"):
             without(surveys[name].split, surveys[name].faults)  # raises if none is left

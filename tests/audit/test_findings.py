@@ -71,8 +71,8 @@ def test_labels_are_found_that_were_moved_and_none_without():
     wrong, moved = labels.copy(), np.flatnonzero(labels == 2)[:50]
     wrong[moved] = 0
     first, *others = unlikely_pairs(out_of_fold_probabilities(features, wrong, folds, 4), wrong)
-    assert (first.given, first.suggested) == (0, 2) and first.score > 20
-    assert len(np.intersect1d(first.rows, moved)) >= 45 and all(pair.score < 5 for pair in others)
+    assert (first.given, first.suggested) == (0, 2) and first.score > 15
+    assert len(np.intersect1d(first.rows, moved)) >= 40 and all(pair.score < 5 for pair in others)
 
 
 def test_the_expected_number_is_the_sum_of_the_probabilities():

@@ -30,10 +30,10 @@ def faulty(stripes, tmp_path_factory):
     noise = np.random.default_rng(1).integers(0, 255, (1100, 1200, 3), dtype=np.uint8)
     Image.fromarray(noise).save(down / "huge.png")
     Image.fromarray(noise[:16, :160]).save(down / "long.png")
-    for name in ("ups", "Up"):
+    for column, name in enumerate(("waves", "Wave"), 20):
         (root / "train" / name).mkdir()
         for number in range(6):
-            Image.fromarray(noise[16 * number :, :16][:16]).save(
+            Image.fromarray(noise[16 * number :, 16 * column :][:16, :16]).save(
                 root / "train" / name / f"{name}{number}.png"
             )
     return root
@@ -61,10 +61,10 @@ def test_planted_faults_are_named(found, faulty):
     assert "--on_bad_image skip" in unreadable["text"]
     expected = {
         "huge images": "1200 x 1100", "elongated images": "160 x 16", "blank images": "of one colour",
-        "more than 8 bits": "scaled by one range", "similar class names": "'ups'",
-        "few images": "Up (", "imbalance": "--class_balance",
+        "more than 8 bits": "scaled by one range", "similar class names": "'waves'",
+        "few images": "Wave (", "imbalance": "--class_balance",
         "duplicates with different labels": "different labels",
-        "exact duplicates, test and train": "exactly also in train",
+        "exact duplicates, test and train": "equals an image of train",
     }  # fmt: skip
     for name, text in expected.items():
         assert any(text in each["text"] for each in named(facts, name)), name
@@ -80,7 +80,7 @@ def test_planted_faults_are_named(found, faulty):
         set(facts["splits"]) == {"train", "validation", "test"} and "test" not in facts["classes"]
     )
     assert facts["labels"]["checked"] > 50 and facts["labels"]["features"]
-    assert facts["cost"]["steps"] == 2 * -(-facts["splits"]["train"]["num_images"] // 8) - 0
+    assert facts["cost"]["steps"] == 2 * -(-facts["splits"]["train"]["num_images"] // 8)
 
 
 def test_clean_data_has_no_warning_and_would_start(stripes, tiny_vit, tmp_path, capsys):
