@@ -45,6 +45,8 @@ def doctor(argv: Sequence[str]) -> int:
         title = Path(found.facts["dataset_name"]).name
         write_text(Path(config.output), render_page(found, title))
     print(render_text(found))
+    if not config.output:
+        print("--output FILE.html writes a page with the images that are named")
     return 1 if found.refused else 0
 
 
