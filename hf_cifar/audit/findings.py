@@ -200,7 +200,7 @@ def _larger(survey: Survey) -> Array:
 def class_findings(train: Survey, validation: Survey) -> Iterator[Finding]:
     """Find classes with few images, without validation images, and with almost the same name."""
     split, names = train.split, train.split.id2label
-    counts = class_counts(split.labels[train.readable], len(names))
+    counts = class_counts(split.labels, len(names))  # unreadable ones too: they will be fixed
     few = [f"{names[k]} ({counts[k]})" for k in np.flatnonzero(counts < FEW_IMAGES).tolist()]
     if few:
         yield Finding(
@@ -209,7 +209,7 @@ def class_findings(train: Survey, validation: Survey) -> Iterator[Finding]:
             f"{listed(few, SHOWN_CLASSES)}",
             "add images, or merge or remove these classes",
         )  # fmt: skip
-    held = class_counts(validation.split.labels[validation.readable], len(names))
+    held = class_counts(validation.split.labels, len(names))
     missing = [names[k] for k in np.flatnonzero(held == 0).tolist()]
     if missing:
         yield Finding(

@@ -213,7 +213,7 @@ def _of_data(surveys: dict[str, Survey], config: RunConfig) -> list[Finding]:
     if (
         single
         and config.train.class_balance == "none"
-        and (advice := imbalance(train.good, config.train))
+        and (advice := imbalance(train.split, config.train))
     ):
         found.append(Finding("warning", "imbalance", advice))
     near = sum(len(survey.split) for survey in surveys.values()) <= MOST_COMPARED

@@ -113,7 +113,7 @@ def doubted(
         f"{accuracy:.1%} of them; {features.trust}"
     )
     action = "look at the first ones on the page; --clean_labels drop leaves out those that the run doubts"
-    found.append(Finding("note", "doubted labels", text, action, listing))
+    found.append(Finding("note", "doubted labels", text, action if listing else "", listing))
     return facts, found
 
 
