@@ -1,8 +1,10 @@
 """Faults planted into images of CIFAR-10, and which of them hf-cifar doctor names; and its time.
 
 python -m benchmarks.doctor --dataset_name DATA [--train 9000] [--test 1000]
+python -m benchmarks.doctor --dataset_name DATA --labels [--train 9000]
 
-The same images without faults must have no warning. Other work on the machine makes the times upper bounds.
+The same images without faults must have no warning. With --labels: the scores of pairs of classes, without
+and with a tenth of one class labelled as another. Other work on the machine makes the times upper bounds.
 """
 
 from __future__ import annotations
@@ -17,12 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from benchmarks.measure import conditions, summary, write
+from hf_cifar.audit.discriminants import out_of_fold_probabilities
+from hf_cifar.audit.labels import unlikely_pairs
+from hf_cifar.audit.survey import survey_split
 from hf_cifar.cli import main as hf_cifar
 from hf_cifar.config.data import DataConfig
+from hf_cifar.config.model import ModelConfig
+from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource
+from hf_cifar.doctor.suspects import (
+    BATCH,
+    BUNDLED_MODEL,
+    Candidate,
+    features_of_batches,
+    headless,
+)
+from hf_cifar.models.build import build_model
+from hf_cifar.training.cleaning import assign_folds
+from hf_cifar.transforms.preprocessing import Preprocessing
 
 SEED = 0
 FLAGS = (
@@ -219,6 +237,53 @@ def measure(
     )  # fmt: skip
 
 
+SWAPS = (("truck", "frog"), ("airplane", "ship"), ("cat", "dog"))
+
+
+def measure_labels(dataset_name: str, train: int, size: int, output: Path | None) -> None:
+    """Record the highest score of a pair of classes, and that of the changed pair, at an image size."""
+    config = ModelConfig(model_name_or_path=BUNDLED_MODEL, image_size=size)
+    split = DataSource(DataConfig(dataset_name, max_train_samples=train)).splits.train
+    assert isinstance(split, Split)
+    model, image_processor = build_model(config, split.id2label)
+    preprocessing = Preprocessing.from_image_processor(image_processor)
+    images = np.stack([split.decode(row) for row in range(len(split))]).transpose(0, 3, 1, 2)
+    batches = torch.from_numpy(images).split(BATCH)
+    small = headless(model, preprocessing(batches[0][:2]))
+    candidate = Candidate(BUNDLED_MODEL, small, preprocessing, 0.0)
+    features = {"8 x 8 pixels": survey_split(split).colours.reshape(len(split), -1) / 255}
+    features |= {f"{size} px": np.concatenate([*features_of_batches(candidate, batches)])}
+    ids = {name: label for label, name in split.id2label.items()}
+    folds = assign_folds(split, SEED)
+    scores: dict[str, float] = {}
+    for words, values in features.items():
+        for count in (len(split), 2000):
+            chosen = np.random.default_rng(SEED).permutation(len(split))[:count]
+            for given, other in (("", ""), *SWAPS):
+                labels = split.labels[chosen].copy()
+                moved = np.flatnonzero(labels == ids.get(given, -1))
+                labels[moved[: len(moved) // 10]] = ids.get(other, -1)
+                found = out_of_fold_probabilities(values[chosen], labels, folds[chosen], len(ids))
+                pairs = unlikely_pairs(found, labels)
+                if given:
+                    pairs = [p for p in pairs if (p.given, p.suggested) == (ids[other], ids[given])]
+                what = f"{given} -> {other}" if given else "clean, highest"
+                scores[f"{words}, {count:,} images, {what}"] = pairs[0].score if pairs else 0.0
+                if not given:
+                    right = float((found.argmax(axis=1) == labels).mean())
+                    scores[f"{words}, {count:,} images, share right"] = right
+    for name, score in scores.items():
+        print(f"{name}: {score:.3g}")
+    write(
+        {
+            "benchmark": f"doctor, labels, {size} px", "unit": "score", "n": 1,
+            "figures": {name: summary([score]) for name, score in scores.items()}, "ratios": {},
+            "command": f"python -m benchmarks.doctor --labels --train {train}", **conditions(),
+        },
+        output,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Plant, examine and record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -226,7 +291,12 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=9000, help="images of train and validation")
     parser.add_argument("--test", type=int, default=1000)
     parser.add_argument("--output", type=Path, help="folder for the JSON lines")
+    parser.add_argument("--labels", action="store_true", help="scores of labels, instead of faults")
     options, flags = parser.parse_known_args()
+    if options.labels:
+        for size in (64, 96):
+            measure_labels(options.dataset_name, options.train, size, options.output)
+        return
     measure(options.dataset_name, options.train, options.test, [*FLAGS, *flags], options.output)
 
 

@@ -16,7 +16,7 @@ from hf_cifar.audit.labels import UNLIKELY, unlikely_pairs
         (["cat", "Cats", "dog"], [["cat", "Cats"]]),
         (["T-shirt", "t_shirt", "T shirts", "shirt"], [["T-shirt", "t_shirt", "T shirts"]]),
         (["1-1", "11", "1_1"], []),
-        (["bus", "bu", "glass", "gla"], []),
+        (["bus", "glass", "gas"], []),
         (["café", "CAFÉ"], [["café", "CAFÉ"]]),
     ],
 )
