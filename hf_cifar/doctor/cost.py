@@ -25,9 +25,9 @@ from hf_cifar.errors import UserError
 from hf_cifar.models.heads import has_new_head
 from hf_cifar.plan import Plan, images_a_step
 from hf_cifar.preflight import run_bytes
-from hf_cifar.text import duration
+from hf_cifar.text import duration, one_line
 from hf_cifar.training.build import build_trainer
-from hf_cifar.training.features import FeatureStore
+from hf_cifar.training.features import FeatureStore, accepting_features
 from hf_cifar.training.progress import TrainingLines
 from hf_cifar.training.race import BUDGET
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -63,7 +63,7 @@ def measure_cost(
         trial = replace(plan, config=config, checkpoint=None)
         assert isinstance(train, Split)  # a stream has no steps to time in advance
         parts = Splits(
-            _some(train, STEPS * batch, preprocessing, plan, augmented=True),
+            _some(train, _whole_steps(len(train), batch), preprocessing, plan, augmented=True),
             _some(validation, EVALUATED, preprocessing, plan),
         )
         start = time.perf_counter()
@@ -78,24 +78,32 @@ def measure_cost(
                 trainer.train()
             evaluated = min(EVALUATED, len(validation))
             start = time.perf_counter()
-            trainer.predict(trainer.eval_dataset)
+            with accepting_features(trainer.classifier, trainer.train_dataset):
+                trainer.predict(trainer.eval_dataset)
             per_image = (time.perf_counter() - start) / evaluated
+        except UserError:
+            raise
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{str(error).splitlines()[0]} Pass a smaller --per_device_train_batch_size (or "
                 "--auto_find_batch_size true) or --per_device_eval_batch_size"
             ) from None
+        except Exception as error:  # of any kind, in the model or a library
+            raise UserError(
+                f"training fails in its first steps with {type(error).__name__}: {one_line(error, 200)}; try "
+                "other options, or another model"
+            ) from error
         memory = _memory(plan.processes.device)
     steps = 0 if options.head_solver == "lbfgs" else _num_steps(len(train), batch, plan)
     a_step = timer.median
     parts_of = {"prepare images": preparing["seconds"]}
     if on_features:
-        images = STEPS * batch * options.feature_views + evaluated
+        images = len(parts.train) * options.feature_views + evaluated
         whole = len(train) * options.feature_views + len(validation)
         parts_of["compute features"] = built * whole / max(1, images)
     elif options.probe_images and has_new_head(model):
         parts_of["fit the new head"] = per_image * min(options.probe_images, len(train))
-    if options.learning_rate is None and plan.requested.train.learning_rate == "auto":
+    if plan.requested.train.learning_rate == "auto":
         parts_of["race learning rates"] = BUDGET * steps * a_step
     parts_of["train"] = steps * a_step
     evaluations = _num_evaluations(steps, plan)
@@ -139,6 +147,11 @@ class StepTimes(TrainerCallback):
     def median(self) -> float:
         """Median seconds of a step; 0 without steps."""
         return float(np.median(self.times[1:] or self.times or [0.0]))
+
+
+def _whole_steps(num_images: int, batch: int) -> int:
+    """Return how many images to time steps on: no batch is smaller than the others, unless all images are."""
+    return min(STEPS, num_images // batch) * batch or num_images
 
 
 def _some(

@@ -43,6 +43,7 @@ from hf_cifar.preflight import check_device, check_output, check_space, draft_ca
 from hf_cifar.record import known_facts
 from hf_cifar.runs.processes import computes_on_cpu
 from hf_cifar.training.build import imbalance
+from hf_cifar.training.race import GUESS
 
 logger = logging.getLogger(__name__)
 # Near duplicates of more images are not looked for: every image is compared with every other one.
@@ -266,7 +267,7 @@ def _prepared(
     # A race would take a tenth of the run, and measuring precisions minutes if the compiler is tried.
     changes: dict[str, Any] = {}
     if config.train.learning_rate == "auto":
-        changes["learning_rate"] = None
+        changes["learning_rate"] = GUESS  # any has the same cost
     if config.train.precision == "auto" and not (config.train.bf16 or config.train.fp16):
         changes["precision"] = "fp32" if computes_on_cpu(config.train.use_cpu) else "bf16"
     with refusals.noting():

@@ -180,3 +180,31 @@ def test_page_opens_from_disk_and_fits_its_width(browser, found, width, scheme):
     assert page.evaluate("document.images.length") >= 10
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--freeze", "backbone", "--head_solver", "lbfgs"],
+        ["--freeze", "backbone", "--feature_views", "2"],
+        ["--learning_rate", "auto", "--seeds", "3", "--streaming", "false"],
+    ],
+)
+def test_the_cost_covers_other_ways_to_train(stripes, tiny_vit, tmp_path, flags):
+    _, config = read_options(tiny_options(tmp_path / "run", stripes, tiny_vit, *flags))
+    examined = examine(config)
+    assert not examined.refused, [each.text for each in examined.findings]
+    parts = examined.facts["cost"]["parts"]
+    if "lbfgs" in flags:
+        assert examined.facts["cost"]["steps"] == 0 and "compute features" in parts
+    if "auto" in flags:
+        assert "race learning rates" in parts and examined.facts["cost"]["runs"] == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_is_not_examined_but_checked(shards, tiny_vit, tmp_path, datasets_cache):
+    flags = ["--streaming", "--max_eval_samples", "8", "--max_steps", "4"]
+    _, config = read_options(tiny_options(tmp_path / "run", shards, tiny_vit, *flags))
+    examined = examine(config)
+    assert not examined.refused and examined.surveys == {}
+    assert any(each.name == "stream" for each in examined.findings)
