@@ -17,6 +17,7 @@ from hf_cifar.commands import (
     compare,
     compress,
     demo,
+    doctor,
     drift,
     evaluate,
     explain,
@@ -42,6 +43,7 @@ from hf_cifar.text import one_line
 
 USER_ERROR = 2
 COMMANDS: dict[str, Command] = {
+    "doctor": doctor.COMMAND,
     "finetune": finetune.COMMAND,
     "evaluate": evaluate.COMMAND,
     "kfold": kfold.COMMAND,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +33,47 @@ def check_request(config: RunConfig, source: DataSource) -> None:
     support the requested precision, a race of learning rates is not possible, test is requested but
     missing, or a push would fail.
     """
-    train, folder = config.train, Path(config.train.output_dir)
+    for check in request_checks(config, source):
+        check()
+
+
+def request_checks(config: RunConfig, source: DataSource) -> list[Callable[[], object]]:
+    """Return the checks of `check_request` one by one, each of which raises a UserError of its own."""
+    checks: list[Callable[[], object]] = [
+        lambda: check_source(config, source),
+        lambda: check_output(config),
+        lambda: check_device(config),
+        lambda: check_race(config),
+    ]
+    if config.train.do_predict or config.train.check_leakage:
+        # Raises without labels; its images are checked before training.
+        checks.append(lambda: source.test_split)
+    if is_main_process():
+        checks.append(lambda: check_push(config.train))
+    return checks
+
+
+def check_source(config: RunConfig, source: DataSource) -> None:
+    """Raises: UserError if `source` has other data, or multiple runs are requested of one."""
     if source.config != config.data:
         raise UserError(
             "the open data set is not the one in config.data; open it with the same options"
         )
-    if train.seeds > 1:
+    if config.train.seeds > 1:
         raise UserError(
-            f"--seeds {train.seeds} is for finetune_seeds; finetune_classifier is one run"
+            f"--seeds {config.train.seeds} is for finetune_seeds; finetune_classifier is one run"
         )
+
+
+def check_output(config: RunConfig) -> None:
+    """Raises: UserError if the output folder holds another run, or the data, or is a file."""
+    folder = Path(config.train.output_dir)
     for change in check_folder(config):
         logger.info("resuming with %s", change)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; pass a folder")
     if not RunFolder(folder).has_run:
         refuse_data_folder(folder, config.data.dataset_name)
-    check_device(config)
-    check_race(config)
-    if train.do_predict or train.check_leakage:
-        _ = source.test_split  # raises without labels; its images are checked before training
-    if is_main_process():
-        check_push(train)
 
 
 def check_device(config: RunConfig) -> None:
@@ -94,11 +115,16 @@ def check_card(plan: Plan, model: PreTrainedModel, known: dict[str, Any]) -> Non
 
 def check_space(config: RunConfig, model: PreTrainedModel) -> None:
     """Raises: UserError if the disk has too little space for the model and its checkpoints."""
+    require_space(Path(config.train.output_dir), run_bytes(config, model))
+
+
+def run_bytes(config: RunConfig, model: PreTrainedModel) -> int:
+    """Return the disk space that the model and its checkpoints take, in bytes."""
     train = config.train
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     checkpoints = 0 if train.save_strategy == "no" else (train.save_total_limit or 1) + 1
-    require_space(Path(train.output_dir), weights + checkpoints * (weights + moments))
+    return weights + checkpoints * (weights + moments)
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

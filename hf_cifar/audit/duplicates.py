@@ -56,15 +56,30 @@ def find_duplicates(
     2010), and confirmed by their thumbnails. This finds re-encoded, resized or uniformly brightened copies,
     not crops or mirror images.
     """
-    within = second is None
-    sets = [_fingerprints(images) for images in ([first] if second is None else [first, second])]
-    exact = _exact_pairs(sets[0].digests, sets[-1].digests, within=within)
-    near = _near_pairs(sets[0].thumbnails, sets[-1].thumbnails, within=within)
+    return compare_fingerprints(
+        _fingerprints(first), None if second is None else _fingerprints(second)
+    )
+
+
+class Fingerprints(NamedTuple):
+    """Fingerprints of N images: a hash of all pixels, and thumbnails [N, 32, 32]."""
+
+    digests: list[bytes]
+    thumbnails: Array
+
+
+def compare_fingerprints(
+    first: Fingerprints, second: Fingerprints | None = None, *, near: bool = True
+) -> list[Duplicate]:
+    """Find pairs as `find_duplicates`, by the fingerprints of images. near: False for equal images only."""
+    within, other = second is None, first if second is None else second
+    exact = _exact_pairs(first.digests, other.digests, within=within)
+    similar = _near_pairs(first.thumbnails, other.thumbnails, within=within) if near else {}
     pairs = [Duplicate(a, b, True, 0.0) for a, b in exact]
     pairs += sorted(
         (
             Duplicate(a, b, False, difference)
-            for (a, b), difference in near.items()
+            for (a, b), difference in similar.items()
             if (a, b) not in exact
         ),
         key=lambda pair: pair.difference,
@@ -72,14 +87,7 @@ def find_duplicates(
     return pairs
 
 
-class _Fingerprints(NamedTuple):
-    """Fingerprints of N images: a hash of all pixels, and thumbnails [N, 32, 32]."""
-
-    digests: list[bytes]
-    thumbnails: Array
-
-
-def _fingerprints(images: Iterable[Array]) -> _Fingerprints:
+def _fingerprints(images: Iterable[Array]) -> Fingerprints:
     digests: list[bytes] = []
     thumbnails = [np.empty((0, SIDE, SIDE), np.float32)]
     if isinstance(images, np.ndarray) and images.shape[1:3] == (SIDE, SIDE):
@@ -87,13 +95,14 @@ def _fingerprints(images: Iterable[Array]) -> _Fingerprints:
             digests += map(_digest, images[start : start + BATCH])
             thumbnails.append(thumbnail_of(images[start : start + BATCH]))
     else:  # decoded one by one, to save memory
-        for digest, thumbnail in map_in_threads(_fingerprint, images, num_cores()):
+        for digest, thumbnail in map_in_threads(fingerprint, images, num_cores()):
             digests.append(digest)
             thumbnails.append(thumbnail[None])
-    return _Fingerprints(digests, np.concatenate(thumbnails))
+    return Fingerprints(digests, np.concatenate(thumbnails))
 
 
-def _fingerprint(image: Array) -> tuple[bytes, Array]:
+def fingerprint(image: Array) -> tuple[bytes, Array]:
+    """Return the hash and the thumbnail [32, 32] of an image [H, W, 3]."""
     return _digest(image), thumbnail_of(image)
 
 

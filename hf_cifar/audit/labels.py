@@ -8,10 +8,13 @@ Source: Northcutt, Jiang and Chuang, Confident Learning: Estimating Uncertainty 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 Array = np.ndarray
 TOLERANCE = 1e-6  # when probabilities are compared
+UNLIKELY = 0.02  # probability of a label, see `unlikely_pairs`
 DISCOUNT = 0.8  # weight of the least probable label of an image, see `_quality`
 
 
@@ -163,3 +166,39 @@ def _quality(scores: Array, labels: Array) -> Array:
     for column in ordered.T[1:]:
         average = DISCOUNT * column + (1 - DISCOUNT) * average
     return average
+
+
+class UnlikelyPair(NamedTuple):
+    """Labels `given` of images that look like class `suggested`, and very unlikely like `given`.
+
+    rows: their positions. expected: how many there would be if the probabilities were right.
+    """
+
+    given: int
+    suggested: int
+    rows: Array
+    expected: float
+
+    @property
+    def score(self) -> float:
+        """How far the number is above the expected one, in about standard deviations."""
+        return (len(self.rows) - self.expected) / float(np.sqrt(self.expected + 1))
+
+
+def unlikely_pairs(probabilities: Array, labels: Array) -> list[UnlikelyPair]:
+    """Count labels [N] with a probability of at most `UNLIKELY`, by pairs of classes; highest score first.
+
+    A weak head disagrees with many right labels, but if its probabilities [N, K] fit the labels overall, it
+    says how many: the sum of the probabilities. Only more than that speaks against the labels. So labels that
+    the head often confuses, such as a cat and a dog, are not found.
+    """
+    found, predicted = [], probabilities.argmax(axis=1)
+    for suggested in np.unique(predicted).tolist():
+        rows = np.flatnonzero(predicted == suggested)
+        for given in set(np.unique(labels[rows]).tolist()) - {suggested}:
+            unlikely = rows[probabilities[rows, given] <= UNLIKELY]
+            expected = float(probabilities[unlikely, given].sum())
+            here = unlikely[labels[unlikely] == given]
+            order = np.argsort(probabilities[here, given], kind="stable")
+            found.append(UnlikelyPair(given, suggested, here[order], expected))
+    return sorted(found, key=lambda pair: -pair.score)

@@ -35,6 +35,7 @@ from hf_cifar.text import one_line
 # Icons contain other images, which are decoded before their size can be checked; EPS is a program to run.
 REFUSED_FORMATS = {"EPS", "ICNS", "ICO"}
 EXIF_MARK, ORIENTATION = b"Exif\0\0", 0x0112
+ALPHA_MODES = ("La", "LA", "PA", "RGBA", "RGBa")
 JPEG_HEAD = b"\xff\xd8\xff"
 HEAD_BYTES = 1024
 
@@ -58,7 +59,7 @@ def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> np.ndar
     image = ImageOps.exif_transpose(image)
     if image.mode == "La":  # Pillow can convert it to LA only
         image = image.convert("LA")
-    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         return np.asarray(Image.alpha_composite(canvas, image).convert("RGB"))
@@ -160,6 +161,19 @@ def read_deep(cell: dict | None, max_pixels: int = MAX_IMAGE_PIXELS) -> DeepPixe
         with _open_image(file) as image:
             _check_size(image.height, image.width, max_pixels)
             return deep_pixels(image)
+
+
+def has_alpha(cell: dict | None) -> bool:
+    """Return True if the image of a cell may have transparent pixels, by the header of its file.
+
+    Raises: UserError as `decode_cell`.
+    """
+    with _reading_errors(), _opened(_source_of(cell)) as file:
+        if file.read(len(JPEG_HEAD)) == JPEG_HEAD:
+            return False
+        file.seek(0)
+        with _open_image(file) as image:
+            return image.mode in ALPHA_MODES or "transparency" in image.info
 
 
 @contextlib.contextmanager

@@ -234,7 +234,7 @@ def prepare_splits(
             logger.warning("a validation image cannot be read; checking the training images")
     train, validation = readable(train, validation, on_bad_image=config.on_bad_image)
     names = list(splits.id2label.values())
-    _require_every_class(train.labels, names, train.source_split)
+    require_every_class_of(train.labels, names, train.source_split)
     return Splits(train, validation)
 
 
@@ -390,7 +390,7 @@ def _sampled(split: Split, limit: str, config: DataConfig) -> Split:
     return subsample(split, getattr(config, limit), config.split_seed, f"--{limit}")
 
 
-def _require_every_class(labels: np.ndarray, names: list[str], where: str) -> None:
+def require_every_class_of(labels: np.ndarray, names: list[str], where: str) -> None:
     counts = class_counts(labels, len(names))
     missing = [name for name, count in zip(names, counts, strict=True) if not count]
     if missing:

@@ -156,16 +156,22 @@ def check_balance(splits: Splits, config: TrainingConfig) -> None:
         return
     if config.class_balance != "none":
         return
+    if advice := imbalance(train, config):
+        logger.info("%s", advice)
+
+
+def imbalance(train: Split, config: TrainingConfig) -> str | None:
+    """Return the largest and the smallest class and what to do, or None if they are of similar size."""
     solver = " (without --head_solver lbfgs)" if config.head_solver == "lbfgs" else ""
     counts = class_counts(train.labels, len(train.id2label))
     small, large = int(counts.argmin()), int(counts.argmax())
-    if counts[large] >= UNEQUAL * counts[small]:
-        logger.info(
-            "train: class %r has %s images, %r has %s; rare classes will often be missed; consider "
-            "--class_balance logit_adjustment%s, which makes all classes count equally",
-            train.id2label[large], f"{counts[large]:,}", train.id2label[small],
-            f"{counts[small]:,}", solver,
-        )  # fmt: skip
+    if counts[large] < UNEQUAL * counts[small]:
+        return None
+    return (
+        f"train: class {train.id2label[large]!r} has {counts[large]:,} images, {train.id2label[small]!r} has "
+        f"{counts[small]:,}; rare classes will often be missed; consider --class_balance "
+        f"logit_adjustment{solver}, which makes all classes count equally"
+    )
 
 
 def build_sampler(train: Split | Stream, config: TrainingConfig) -> BalancedSampler | None:
