@@ -226,10 +226,14 @@ def render_cost(cost: dict[str, Any]) -> list[str]:
     images = (
         f", and {gigabytes(disk['image_bytes'])} of prepared images" if disk["image_bytes"] else ""
     )
+    steps = (
+        f"; {cost['steps']:,} steps of {cost['batch']} images, {cost['seconds_per_step']:.3g} s each, the "
+        f"median of {cost['timed_steps']}"
+        if cost["steps"] else "; the head is solved without steps"
+    )  # fmt: skip
     return [
-        f"time: about {duration(cost['seconds'])}{runs} ({parts}); {cost['steps']:,} steps of "
-        f"{cost['batch']} images, {cost['seconds_per_step']:.3g} s each, the median of "
-        f"{cost['timed_steps']} on {cost['device']} in {cost['precision']}",
+        f"time: about {duration(cost['seconds'])}{runs}{f' ({parts})' if parts else ''}{steps} on "
+        f"{cost['device']} in {cost['precision']}",
         f"memory: about {gigabytes(memory['process_bytes'])} of "
         f"{gigabytes(memory['total_bytes'])}, this check included{gpu}",
         f"disk: {gigabytes(disk['run_bytes'])} for the model and its checkpoints{images}; "
