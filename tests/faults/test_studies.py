@@ -1,0 +1,93 @@
+"""Studies of many runs, of whose processes one is killed: the others take over its runs."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from faults.rig import digest, ended, in_child, start
+from tiny import tiny_config
+
+from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.studies.kfold import cross_validate
+
+FOLDS = 4
+
+
+@pytest.fixture(scope="module")
+def validates(stripes, tiny_vit):
+    """A function (folder) -> function that cross-validates into it, as a process does."""
+    flags = (
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "3",
+        "--calibrate",
+        "false",
+        "--precision",
+        "fp32",
+    )
+    return lambda folder: (
+        lambda: cross_validate(tiny_config(folder, stripes, tiny_vit, *flags), FOLDS) and None
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(validates, tmp_path_factory):
+    """The weights of all folds, their predictions, and the seconds that one process took."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "study"
+    began = time.monotonic()
+    assert in_child(validates(folder)) == 0
+    return results_of(folder), time.monotonic() - began
+
+
+def results_of(folder):
+    """The weights of each fold, and the predictions out of fold as bytes."""
+    weights = [digest(folder / f"fold-{n}" / "model.safetensors") for n in range(1, FOLDS + 1)]
+    pooled = Predictions.load(folder, "out_of_fold")
+    return weights, pooled.row_ids.tobytes(), pooled.logits.tobytes()
+
+
+def test_kill_of_one_of_two_processes_at_random_times(
+    validates, undisturbed, tmp_path, record_result
+):
+    expected, seconds = undisturbed
+    draw, good = random.Random(0), 0
+    for number in range(10):
+        folder = tmp_path / str(number)
+        pair = [start(validates(folder), tmp_path / f"{number}-{n}.log") for n in range(2)]
+        time.sleep(draw.uniform(0.1, 0.9) * seconds)
+        os.kill(pair[0], signal.SIGKILL)
+        first, second = map(ended, pair)
+        good += (first in (0, -signal.SIGKILL), second) == (True, 0) and results_of(
+            folder
+        ) == expected
+    record_result(
+        "-",
+        "kill -9 of one of two processes of `kfold`, at random times",
+        "the other one finishes all folds; the same weights and predictions, to the bit",
+        good,
+        10,
+    )
+
+
+def test_kill_of_both_processes(validates, undisturbed, tmp_path, record_result):
+    expected, seconds = undisturbed
+    draw, good = random.Random(1), 0
+    for number in range(5):
+        folder = tmp_path / str(number)
+        for _ in range(2):
+            pair = [start(validates(folder)) for _ in range(2)]
+            time.sleep(draw.uniform(0.1, 0.7) * seconds)
+            for pid in pair:
+                os.kill(pid, signal.SIGKILL)
+            [ended(pid) for pid in pair]
+        good += in_child(validates(folder)) == 0 and results_of(folder) == expected
+    record_result(
+        "-",
+        "kill -9 of both processes of `kfold`, two times in a row",
+        "the same command continues; the same weights and predictions, to the bit",
+        good,
+        5,
+    )
