@@ -141,7 +141,8 @@ def reliability_diagram(facts: dict[str, Any]) -> Markup | None:
     """Draw accuracy against confidence; None for multi-label data."""
     if "reliability" not in facts:
         return None
-    title = f"Reliability, {spoken(facts['split'])}"
+    where = "out of fold" if facts["folds"] else f"on {facts['split']}"
+    title = f"Reliability {where}"
     return Markup(charts.reliability_diagram(title, facts["reliability"]))
 
 
