@@ -32,6 +32,7 @@ from hf_cifar.models.build import load_classifier
 from hf_cifar.models.classifier import Classifier, describe
 from hf_cifar.models.ensemble import EnsembleConfig, EnsembleForImageClassification, mean_logits
 from hf_cifar.models.heads import divide_logits
+from hf_cifar.models.rejection import forget_rejection, rejection_of
 from hf_cifar.preprocessor import Preprocessor
 from hf_cifar.report.card import save_card
 from hf_cifar.report.wording import describe_combined
@@ -86,6 +87,11 @@ def combine_runs(folders: Sequence[str | Path], config: CombineConfig) -> dict[s
     refuse_other_files(output)
     members = [load_member(folder) for folder in folders]
     check_members(members, config)
+    if rejecting := [m.run.path.name for m in members if rejection_of(m.classifier.model)]:
+        logger.warning(
+            "the thresholds of --reject of %s are left out: the combined run answers with a class for every "
+            "image", listed(rejecting),
+        )  # fmt: skip
     source = open_data(members[0].run, config.dataset_name)
     splits = used_splits(members[0].run, source)
     preprocessing, data = members[0].preprocessing, source.config
@@ -269,6 +275,7 @@ def soup(members: Sequence[Member], batches: Batches) -> PreTrainedModel:
         for name, value in states[0].items()
     }
     model = copy.deepcopy(members[0].classifier.model)
+    forget_rejection(model)
     model.load_state_dict(mean)
     statistics = [name for name in mean if name.endswith(("running_mean", "running_var"))]
     if any(not torch.equal(state[n], states[0][n]) for state in states for n in statistics):

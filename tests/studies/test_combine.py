@@ -120,6 +120,14 @@ def test_batch_norm_statistics_of_a_soup_are_those_of_training_images(tmp_path, 
     torch.testing.assert_close(saved[2][weight], (saved[0][weight] + saved[1][weight]) / 2)
 
 
+@pytest.mark.parametrize("method", ["ensemble", "uniform_soup"])
+def test_thresholds_of_rejection_are_left_out_and_named(runs, tmp_path, stripes, method, caplog):
+    tiny_run(tmp_path / "rejects", stripes, CNN, "--seed", "4", "--reject")
+    combined([tmp_path / "rejects", runs[0]], tmp_path / "both", method=method)
+    assert "the thresholds of --reject of rejects are left out" in caplog.text
+    assert not load_classifier(str(tmp_path / "both")).model.config.to_dict().get("reject")
+
+
 def test_views_are_chosen_on_validation(runs, tmp_path):
     result = combined(runs[:1], tmp_path / "views", views="auto")
     assert result["combined"]["views"][0] == "image" and result["combined"]["views_chosen"]
