@@ -74,13 +74,14 @@ class Teacher:
     def __call__(self, pixel_values: Tensor, student: Preprocessing) -> Outputs:
         """Compute the outputs for the `pixel_values` [N, 3, h, w] of a student."""
         images = self.view(pixel_values, student).contiguous(memory_format=self.memory_format)
-        head, dtype = linear_head(self.model), DTYPES[self.setting.precision]
+        dtype = DTYPES[self.setting.precision]
         with contextlib.ExitStack() as stack:
             stack.enter_context(
                 torch.autocast(images.device.type, dtype, enabled=dtype is not torch.float32)
             )
             seen = []
             if self.gives_features:
+                head = linear_head(self.model)
                 assert head is not None  # see `check_teacher`
                 seen = stack.enter_context(head_inputs(head))
             logits = self.model(pixel_values=images).logits.float()
