@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -300,6 +301,87 @@ def interval_dots(
     return _svg(title, described, parts, height) + _legend(series)
 
 
+def scatter(
+    title: str,
+    points: Sequence[tuple[Any, float, str]],
+    best: int,
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    line: Sequence[tuple[float, float]] = (),
+) -> str:
+    """Draw points (x, y, text); x is a number, or a word for a column of its own. best: position of the point
+    that stands out. line: through the chart, dashed."""
+    words = list(dict.fromkeys(x for x, _, _ in points)) if isinstance(points[0][0], str) else []
+    xs = [float(words.index(x)) if words else float(x) for x, _, _ in points]
+    ys = [y for _, y, _ in points]
+    ends = (-0.5, len(words) - 0.5) if words else _spread(min(xs), max(xs))
+    axes = (LogAxes if log_x else Axes)(ends, _rounded(*_spread(min(ys), max(ys))))
+    x_ticks: list[float] | None = log_ticks(*ends) if log_x else [] if words else None
+    parts = axes.draw(x_label, y_label, x_ticks)
+    for column, word in enumerate(words):
+        parts.append(_text(axes.x(column), axes.height - BOTTOM + 16, _shortened(word), "middle"))
+    if line:
+        path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in line)
+        parts.append(f'<polyline class="line series-1" points="{path}"/>')
+    for place in sorted(range(len(points)), key=lambda place: place == best):  # the best one on top
+        kind, radius = ("series-1", 5) if place == best else ("series-0", 3)
+        parts.append(
+            f'<circle class="dot {kind}" cx="{axes.x(xs[place]):.1f}" cy="{axes.y(ys[place]):.1f}" '
+            f'r="{radius}"><title>{escape(points[place][2])}</title></circle>'
+        )
+    described = f"{len(points)} points; the best one: {points[best][2]}"
+    return _svg(title, described, parts)
+
+
+def parallel_coordinates(
+    title: str,
+    axes: Mapping[str, tuple[str, Sequence[tuple[float, str]]]],
+    lines: Sequence[tuple[Sequence[float], str]],
+    best: int,
+) -> str:
+    """Draw a line for each set of values, through vertical axes.
+
+    axes: by name, its label and ticks (position, text); positions are 0..1. lines: a position on each axis, and
+    the text of the line; the position on the last axis, 1 for the best, says how dark a line is. best: number
+    of the line that stands out.
+    """
+    width, top, bottom = 2 * WIDTH, 34, HEIGHT + 20
+    left, right = 40, width - 60
+    gap = (right - left) / (len(axes) - 1)
+
+    def y(share: float) -> float:
+        return bottom - share * (bottom - top)
+
+    parts = []
+    for number in sorted(range(len(lines)), key=lambda number: (number == best, lines[number][0][-1])):
+        places, text = lines[number]
+        path = " ".join(f"{left + i * gap:.1f},{y(share):.1f}" for i, share in enumerate(places))
+        kind = "series-1 whole" if number == best else "series-0"
+        opacity = 1 if number == best else 0.15 + 0.55 * places[-1]
+        parts.append(
+            f'<polyline class="line {kind}" points="{path}" opacity="{opacity:.2f}">'
+            f"<title>{escape(text)}</title></polyline>"
+        )
+    for i, (label, marks) in enumerate(axes.values()):
+        x = left + i * gap
+        # Labels of neighbours are at two heights, so that long names do not meet.
+        parts.append(f'<path class="axis" d="M{x:.1f},{top}V{bottom}"/>')
+        parts.append(_text(x, top - (22 if i % 2 else 8), label, "middle"))
+        for share, text in marks:
+            parts.append(
+                f'<path class="axis" d="M{x:.1f},{y(share):.1f}h4"/>'
+                f'<g class="halo">{_text(x + 6, y(share) + 4, _shortened(text), "start")}</g>'
+            )
+    described = f"{len(lines)} lines; the best one: {lines[best][1]}"
+    return _svg(title, described, parts, bottom + 10, width)
+
+
+def _shortened(word: str, limit: int = 14) -> str:
+    return word if len(word) <= limit else word[: limit - 1] + "…"
+
+
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Choose about `about` round numbers between low and high."""
     step = _step(low, high, about)
@@ -366,10 +448,12 @@ def _legend(names: Sequence[str]) -> str:
     return f'<ul class="legend" aria-hidden="true">{entries}</ul>'
 
 
-def _svg(title: str, described: str, parts: Sequence[str], height: float = HEIGHT) -> str:
+def _svg(
+    title: str, described: str, parts: Sequence[str], height: float = HEIGHT, width: float = WIDTH
+) -> str:
     name = re.sub(r"\W+", "-", title.lower())  # titles are unique in a page
     return (
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {height:g}" role="img" '
+        f'<svg class="plot" viewBox="0 0 {width:g} {height:g}" role="img" '
         f'aria-labelledby="{name}-title {name}-text">'
         f'<title id="{name}-title">{escape(title)}</title>'
         f'<desc id="{name}-text">{escape(described)}</desc>' + "".join(parts) + "</svg>"
