@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 
@@ -222,10 +221,14 @@ def reliability_diagram(title: str, bins: Sequence[Mapping[str, float]]) -> str:
 
 
 def interval_bars(
-    title: str, rows: Mapping[str, tuple[float, Sequence[float] | None]], x_label: str
+    title: str,
+    rows: Mapping[str, tuple[float, Sequence[float] | None]],
+    x_label: str,
+    label: int = 92,
 ) -> str:
-    """Draw a horizontal bar 0..1 for each name, with its interval [low, high] as a whisker."""
-    line, label = 22, 92
+    """Draw a horizontal bar 0..1 for each name, with its interval [low, high] as a whisker. label: width of the
+    names."""
+    line = 22
     height = TOP + line * len(rows) + BOTTOM
     scale = WIDTH - label - RIGHT - 44
     parts = []
@@ -237,7 +240,7 @@ def interval_bars(
     for number, (name, (value, interval)) in enumerate(rows.items()):
         y = TOP + number * line
         middle = y + line / 2
-        shown = name if len(name) <= 14 else name[:13] + "…"
+        shown = _shortened(name, label * 14 // 92)
         parts.append(f"<g><title>{escape(name)}: {value:.4f}</title>")
         parts.append(_text(label - 6, middle + 4, shown, "end"))
         parts.append(
@@ -303,23 +306,22 @@ def interval_dots(
 
 def scatter(
     title: str,
-    points: Sequence[tuple[Any, float, str]],
+    points: Sequence[tuple[float, float, str]],
     best: int,
     x_label: str,
     y_label: str,
     *,
     log_x: bool = False,
+    words: Sequence[str] = (),
     line: Sequence[tuple[float, float]] = (),
 ) -> str:
-    """Draw points (x, y, text); x is a number, or a word for a column of its own. best: position of the point
-    that stands out. line: through the chart, dashed."""
-    words = list(dict.fromkeys(x for x, _, _ in points)) if isinstance(points[0][0], str) else []
-    xs = [float(words.index(x)) if words else float(x) for x, _, _ in points]
-    ys = [y for _, y, _ in points]
+    """Draw points (x, y, text). best: position of the point that stands out. words: names of x = 0, 1, ...
+    line: through the chart, dashed."""
+    xs, ys, _ = zip(*points, strict=True)
     ends = (-0.5, len(words) - 0.5) if words else _spread(min(xs), max(xs))
     axes = (LogAxes if log_x else Axes)(ends, _rounded(*_spread(min(ys), max(ys))))
-    x_ticks: list[float] | None = log_ticks(*ends) if log_x else [] if words else None
-    parts = axes.draw(x_label, y_label, x_ticks)
+    rounded = [float(f"{value:.2g}") for value in log_ticks(*ends)] if log_x else None
+    parts = axes.draw(x_label, y_label, [] if words else rounded)
     for column, word in enumerate(words):
         parts.append(_text(axes.x(column), axes.height - BOTTOM + 16, _shortened(word), "middle"))
     if line:

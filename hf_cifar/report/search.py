@@ -41,7 +41,7 @@ def plots_of(facts: dict[str, Any], complete: Sequence[dict[str, Any]]) -> dict[
     bars = {name: (share, None) for name, share in (facts["importances"] or {}).items()}
     return {
         "history": Markup(history_plot(facts, complete, best, metric)),
-        "importance": Markup(charts.interval_bars("Importance", bars, "share")) if bars else None,
+        "importance": Markup(charts.interval_bars("Importance", bars, "share", 150)) if bars else None,
         "slices": [Markup(slice_plot(name, facts, complete, best, metric)) for name in facts["space"]],
         "parallel": Markup(parallel_plot(facts, complete, best, metric)),
     }
@@ -66,19 +66,13 @@ def slice_plot(
     name: str, facts: dict[str, Any], complete: Sequence[dict[str, Any]], best: int, metric: str
 ) -> str:
     """Draw the metric against one parameter."""
-    space = facts["space"][name]
-    is_range = isinstance(space, dict)
-    points = [
-        (
-            each["parameters"][name] if is_range else render_choice(each["parameters"][name]),
-            each["value"],
-            text_of(each),
-        )
-        for each in complete
-    ]
-    log = is_range and space.get("log", False)
-    log = log and len({x for x, _, _ in points}) > 1
-    return charts.scatter(name, points, best, name, metric, log_x=log)
+    space, found = facts["space"][name], [each["parameters"][name] for each in complete]
+    choices = space if isinstance(space, list) else []
+    xs = [choices.index(value) for value in found] if choices else found
+    points = [(x, each["value"], text_of(each)) for x, each in zip(xs, complete, strict=True)]
+    log = isinstance(space, dict) and space.get("log", False) and len(set(xs)) > 1
+    words = [render_choice(value) for value in choices]
+    return charts.scatter(name, points, best, name, metric, log_x=log, words=words)
 
 
 def parallel_plot(

@@ -123,8 +123,8 @@ def open_database(url: str) -> BaseStorage:
         return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise UserError(
-            f"--storage {shown}: {one_line(error)}; install the driver of the database, for example pip "
-            "install 'psycopg[binary]' for postgresql+psycopg://"
+            f"--storage {shown}: {one_line(error.__cause__ or error)}; install the driver of the database, for "
+            "example pip install 'psycopg[binary]' for postgresql+psycopg://"
         ) from None
     except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
         reason = one_line(error.__cause__ or error, 200)

@@ -106,7 +106,9 @@ def work_on(one: Search, trial: Trial) -> str:
         try:
             facts = begin_trial(folder, number, parameters)
         except UserError as error:
-            facts = folder.trial() | {"state": "failed", "reason": str(error)}
+            facts = folder.trial() | {
+                "parameters": parameters, "state": "failed", "reason": str(error),
+            }  # fmt: skip
         else:
             try:
                 config = with_setting_of(one, one.numbers(), config)
