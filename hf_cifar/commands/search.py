@@ -20,8 +20,8 @@ USAGE = (
 )
 DESCRIPTION = (
     "Train a run for each trial, in OUTPUT_DIR/trial-NUMBER, and the best one on validation again, in "
-    "OUTPUT_DIR/best. The same command continues an interrupted search; processes that are started with it at "
-    "the same time, on any machines that share OUTPUT_DIR, share the trials."
+    "OUTPUT_DIR/best. The same command continues an interrupted search; processes that are started with it "
+    "at the same time, on any machines that share OUTPUT_DIR, share the trials."
 )
 
 

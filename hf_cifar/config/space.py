@@ -139,9 +139,7 @@ def read_space(path: str) -> dict[str, Any]:
 
 def checked(name: str, given: Any, config: RunConfig) -> Range | Choices:
     """Return a range or choices with values of the option's type. Raises: UserError."""
-    output = [
-        each.name for each in fields(TrainingConfig) if not each.metadata.get("public", True)
-    ]
+    output = [each.name for each in fields(TrainingConfig) if not each.metadata.get("public", True)]
     if name in (*SHARED, *output, *names_of([DataConfig])) or name.startswith(("hub_", "push_")):
         raise UserError(f"{name} cannot be searched: all trials share it")
     if isinstance(given, dict):
@@ -163,7 +161,8 @@ def checked_range(name: str, given: dict[str, Any], config: RunConfig) -> Range:
     for key in given:
         if key not in KEYS:
             raise UserError(
-                f"{name} has an unknown key {key!r}{nearest_hint(str(key), KEYS)}; a range has {', '.join(KEYS)}"
+                f"{name} has an unknown key {key!r}{nearest_hint(str(key), KEYS)}; a range has "
+                f"{', '.join(KEYS)}"
             )
     if not {"low", "high"} <= given.keys():
         raise UserError(f"{name} has no {'low' if 'low' not in given else 'high'}")

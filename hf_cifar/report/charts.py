@@ -226,8 +226,8 @@ def interval_bars(
     x_label: str,
     label: int = 92,
 ) -> str:
-    """Draw a horizontal bar 0..1 for each name, with its interval [low, high] as a whisker. label: width of the
-    names."""
+    """Draw a horizontal bar 0..1 for each name, with its interval [low, high] as a whisker. label: width of
+    the names."""
     line = 22
     height = TOP + line * len(rows) + BOTTOM
     scale = WIDTH - label - RIGHT - 44
@@ -345,9 +345,9 @@ def parallel_coordinates(
 ) -> str:
     """Draw a line for each set of values, through vertical axes.
 
-    axes: by name, its label and ticks (position, text); positions are 0..1. lines: a position on each axis, and
-    the text of the line; the position on the last axis, 1 for the best, says how dark a line is. best: number
-    of the line that stands out.
+    axes: by name, its label and ticks (position, text); positions are 0..1. lines: a position on each axis,
+    and the text of the line; the position on the last axis, 1 for the best, says how strong a line is. best:
+    number of the line that stands out.
     """
     width, top, bottom = 2 * WIDTH, 34, HEIGHT + 20
     left, right = 40, width - 60
@@ -357,7 +357,9 @@ def parallel_coordinates(
         return bottom - share * (bottom - top)
 
     parts = []
-    for number in sorted(range(len(lines)), key=lambda number: (number == best, lines[number][0][-1])):
+    for number in sorted(
+        range(len(lines)), key=lambda number: (number == best, lines[number][0][-1])
+    ):
         places, text = lines[number]
         path = " ".join(f"{left + i * gap:.1f},{y(share):.1f}" for i, share in enumerate(places))
         kind = "series-1 whole" if number == best else "series-0"

@@ -28,7 +28,9 @@ def render_page(facts: dict[str, Any]) -> str:
         facts,
         plots=plots_of(facts, complete),
         counts=counts_of(facts["trials"]),
-        headline=[name for name in shown("headline", metrics["validation"]) if name != facts["metric"]],
+        headline=[
+            name for name in shown("headline", metrics["validation"]) if name != facts["metric"]
+        ],
         render_choice=render_choice,
         duration=duration,
     )
@@ -41,8 +43,12 @@ def plots_of(facts: dict[str, Any], complete: Sequence[dict[str, Any]]) -> dict[
     bars = {name: (share, None) for name, share in (facts["importances"] or {}).items()}
     return {
         "history": Markup(history_plot(facts, complete, best, metric)),
-        "importance": Markup(charts.interval_bars("Importance", bars, "share", 150)) if bars else None,
-        "slices": [Markup(slice_plot(name, facts, complete, best, metric)) for name in facts["space"]],
+        "importance": Markup(charts.interval_bars("Importance", bars, "share", 150))
+        if bars
+        else None,
+        "slices": [
+            Markup(slice_plot(name, facts, complete, best, metric)) for name in facts["space"]
+        ],
         "parallel": Markup(parallel_plot(facts, complete, best, metric)),
     }
 
@@ -88,7 +94,10 @@ def parallel_plot(
     lines = [
         (
             [
-                *(place_of(each["parameters"][name], facts["space"][name]) for name in facts["space"]),
+                *(
+                    place_of(each["parameters"][name], facts["space"][name])
+                    for name in facts["space"]
+                ),
                 (each["value"] - worst) / (top - worst) if low < high else 1.0,
             ],
             text_of(each),

@@ -180,7 +180,9 @@ def _shown(value: Any) -> str:
 
 def fields_by_name() -> dict[str, dataclasses.Field]:
     """Return the fields of all our options."""
-    return {each.name: each for config_class in CONFIGS for each in dataclasses.fields(config_class)}
+    return {
+        each.name: each for config_class in CONFIGS for each in dataclasses.fields(config_class)
+    }
 
 
 def may_change(name: str, config: RunConfig) -> bool:

@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 JOURNAL = "journal.log"  # of a study without a database
 POLL_SECONDS = 0.01  # between two looks at the lock of the journal
 MIN_IMPORTANCE = 4  # different values of finished trials
-GRACE_SECONDS = 3  # after which optuna takes a lock file of a dead process, where the system has no locks
+GRACE_SECONDS = (
+    3  # after which optuna takes a lock file of a dead process, where the system has no locks
+)
 
 
 def open_study(folder: Path, url: str | None, name: str, direction: str) -> Study:
@@ -123,8 +125,8 @@ def open_database(url: str) -> BaseStorage:
         return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise UserError(
-            f"--storage {shown}: {one_line(error.__cause__ or error)}; install the driver of the database, for "
-            "example pip install 'psycopg[binary]' for postgresql+psycopg://"
+            f"--storage {shown}: {one_line(error.__cause__ or error)}; install the driver of the database, "
+            "for example pip install 'psycopg[binary]' for postgresql+psycopg://"
         ) from None
     except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
         reason = one_line(error.__cause__ or error, 200)
@@ -210,8 +212,8 @@ def importances(study: Study) -> dict[str, float] | None:
 
 
 def add_trial(study: Study, facts: Mapping[str, Any] | None, space: Space) -> None:
-    """Add a trial to a study that has lost it. facts: of trial.json, or None for one whose folder is lost too,
-    which keeps its number."""
+    """Add a trial to a study that has lost it. facts: of trial.json, or None for one whose folder is lost
+    too, which keeps its number."""
     from optuna.trial import TrialState, create_trial
 
     facts = facts or {"state": "lost"}

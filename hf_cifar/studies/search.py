@@ -89,8 +89,8 @@ def train_winner(one: Search) -> None:
     best = best_trial(one)
     if best is None:
         raise UserError(
-            "no trial is complete yet; pass a longer --time_limit or more --n_trials: the same command continues "
-            "this search"
+            "no trial is complete yet; pass a longer --time_limit or more --n_trials: the same command "
+            "continues this search"
         )
     config, folder = one.winner_of(best.params), RunFolder(one.folder.path / BEST)
     while not (is_kept(config) and folder.trial().get("number") == best.number):
@@ -143,7 +143,15 @@ def summarise_search(one: Search) -> dict[str, Any]:
         trials.append(
             {
                 name: facts[name]
-                for name in ("number", "state", "value", "parameters", "evaluations", "seconds", "reason")
+                for name in (
+                    "number",
+                    "state",
+                    "value",
+                    "parameters",
+                    "evaluations",
+                    "seconds",
+                    "reason",
+                )
                 if name in facts
             }
         )

@@ -138,8 +138,8 @@ def prepare_search(config: RunConfig, own: SearchConfig) -> Space:
         raise UserError("--seeds does not work with hf-cifar search; leave it out")
     if share_of_launcher()[1] > 1:
         raise UserError(
-            "hf-cifar search trains each trial in one process; start the same command several times, without a "
-            "launcher, and the processes share the trials"
+            "hf-cifar search trains each trial in one process; start the same command several times, without "
+            "a launcher, and the processes share the trials"
         )
     space = space_of(own.space, config)
     ranges = [name for name, each in space.items() if not isinstance(each, Choices)]

@@ -136,7 +136,10 @@ def run_trial(
 def measured(facts: dict[str, Any], watch: Watch) -> dict[str, Any]:
     """Return the evaluations and the seconds of a trial, of all its processes together."""
     return {
-        "evaluations": {**facts["evaluations"], **{str(k): v for k, v in watch.evaluations.items()}},
+        "evaluations": {
+            **facts["evaluations"],
+            **{str(k): v for k, v in watch.evaluations.items()},
+        },
         "seconds": round(facts["seconds"] + time.time() - facts["started"], 2),
         "finished": time.time(),
     }
@@ -147,4 +150,3 @@ def end_trial(folder: RunFolder, facts: dict[str, Any]) -> None:
     write_json(folder.trial_path, facts)
     for checkpoint in folder.checkpoints():
         shutil.rmtree(checkpoint)
-

@@ -55,8 +55,8 @@ def run_trials(one: Search) -> None:
 
 
 def next_trial(one: Search, claim: contextlib.ExitStack) -> Trial | Literal["none", "wait"]:
-    """Return the next trial for this process, whose folder it holds until `claim` is closed: one that no living
-    process works on, or a new one. Only one process may be here at a time."""
+    """Return the next trial for this process, whose folder it holds until `claim` is closed: one that no
+    living process works on, or a new one. Only one process may be here at a time."""
     from optuna.trial import TrialState
 
     busy = False
@@ -157,7 +157,7 @@ def best_trial(one: Search) -> FrozenTrial | None:
 
     complete = one.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     sign = -1 if one.larger_is_better else 1
-    return min(complete, key=lambda trial: (sign * trial.value, trial.number), default=None)
+    return min(complete, key=lambda trial: (sign * (trial.value or 0), trial.number), default=None)
 
 
 def render_parameters(parameters: dict[str, Any]) -> str:

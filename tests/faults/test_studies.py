@@ -170,8 +170,8 @@ def test_search_kill_of_one_of_two_processes(searches, tmp_path, record_result):
     record_result(
         "-",
         "kill -9 of one of two processes of `search`, 24 trials, at random times",
-        "no finished trial is lost, none is there twice, none is left running; the other process waits less than "
-        "5 s",
+        "no finished trial is lost, none is there twice, none is left running; the other process waits less "
+        "than 5 s",
         good,
         20,
     )

@@ -156,7 +156,11 @@ def test_a_damaged_journal_is_moved_aside(study, tmp_path, stripes, tiny_vit, sp
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_proposals_are_those_of_optuna(sampler, tmp_path):
-    given = {"x": Range(1e-3, 1.0, log=True), "n": Range(1, 9, whole=True), "c": Choices(("a", None))}
+    given = {
+        "x": Range(1e-3, 1.0, log=True),
+        "n": Range(1, 9, whole=True),
+        "c": Choices(("a", None)),
+    }
 
     def value(parameters):
         return (parameters["x"] - 0.1) ** 2 + parameters["n"] + (parameters["c"] == "a")
@@ -180,6 +184,7 @@ def test_proposals_are_those_of_optuna(sampler, tmp_path):
     assert [t.params for t in ours.trials] == [t.params for t in theirs.trials]
 
 
+@pytest.mark.slow
 def test_a_grid_has_every_combination_once(tmp_path, stripes, tiny_vit):
     path = tmp_path / "space.yaml"
     path.write_text("learning_rate: [1e-3, 5e-3]\nflip: [0, 0.5]\n")
@@ -200,11 +205,12 @@ def test_a_combination_that_a_dead_process_has_queued_is_not_queued_again(tmp_pa
     assert [trial.params for trial in study.trials] == grid_of(given)
 
 
+@pytest.mark.slow
 def test_a_bad_trial_is_pruned(tmp_path, stripes, tiny_vit, caplog):
     path = tmp_path / "space.yaml"
     path.write_text("learning_rate: [5e-3, 6e-3, 7e-3, 8e-3, 9e-3, 1e-9]\n")
     own = SearchConfig(sampler="grid", space=str(path))
-    flags = ("--num_train_epochs", "2", "--metric_for_best_model", "loss")
+    flags = ("--num_train_epochs", "4", "--metric_for_best_model", "loss")
     summary = search(config(tmp_path / "study", stripes, tiny_vit, *flags), own)
     assert summary["metric"] == "cross_entropy"
     assert [trial["state"] for trial in summary["trials"]] == ["complete"] * 5 + ["pruned"]
@@ -217,6 +223,7 @@ def test_a_bad_trial_is_pruned(tmp_path, stripes, tiny_vit, caplog):
     assert not RunFolder(tmp_path / "study" / "trial-5").checkpoints()
 
 
+@pytest.mark.slow
 def test_a_time_limit_stops_a_trial_at_a_checkpoint_where_the_same_command_continues(
     tmp_path, stripes, tiny_vit, space
 ):
@@ -234,6 +241,7 @@ def test_a_time_limit_stops_a_trial_at_a_checkpoint_where_the_same_command_conti
     assert weights(tmp_path / "run") == weights(folder.path)
 
 
+@pytest.mark.slow
 def test_without_a_number_of_trials_a_time_limit_ends_the_search(
     tmp_path, stripes, tiny_vit, space
 ):
@@ -290,6 +298,7 @@ def test_a_trial_that_kills_its_processes_fails(study, tmp_path, stripes, tiny_v
     assert summary["trials"][0]["reason"] == "3 processes have died in it"
 
 
+@pytest.mark.slow
 def test_trials_that_fail(tmp_path, stripes, tiny_vit, caplog):
     path = tmp_path / "space.yaml"
     path.write_text("learning_rate: [5e-3, 1000]\noptim: [adamw_torch, sgd]\n")
@@ -307,10 +316,11 @@ def test_a_search_in_which_all_fails_ends(tmp_path, stripes, tiny_vit):
     path = tmp_path / "space.yaml"
     path.write_text("layer_decay: {low: 0.5, high: 0.9}\n")
     flags = ("--model_name_or_path", "scratch/article_mlp")
-    with pytest.raises(UserError, match="5 trials in a row failed: .* has no stages"):
+    with pytest.raises(UserError, match=r"5 trials in a row failed: .* has no stages"):
         search(config(tmp_path / "study", stripes, tiny_vit, *flags), SearchConfig(space=str(path)))
 
 
+@pytest.mark.slow
 def test_a_database(tmp_path, stripes, tiny_vit, space):
     own = SearchConfig(n_trials=3, space=space, storage=f"sqlite:///{tmp_path}/study.db")
     folder = tmp_path / "study"
