@@ -2,7 +2,7 @@
 
 Both start with the same ten random trials of a seed, so the differences are paired. There is no pruning.
 
-python -m benchmarks.search --dataset_name DATA [--n_trials 24] [--seeds 5] [--max_train_samples 1000]
+python -m benchmarks.search --dataset_name DATA [--n_trials 24] [--seeds 5] [--max_train_samples 2000]
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def main() -> None:
     parser.add_argument("--dataset_name", default="uoft-cs/cifar10", help="CIFAR-10")
     parser.add_argument("--n_trials", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--max_train_samples", type=int, default=1000)
-    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--max_train_samples", type=int, default=2000)
+    parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--output", type=Path, help="folder for the JSON lines")
     options = parser.parse_args()
     disable_progress_bars()

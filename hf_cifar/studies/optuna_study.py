@@ -184,8 +184,13 @@ def adopt(study: Study, trial: FrozenTrial, sampler: str, space: Space, seed: in
 
     study.sampler = build_sampler(sampler, seed, trial.number)
     adopted = Trial(study, trial._trial_id)
-    for name, distribution in distributions_of(space).items():
-        adopted._suggest(name, distribution)
+    for name, each in space.items():
+        if isinstance(each, Choices):
+            adopted.suggest_categorical(name, each.values)
+        elif each.whole:
+            adopted.suggest_int(name, int(each.low), int(each.high), log=each.log)
+        else:
+            adopted.suggest_float(name, each.low, each.high, log=each.log)
     return adopted
 
 
