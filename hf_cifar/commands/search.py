@@ -41,8 +41,7 @@ def search(argv: Sequence[str]) -> int:
     from hf_cifar.studies.search_plan import prepare_search
 
     prepare_search(config, own)
-    splits = ["train", "validation", *(["test"] if config.train.do_predict else [])]
-    source = open_source(config.data, splits)
+    source = open_source(config.data, ["train", "validation"])
     quieten(True)
     print(render_summary(studies.search(config, own, source), Path(config.train.output_dir)))
     return 0

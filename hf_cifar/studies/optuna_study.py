@@ -30,9 +30,6 @@ logger = logging.getLogger(__name__)
 JOURNAL = "journal.log"  # of a study without a database
 POLL_SECONDS = 0.01  # between two looks at the lock of the journal
 MIN_IMPORTANCE = 4  # different values of finished trials
-GRACE_SECONDS = (
-    3  # after which optuna takes a lock file of a dead process, where the system has no locks
-)
 
 
 def open_study(folder: Path, url: str | None, name: str, direction: str) -> Study:
@@ -52,14 +49,9 @@ def open_study(folder: Path, url: str | None, name: str, direction: str) -> Stud
 def open_journal(path: Path) -> BaseStorage:
     """Open a journal file; one that cannot be read is moved aside, and begun again."""
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+    from optuna.storages.journal import JournalFileBackend
 
     lock: Any = JournalLock(path)
-    try:
-        lock.acquire()
-        lock.release()
-    except NotImplementedError:  # no locks on this file system
-        lock = JournalFileSymlinkLock(str(path), grace_period=GRACE_SECONDS)
     try:
         return JournalStorage(JournalFileBackend(str(path), lock))
     except (ValueError, LookupError) as error:
@@ -71,21 +63,25 @@ def open_journal(path: Path) -> BaseStorage:
 
 class JournalLock:
     """The lock of a journal, which the system releases at once if its process dies; optuna's own lock files
-    make others wait for 30 seconds. A line that a process died in is removed."""
+    make others wait for 30 seconds. A line that a process died in is removed.
+
+    A file system without locks is for one process, as it is for the run folders of a search.
+    """
 
     def __init__(self, journal: Path) -> None:
         self.journal = journal
         self._held = contextlib.ExitStack()
 
     def acquire(self) -> bool:
-        """Wait for the lock. Raises: NotImplementedError if the file system has no locks."""
+        """Wait for the lock."""
         path = self.journal.with_name(f".{self.journal.name}.lock")
-        while True:
-            with contextlib.ExitStack() as attempt:
-                if attempt.enter_context(lock_file(path, create=True)) is not None:
-                    self._held = attempt.pop_all()
-                    break
-            time.sleep(POLL_SECONDS)
+        with contextlib.suppress(NotImplementedError):
+            while True:
+                with contextlib.ExitStack() as attempt:
+                    if attempt.enter_context(lock_file(path, create=True)) is not None:
+                        self._held = attempt.pop_all()
+                        break
+                time.sleep(POLL_SECONDS)
         remove_partial_line(self.journal)
         return True
 

@@ -42,6 +42,8 @@ def search(
     from hf_cifar.studies.workers import POLL_SECONDS, run_trials
 
     source = source or DataSource(config.data)
+    if config.train.do_predict:
+        _ = source.test_split  # raises now, and not after all trials, if there is none
     metric = best_metric(config.train, multi_label=source.splits.multi_label).removeprefix("eval_")
     one = Search(
         config, own, space, source,

@@ -122,6 +122,27 @@ def test_the_same_command_changes_nothing_and_more_trials_continue(
     assert before.items() >= {p: p.stat().st_mtime_ns for p in runs if "trial" in str(p)}.items()
 
 
+def test_a_better_trial_replaces_the_winner(study, tmp_path, stripes, tiny_vit, space, caplog):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder)
+    winner = RunFolder(study / "best").trial()
+    write_json(folder / "best" / "trial.json", winner | {"number": 99})
+    (folder / "best" / "notes.txt").touch()
+    flags = ("--do_predict", "--check_leakage")
+    search(config(folder, stripes, tiny_vit, *flags), SearchConfig(n_trials=5, space=space))
+    assert f"trial {winner['number']} replaces trial 99 as the winner" in caplog.text
+    assert RunFolder(folder / "best").trial() == winner
+    assert not (folder / "best" / "notes.txt").exists()
+    assert weights(folder / "best") == weights(study / "best")
+
+
+def test_a_search_for_a_winner_on_test_needs_a_test_split(tmp_path, tiny_vit, colours, space):
+    asked = config(tmp_path / "study", colours, tiny_vit, "--do_predict")
+    with pytest.raises(UserError, match="test"):
+        search(asked, SearchConfig(n_trials=1, space=space))
+    assert not (tmp_path / "study").exists()
+
+
 def test_a_lost_journal_is_rebuilt_and_the_search_continues_as_if_it_had_not_been_lost(
     study, tmp_path, stripes, tiny_vit, space, caplog
 ):
