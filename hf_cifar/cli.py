@@ -32,6 +32,7 @@ from hf_cifar.commands import (
     report,
     reproduce,
     runs,
+    search,
     serve,
 )
 from hf_cifar.commands.command import Command
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     "finetune": finetune.COMMAND,
     "evaluate": evaluate.COMMAND,
     "kfold": kfold.COMMAND,
+    "search": search.COMMAND,
     "reproduce": reproduce.COMMAND,
     "combine": combine.COMMAND,
     "compare": compare.COMMAND,

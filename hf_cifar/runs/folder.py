@@ -54,6 +54,8 @@ class RunFolder:
         self.page_path = self.path / "report.html"
         self.page_facts_path = self.path / "report.json"
         self.folds_path = self.path / "folds.json"  # of a cross-validation, see studies/kfold.py
+        self.study_path = self.path / "study.json"  # of a search, see studies/search.py
+        self.trial_path = self.path / "trial.json"  # of one of its trials, see studies/trials.py
         self.reproduction_path = self.path / "reproduction.json"
 
     def predictions_path(self, split: str) -> Path:
@@ -98,6 +100,8 @@ class RunFolder:
             )
         if any(RunFolder(below).has_run for below in self.path.glob("fold-*")):
             raise UserError(f"{self.path} holds runs of hf-cifar kfold; pass another --output_dir")
+        if self.study_path.is_file():
+            raise UserError(f"{self.path} holds runs of hf-cifar search; pass another --output_dir")
 
     def require_finished(self) -> None:
         """Raises: UserError if the folder does not hold a finished run."""
@@ -159,6 +163,14 @@ class RunFolder:
     def folds(self) -> dict[str, Any]:
         """Return the metrics of each fold of a cross-validation; {} for anything else."""
         return _read(self.folds_path)
+
+    def study(self) -> dict[str, Any]:
+        """Return what all trials of a search share; {} for anything else."""
+        return _read(self.study_path)
+
+    def trial(self) -> dict[str, Any]:
+        """Return the number, parameters and state of a trial of a search; {} for anything else."""
+        return _read(self.trial_path)
 
     def metrics(self) -> dict[str, Any]:
         """Return the metrics by split."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +85,7 @@ def check_same_run(folder: Path, config: RunConfig, *, in_series: bool = False) 
     run = RunFolder(folder)
     if not run.has_run:
         return []
-    fields = {
-        each.name: each for config_class in CONFIGS for each in dataclasses.fields(config_class)
-    }
+    fields = fields_by_name()
     settled = {each.name for each in dataclasses.fields(TrainingConfig)}
     saved, now, changes = run.options(), config.options(), []
     for name in {**saved, **now}:
@@ -103,7 +100,7 @@ def check_same_run(folder: Path, config: RunConfig, *, in_series: bool = False) 
             continue  # the weights of a model in memory come from the checkpoint
         if value == before or left_open or (before is None and _is_inherited_default(name, value)):
             continue
-        if not _may_change(name, fields, config):
+        if not may_change(name, config):
             found = f"--{name} is {_shown(value)}, but the run in {folder} started with {_shown(before)}"
             advice = f"resume with --config {run.config_path}"
             if in_series:
@@ -185,7 +182,16 @@ def _shown(value: Any) -> str:
     return "the default" if value is None else str(value)
 
 
-def _may_change(name: str, fields: Mapping[str, Any], config: RunConfig) -> bool:
+def fields_by_name() -> dict[str, dataclasses.Field]:
+    """Return the fields of all our options."""
+    return {
+        each.name: each for config_class in CONFIGS for each in dataclasses.fields(config_class)
+    }
+
+
+def may_change(name: str, config: RunConfig) -> bool:
+    """Return True if a resumed run may change an option."""
+    fields = fields_by_name()
     if name == "dataloader_num_workers" and config.data.streaming:
         return False  # the order of a stream depends on how many workers share its shards
     if name in fields:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from transformers import (
     BaseImageProcessor,
     EarlyStoppingCallback,
     PreTrainedModel,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -61,10 +63,12 @@ def build_trainer(
     splits: Splits,
     plan: Plan,
     trainer_class: type[ImageClassificationTrainer] = ImageClassificationTrainer,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> ImageClassificationTrainer:
     """Build the Trainer of a planned run, on the pixels or features of both splits. Fit a new head first.
 
-    The images of the splits are prepared unless `prepare_splits` has done so.
+    The images of the splits are prepared unless `prepare_splits` has done so. callbacks: besides the run's
+    own.
 
     Raises: UserError for an option whose package is missing, or which the model does not support.
     """
@@ -110,7 +114,7 @@ def build_trainer(
         sampler=build_sampler(splits.train, train),
         shrink_batch=train.auto_find_batch_size,
         identity=identity(splits),
-        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+        callbacks=[*([] if patience is None else [EarlyStoppingCallback(patience)]), *callbacks],
     )
 
 
