@@ -33,6 +33,7 @@ from hf_cifar.commands import (
     reproduce,
     runs,
     serve,
+    update,
 )
 from hf_cifar.commands.command import Command
 from hf_cifar.errors import UserError
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     "finetune": finetune.COMMAND,
     "evaluate": evaluate.COMMAND,
     "kfold": kfold.COMMAND,
+    "update": update.COMMAND,
     "reproduce": reproduce.COMMAND,
     "combine": combine.COMMAND,
     "compare": compare.COMMAND,

@@ -38,7 +38,7 @@ from hf_cifar.training.features import (
     has_feature_vectors,
 )
 from hf_cifar.training.losses import Loss, training_loss
-from hf_cifar.training.probing import probe_head, probe_sample, why_not_probed
+from hf_cifar.training.probing import probe_head, probe_new_rows, probe_sample, why_not_probed
 from hf_cifar.training.resumable import identity
 from hf_cifar.training.sampling import SAMPLED, BalancedSampler
 from hf_cifar.training.sharpness import SharpnessAware
@@ -115,7 +115,10 @@ def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingCo
     """Return the loss of the options."""
     counts = None
     if isinstance(train, Split):
-        counts = torch.from_numpy(class_counts(train.labels, len(train.id2label))).float()
+        # A class that an update keeps without images counts as one image.
+        counts = torch.from_numpy(
+            class_counts(train.labels, len(train.id2label)).clip(min=1)
+        ).float()
     return training_loss(
         config.label_smoothing_factor,
         multi_label=is_multi_label(model),
@@ -294,7 +297,10 @@ def fit_new_head(
 ) -> None:
     """Fit the new head of a pretrained model, unless the options say not to, or it cannot be fitted."""
     config, options = plan.config, plan.config.train
-    if not options.probe_images or config.model.freeze == "backbone" or not has_new_head(model):
+    grown = bool(getattr(model, "new_rows", []))
+    if not options.probe_images or config.model.freeze == "backbone":
+        return
+    if not (grown or has_new_head(model)):
         return
     sample = probe_sample(train, options.probe_images, options.seed)
     reason = why_not_probed(model, sample)
@@ -309,4 +315,5 @@ def fit_new_head(
         features = features_of(
             model, sample, Subset(store, rows), preprocessing, config, decodes=store.decodes
         )
-    probe_head(model, features, options.seed, balanced_cross_entropy(model, train, options))
+    probe = probe_new_rows if grown else probe_head
+    probe(model, features, options.seed, balanced_cross_entropy(model, train, options))
