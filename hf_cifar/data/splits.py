@@ -146,8 +146,13 @@ class DataSource:
         reason; empty for a stream, which is not counted."""
         if self.config.streaming:
             return {}
-        num_own = {split: num_own_rows(rows) for split, rows in self.rows.items()}
-        stored = {} if self.config.stored_rows is None else {"num_own": num_own}
+        stored = {}
+        if self.config.stored_rows is not None:
+            rows = StoredRows.load(self.config.stored_rows)
+            stored = {
+                "num_own": {split: num_own_rows(own) for split, own in self.rows.items()},
+                "stored": {**rows.note, "num_train": len(rows.of("train"))},
+            }
         return stored | {
             "description": self._source.description,
             "num_images": {split: len(rows) for split, rows in self.rows.items()},

@@ -17,6 +17,7 @@ from hf_cifar.data.stored import StoredRows, write_stored
 from hf_cifar.data.stratify import equal_rows
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
+from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.hub.origin import public_name
 from hf_cifar.run_data import open_data, used_splits
 from hf_cifar.runs.folder import RunFolder
@@ -28,8 +29,7 @@ FLAG = "--old_data"
 
 def class_names(run: RunFolder) -> list[str]:
     """Return the names of the classes of a run's model, in the order of their ids."""
-    id2label = run.model_config()["id2label"]
-    return [id2label[key] for key in sorted(id2label, key=int)]
+    return list(Predictions.load(run.path, "validation").id2label.values())
 
 
 def earlier_splits(run: RunFolder, own: UpdateConfig, *, with_test: bool) -> list[Split]:
@@ -68,11 +68,8 @@ def splits_of_stored(run: RunFolder, why: str) -> list[Split]:
             ids = stored_offset(run.facts(), name, stored) + np.arange(len(rows))
             pixels = Pixels(name, rows, ids, run.data().max_image_pixels)
             found.append(Split(name, pixels, np.arange(len(rows))))
-    absent = [
-        name
-        for name, count in zip(names, sum(counts_of(each) for each in found), strict=True)
-        if not count
-    ]
+    counts = np.sum([counts_of(each) for each in found], axis=0)
+    absent = [name for name, count in zip(names, counts, strict=True) if not count]
     logger.warning(
         "%s; only the %s rows that %s has stored are used%s", why, f"{len(stored.rows):,}", run.path,
         f", and none of {listed(absent, SHOWN_CLASSES)}" if absent else "",

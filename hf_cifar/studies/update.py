@@ -21,6 +21,8 @@ from hf_cifar.config.recipes import expand_tokens, yaml_tokens
 from hf_cifar.config.run import RunConfig
 from hf_cifar.config.studies import UpdateConfig
 from hf_cifar.config.training import TrainingConfig
+from hf_cifar.data.labels import class_counts, label_array
+from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource
 from hf_cifar.data.stored import StoredRows
 from hf_cifar.errors import UserError
@@ -164,7 +166,9 @@ def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[st
 def announce(run: RunFolder, source: DataSource, own: UpdateConfig) -> None:
     """State which classes are new, and how many training rows each class has, new and stored."""
     names, known = list(source.splits.id2label.values()), set(class_names(run))
-    counts = counts_of(source.splits.train)
+    train = source.splits.train
+    assert isinstance(train, Split)  # stored rows are not combined with a stream
+    counts = counts_of(train)
     is_new = np.array([name not in known for name in names])
     new = [name for name in names if name not in known]
     logger.info(
@@ -285,10 +289,7 @@ def summarise_update(run: RunFolder, config: RunConfig, own: UpdateConfig) -> di
     stored_counts = np.zeros(len(names), int)
     train = stored.of("train").with_format(None)
     if len(train):
-        from hf_cifar.data.labels import class_counts, label_array
-
-        counted = class_counts(label_array(train), len(known))
-        stored_counts[: len(known)] = counted
+        stored_counts[: len(known)] = class_counts(label_array(train), len(known))
     counts = facts["label_counts"]["train"]
     summary: dict[str, Any] = {
         "run": public_name(str(run.path)),
