@@ -27,16 +27,14 @@ def verdict(facts: dict[str, Any]) -> str:
     found = facts["splits"][split]["parts"].get("old", {}).get("forgetting")
     if found is None:
         return f"Forgetting is unknown: there are no earlier predictions of {split}."
-    low, high = found["interval"]
-    change = f"{100 * abs(found['value']):.1f} points of accuracy on the old {split} rows"
-    interval = f"95% interval of the loss {100 * low:.1f} to {100 * high:.1f}"
+    low, high = (100 * end for end in found["interval"])
+    lost, interval = 100 * found["value"], f"95% interval {low:+.1f} to {high:+.1f}"
     if low > 0:
-        return f"The update loses {change} ({interval})."
+        return f"The update forgets {lost:.1f} points of accuracy on the old {split} rows ({interval})."
     if high < 0:
-        return f"The update gains {change} ({interval})."
+        return f"The update gains {-lost:.1f} points of accuracy on the old {split} rows ({interval} lost)."
     return (
-        f"No clear loss or gain on the old {split} rows: {100 * found['value']:+.1f} points lost "
-        f"({interval})."
+        f"No clear loss or gain on the old {split} rows: {lost:+.1f} points forgotten ({interval})."
     )
 
 

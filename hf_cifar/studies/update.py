@@ -32,6 +32,7 @@ from hf_cifar.hub.origin import public_name
 from hf_cifar.report.update import render_page
 from hf_cifar.runs.folder import RunFolder, write_json, write_text
 from hf_cifar.runs.processes import is_main_process, start_processes
+from hf_cifar.runs.resume import EVALUATION
 from hf_cifar.studies.replay import class_names, counts_of, describe_rows, store_rows, stored_offset
 from hf_cifar.studies.series import check_same
 from hf_cifar.text import listed
@@ -85,10 +86,12 @@ def config_of_update(run: RunFolder, argv: Sequence[str]) -> RunConfig:
         )
     before = run.load_config()
     data = {each.name for each in dataclasses.fields(DataConfig)}
+    # When to evaluate and save belongs together.
+    left_open = LEFT_OPEN | (set() if flags.isdisjoint(EVALUATION) else EVALUATION)
     kept = {
         name: value
         for name, value in before.options().items()
-        if name not in LEFT_OPEN and (name in DATA_KEPT or name not in data)
+        if name not in left_open and (name in DATA_KEPT or name not in data)
     }
     values = run.facts().get("value_range")
     if values is not None:
@@ -260,7 +263,7 @@ def difference(first: Predictions, second: Predictions) -> dict[str, Any]:
 def negative(found: dict[str, Any]) -> dict[str, Any]:
     """Return the same difference in the other direction."""
     low, high = found["interval"]
-    return found | {"value": -found["value"], "interval": [-high, -low]}
+    return found | {"value": 0.0 - found["value"], "interval": [0.0 - high, 0.0 - low]}
 
 
 def joint(parts: dict[str, Predictions]) -> Predictions:
