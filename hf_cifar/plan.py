@@ -37,6 +37,7 @@ from hf_cifar.training.cleaning import check_cleaning
 from hf_cifar.training.optimizers import default_rate, default_weight_decay
 from hf_cifar.training.race import race_rates
 from hf_cifar.training.rejection import check_rejection
+from hf_cifar.training.teacher import check_teacher
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,9 @@ def plan_run(
     check_balance(splits, config.train)
     if config.train.reject is not None:
         check_rejection(splits, model, Preprocessing.from_image_processor(image_processor))
+    check_teacher(
+        config, splits.id2label, model, Preprocessing.from_image_processor(image_processor)
+    )
     processes, before = start_processes(config), config_before(config.train)
     checkpoint = find_checkpoint(config.train)
     devices = processes.count * processes.num_devices

@@ -21,6 +21,7 @@ from hf_cifar.hub.origin import find_origin, origin_of_model
 from hf_cifar.hub.push import Target
 from hf_cifar.runs.environment import environment
 from hf_cifar.training.resumable import pixel_hashes
+from hf_cifar.training.teacher import facts_of_teacher
 from hf_cifar.training.trainer import ImageClassificationTrainer
 
 
@@ -60,6 +61,7 @@ def known_facts(
         "num_validation": len(splits.validation),
         "skipped_rows": skipped_rows(splits),
         "doubted_rows": doubted_rows(splits.train),
+        "teacher": facts_of_teacher(config, source.splits.hash),
         "value_range": None if value_range is None else astuple(value_range),
         "race": race,
         "leakage": find_leakage(splits, test) if test and config.train.check_leakage else None,

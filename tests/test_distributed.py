@@ -66,6 +66,30 @@ def test_two_processes_end_with_the_weights_of_one(runs):
         assert torch.allclose(one[name], two[name], atol=2e-4), name
 
 
+def test_two_processes_learn_the_same_from_a_teacher(tmp_path, stripes, finished_vit):
+    """Its outputs are computed before training, by one of them."""
+    from safetensors.torch import load_file
+    from tiny import tiny_run
+
+    flags = [
+        "--teacher",
+        str(finished_vit),
+        "--distillation_weight",
+        "0.9",
+        "--num_train_epochs",
+        "1",
+    ]
+    done = launch(tmp_path / "2", stripes, "scratch/article_cnn", 2, *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("its outputs are computed once") == 1
+    fixed = ["--crop_padding", "0", "--flip", "0", "--learning_rate", "1e-3"]
+    batches = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    tiny_run(tmp_path / "1", stripes, "scratch/article_cnn", *flags, *fixed, *batches)
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("1", "2"))
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-4), name
+
+
 def test_gradient_norms_are_those_of_one_process(runs):
     one, two = (log_of(runs / n, "grad_norm") for n in ("1", "2"))
     assert len(one) == 18

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from hf_cifar.commands.command import Command, open_source
@@ -30,6 +31,7 @@ def kfold(argv: Sequence[str]) -> int:
         parse(classes, ["--help"], "hf-cifar kfold", usage=USAGE, description=DESCRIPTION)
     from hf_cifar.studies.kfold import cross_validate, render_folds, runs_of_folds
     from hf_cifar.studies.series import check_same
+    from hf_cifar.studies.student import student_of
 
     own, job, argv = split_options([KFoldConfig, JobConfig], argv, "hf-cifar kfold")
     config = RunConfig.parse(argv, "hf-cifar kfold")
@@ -37,21 +39,32 @@ def kfold(argv: Sequence[str]) -> int:
     check_model_name(
         model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
     )
-    runs = runs_of_folds(config, own.folds)
-    check_same(runs)
+    runs, student = runs_of_folds(config, own.folds), None
+    if own.distill_into is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "--distill_into combines the folds in one process; start hf-cifar kfold without a launcher, "
+                "in as many processes as you like"
+            )
+        student = student_of(own.distill_into, argv, "hf-cifar kfold")
+    check_same(runs if student is None else [*runs, student])
     if job.job is not None:
-        return submit(job, config, runs, argv)
+        return submit(job, own, config, runs, argv)
     source = open_source(runs[0].data, ["train", "validation"])
 
     quieten(is_main_process())
-    cross_validate(config, own.folds, source)
+    cross_validate(config, own.folds, source, student)
     if is_main_process():
         print(render_folds(config.train.output_dir))
     return 0
 
 
 def submit(
-    job: JobConfig, config: RunConfig, runs: Sequence[RunConfig], argv: Sequence[str]
+    job: JobConfig,
+    own: KFoldConfig,
+    config: RunConfig,
+    runs: Sequence[RunConfig],
+    argv: Sequence[str],
 ) -> int:
     """Submit the folds as an array instead of running them here."""
     from hf_cifar.jobs.job import check_job
@@ -63,7 +76,8 @@ def submit(
             "hf-cifar finetune for each --fold"
         )
     check_job(config)
-    collect = ["kfold", "--folds", str(len(runs)), *argv]
+    student = [] if own.distill_into is None else ["--distill_into", own.distill_into]
+    collect = ["kfold", "--folds", str(own.folds), *student, *argv]
     return submit_slurm(config, argv, runs, collect, job)
 
 

@@ -40,7 +40,7 @@ class ModelConfig:
 
     model_name_or_path: str = option(
         "google/vit-base-patch16-224-in21k",
-        "Hub id (transformers or timm), local folder, bundled/efficientnet_lite0, or scratch/NAME "
+        "Hub id (transformers or timm), local folder, bundled/efficientnet_lite0 (or 1, 2), or scratch/NAME "
         "(article_cnn, article_mlp, any timm architecture) for random weights.",
         public=False,
     )

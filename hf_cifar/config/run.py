@@ -107,7 +107,8 @@ class RunConfig:
     def computes_features(self) -> bool:
         """True if the options ask for the head alone to train, on features that are computed once."""
         wanted = self.model.freeze == "backbone" and self.train.feature_views > 0
-        return wanted and not self.data.streaming
+        # A teacher sees images.
+        return wanted and not self.data.streaming and self.train.teacher is None
 
     def with_training(self, **changes: Any) -> RunConfig:
         """Return a copy with these training options replaced."""
@@ -150,6 +151,8 @@ def conflicts(config: RunConfig) -> Iterator[str]:
             yield "--unfreeze_epochs cannot be combined with --ddp_find_unused_parameters false"
     if train.reject is not None and config.data.streaming:
         yield "--reject reads training images again after training, and --streaming does not keep them"
+    if train.teacher is not None and train.head_solver == "lbfgs":
+        yield "--teacher has no effect with --head_solver lbfgs"
     if train.head_solver == "lbfgs":
         for name in ("sam_rho", "ema_decay", "l1_decay", "early_stopping_patience"):
             if getattr(train, name):

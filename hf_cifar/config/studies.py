@@ -40,6 +40,11 @@ class KFoldConfig:
     folds: int = option(
         5, "Number of folds; each is validation of one run, which trains on the others.", low=2
     )
+    distill_into: str | None = option(
+        None,
+        "Then combine the folds into an ensemble, and train one model to give its probabilities, in "
+        "OUTPUT_DIR/student: a model, or a recipe or YAML file with options that replace those of the folds.",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

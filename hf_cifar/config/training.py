@@ -132,6 +132,31 @@ class TrainingConfig:
         "drop: before training, leave out training images whose labels are probably wrong, by confident "
         "learning on out-of-fold predictions; validation and test keep all images.",
     )
+    teacher: str | None = option(
+        None,
+        "Distillation: folder or Hub id of a model fine-tuned on these classes, or on some of them, whose "
+        "probabilities for each training image the model also learns.",
+        public=False,
+    )
+    distillation_weight: float = option(
+        0.5,
+        "With --teacher: share of its part in the loss; the labels have the rest.",
+        low=0,
+        high=1,
+    )
+    distillation_temperature: float = option(
+        4.0,
+        "With --teacher: temperature of both models' probabilities.",
+        low=0.1,
+        high=100,
+    )
+    feature_hint: float = option(
+        0.0,
+        "With --teacher: weight of a term that makes images of a batch as similar to each other, by the "
+        "features before the head, as they are for the teacher; 0 turns it off.",
+        low=0,
+        high=1e6,
+    )
     label_smoothing_factor: float = option(
         0.1, "Label smoothing, in the training loss only.", low=0, high=0.999
     )
@@ -319,6 +344,8 @@ class TrainingConfig:
             raise UserError(
                 "--head_solver lbfgs has no learning rate; leave out --learning_rate auto"
             )
+        if self.feature_hint and self.teacher is None:
+            raise UserError("--feature_hint needs a --teacher; pass one, or leave it out")
         metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
         if metric not in BEST_METRICS:
             raise UserError(

@@ -72,12 +72,15 @@ class Origin:
 
 BUNDLED_ORIGINS = {
     "bundled/digits": Origin("bundled/digits", license="cc-by-4.0", citations=(DIGITS,)),
-    "bundled/efficientnet_lite0": Origin(
-        "bundled/efficientnet_lite0",
-        hub_id="timm/tf_efficientnet_lite0.in1k",
-        license="apache-2.0",
-        citations=(EFFICIENTNET,),
-    ),
+    **{
+        f"bundled/efficientnet_lite{number}": Origin(
+            f"bundled/efficientnet_lite{number}",
+            hub_id=f"timm/tf_efficientnet_lite{number}.in1k",
+            license="apache-2.0",
+            citations=(EFFICIENTNET,),
+        )
+        for number in range(3)
+    },
 }
 
 

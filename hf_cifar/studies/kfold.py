@@ -18,17 +18,22 @@ from hf_cifar.report.page import write_report
 from hf_cifar.runs.folder import RunFolder, write_json
 from hf_cifar.runs.processes import is_main_process, start_processes
 from hf_cifar.studies.series import check_same, check_series, metrics_of, run_of, spread
+from hf_cifar.studies.student import ENSEMBLE, STUDENT, distil
 from hf_cifar.text import render_table
 
 
 def cross_validate(
-    config: RunConfig, folds: int, source: DataSource | None = None
+    config: RunConfig,
+    folds: int,
+    source: DataSource | None = None,
+    student: RunConfig | None = None,
 ) -> dict[str, Any]:
     """Run one complete run for each fold, in output_dir/fold-NUMBER, and collect their predictions.
 
     Each image of train is predicted once, by the run that was not trained on it: these predictions are in
     predictions/out_of_fold.parquet, their metrics in metrics.json, and report.html shows them. The same
     call continues after an interruption, and other processes may make it at the same time; see `run_series`.
+    student: the options of a model that learns from all of them together, see `student_of`.
     Returns the content of folds.json, see `summarise_folds`.
 
     Raises: UserError before the first run for options or folders that hold other runs.
@@ -37,9 +42,11 @@ def cross_validate(
 
     configs = runs_of_folds(config, folds)
     source = source or DataSource(configs[0].data)
-    check_same(configs)
+    check_same(configs if student is None else [*configs, student])
     start_processes(config).wait_for_all()  # none may write before all have checked the folders
     run_series(configs, source)
+    if student is not None:
+        distil(configs, student, source)
     folder, summary = RunFolder(config.train.output_dir), summarise_folds(configs)
     if is_main_process():
         with alone_in(folder.path):
@@ -146,9 +153,22 @@ def render_folds(folder: str | Path) -> str:
     ]
     parts = [render_table(header, rows)]
     if "test" in summary["metrics"]:
+        together = {
+            name: metrics["test"]
+            for name in (ENSEMBLE, STUDENT)
+            if (metrics := RunFolder(Path(folder) / name).metrics())
+        }
         rows = [
-            [name, *(render_number(each) for each in (found["mean"], found["std"]))]
+            [
+                name,
+                *(render_number(each) for each in (found["mean"], found["std"])),
+                *(render_number(metrics[name]) for metrics in together.values()),
+            ]
             for name, found in summary["metrics"]["test"].items()
         ]
-        parts.append(render_table(["test", f"mean of {num_folds} runs", "std"], rows))
-    return "\n\n".join([*parts, f"report: {RunFolder(folder).page_path}"])
+        header = ["test", f"mean of {num_folds} runs", "std", *together]
+        parts.append(render_table(header, rows))
+    places = [f"report: {RunFolder(folder).page_path}"]
+    if RunFolder(Path(folder) / STUDENT).facts():
+        places.append(f"student: {Path(folder) / STUDENT}")
+    return "\n\n".join([*parts, "\n".join(places)])

@@ -31,6 +31,7 @@ from hf_cifar.training.augmenting import augmentation
 from hf_cifar.training.autotune import DTYPES, computing_as
 from hf_cifar.training.averaging import WeightAverage
 from hf_cifar.training.dataset import any_decodes, store_of
+from hf_cifar.training.distillation import build_distillation
 from hf_cifar.training.features import (
     FeatureStore,
     feature_store,
@@ -86,6 +87,7 @@ def build_trainer(
             stores = feature_stores(model, splits, stores, preprocessing, config)
     elif plan.checkpoint is None:
         fit_new_head(model, splits.train, stores[0], preprocessing, plan)
+    distillation = build_distillation(model, splits.train, stores[0], preprocessing, args, plan)
     patience = train.early_stopping_patience
     return trainer_class(
         model=model,
@@ -104,6 +106,7 @@ def build_trainer(
         unfreezing=GradualUnfreezing(train.unfreeze_epochs),
         sharpness=SharpnessAware(train.sam_rho),
         loss=build_loss(model, splits.train, train),
+        distillation=distillation,
         sampler=build_sampler(splits.train, train),
         shrink_batch=train.auto_find_batch_size,
         identity=identity(splits),

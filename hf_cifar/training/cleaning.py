@@ -271,7 +271,9 @@ def predicted_by_training(
         folder: list[Any] = [own]  # written to only if a signal ends the training
         if plan.processes.count > 1:
             broadcast_object_list(folder)
-        fold_plan = dataclasses.replace(plan, config=plan.config.as_trial(folder[0]))
+        # A teacher may have seen the labels in doubt.
+        trial = plan.config.as_trial(folder[0]).with_training(teacher=None, feature_hint=0.0)
+        fold_plan = dataclasses.replace(plan, config=trial)
         trainer = build_trainer(copy.deepcopy(model), image_processor, parts, fold_plan)
         trainer.train()
         logits = trainer.predict(store_of(parts.validation, trainer.args)).predictions

@@ -41,7 +41,7 @@ from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.corruptions import CorruptedStore
 from hf_cifar.models.build import wrap_network
-from hf_cifar.models.classifier import Classifier, label2id
+from hf_cifar.models.classifier import Classifier, class_names, label2id
 from hf_cifar.models.objects import is_timm, processor_of
 from hf_cifar.models.problem_type import is_multi_label, set_problem
 from hf_cifar.models.value_range import set_value_range, value_range_of
@@ -200,11 +200,6 @@ def _name_classes(model: PreTrainedModel, split: Split) -> None:
     names = [*names, *generic[len(names) :]]
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = label2id(model.config.id2label)
-
-
-def class_names(model: PreTrainedModel) -> list[str]:
-    """Names of a model's classes, in their order."""
-    return [model.config.id2label[i] for i in range(model.config.num_labels)]
 
 
 def matched_split(split: Split, model: PreTrainedModel, data: DataConfig) -> Split:

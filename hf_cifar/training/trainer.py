@@ -38,6 +38,7 @@ from hf_cifar.training.dataset import (
     prepare_inputs,
     with_placeholders,
 )
+from hf_cifar.training.distillation import Distillation
 from hf_cifar.training.features import accepting_features, draw_view
 from hf_cifar.training.guards import FiniteLoss, FittingBatch, StopSignals, worker_errors
 from hf_cifar.training.losses import Loss, evaluation_loss, training_loss
@@ -65,11 +66,12 @@ class ImageClassificationTrainer(ResumableTrainer):
     the checkpoint's. data: options for columns, unreadable images and storage.
 
     preprocessing: default: the image processor's, applied to evaluation batches. loss: of training; default:
-    cross-entropy, smoothed as `args` say. augmentation: the random transform applied to training batches
-    instead, or its options; default: `AugmentConfig()`. It is drawn from a generator seeded by (seed, step,
-    batch in the step), so that a resumed run sees the images that an uninterrupted one would. setting: how
-    the model computes while it trains; default: float32, with the model's own attention kernel. averaging: of
-    the weights that are evaluated and saved. layer_decay, l1_decay, backbone_learning_rate: see
+    cross-entropy, smoothed as `args` say. distillation: what a teacher adds to it; default: nothing.
+    augmentation: the random transform applied to training batches instead, or its options; default:
+    `AugmentConfig()`. It is drawn from a generator seeded by (seed, step, batch in the step), so that a
+    resumed run sees the images that an uninterrupted one would. setting: how the model computes while it
+    trains; default: float32, with the model's own attention kernel. averaging: of the weights that are
+    evaluated and saved. layer_decay, l1_decay, backbone_learning_rate: see
     `build_optimizer`. freeze_batch_norm: normalise with the model's own statistics, also in training;
     default: if it has any. unfreezing: gradual unfreezing of the blocks; default: all train from the start.
     sharpness: sharpness-aware minimisation; default: off. sampler: of the training images; default: each
@@ -93,6 +95,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         data: DataConfig | None = None,
         preprocessing: Preprocessing | None = None,
         loss: Loss | None = None,
+        distillation: Distillation | None = None,
         augmentation: Augmentation | AugmentConfig | None = None,
         setting: Setting | None = None,
         averaging: WeightAverage | None = None,
@@ -153,6 +156,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         multi_label, smoothing = is_multi_label(self.model), self.args.label_smoothing_factor
         self.loss = loss or training_loss(smoothing, multi_label=multi_label)
         self.evaluation_loss = evaluation_loss(multi_label=multi_label)
+        self.distillation = distillation or Distillation()
         self.preprocessing = inputs.preprocessing
         if not isinstance(augmentation, Augmentation):
             augmentation = build_augmentation(augmentation or AugmentConfig())
@@ -322,6 +326,9 @@ class ImageClassificationTrainer(ResumableTrainer):
                 self._step_generator(),
                 self.memory_format,
             )
+            inputs["teacher"] = self.distillation.outputs(
+                pixel_values, self._row_ids, self.preprocessing
+            )
         else:
             pixel_values = self.preprocessing(inputs["pixel_values"], self.memory_format)
         inputs["pixel_values"] = pixel_values.contiguous(memory_format=self.memory_format)
@@ -373,13 +380,16 @@ class ImageClassificationTrainer(ResumableTrainer):
     def _loss_and_logits(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Tensor]:
-        outputs, labels = model(pixel_values=inputs["pixel_values"]), inputs["labels"]
+        with self.distillation.features_of(self.classifier) as features:
+            outputs = model(pixel_values=inputs["pixel_values"])
+        labels = inputs["labels"]
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         else:
             loss = (self.loss if self.model.training else self.evaluation_loss)(
                 outputs.logits.float(), labels
             )
+        loss = self.distillation(loss, outputs.logits.float(), features, inputs.get("teacher"))
         return loss, outputs.logits
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

