@@ -88,7 +88,8 @@ def two_after_eight(
     new = write_part(source, folder / "new", sorted(order[:NEW]), per_class, seed)
     run, seeds = folder / "run", {"seed": seed}
     options = {**MODEL, **SHARED, **seeds, "dataset_name": old, "output_dir": run}
-    finetune_classifier(RunConfig.parse(tokens(options)))
+    if not RunFolder(run).facts():
+        finetune_classifier(RunConfig.parse(tokens(options)))
     before = accuracies(run, 10 - NEW)["old"]
     found = {}
     for name, (replay, own) in chosen.items():
@@ -110,6 +111,9 @@ def main() -> None:
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--per_class", type=int, default=200)
+    parser.add_argument(
+        "--folder", type=Path, help="of the runs, which are kept; default: temporary"
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--try", dest="tried", default="{}", help="JSON: name to [replay, options]")
     args = parser.parse_args()
@@ -118,9 +122,10 @@ def main() -> None:
     source = load_source(DataConfig(dataset_name=args.dataset_name))
     chosen = json.loads(args.tried) or UPDATES
     found = []
-    for seed in range(args.seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            found.append(two_after_eight(source, Path(folder), seed, args.per_class, chosen))
+    with tempfile.TemporaryDirectory() as temporary:
+        for seed in range(args.seeds):
+            folder = (args.folder or Path(temporary)) / f"seed-{seed}"
+            found.append(two_after_eight(source, folder, seed, args.per_class, chosen))
     record = {
         "benchmark": "update, two classes after eight", "unit": "accuracy on test", "n": args.seeds,
         "per_class": args.per_class, "test_per_class": TEST_PER_CLASS,

@@ -26,6 +26,7 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.hub.push import push_run
 from hf_cifar.models.build import build_model
 from hf_cifar.models.distance import Distance
+from hf_cifar.models.heads import adjust_head
 from hf_cifar.plan import Plan, plan_run
 from hf_cifar.preflight import check_card, check_request, check_space
 from hf_cifar.record import Fitted, known_facts, run_facts
@@ -35,7 +36,7 @@ from hf_cifar.runs.folder import write_bytes, write_json
 from hf_cifar.runs.lock import sole_run
 from hf_cifar.runs.resume import with_restarts
 from hf_cifar.runs.signals import deferred_signals
-from hf_cifar.training.build import build_trainer
+from hf_cifar.training.build import build_trainer, counts_of_classes
 from hf_cifar.training.cleaning import clean_labels
 from hf_cifar.training.dataset import store_of
 from hf_cifar.training.features import FeatureStore, fit_head
@@ -195,6 +196,10 @@ def evaluate_run(
     train, distance = plan.config.train, None
     on_features = isinstance(trainer.eval_dataset, FeatureStore)
     store = store_of(splits.validation, trainer.args) if on_features else trainer.eval_dataset
+    if train.class_balance == "post_hoc":
+        assert isinstance(splits.train, Split)  # see `check_balance`
+        counts = counts_of_classes(splits.train)
+        adjust_head(trainer.classifier, counts / counts.sum())
     validation = evaluate_classifier(trainer, splits.validation, store=store)
     if train.calibrate:
         validation = calibrate_classifier(trainer.classifier, validation)

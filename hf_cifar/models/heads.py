@@ -74,6 +74,29 @@ def divide_logits(model: PreTrainedModel, divisor: float) -> bool:
     return bool(layers)
 
 
+def require_bias(model: PreTrainedModel) -> None:
+    """Raises: UserError for a head whose logits cannot be shifted by a bias."""
+    layers = output_layers(model)
+    if not layers or any(layer.bias is None for layer in layers):
+        raise UserError(
+            f"--class_balance post_hoc changes the biases of the head, and that of {type(model).__name__} "
+            "has none; pass logit_adjustment"
+        )
+
+
+def adjust_head(model: PreTrainedModel, prior: Tensor) -> None:
+    """Subtract the log of the classes' shares [K] from the logits: the probabilities are then those for
+    equally frequent classes.
+
+    Source: Menon et al., Long-tail Learning via Logit Adjustment, 2021, post-hoc, with tau = 1.
+    """
+    layers = output_layers(model)
+    shift = (prior * len(prior)).log()
+    with torch.no_grad():
+        for layer in layers:
+            layer.bias.sub_(shift.to(layer.bias))
+
+
 def reset_head(model: PreTrainedModel, head: set[str]) -> None:
     """Reinitialise a head of the right shape that was trained for other labels."""
     with torch.no_grad():

@@ -93,6 +93,9 @@ def config_of_update(run: RunFolder, argv: Sequence[str]) -> RunConfig:
         for name, value in before.options().items()
         if name not in left_open and (name in DATA_KEPT or name not in data)
     }
+    if kept["class_balance"] == "none" and not _has_many_labels(run):
+        # Each old class has fewer rows than a new one.
+        kept["class_balance"] = "post_hoc"
     values = run.facts().get("value_range")
     if values is not None:
         kept["value_range"] = ",".join(map(str, values))
@@ -107,6 +110,10 @@ def config_of_update(run: RunFolder, argv: Sequence[str]) -> RunConfig:
         ],
         "hf-cifar update",
     )  # fmt: skip
+
+
+def _has_many_labels(run: RunFolder) -> bool:
+    return run.model_config().get("problem_type") == "multi_label_classification"
 
 
 def _folder_of(tokens: Sequence[str]) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Subset
 from transformers import (
     BaseImageProcessor,
@@ -114,14 +115,15 @@ def build_trainer(
     )
 
 
+def counts_of_classes(train: Split) -> Tensor:
+    """Return the number of training images of each class [K]; one that an update keeps without images counts
+    as one image."""
+    return torch.from_numpy(class_counts(train.labels, len(train.id2label)).clip(min=1)).float()
+
+
 def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingConfig) -> Loss:
     """Return the loss of the options."""
-    counts = None
-    if isinstance(train, Split):
-        # A class that an update keeps without images counts as one image.
-        counts = torch.from_numpy(
-            class_counts(train.labels, len(train.id2label)).clip(min=1)
-        ).float()
+    counts = counts_of_classes(train) if isinstance(train, Split) else None
     return training_loss(
         config.label_smoothing_factor,
         multi_label=is_multi_label(model),
@@ -138,7 +140,8 @@ def balanced_cross_entropy(
 
     If the run balances the classes, each counts the same, as in the metric that picks its best checkpoint.
     """
-    balance: Literal["none", "weights"] = "none" if config.class_balance == "none" else "weights"
+    is_plain = config.class_balance in ("none", "post_hoc")
+    balance: Literal["none", "weights"] = "none" if is_plain else "weights"
     plain = replace(config, label_smoothing_factor=0.0, loss="cross_entropy", class_balance=balance)
     return build_loss(model, train, plain)
 

@@ -293,3 +293,16 @@ def test_comparison_needs_the_same_rows(updated, run):
         compare_predictions(
             Predictions.load(run, "validation"), Predictions.load(updated, "validation")
         )
+
+
+def test_post_hoc_adjustment_is_that_of_the_shares_of_the_training_rows(stripes, tmp_path):
+    flags = ["--imbalance_factor", "4", "--calibrate", "false", "--precision", "fp32"]
+    tiny_run(tmp_path / "plain", stripes, "scratch/article_cnn", *flags)
+    balanced = [*flags, "--class_balance", "post_hoc", "--metric_for_best_model", "accuracy"]
+    tiny_run(tmp_path / "balanced", stripes, "scratch/article_cnn", *balanced)
+    plain, adjusted = (
+        Predictions.load(tmp_path / name, "validation").logits for name in ("plain", "balanced")
+    )
+    counts = RunFolder(tmp_path / "plain").facts()["label_counts"]["train"]
+    shares = np.array(list(counts.values())) / sum(counts.values())
+    np.testing.assert_allclose(plain - adjusted, np.log(2 * shares)[None].repeat(8, 0), atol=1e-5)
