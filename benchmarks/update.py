@@ -42,9 +42,9 @@ UPDATES: dict[str, tuple[int, Options]] = {
     "0 stored": (0, {}),
     "200 stored": (200, {}),
     "500 stored": (500, {}),
-    "plain fine-tuning": (0, {"class_balance": "none", "probe_images": 0}),
-    "500 stored, classes not balanced": (500, {"class_balance": "none"}),
+    "0 stored, plain fine-tuning": (0, {"class_balance": "none", "probe_images": 0}),
 }
+COMPARED = "500 stored"  # with training anew
 
 
 def tokens(options: Options) -> list[str]:
@@ -67,12 +67,19 @@ def write_part(
     return str(folder)
 
 
-def accuracies(run: Path, known: int) -> dict[str, float]:
-    """Return the accuracy on test of the first `known` classes, and of the others."""
-    test = Predictions.load(run, "test")
-    is_old = test.labels < known
-    found = {"old": float(test.correct[is_old].mean()), "all": float(test.correct.mean())}
-    return found | ({} if is_old.all() else {"new": float(test.correct[~is_old].mean())})
+def accuracies(run: Path, known: int, *, adjusted: bool = True) -> dict[str, float]:
+    """Return the accuracy on test of the first `known` classes, of the others, and of all.
+
+    adjusted: False to undo --class_balance post_hoc, by the number of training images of each class.
+    """
+    test, folder = Predictions.load(run, "test"), RunFolder(run)
+    logits, is_old = test.logits, test.labels < known
+    if not adjusted:
+        counts = np.array(list(folder.facts()["label_counts"]["train"].values())).clip(min=1)
+        logits = logits + np.log(counts)
+    correct = logits.argmax(axis=1) == test.labels
+    found = {"old": float(correct[is_old].mean()), "all": float(correct.mean())}
+    return found | ({} if is_old.all() else {"new": float(correct[~is_old].mean())})
 
 
 def two_after_eight(
@@ -81,28 +88,37 @@ def two_after_eight(
     seed: int,
     per_class: int,
     chosen: Mapping[str, tuple[int, Options]],
+    *,
+    anew: bool,
 ) -> dict[str, dict[str, float]]:
     """Return the accuracies on test before each update and after it, and what is lost, for one seed."""
     order = np.random.default_rng(seed).permutation(10).tolist()
     old = write_part(source, folder / "old", sorted(order[NEW:]), per_class, seed)
     new = write_part(source, folder / "new", sorted(order[:NEW]), per_class, seed)
-    run, seeds = folder / "run", {"seed": seed}
+    run, seeds, known = folder / "run", {"seed": seed}, 10 - NEW
     options = {**MODEL, **SHARED, **seeds, "dataset_name": old, "output_dir": run}
     if not RunFolder(run).facts():
         finetune_classifier(RunConfig.parse(tokens(options)))
-    before = accuracies(run, 10 - NEW)["old"]
-    found = {}
+    before = accuracies(run, known)["old"]
+    found: dict[str, dict[str, float]] = {}
+
+    def add(name: str, after: dict[str, float], seconds: float) -> None:
+        lost = before - after["old"]
+        found[name] = {"before": before, **after, "lost": lost, "seconds": seconds}
+        print(f"seed {seed}, {name}: {json.dumps(found[name])}", flush=True)
+
     for name, (replay, own) in chosen.items():
         output = folder / name.replace(" ", "-")
         given = {**SHARED, **seeds, "dataset_name": new, "output_dir": output, **own}
         config = config_of_update(RunFolder(run), tokens(given))
-        facts = update_run(run, config, UpdateConfig(replay=replay))
-        after = accuracies(output, 10 - NEW)
-        found[name] = {
-            "before": before, **after, "lost": before - after["old"],
-            "seconds": facts["seconds"]["update"],
-        }  # fmt: skip
-        print(f"seed {seed}, {name}: {json.dumps(found[name])}", flush=True)
+        asked = UpdateConfig(replay=replay, compare_anew=anew and name == COMPARED)
+        seconds = update_run(run, config, asked)["seconds"]
+        add(name, accuracies(output, known), seconds["update"])
+        if config.train.class_balance == "post_hoc":
+            plain = accuracies(output, known, adjusted=False)
+            add(f"{name}, without post_hoc", plain, seconds["update"])
+        if "anew" in seconds:
+            add("trained anew", accuracies(output / "anew", known), seconds["anew"])
     return found
 
 
@@ -125,13 +141,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for seed in range(args.seeds):
             folder = (args.folder or Path(temporary)) / f"seed-{seed}"
-            found.append(two_after_eight(source, folder, seed, args.per_class, chosen))
+            found.append(
+                two_after_eight(source, folder, seed, args.per_class, chosen, anew=args.anew)
+            )
     record = {
         "benchmark": "update, two classes after eight", "unit": "accuracy on test", "n": args.seeds,
         "per_class": args.per_class, "test_per_class": TEST_PER_CLASS,
         "figures": {
             name: {key: summary([each[name][key] for each in found]) for key in found[0][name]}
-            for name in chosen
+            for name in found[0]
         },
         **conditions(),
     }  # fmt: skip
