@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="of the runs, which are kept; default: temporary"
     )
+    parser.add_argument("--anew", action="store_true", help="also train anew on all rows")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--try", dest="tried", default="{}", help="JSON: name to [replay, options]")
     args = parser.parse_args()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from hf_cifar.config.run import RunConfig
 from hf_cifar.config.studies import UpdateConfig
+from hf_cifar.data.images import read_cell
 from hf_cifar.data.labels import SHOWN_CLASSES, class_counts, with_classes_after
 from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.split import Split, subset, without_rows
-from hf_cifar.data.stored import StoredRows, write_stored
+from hf_cifar.data.stored import StoredRows, stored_split, write_stored
 from hf_cifar.data.stratify import equal_rows
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
@@ -126,6 +130,29 @@ def replayed(split: Split, size: int, seed: int) -> Split:
     if split.name != "train":
         return split
     return subset(split, equal_rows(split.labels, size, seed))
+
+
+def count_copies(train: Split, stored: StoredRows) -> int:
+    """Count the images of new training rows that are also stored validation or test images, byte for byte."""
+    held_out = {
+        content
+        for split in ("validation", "test")
+        for content in _contents(stored.of(split).with_format(None))
+    }
+    sizes = set(map(len, held_out))
+    new = train.rows.select(np.flatnonzero(stored_split(train.rows) == ""))
+    return sum(content in held_out for content in _contents(new, sizes))
+
+
+def _contents(rows: Dataset, sizes: set[int] | None = None) -> Iterator[bytes]:
+    """Yield the encoded images of rows that can be read; of these sizes in bytes, if given."""
+    for batch in rows.select_columns(["image"]).iter(100):
+        for cell in batch["image"]:
+            with contextlib.suppress(UserError, OSError):
+                content = cell["bytes"]
+                size = len(content) if content else os.path.getsize(cell["path"])
+                if sizes is None or size in sizes:
+                    yield read_cell(cell)["bytes"]
 
 
 def describe_rows(names: Sequence[str], counts: np.ndarray) -> str:

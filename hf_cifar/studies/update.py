@@ -33,7 +33,14 @@ from hf_cifar.report.update import render_page
 from hf_cifar.runs.folder import RunFolder, write_json, write_text
 from hf_cifar.runs.processes import is_main_process, start_processes
 from hf_cifar.runs.resume import EVALUATION
-from hf_cifar.studies.replay import class_names, counts_of, describe_rows, store_rows, stored_offset
+from hf_cifar.studies.replay import (
+    class_names,
+    count_copies,
+    counts_of,
+    describe_rows,
+    store_rows,
+    stored_offset,
+)
 from hf_cifar.studies.series import check_same
 from hf_cifar.text import listed
 
@@ -145,7 +152,7 @@ def config_anew(run: RunFolder, config: RunConfig) -> RunConfig:
 def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[str, Any]:
     """Continue a run with new data, in a folder of its own; the same call continues after an interruption.
 
-    config: as `config_of_update` returns it. Returns the content of update.json, see `summarise_update`.
+    config: as `config_of_update` returns it. Returns the content of update.json, see `summarise_update`; {} in a process that is not the first.
     Raises: UserError before training for data that cannot be read, or a folder that holds another run.
     """
     from hf_cifar.studies.execution import alone_in, run_series  # imports torch
@@ -164,8 +171,9 @@ def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[st
         if each is config and is_main_process():
             announce(files, source, own)
         run_series([each], source)
-    summary = summarise_update(files, config, own)
+    summary: dict[str, Any] = {}
     if is_main_process():
+        summary = summarise_update(files, config, own)
         folder = RunFolder(config.train.output_dir)
         with alone_in(folder.path):
             write_json(folder.update_path, summary)
@@ -191,6 +199,12 @@ def announce(run: RunFolder, source: DataSource, own: UpdateConfig) -> None:
         logger.warning(
             "--replay 0: no old row is trained on, and the model forgets what the new data do not show"
         )
+    stored = StoredRows.load(str(source.config.stored_rows))
+    if copies := count_copies(train, stored):
+        logger.warning(
+            "%s new training images are also validation or test images of the run, whose accuracy is then "
+            "too high; remove them from %s", f"{copies:,}", source.config.dataset_name,
+        )  # fmt: skip
     absent = [name for name, count in zip(names, counts, strict=True) if not count]
     if absent and own.replay:
         logger.warning("no training rows of %s", listed(absent))

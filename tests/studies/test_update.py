@@ -1,6 +1,7 @@
 """hf_cifar.studies.update: a run continued with new rows and classes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -241,6 +242,14 @@ def test_a_new_label_of_multi_label_data(lights, tmp_path):
     old = RunFolder(tmp_path / "up").update()["splits"]["validation"]["parts"]["old"]
     before = Predictions.load(tmp_path / "run", "validation")
     assert old["before"]["value"] == pytest.approx(before.correct.mean())
+
+
+def test_copies_of_old_validation_images_are_counted(run, stripes, tmp_path, caplog):
+    shutil.copytree(stripes / "train", tmp_path / "new")
+    assert update(run, tmp_path / "new", tmp_path / "run", "--split_seed", "7") == 0
+    held_out = len(Predictions.load(run, "validation").row_ids)
+    found = re.search(r"(\d+) new training images are also validation", caplog.text)
+    assert 1 <= int(found[1]) <= held_out
 
 
 def test_no_replay_is_warned_about(run, checks, tmp_path, caplog):
