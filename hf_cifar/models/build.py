@@ -179,6 +179,8 @@ def _read_config(folder: Path, trust_remote_code: bool, **labels: Any) -> PreTra
     if config.model_type == "timm_wrapper" and config.model_args:
         # Stored there by timm.create_model(num_classes=...); transformers would pass it twice.
         config.model_args = {k: v for k, v in config.model_args.items() if k != "num_classes"}
+    if config.model_type == "timm_wrapper" and "id2label" in labels:
+        config.label_names = list(labels["id2label"].values())  # which its to_dict would not renew
     return config
 
 

@@ -160,6 +160,7 @@ def grow_head(model: PreTrainedModel, id2label: dict[int, str]) -> None:
     model.num_labels = len(id2label)
     if model.config.model_type == "timm_wrapper":
         model.timm_model.num_classes = len(id2label)
+        model.config.label_names = list(id2label.values())  # which its to_dict would not renew
     model.new_rows = sorted(set(id2label) - set(known))
 
 

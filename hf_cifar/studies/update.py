@@ -152,7 +152,9 @@ def config_anew(run: RunFolder, config: RunConfig) -> RunConfig:
 def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[str, Any]:
     """Continue a run with new data, in a folder of its own; the same call continues after an interruption.
 
-    config: as `config_of_update` returns it. Returns the content of update.json, see `summarise_update`; {} in a process that is not the first.
+    config: as `config_of_update` returns it. Returns the content of update.json, see
+    `summarise_update`; {} in a process that is not the first.
+
     Raises: UserError before training for data that cannot be read, or a folder that holds another run.
     """
     from hf_cifar.studies.execution import alone_in, run_series  # imports torch

@@ -118,6 +118,15 @@ def test_a_grown_head_keeps_the_logits_of_known_classes(name, stripes, tiny_vit,
     assert torch.equal(grown[:, 0], mean) and torch.equal(grown[:, 3], mean)
 
 
+def test_two_updates_of_a_timm_model(stripes, checks, tmp_path):
+    tiny_run(tmp_path / "run", stripes, "scratch/test_resnet", "--image_size", "32")
+    assert update(tmp_path / "run", checks, tmp_path / "first", "--replay", "20") == 0
+    assert update(tmp_path / "first", stripes, tmp_path / "second", "--replay", "20") == 0
+    for name in ("first", "second"):
+        model = load_classifier(str(tmp_path / name)).model
+        assert model.config.id2label == {0: "across", 1: "down", 2: "checks"}
+
+
 def test_an_update_keeps_old_class_ids_and_appends_new_ones(updated, run):
     config = RunFolder(updated).model_config()
     assert config["id2label"] == {"0": "across", "1": "down", "2": "checks"}
