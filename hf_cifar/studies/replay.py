@@ -25,7 +25,7 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.hub.origin import public_name
 from hf_cifar.run_data import open_data, used_splits
 from hf_cifar.runs.folder import RunFolder
-from hf_cifar.text import listed
+from hf_cifar.text import enumerated, listed
 
 logger = logging.getLogger(__name__)
 FLAG = "--old_data"
@@ -108,14 +108,15 @@ def store_rows(
         "split_hash": run.facts().get("split_hash"),
         "replay": "all" if anew else own.replay,
         "seed": config.data.split_seed,
-        "with_test": config.train.do_predict,
+        "do_predict": config.train.do_predict,
     }
     if folder.stored_path.is_file():
         stored = StoredRows.load(folder.stored_path)
         if dict(stored.note) != note:
+            names = {name for name in note if note[name] != stored.note.get(name)}
             raise UserError(
-                f"{folder.path} holds another update, of {stored.note['run']} with --replay "
-                f"{stored.note['replay']}; pass another --output_dir"
+                f"{folder.path} holds an update with another {enumerated(sorted(names))}; pass another "
+                "--output_dir"
             )
         return stored
     splits = earlier_splits(run, own, with_test=config.train.do_predict)

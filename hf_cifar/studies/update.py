@@ -5,6 +5,7 @@ Source: Chaudhry et al., On Tiny Episodic Memories in Continual Learning, 2019.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -145,7 +146,13 @@ def config_anew(run: RunFolder, config: RunConfig) -> RunConfig:
     )
     data = dataclasses.replace(config.data, stored_rows=str(folder.stored_path))
     return dataclasses.replace(
-        config.with_training(output_dir=str(folder.path)), model=model, data=data
+        config.with_training(
+            output_dir=str(folder.path),
+            teacher=before.train.teacher,
+            feature_hint=before.train.feature_hint,
+        ),
+        model=model,
+        data=data,
     )
 
 
@@ -168,10 +175,10 @@ def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[st
         for each in configs:
             store_rows(files, each, own, anew=each is not config)
     processes.wait_for_all()
-    for each in configs:
-        source = DataSource(each.data)
-        if each is config and is_main_process():
-            announce(files, source, own)
+    sources = open_sources(configs)
+    if is_main_process():
+        announce(files, sources[0], own)
+    for each, source in zip(configs, sources, strict=True):
         run_series([each], source)
     summary: dict[str, Any] = {}
     if is_main_process():
@@ -181,6 +188,22 @@ def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[st
             write_json(folder.update_path, summary)
             write_text(folder.update_page_path, render_page(summary))
     return summary
+
+
+def open_sources(configs: Sequence[RunConfig]) -> list[DataSource]:
+    """Open the data of each run. If they cannot be used, nothing is left of a run that has not begun."""
+    try:
+        sources = [DataSource(config.data) for config in configs]
+        for source in sources:
+            _ = source.splits
+        return sources
+    except UserError:
+        for folder in (RunFolder(config.train.output_dir) for config in reversed(configs)):
+            if is_main_process() and not folder.has_run:
+                folder.stored_path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it has other files
+                    folder.path.rmdir()
+        raise
 
 
 def announce(run: RunFolder, source: DataSource, own: UpdateConfig) -> None:

@@ -271,6 +271,7 @@ def test_one_new_class_in_a_folder(run, tmp_path, capsys):
     paint(tmp_path / "new" / "checks", "checks", 20, 0)
     assert update(run, tmp_path / "new", tmp_path / "run") == 2
     assert "--folders classes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
     assert update(run, tmp_path / "new", tmp_path / "run", "--folders", "classes") == 0
     assert len(RunFolder(tmp_path / "run").model_config()["id2label"]) == 3
 
@@ -292,7 +293,9 @@ def test_options_that_an_update_needs_or_sets(run, flags, message):
 def test_another_update_in_the_same_folder_is_refused(updated, run, checks, capsys):
     flags = ("--replay", "30", "--do_predict", "--learning_rate", "1e-3")
     assert update(run, checks, updated, *flags) == 2
-    assert "with --replay 20; pass another --output_dir" in capsys.readouterr().err
+    assert (
+        "holds an update with another replay; pass another --output_dir" in capsys.readouterr().err
+    )
     with pytest.raises(UserError, match="is the run itself"):
         config_of_update(RunFolder(run), ["--dataset_name", "new", "--output_dir", str(run)])
 
