@@ -25,6 +25,7 @@ from benchmarks import (
     scaling,
     serving,
     split_cifar,
+    studies,
     table,
 )
 from benchmarks.peers import (
@@ -124,6 +125,26 @@ def test_what_is_rejected_becomes_a_table(results, stripes, tiny_vit, monkeypatc
         assert 0 <= low <= found["digits rejected"]["share"] <= high <= 1
     page = table.techniques_page("<!-- measured: reject -->\n\nNot measured yet.\n", [record])
     assert "| share of images | tiny, n = 1 |" in page and "| both: digits rejected | " in page
+
+
+def test_what_becomes_of_several_runs_becomes_a_table(results, stripes, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "RUNS", 2)
+    monkeypatch.setattr(studies, "FOLDS", 2)
+    options = {
+        "dataset_name": stripes, "model_name_or_path": "scratch/article_cnn", "num_train_epochs": 1,
+        "use_cpu": "true",
+    }  # fmt: skip
+    together = studies.combine(options, 0, tmp_path / "combine")
+    folds = studies.kfold(options, 0, tmp_path / "kfold")
+    teacher = str(tmp_path / "kfold" / "fold-1")
+    taught = studies.distil(options, 0, tmp_path / "distil", teacher)
+    assert len(together) == 8 and len(folds) == 4
+    assert list(taught) == ["alone", "teacher", "teacher and feature hint"]
+    assert all(0 <= value <= 1 for found in (together, folds, taught) for value in found.values())
+    studies.record("kfold, tiny", {name: [v, v + 0.1] for name, v in folds.items()}, None)
+    (record,) = map(json.loads, (results / "results" / "cpu.jsonl").read_text().splitlines())
+    page = table.techniques_page("<!-- measured: kfold -->\n\nNot measured yet.\n", [record])
+    assert "| accuracy on test | tiny, n = 2 |" in page and "| student of the ensemble | " in page
 
 
 def test_the_table_of_races_compares_the_picks_with_the_best_run():

@@ -37,6 +37,8 @@ def head_parameter_names(model: PreTrainedModel) -> set[str]:
 
 def linear_head(model: PreTrainedModel) -> nn.Linear | None:
     """The head if it is a single linear layer, the only one to train after a frozen backbone; else None."""
+    if isinstance(model, EnsembleForImageClassification):
+        return None
     linear = _linear_layers_of_head(model)
     if len(linear) != 1 or len(head_parameter_names(model)) != len(list(linear[0].parameters())):
         return None

@@ -74,8 +74,10 @@ def check_folder(config: RunConfig) -> list[str]:
     return changes
 
 
-def check_same_run(folder: Path, config: RunConfig) -> list[str]:
+def check_same_run(folder: Path, config: RunConfig, *, in_series: bool = False) -> list[str]:
     """Compare the options of a resumed run with those in its config.yaml.
+
+    in_series: the run is one of several of a command, which has no options of its own.
 
     Training options left open are ignored: the plan takes them from the run. Returns the allowed differences,
     as `--NAME NEW, before: OLD`. Raises: UserError for the first option that may not change: it would be a
@@ -102,11 +104,13 @@ def check_same_run(folder: Path, config: RunConfig) -> list[str]:
         if value == before or left_open or (before is None and _is_inherited_default(name, value)):
             continue
         if not _may_change(name, fields, config):
-            raise UserError(
-                f"--resume_from_checkpoint: --{name} is {_shown(value)}, but the run in {folder} started "
-                f"with {_shown(before)}; resume with --config {run.config_path}, or start again in another "
-                "--output_dir"
-            )
+            found = f"--{name} is {_shown(value)}, but the run in {folder} started with {_shown(before)}"
+            advice = f"resume with --config {run.config_path}"
+            if in_series:
+                advice = "pass the same value"
+            else:
+                found = f"--resume_from_checkpoint: {found}"
+            raise UserError(f"{found}; {advice}, or start again in another --output_dir")
         changes.append(f"--{name} {_shown(value)}, before: {_shown(before)}")
     return changes
 
