@@ -21,12 +21,11 @@ from hf_cifar.data.splits import DataSource, Splits, prepare_splits
 from hf_cifar.data.store import images_of
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
-from hf_cifar.evaluate import calibrate_classifier, evaluate_classifier
+from hf_cifar.evaluate import adjust_classifier, calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.hub.push import push_run
 from hf_cifar.models.build import build_model
 from hf_cifar.models.distance import Distance
-from hf_cifar.models.heads import adjust_head
 from hf_cifar.plan import Plan, plan_run
 from hf_cifar.preflight import check_card, check_request, check_space
 from hf_cifar.record import Fitted, known_facts, run_facts
@@ -196,11 +195,12 @@ def evaluate_run(
     train, distance = plan.config.train, None
     on_features = isinstance(trainer.eval_dataset, FeatureStore)
     store = store_of(splits.validation, trainer.args) if on_features else trainer.eval_dataset
+    validation = evaluate_classifier(trainer, splits.validation, store=store)
     if train.class_balance == "post_hoc":
         assert isinstance(splits.train, Split)  # see `check_balance`
-        counts = counts_of_classes(splits.train)
-        adjust_head(trainer.classifier, counts / counts.sum())
-    validation = evaluate_classifier(trainer, splits.validation, store=store)
+        validation = adjust_classifier(
+            trainer.classifier, validation, counts_of_classes(splits.train)
+        )
     if train.calibrate:
         validation = calibrate_classifier(trainer.classifier, validation)
     if train.reject is not None:

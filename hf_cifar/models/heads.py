@@ -86,16 +86,10 @@ def require_bias(model: PreTrainedModel) -> None:
         )
 
 
-def adjust_head(model: PreTrainedModel, prior: Tensor) -> None:
-    """Subtract the log of the classes' shares [K] from the logits: the probabilities are then those for
-    equally frequent classes.
-
-    Source: Menon et al., Long-tail Learning via Logit Adjustment, 2021, post-hoc, with tau = 1.
-    """
-    layers = output_layers(model)
-    shift = (prior * len(prior)).log()
+def shift_logits(model: PreTrainedModel, shift: Tensor) -> None:
+    """Subtract a number from the logits of each class, [K], by the biases of the head."""
     with torch.no_grad():
-        for layer in layers:
+        for layer in output_layers(model):
             layer.bias.sub_(shift.to(layer.bias))
 
 

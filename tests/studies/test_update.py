@@ -1,5 +1,6 @@
 """hf_cifar.studies.update: a run continued with new rows and classes."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from hf_cifar.cli import main
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.data.stored import StoredRows
 from hf_cifar.data.stratify import equal_rows
+from hf_cifar.evaluate import adjust_classifier
 from hf_cifar.evaluation.comparison import compare_predictions
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import build_model, load_classifier
@@ -316,14 +318,24 @@ def test_comparison_needs_the_same_rows(updated, run):
         )
 
 
-def test_post_hoc_adjustment_is_that_of_the_shares_of_the_training_rows(stripes, tmp_path):
-    flags = ["--imbalance_factor", "4", "--calibrate", "false", "--precision", "fp32"]
-    tiny_run(tmp_path / "plain", stripes, "scratch/article_cnn", *flags)
-    balanced = [*flags, "--class_balance", "post_hoc", "--metric_for_best_model", "accuracy"]
-    tiny_run(tmp_path / "balanced", stripes, "scratch/article_cnn", *balanced)
-    plain, adjusted = (
-        Predictions.load(tmp_path / name, "validation").logits for name in ("plain", "balanced")
+def test_post_hoc_adjustment_is_that_of_the_shares_of_the_training_rows(stripes, tmp_path, caplog):
+    tiny_run(tmp_path / "run", stripes, "scratch/article_cnn", "--calibrate", "false")
+    model = load_classifier(str(tmp_path / "run")).model
+    weight, bias = (each.detach().clone() for each in linear_head(model).parameters())
+    validation = Predictions.load(tmp_path / "run", "validation")
+    logits = np.array([[1.0, 0.5], [0.2, 0.0], [0.0, 2.0], [3.0, 0.0]], np.float32)
+    labels = np.array([1, 1, 1, 0])
+    given = dataclasses.replace(
+        validation, row_ids=np.arange(4), labels=labels, logits=logits, saved_metrics={}
     )
-    counts = RunFolder(tmp_path / "plain").facts()["label_counts"]["train"]
-    shares = np.array(list(counts.values())) / sum(counts.values())
-    np.testing.assert_allclose(plain - adjusted, np.log(2 * shares)[None].repeat(8, 0), atol=1e-5)
+    adjusted = adjust_classifier(model, given, torch.tensor([30.0, 10.0]))
+    shift = np.log([1.5, 0.5])  # of the shares 3/4 and 1/4, times two classes
+    np.testing.assert_allclose(adjusted.logits, logits - shift, atol=1e-6)
+    expected = bias - torch.tensor(shift, dtype=torch.float32)
+    torch.testing.assert_close(linear_head(model).bias, expected)
+    assert torch.equal(linear_head(model).weight, weight)
+    assert "balanced accuracy on validation 1.0000, before 0.6667" in caplog.text
+
+    worse = adjust_classifier(model, given, torch.tensor([10.0, 3000.0]))
+    assert worse is given and "the biases stay as they are" in caplog.text
+    torch.testing.assert_close(linear_head(model).bias, expected)
