@@ -34,6 +34,7 @@ from hf_cifar.commands import (
     runs,
     search,
     serve,
+    update,
 )
 from hf_cifar.commands.command import Command
 from hf_cifar.errors import UserError
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": evaluate.COMMAND,
     "kfold": kfold.COMMAND,
     "search": search.COMMAND,
+    "update": update.COMMAND,
     "reproduce": reproduce.COMMAND,
     "combine": combine.COMMAND,
     "compare": compare.COMMAND,

@@ -141,6 +141,29 @@ class CombineConfig:
 
 
 @dataclass(frozen=True)
+class UpdateConfig:
+    """How to continue a run with new data."""
+
+    _argument_group_name = "update"
+
+    replay: int = option(
+        500,
+        "Training rows of the run, the same number of each class, that are stored and trained on together "
+        "with the new ones; 0 for none.",
+        low=0,
+    )
+    compare_anew: bool = option(
+        False,
+        "Also train the run's own starting model anew on all old and new rows, in OUTPUT_DIR/anew, and "
+        "compare.",
+    )
+    old_data: str | None = option(None, MOVED_DATA)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
 class DriftConfig:
     """Which images to compare with those of a run, and how strictly."""
 

@@ -268,7 +268,7 @@ def interval_dots(
 ) -> str:
     """Draw up to four values with their intervals [low, high] for each name, one below the other, from 0 on.
 
-    series: what the values are, for the legend.
+    series: what the values are, for the legend; a name may have only the first ones.
     """
     label, line = 92, 10 + 9 * len(series)
     height = TOP + line * len(rows) + BOTTOM
@@ -284,7 +284,7 @@ def interval_dots(
         shown = name if len(name) <= 14 else name[:13] + "…"
         words = "; ".join(
             f"{each} {value:.4f} [{low:.4f}, {high:.4f}]"
-            for each, (value, (low, high)) in zip(series, values, strict=True)
+            for each, (value, (low, high)) in zip(series, values, strict=False)
         )
         parts.append(f"<g><title>{escape(name)}: {escape(words)}</title>")
         parts.append(_text(label - 6, top + line / 2 + 4, shown, "end"))

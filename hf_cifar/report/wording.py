@@ -96,6 +96,12 @@ def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
         return ""
     processes = f"{run['processes']} process{'es' if run['processes'] > 1 else ''}"
     race = f"{render_race(run)} " if run.get("race") else ""
+    stored = run["source"].get("stored")
+    if stored:
+        race += (
+            f"Continues the run {stored['run']}, {stored['num_train']:,} of whose training images were "
+            "stored and trained on again. "
+        )
     work = f"{run['steps']:,} steps" if run["steps"] else "Solved for"
     return (
         f"{run['trainable']}. {work} in {run['train_seconds']:,.0f} s on {run['device']}, {processes}. "

@@ -7,14 +7,15 @@ import time
 
 import pytest
 from faults.rig import digest, ended, in_child, start
-from tiny import tiny_config
+from tiny import tiny_config, tiny_run
 
-from hf_cifar.config.studies import SearchConfig
+from hf_cifar.config.studies import SearchConfig, UpdateConfig
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.studies.kfold import cross_validate
 from hf_cifar.studies.optuna_study import open_study
 from hf_cifar.studies.search import search
+from hf_cifar.studies.update import config_of_update, update_run
 
 FOLDS = 4
 
@@ -174,4 +175,41 @@ def test_search_kill_of_one_of_two_processes(searches, tmp_path, record_result):
         "than 5 s",
         good,
         20,
+    )
+
+
+def test_kill_of_an_update(stripes, tiny_vit, colours, tmp_path_factory, tmp_path, record_result):
+    run = tmp_path_factory.mktemp("old") / "run"
+    tiny_run(run, stripes, tiny_vit, "--num_train_epochs", "1")
+    flags = ["--save_strategy", "steps", "--save_steps", "3", "--calibrate", "false"]
+
+    def updates(folder):
+        given = ["--dataset_name", str(colours), "--output_dir", str(folder), *flags]
+        own = UpdateConfig(replay=20, compare_anew=True)
+        config = config_of_update(RunFolder(run), [*given, "--precision", "fp32"])
+        return lambda: update_run(run, config, own) and None
+
+    def results(folder):
+        runs = [folder, folder / "anew"]
+        shown = RunFolder(folder).update()
+        shown.pop("seconds")
+        return [digest(each / "model.safetensors") for each in runs], shown["splits"]
+
+    began = time.monotonic()
+    assert in_child(updates(tmp_path / "whole")) == 0
+    seconds, expected = time.monotonic() - began, results(tmp_path / "whole")
+    draw, good = random.Random(2), 0
+    for number in range(10):
+        folder = tmp_path / str(number)
+        pid = start(updates(folder))
+        time.sleep(draw.uniform(0.1, 0.9) * seconds)
+        os.kill(pid, signal.SIGKILL)
+        ended(pid)
+        good += in_child(updates(folder)) == 0 and results(folder) == expected
+    record_result(
+        "-",
+        "kill -9 of `update --compare_anew`, at random times",
+        "the same command continues; the same weights and accuracies, to the bit",
+        good,
+        10,
     )
