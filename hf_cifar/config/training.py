@@ -140,7 +140,7 @@ class TrainingConfig:
         public=False,
     )
     distillation_weight: float = option(
-        0.5,
+        0.9,
         "With --teacher: share of its part in the loss; the labels have the rest.",
         low=0,
         high=1,

@@ -45,7 +45,7 @@ class Distillation:
         self,
         teacher: Teacher | None = None,
         *,
-        weight: float = 0.5,
+        weight: float = 0.9,
         temperature: float = 4.0,
         feature_hint: float = 0.0,
         fixed: FixedOutputs | None = None,
