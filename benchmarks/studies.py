@@ -96,9 +96,10 @@ def distil(options: Options, seed: int, folder: Path, teacher: str) -> dict[str,
     for name, own in {
         "alone": {},
         "teacher": {"teacher": teacher},
-        "teacher and feature hint": {"teacher": teacher, "feature_hint": 1},
+        "teacher, temperature 8": {"teacher": teacher, "distillation_temperature": 8},
+        "teacher, feature hint": {"teacher": teacher, "feature_hint": 1},
     }.items():
-        output = folder / name.replace(" ", "-")
+        output = folder / name.replace(",", "").replace(" ", "-")
         chosen = {**options, **own, "seed": seed, "output_dir": output}
         finetune_classifier(RunConfig.parse(arguments(chosen)))
         found[name] = accuracy(output)
