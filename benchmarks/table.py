@@ -70,7 +70,7 @@ def techniques_page(page: str, records: list[dict]) -> str:
     """Return docs/techniques.md with the measured tables written again."""
 
     def written(mark: re.Match) -> str:
-        tables = {"race": races, "reject": rejections}
+        tables = {"race": races, "reject": rejections, "update": updates}
         found = tables[mark[2]](records) if mark[2] in tables else effects(mark[2], records)
         return f"{mark[1]}\n{found}"
 
@@ -97,6 +97,32 @@ def races(records: list[dict]) -> str:
             for name in picks
         ]
         lines.append(f"| {record['benchmark'].removeprefix('race: ')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def updates(records: list[dict]) -> str:
+    """Return a table with the accuracy on test of old and new classes after each update, and what is lost, as
+    means with standard deviations over seeds."""
+    found = [
+        record for record in records if record["benchmark"] == "update, two classes after eight"
+    ]
+    if not found:
+        return MISSING
+    record = found[-1]
+    columns = {
+        "lost": "lost on old classes",
+        "old": "old classes",
+        "new": "new classes",
+        "all": "all",
+    }
+    lines = [
+        f"| accuracy on test, n = {record['n']} | {' | '.join(columns.values())} |",
+        f"| --- |{' --- |' * len(columns)}",
+    ]
+    for name in record["figures"]:
+        values = [[run[name][column] for run in record["runs"]] for column in columns]
+        cells = [f"{statistics.mean(each):.4f} ± {statistics.stdev(each):.4f}" for each in values]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

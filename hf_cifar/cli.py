@@ -32,7 +32,9 @@ from hf_cifar.commands import (
     report,
     reproduce,
     runs,
+    search,
     serve,
+    update,
 )
 from hf_cifar.commands.command import Command
 from hf_cifar.errors import UserError
@@ -47,6 +49,8 @@ COMMANDS: dict[str, Command] = {
     "finetune": finetune.COMMAND,
     "evaluate": evaluate.COMMAND,
     "kfold": kfold.COMMAND,
+    "search": search.COMMAND,
+    "update": update.COMMAND,
     "reproduce": reproduce.COMMAND,
     "combine": combine.COMMAND,
     "compare": compare.COMMAND,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -33,7 +34,7 @@ from hf_cifar.models.build import load_classifier
 from hf_cifar.models.classifier import Classifier, describe
 from hf_cifar.models.distance import Distance, load_distance
 from hf_cifar.models.files import model_folder
-from hf_cifar.models.heads import divide_logits
+from hf_cifar.models.heads import divide_logits, shift_logits
 from hf_cifar.models.problem_type import is_multi_label, thresholds_of
 from hf_cifar.models.rejection import rejection_of
 from hf_cifar.models.value_range import saved_value_range
@@ -153,6 +154,30 @@ def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Pre
         "%s: %s on validation %.4f, before %.4f%s", change, words(name), after, before, reason
     )
     return calibrated
+
+
+def adjust_classifier(
+    model: PreTrainedModel, validation: Predictions, counts: Tensor
+) -> Predictions:
+    """Subtract the log of the classes' shares of the training images from the logits, by the biases of the
+    head: the probabilities are then those for equally frequent classes. Returns the adjusted predictions.
+
+    If that lowers the balanced accuracy on validation, the model does not change. counts: [K], at least 1.
+    Source: Menon et al., Long-tail Learning via Logit Adjustment, 2021, post-hoc, with tau = 1.
+    """
+    shift = (counts / counts.mean()).log()
+    adjusted = dataclasses.replace(validation, logits=validation.logits - shift.numpy())
+    before, after = (
+        each.outcome.metric("balanced_accuracy") or 0.0 for each in (validation, adjusted)
+    )
+    is_worse = after < before
+    if not is_worse:
+        shift_logits(model, shift)
+    logger.info(
+        "--class_balance post_hoc: balanced accuracy on validation %.4f, before %.4f%s",
+        after, before, "; the biases stay as they are" if is_worse else "",
+    )  # fmt: skip
+    return validation if is_worse else adjusted
 
 
 def evaluate_saved(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Subset
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_cifar.config.run import RunConfig
@@ -21,7 +21,7 @@ from hf_cifar.data.splits import DataSource, Splits, prepare_splits
 from hf_cifar.data.store import images_of
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
-from hf_cifar.evaluate import calibrate_classifier, evaluate_classifier
+from hf_cifar.evaluate import adjust_classifier, calibrate_classifier, evaluate_classifier
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.hub.push import push_run
 from hf_cifar.models.build import build_model
@@ -35,7 +35,7 @@ from hf_cifar.runs.folder import write_bytes, write_json
 from hf_cifar.runs.lock import sole_run
 from hf_cifar.runs.resume import with_restarts
 from hf_cifar.runs.signals import deferred_signals
-from hf_cifar.training.build import build_trainer
+from hf_cifar.training.build import build_trainer, counts_of_classes
 from hf_cifar.training.cleaning import clean_labels
 from hf_cifar.training.dataset import store_of
 from hf_cifar.training.features import FeatureStore, fit_head
@@ -57,14 +57,20 @@ class RunResult:
     image_processor: Any
 
 
-def finetune_classifier(model: Any = None, dataset: Any = None, **options: Any) -> RunResult:
+def finetune_classifier(
+    model: Any = None,
+    dataset: Any = None,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    **options: Any,
+) -> RunResult:
     """Fine-tune, evaluate and save a classifier; README lists the files in `output_dir`.
 
     model: a name or path, a transformers or timm model, a torch.nn.Module that returns logits, or
     (model, image_processor); or a `RunConfig`, with all options. dataset: a name or path, a
     datasets.Dataset or DatasetDict, a pandas.DataFrame, (images, labels), a dict of columns or of splits, a
-    list of (image, label); or a `DataSource`, if already open. Objects are not modified. options: any
-    option by its name, see docs/options.md.
+    list of (image, label); or a `DataSource`, if already open. Objects are not modified. callbacks: of the
+    Trainer. options: any option by its name, see docs/options.md.
     Raises: UserError before anything is written, for options or data that cannot work.
     """
     config, source = requested(model, dataset, options)
@@ -83,7 +89,7 @@ def finetune_classifier(model: Any = None, dataset: Any = None, **options: Any) 
     splits = clean_labels(model, image_processor, splits, plan)
     known = known_facts(source, splits, test, plan.config, plan.race)
     check_card(plan, model, known)
-    trainer = build_trainer(model, image_processor, splits, plan)
+    trainer = build_trainer(model, image_processor, splits, plan, callbacks=callbacks)
     with claimed_folder(plan):
         fitted = fit(trainer, splits, plan)
         evaluations, distance = evaluate_run(trainer, splits, test, plan)
@@ -196,6 +202,11 @@ def evaluate_run(
     on_features = isinstance(trainer.eval_dataset, FeatureStore)
     store = store_of(splits.validation, trainer.args) if on_features else trainer.eval_dataset
     validation = evaluate_classifier(trainer, splits.validation, store=store)
+    if train.class_balance == "post_hoc":
+        assert isinstance(splits.train, Split)  # see `check_balance`
+        validation = adjust_classifier(
+            trainer.classifier, validation, counts_of_classes(splits.train)
+        )
     if train.calibrate:
         validation = calibrate_classifier(trainer.classifier, validation)
     if train.reject is not None:

@@ -24,6 +24,7 @@ from hf_cifar.data.store import default_num_workers
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import block_depths, has_statistics
+from hf_cifar.models.heads import require_bias
 from hf_cifar.models.kernels import has_fused_attention
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.folder import RunFolder, write_json
@@ -98,6 +99,8 @@ def plan_run(
     """
     check_cleaning(config, splits)
     check_balance(splits, config.train)
+    if config.train.class_balance == "post_hoc":
+        require_bias(model)
     if config.train.reject is not None:
         check_rejection(splits, model, Preprocessing.from_image_processor(image_processor))
     check_teacher(
@@ -118,7 +121,7 @@ def plan_run(
         **settle_rates(resumed, model, processes),
         **settle_evaluation(train),
         "num_train_epochs": settle_epochs(resumed, images_an_epoch(splits.train, train), processes),
-        "metric_for_best_model": best_metric(train, model),
+        "metric_for_best_model": best_metric(train, multi_label=is_multi_label(model)),
         "freeze_batch_norm": keeps_statistics(resumed, model),
         "dataloader_num_workers": settle_workers(train, splits, processes),
     }
@@ -322,18 +325,18 @@ def _is_multiple(larger: float, smaller: float) -> bool:
     return same_unit and ratio > 0.5 and math.isclose(ratio, round(ratio))
 
 
-def best_metric(train: TrainingConfig, model: PreTrainedModel) -> str:
+def best_metric(train: TrainingConfig, *, multi_label: bool) -> str:
     """Return the metric that picks the best checkpoint. Raises: UserError if the labels rule it out."""
     requested = train.metric_for_best_model
-    if is_multi_label(model):
+    if multi_label:
         # Average precision needs no thresholds; they are fitted only at the end.
         default = "average_precision_macro"
     else:
         # With --class_balance, all classes are meant to count equally.
         default = "accuracy" if train.class_balance == "none" else "balanced_accuracy"
-    known = best_metrics(multi_label=is_multi_label(model))
+    known = best_metrics(multi_label=multi_label)
     if requested is not None and requested.removeprefix("eval_") not in known:
-        kind = "with multiple labels" if not is_multi_label(model) else "with one label"
+        kind = "with one label" if multi_label else "with multiple labels"
         raise UserError(
             f"--metric_for_best_model {requested} is for images {kind}; pass {' or '.join(known)}"
         )

@@ -12,8 +12,10 @@ from hf_cifar.errors import UserError
 from hf_cifar.runs.folder import RunFolder
 
 
-def open_data(run: RunFolder, dataset_name: str | None = None) -> DataSource:
-    """Open the data of a run. dataset_name: where they are now, if they have moved.
+def open_data(
+    run: RunFolder, dataset_name: str | None = None, flag: str = "--dataset_name"
+) -> DataSource:
+    """Open the data of a run. dataset_name: where they are now, if they have moved. flag: its option.
 
     Raises: UserError for data that are missing, were a Python object, or have changed: images that the run
     trained on could then be in validation.
@@ -29,13 +31,11 @@ def open_data(run: RunFolder, dataset_name: str | None = None) -> DataSource:
     except UserError as error:
         if dataset_name is not None:
             raise
-        raise UserError(
-            f"{error}; if the data has moved, pass its place as --dataset_name"
-        ) from None
+        raise UserError(f"{error}; if the data has moved, pass its place as {flag}") from None
     if recorded is not None and found != recorded:
         raise UserError(
             f"{data.dataset_name} does not hold the data of {run.path}, or it has changed; "
-            "restore it, or pass the folder where the data is now as --dataset_name"
+            f"restore it, or pass the folder where the data is now as {flag}"
         )
     return source
 

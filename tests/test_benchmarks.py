@@ -24,6 +24,8 @@ from benchmarks import (
     reject,
     scaling,
     serving,
+    split_cifar,
+    studies,
     table,
 )
 from benchmarks.peers import (
@@ -123,6 +125,26 @@ def test_what_is_rejected_becomes_a_table(results, stripes, tiny_vit, monkeypatc
         assert 0 <= low <= found["digits rejected"]["share"] <= high <= 1
     page = table.techniques_page("<!-- measured: reject -->\n\nNot measured yet.\n", [record])
     assert "| share of images | tiny, n = 1 |" in page and "| both: digits rejected | " in page
+
+
+def test_what_becomes_of_several_runs_becomes_a_table(results, stripes, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "RUNS", 2)
+    monkeypatch.setattr(studies, "FOLDS", 2)
+    options = {
+        "dataset_name": stripes, "model_name_or_path": "scratch/article_cnn", "num_train_epochs": 1,
+        "use_cpu": "true",
+    }  # fmt: skip
+    together = studies.combine(options, 0, tmp_path / "combine")
+    folds = studies.kfold(options, 0, tmp_path / "kfold")
+    teacher = str(tmp_path / "kfold" / "fold-1")
+    taught = studies.distil(options, 0, tmp_path / "distil", teacher)
+    assert len(together) == 8 and len(folds) == 4
+    assert list(taught) == ["alone", "teacher", "teacher and feature hint"]
+    assert all(0 <= value <= 1 for found in (together, folds, taught) for value in found.values())
+    studies.record("kfold, tiny", {name: [v, v + 0.1] for name, v in folds.items()}, None)
+    (record,) = map(json.loads, (results / "results" / "cpu.jsonl").read_text().splitlines())
+    page = table.techniques_page("<!-- measured: kfold -->\n\nNot measured yet.\n", [record])
+    assert "| accuracy on test | tiny, n = 2 |" in page and "| student of the ensemble | " in page
 
 
 def test_the_table_of_races_compares_the_picks_with_the_best_run():
@@ -358,3 +380,38 @@ def test_the_noise_benchmark_trains_every_variant(results, stripes, monkeypatch)
     found = noise.measure_seed(noise.open_splits(str(stripes), None), "tiny", 0)
     assert found.keys() == {*noise.VARIANTS, "precision", "recall"}
     assert all(0 <= value <= 1 for value in found.values())
+
+
+def test_the_loss_of_der_plus_plus_and_its_reservoir():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 1])
+    first = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.0, 1.0]])
+    second = torch.tensor([[0.0, 3.0]]), torch.tensor([0])
+    found = split_cifar.der_plus_plus_loss(logits, labels, first, second, 0.2, 0.5)
+    own = (np.log1p(np.exp(-2)) + np.log1p(np.exp(-1))) / 2
+    expected = own + 0.2 * (1 + 4) / 2 + 0.5 * np.log1p(np.exp(3))
+    assert found.item() == pytest.approx(expected, abs=1e-6)
+
+    counts = np.zeros(50)
+    for seed in range(400):
+        reservoir = split_cifar.Reservoir(10, seed)
+        for start in range(0, 50, 5):
+            rows = torch.arange(start, start + 5)
+            reservoir.add(rows, rows, rows[:, None].float())
+        images, kept, stored = reservoir.draw(10)
+        assert torch.equal(images, kept) and torch.equal(stored[:, 0].long(), kept)
+        counts[kept.numpy()] += 1
+    # Each row is kept with probability 10 / 50: 80 times, with a standard deviation of 8.
+    assert np.abs(counts - 80).max() < 32
+
+
+def test_updates_become_a_table():
+    runs = [
+        {"500 stored": {"lost": lost, "old": 0.8, "new": 0.7, "all": 0.75}} for lost in (0.01, 0.03)
+    ]
+    record = {
+        "benchmark": "update, two classes after eight", "n": 2, "runs": runs,
+        "figures": {"500 stored": {}},
+    }  # fmt: skip
+    assert "| 500 stored | 0.0200 ± 0.0141 | 0.8000 ± 0.0000 |" in table.updates([record])
+    assert table.updates([]) == table.MISSING

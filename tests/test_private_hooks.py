@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import pytest
+from optuna.trial import create_trial
 from torch.nn.modules import batchnorm
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
@@ -50,6 +51,7 @@ OTHER_NAMES = {
     "_attn_implementation": lambda: PreTrainedConfig()._attn_implementation is None,
     "_internal_call": lambda: "_internal_call" in inspect.signature(Trainer.save_model).parameters,
     "_supports_sdpa": lambda: PreTrainedModel._supports_sdpa is False,
+    "_trial_id": lambda: create_trial(value=0.0)._trial_id == -1,
 }
 NAMED_TUPLE_METHODS = {"_asdict", "_fields", "_replace"}  # which collections documents
 

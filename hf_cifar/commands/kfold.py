@@ -16,7 +16,7 @@ from hf_cifar.logs import quieten
 from hf_cifar.models.names import check_model_name
 from hf_cifar.runs.processes import is_main_process
 
-USAGE = "hf-cifar kfold [--folds N] [options of hf-cifar finetune]"
+USAGE = "hf-cifar kfold [--folds N] [--recipe NAME] [--config FILE] [options of hf-cifar finetune]"
 DESCRIPTION = (
     "Train a run for each fold, in OUTPUT_DIR/fold-NUMBER, and evaluate the predictions of all of them "
     "together. The same command continues an interrupted one; processes that are started with it at the same "

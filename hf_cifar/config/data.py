@@ -150,6 +150,13 @@ class DataConfig:
         high=PILLOW_PIXELS,
     )
 
+    stored_rows: str | None = option(
+        None,
+        "Parquet file with rows of earlier data that hf-cifar update has stored: they are added to train, "
+        "validation and test, and their classes come first.",
+        may_change=True, public=False,
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "dataset_name", named(self.dataset_name))
         check_fields(self)
@@ -171,6 +178,14 @@ class DataConfig:
                 )
                 + "; pass a --num_folds of at least that"
             )
+        for name, default in (
+            ("streaming", False), ("num_folds", None), ("shots", None), ("imbalance_factor", 1.0),
+        ):  # fmt: skip
+            if self.stored_rows is not None and getattr(self, name) != default:
+                raise UserError(
+                    f"--{name} cannot be combined with --stored_rows, which hf-cifar update passes; leave "
+                    "it out"
+                )
         for name in ("num_folds", "group_column_name"):
             if self.streaming and getattr(self, name) is not None:
                 raise UserError(

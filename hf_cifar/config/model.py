@@ -75,6 +75,11 @@ class ModelConfig:
         "saves the merged model, and the adapter in adapter/. 0 turns it off.",
         low=0, high=4096,
     )  # fmt: skip
+    grow_head: bool = option(
+        False,
+        "Keep the head's weights of the classes that the checkpoint knows, matched by name, and append the "
+        "other classes of the data, instead of a new head; hf-cifar update does so.",
+    )
     trust_remote_code: bool = option(
         False,
         "Run code that comes with the checkpoint; a Hub model needs a full commit as --model_revision.",
@@ -87,6 +92,11 @@ class ModelConfig:
         if self.freeze not in ("none", "backbone") and not self.freeze.isdigit():
             raise UserError(
                 f"--freeze is {self.freeze!r}; it takes none, backbone, or a number of stages or blocks"
+            )
+        if self.grow_head and self.model_name_or_path.startswith((SCRATCH, BUNDLED)):
+            raise UserError(
+                f"--grow_head keeps the classes of a fine-tuned model, and {self.model_name_or_path} is not "
+                "fine-tuned; pass the folder of a run"
             )
         if self.lora_rank and self.freeze != "none":
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +52,67 @@ class KFoldConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    """What to search, how, and for how long."""
+
+    _argument_group_name = "search"
+
+    n_trials: int | None = option(
+        None,
+        "Number of trials, of all processes together; default: 30, or as many as --time_limit allows, or the "
+        "complete grid.",
+        low=1,
+    )
+    time_limit: str | None = option(
+        None,
+        "Start no trial after this time, for example 30m, 2h or 1h30m, and stop the one that trains at a "
+        "checkpoint; then the winner is trained again.",
+    )
+    sampler: Literal["tpe", "random", "grid"] = option(
+        "tpe",
+        "tpe: tree-structured Parzen estimator, which learns from earlier trials; random: independent draws; "
+        "grid: every combination of the lists of --space.",
+    )
+    prune: bool = option(
+        True,
+        "Stop a trial whose metric on validation is below the median of the others at the same point.",
+    )
+    space: str | None = option(
+        None,
+        "YAML file with a range {low: X, high: X, log: true} or a list of choices for each option to search; "
+        "default: learning rate, weight decay and a few others, by kind of training.",
+    )
+    storage: str | None = option(
+        None,
+        "Database URL, for example postgresql+psycopg://USER@HOST/NAME; default: the file "
+        "OUTPUT_DIR/journal.log.",
+        saved=False, public=False,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.time_limit is not None:
+            seconds_of(self.time_limit)
+
+    @property
+    def seconds(self) -> float | None:
+        """The time limit in seconds."""
+        return None if self.time_limit is None else seconds_of(self.time_limit)
+
+
+def seconds_of(limit: str) -> float:
+    """Return a time such as 90, 90s, 30m or 1h30m in seconds. Raises: UserError for anything else."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", limit.strip().lower())
+    hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    total = 3600 * hours + 60 * minutes + seconds
+    if not total:
+        raise UserError(
+            f"--time_limit is {limit!r}; it takes a time above 0, such as 90s, 30m or 1h30m"
+        )
+    return total
+
+
+@dataclass(frozen=True)
 class CombineConfig:
     """How to combine finished runs."""
 
@@ -76,6 +138,29 @@ class CombineConfig:
         check_fields(self)
         if not self.output_dir:
             raise UserError("--output_dir is missing; pass a new folder for the combined run")
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How to continue a run with new data."""
+
+    _argument_group_name = "update"
+
+    replay: int = option(
+        500,
+        "Training rows of the run, the same number of each class, that are stored and trained on together "
+        "with the new ones; 0 for none.",
+        low=0,
+    )
+    compare_anew: bool = option(
+        False,
+        "Also train the run's own starting model anew on all old and new rows, in OUTPUT_DIR/anew, and "
+        "compare.",
+    )
+    old_data: str | None = option(None, MOVED_DATA)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -120,12 +120,13 @@ class TrainingConfig:
         "Training loss; focal: images that are already right count little (gamma 2).",
     )
     class_balance: Literal[
-        "none", "oversample", "undersample", "weights", "effective", "logit_adjustment"
+        "none", "oversample", "undersample", "weights", "effective", "logit_adjustment", "post_hoc"
     ] = option(
         "none",
         "For classes of very different sizes. oversample, undersample: draw each as often as the largest or "
         "smallest one; weights, effective: weight them in the loss, by their size or effective number; "
-        "logit_adjustment: add the log of their shares to the logits in the loss.",
+        "logit_adjustment: add the log of their shares to the logits in the loss; post_hoc: subtract it from "
+        "the biases of the trained head.",
     )
     clean_labels: Literal["none", "drop"] = option(
         "none",

@@ -9,7 +9,8 @@ import logging
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -270,6 +271,17 @@ def _source_of(cell: dict | None) -> bytes | str:
     if cell is None or (not cell.get("bytes") and not cell.get("path")):
         raise UserError("cannot read image: the cell is empty")
     return cell["bytes"] if cell.get("bytes") else cell["path"]
+
+
+def read_cell(cell: dict | None) -> dict[str, Any]:
+    """Return a cell with the content of its file in it, and only the name of the file.
+
+    Raises: UserError for an empty cell; OSError for a file that cannot be read.
+    """
+    source = _source_of(cell)
+    assert cell is not None
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    return {"bytes": content, "path": Path(cell["path"]).name if cell.get("path") else None}
 
 
 def decode_cell(

@@ -136,6 +136,14 @@ def with_known_classes(
     return found.write(rows, list(names))
 
 
+def with_classes_after(rows: Dataset, names: Sequence[str], split: str) -> Dataset:
+    """Make the labels of new data ids of the classes `names`, matched by name, and of the new classes, which
+    come after these in the order of the data."""
+    found = _Labels.read(rows, split)
+    found = replace(found, names=_with_case_of(names, found.names, split))
+    return found.write(rows, list(dict.fromkeys([*names, *found.names])))
+
+
 def form_of(name: str) -> str:
     """Return a name in composed Unicode (NFC) and without capitals."""
     return unicodedata.normalize("NFC", name).casefold()

@@ -127,10 +127,16 @@ class _Reader:
             splits, used = {"train": self.read_classes(inside)}, {}
         labelled = [splits["train"]] if "train" in splits else splits.values()
         names = sorted({name for classes in labelled for name in classes})
-        if len(names) < 2 and not known.issuperset(names):
+        alone = bool(known) and folders == "classes"  # a class that is added to the known ones
+        if len(names) < 2 and not known.issuperset(names) and not alone:
             where = self.show(inside + (f"{used['train']}/" if "train" in used else ""))
             raise NoClassFolders(
-                f"{where} has one class folder, {one_line(names[0])}; a classifier needs two or more"
+                f"{where} has one class folder, {one_line(names[0])}; "
+                + (
+                    "pass --folders classes if it is a class to add"
+                    if known
+                    else "a classifier needs two or more"
+                )
             )
         self.warn_of_case(names)
         rows: dict[str, list[tuple[File, str | tuple[str, ...]]]] = {

@@ -49,14 +49,14 @@ def load_source(config: DataConfig) -> DatasetDict:
     return read_source(config).splits
 
 
-def read_source(config: DataConfig) -> Source:
+def read_source(config: DataConfig, known: Sequence[str] = ()) -> Source:
     """Load all splits, with columns `image` (encoded, not decoded) and `label` (ClassLabel, or lists), and
-    log what the source is.
+    log what the source is. known: see `open_data_set`.
 
     Raises: UserError for an unknown data set, no network, or columns that cannot be identified.
     """
     name = config.dataset_name
-    source = open_data_set(config)
+    source = open_data_set(config, known=known)
     splits = source.splits
     empty = [split for split, rows in splits.items() if not len(rows)]
     if empty or not splits:

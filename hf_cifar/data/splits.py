@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from hf_cifar.data.labels import (
 from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.sources import Source, announced, open_data_set, read_source
 from hf_cifar.data.split import Split, UnreadableImages, readable, with_images
+from hf_cifar.data.stored import StoredRows, stored_split
 from hf_cifar.data.stratify import assign_folds, few_shot, long_tail, stratified, subsample
 from hf_cifar.data.streams import (
     Stream,
@@ -132,7 +133,12 @@ class DataSource:
 
     @functools.cached_property
     def _source(self) -> Source:
-        return read_source(self.config)
+        if self.config.stored_rows is None:
+            return read_source(self.config)
+        stored = StoredRows.load(self.config.stored_rows)
+        source = read_source(self.config, stored.class_names)
+        own = _own_validation(source.splits)
+        return replace(source, splits=stored.joined(source.splits, _train_name(source.splits), own))
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -140,7 +146,14 @@ class DataSource:
         reason; empty for a stream, which is not counted."""
         if self.config.streaming:
             return {}
-        return {
+        stored = {}
+        if self.config.stored_rows is not None:
+            rows = StoredRows.load(self.config.stored_rows)
+            stored = {
+                "num_own": {split: num_own_rows(own) for split, own in self.rows.items()},
+                "stored": {**rows.note, "num_train": len(rows.of("train"))},
+            }
+        return stored | {
             "description": self._source.description,
             "num_images": {split: len(rows) for split, rows in self.rows.items()},
             "left_out": self._source.left_out,
@@ -170,6 +183,11 @@ class DataSource:
         if self.config.value_range is not None:
             return requested_range(self.config)
         return range_of_rows(self.rows[_train_name(self.rows)], self.config)
+
+
+def num_own_rows(rows: Dataset) -> int:
+    """Return the number of rows of a data set itself, which come before the stored ones."""
+    return int(np.count_nonzero(stored_split(rows) == ""))
 
 
 def range_of_rows(rows: Dataset | IterableDataset, config: DataConfig) -> ValueRange | None:
@@ -233,8 +251,10 @@ def prepare_splits(
         except UnreadableImages:
             logger.warning("a validation image cannot be read; checking the training images")
     train, validation = readable(train, validation, on_bad_image=config.on_bad_image)
+    # A class may have had none before: an update keeps the classes of its run.
     names = list(splits.id2label.values())
-    require_every_class_of(train.labels, names, train.source_split)
+    absent = class_counts(splits.train.labels, len(names)) == 0
+    require_every_class_of(train.labels, names, train.source_split, absent)
     return Splits(train, validation)
 
 
@@ -300,13 +320,13 @@ def _splits(source: DataSource) -> Splits:
     config, rows = source.config, source.rows
     train_name = _train_name(rows)
     train = source.pixels(train_name)
-    labels = label_array(train.rows)
+    labels = label_array(train.rows)[: num_own_rows(train.rows)]
     names = class_label(train.rows.features["label"]).names
     _require_classes(names, config)
     own = _own_validation(rows)
     if own is not None and config.num_folds is None:
         validation = _whole_split("validation", source.pixels(own))
-        train_rows = np.arange(len(train))
+        train_rows = np.arange(len(labels))
     else:
         train_rows, validation_rows = _divide(source, labels, names, train_name)
         validation = Split("validation", train, validation_rows)
@@ -316,14 +336,14 @@ def _splits(source: DataSource) -> Splits:
     train_split = few_shot(train_split, config.shots, config.split_seed)
     train_split = _sampled(train_split, "max_train_samples", config)
     validation = _sampled(validation, "max_eval_samples", config)
-    return Splits(train_split, validation)
+    return Splits(_with_stored(train_split), _with_stored(validation))
 
 
 def _divide(
     source: DataSource, labels: np.ndarray, names: list[str], split: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divide the rows of train into two sorted arrays of row numbers: train and validation."""
-    config, rows = source.config, source.rows[split]
+    config, rows = source.config, source.rows[split].select(range(len(labels)))
     groups = None if config.group_column_name is None else _groups_of(rows, config)
     if config.num_folds is None and groups is None:
         return stratified(labels, config.train_val_split, names, config.split_seed, split)
@@ -379,19 +399,32 @@ def _test_split(source: DataSource) -> Split:
     if config.streaming:
         rows, row_ids = collect("test", source.rows["test"], config.max_eval_samples)
         return _whole_split("test", source.pixels_of("test", rows, row_ids))
-    return _sampled(_whole_split("test", source.pixels("test")), "max_eval_samples", config)
+    test = _whole_split("test", source.pixels("test"))
+    return _with_stored(_sampled(test, "max_eval_samples", config))
 
 
 def _whole_split(name: str, pixels: Pixels) -> Split:
-    return Split(name, pixels, np.arange(len(pixels)))
+    """Return all rows of a source's own split, without stored ones."""
+    return Split(name, pixels, np.arange(num_own_rows(pixels.rows)))
+
+
+def _with_stored(split: Split) -> Split:
+    """Add the stored rows of a split after those that were chosen of the data set."""
+    stored = np.flatnonzero(stored_split(split.pixels.rows) == split.name)
+    return replace(split, positions=np.concatenate([split.positions, stored]))
 
 
 def _sampled(split: Split, limit: str, config: DataConfig) -> Split:
     return subsample(split, getattr(config, limit), config.split_seed, f"--{limit}")
 
 
-def require_every_class_of(labels: np.ndarray, names: list[str], where: str) -> None:
+def require_every_class_of(
+    labels: np.ndarray, names: list[str], where: str, absent: np.ndarray | None = None
+) -> None:
+    """Raises: UserError if a class has no images. absent: True for those that need none, [K]."""
     counts = class_counts(labels, len(names))
+    if absent is not None:
+        counts = counts + absent
     missing = [name for name, count in zip(names, counts, strict=True) if not count]
     if missing:
         raise UserError(

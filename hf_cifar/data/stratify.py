@@ -37,6 +37,21 @@ def representative_rows(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     return _choose_rows(labels, size, seed)
 
 
+def equal_rows(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Choose `size` row numbers, sorted, as equally divided among the classes as possible.
+
+    The rows are shuffled and numbered within their class; those with the lowest numbers are chosen, so that
+    a smaller choice is part of a larger one. Of labels [N, K], a row has the lowest of its classes' numbers,
+    and rows without a label come last.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    shuffled, numbers = labels[order], np.full(len(labels), len(labels))
+    for label in range(labels.shape[1]) if labels.ndim == 2 else np.unique(labels):
+        rows = np.flatnonzero(shuffled[:, label] if labels.ndim == 2 else shuffled == label)
+        numbers[rows] = np.minimum(numbers[rows], np.arange(len(rows)))
+    return np.sort(order[np.argsort(numbers, kind="stable")[:size]])
+
+
 def long_tail(split: Split, factor: float, seed: int) -> Split:
     """Keep all images of the first class, 1 / factor of the last one's, and exponentially fewer between.
 

@@ -22,6 +22,7 @@ from transformers import (
 from hf_cifar.config.data import ValueRange
 from hf_cifar.config.model import BUNDLED, SCRATCH, ModelConfig, is_exported
 from hf_cifar.config.objects import InMemory
+from hf_cifar.errors import UserError
 from hf_cifar.hub.origin import origin_of_model
 from hf_cifar.models.article import (
     ArticleCNNConfig,
@@ -35,7 +36,13 @@ from hf_cifar.models.dropout import check_dropout, set_dropout
 from hf_cifar.models.exported import load_exported
 from hf_cifar.models.files import count_weights, model_folder
 from hf_cifar.models.guards import check_forward, check_labels, library_errors, limit_model_size
-from hf_cifar.models.heads import head_parameter_names, mark_new_head, reset_head, zero_head
+from hf_cifar.models.heads import (
+    grow_head,
+    head_parameter_names,
+    mark_new_head,
+    reset_head,
+    zero_head,
+)
 from hf_cifar.models.lora import add_adapters
 from hf_cifar.models.modules import wrap_module
 from hf_cifar.models.names import check_model_name
@@ -86,7 +93,11 @@ def build_model(
     check_model_name(name, config.model_revision, trust_remote_code=config.trust_remote_code)
     with library_errors(name):
         if isinstance(name, InMemory):
+            if config.grow_head:
+                raise UserError("--grow_head needs a saved model; pass the folder of a run")
             classifier, new = _build_object(name.value, config, id2label)
+        elif config.grow_head:
+            classifier, new = _load_grown(config, id2label), set()
         elif name.startswith(SCRATCH):
             classifier, new = _build_scratch(name.removeprefix(SCRATCH), config, id2label)
         elif name.startswith(BUNDLED):
@@ -151,11 +162,25 @@ def load_classifier(
     return classifier
 
 
+def _load_grown(config: ModelConfig, id2label: dict[int, str]) -> Classifier:
+    """Load a fine-tuned model with its own classes, then give its head those of the data."""
+    name, trust = config.model_name_or_path, config.trust_remote_code
+    folder = model_folder(name, config.model_revision, trust)
+    known = _read_config(folder, trust).id2label
+    classifier, new = _load_pretrained(dataclasses.replace(config, grow_head=False), dict(known))
+    if new:
+        raise ValueError(f"its weights lack {listed(sorted(new), 4)}; fine-tune it first")
+    grow_head(classifier.model, id2label)
+    return classifier
+
+
 def _read_config(folder: Path, trust_remote_code: bool, **labels: Any) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **labels)
     if config.model_type == "timm_wrapper" and config.model_args:
         # Stored there by timm.create_model(num_classes=...); transformers would pass it twice.
         config.model_args = {k: v for k, v in config.model_args.items() if k != "num_classes"}
+    if config.model_type == "timm_wrapper" and "id2label" in labels:
+        config.label_names = list(labels["id2label"].values())  # which its to_dict would not renew
     return config
 
 

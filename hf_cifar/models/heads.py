@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_cifar.errors import UserError
 from hf_cifar.models.ensemble import EnsembleForImageClassification
+from hf_cifar.text import listed
 
 
 def head_parameter_names(model: PreTrainedModel) -> set[str]:
@@ -36,6 +37,8 @@ def head_parameter_names(model: PreTrainedModel) -> set[str]:
 
 def linear_head(model: PreTrainedModel) -> nn.Linear | None:
     """The head if it is a single linear layer, the only one to train after a frozen backbone; else None."""
+    if isinstance(model, EnsembleForImageClassification):
+        return None
     linear = _linear_layers_of_head(model)
     if len(linear) != 1 or len(head_parameter_names(model)) != len(list(linear[0].parameters())):
         return None
@@ -73,6 +76,23 @@ def divide_logits(model: PreTrainedModel, divisor: float) -> bool:
     return bool(layers)
 
 
+def require_bias(model: PreTrainedModel) -> None:
+    """Raises: UserError for a head whose logits cannot be shifted by a bias."""
+    layers = output_layers(model)
+    if not layers or any(layer.bias is None for layer in layers):
+        raise UserError(
+            f"--class_balance post_hoc changes the biases of the head, and that of {type(model).__name__} "
+            "has none; pass logit_adjustment"
+        )
+
+
+def shift_logits(model: PreTrainedModel, shift: Tensor) -> None:
+    """Subtract a number from the logits of each class, [K], by the biases of the head."""
+    with torch.no_grad():
+        for layer in output_layers(model):
+            layer.bias.sub_(shift.to(layer.bias))
+
+
 def reset_head(model: PreTrainedModel, head: set[str]) -> None:
     """Reinitialise a head of the right shape that was trained for other labels."""
     with torch.no_grad():
@@ -96,6 +116,48 @@ def zero_head(model: PreTrainedModel, new: set[str]) -> None:
         for parameter in layer.parameters():
             if names[parameter] in new:
                 nn.init.zeros_(parameter)
+
+
+def grow_head(model: PreTrainedModel, id2label: dict[int, str]) -> None:
+    """Give the head of a model the classes `id2label`, and the rows that it had for those it knows by name.
+
+    The row of a new class has zero weights and the mean bias of the old ones until `probe_new_rows` fits it;
+    `new_rows` of the model are the ids of these classes. Raises: UserError for a head of another kind than
+    linear layers, or without any of the classes.
+    """
+    old, layers = model.config.id2label, output_layers(model)
+    if not layers:
+        raise UserError(
+            f"the head of {type(model).__name__} is not a linear layer, and cannot be given more classes; "
+            "use another model"
+        )
+    place = {name: i for i, name in old.items()}
+    known = [i for i, name in id2label.items() if name in place]
+    if not known:
+        raise UserError(
+            f"the model knows {listed(list(old.values()), 5)}, and the data have none of these classes; "
+            "fine-tune it with hf-cifar finetune"
+        )
+    rows = [place[id2label[i]] for i in known]
+    for name, layer in list(model.named_modules()):
+        if not any(layer is each for each in layers):
+            continue
+        assert isinstance(layer, nn.Linear)
+        grown = nn.Linear(layer.in_features, len(id2label), bias=layer.bias is not None)
+        grown = grown.to(layer.weight).requires_grad_(layer.weight.requires_grad)
+        with torch.no_grad():
+            nn.init.zeros_(grown.weight)[known] = layer.weight[rows]
+            if layer.bias is not None:
+                grown.bias.fill_(layer.bias.mean())[known] = layer.bias[rows]
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, grown)
+    model.config.id2label = id2label
+    model.config.label2id = {name: i for i, name in id2label.items()}
+    model.num_labels = len(id2label)
+    if model.config.model_type == "timm_wrapper":
+        model.timm_model.num_classes = len(id2label)
+        model.config.label_names = list(id2label.values())  # which its to_dict would not renew
+    model.new_rows = sorted(set(id2label) - set(known))
 
 
 def set_head(model: PreTrainedModel, solution: Tensor) -> None:

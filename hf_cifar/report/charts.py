@@ -221,10 +221,14 @@ def reliability_diagram(title: str, bins: Sequence[Mapping[str, float]]) -> str:
 
 
 def interval_bars(
-    title: str, rows: Mapping[str, tuple[float, Sequence[float] | None]], x_label: str
+    title: str,
+    rows: Mapping[str, tuple[float, Sequence[float] | None]],
+    x_label: str,
+    label: int = 92,
 ) -> str:
-    """Draw a horizontal bar 0..1 for each name, with its interval [low, high] as a whisker."""
-    line, label = 22, 92
+    """Draw a horizontal bar 0..1 for each name, with its interval [low, high] as a whisker. label: width of
+    the names."""
+    line = 22
     height = TOP + line * len(rows) + BOTTOM
     scale = WIDTH - label - RIGHT - 44
     parts = []
@@ -236,7 +240,7 @@ def interval_bars(
     for number, (name, (value, interval)) in enumerate(rows.items()):
         y = TOP + number * line
         middle = y + line / 2
-        shown = name if len(name) <= 14 else name[:13] + "…"
+        shown = _shortened(name, label * 14 // 92)
         parts.append(f"<g><title>{escape(name)}: {value:.4f}</title>")
         parts.append(_text(label - 6, middle + 4, shown, "end"))
         parts.append(
@@ -264,7 +268,7 @@ def interval_dots(
 ) -> str:
     """Draw up to four values with their intervals [low, high] for each name, one below the other, from 0 on.
 
-    series: what the values are, for the legend.
+    series: what the values are, for the legend; a name may have only the first ones.
     """
     label, line = 92, 10 + 9 * len(series)
     height = TOP + line * len(rows) + BOTTOM
@@ -280,7 +284,7 @@ def interval_dots(
         shown = name if len(name) <= 14 else name[:13] + "…"
         words = "; ".join(
             f"{each} {value:.4f} [{low:.4f}, {high:.4f}]"
-            for each, (value, (low, high)) in zip(series, values, strict=True)
+            for each, (value, (low, high)) in zip(series, values, strict=False)
         )
         parts.append(f"<g><title>{escape(name)}: {escape(words)}</title>")
         parts.append(_text(label - 6, top + line / 2 + 4, shown, "end"))
@@ -298,6 +302,88 @@ def interval_dots(
         for name, values in rows.items()
     )
     return _svg(title, described, parts, height) + _legend(series)
+
+
+def scatter(
+    title: str,
+    points: Sequence[tuple[float, float, str]],
+    best: int,
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    words: Sequence[str] = (),
+    line: Sequence[tuple[float, float]] = (),
+) -> str:
+    """Draw points (x, y, text). best: position of the point that stands out. words: names of x = 0, 1, ...
+    line: through the chart, dashed."""
+    xs, ys, _ = zip(*points, strict=True)
+    ends = (-0.5, len(words) - 0.5) if words else _spread(min(xs), max(xs))
+    axes = (LogAxes if log_x else Axes)(ends, _rounded(*_spread(min(ys), max(ys))))
+    rounded = [float(f"{value:.2g}") for value in log_ticks(*ends)] if log_x else None
+    parts = axes.draw(x_label, y_label, [] if words else rounded)
+    for column, word in enumerate(words):
+        parts.append(_text(axes.x(column), axes.height - BOTTOM + 16, _shortened(word), "middle"))
+    if line:
+        path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in line)
+        parts.append(f'<polyline class="line series-1" points="{path}"/>')
+    for place in sorted(range(len(points)), key=lambda place: place == best):  # the best one on top
+        kind, radius = ("series-1", 5) if place == best else ("series-0", 3)
+        parts.append(
+            f'<circle class="dot {kind}" cx="{axes.x(xs[place]):.1f}" cy="{axes.y(ys[place]):.1f}" '
+            f'r="{radius}"><title>{escape(points[place][2])}</title></circle>'
+        )
+    described = f"{len(points)} points; the best one: {points[best][2]}"
+    return _svg(title, described, parts)
+
+
+def parallel_coordinates(
+    title: str,
+    axes: Mapping[str, tuple[str, Sequence[tuple[float, str]]]],
+    lines: Sequence[tuple[Sequence[float], str]],
+    best: int,
+) -> str:
+    """Draw a line for each set of values, through vertical axes.
+
+    axes: by name, its label and ticks (position, text); positions are 0..1. lines: a position on each axis,
+    and the text of the line; the position on the last axis, 1 for the best, says how strong a line is. best:
+    number of the line that stands out.
+    """
+    width, top, bottom = 2 * WIDTH, 34, HEIGHT + 20
+    left, right = 40, width - 60
+    gap = (right - left) / (len(axes) - 1)
+
+    def y(share: float) -> float:
+        return bottom - share * (bottom - top)
+
+    parts = []
+    for number in sorted(
+        range(len(lines)), key=lambda number: (number == best, lines[number][0][-1])
+    ):
+        places, text = lines[number]
+        path = " ".join(f"{left + i * gap:.1f},{y(share):.1f}" for i, share in enumerate(places))
+        kind = "series-1 whole" if number == best else "series-0"
+        opacity = 1 if number == best else 0.15 + 0.55 * places[-1]
+        parts.append(
+            f'<polyline class="line {kind}" points="{path}" opacity="{opacity:.2f}">'
+            f"<title>{escape(text)}</title></polyline>"
+        )
+    for i, (label, marks) in enumerate(axes.values()):
+        x = left + i * gap
+        # Labels of neighbours are at two heights, so that long names do not meet.
+        parts.append(f'<path class="axis" d="M{x:.1f},{top}V{bottom}"/>')
+        parts.append(_text(x, top - (22 if i % 2 else 8), label, "middle"))
+        for share, text in marks:
+            parts.append(
+                f'<path class="axis" d="M{x:.1f},{y(share):.1f}h4"/>'
+                f'<g class="halo">{_text(x + 6, y(share) + 4, _shortened(text), "start")}</g>'
+            )
+    described = f"{len(lines)} lines; the best one: {lines[best][1]}"
+    return _svg(title, described, parts, bottom + 10, width)
+
+
+def _shortened(word: str, limit: int = 14) -> str:
+    return word if len(word) <= limit else word[: limit - 1] + "…"
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -366,10 +452,12 @@ def _legend(names: Sequence[str]) -> str:
     return f'<ul class="legend" aria-hidden="true">{entries}</ul>'
 
 
-def _svg(title: str, described: str, parts: Sequence[str], height: float = HEIGHT) -> str:
+def _svg(
+    title: str, described: str, parts: Sequence[str], height: float = HEIGHT, width: float = WIDTH
+) -> str:
     name = re.sub(r"\W+", "-", title.lower())  # titles are unique in a page
     return (
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {height:g}" role="img" '
+        f'<svg class="plot" viewBox="0 0 {width:g} {height:g}" role="img" '
         f'aria-labelledby="{name}-title {name}-text">'
         f'<title id="{name}-title">{escape(title)}</title>'
         f'<desc id="{name}-text">{escape(described)}</desc>' + "".join(parts) + "</svg>"

@@ -27,11 +27,15 @@ def role_of(
     combined = run.get("combined") or {}
     chosen += ["the runs of the soup"] if combined.get("method") == "greedy_soup" else []
     chosen += ["the views"] if combined.get("views_chosen") else []
-    reasons = [f"was used to choose {enumerated(chosen)}"] if chosen else []
+    reasons = [f"it was used to choose {enumerated(chosen)}"] if chosen else []
     if (run.get("teacher") or {}).get("has_seen_validation"):
-        reasons += ["may have been trained on by the teacher"]
-    biased = f" It {enumerated(reasons)}, so its metrics are optimistic."
-    return "Held out from training." + (biased if reasons else "")
+        reasons.append("the teacher may have been trained on it")
+    if not reasons:
+        return "Held out from training."
+    biased = ", and ".join(reasons)
+    return (
+        f"Held out from training. {biased[0].upper()}{biased[1:]}, so its metrics are optimistic."
+    )
 
 
 def validation_source(run: dict[str, Any], options: dict[str, Any]) -> str:
@@ -92,6 +96,12 @@ def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
         return ""
     processes = f"{run['processes']} process{'es' if run['processes'] > 1 else ''}"
     race = f"{render_race(run)} " if run.get("race") else ""
+    stored = run["source"].get("stored")
+    if stored:
+        race += (
+            f"Continues the run {stored['run']}, {stored['num_train']:,} of whose training images were "
+            "stored and trained on again. "
+        )
     work = f"{run['steps']:,} steps" if run["steps"] else "Solved for"
     return (
         f"{run['trainable']}. {work} in {run['train_seconds']:,.0f} s on {run['device']}, {processes}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -30,6 +31,7 @@ RESULT_FILES = (
 NEXT_STEP = "restore it from a copy, or remove it"
 # Files of `hf-cifar explain`: the page, its facts and its pictures.
 EXPLANATION_FILES = ("explanations.html", "explanations.json", "images")
+UPDATE_FILES = ("update.json", "update.html")  # of `hf-cifar update`: the facts, and the page
 DRIFT_FILES = ("drift.json", "drift.html")  # of `hf-cifar drift`: the facts, and the page
 
 
@@ -54,6 +56,12 @@ class RunFolder:
         self.page_path = self.path / "report.html"
         self.page_facts_path = self.path / "report.json"
         self.folds_path = self.path / "folds.json"  # of a cross-validation, see studies/kfold.py
+        self.study_path = self.path / "study.json"  # of a search, see studies/search.py
+        self.trial_path = self.path / "trial.json"  # of one of its trials, see studies/trials.py
+        # Rows of earlier data, see data/stored.py.
+        self.stored_path = self.path / "stored.parquet"
+        self.update_path = self.path / UPDATE_FILES[0]
+        self.update_page_path = self.path / UPDATE_FILES[1]
         self.reproduction_path = self.path / "reproduction.json"
 
     def predictions_path(self, split: str) -> Path:
@@ -98,6 +106,8 @@ class RunFolder:
             )
         if any(RunFolder(below).has_run for below in self.path.glob("fold-*")):
             raise UserError(f"{self.path} holds runs of hf-cifar kfold; pass another --output_dir")
+        if self.study_path.is_file():
+            raise UserError(f"{self.path} holds runs of hf-cifar search; pass another --output_dir")
 
     def require_finished(self) -> None:
         """Raises: UserError if the folder does not hold a finished run."""
@@ -119,7 +129,14 @@ class RunFolder:
 
     def load_config(self) -> RunConfig:
         """Return the settled options. Raises: UserError also if there are none."""
-        return RunConfig.load(self.config_path)
+        config = RunConfig.load(self.config_path)
+        return dataclasses.replace(config, data=self._with_own_rows(config.data))
+
+    def _with_own_rows(self, data: DataConfig) -> DataConfig:
+        """Return the data options with the stored rows of this folder, which may have been moved."""
+        if data.stored_rows is None or not self.stored_path.is_file():
+            return data
+        return dataclasses.replace(data, stored_rows=str(self.stored_path))
 
     def model_config(self) -> dict[str, Any]:
         """Return the saved model's config.json."""
@@ -142,7 +159,7 @@ class RunFolder:
         if not self.config_path.is_file():
             raise UserError(f"{self.path} has no {self.config_path.name} that names its data")
         data, *_ = parse([DataConfig], self.data_tokens(), "hf-cifar")
-        return data
+        return self._with_own_rows(data)
 
     def facts(self) -> dict[str, Any]:
         """Return the facts in run.json."""
@@ -159,6 +176,18 @@ class RunFolder:
     def folds(self) -> dict[str, Any]:
         """Return the metrics of each fold of a cross-validation; {} for anything else."""
         return _read(self.folds_path)
+
+    def study(self) -> dict[str, Any]:
+        """Return what all trials of a search share; {} for anything else."""
+        return _read(self.study_path)
+
+    def trial(self) -> dict[str, Any]:
+        """Return the number, parameters and state of a trial of a search; {} for anything else."""
+        return _read(self.trial_path)
+
+    def update(self) -> dict[str, Any]:
+        """Return what an update changed; {} for a run that is none."""
+        return _read(self.update_path)
 
     def metrics(self) -> dict[str, Any]:
         """Return the metrics by split."""

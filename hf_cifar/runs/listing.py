@@ -112,7 +112,9 @@ def _score(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _unfinished(folder: RunFolder) -> str:
     """Return the state of an unfinished run; it may still be running."""
-    checkpoints = folder.checkpoints()
+    checkpoints, state = folder.checkpoints(), folder.trial().get("state")
+    if state in ("pruned", "failed"):  # trials of a search
+        return str(state)
     if not checkpoints:
         return "unfinished, no checkpoint"
     return f"unfinished at step {checkpoints[0].name.partition('-')[2]}"

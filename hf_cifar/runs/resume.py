@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +73,10 @@ def check_folder(config: RunConfig) -> list[str]:
     return changes
 
 
-def check_same_run(folder: Path, config: RunConfig) -> list[str]:
+def check_same_run(folder: Path, config: RunConfig, *, in_series: bool = False) -> list[str]:
     """Compare the options of a resumed run with those in its config.yaml.
+
+    in_series: the run is one of several of a command, which has no options of its own.
 
     Training options left open are ignored: the plan takes them from the run. Returns the allowed differences,
     as `--NAME NEW, before: OLD`. Raises: UserError for the first option that may not change: it would be a
@@ -84,9 +85,7 @@ def check_same_run(folder: Path, config: RunConfig) -> list[str]:
     run = RunFolder(folder)
     if not run.has_run:
         return []
-    fields = {
-        each.name: each for config_class in CONFIGS for each in dataclasses.fields(config_class)
-    }
+    fields = fields_by_name()
     settled = {each.name for each in dataclasses.fields(TrainingConfig)}
     saved, now, changes = run.options(), config.options(), []
     for name in {**saved, **now}:
@@ -101,12 +100,14 @@ def check_same_run(folder: Path, config: RunConfig) -> list[str]:
             continue  # the weights of a model in memory come from the checkpoint
         if value == before or left_open or (before is None and _is_inherited_default(name, value)):
             continue
-        if not _may_change(name, fields, config):
-            raise UserError(
-                f"--resume_from_checkpoint: --{name} is {_shown(value)}, but the run in {folder} started "
-                f"with {_shown(before)}; resume with --config {run.config_path}, or start again in another "
-                "--output_dir"
-            )
+        if not may_change(name, config):
+            found = f"--{name} is {_shown(value)}, but the run in {folder} started with {_shown(before)}"
+            advice = f"resume with --config {run.config_path}"
+            if in_series:
+                advice = "pass the same value"
+            else:
+                found = f"--resume_from_checkpoint: {found}"
+            raise UserError(f"{found}; {advice}, or start again in another --output_dir")
         changes.append(f"--{name} {_shown(value)}, before: {_shown(before)}")
     return changes
 
@@ -181,7 +182,16 @@ def _shown(value: Any) -> str:
     return "the default" if value is None else str(value)
 
 
-def _may_change(name: str, fields: Mapping[str, Any], config: RunConfig) -> bool:
+def fields_by_name() -> dict[str, dataclasses.Field]:
+    """Return the fields of all our options."""
+    return {
+        each.name: each for config_class in CONFIGS for each in dataclasses.fields(config_class)
+    }
+
+
+def may_change(name: str, config: RunConfig) -> bool:
+    """Return True if a resumed run may change an option."""
+    fields = fields_by_name()
     if name == "dataloader_num_workers" and config.data.streaming:
         return False  # the order of a stream depends on how many workers share its shards
     if name in fields:

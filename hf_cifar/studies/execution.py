@@ -21,7 +21,7 @@ from hf_cifar.studies.series import is_kept
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 1  # between two looks at what other processes are working on
+WAIT_SECONDS = 1.0  # between two looks at what other processes are working on
 FINISHED, TAKEN, FREE = "finished", "taken", "free"
 
 
@@ -103,11 +103,11 @@ def with_setting_of(first: RunConfig, config: RunConfig) -> RunConfig:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in this block for the same folder."""
+def alone_in(folder: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
+    """Wait until no other process is in this block for the same folder, and look every `wait_seconds`."""
     while True:
         with claimed_run(folder) as is_free:
             if is_free:
                 yield
                 return
-        time.sleep(WAIT_SECONDS)
+        time.sleep(wait_seconds)

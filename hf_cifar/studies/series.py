@@ -56,7 +56,7 @@ def check_same(configs: Sequence[RunConfig]) -> None:
     """Raises: UserError if a folder holds a different run, or a finished one of another length."""
     for config in configs:
         folder = Path(config.train.output_dir)
-        check_same_run(folder, config)
+        check_same_run(folder, config, in_series=True)
         if not is_kept(config):
             continue
         before = RunFolder(folder).load_config().train

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Subset
 from transformers import (
     BaseImageProcessor,
     EarlyStoppingCallback,
     PreTrainedModel,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -39,7 +42,7 @@ from hf_cifar.training.features import (
     has_feature_vectors,
 )
 from hf_cifar.training.losses import Loss, training_loss
-from hf_cifar.training.probing import probe_head, probe_sample, why_not_probed
+from hf_cifar.training.probing import probe_head, probe_new_rows, probe_sample, why_not_probed
 from hf_cifar.training.resumable import identity
 from hf_cifar.training.sampling import SAMPLED, BalancedSampler
 from hf_cifar.training.sharpness import SharpnessAware
@@ -61,10 +64,12 @@ def build_trainer(
     splits: Splits,
     plan: Plan,
     trainer_class: type[ImageClassificationTrainer] = ImageClassificationTrainer,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> ImageClassificationTrainer:
     """Build the Trainer of a planned run, on the pixels or features of both splits. Fit a new head first.
 
-    The images of the splits are prepared unless `prepare_splits` has done so.
+    The images of the splits are prepared unless `prepare_splits` has done so. callbacks: besides the run's
+    own.
 
     Raises: UserError for an option whose package is missing, or which the model does not support.
     """
@@ -110,15 +115,19 @@ def build_trainer(
         sampler=build_sampler(splits.train, train),
         shrink_batch=train.auto_find_batch_size,
         identity=identity(splits),
-        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+        callbacks=[*([] if patience is None else [EarlyStoppingCallback(patience)]), *callbacks],
     )
+
+
+def counts_of_classes(train: Split) -> Tensor:
+    """Return the number of training images of each class [K]; one that an update keeps without images counts
+    as one image."""
+    return torch.from_numpy(class_counts(train.labels, len(train.id2label)).clip(min=1)).float()
 
 
 def build_loss(model: PreTrainedModel, train: Split | Stream, config: TrainingConfig) -> Loss:
     """Return the loss of the options."""
-    counts = None
-    if isinstance(train, Split):
-        counts = torch.from_numpy(class_counts(train.labels, len(train.id2label))).float()
+    counts = counts_of_classes(train) if isinstance(train, Split) else None
     return training_loss(
         config.label_smoothing_factor,
         multi_label=is_multi_label(model),
@@ -135,7 +144,8 @@ def balanced_cross_entropy(
 
     If the run balances the classes, each counts the same, as in the metric that picks its best checkpoint.
     """
-    balance: Literal["none", "weights"] = "none" if config.class_balance == "none" else "weights"
+    is_plain = config.class_balance in ("none", "post_hoc")
+    balance: Literal["none", "weights"] = "none" if is_plain else "weights"
     plain = replace(config, label_smoothing_factor=0.0, loss="cross_entropy", class_balance=balance)
     return build_loss(model, train, plain)
 
@@ -297,7 +307,10 @@ def fit_new_head(
 ) -> None:
     """Fit the new head of a pretrained model, unless the options say not to, or it cannot be fitted."""
     config, options = plan.config, plan.config.train
-    if not options.probe_images or config.model.freeze == "backbone" or not has_new_head(model):
+    grown = bool(getattr(model, "new_rows", []))
+    if not options.probe_images or config.model.freeze == "backbone":
+        return
+    if not (grown or has_new_head(model)):
         return
     sample = probe_sample(train, options.probe_images, options.seed)
     reason = why_not_probed(model, sample)
@@ -312,4 +325,5 @@ def fit_new_head(
         features = features_of(
             model, sample, Subset(store, rows), preprocessing, config, decodes=store.decodes
         )
-    probe_head(model, features, options.seed, balanced_cross_entropy(model, train, options))
+    probe = probe_new_rows if grown else probe_head
+    probe(model, features, options.seed, balanced_cross_entropy(model, train, options))

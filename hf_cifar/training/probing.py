@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_cifar.data.split import Split, readable, subset
@@ -48,17 +49,48 @@ def probe_sample(train: Split | Stream, size: int, seed: int) -> Split | Stream:
     return readable(sample, on_bad_image="skip")[0]
 
 
+def probe_new_rows(model: PreTrainedModel, store: FeatureStore, seed: int, loss: Loss) -> None:
+    """Solve for the rows of new classes in a grown head, as `probe_head` does; the other rows stay."""
+    head, features, labels = linear_head(model), store.features[0], store.labels
+    assert head is not None
+    rows = torch.tensor(model.new_rows, device=features.device)
+    with torch.inference_mode():
+        known = head(features).clone()
+
+    def loss_of(logits: Tensor, images: Tensor) -> Tensor:
+        return loss(known[images].index_copy(1, rows, logits), labels[images])
+
+    images = torch.arange(len(store), device=features.device)
+    held_out = held_out_rows(store, seed)
+    solver = HeadSolver(features, images, len(rows), loss_of)
+    _, penalty, found = solve_best(solver.of(~held_out), features[held_out], images[held_out])
+    solution = solver.solve(penalty)
+    with torch.no_grad():
+        head.weight[rows] = solution[:, :-1]
+        head.bias[rows] = solution[:, -1]
+    logger.info(
+        "head: %d new rows fitted to the features of %s training images; cross-entropy on %s of them, which "
+        "were held out to choose the L2 penalty: %.4f",
+        len(rows), f"{len(store):,}", f"{int(held_out.sum()):,}", found,
+    )  # fmt: skip
+
+
+def held_out_rows(store: FeatureStore, seed: int) -> Tensor:
+    """Return which images choose the penalty, a mask [N]."""
+    held_out = torch.zeros(len(store), dtype=torch.bool)
+    size = max(1, len(store) // HELD_OUT)
+    held_out[representative_rows(store.labels.cpu().numpy(), size, seed)] = True
+    return held_out.to(store.labels.device)
+
+
 def probe_head(model: PreTrainedModel, store: FeatureStore, seed: int, loss: Loss) -> None:
     """Solve for the head on these features, with the L2 penalty that is best on a fifth of them."""
     features, labels = store.features[0], store.labels
-    held_out = torch.zeros(len(store), dtype=torch.bool)
-    size = max(1, len(store) // HELD_OUT)
-    held_out[representative_rows(labels.cpu().numpy(), size, seed)] = True
-    held_out = held_out.to(labels.device)
+    held_out = held_out_rows(store, seed)
     solver = HeadSolver(features, labels, model.config.num_labels, loss)
     _, penalty, found = solve_best(solver.of(~held_out), features[held_out], labels[held_out])
     set_head(model, solver.solve(penalty))
     logger.info(
         "head: fitted to the features of %s training images; cross-entropy on %s of them, which were held "
-        "out to choose the L2 penalty: %.4f", f"{len(store):,}", f"{size:,}", found,
+        "out to choose the L2 penalty: %.4f", f"{len(store):,}", f"{int(held_out.sum()):,}", found,
     )  # fmt: skip

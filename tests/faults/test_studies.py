@@ -7,10 +7,15 @@ import time
 
 import pytest
 from faults.rig import digest, ended, in_child, start
-from tiny import tiny_config
+from tiny import tiny_config, tiny_run
 
+from hf_cifar.config.studies import SearchConfig, UpdateConfig
 from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.studies.kfold import cross_validate
+from hf_cifar.studies.optuna_study import open_study
+from hf_cifar.studies.search import search
+from hf_cifar.studies.update import config_of_update, update_run
 
 FOLDS = 4
 
@@ -90,4 +95,121 @@ def test_kill_of_both_processes(validates, undisturbed, tmp_path, record_result)
         "the same command continues; the same weights and predictions, to the bit",
         good,
         5,
+    )
+
+
+TRIALS = 24
+
+
+@pytest.fixture(scope="module")
+def searches(stripes, tiny_vit):
+    """A function (folder) -> function that searches in it, as a process does; a trial takes a third of a
+    second."""
+    flags = (
+        "--max_steps", "8", "--save_strategy", "steps", "--save_steps", "2", "--calibrate", "false",
+        "--probe_images", "0", "--precision", "fp32",
+    )  # fmt: skip
+    own = SearchConfig(n_trials=TRIALS)
+    return lambda folder: (
+        lambda: search(tiny_config(folder, stripes, tiny_vit, *flags), own) and None
+    )
+
+
+def state_of(folder):
+    """The trials by state in the journal, the trials with a result in their folders, and the weights of the
+    winner."""
+    trials = open_study(folder, None, RunFolder(folder).study()["name"], "maximize").trials
+    in_storage = {trial.number: trial.value for trial in trials if trial.state.name == "COMPLETE"}
+    in_folders = {
+        facts["number"]: facts["value"]
+        for path in folder.glob("trial-*")
+        if (facts := RunFolder(path).trial())["state"] == "complete"
+    }
+    states = {trial.state.name for trial in trials}
+    return trials, states, in_storage, in_folders
+
+
+def longest_wait(folder, killed):
+    """The longest time in seconds, after a moment, in which the surviving process worked on no trial."""
+    trials = [RunFolder(path).trial() for path in folder.glob("trial-*")]
+    spans = sorted((each["started"], each["finished"]) for each in trials)
+    last = (folder / "best" / "config.yaml").stat().st_mtime
+    waits, ended = [], killed
+    for began, finished in [*spans, (last, last)]:
+        if finished > killed:
+            waits.append(began - ended)
+            ended = max(ended, finished)
+    return max(waits, default=0.0)
+
+
+def test_search_kill_of_one_of_two_processes(searches, tmp_path, record_result):
+    began = time.monotonic()
+    assert in_child(searches(tmp_path / "alone")) == 0
+    seconds = time.monotonic() - began
+    draw, good, waits = random.Random(2), 0, []
+    for number in range(20):
+        folder = tmp_path / str(number)
+        pair = [start(searches(folder), tmp_path / f"{number}-{n}.log") for n in range(2)]
+        time.sleep(draw.uniform(0.05, 0.45) * seconds)
+        before = state_of(folder)[3] if (folder / "study.json").exists() else {}
+        killed = time.time()
+        os.kill(pair[0], signal.SIGKILL)
+        first, second = map(ended, pair)
+        trials, states, in_storage, in_folders = state_of(folder)
+        waits.append(longest_wait(folder, killed))
+        good += (
+            (first in (0, -signal.SIGKILL), second) == (True, 0)
+            and len(trials) == TRIALS
+            and states <= {"COMPLETE", "PRUNED"}
+            and in_storage == in_folders
+            and before.items() <= in_folders.items()
+            and len({str(trial.params) for trial in trials}) == TRIALS
+            and (folder / "best" / "run.json").is_file()
+            and waits[-1] < 5
+        )
+    print(f"longest waits: {sorted(waits)[-3:]}, alone {seconds:.1f} s")
+    record_result(
+        "-",
+        "kill -9 of one of two processes of `search`, 24 trials, at random times",
+        "no finished trial is lost, none is there twice, none is left running; the other process waits less "
+        "than 5 s",
+        good,
+        20,
+    )
+
+
+def test_kill_of_an_update(stripes, tiny_vit, colours, tmp_path_factory, tmp_path, record_result):
+    run = tmp_path_factory.mktemp("old") / "run"
+    tiny_run(run, stripes, tiny_vit, "--num_train_epochs", "1")
+    flags = ["--save_strategy", "steps", "--save_steps", "3", "--calibrate", "false"]
+
+    def updates(folder):
+        given = ["--dataset_name", str(colours), "--output_dir", str(folder), *flags]
+        own = UpdateConfig(replay=20, compare_anew=True)
+        config = config_of_update(RunFolder(run), [*given, "--precision", "fp32"])
+        return lambda: update_run(run, config, own) and None
+
+    def results(folder):
+        runs = [folder, folder / "anew"]
+        shown = RunFolder(folder).update()
+        shown.pop("seconds")
+        return [digest(each / "model.safetensors") for each in runs], shown["splits"]
+
+    began = time.monotonic()
+    assert in_child(updates(tmp_path / "whole")) == 0
+    seconds, expected = time.monotonic() - began, results(tmp_path / "whole")
+    draw, good = random.Random(2), 0
+    for number in range(10):
+        folder = tmp_path / str(number)
+        pid = start(updates(folder))
+        time.sleep(draw.uniform(0.1, 0.9) * seconds)
+        os.kill(pid, signal.SIGKILL)
+        ended(pid)
+        good += in_child(updates(folder)) == 0 and results(folder) == expected
+    record_result(
+        "-",
+        "kill -9 of `update --compare_anew`, at random times",
+        "the same command continues; the same weights and accuracies, to the bit",
+        good,
+        10,
     )

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
+from tiny import tiny_run
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -425,3 +426,9 @@ def test_timm_checkpoint_stores_num_classes_in_model_args(checkpoints):
     assert config["model_args"]["num_classes"] == 5
     with pytest.raises(TypeError, match="num_classes"):
         AutoModelForImageClassification.from_pretrained(checkpoints("timm/test_resnet"))
+
+
+def test_a_timm_run_is_fine_tuned_again_on_other_classes(stripes, colours, tmp_path):
+    tiny_run(tmp_path / "run", stripes, "scratch/test_resnet", "--image_size", "32")
+    tiny_run(tmp_path / "again", colours, tmp_path / "run")
+    assert load_classifier(str(tmp_path / "again")).model.config.id2label == {0: "one", 1: "two"}

@@ -208,7 +208,7 @@ def test_a_run_records_its_teacher(finished_vit, tmp_path, stripes):
     tiny_run(tmp_path / "other", stripes, CNN, "--teacher", str(finished_vit), *other)
     assert facts(tmp_path / "other")["teacher"]["has_seen_validation"]
     assert (
-        "may have been trained on by the teacher" in (tmp_path / "other" / "README.md").read_text()
+        "the teacher may have been trained on it" in (tmp_path / "other" / "README.md").read_text()
     )
 
 

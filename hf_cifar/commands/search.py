@@ -1,0 +1,50 @@
+"""`hf-cifar search`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_cifar.commands.command import Command, open_source
+from hf_cifar.config.command_line import parse, wants_help
+from hf_cifar.config.run import CONFIGS as RUN_CONFIGS
+from hf_cifar.config.run import RunConfig, split_options
+from hf_cifar.config.studies import SearchConfig
+from hf_cifar.extras import require
+from hf_cifar.logs import quieten
+from hf_cifar.models.names import check_model_name
+
+CONFIGS = (SearchConfig, *RUN_CONFIGS)
+USAGE = (
+    "hf-cifar search [--n_trials N] [--time_limit TIME] [options] [options of hf-cifar finetune]"
+)
+DESCRIPTION = (
+    "Train a run for each trial, in OUTPUT_DIR/trial-NUMBER, and the best one on validation again, in "
+    "OUTPUT_DIR/best. The same command continues an interrupted search; processes that are started with it "
+    "at the same time, on any machines that share OUTPUT_DIR, share the trials."
+)
+
+
+def search(argv: Sequence[str]) -> int:
+    """Search. Mistakes in options, space and images are found before torch is imported."""
+    if wants_help(argv):
+        parse(CONFIGS, ["--help"], "hf-cifar search", usage=USAGE, description=DESCRIPTION)
+    own, argv = split_options([SearchConfig], argv, "hf-cifar search")
+    config = RunConfig.parse(argv, "hf-cifar search")
+    require("optuna", extra="search")
+    model = config.model
+    check_model_name(
+        model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
+    )
+    from hf_cifar.report.search import render_summary
+    from hf_cifar.studies import search as studies
+    from hf_cifar.studies.search_plan import prepare_search
+
+    prepare_search(config, own)
+    source = open_source(config.data, ["train", "validation"])
+    quieten(True)
+    print(render_summary(studies.search(config, own, source), Path(config.train.output_dir)))
+    return 0
+
+
+COMMAND = Command("search for the best options of a run, alone or in many processes", search)

@@ -1,0 +1,179 @@
+"""Rows of earlier data in one Parquet file: encoded images, labels, and the split that each belongs to.
+
+`hf-cifar update` writes it into the folder of a run, so that later runs can train on, and be evaluated on,
+rows of data that need no longer be there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+
+from hf_cifar.data.columns import quiet_datasets
+from hf_cifar.data.images import read_cell
+from hf_cifar.data.labels import class_label, holds_lists, with_classes_after
+from hf_cifar.data.split import Split
+from hf_cifar.errors import UserError
+from hf_cifar.progress import progress
+from hf_cifar.text import one_line
+
+NOTE = "stored_rows"  # key in the metadata of the file
+# Column of a data set with stored rows: the split to which each belongs, "" for the data set's own rows.
+STORED = "stored"
+MOST_ROWS, MOST_BYTES = 1000, 64 * 1024**2  # that are written at once
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Stored rows. rows: columns image (encoded), label, stored (the split), row_id (in the earlier source).
+
+    note: where the rows come from, as plain values.
+    """
+
+    rows: Dataset
+    note: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, path: str | Path) -> StoredRows:
+        """Read a file. Raises: UserError if it is missing or damaged."""
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"--stored_rows: no file {path}; restore it, or start hf-cifar update again"
+            )
+        try:
+            table = pyarrow.parquet.read_table(path)
+            note = json.loads(table.schema.metadata[NOTE.encode()])
+            return cls(Dataset(datasets.table.InMemoryTable(table)), note)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise UserError(
+                f"--stored_rows: {path} holds no stored rows ({type(error).__name__}: "
+                f"{one_line(error, 200)}); restore it, or start hf-cifar update again"
+            ) from None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their ids; some may have no rows."""
+        return class_label(self.rows.features["label"]).names
+
+    def row_ids(self, split: str) -> np.ndarray:
+        """Return the ids of a split's rows in their earlier source, [N]."""
+        return self.of(split)["row_id"][:].to_numpy()
+
+    def of(self, split: str) -> Dataset:
+        """Return the rows of a split, in arrow format."""
+        places = np.flatnonzero(np.array(self.rows[STORED][:]) == split)
+        return self.rows.select(places).with_format("arrow")
+
+    def joined(self, splits: DatasetDict, train: str, validation: str | None) -> DatasetDict:
+        """Append the rows to the splits of a new data set; the classes are the stored ones, then the others.
+
+        train, validation: names of the data set's own splits; without validation, these rows are in train.
+        Raises: UserError for another number of labels per image.
+        """
+        lists = holds_lists(self.rows.features["label"])
+        joined = {}
+        for name, rows in splits.items():
+            if holds_lists(rows.features["label"]) != lists:
+                kinds = ("one label", "lists of labels")
+                raise UserError(
+                    f"split {name} has {kinds[not lists]} per image, and the stored rows have "
+                    f"{kinds[lists]}; pass data with the same"
+                )
+            joined[name] = with_classes_after(rows, self.class_names, name)
+        names = class_label(joined[train].features["label"]).names
+        known = with_classes_after(self.rows.remove_columns("row_id"), names, "the stored rows")
+        part = np.array(self.rows[STORED][:])
+        for split in ("train", "validation", "test"):
+            home = {"train": train, "validation": validation or train}.get(split, split)
+            places = np.flatnonzero(part == split)
+            if home in joined and STORED not in joined[home].features:
+                own = joined[home]
+                joined[home] = own.add_column(STORED, [""] * len(own), feature=Value("string"))
+            if len(places):
+                more = known.select(places)
+                given = [joined[home]] if home in joined else []
+                joined[home] = datasets.concatenate_datasets([*given, more])
+        return DatasetDict(joined)
+
+
+def stored_split(rows: Dataset) -> np.ndarray:
+    """Return the split to which each row belongs if it is stored, else "", [N] of strings."""
+    if STORED not in rows.features:
+        return np.full(len(rows), "")
+    return np.array(rows[STORED][:], dtype=object).astype(str)
+
+
+def write_stored(
+    path: Path,
+    splits: Sequence[Split],
+    class_names: Sequence[str],
+    note: Mapping[str, Any],
+    *,
+    embeds: bool = True,
+) -> None:
+    """Write the rows of splits to a file, which appears once it is complete.
+
+    embeds: copy the content of image files; else refer to them, so that they have to stay.
+    Raises: UserError for an image file that cannot be read.
+    """
+    label = splits[0].pixels.rows.features["label"]
+    kind: Any = ClassLabel(names=list(class_names))
+    features = Features(
+        {
+            "image": Image(decode=False),
+            "label": datasets.List(kind) if holds_lists(label) else kind,
+            STORED: Value("string"),
+            "row_id": Value("int64"),
+        }
+    )
+    schema = features.arrow_schema
+    schema = schema.with_metadata({**schema.metadata, NOTE: json.dumps(note)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with pyarrow.parquet.ParquetWriter(temporary, schema) as writer, quiet_datasets():
+            for piece in _pieces(splits, embeds=embeds):
+                writer.write_table(pyarrow.Table.from_pylist(piece, schema))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _pieces(splits: Sequence[Split], *, embeds: bool) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows in pieces of limited size: Arrow holds at most 2 GB of bytes in one."""
+    piece: list[dict[str, Any]] = []
+    size, total = 0, sum(map(len, splits))
+    places = ((split, place) for split in splits for place in range(len(split)))
+    for split, place in progress(places, "storing rows", total):
+        row = split.rows[place]
+        cell = dict(row["image"] or {})
+        if embeds or cell.get("bytes"):
+            try:
+                cell = read_cell(cell)
+            except (UserError, OSError) as error:
+                raise UserError(f"{split.describe_row(place)}: {one_line(error)}") from None
+        else:
+            cell = {"bytes": None, "path": os.path.abspath(cell["path"])}
+        piece.append(
+            {
+                "image": cell, "label": row["label"], STORED: split.name,
+                "row_id": int(split.row_ids[place]),
+            }
+        )  # fmt: skip
+        size += len(cell["bytes"] or b"")
+        if len(piece) >= MOST_ROWS or size >= MOST_BYTES:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece

@@ -1,0 +1,118 @@
+"""update.json as a text table and as update.html: what an update of a run learnt and forgot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from markupsafe import Markup
+
+from hf_cifar.report import charts
+from hf_cifar.report.page import render_template
+from hf_cifar.text import duration, listed, render_table
+
+PARTS = {"old": "old rows", "new": "new rows", "all": "all rows"}
+STATES = {"before": "before", "after": "updated", "anew": "trained anew"}
+SHOWN_CLASSES = 30  # in the plot: those whose recall changes most
+
+
+def states_of(facts: dict[str, Any]) -> list[str]:
+    """Return which of before, after and anew the facts have."""
+    parts = [part for split in facts["splits"].values() for part in split["parts"].values()]
+    return [state for state in STATES if any(state in part for part in parts)]
+
+
+def verdict(facts: dict[str, Any]) -> str:
+    """Say in words what was forgotten, on the last split."""
+    split = list(facts["splits"])[-1]
+    found = facts["splits"][split]["parts"].get("old", {}).get("forgetting")
+    if found is None:
+        return f"Forgetting is unknown: there are no earlier predictions of {split}."
+    low, high = (100 * end for end in found["interval"])
+    lost, interval = 100 * found["value"], f"95% interval {low:+.1f} to {high:+.1f}"
+    if low > 0:
+        return f"The update forgets {lost:.1f} points of accuracy on the old {split} rows ({interval})."
+    if high < 0:
+        return f"The update gains {-lost:.1f} points of accuracy on the old {split} rows ({interval} lost)."
+    return (
+        f"No clear loss or gain on the old {split} rows: {lost:+.1f} points forgotten ({interval})."
+    )
+
+
+def render_update(facts: dict[str, Any], folder: str, page: str) -> str:
+    """Render a text table for each split, what was forgotten, and what training anew would have cost."""
+    states, tables = states_of(facts), []
+    for split, found in facts["splits"].items():
+        rows = [
+            [
+                f"{PARTS[name]}, {part['num_images']:,} images",
+                *(_cell(part.get(state)) for state in states),
+                _signed(part.get("forgetting")),
+                *([_signed(part.get("gain_anew"))] if "anew" in states else []),
+            ]
+            for name, part in found["parts"].items()
+        ]
+        header = [f"accuracy on {split}", *(STATES[state] for state in states), "forgetting"]
+        tables.append(render_table([*header, *["anew - updated"] * ("anew" in states)], rows))
+    lines = ["[low, high]: 95% interval, of differences paired", verdict(facts), render_cost(facts)]
+    lines += [f"model: {folder}", f"page: {page}"]
+    return "\n\n".join([*tables, "\n".join(lines)])
+
+
+def render_cost(facts: dict[str, Any]) -> str:
+    """Say how many rows were trained on, and how long that took."""
+    texts = [
+        f"{name} {duration(facts['seconds'][state])} on {facts['num_train'][state]:,} rows"
+        for state, name in (("update", "the update"), ("anew", "anew"))
+        if state in facts["seconds"]
+    ]
+    return f"Training took: {'; '.join(texts)}."
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    return "{:.4f} [{:.4f}, {:.4f}]".format(found["value"], *found["interval"])
+
+
+def _signed(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(found["value"], *found["interval"])
+
+
+def render_page(facts: dict[str, Any]) -> str:
+    """Render the page; every number names its place in update.json."""
+    return render_template(
+        "update.html",
+        facts,
+        parts=PARTS,
+        states={state: STATES[state] for state in states_of(facts)},
+        plots={split: recall_plot(split, found) for split, found in facts["splits"].items()},
+        new_classes=listed(each["name"] for each in facts["classes"] if each["is_new"]),
+        verdict=verdict(facts),
+        cost=render_cost(facts),
+        shown_classes=SHOWN_CLASSES,
+    )
+
+
+def recall_plot(split: str, found: dict[str, Any]) -> Markup:
+    """Draw the recall of each class before and after; of many classes, those that change most."""
+
+    def change(each: dict[str, Any]) -> float:
+        before = each["before"] or {"value": 0.0}
+        return abs(each["after"]["value"] - before["value"])
+
+    chosen = sorted(found["recalls"], key=change, reverse=True)[:SHOWN_CLASSES]
+    rows = {
+        each["name"]: [
+            (each[state]["value"], each[state]["interval"])
+            for state in ("after", "before")
+            if each[state]
+        ]
+        for each in found["recalls"]
+        if each in chosen
+    }
+    title = f"Recall by class on {split}"
+    return Markup(
+        charts.interval_dots(title, ["updated", "before"], rows, "recall, with 95% interval")
+    )

@@ -1,0 +1,237 @@
+"""The optuna study of a search: its storage, sampler and pruner. Needs optuna, and no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_cifar.config.space import Choices, Space
+from hf_cifar.errors import UserError
+from hf_cifar.extras import require
+from hf_cifar.platform import lock_file
+from hf_cifar.text import one_line
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+logger = logging.getLogger(__name__)
+JOURNAL = "journal.log"  # of a study without a database
+POLL_SECONDS = 0.01  # between two looks at the lock of the journal
+MIN_IMPORTANCE = 4  # different values of finished trials
+
+
+def open_study(folder: Path, url: str | None, name: str, direction: str) -> Study:
+    """Open the study of a search, or create it. url: of a database, else a journal in the folder.
+
+    Raises: UserError if the storage cannot be opened.
+    """
+    optuna = require("optuna", extra="search")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", module="optuna")
+    storage = open_journal(folder / JOURNAL) if url is None else open_database(url)
+    return optuna.create_study(
+        storage=storage, study_name=name, direction=direction, load_if_exists=True
+    )
+
+
+def open_journal(path: Path) -> BaseStorage:
+    """Open a journal file; one that cannot be read is moved aside, and begun again."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    lock: Any = JournalLock(path)
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock))
+    except (ValueError, LookupError) as error:
+        damaged = path.with_suffix(".damaged")
+        path.replace(damaged)
+        logger.warning("%s cannot be read (%s); it is now %s", path, one_line(error, 80), damaged)
+        return JournalStorage(JournalFileBackend(str(path), lock))
+
+
+class JournalLock:
+    """The lock of a journal, which the system releases at once if its process dies; optuna's own lock files
+    make others wait for 30 seconds. A line that a process died in is removed.
+
+    A file system without locks is for one process, as it is for the run folders of a search.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        self._held = contextlib.ExitStack()
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        path = self.journal.with_name(f".{self.journal.name}.lock")
+        with contextlib.suppress(NotImplementedError):
+            while True:
+                with contextlib.ExitStack() as attempt:
+                    if attempt.enter_context(lock_file(path, create=True)) is not None:
+                        self._held = attempt.pop_all()
+                        break
+                time.sleep(POLL_SECONDS)
+        remove_partial_line(self.journal)
+        return True
+
+    def release(self) -> None:
+        """Release the lock."""
+        self._held.close()
+
+
+def remove_partial_line(path: Path) -> None:
+    """Remove what follows the last line end of a file, if anything does."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
+        size = file.seek(0, 2)
+        if not size:
+            return
+        file.seek(size - 1)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def open_database(url: str) -> BaseStorage:
+    """Open a database. Raises: UserError, without the password."""
+    from optuna.exceptions import StorageInternalError
+    from optuna.storages import RDBStorage
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        shown = make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        raise UserError(
+            "--storage takes a database URL, such as postgresql+psycopg://USER@HOST/NAME; leave it out for a "
+            "file in --output_dir"
+        ) from None
+    try:
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        raise UserError(
+            f"--storage {shown}: {one_line(error.__cause__ or error)}; install the driver of the database, "
+            "for example pip install 'psycopg[binary]' for postgresql+psycopg://"
+        ) from None
+    except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+        reason = one_line(error.__cause__ or error, 200)
+        raise UserError(f"--storage {shown}: {reason}") from None
+
+
+def distributions_of(space: Space) -> dict[str, BaseDistribution]:
+    """Return a space as optuna's distributions."""
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    found: dict[str, BaseDistribution] = {}
+    for name, each in space.items():
+        if isinstance(each, Choices):
+            found[name] = CategoricalDistribution(each.values)
+        elif each.whole:
+            found[name] = IntDistribution(int(each.low), int(each.high), log=each.log)
+        else:
+            found[name] = FloatDistribution(each.low, each.high, log=each.log)
+    return found
+
+
+def build_sampler(name: str, seed: int, number: int) -> BaseSampler:
+    """Return the sampler that proposes the trial of this number; of a grid, see `ask`.
+
+    Its random numbers depend on the seed and the number alone: workers do not propose the same, and an
+    interrupted search continues as if it had not been.
+    """
+    from optuna.samplers import RandomSampler, TPESampler
+
+    own = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+    return TPESampler(seed=own) if name == "tpe" else RandomSampler(seed=own)
+
+
+def ask(study: Study, sampler: str, space: Space, seed: int) -> Trial:
+    """Begin a new trial, with all parameters. Only one process may be here at a time.
+
+    A grid's next combination is queued first, unless a process died before it took the one in the queue.
+    """
+    trials = study.get_trials(deepcopy=False)
+    if sampler == "grid" and not any(trial.state.name == "WAITING" for trial in trials):
+        given = [trial.system_attrs.get("fixed_params", {}) | trial.params for trial in trials]
+        study.enqueue_trial(next(each for each in grid_of(space) if each not in given))
+    study.sampler = build_sampler(sampler, seed, len(trials))
+    return study.ask(distributions_of(space))
+
+
+def adopt(study: Study, trial: FrozenTrial, sampler: str, space: Space, seed: int) -> Trial:
+    """Return a running trial whose process has died, with all parameters: it may have died before it had
+    them."""
+    from optuna.trial import Trial
+
+    study.sampler = build_sampler(sampler, seed, trial.number)
+    adopted = Trial(study, trial._trial_id)
+    for name, each in space.items():
+        if isinstance(each, Choices):
+            adopted.suggest_categorical(name, each.values)
+        elif each.whole:
+            adopted.suggest_int(name, int(each.low), int(each.high), log=each.log)
+        else:
+            adopted.suggest_float(name, each.low, each.high, log=each.log)
+    return adopted
+
+
+def grid_of(space: Space) -> list[dict[str, Any]]:
+    """Return every combination of the choices of a space without ranges."""
+    lists = [each.values for each in space.values() if isinstance(each, Choices)]
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*lists)]
+
+
+def importances(study: Study) -> dict[str, float] | None:
+    """Return the share of each parameter in the quality of the trials, by PED-ANOVA, the largest first; None
+    for too few finished trials."""
+    from optuna.importance import get_param_importances
+    from optuna.trial import TrialState
+
+    values = {each.value for each in study.get_trials(states=(TrialState.COMPLETE,))}
+    if len(values) < MIN_IMPORTANCE:
+        return None
+    try:
+        return dict(get_param_importances(study))
+    except (RuntimeError, ValueError) as error:
+        logger.info("importance: not computed, because %s", one_line(error))
+        return None
+
+
+def add_trial(study: Study, facts: Mapping[str, Any] | None, space: Space) -> None:
+    """Add a trial to a study that has lost it. facts: of trial.json, or None for one whose folder is lost
+    too, which keeps its number."""
+    from optuna.trial import TrialState, create_trial
+
+    facts = facts or {"state": "lost"}
+    states = {
+        "complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "running": TrialState.RUNNING,
+    }  # fmt: skip
+    parameters = facts.get("parameters", {})
+    distributions = {
+        name: each for name, each in distributions_of(space).items() if name in parameters
+    }
+    study.add_trial(
+        create_trial(
+            state=states.get(facts["state"], TrialState.FAIL),
+            value=facts.get("value") if facts["state"] == "complete" else None,
+            params=parameters,
+            distributions=distributions,
+            intermediate_values={int(k): v for k, v in facts.get("evaluations", {}).items()},
+            user_attrs={"lost": True} if facts["state"] == "lost" else {},
+        )
+    )

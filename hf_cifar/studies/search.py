@@ -1,0 +1,172 @@
+"""A search for the best options: trials that are complete runs, proposed by optuna, and the winner again."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from typing import Any
+
+from hf_cifar.config.metrics import LOSS, words
+from hf_cifar.config.run import RunConfig
+from hf_cifar.config.studies import SearchConfig
+from hf_cifar.data.splits import DataSource
+from hf_cifar.errors import UserError
+from hf_cifar.report.search import render_page
+from hf_cifar.runs.folder import RunFolder, write_json, write_text
+from hf_cifar.runs.lock import LOCK_FILE, claimed_run
+from hf_cifar.studies.optuna_study import importances
+from hf_cifar.studies.search_plan import BEST, Search, join, prepare_search
+from hf_cifar.studies.series import is_kept
+from hf_cifar.text import duration
+
+logger = logging.getLogger(__name__)
+RECIPE, SUMMARY, PAGE = "best.yaml", "search.json", "search.html"
+
+
+def search(
+    config: RunConfig, own: SearchConfig | None = None, source: DataSource | None = None
+) -> dict[str, Any]:
+    """Run trials, each a run in output_dir/trial-NUMBER, then train the winner again, in output_dir/best.
+
+    The same call continues after an interruption, and other processes that share output_dir may make it at
+    the same time: trials of a process that has died are taken over, from their last checkpoint. Returns the
+    content of search.json, see `summarise_search`.
+
+    Raises: UserError before the first trial for options or folders that do not fit; if no trial has finished.
+    """
+    own, began = own or SearchConfig(), time.monotonic()
+    space = prepare_search(config, own)
+    from hf_cifar.plan import best_metric  # imports torch
+    from hf_cifar.studies.execution import alone_in
+    from hf_cifar.studies.workers import POLL_SECONDS, run_trials
+
+    source = source or DataSource(config.data)
+    if config.train.do_predict:
+        _ = source.test_split  # raises now, and not after all trials, if there is none
+    metric = best_metric(config.train, multi_label=source.splits.multi_label).removeprefix("eval_")
+    one = Search(
+        config, own, space, source,
+        metric="cross_entropy" if metric == LOSS else metric,  # as metrics.json names it
+        deadline=None if own.seconds is None else began + own.seconds,
+    )  # fmt: skip
+    with alone_in(one.folder.path, POLL_SECONDS):
+        join(one)
+        _ = one.study  # opens it
+    announce(one)
+    run_trials(one)
+    train_winner(one)
+    with alone_in(one.folder.path, POLL_SECONDS):
+        summary = summarise_search(one)
+        write_json(one.folder.path / SUMMARY, summary)
+        write_text(one.folder.path / PAGE, render_page(summary))
+    return summary
+
+
+def announce(one: Search) -> None:
+    """Log the space, how many trials there are, and which given options it replaces."""
+    for name, each in one.space.items():
+        logger.info("searching --%s: %s", name, each)
+    given, defaults = one.config.options(), RunConfig().options()
+    replaced = [name for name in one.space if given.get(name) != defaults.get(name)]
+    if replaced:
+        values = ", ".join(f"--{name} {given[name]}" for name in replaced)
+        logger.info("the space replaces %s", values)
+    limit = "" if one.own.time_limit is None else f", for {one.own.time_limit}"
+    count = "trials" if one.num_trials == float("inf") else f"{one.num_trials:g} trials"
+    logger.info(
+        "%s by %s%s, ranked by %s on validation", count, one.own.sampler, limit, words(one.metric)
+    )
+
+
+def train_winner(one: Search) -> None:
+    """Write the recipe of the winner, and train it in its own folder, or wait until another process has.
+
+    Raises: UserError if no trial is complete.
+    """
+    from hf_cifar.finetune import finetune_classifier
+    from hf_cifar.studies.execution import start_or_resume
+    from hf_cifar.studies.workers import POLL_SECONDS, best_trial, with_setting_of
+
+    best = best_trial(one)
+    if best is None:
+        raise UserError(
+            "no trial is complete yet; pass a longer --time_limit or more --n_trials: the same command "
+            "continues this search"
+        )
+    config, folder = one.winner_of(best.params), RunFolder(one.folder.path / BEST)
+    while not (is_kept(config) and folder.trial().get("number") == best.number):
+        with claimed_run(folder.path) as is_free:
+            if not is_free:
+                time.sleep(POLL_SECONDS)
+                continue
+            before = folder.trial().get("number")
+            if before != best.number:
+                if before is not None:
+                    logger.info("trial %d replaces trial %d as the winner", best.number, before)
+                clear(folder)
+                write_json(folder.trial_path, {"number": best.number, "parameters": best.params})
+            write_text(one.folder.path / RECIPE, recipe_of(one, config, best))
+            seconds = one.trial_folder(best.number).trial().get("seconds", 0)
+            logger.info(
+                "training the winner again, trial %d, which took %s: %s",
+                best.number, duration(seconds), folder.path,
+            )  # fmt: skip
+            if not is_kept(config):
+                started = with_setting_of(one, [best.number, *one.numbers()], config)
+                finetune_classifier(start_or_resume(started), one.source)
+
+
+def clear(folder: RunFolder) -> None:
+    """Remove the content of a folder that this process has locked."""
+    for path in folder.path.iterdir():
+        if path.name != LOCK_FILE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def recipe_of(one: Search, config: RunConfig, best: Any) -> str:
+    """Return the options of the winner as a file for `hf-cifar finetune --config`."""
+    return (
+        f"# The best trial of hf-cifar search, trial {best.number}: {words(one.metric)} on validation "
+        f"{best.value:.4f}.\n{config.to_yaml()}"
+    )
+
+
+def summarise_search(one: Search) -> dict[str, Any]:
+    """Return the trials, the winner with its metrics, and the importance of the options, as plain values.
+
+    A trial's `value` is its metric on validation; of a pruned one the last before it was stopped.
+    """
+    trials = []
+    for trial in one.study.get_trials(deepcopy=False):
+        facts = one.trial_folder(trial.number).trial()
+        if "lost" in trial.user_attrs or not facts:
+            continue
+        trials.append(
+            {
+                name: facts[name]
+                for name in (
+                    "number",
+                    "state",
+                    "value",
+                    "parameters",
+                    "evaluations",
+                    "seconds",
+                    "reason",
+                )
+                if name in facts
+            }
+        )
+    best = RunFolder(one.folder.path / BEST)
+    return {
+        "run": one.folder.path.name,
+        "study": one.folder.study()["name"],
+        **{name: value for name, value in one.shared().items() if name != "options"},
+        "model": one.config.model.model_name_or_path,
+        "data": one.config.data.dataset_name,
+        "larger_is_better": one.larger_is_better,
+        "time_limit": one.own.time_limit,
+        "trials": trials,
+        "best": {**best.trial(), "metrics": best.metrics()},
+        "importances": importances(one.study),
+    }

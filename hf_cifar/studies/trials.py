@@ -1,0 +1,152 @@
+"""A trial of a search: a run whose evaluations are reported, and which may be stopped early."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import release_memory
+from transformers import TrainerCallback
+
+from hf_cifar.config.run import RunConfig
+from hf_cifar.data.splits import DataSource
+from hf_cifar.errors import UserError
+from hf_cifar.finetune import finetune_classifier
+from hf_cifar.runs.folder import RunFolder, write_json
+from hf_cifar.runs.signals import Stopped
+from hf_cifar.studies.execution import start_or_resume
+from hf_cifar.studies.series import is_kept
+from hf_cifar.text import one_line
+
+logger = logging.getLogger(__name__)
+MAX_STARTS = 3  # of a trial from the same checkpoint; then it is what kills its processes
+SIGTERM = 15
+
+
+class Pruned(Exception):
+    """A trial is stopped because others were better at the same point."""
+
+
+class OutOfTime(Exception):
+    """A trial is stopped at a checkpoint, because the time of the search is up."""
+
+
+class Watch(TrainerCallback):
+    """Reports the metric of each evaluation, and stops a trial that is to be pruned or out of time.
+
+    metric: name in `metrics`. evaluated: called with the percentage of the training that is done and the
+    metric; returns True to prune the trial. deadline: by `time.monotonic`. evaluations: the metric by
+    percentage.
+    """
+
+    def __init__(
+        self, metric: str, evaluated: Callable[[int, float], bool], deadline: float | None
+    ) -> None:
+        self.metric, self.evaluated, self.deadline = metric, evaluated, deadline
+        self.evaluations: dict[int, float] = {}
+        self.out_of_time = self.trains = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trains = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trains = False
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        value = (metrics or {}).get(f"eval_{self.metric}")
+        if not self.trains or value is None:
+            return
+        percent = round(100 * state.global_step / state.max_steps)
+        self.evaluations[percent] = float(value)
+        if self.evaluated(percent, float(value)) and percent < 100:
+            raise Pruned
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # The Trainer saves a checkpoint when it is stopped.
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.out_of_time = state.global_step < state.max_steps
+            if self.out_of_time:
+                raise Stopped(SIGTERM)
+
+
+def begin_trial(folder: RunFolder, number: int, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Note in trial.json that this process starts or resumes a trial, and return its content.
+
+    Raises: UserError if processes have died in it too often.
+    """
+    before, checkpoints = folder.trial(), folder.checkpoints()
+    newest = checkpoints[0].name if checkpoints else None
+    starts = before.get("starts", 0) if before.get("checkpoint") == newest else 0
+    facts = {
+        "number": number, "state": "running", "parameters": parameters, "starts": starts + 1,
+        "checkpoint": newest, "worker": f"process {os.getpid()} on {socket.gethostname()}",
+        "seconds": before.get("seconds", 0.0), "started": time.time(),
+        "evaluations": before.get("evaluations", {}),
+    }  # fmt: skip
+    if starts >= MAX_STARTS:
+        raise UserError(f"{starts} processes have died in it")
+    write_json(folder.trial_path, facts)
+    return facts
+
+
+def run_trial(
+    config: RunConfig,
+    source: DataSource,
+    facts: dict[str, Any],
+    metric: str,
+    evaluated: Callable[[int, float], bool],
+    deadline: float | None,
+) -> dict[str, Any]:
+    """Start or resume the run of a trial, and return the content of trial.json with its state and value.
+
+    The model, metrics and predictions of a complete trial stay, like those of any run; its checkpoints, and
+    those of one that was pruned or failed, are removed.
+
+    Raises: OutOfTime; Stopped.
+    """
+    folder = RunFolder(config.train.output_dir)
+    watch = Watch(metric, evaluated, deadline)
+    ends: dict[str, Any] = {"state": "complete"}
+    try:
+        if not is_kept(config):
+            finetune_classifier(start_or_resume(config), source, callbacks=[watch])
+        ends["value"] = folder.metrics()["validation"][metric]
+    except Pruned:
+        ends = {"state": "pruned", "value": watch.evaluations[max(watch.evaluations)]}
+    except (UserError, torch.OutOfMemoryError) as error:
+        ends = {"state": "failed", "reason": one_line(error, 300)}
+    except Stopped:
+        # Nobody has died, so the next start is the first one again.
+        ended = facts | {"state": "stopped", "starts": 0} | measured(facts, watch)
+        write_json(folder.trial_path, ended)
+        if watch.out_of_time:
+            raise OutOfTime from None
+        raise
+    finally:
+        release_memory()
+    return facts | ends | measured(facts, watch)
+
+
+def measured(facts: dict[str, Any], watch: Watch) -> dict[str, Any]:
+    """Return the evaluations and the seconds of a trial, of all its processes together."""
+    return {
+        "evaluations": {
+            **facts["evaluations"],
+            **{str(k): v for k, v in watch.evaluations.items()},
+        },
+        "seconds": round(facts["seconds"] + time.time() - facts["started"], 2),
+        "finished": time.time(),
+    }
+
+
+def end_trial(folder: RunFolder, facts: dict[str, Any]) -> None:
+    """Write trial.json of a trial that has ended, and remove its checkpoints."""
+    write_json(folder.trial_path, facts)
+    for checkpoint in folder.checkpoints():
+        shutil.rmtree(checkpoint)

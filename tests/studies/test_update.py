@@ -1,0 +1,341 @@
+"""hf_cifar.studies.update: a run continued with new rows and classes."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List
+from datasets import Image as ImageFeature
+from PIL import Image
+from tiny import tiny_run
+
+from hf_cifar import UserError
+from hf_cifar.cli import main
+from hf_cifar.config.model import ModelConfig
+from hf_cifar.data.stored import StoredRows
+from hf_cifar.data.stratify import equal_rows
+from hf_cifar.evaluate import adjust_classifier
+from hf_cifar.evaluation.comparison import compare_predictions
+from hf_cifar.evaluation.predictions import Predictions
+from hf_cifar.models.build import build_model, load_classifier
+from hf_cifar.models.heads import linear_head
+from hf_cifar.runs.folder import RunFolder
+from hf_cifar.studies.update import config_of_update
+
+
+def paint(folder, name, count, seed):
+    """Save images of one class: stripes across or down, or checks."""
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for i in range(count):
+        lines = (np.arange(16) + generator.integers(0, 4)) // 2 % 2 == 0
+        mask = {
+            "across": np.repeat(lines[:, None], 16, 1),
+            "down": np.repeat(lines[None], 16, 0),
+            "checks": lines[:, None] ^ lines[None],
+        }[name]
+        pixels = generator.integers(0, 60, (16, 16, 3)) + 180 * mask[..., None]
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03}.png")
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory):
+    """New data: a new class, and more images of a known one."""
+    root = tmp_path_factory.mktemp("checks")
+    for split, count in (("train", 30), ("test", 11)):
+        for number, name in enumerate(("checks", "down")):
+            paint(root / split / name, name, count, number)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, stripes):
+    """A finished run of a small CNN on the stripes."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    tiny_run(folder, stripes, "scratch/article_cnn", "--num_train_epochs", "3", "--do_predict")
+    return folder
+
+
+def update(run, data, folder, *flags):
+    command = ["update", str(run), "--dataset_name", str(data), "--output_dir", str(folder)]
+    return main([*command, "--use_cpu", "--precision", "fp32", *flags])
+
+
+@pytest.fixture(scope="module")
+def updated(run, checks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("updated") / "run"
+    flags = ("--replay", "20", "--do_predict", "--learning_rate", "1e-3")
+    assert update(run, checks, folder, *flags) == 0
+    return folder
+
+
+def test_replayed_rows_are_as_equally_divided_as_possible():
+    labels = np.array([0] * 5 + [1] * 2 + [2] * 9)
+    order = np.random.default_rng(7).permutation(16)
+    expected = []
+    for label, count in ((0, 3), (1, 2), (2, 3)):
+        expected += [row for row in order.tolist() if labels[row] == label][:count]
+    assert equal_rows(labels, 8, seed=7).tolist() == sorted(expected)
+    assert set(equal_rows(labels, 8, 7)) < set(equal_rows(labels, 11, 7))
+    assert equal_rows(labels, 99, 7).tolist() == list(range(16))
+
+
+def test_replayed_rows_of_several_labels_have_the_rare_ones():
+    labels = np.zeros((40, 3), np.uint8)
+    labels[:36, 0] = 1
+    labels[[3, 39], 1] = 1
+    labels[[38], 2] = 1
+    chosen = equal_rows(labels, 6, seed=0)
+    assert {3, 38, 39} <= set(chosen.tolist())
+    assert 37 not in chosen and 36 not in chosen
+
+
+@pytest.mark.parametrize("name", ["vit", "timm"])
+def test_a_grown_head_keeps_the_logits_of_known_classes(name, stripes, tiny_vit, tmp_path):
+    model = str(tiny_vit) if name == "vit" else "scratch/test_resnet"
+    flags = [] if name == "vit" else ["--image_size", "32"]
+    tiny_run(tmp_path / "run", stripes, model, "--num_train_epochs", "1", *flags)
+    before = load_classifier(str(tmp_path / "run")).model.eval()
+    config = ModelConfig(model_name_or_path=str(tmp_path / "run"), grow_head=True)
+    after = build_model(config, {0: "new", 1: "down", 2: "across", 3: "newer"}).model.eval()
+    images = torch.randn(5, 3, *((16, 16) if name == "vit" else (32, 32)))
+    assert before.config.id2label == {0: "across", 1: "down"}
+    head, grown_head = linear_head(before), linear_head(after)
+    assert torch.equal(grown_head.weight[[2, 1]], head.weight)
+    assert torch.equal(grown_head.bias[[2, 1]], head.bias)
+    with torch.inference_mode():
+        old, grown = before(pixel_values=images).logits, after(pixel_values=images).logits
+        # A product with more columns may round differently.
+        torch.testing.assert_close(grown[:, [2, 1]], old, atol=1e-6, rtol=0)
+        grown_head.weight, grown_head.bias = (
+            torch.nn.Parameter(each[[2, 1]]) for each in (grown_head.weight, grown_head.bias)
+        )
+        assert torch.equal(after(pixel_values=images).logits, old)
+    mean = head.bias.mean().expand(5)
+    assert torch.equal(grown[:, 0], mean) and torch.equal(grown[:, 3], mean)
+
+
+def test_two_updates_of_a_timm_model(stripes, checks, tmp_path):
+    tiny_run(tmp_path / "run", stripes, "scratch/test_resnet", "--image_size", "32")
+    assert update(tmp_path / "run", checks, tmp_path / "first", "--replay", "20") == 0
+    assert update(tmp_path / "first", stripes, tmp_path / "second", "--replay", "20") == 0
+    for name in ("first", "second"):
+        model = load_classifier(str(tmp_path / name)).model
+        assert model.config.id2label == {0: "across", 1: "down", 2: "checks"}
+
+
+def test_an_update_keeps_old_class_ids_and_appends_new_ones(updated, run):
+    config = RunFolder(updated).model_config()
+    assert config["id2label"] == {"0": "across", "1": "down", "2": "checks"}
+    facts = RunFolder(updated).update()
+    assert [each["name"] for each in facts["classes"] if each["is_new"]] == ["checks"]
+    assert [each["num_stored"] for each in facts["classes"]] == [10, 10, 0]
+    assert [each["num_new"] for each in facts["classes"]] == [0, 27, 27]
+    counts = RunFolder(updated).facts()["label_counts"]["train"]
+    assert counts == {"across": 10, "down": 37, "checks": 27}
+    assert Predictions.load(updated, "test").correct.mean() > 0.9
+
+
+def test_stored_rows_are_those_of_the_draw_with_their_pixels(updated, run, stripes):
+    stored = StoredRows.load(updated / "stored.parquet")
+    from hf_cifar.run_data import open_data
+
+    train = open_data(RunFolder(run)).splits.train
+    kept = equal_rows(train.labels, 20, seed=42)
+    assert stored.row_ids("train").tolist() == train.row_ids[kept].tolist()
+    cell = stored.of("train").with_format(None)[3]["image"]
+    assert cell["bytes"] == Path(train.rows[int(kept[3])]["image"]["path"]).read_bytes()
+    assert "/" not in cell["path"]
+    assert len(stored.row_ids("validation")) == len(Predictions.load(run, "validation").row_ids)
+    assert len(stored.row_ids("test")) == 22
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_forgetting_is_the_paired_difference_on_the_old_rows(updated, run, split):
+    before, after = (Predictions.load(folder, split) for folder in (run, updated))
+    old = slice(-len(before.row_ids), None)
+    assert after.labels[old].tolist() == before.labels.tolist()
+    only_before = (before.correct & ~after.correct[old]).sum()
+    only_after = (~before.correct & after.correct[old]).sum()
+    found = RunFolder(updated).update()["splits"][split]["parts"]
+    assert found["old"]["forgetting"]["value"] == (only_before - only_after) / len(before.labels)
+    assert found["old"]["before"]["value"] == before.correct.mean()
+    assert found["old"]["after"]["value"] == pytest.approx(after.correct[old].mean())
+    new = after.correct[: -len(before.row_ids)]
+    assert found["new"]["after"]["value"] == pytest.approx(new.mean())
+    assert found["all"]["after"]["value"] == pytest.approx(after.correct.mean())
+    low, high = found["old"]["forgetting"]["interval"]
+    assert low <= found["old"]["forgetting"]["value"] <= high
+
+
+def test_an_update_is_a_run_folder(updated, tmp_path, capsys, checks):
+    folder = tmp_path / "moved"
+    shutil.copytree(updated, folder)  # with its stored rows
+    image = next((checks / "test" / "checks").glob("*.png"))
+    name = str(folder)
+    assert main(["evaluate", "--model_name_or_path", name, "--use_cpu"]) == 0
+    assert main(["report", name]) == 0
+    capsys.readouterr()
+    assert main(["predict", "--model_name_or_path", name, "--use_cpu", str(image)]) == 0
+    assert json.loads(capsys.readouterr().out)["label"] == "checks"
+    card = (folder / "README.md").read_text()
+    assert "Continues the run run, 20 of whose training images were stored" in card
+
+
+def test_a_second_update_replays_the_stored_rows_of_the_first(updated, stripes, tmp_path, caplog):
+    folder = tmp_path / "second"
+    assert update(updated, stripes, folder, "--replay", "30") == 0
+    facts = RunFolder(folder).update()
+    assert [each["num_stored"] for each in facts["classes"]] == [10, 10, 10]
+    assert [each["num_new"] for each in facts["classes"]] == [36, 36, 0]
+    assert not any(each["is_new"] for each in facts["classes"])
+    old = facts["splits"]["validation"]["parts"]["old"]
+    assert old["num_images"] == len(Predictions.load(updated, "validation").row_ids)
+
+
+def test_data_that_are_gone(run, updated, checks, tmp_path, caplog, capsys):
+    for name, source in (("lost", run), ("lost-update", updated)):
+        shutil.copytree(source, tmp_path / name)
+        config = tmp_path / name / "config.yaml"
+        text = config.read_text().splitlines()
+        text[0] = "dataset_name: ./nowhere"
+        config.write_text("\n".join(text))
+    assert update(tmp_path / "lost", checks, tmp_path / "no") == 2
+    assert "--old_data" in capsys.readouterr().err
+    assert not (tmp_path / "no" / "stored.parquet").exists()
+    assert update(tmp_path / "lost-update", checks, tmp_path / "yes", "--replay", "12") == 0
+    assert "are used, and none of checks" in caplog.text
+    facts = RunFolder(tmp_path / "yes").update()
+    assert [each["num_stored"] for each in facts["classes"]] == [6, 6, 0]
+    assert facts["splits"]["validation"]["parts"]["old"]["before"] is not None
+
+
+def test_training_anew_has_all_old_and_new_rows(run, checks, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert update(run, checks, folder, "--replay", "8", "--compare_anew") == 0
+    out = capsys.readouterr().out
+    out = out[out.index("accuracy on") :]
+    assert "trained anew" in out and "anew - updated" in out
+    anew = RunFolder(folder / "anew")
+    assert anew.options()["model_name_or_path"] == "scratch/article_cnn"
+    assert anew.facts()["num_train"] == RunFolder(run).facts()["num_train"] + 54
+    pair = [Predictions.load(each, "validation") for each in (folder, anew.path)]
+    found = RunFolder(folder).update()["splits"]["validation"]["parts"]["new"]
+    assert found["num_images"] == 6
+    accuracy = [each.correct[:6].mean() for each in pair]
+    assert found["gain_anew"]["value"] == pytest.approx(accuracy[1] - accuracy[0])
+    assert "trained anew" in (folder / "update.html").read_text()
+    assert update(run, checks, folder, "--replay", "8", "--compare_anew") == 0
+    assert capsys.readouterr().out == out
+
+
+def test_a_new_label_of_multi_label_data(lights, tmp_path):
+    tiny_run(tmp_path / "run", lights, "scratch/article_cnn")
+    generator = np.random.default_rng(1)
+    on = generator.random((40, 2)) < 0.5
+    pixels = generator.integers(0, 60, (40, 16, 16, 3))
+    pixels[..., 0] += 180 * on[:, :1, None]
+    pixels[:, :8] += 60 * on[:, 1:, None, None]
+    features = Features({"photo": ImageFeature(), "lights": List(ClassLabel(names=["top", "r"]))})
+    rows = {
+        "photo": [Image.fromarray(image.clip(0, 255).astype(np.uint8)) for image in pixels],
+        "lights": [[k for k, name in ((1, 0), (0, 1)) if row[name]] for row in on],
+    }
+    DatasetDict(train=Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "new")
+    assert update(tmp_path / "run", tmp_path / "new", tmp_path / "up", "--replay", "24") == 0
+    config = RunFolder(tmp_path / "up").model_config()
+    assert list(config["id2label"].values()) == ["r", "g", "b", "top"]
+    old = RunFolder(tmp_path / "up").update()["splits"]["validation"]["parts"]["old"]
+    before = Predictions.load(tmp_path / "run", "validation")
+    assert old["before"]["value"] == pytest.approx(before.correct.mean())
+
+
+def test_copies_of_old_validation_images_are_counted(run, stripes, tmp_path, caplog):
+    shutil.copytree(stripes / "train", tmp_path / "new")
+    assert update(run, tmp_path / "new", tmp_path / "run", "--split_seed", "7") == 0
+    held_out = len(Predictions.load(run, "validation").row_ids)
+    found = re.search(r"(\d+) new training images are also validation", caplog.text)
+    assert 1 <= int(found[1]) <= held_out
+
+
+def test_no_replay_is_warned_about(run, checks, tmp_path, caplog):
+    assert update(run, checks, tmp_path / "run", "--replay", "0") == 0
+    assert "--replay 0: no old row" in caplog.text
+    assert RunFolder(tmp_path / "run").facts()["label_counts"]["train"]["across"] == 0
+
+
+def test_one_new_class_in_a_folder(run, tmp_path, capsys):
+    paint(tmp_path / "new" / "checks", "checks", 20, 0)
+    assert update(run, tmp_path / "new", tmp_path / "run") == 2
+    assert "--folders classes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert update(run, tmp_path / "new", tmp_path / "run", "--folders", "classes") == 0
+    assert len(RunFolder(tmp_path / "run").model_config()["id2label"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset_name", "new"], "--output_dir is missing"),
+        (["--output_dir", "up"], "--dataset_name is missing"),
+        (["--dataset_name", "new", "--output_dir", "up", "--seeds", "2"], "--seeds does not work"),
+        (["--dataset_name", "a", "--output_dir", "b", "--grow_head", "false"], "--grow_head does not"),
+    ],
+)  # fmt: skip
+def test_options_that_an_update_needs_or_sets(run, flags, message):
+    with pytest.raises(UserError, match=message):
+        config_of_update(RunFolder(run), flags)
+
+
+def test_another_update_in_the_same_folder_is_refused(updated, run, checks, capsys):
+    flags = ("--replay", "30", "--do_predict", "--learning_rate", "1e-3")
+    assert update(run, checks, updated, *flags) == 2
+    assert (
+        "holds an update with another replay; pass another --output_dir" in capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match="is the run itself"):
+        config_of_update(RunFolder(run), ["--dataset_name", "new", "--output_dir", str(run)])
+
+
+def test_options_of_the_run_are_the_defaults(run):
+    given = ["--dataset_name", "new", "--output_dir", "up", "--weight_decay", "0.3"]
+    config = config_of_update(RunFolder(run), given)
+    assert config.train.learning_rate == 5e-3 and config.train.num_train_epochs == 3
+    assert config.train.weight_decay == 0.3 and not config.train.do_predict
+    assert config.model.grow_head and config.model.model_name_or_path == str(run)
+    assert config.data.dataset_name == "new"
+
+
+def test_comparison_needs_the_same_rows(updated, run):
+    with pytest.raises(UserError):
+        compare_predictions(
+            Predictions.load(run, "validation"), Predictions.load(updated, "validation")
+        )
+
+
+def test_post_hoc_adjustment_is_that_of_the_shares_of_the_training_rows(stripes, tmp_path, caplog):
+    tiny_run(tmp_path / "run", stripes, "scratch/article_cnn", "--calibrate", "false")
+    model = load_classifier(str(tmp_path / "run")).model
+    weight, bias = (each.detach().clone() for each in linear_head(model).parameters())
+    validation = Predictions.load(tmp_path / "run", "validation")
+    logits = np.array([[1.0, 0.5], [0.2, 0.0], [0.0, 2.0], [3.0, 0.0]], np.float32)
+    labels = np.array([1, 1, 1, 0])
+    given = dataclasses.replace(
+        validation, row_ids=np.arange(4), labels=labels, logits=logits, saved_metrics={}
+    )
+    adjusted = adjust_classifier(model, given, torch.tensor([30.0, 10.0]))
+    shift = np.log([1.5, 0.5])  # of the shares 3/4 and 1/4, times two classes
+    np.testing.assert_allclose(adjusted.logits, logits - shift, atol=1e-6)
+    expected = bias - torch.tensor(shift, dtype=torch.float32)
+    torch.testing.assert_close(linear_head(model).bias, expected)
+    assert torch.equal(linear_head(model).weight, weight)
+    assert "balanced accuracy on validation 1.0000, before 0.6667" in caplog.text
+
+    worse = adjust_classifier(model, given, torch.tensor([10.0, 3000.0]))
+    assert worse is given and "the biases stay as they are" in caplog.text
+    torch.testing.assert_close(linear_head(model).bias, expected)
