@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.measure import conditions, summary, write
 from hf_cifar.data.split import Split, prepare_split
 from hf_cifar.data.unlabelled import UnlabelledImages
-from hf_cifar.evaluation.corruptions import CORRUPTIONS
+from hf_cifar.evaluation.corruptions import CORRUPTIONS, corrupt
 from hf_cifar.evaluation.intervals import wilson
 from hf_cifar.evaluation.label_free import estimated_accuracy
 from hf_cifar.evaluation.predictions import outcome_of
@@ -73,7 +73,7 @@ class Laboratory:
         for row in rows.tolist():
             pixels = torch.from_numpy(self.test.decode(row).copy()).permute(2, 0, 1)[None]
             file = io.BytesIO()
-            Image.fromarray(_array(CORRUPTIONS[name](pixels, severity, [row]))).save(file, "PNG")
+            Image.fromarray(_array(corrupt(pixels, name, severity, [row]))).save(file, "PNG")
             cells.append({"bytes": file.getvalue(), "path": None})
         data = Dataset.from_dict(
             {"image": cells}, features=Features({"image": ImageFeature(decode=False)})

@@ -109,11 +109,16 @@ def evaluate_corrupted(
     accuracy: dict[str, list[float]] = {name: [] for name in CORRUPTIONS}
     for name, severity in progress(work, "evaluating corruptions", unit="corruptions"):
         accuracy[name].append(hits(CorruptedStore(store, name, severity)) / count)
+    mean = float(np.mean(list(accuracy.values())))
+    logger.info(
+        "accuracy on %s images: %.4f under corruptions, mean of %d kinds at %d severities; %.4f without",
+        f"{count:,}", mean, len(CORRUPTIONS), len(SEVERITIES), clean / count,
+    )  # fmt: skip
     return {
         "num_images": count,
         "clean": clean / count,
         "clean_interval": wilson(clean, count).tolist(),
-        "mean": float(np.mean(list(accuracy.values()))),
+        "mean": mean,
         "accuracy": accuracy,
     }
 

@@ -46,8 +46,8 @@ class EvaluateConfig:
     )  # fmt: skip
     corruptions: int = option(
         0,
-        "Also measure the accuracy under five common corruptions at five severities, on this many images "
-        "(stratified); 0 for none.",
+        "Also measure the accuracy under the fifteen common corruptions of CIFAR-10-C at five severities, on "
+        "this many images (stratified), which takes 76 predictions of each; 0 for none.",
         low=0,
     )
     use_cpu: bool = option(False, "Evaluate on the CPU even if there is a GPU.")

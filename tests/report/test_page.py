@@ -93,7 +93,7 @@ def test_slices_and_corruptions_cover_all_images(facts):
         total = sum(part["num_images"] * part["accuracy"] for part in parts if part)
         assert total / 355 == pytest.approx(facts["metrics"]["test"]["accuracy"])
     corruptions = facts["corruptions"]
-    assert corruptions["num_images"] == 60 and len(corruptions["accuracy"]) == 5
+    assert corruptions["num_images"] == 60 and len(corruptions["accuracy"]) == 15
     values = [value for row in corruptions["accuracy"].values() for value in row]
     assert corruptions["mean"] == pytest.approx(np.mean(values))
     assert min(values) < corruptions["clean"] <= 1
