@@ -1,7 +1,7 @@
 """The effect of making one result of many runs: ensembles, soups, views, folds and a student.
 
-combine: three runs of each model with other seeds, and what becomes of them together. kfold: five folds,
-their ensemble, and a student of it. distillation: a student alone and with a teacher, which is a finished run
+combine: three runs of each model with other seeds, and their combinations. kfold: five folds, their ensemble,
+and a student of it. distillation: a student alone and with a teacher, which is a finished run
 on the same split, seed by seed. All are evaluated on test.
 
 python -m benchmarks.studies --dataset_name DATA [--only combine] [--models article_cnn] [--teacher NAME=RUN]
@@ -46,7 +46,7 @@ def accuracy(run: str | Path) -> float:
 
 
 def combine(options: Options, seed: int, folder: Path) -> dict[str, float]:
-    """Return the accuracies of three runs, and of what becomes of them together."""
+    """Return the accuracies of three runs, and of their combinations."""
     runs = [folder / f"run-{number}" for number in range(RUNS)]
     for number, run in enumerate(runs):
         own = {**options, "seed": RUNS * seed + number, "output_dir": run}

@@ -12,7 +12,7 @@ from hf_cifar.config.run import CONFIGS as RUN_CONFIGS
 from hf_cifar.config.run import RunConfig, split_options
 from hf_cifar.hub.reach import looks_like_path
 from hf_cifar.logs import quieten
-from hf_cifar.models.names import check_model_name
+from hf_cifar.models.names import check_models
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process
 from hf_cifar.runs.resume import check_folder, with_restarts
@@ -39,10 +39,7 @@ def finetune(argv: Sequence[str]) -> int:
     config = with_restarts(RunConfig.parse(argv))
     if job.job != "hf_jobs":
         check_folder(config)
-    model = config.model
-    check_model_name(
-        model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
-    )
+    check_models(config)
     if job.job is not None:
         return submit(job, config, argv)
     source = open_source(config.data, ["train", "validation"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from hf_cifar.commands.command import Command, open_source
@@ -13,7 +12,7 @@ from hf_cifar.config.run import RunConfig, split_options
 from hf_cifar.config.studies import KFoldConfig
 from hf_cifar.errors import UserError
 from hf_cifar.logs import quieten
-from hf_cifar.models.names import check_model_name
+from hf_cifar.models.names import check_models
 from hf_cifar.runs.processes import is_main_process
 
 USAGE = "hf-cifar kfold [--folds N] [--recipe NAME] [--config FILE] [options of hf-cifar finetune]"
@@ -31,21 +30,14 @@ def kfold(argv: Sequence[str]) -> int:
         parse(classes, ["--help"], "hf-cifar kfold", usage=USAGE, description=DESCRIPTION)
     from hf_cifar.studies.kfold import cross_validate, render_folds, runs_of_folds
     from hf_cifar.studies.series import check_same
-    from hf_cifar.studies.student import student_of
+    from hf_cifar.studies.student import require_one_process, student_of
 
     own, job, argv = split_options([KFoldConfig, JobConfig], argv, "hf-cifar kfold")
     config = RunConfig.parse(argv, "hf-cifar kfold")
-    model = config.model
-    check_model_name(
-        model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
-    )
+    check_models(config)
     runs, student = runs_of_folds(config, own.folds), None
     if own.distill_into is not None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                "--distill_into combines the folds in one process; start hf-cifar kfold without a launcher, "
-                "in as many processes as you like"
-            )
+        require_one_process()
         student = student_of(own.distill_into, argv, "hf-cifar kfold")
     check_same(runs if student is None else [*runs, student])
     if job.job is not None:

@@ -141,7 +141,7 @@ class TrainingConfig:
     )
     distillation_weight: float = option(
         0.9,
-        "With --teacher: share of its part in the loss; the labels have the rest.",
+        "With --teacher: weight of its part of the loss; that of the labels gets the rest.",
         low=0,
         high=1,
     )

@@ -26,13 +26,16 @@ SCRIPT = """#!/bin/bash
 run=()
 {tasks}# Slurm starts a job again after its node failed or it was preempted: the run resumes.
 if [ -n "$SLURM_RESTART_COUNT" ]; then run+=({resume}); fi
-# One process for each GPU of the node.
 launch=()
-if [ "${{SLURM_GPUS_ON_NODE:-1}}" -gt 1 ]; then
+{launch}# In place of this shell, so that Slurm's signals reach the run.
+exec {python} "${{launch[@]}}" -m hf_cifar {arguments} "${{run[@]}}"
+"""
+
+
+LAUNCH = """# One process for each GPU of the node.
+if [ "${SLURM_GPUS_ON_NODE:-1}" -gt 1 ]; then
     launch=(-m torch.distributed.run --standalone --nproc_per_node "$SLURM_GPUS_ON_NODE")
 fi
-# In place of this shell, so that Slurm's signals reach the run.
-exec {python} "${{launch[@]}}" -m hf_cifar {arguments} "${{run[@]}}"
 """
 
 
@@ -53,7 +56,7 @@ def submit_slurm(
     folder = Path(config.train.output_dir).absolute() / FOLDER
     jobs = [batch_job(folder / "job.sh", ["finetune", *argv], tasks_of(config, runs), options)]
     if len(runs) > 1:
-        last = batch_job(folder / "collect.sh", collect, [], options)
+        last = batch_job(folder / "collect.sh", collect, [], options, launches=False)
         last.command[-1:-1] = ["--dependency=afterok:JOB", "--kill-on-invalid-dep=yes"]
         jobs.append(last)
     if options.dry_run:
@@ -102,10 +105,15 @@ def tasks_of(config: RunConfig, runs: Sequence[RunConfig]) -> list[list[str]]:
 
 
 def batch_job(
-    path: Path, argv: Sequence[str], tasks: Sequence[Sequence[str]], options: JobConfig
+    path: Path,
+    argv: Sequence[str],
+    tasks: Sequence[Sequence[str]],
+    options: JobConfig,
+    *,
+    launches: bool = True,
 ) -> Job:
     """Return the job of one batch script. path: of the script. argv: of hf-cifar. tasks: further arguments of
-    each task of an array, none for a single job."""
+    each task of an array, none for a single job. launches: start a process for each GPU."""
     name = job_name(path.parents[1].name)
     output = path.parent / ("%A_%a.log" if tasks else "%j.log")
     directives = [
@@ -120,6 +128,7 @@ def batch_job(
         directives="\n".join(f"#SBATCH {shlex.quote(f'--{each}')}" for each in directives),
         tasks="\n".join(['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac\n"]) if tasks else "",
         resume=" ".join(RESUME),
+        launch=LAUNCH if launches else "",
         python=shlex.quote(sys.executable),
         arguments=shlex.join(argv),
     )

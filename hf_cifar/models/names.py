@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hf_cifar.config.model import BUNDLED, SCRATCH, is_exported
 from hf_cifar.config.objects import InMemory, require_object
+from hf_cifar.config.run import RunConfig
 from hf_cifar.errors import UserError
 from hf_cifar.hub.fetch import fetch
 from hf_cifar.hub.reach import looks_like_path, require_network, url_advice
@@ -23,6 +24,27 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHT_SUFFIXES = {
     ".bin", ".ckpt", ".gguf", ".h5", ".keras", ".msgpack", ".onnx", ".pb", ".pt", ".pth", ".safetensors",
 }  # fmt: skip
+
+
+def check_models(config: RunConfig) -> None:
+    """Check that the model and the teacher of a run exist, as `check_model_name` does."""
+    model, teacher = config.model, config.train.teacher
+    trust = model.trust_remote_code
+    check_model_name(model.model_name_or_path, model.model_revision, trust_remote_code=trust)
+    if teacher is not None:
+        check_teacher_name(teacher, trust_remote_code=trust)
+
+
+def check_teacher_name(teacher: str, *, trust_remote_code: bool = False) -> None:
+    """Check that a teacher exists, as `check_model_name` does.
+
+    Raises: UserError also for a model that is not fine-tuned.
+    """
+    if teacher.startswith((SCRATCH, BUNDLED)) or is_exported(teacher):
+        raise UserError(
+            f"--teacher {teacher} is not a fine-tuned model; pass the folder of a run, or the Hub id of one"
+        )
+    check_model_name(teacher, trust_remote_code=trust_remote_code, purpose="the folder of a run")
 
 
 def check_model_name(

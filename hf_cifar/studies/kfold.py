@@ -18,7 +18,7 @@ from hf_cifar.report.page import write_report
 from hf_cifar.runs.folder import RunFolder, write_json
 from hf_cifar.runs.processes import is_main_process, start_processes
 from hf_cifar.studies.series import check_same, check_series, metrics_of, run_of, spread
-from hf_cifar.studies.student import ENSEMBLE, STUDENT, distil
+from hf_cifar.studies.student import ENSEMBLE, STUDENT, distil, require_one_process
 from hf_cifar.text import render_table
 
 
@@ -41,6 +41,8 @@ def cross_validate(
     from hf_cifar.studies.execution import alone_in, run_series  # imports torch
 
     configs = runs_of_folds(config, folds)
+    if student is not None:
+        require_one_process()
     source = source or DataSource(configs[0].data)
     check_same(configs if student is None else [*configs, student])
     start_processes(config).wait_for_all()  # none may write before all have checked the folders
@@ -156,7 +158,7 @@ def render_folds(folder: str | Path) -> str:
         together = {
             name: metrics["test"]
             for name in (ENSEMBLE, STUDENT)
-            if (metrics := RunFolder(Path(folder) / name).metrics())
+            if "test" in (metrics := RunFolder(Path(folder) / name).metrics())
         }
         rows = [
             [

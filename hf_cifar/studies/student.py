@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +12,9 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.config.studies import CombineConfig
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
-from hf_cifar.models.names import check_model_name
+from hf_cifar.models.names import check_models
 from hf_cifar.runs.folder import RunFolder
+from hf_cifar.runs.processes import share_of_launcher
 from hf_cifar.studies.series import run_of
 
 ENSEMBLE, STUDENT = "ensemble", "student"  # folders of a study
@@ -19,7 +22,7 @@ ENSEMBLE, STUDENT = "ensemble", "student"  # folders of a study
 
 def student_of(name: str, argv: Sequence[str], prog: str) -> RunConfig:
     """Return the options of a student: those of the command line, then those of `name`, which is a recipe, a
-    YAML file of options, or a model.
+    YAML file of options, or a model; but the data and the folder are those of the command line.
 
     Raises: UserError for anything else.
     """
@@ -29,11 +32,11 @@ def student_of(name: str, argv: Sequence[str], prog: str) -> RunConfig:
         own = expand_tokens(["--config", name])
     else:
         own = ["--model_name_or_path", name]
-    config = RunConfig.parse([*argv, *own], prog)
-    model = config.model
-    check_model_name(
-        model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
-    )
+    folds = RunConfig.parse(argv, prog)
+    config = RunConfig.parse([*argv, *own], prog).with_training(output_dir=folds.train.output_dir)
+    # A file may be the config.yaml of a run on other data.
+    config = dataclasses.replace(config, data=folds.data)
+    check_models(config)
     if config.train.teacher is not None:
         raise UserError(
             f"the student's teacher is the ensemble of the folds; leave out --teacher {config.train.teacher}"
@@ -49,10 +52,21 @@ def student_of(name: str, argv: Sequence[str], prog: str) -> RunConfig:
     )
 
 
+def require_one_process() -> None:
+    """Raises: UserError under a launcher: runs are combined in one process."""
+    if share_of_launcher()[1] > 1:
+        raise UserError(
+            "--distill_into combines the folds in one process; start hf-cifar kfold without a launcher, in "
+            "as many processes as you like"
+        )
+
+
 def distil(runs: Sequence[RunConfig], student: RunConfig, source: DataSource) -> None:
     """Combine finished runs into an ensemble, and train a student of it, unless that has been done.
 
-    The folders of the ensemble and the student are beside those of the runs. Other processes may do the same.
+    The folders of the ensemble and the student are beside those of the runs. Other processes may do the same,
+    but none that trains together with this one.
+
     """
     from hf_cifar.studies.combine import combine_runs  # these import torch
     from hf_cifar.studies.execution import alone_in, run_series
@@ -60,7 +74,9 @@ def distil(runs: Sequence[RunConfig], student: RunConfig, source: DataSource) ->
     assert student.train.teacher is not None
     teacher, train = RunFolder(student.train.teacher), student.train
     with alone_in(teacher.path.parent):
-        if not teacher.facts():
+        missing = train.do_predict and "test" not in teacher.metrics()
+        if missing or not teacher.facts():
+            shutil.rmtree(teacher.path, ignore_errors=True)
             options = CombineConfig(
                 output_dir=str(teacher.path), do_predict=train.do_predict, use_cpu=train.use_cpu,
                 per_device_eval_batch_size=train.per_device_eval_batch_size,

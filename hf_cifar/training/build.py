@@ -114,7 +114,7 @@ def build_trainer(
         distillation=distillation,
         sampler=build_sampler(splits.train, train),
         shrink_batch=train.auto_find_batch_size,
-        identity=identity(splits),
+        identity=identity(splits) | distillation.identity,
         callbacks=[*([] if patience is None else [EarlyStoppingCallback(patience)]), *callbacks],
     )
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_cifar.data.split import Split
 from hf_cifar.data.streams import Stream
+from hf_cifar.errors import UserError
 from hf_cifar.models.heads import linear_head
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.training.augmenting import augmentation
@@ -53,6 +54,11 @@ class Distillation:
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
         self.feature_hint, self.fixed = feature_hint, fixed
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must be the same when the run is resumed."""
+        return {} if self.teacher is None else {"teacher": self.teacher.digest()}
+
     def outputs(
         self, pixel_values: Tensor, row_ids: Tensor | None, student: Preprocessing
     ) -> Outputs | None:
@@ -82,8 +88,9 @@ class Distillation:
         own, multi_label = logits[:, self.teacher.columns], is_multi_label(self.teacher.model)
         distance = divergence(own, outputs.logits, self.temperature, multi_label=multi_label)
         loss = (1 - self.weight) * loss + self.weight * distance
-        if features:
-            hint = similarity_distance(features[0].float(), outputs.features)
+        if self.feature_hint:
+            (own_features,) = features
+            hint = similarity_distance(own_features.float(), outputs.features)
             loss = loss + self.feature_hint * hint
         return loss
 
@@ -131,6 +138,11 @@ def build_distillation(
     config, options = plan.config, plan.config.train
     if options.teacher is None:
         return Distillation()
+    if options.feature_hint and args.n_gpu > 1:
+        raise UserError(
+            f"--feature_hint works with one GPU in each process, and this one has {args.n_gpu}; start it "
+            "with accelerate launch, or leave it out"
+        )
     classifier = load_teacher(config, train.id2label, model, preprocessing)
     classifier.model.to(args.device)
     teacher = Teacher(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from hf_cifar.models.build import load_classifier
 from hf_cifar.models.classifier import Classifier, class_names, describe, label2id
 from hf_cifar.models.folding import fold_norms
 from hf_cifar.models.heads import linear_head
+from hf_cifar.models.names import check_teacher_name
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.models.value_range import value_range_of
 from hf_cifar.progress import progress
@@ -37,7 +38,7 @@ LOADED = 64  # images of a batch whose outputs are computed before training
 
 
 class Outputs(NamedTuple):
-    """What a teacher says of N images: logits [N, T] of its T classes, and features [N, D] or [N, 0]."""
+    """A teacher's outputs for N images: logits [N, T] of its T classes, and features [N, D] or [N, 0]."""
 
     logits: Tensor
     features: Tensor
@@ -100,13 +101,20 @@ class Teacher:
         )
 
     def digest(self) -> str:
-        """Return the SHA-256 of all that the outputs for an image depend on."""
-        details = (self.model.config.to_json_string(), self.preprocessing, self.gives_features)
-        digest = hashlib.sha256(f"{details} {self.setting}".encode())
+        """Return the SHA-256 of the model and its preprocessing, wherever its folder is."""
+        details = (_placeless(self.model.config.to_dict()), self.preprocessing)
+        digest = hashlib.sha256(str(details).encode())
         for name, value in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _placeless(value: Any) -> Any:
+    """Return a config, or a part of it, without the folders that models were loaded from."""
+    if isinstance(value, dict):
+        return {k: _placeless(each) for k, each in value.items() if k != "_name_or_path"}
+    return [_placeless(each) for each in value] if isinstance(value, list) else value
 
 
 class FixedOutputs:
@@ -150,6 +158,7 @@ def load_teacher(
     """
     name = config.train.teacher
     assert name is not None
+    check_teacher_name(name, trust_remote_code=config.model.trust_remote_code)
     classifier = load_classifier(name, trust_remote_code=config.model.trust_remote_code)
     model = classifier.model
     if unknown := [label for label in class_names(model) if label not in id2label.values()]:
@@ -191,7 +200,8 @@ def outputs_of(
     preprocessing: the student's. Processes on one machine wait for the first one.
     """
     pixels = images_of(split).pixel_hash or split.pixels.key_of(split.rows)
-    key = hashlib.sha256(f"{pixels} {teacher.digest()} {preprocessing}".encode()).hexdigest()
+    details = (pixels, teacher.digest(), teacher.setting, teacher.gives_features, preprocessing)
+    key = hashlib.sha256(str(details).encode()).hexdigest()
     num_classes, device = len(teacher.columns), teacher.model.device
     with one_process_at_a_time(key):
         found = load_array(key)
@@ -226,8 +236,8 @@ def _computed(
 def facts_of_teacher(config: RunConfig, split_hash: str) -> dict[str, object] | None:
     """Return what a run records of its teacher; None without one.
 
-    has_seen_validation: the teacher, a run on this machine, was trained on another split of the same data, so
-    perhaps on the images of this run's validation; None if unknown.
+    has_seen_validation: the teacher, a run on this machine, or the teacher that it had itself, was trained on
+    another split, so perhaps on the images of this run's validation; None if unknown.
     """
     train = config.train
     if train.teacher is None:
@@ -235,7 +245,8 @@ def facts_of_teacher(config: RunConfig, split_hash: str) -> dict[str, object] | 
     folder = RunFolder(train.teacher)
     recorded = folder.facts().get("split_hash")
     held_out = folder.facts().get("combined", {}).get("has_validation", True)
-    seen = None if recorded is None else recorded != split_hash or not held_out
+    own = (folder.facts().get("teacher") or {}).get("has_seen_validation")
+    seen = None if recorded is None else recorded != split_hash or not held_out or bool(own)
     return {
         "name": folder.path.name if seen is not None else train.teacher,
         "has_seen_validation": seen,

@@ -13,6 +13,7 @@ from hf_cifar.cli import main
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.studies.kfold import cross_validate, render_folds
+from hf_cifar.studies.student import student_of
 
 
 def options(folder, data, model, *flags):
@@ -148,6 +149,36 @@ def test_an_interrupted_student_has_the_same_bits(taught, tmp_path, stripes, tin
         (run / "config.yaml").write_text(text.replace(str(folder), str(again)))
     assert main([*argv[:place], str(again), *argv[place + 1 :]]) == 0
     assert weights(again / "student") == weights(folder / "student")
+
+
+def test_test_may_be_evaluated_later(taught, tmp_path, capsys):
+    """The ensemble of an earlier start without --do_predict has no metrics on test."""
+    folder, argv = taught
+    again = tmp_path / "study"
+    shutil.copytree(folder, again)
+    for run in (*again.glob("fold-*"), again / "student"):
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text.replace(str(folder), str(again)))
+    for run in (again / "ensemble", again / "student"):
+        metrics = RunFolder(run).metrics()
+        metrics.pop("test")
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    shown = render_folds(again)
+    assert "ensemble" not in shown
+    place = argv.index("--output_dir") + 1
+    assert main([*argv[:place], str(again), *argv[place + 1 :]]) == 0
+    assert re.search(r"test +mean of 3 runs +std +ensemble +student", capsys.readouterr().out)
+    assert weights(again / "student") == weights(folder / "student")
+
+
+def test_the_data_of_a_student_are_those_of_the_folds(tmp_path, stripes, tiny_vit):
+    argv = options(tmp_path / "study", stripes, tiny_vit)
+    file = tmp_path / "other.yaml"
+    file.write_text("dataset_name: elsewhere\noutput_dir: elsewhere\nnum_train_epochs: 7\n")
+    student = student_of(str(file), argv, "hf-cifar kfold")
+    assert student.data == RunConfig.parse(argv).data
+    assert student.train.output_dir == str(tmp_path / "study" / "student")
+    assert student.train.num_train_epochs == 7
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_run, tiny_trainer
 
 from hf_cifar import UserError, finetune_classifier
@@ -212,12 +212,33 @@ def test_a_run_records_its_teacher(finished_vit, tmp_path, stripes):
     )
 
 
+def test_a_resumed_run_needs_the_same_teacher(finished_vit, tmp_path, stripes):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(finished_vit, teacher)
+    flags = ["--teacher", str(teacher), *FIXED]
+    tiny_run(tmp_path / "run", stripes, CNN, *flags)
+    weights = load_file(teacher / "model.safetensors")
+    save_file({n: value + 1 for n, value in weights.items()}, teacher / "model.safetensors")
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(UserError, match="belongs to a run with different teacher"):
+        tiny_run(tmp_path / "run", stripes, CNN, *flags, "--resume_from_checkpoint", "last")
+
+
+def test_a_student_passes_on_what_its_teacher_has_seen(finished_vit, tmp_path, stripes):
+    tiny_run(tmp_path / "first", stripes, CNN, "--teacher", str(finished_vit), "--split_seed", "7")
+    flags = ["--teacher", str(tmp_path / "first"), "--split_seed", "7"]
+    tiny_run(tmp_path / "second", stripes, CNN, *flags)
+    assert facts(tmp_path / "second")["teacher"] == {"name": "first", "has_seen_validation": True}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--feature_hint", "1"], "--feature_hint needs a --teacher"),
         (["--teacher", "VIT", "--freeze", "backbone", "--head_solver", "lbfgs"], "--teacher has no effect"),
         (["--teacher", "nothing/here"], "HF_HUB_OFFLINE"),
+        (["--teacher", "model.onnx"], "--teacher model.onnx is not a fine-tuned model"),
+        (["--teacher", "bundled/efficientnet_lite0"], "is not a fine-tuned model"),
         (["--teacher", "THREE"], "has the classes LABEL_0, LABEL_1, LABEL_2, which the data lack"),
         (["--teacher", "VIT", "--feature_hint", "1", "--model_name_or_path", TWO_HEADS], "one linear layer"),
         (["--teacher", "VIT", "--distillation_weight", "2"], "it must be in 0..1"),
