@@ -35,6 +35,10 @@ Schedule = Literal[
     "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
     "warmup_stable_decay", "greedy", "exponential", "step", "multistep", "inverse_time", "one_cycle",
 ]  # fmt: skip
+# Options of a run without distillation.
+WITHOUT_TEACHER = {
+    "teacher": None, "distillation_weight": 0.9, "distillation_temperature": 4.0, "feature_hint": 0.0,
+}  # fmt: skip
 SAME_FOLDER = ("true", "last", "latest")  # of --resume_from_checkpoint
 
 
@@ -140,13 +144,13 @@ class TrainingConfig:
         public=False,
     )
     distillation_weight: float = option(
-        0.9,
+        WITHOUT_TEACHER["distillation_weight"],
         "With --teacher: weight of its part of the loss; that of the labels gets the rest.",
         low=0,
         high=1,
     )
     distillation_temperature: float = option(
-        4.0,
+        WITHOUT_TEACHER["distillation_temperature"],
         "With --teacher: temperature of both models' probabilities.",
         low=0.1,
         high=100,
@@ -345,8 +349,9 @@ class TrainingConfig:
             raise UserError(
                 "--head_solver lbfgs has no learning rate; leave out --learning_rate auto"
             )
-        if self.feature_hint and self.teacher is None:
-            raise UserError("--feature_hint needs a --teacher; pass one, or leave it out")
+        for name, default in WITHOUT_TEACHER.items():
+            if self.teacher is None and getattr(self, name) != default:
+                raise UserError(f"--{name} needs a --teacher; pass one, or leave it out")
         metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
         if metric not in BEST_METRICS:
             raise UserError(

@@ -44,7 +44,12 @@ def check_teacher_name(teacher: str, *, trust_remote_code: bool = False) -> None
         raise UserError(
             f"--teacher {teacher} is not a fine-tuned model; pass the folder of a run, or the Hub id of one"
         )
-    check_model_name(teacher, trust_remote_code=trust_remote_code, purpose="the folder of a run")
+    try:
+        check_model_name(
+            teacher, trust_remote_code=trust_remote_code, purpose="the folder of a run"
+        )
+    except UserError as error:
+        raise UserError(f"--teacher: {error}") from None
 
 
 def check_model_name(

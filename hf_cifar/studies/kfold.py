@@ -50,6 +50,9 @@ def cross_validate(
     if student is not None:
         distil(configs, student, source)
     folder, summary = RunFolder(config.train.output_dir), summarise_folds(configs)
+    has_test = student is not None and config.train.do_predict
+    names = list(summary["metrics"]["test"]) if has_test else []
+    summary["together"] = metrics_together(folder, names) if has_test else {}
     if is_main_process():
         with alone_in(folder.path):
             write_json(folder.folds_path, summary)
@@ -110,7 +113,8 @@ def summarise_folds(configs: Sequence[RunConfig]) -> dict[str, Any]:
     """Return the spread of the headline metrics over the folds, as plain values.
 
     `metrics` holds, by split and metric, `values` in the order of the folds, their `mean`, and their standard
-    deviation `std` (of a sample: n - 1). There is no interval of the mean: the runs share most of their
+    deviation `std` (of a sample: n - 1). `together` has the metrics on test of the ensemble and of its
+    student, or is empty. There is no interval of the mean: the runs share most of their
     training images, so their metrics are not independent. `accuracy_intervals` are those of the folds.
     """
     folders = [RunFolder(config.train.output_dir) for config in configs]
@@ -124,6 +128,15 @@ def summarise_folds(configs: Sequence[RunConfig]) -> dict[str, Any]:
             for split, found in metrics_of(configs).items()
         },
     }
+
+
+def metrics_together(folder: RunFolder, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the metrics on test of the ensemble of all folds and of its student."""
+    found = {}
+    for name in (ENSEMBLE, STUDENT):
+        metrics = RunFolder(folder.path / name).metrics()["test"]
+        found[name] = {each: metrics[each] for each in names}
+    return found
 
 
 def render_folds(folder: str | Path) -> str:
@@ -155,11 +168,7 @@ def render_folds(folder: str | Path) -> str:
     ]
     parts = [render_table(header, rows)]
     if "test" in summary["metrics"]:
-        together = {
-            name: metrics["test"]
-            for name in (ENSEMBLE, STUDENT)
-            if "test" in (metrics := RunFolder(Path(folder) / name).metrics())
-        }
+        together = summary["together"]
         rows = [
             [
                 name,

@@ -26,6 +26,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from hf_cifar.audit.labels import doubted_labels
 from hf_cifar.config.model import SCRATCH
 from hf_cifar.config.run import RunConfig
+from hf_cifar.config.training import WITHOUT_TEACHER
 from hf_cifar.data.cache import load_array, save_array
 from hf_cifar.data.labels import SHOWN_CLASSES, class_counts
 from hf_cifar.data.split import Split, subset
@@ -272,7 +273,7 @@ def predicted_by_training(
         if plan.processes.count > 1:
             broadcast_object_list(folder)
         # A teacher may have seen the labels in doubt.
-        trial = plan.config.as_trial(folder[0]).with_training(teacher=None, feature_hint=0.0)
+        trial = plan.config.as_trial(folder[0]).with_training(**WITHOUT_TEACHER)
         fold_plan = dataclasses.replace(plan, config=trial)
         trainer = build_trainer(copy.deepcopy(model), image_processor, parts, fold_plan)
         trainer.train()

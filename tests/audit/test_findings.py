@@ -6,7 +6,7 @@ from scipy.special import softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from hf_cifar.audit.discriminants import SHRINKAGE, out_of_fold_probabilities
-from hf_cifar.audit.findings import similar_names
+from hf_cifar.audit.findings import misspelt_names, similar_names
 from hf_cifar.audit.labels import UNLIKELY, unlikely_pairs
 
 
@@ -81,3 +81,19 @@ def test_the_expected_number_is_the_sum_of_the_probabilities():
     (pair,) = unlikely_pairs(probabilities, labels)
     assert (pair.given, pair.suggested, len(pair.rows)) == (1, 0, 3) and UNLIKELY >= 0.015
     assert pair.expected == pytest.approx(3) and pair.score == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"ship": 100, "shipp": 4, "dog": 90, "dgo": 3}, [["ship", "shipp"], ["dog", "dgo"]]),
+        ({"horse": 100, "house": 90}, []),  # two real classes
+        ({"horse": 100, "hose": 20}, [["horse", "hose"]]),
+        ({"ship": 100, "ships": 3}, []),  # already similar
+        ({"class 10": 100, "class 11": 2, "a": 50, "b": 1}, []),
+        ({"frog": 100, "dog": 2, "cat": 1}, []),
+        ({"Bird": 50, "brid": 2}, [["Bird", "brid"]]),
+    ],
+)
+def test_rare_classes_one_edit_from_another(sizes, expected):
+    assert misspelt_names(sizes) == expected

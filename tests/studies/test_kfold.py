@@ -129,6 +129,11 @@ def test_a_student_learns_from_the_ensemble_of_the_folds(taught, study, capsys):
     assert options.data.num_folds is None
     assert student.facts()["teacher"] == {"name": "ensemble", "has_seen_validation": True}
     assert student.facts()["num_train"] == 72
+    page = (folder / "report.html").read_text()
+    assert (
+        'data-source="folds/together/student/accuracy"' in page
+        or "folds/together/student/accuracy" in page
+    )
     for name in ("ensemble", "student"):
         assert f"{RunFolder(folder / name).metrics()['test']['accuracy']:.4f}" in shown
 
@@ -163,8 +168,10 @@ def test_test_may_be_evaluated_later(taught, tmp_path, capsys):
         metrics = RunFolder(run).metrics()
         metrics.pop("test")
         (run / "metrics.json").write_text(json.dumps(metrics))
-    shown = render_folds(again)
-    assert "ensemble" not in shown
+    folds = json.loads((again / "folds.json").read_text())
+    assert set(folds["together"]) == {"ensemble", "student"}
+    (again / "folds.json").write_text(json.dumps(folds | {"together": {}}))
+    assert "ensemble" not in render_folds(again)
     place = argv.index("--output_dir") + 1
     assert main([*argv[:place], str(again), *argv[place + 1 :]]) == 0
     assert re.search(r"test +mean of 3 runs +std +ensemble +student", capsys.readouterr().out)

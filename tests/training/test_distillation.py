@@ -235,8 +235,10 @@ def test_a_student_passes_on_what_its_teacher_has_seen(finished_vit, tmp_path, s
     ("flags", "message"),
     [
         (["--feature_hint", "1"], "--feature_hint needs a --teacher"),
+        (["--distillation_weight", "0.5"], "--distillation_weight needs a --teacher"),
+        (["--distillation_temperature", "2"], "--distillation_temperature needs a --teacher"),
         (["--teacher", "VIT", "--freeze", "backbone", "--head_solver", "lbfgs"], "--teacher has no effect"),
-        (["--teacher", "nothing/here"], "HF_HUB_OFFLINE"),
+        (["--teacher", "nothing/here"], "--teacher: nothing/here .* pass the folder of a run"),
         (["--teacher", "model.onnx"], "--teacher model.onnx is not a fine-tuned model"),
         (["--teacher", "bundled/efficientnet_lite0"], "is not a fine-tuned model"),
         (["--teacher", "THREE"], "has the classes LABEL_0, LABEL_1, LABEL_2, which the data lack"),
