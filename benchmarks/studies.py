@@ -28,6 +28,7 @@ from hf_cifar.studies.kfold import cross_validate
 from hf_cifar.studies.student import student_of
 
 RUNS, FOLDS = 3, 5
+PATIENCE = 3  # times the epochs of the folds
 SHARED: Options = {
     "do_predict": "true", "disable_tqdm": "true", "precision": "bf16", "memory_format": "channels_last",
     "save_total_limit": 1,
@@ -80,10 +81,17 @@ def kfold(options: Options, seed: int, folder: Path) -> dict[str, float]:
     model = str(options["model_name_or_path"])
     student = student_of(model, own, "benchmarks.studies")
     folds = cross_validate(RunConfig.parse(own), FOLDS, student=student)
+    patient = student.with_training(
+        output_dir=str(folder / "patient"),
+        num_train_epochs=PATIENCE * float(str(options["num_train_epochs"])),
+        resume_from_checkpoint=None,
+    )
+    finetune_classifier(patient)
     return {
         "mean of 5 folds": folds["metrics"]["test"]["accuracy"]["mean"],
         "ensemble of the folds": accuracy(folder / "ensemble"),
         "student of the ensemble": accuracy(folder / "student"),
+        "student, three times the epochs": accuracy(folder / "patient"),
         "all out-of-fold predictions": float(
             RunFolder(folder).metrics()["out_of_fold"]["accuracy"]
         ),
