@@ -29,7 +29,7 @@ def search(argv: Sequence[str]) -> int:
     """Search. Mistakes in options, space and images are found before torch is imported."""
     if wants_help(argv):
         parse(CONFIGS, ["--help"], "hf-cifar search", usage=USAGE, description=DESCRIPTION)
-    own, argv = split_options([SearchConfig], argv, "hf-cifar search")
+    options, argv = split_options([SearchConfig], argv, "hf-cifar search")
     config = RunConfig.parse(argv, "hf-cifar search")
     require("optuna", extra="search")
     model = config.model
@@ -37,13 +37,13 @@ def search(argv: Sequence[str]) -> int:
         model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
     )
     from hf_cifar.report.search import render_summary
-    from hf_cifar.studies import search as studies
+    from hf_cifar.studies.search import run_search
     from hf_cifar.studies.search_plan import prepare_search
 
-    prepare_search(config, own)
+    prepare_search(config, options)
     source = open_source(config.data, ["train", "validation"])
     quieten(True)
-    print(render_summary(studies.search(config, own, source), Path(config.train.output_dir)))
+    print(render_summary(run_search(config, options, source), Path(config.train.output_dir)))
     return 0
 
 

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 RECIPE, SUMMARY, PAGE = "best.yaml", "search.json", "search.html"
 
 
-def search(
-    config: RunConfig, own: SearchConfig | None = None, source: DataSource | None = None
+def run_search(
+    config: RunConfig, options: SearchConfig | None = None, source: DataSource | None = None
 ) -> dict[str, Any]:
     """Run trials, each a run in output_dir/trial-NUMBER, then train the winner again, in output_dir/best.
 
@@ -35,8 +35,8 @@ def search(
 
     Raises: UserError before the first trial for options or folders that do not fit; if no trial has finished.
     """
-    own, began = own or SearchConfig(), time.monotonic()
-    space = prepare_search(config, own)
+    options, began = options or SearchConfig(), time.monotonic()
+    space = prepare_search(config, options)
     from hf_cifar.plan import best_metric  # imports torch
     from hf_cifar.studies.execution import alone_in
     from hf_cifar.studies.workers import POLL_SECONDS, run_trials
@@ -45,41 +45,45 @@ def search(
     if config.train.do_predict:
         _ = source.test_split  # raises now, and not after all trials, if there is none
     metric = best_metric(config.train, multi_label=source.splits.multi_label).removeprefix("eval_")
-    one = Search(
-        config, own, space, source,
+    search = Search(
+        config, options, space, source,
         metric="cross_entropy" if metric == LOSS else metric,  # as metrics.json names it
-        deadline=None if own.seconds is None else began + own.seconds,
+        deadline=None if options.seconds is None else began + options.seconds,
     )  # fmt: skip
-    with alone_in(one.folder.path, POLL_SECONDS):
-        join(one)
-        _ = one.study  # opens it
-    announce(one)
-    run_trials(one)
-    train_winner(one)
-    with alone_in(one.folder.path, POLL_SECONDS):
-        summary = summarise_search(one)
-        write_json(one.folder.path / SUMMARY, summary)
-        write_text(one.folder.path / PAGE, render_page(summary))
+    with alone_in(search.folder.path, POLL_SECONDS):
+        join(search)
+        _ = search.study  # opens it
+    announce(search)
+    run_trials(search)
+    train_winner(search)
+    with alone_in(search.folder.path, POLL_SECONDS):
+        summary = summarise_search(search)
+        write_json(search.folder.path / SUMMARY, summary)
+        write_text(search.folder.path / PAGE, render_page(summary))
     return summary
 
 
-def announce(one: Search) -> None:
+def announce(search: Search) -> None:
     """Log the space, how many trials there are, and which given options it replaces."""
-    for name, each in one.space.items():
+    for name, each in search.space.items():
         logger.info("searching --%s: %s", name, each)
-    given, defaults = one.config.options(), RunConfig().options()
-    replaced = [name for name in one.space if given.get(name) != defaults.get(name)]
+    given, defaults = search.config.options(), RunConfig().options()
+    replaced = [name for name in search.space if given.get(name) != defaults.get(name)]
     if replaced:
         values = ", ".join(f"--{name} {given[name]}" for name in replaced)
         logger.info("the space replaces %s", values)
-    limit = "" if one.own.time_limit is None else f", for {one.own.time_limit}"
-    count = "trials" if one.num_trials == float("inf") else f"{one.num_trials:g} trials"
+    limit = "" if search.options.time_limit is None else f", for {search.options.time_limit}"
+    count = "trials" if search.num_trials == float("inf") else f"{search.num_trials:g} trials"
     logger.info(
-        "%s by %s%s, ranked by %s on validation", count, one.own.sampler, limit, words(one.metric)
+        "%s by %s%s, ranked by %s on validation",
+        count,
+        search.options.sampler,
+        limit,
+        words(search.metric),
     )
 
 
-def train_winner(one: Search) -> None:
+def train_winner(search: Search) -> None:
     """Write the recipe of the winner, and train it in its own folder, or wait until another process has.
 
     Raises: UserError if no trial is complete.
@@ -88,13 +92,13 @@ def train_winner(one: Search) -> None:
     from hf_cifar.studies.execution import start_or_resume
     from hf_cifar.studies.workers import POLL_SECONDS, best_trial, with_setting_of
 
-    best = best_trial(one)
+    best = best_trial(search)
     if best is None:
         raise UserError(
             "no trial is complete yet; pass a longer --time_limit or more --n_trials: the same command "
             "continues this search"
         )
-    config, folder = one.winner_of(best.params), RunFolder(one.folder.path / BEST)
+    config, folder = search.winner_of(best.params), RunFolder(search.folder.path / BEST)
     while not (is_kept(config) and folder.trial().get("number") == best.number):
         with claimed_run(folder.path) as is_free:
             if not is_free:
@@ -106,15 +110,15 @@ def train_winner(one: Search) -> None:
                     logger.info("trial %d replaces trial %d as the winner", best.number, before)
                 clear(folder)
                 write_json(folder.trial_path, {"number": best.number, "parameters": best.params})
-            write_text(one.folder.path / RECIPE, recipe_of(one, config, best))
-            seconds = one.trial_folder(best.number).trial().get("seconds", 0)
+            write_text(search.folder.path / RECIPE, recipe_of(search, config, best))
+            seconds = search.trial_folder(best.number).trial().get("seconds", 0)
             logger.info(
                 "training the winner again, trial %d, which took %s: %s",
                 best.number, duration(seconds), folder.path,
             )  # fmt: skip
             if not is_kept(config):
-                started = with_setting_of(one, [best.number, *one.numbers()], config)
-                finetune_classifier(start_or_resume(started), one.source)
+                started = with_setting_of(search, [best.number, *search.numbers()], config)
+                finetune_classifier(start_or_resume(started), search.source)
 
 
 def clear(folder: RunFolder) -> None:
@@ -124,22 +128,22 @@ def clear(folder: RunFolder) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def recipe_of(one: Search, config: RunConfig, best: Any) -> str:
+def recipe_of(search: Search, config: RunConfig, best: Any) -> str:
     """Return the options of the winner as a file for `hf-cifar finetune --config`."""
     return (
-        f"# The best trial of hf-cifar search, trial {best.number}: {words(one.metric)} on validation "
+        f"# The best trial of hf-cifar search, trial {best.number}: {words(search.metric)} on validation "
         f"{best.value:.4f}.\n{config.to_yaml()}"
     )
 
 
-def summarise_search(one: Search) -> dict[str, Any]:
+def summarise_search(search: Search) -> dict[str, Any]:
     """Return the trials, the winner with its metrics, and the importance of the options, as plain values.
 
     A trial's `value` is its metric on validation; of a pruned one the last before it was stopped.
     """
     trials = []
-    for trial in one.study.get_trials(deepcopy=False):
-        facts = one.trial_folder(trial.number).trial()
+    for trial in search.study.get_trials(deepcopy=False):
+        facts = search.trial_folder(trial.number).trial()
         if "lost" in trial.user_attrs or not facts:
             continue
         trials.append(
@@ -157,16 +161,16 @@ def summarise_search(one: Search) -> dict[str, Any]:
                 if name in facts
             }
         )
-    best = RunFolder(one.folder.path / BEST)
+    best = RunFolder(search.folder.path / BEST)
     return {
-        "run": one.folder.path.name,
-        "study": one.folder.study()["name"],
-        **{name: value for name, value in one.shared().items() if name != "options"},
-        "model": one.config.model.model_name_or_path,
-        "data": one.config.data.dataset_name,
-        "larger_is_better": one.larger_is_better,
-        "time_limit": one.own.time_limit,
+        "run": search.folder.path.name,
+        "study": search.folder.study()["name"],
+        **{name: value for name, value in search.shared().items() if name != "options"},
+        "model": search.config.model.model_name_or_path,
+        "data": search.config.data.dataset_name,
+        "larger_is_better": search.larger_is_better,
+        "time_limit": search.options.time_limit,
         "trials": trials,
         "best": {**best.trial(), "metrics": best.metrics()},
-        "importances": importances(one.study),
+        "importances": importances(search.study),
     }

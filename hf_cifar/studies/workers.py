@@ -29,7 +29,7 @@ POLL_SECONDS = 0.2  # between two looks at what other processes are working on
 FAILURES = 5  # in a row, which end the search
 
 
-def run_trials(one: Search) -> None:
+def run_trials(search: Search) -> None:
     """Run trials until the search has enough of them, or its time is up, and no other process runs any.
 
     Raises: UserError if several in a row have failed.
@@ -37,15 +37,15 @@ def run_trials(one: Search) -> None:
     failures, waiting = 0, False
     while True:
         with contextlib.ExitStack() as claim:
-            with alone_in(one.folder.path, POLL_SECONDS):
-                found = next_trial(one, claim)
+            with alone_in(search.folder.path, POLL_SECONDS):
+                found = next_trial(search, claim)
             if found == "none":
                 return
             if found != "wait":
-                state = work_on(one, found)
+                state = work_on(search, found)
                 failures = failures + 1 if state == "failed" else 0
                 if failures >= FAILURES:
-                    reason = one.trial_folder(found.number).trial()["reason"]
+                    reason = search.trial_folder(found.number).trial()["reason"]
                     raise UserError(f"{failures} trials in a row failed: {reason}")
                 continue
         if not waiting:
@@ -54,35 +54,41 @@ def run_trials(one: Search) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def next_trial(one: Search, claim: contextlib.ExitStack) -> Trial | Literal["none", "wait"]:
+def next_trial(search: Search, claim: contextlib.ExitStack) -> Trial | Literal["none", "wait"]:
     """Return the next trial for this process, whose folder it holds until `claim` is closed: one that no
     living process works on, or a new one. Only one process may be here at a time."""
     from optuna.trial import TrialState
 
     busy = False
-    for trial in one.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    for trial in search.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         with contextlib.ExitStack() as attempt:
-            folder = one.trial_folder(trial.number).path
+            folder = search.trial_folder(trial.number).path
             is_free = attempt.enter_context(claimed_run(folder))
-            if is_free and not one.out_of_time:
+            if is_free and not search.out_of_time:
                 claim.push(attempt.pop_all())
                 logger.info("trial %d: continued, nobody is working on it", trial.number)
-                return adopt(one.study, trial, one.own.sampler, one.space, one.config.train.seed)
+                return adopt(
+                    search.study,
+                    trial,
+                    search.options.sampler,
+                    search.space,
+                    search.config.train.seed,
+                )
             busy |= not is_free
-    if one.out_of_time or started(one) >= one.num_trials:
+    if search.out_of_time or started(search) >= search.num_trials:
         return "wait" if busy else "none"
-    found = ask(one.study, one.own.sampler, one.space, one.config.train.seed)
-    claim.enter_context(claimed_run(one.trial_folder(found.number).path))
+    found = ask(search.study, search.options.sampler, search.space, search.config.train.seed)
+    claim.enter_context(claimed_run(search.trial_folder(found.number).path))
     return found
 
 
-def started(one: Search) -> int:
+def started(search: Search) -> int:
     """Count the trials that have begun, without those of which nothing is left but a number."""
-    trials = one.study.get_trials(deepcopy=False)
+    trials = search.study.get_trials(deepcopy=False)
     return sum(trial.state.name != "WAITING" and "lost" not in trial.user_attrs for trial in trials)
 
 
-def work_on(one: Search, trial: Trial) -> str:
+def work_on(search: Search, trial: Trial) -> str:
     """Start or resume a trial, and tell the study how it ended; returns its state.
 
     A trial that is stopped at a checkpoint, by a signal or the end of the time, goes on at the next start.
@@ -90,7 +96,7 @@ def work_on(one: Search, trial: Trial) -> str:
     from optuna.exceptions import StorageInternalError
 
     number, parameters = trial.number, trial.params
-    folder, config = one.trial_folder(number), one.options_of(parameters, f"trial-{number}")
+    folder, config = search.trial_folder(number), search.options_of(parameters, f"trial-{number}")
     facts = folder.trial()
     if facts.get("state") not in ("complete", "pruned", "failed"):
         logger.info("trial %d: %s", number, render_parameters(parameters))
@@ -111,52 +117,54 @@ def work_on(one: Search, trial: Trial) -> str:
             }  # fmt: skip
         else:
             try:
-                config = with_setting_of(one, one.numbers(), config)
-                facts = run_trial(config, one.source, facts, one.metric, evaluated, one.deadline)
+                config = with_setting_of(search, search.numbers(), config)
+                facts = run_trial(
+                    config, search.source, facts, search.metric, evaluated, search.deadline
+                )
             except OutOfTime:
                 logger.info("trial %d: stopped at a checkpoint, because the time is up", number)
                 return "stopped"
     end_trial(folder, facts)
-    tell(one, trial, facts)
+    tell(search, trial, facts)
     return facts["state"]
 
 
-def with_setting_of(one: Search, numbers: Sequence[int], config: RunConfig) -> RunConfig:
+def with_setting_of(search: Search, numbers: Sequence[int], config: RunConfig) -> RunConfig:
     """Return the options of a run with the compute setting of the first of these trials that has one."""
     for number in numbers:
-        folder = one.trial_folder(number)
+        folder = search.trial_folder(number)
         if folder.has_run:
             setting = requested_setting(config.train, folder.load_config())
             return config.with_training(**setting)
     return config
 
 
-def tell(one: Search, trial: Trial, facts: dict[str, Any]) -> None:
+def tell(search: Search, trial: Trial, facts: dict[str, Any]) -> None:
     """Tell the study how a trial has ended, and log it in a line."""
     from optuna.trial import TrialState
 
     states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
     value = facts["value"] if facts["state"] == "complete" else None
-    one.study.tell(trial.number, value, states.get(facts["state"], TrialState.FAIL), True)
+    search.study.tell(trial.number, value, states.get(facts["state"], TrialState.FAIL), True)
     seconds = duration(facts.get("seconds", 0))
     if facts["state"] == "failed":
         logger.warning("trial %d: failed after %s: %s", trial.number, seconds, facts["reason"])
         return
     pruned = f" at {max(map(int, facts['evaluations']))}%, pruned" if value is None else ""
-    best = best_trial(one)
+    best = best_trial(search)
     logger.info(
         "trial %d: %s %s%s, in %s; best %s",
-        trial.number, one.metric, render_number(facts["value"]), pruned, seconds,
+        trial.number, search.metric, render_number(facts["value"]), pruned, seconds,
         "none yet" if best is None else f"{render_number(best.value)} (trial {best.number})",
     )  # fmt: skip
 
 
-def best_trial(one: Search) -> FrozenTrial | None:
+def best_trial(search: Search) -> FrozenTrial | None:
     """Return the best complete trial; of equal ones the first."""
     from optuna.trial import TrialState
 
-    complete = one.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    sign = -1 if one.larger_is_better else 1
+    complete = search.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    sign = -1 if search.larger_is_better else 1
     return min(complete, key=lambda trial: (sign * (trial.value or 0), trial.number), default=None)
 
 

@@ -14,7 +14,7 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.studies.kfold import cross_validate
 from hf_cifar.studies.optuna_study import open_study
-from hf_cifar.studies.search import search
+from hf_cifar.studies.search import run_search
 from hf_cifar.studies.update import config_of_update, update_run
 
 FOLDS = 4
@@ -109,9 +109,9 @@ def searches(stripes, tiny_vit):
         "--max_steps", "8", "--save_strategy", "steps", "--save_steps", "2", "--calibrate", "false",
         "--probe_images", "0", "--precision", "fp32",
     )  # fmt: skip
-    own = SearchConfig(n_trials=TRIALS)
+    options = SearchConfig(n_trials=TRIALS)
     return lambda folder: (
-        lambda: search(tiny_config(folder, stripes, tiny_vit, *flags), own) and None
+        lambda: run_search(tiny_config(folder, stripes, tiny_vit, *flags), options) and None
     )
 
 
