@@ -14,7 +14,7 @@ from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 from hf_cifar.report.search import render_page
 from hf_cifar.runs.folder import RunFolder, write_json, write_text
-from hf_cifar.runs.lock import LOCK_FILE, claimed_run
+from hf_cifar.runs.lock import LOCK_FILE
 from hf_cifar.studies.optuna_study import importances
 from hf_cifar.studies.search_plan import BEST, Search, join, prepare_search
 from hf_cifar.studies.series import is_kept
@@ -55,12 +55,7 @@ def run_search(
         _ = search.study  # opens it
     announce(search)
     run_trials(search)
-    train_winner(search)
-    with alone_in(search.folder.path, POLL_SECONDS):
-        summary = summarise_search(search)
-        write_json(search.folder.path / SUMMARY, summary)
-        write_text(search.folder.path / PAGE, render_page(summary))
-    return summary
+    return train_winner(search)
 
 
 def announce(search: Search) -> None:
@@ -83,42 +78,44 @@ def announce(search: Search) -> None:
     )
 
 
-def train_winner(search: Search) -> None:
-    """Write the recipe of the winner, and train it in its own folder, or wait until another process has.
+def train_winner(search: Search) -> dict[str, Any]:
+    """Train the winner in its own folder, unless a process has, and write its recipe, the summary and the
+    page; returns the summary. One process does this at a time, and looks for the winner when it is its turn.
 
     Raises: UserError if no trial is complete.
     """
     from hf_cifar.finetune import finetune_classifier
-    from hf_cifar.studies.execution import start_or_resume
+    from hf_cifar.studies.execution import alone_in, start_or_resume
     from hf_cifar.studies.workers import POLL_SECONDS, best_trial, with_setting_of
 
-    best = best_trial(search)
-    if best is None:
+    if best_trial(search) is None:
         raise UserError(
             "no trial is complete yet; pass a longer --time_limit or more --n_trials: the same command "
             "continues this search"
         )
-    config, folder = search.winner_of(best.params), RunFolder(search.folder.path / BEST)
-    while not (is_kept(config) and folder.trial().get("number") == best.number):
-        with claimed_run(folder.path) as is_free:
-            if not is_free:
-                time.sleep(POLL_SECONDS)
-                continue
-            before = folder.trial().get("number")
-            if before != best.number:
-                if before is not None:
-                    logger.info("trial %d replaces trial %d as the winner", best.number, before)
-                clear(folder)
-                write_json(folder.trial_path, {"number": best.number, "parameters": best.params})
-            write_text(search.folder.path / RECIPE, recipe_of(search, config, best))
+    folder = RunFolder(search.folder.path / BEST)
+    with alone_in(folder.path, POLL_SECONDS):
+        best = best_trial(search)
+        assert best is not None
+        config, before = search.winner_of(best.params), folder.trial().get("number")
+        if before != best.number:
+            if before is not None:
+                logger.info("trial %d replaces trial %d as the winner", best.number, before)
+            clear(folder)
+            write_json(folder.trial_path, {"number": best.number, "parameters": best.params})
+        write_text(search.folder.path / RECIPE, recipe_of(search, config, best))
+        if not is_kept(config):
             seconds = search.trial_folder(best.number).trial().get("seconds", 0)
             logger.info(
                 "training the winner again, trial %d, which took %s: %s",
                 best.number, duration(seconds), folder.path,
             )  # fmt: skip
-            if not is_kept(config):
-                started = with_setting_of(search, [best.number, *search.numbers()], config)
-                finetune_classifier(start_or_resume(started), search.source)
+            started = with_setting_of(search, [best.number, *search.numbers()], config)
+            finetune_classifier(start_or_resume(started), search.source)
+        summary = summarise_search(search)
+        write_json(search.folder.path / SUMMARY, summary)
+        write_text(search.folder.path / PAGE, render_page(summary))
+    return summary
 
 
 def clear(folder: RunFolder) -> None:

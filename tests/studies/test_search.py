@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import threading
+import time
 
 import optuna
 import pytest
@@ -10,12 +12,14 @@ from tiny import tiny_options
 
 from hf_cifar import RunConfig, UserError, finetune_classifier
 from hf_cifar.cli import main
-from hf_cifar.config.space import Choices, Range
+from hf_cifar.config.space import Choices, Range, space_of
 from hf_cifar.config.studies import SearchConfig
 from hf_cifar.runs.folder import RunFolder, write_json
 from hf_cifar.runs.listing import list_runs
+from hf_cifar.runs.lock import claimed_run
 from hf_cifar.studies.optuna_study import (
     JournalLock,
+    add_trial,
     ask,
     build_sampler,
     distributions_of,
@@ -134,6 +138,36 @@ def test_a_better_trial_replaces_the_winner(study, tmp_path, stripes, tiny_vit, 
     assert RunFolder(folder / "best").trial() == winner
     assert not (folder / "best" / "notes.txt").exists()
     assert weights(folder / "best") == weights(study / "best")
+
+
+def test_a_process_that_waited_keeps_the_winner_of_another_that_has_found_a_better_trial(
+    study, tmp_path, stripes, tiny_vit, space, caplog
+):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder)
+    flags = ("--do_predict", "--check_leakage")
+    asked, found = config(folder, stripes, tiny_vit, *flags), []
+    options = SearchConfig(n_trials=5, space=space)
+    waiting = threading.Thread(target=lambda: found.append(run_search(asked, options)))
+    with claimed_run(folder / "best"):
+        (folder / "best" / "run.json").unlink()  # another process is at it
+        waiting.start()
+        while "ranked by accuracy" not in caplog.text:
+            time.sleep(0.05)
+        time.sleep(1)  # it has seen the five trials now, and waits for the winner
+        number, trials = RunFolder(folder / "best").trial()["number"], opened(folder)
+        shutil.copytree(folder / f"trial-{number}", folder / "trial-5")
+        better = RunFolder(folder / "trial-5").trial() | {"number": 5, "value": 1.5}
+        write_json(folder / "trial-5" / "trial.json", better)
+        add_trial(trials, better, space_of(space, asked))
+        write_json(
+            folder / "best" / "trial.json", {"number": 5, "parameters": better["parameters"]}
+        )
+        shutil.copy(study / "best" / "run.json", folder / "best")
+    waiting.join()
+    assert found[0]["best"]["number"] == 5
+    assert RunFolder(folder / "best").trial()["number"] == 5
+    assert "training the winner" not in caplog.text
 
 
 def test_a_search_for_a_winner_on_test_needs_a_test_split(tmp_path, tiny_vit, colours, space):
