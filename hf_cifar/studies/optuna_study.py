@@ -219,7 +219,8 @@ def add_trial(study: Study, facts: Mapping[str, Any] | None, space: Space) -> No
 
     facts = facts or {"state": "lost"}
     states = {
-        "complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "running": TrialState.RUNNING,
+        "complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED,
+        "running": TrialState.RUNNING, "stopped": TrialState.RUNNING,
     }  # fmt: skip
     parameters = facts.get("parameters", {})
     distributions = {
