@@ -66,7 +66,7 @@ def next_trial(search: Search, claim: contextlib.ExitStack) -> Trial | Literal["
             is_free = attempt.enter_context(claimed_run(folder))
             if is_free and not search.out_of_time:
                 claim.push(attempt.pop_all())
-                logger.info("trial %d: continued, nobody is working on it", trial.number)
+                logger.info("trial %d resumed: its process has ended", trial.number)
                 return adopt(
                     search.study,
                     trial,
@@ -91,12 +91,12 @@ def started(search: Search) -> int:
 def work_on(search: Search, trial: Trial) -> str:
     """Start or resume a trial, and tell the study how it ended; returns its state.
 
-    A trial that is stopped at a checkpoint, by a signal or the end of the time, goes on at the next start.
+    A trial that is stopped at a checkpoint, by a signal or the end of the time, resumes at the next start.
     """
     from optuna.exceptions import StorageInternalError
 
     number, parameters = trial.number, trial.params
-    folder, config = search.trial_folder(number), search.options_of(parameters, f"trial-{number}")
+    folder = search.trial_folder(number)
     facts = folder.trial()
     if facts.get("state") not in ("complete", "pruned", "failed"):
         logger.info("trial %d: %s", number, render_parameters(parameters))
@@ -106,24 +106,23 @@ def work_on(search: Search, trial: Trial) -> str:
                 trial.report(value, percent)
                 return trial.should_prune()
             except StorageInternalError as error:
-                logger.warning("the storage of the search does not answer: %s", one_line(error))
+                logger.warning("cannot reach the storage of the search: %s", one_line(error))
                 return False
 
         try:
+            config = search.options_of(parameters, f"trial-{number}")
             facts = begin_trial(folder, number, parameters)
+            config = with_setting_of(search, search.numbers(), config)
+            facts = run_trial(
+                config, search.source, facts, search.metric, evaluated, search.deadline
+            )
+        except OutOfTime:
+            logger.info("trial %d: stopped at a checkpoint, because the time is up", number)
+            return "stopped"
         except UserError as error:
-            facts = folder.trial() | {
-                "parameters": parameters, "state": "failed", "reason": str(error),
+            facts |= {
+                "number": number, "parameters": parameters, "state": "failed", "reason": str(error),
             }  # fmt: skip
-        else:
-            try:
-                config = with_setting_of(search, search.numbers(), config)
-                facts = run_trial(
-                    config, search.source, facts, search.metric, evaluated, search.deadline
-                )
-            except OutOfTime:
-                logger.info("trial %d: stopped at a checkpoint, because the time is up", number)
-                return "stopped"
     end_trial(folder, facts)
     tell(search, trial, facts)
     return facts["state"]

@@ -14,6 +14,7 @@ from hf_cifar import RunConfig, UserError, finetune_classifier
 from hf_cifar.cli import main
 from hf_cifar.config.space import Choices, Range, space_of
 from hf_cifar.config.studies import SearchConfig
+from hf_cifar.data.splits import DataSource
 from hf_cifar.runs.folder import RunFolder, write_json
 from hf_cifar.runs.listing import list_runs
 from hf_cifar.runs.lock import claimed_run
@@ -27,6 +28,7 @@ from hf_cifar.studies.optuna_study import (
     open_study,
 )
 from hf_cifar.studies.search import run_search
+from hf_cifar.studies.trials import begin_trial, run_trial
 
 SPACE = "learning_rate: {low: 1e-4, high: 2e-2, log: true}\nlr_scheduler_type: [linear, cosine]\n"
 
@@ -209,6 +211,15 @@ def test_a_damaged_journal_is_moved_aside(study, tmp_path, stripes, tiny_vit, sp
     assert [t.value for t in opened(folder).trials] == [t.value for t in opened(study).trials]
 
 
+@pytest.mark.parametrize("state", ["stopped", "running"])
+def test_a_rebuilt_study_continues_the_trials_that_have_not_ended(tmp_path, state):
+    study, given = open_study(tmp_path, None, "name", "maximize"), {"a": Choices((1, 2))}
+    add_trial(study, {"state": state, "parameters": {"a": 2}, "evaluations": {"50": 0.5}}, given)
+    trial = study.trials[0]
+    assert (trial.state.name, trial.params) == ("RUNNING", {"a": 2})
+    assert trial.intermediate_values == {50: 0.5}
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_proposals_are_those_of_optuna(sampler, tmp_path):
     given = {
@@ -365,6 +376,44 @@ def test_trials_that_fail(tmp_path, stripes, tiny_vit, caplog):
     failed = summary["trials"][states.index("failed")]
     assert failed["parameters"]["learning_rate"] == 1000 and "diverged" in failed["reason"]
     assert f"trial {failed['number']}: failed after" in caplog.text
+
+
+def test_options_that_exclude_each_other_only_together_fail_one_trial(tmp_path, stripes, tiny_vit):
+    path = tmp_path / "space.yaml"
+    path.write_text("freeze: [backbone, none]\ndropout: [0, 0.1]\nmixup_alpha: [0, 0.2]\n")
+    options = SearchConfig(sampler="grid", n_trials=4, space=str(path))
+    asked = config(
+        tmp_path / "study", stripes, tiny_vit, "--mixup_alpha", "0.2", "--max_steps", "1"
+    )
+    trials = run_search(asked, options)["trials"]
+    assert [trial["state"] for trial in trials] == ["complete", "complete", "failed", "complete"]
+    parameters = {"freeze": "backbone", "dropout": 0.1, "mixup_alpha": 0.0}
+    assert trials[2]["parameters"] == parameters and "--dropout" in trials[2]["reason"]
+    assert RunFolder(tmp_path / "study" / "trial-2").trial()["number"] == 2
+
+
+def test_evaluations_are_written_when_they_are_made(tmp_path, stripes, tiny_vit):
+    asked = config(
+        tmp_path / "run",
+        stripes,
+        tiny_vit,
+        "--num_train_epochs",
+        "2",
+        "--lr_scheduler_type",
+        "constant",
+    )
+    folder, seen = RunFolder(tmp_path / "run"), []
+    folder.path.mkdir()
+    facts = begin_trial(folder, 0, {})
+
+    def evaluated(percent, value):
+        seen.append((folder.trial(), {str(percent): value}))
+        return False
+
+    run_trial(asked, DataSource(asked.data), facts, "accuracy", evaluated, None)
+    (first, at_half), (second, at_end) = seen
+    assert first["evaluations"] == at_half and second["evaluations"] == at_half | at_end
+    assert first["state"] == "running" and 0 < first["seconds"] < second["seconds"]
 
 
 def test_a_search_in_which_all_fails_ends(tmp_path, stripes, tiny_vit):
