@@ -273,6 +273,7 @@ def test_a_combination_that_a_dead_process_has_queued_is_not_queued_again(tmp_pa
 
 @pytest.mark.slow
 def test_a_bad_trial_is_pruned(tmp_path, stripes, tiny_vit, caplog):
+    caplog.set_level("INFO")
     path = tmp_path / "space.yaml"
     path.write_text("learning_rate: [5e-3, 6e-3, 7e-3, 8e-3, 9e-3, 1e-9]\n")
     options = SearchConfig(sampler="grid", space=str(path))
