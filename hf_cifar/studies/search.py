@@ -85,8 +85,8 @@ def train_winner(search: Search) -> dict[str, Any]:
     Raises: UserError if no trial is complete.
     """
     from hf_cifar.finetune import finetune_classifier
-    from hf_cifar.studies.execution import alone_in, start_or_resume
-    from hf_cifar.studies.workers import POLL_SECONDS, best_trial, with_setting_of
+    from hf_cifar.studies.execution import alone_in, start_or_resume, with_setting_of
+    from hf_cifar.studies.workers import POLL_SECONDS, best_trial
 
     if best_trial(search) is None:
         raise UserError(
@@ -110,8 +110,8 @@ def train_winner(search: Search) -> dict[str, Any]:
                 "training the winner again, trial %d, which took %s: %s",
                 best.number, duration(seconds), folder.path,
             )  # fmt: skip
-            started = with_setting_of(search, [best.number, *search.numbers()], config)
-            finetune_classifier(start_or_resume(started), search.source)
+            folders = [search.trial_folder(best.number), *search.trial_folders()]
+            finetune_classifier(start_or_resume(with_setting_of(config, folders)), search.source)
         summary = summarise_search(search)
         write_json(search.folder.path / SUMMARY, summary)
         write_text(search.folder.path / PAGE, render_page(summary))

@@ -72,6 +72,10 @@ class Search:
     def trial_folder(self, number: int) -> RunFolder:
         return RunFolder(self.folder.path / f"trial-{number}")
 
+    def trial_folders(self) -> list[RunFolder]:
+        """The folders of the trials, in order."""
+        return [self.trial_folder(number) for number in self.numbers()]
+
     def numbers(self) -> list[int]:
         """The numbers of the trials that have a folder, in order."""
         paths = self.folder.path.glob("trial-*/trial.json")

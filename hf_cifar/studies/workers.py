@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_cifar.config.space import render_choice
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.tables import render_number
-from hf_cifar.plan import requested_setting
 from hf_cifar.runs.lock import claimed_run
-from hf_cifar.studies.execution import alone_in
+from hf_cifar.studies.execution import alone_in, with_setting_of
 from hf_cifar.studies.optuna_study import adopt, ask
 from hf_cifar.studies.search_plan import Search
 from hf_cifar.studies.trials import OutOfTime, begin_trial, end_trial, run_trial
@@ -22,7 +20,6 @@ from hf_cifar.text import duration, one_line
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
-    from hf_cifar.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.2  # between two looks at what other processes are working on
@@ -56,15 +53,16 @@ def run_trials(search: Search) -> None:
 
 def next_trial(search: Search, claim: contextlib.ExitStack) -> Trial | Literal["none", "wait"]:
     """Return the next trial for this process, whose folder it holds until `claim` is closed: one that no
-    living process works on, or a new one. Only one process may be here at a time."""
+    living process works on, or a new one. Others wait until the first one has picked the compute setting.
+    Only one process may be here at a time."""
     from optuna.trial import TrialState
 
-    busy = False
+    busy, has_setting = False, any(folder.has_run for folder in search.trial_folders())
     for trial in search.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         with contextlib.ExitStack() as attempt:
             folder = search.trial_folder(trial.number).path
             is_free = attempt.enter_context(claimed_run(folder))
-            if is_free and not search.out_of_time:
+            if is_free and not search.out_of_time and (has_setting or not busy):
                 claim.push(attempt.pop_all())
                 logger.info("trial %d resumed: its process has ended", trial.number)
                 return adopt(
@@ -77,6 +75,8 @@ def next_trial(search: Search, claim: contextlib.ExitStack) -> Trial | Literal["
             busy |= not is_free
     if search.out_of_time or started(search) >= search.num_trials:
         return "wait" if busy else "none"
+    if busy and not has_setting:
+        return "wait"
     found = ask(search.study, search.options.sampler, search.space, search.config.train.seed)
     claim.enter_context(claimed_run(search.trial_folder(found.number).path))
     return found
@@ -112,7 +112,8 @@ def work_on(search: Search, trial: Trial) -> str:
         try:
             config = search.options_of(parameters, f"trial-{number}")
             facts = begin_trial(folder, number, parameters)
-            config = with_setting_of(search, search.numbers(), config)
+            # Its own setting first, if it resumes.
+            config = with_setting_of(config, [folder, *search.trial_folders()])
             facts = run_trial(
                 config, search.source, facts, search.metric, evaluated, search.deadline
             )
@@ -126,16 +127,6 @@ def work_on(search: Search, trial: Trial) -> str:
     end_trial(folder, facts)
     tell(search, trial, facts)
     return facts["state"]
-
-
-def with_setting_of(search: Search, numbers: Sequence[int], config: RunConfig) -> RunConfig:
-    """Return the options of a run with the compute setting of the first of these trials that has one."""
-    for number in numbers:
-        folder = search.trial_folder(number)
-        if folder.has_run:
-            setting = requested_setting(config.train, folder.load_config())
-            return config.with_training(**setting)
-    return config
 
 
 def tell(search: Search, trial: Trial, facts: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """hf_cifar.studies.search: trials as runs, proposed by optuna, and the winner trained again."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -28,7 +29,9 @@ from hf_cifar.studies.optuna_study import (
     open_study,
 )
 from hf_cifar.studies.search import run_search
+from hf_cifar.studies.search_plan import Search, join
 from hf_cifar.studies.trials import begin_trial, run_trial
+from hf_cifar.studies.workers import next_trial
 
 SPACE = "learning_rate: {low: 1e-4, high: 2e-2, log: true}\nlr_scheduler_type: [linear, cosine]\n"
 
@@ -348,6 +351,54 @@ def test_a_trial_that_has_ended_but_was_not_told(study, tmp_path, stripes, tiny_
     run_search(config(folder, stripes, tiny_vit, *flags), SearchConfig(n_trials=5, space=space))
     assert [t.value for t in opened(folder).trials] == [t.value for t in opened(study).trials]
     assert (folder / "trial-4" / "run.json").stat().st_mtime_ns == trained
+
+
+def test_a_resumed_trial_keeps_its_own_setting(study, tmp_path, stripes, tiny_vit, space):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder)
+    (folder / "journal.log").unlink()
+    shutil.rmtree(folder / "best")
+    shared = RunFolder(folder).study()
+    shared["options"]["precision"] = "auto"
+    write_json(folder / "study.json", shared)
+    # Both measured their own: the first trial, which has ended, and another one, which has not.
+    trial = RunFolder(folder / "trial-1")
+    facts, before = trial.trial(), trial.load_config()
+    shutil.rmtree(trial.path)
+    trial.path.mkdir()
+    write_json(trial.trial_path, facts | {"state": "stopped"})
+    trial.save_config(before.with_training(precision="bf16", memory_format="channels_last"))
+    flags = ("--do_predict", "--check_leakage", "--precision", "auto")
+    asked = config(folder, stripes, tiny_vit, *flags)
+    run_search(asked, SearchConfig(n_trials=6, space=space))
+
+    def setting(number):
+        train = RunFolder(folder / f"trial-{number}").load_config().train
+        return train.precision, train.memory_format
+
+    assert setting(1) == ("bf16", "channels_last")
+    assert setting(5) == setting(0) == ("fp32", before.train.memory_format)
+
+
+def test_later_trials_wait_for_the_setting_of_the_first(tmp_path, stripes, tiny_vit, space):
+    asked = config(tmp_path / "study", stripes, tiny_vit)
+    options = SearchConfig(n_trials=3, space=space)
+    search = Search(
+        asked, options, space_of(space, asked), DataSource(asked.data), "accuracy", None
+    )
+    search.folder.path.mkdir()
+    join(search)
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        assert next_trial(search, first).number == 0
+        assert next_trial(search, second) == "wait"
+        begin_trial(search.trial_folder(0), 0, {})
+        search.trial_folder(0).save_config(asked)
+        assert next_trial(search, second).number == 1
+    # Nobody is working on them now, and the first one has no setting again.
+    search.trial_folder(0).config_path.unlink()
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        assert next_trial(search, first).number == 0
+        assert next_trial(search, second) == "wait"
 
 
 def test_a_trial_that_kills_its_processes_fails(study, tmp_path, stripes, tiny_vit, space):
