@@ -36,12 +36,14 @@ def search(argv: Sequence[str]) -> int:
     check_model_name(
         model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
     )
-    from hf_cifar.report.search import render_summary
-    from hf_cifar.studies.search import run_search
     from hf_cifar.studies.search_plan import prepare_search
 
     prepare_search(config, options)
     source = open_source(config.data, ["train", "validation"])
+
+    from hf_cifar.report.search import render_summary
+    from hf_cifar.studies.search import run_search
+
     quieten(True)
     print(render_summary(run_search(config, options, source), Path(config.train.output_dir)))
     return 0
