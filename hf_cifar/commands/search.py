@@ -16,7 +16,8 @@ from hf_cifar.models.names import check_model_name
 
 CONFIGS = (SearchConfig, *RUN_CONFIGS)
 USAGE = (
-    "hf-cifar search [--n_trials N] [--time_limit TIME] [options] [options of hf-cifar finetune]"
+    "hf-cifar search [--n_trials N] [--time_limit TIME] [--recipe NAME] [--config FILE] [options of hf-cifar "
+    "finetune]"
 )
 DESCRIPTION = (
     "Train a run for each trial, in OUTPUT_DIR/trial-NUMBER, and the best one on validation again, in "
