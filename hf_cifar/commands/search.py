@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from hf_cifar.commands.command import Command, open_source
 from hf_cifar.config.command_line import parse, wants_help
@@ -13,6 +12,7 @@ from hf_cifar.config.studies import SearchConfig
 from hf_cifar.extras import require
 from hf_cifar.logs import quieten
 from hf_cifar.models.names import check_model_name
+from hf_cifar.runs.folder import RunFolder
 
 CONFIGS = (SearchConfig, *RUN_CONFIGS)
 USAGE = (
@@ -46,7 +46,7 @@ def search(argv: Sequence[str]) -> int:
     from hf_cifar.studies.search import run_search
 
     quieten(True)
-    print(render_summary(run_search(config, options, source), Path(config.train.output_dir)))
+    print(render_summary(run_search(config, options, source), RunFolder(config.train.output_dir)))
     return 0
 
 

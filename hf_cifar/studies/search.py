@@ -12,16 +12,16 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.config.studies import SearchConfig
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
+from hf_cifar.hub.origin import public_name
 from hf_cifar.report.search import render_page
 from hf_cifar.runs.folder import RunFolder, write_json, write_text
 from hf_cifar.runs.lock import LOCK_FILE
 from hf_cifar.studies.optuna_study import importances
-from hf_cifar.studies.search_plan import BEST, Search, join, prepare_search
+from hf_cifar.studies.search_plan import Search, join, prepare_search
 from hf_cifar.studies.series import is_kept
 from hf_cifar.text import duration
 
 logger = logging.getLogger(__name__)
-RECIPE, SUMMARY, PAGE = "best.yaml", "search.json", "search.html"
 
 
 def run_search(
@@ -93,7 +93,7 @@ def train_winner(search: Search) -> dict[str, Any]:
             "no trial is complete yet; pass a longer --time_limit or more --n_trials: the same command "
             "continues this search"
         )
-    folder = RunFolder(search.folder.path / BEST)
+    study, folder = search.folder, RunFolder(search.folder.winner_path)
     with alone_in(folder.path, POLL_SECONDS):
         best = best_trial(search)
         assert best is not None
@@ -103,7 +103,7 @@ def train_winner(search: Search) -> dict[str, Any]:
                 logger.info("trial %d replaces trial %d as the winner", best.number, before)
             clear(folder)
             write_json(folder.trial_path, {"number": best.number, "parameters": best.params})
-        write_text(search.folder.path / RECIPE, recipe_of(search, config, best))
+        write_text(study.recipe_path, recipe_of(search, config, best))
         if not is_kept(config):
             seconds = search.trial_folder(best.number).trial().get("seconds", 0)
             logger.info(
@@ -113,8 +113,8 @@ def train_winner(search: Search) -> dict[str, Any]:
             folders = [search.trial_folder(best.number), *search.trial_folders()]
             finetune_classifier(start_or_resume(with_setting_of(config, folders)), search.source)
         summary = summarise_search(search)
-        write_json(search.folder.path / SUMMARY, summary)
-        write_text(search.folder.path / PAGE, render_page(summary))
+        write_json(study.search_path, summary)
+        write_text(study.search_page_path, render_page(summary))
     return summary
 
 
@@ -158,13 +158,13 @@ def summarise_search(search: Search) -> dict[str, Any]:
                 if name in facts
             }
         )
-    best = RunFolder(search.folder.path / BEST)
+    best = RunFolder(search.folder.winner_path)
     return {
-        "run": search.folder.path.name,
+        "run": public_name(str(search.folder.path.resolve())),
         "study": search.folder.study()["name"],
         **{name: value for name, value in search.shared().items() if name != "options"},
-        "model": search.config.model.model_name_or_path,
-        "data": search.config.data.dataset_name,
+        "model": public_name(search.config.model.model_name_or_path),
+        "data": public_name(str(search.config.data.dataset_name)),
         "larger_is_better": search.larger_is_better,
         "time_limit": search.options.time_limit,
         "trials": trials,

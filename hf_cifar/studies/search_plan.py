@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DEFAULT_TRIALS = 30
-BEST = "best"  # folder of the winner
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +101,7 @@ class Search:
     def winner_of(self, parameters: Mapping[str, Any]) -> RunConfig:
         """Return the options of the winner's run, as requested."""
         train = self.config.train
-        return self.options_of(parameters, BEST).with_training(
+        return self.options_of(parameters, self.folder.winner_path.name).with_training(
             do_predict=train.do_predict, check_leakage=train.check_leakage, reject=train.reject
         )
 

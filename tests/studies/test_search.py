@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import threading
@@ -9,6 +10,7 @@ import time
 
 import optuna
 import pytest
+from command_lines import run_commands
 from tiny import tiny_options
 
 from hf_cifar import RunConfig, UserError, finetune_classifier
@@ -535,6 +537,39 @@ def test_mistakes_are_one_line_and_change_nothing(
     assert main(["search", "--n_trials", "5", "--space", space, *argv, *flags]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert {p: p.stat().st_mtime_ns for p in study.rglob("*") if p.is_file()} == before
+
+
+def test_mistakes_in_the_space_are_found_without_torch(tmp_path, stripes, tiny_vit):
+    spaces = {
+        "learning_rate: {low: 1, high: 0.5}": "learning_rate: low is 1 and high is 0.5",
+        "seed: [1, 2]": "seed cannot be searched",
+    }
+    commands = []
+    for number, text in enumerate(spaces):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        argv = argv_of(tmp_path / "study", stripes, tiny_vit)
+        commands.append((None, ["search", "--space", str(path), *argv]))
+    commands.append((None, ["search", "--sampler", "grid", *argv_of(tmp_path, stripes, tiny_vit)]))
+    messages = [*spaces.values(), "--sampler grid needs a list of choices"]
+    for done, message in zip(run_commands(commands, dict(os.environ)), messages, strict=True):
+        assert done.status == 2 and message in done.stderr and done.stderr.count("\n") == 1
+        assert done.loaded_torch is False
+
+
+def test_the_usage_names_recipe_and_config(capsys):
+    with pytest.raises(SystemExit):
+        main(["search", "--help"])
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    assert "--recipe NAME" in usage and "--config FILE" in usage
+
+
+def test_the_summary_and_the_page_show_no_local_folders(study, stripes, tiny_vit):
+    summary = json.loads((study / "search.json").read_text())
+    assert (summary["data"], summary["model"]) == (stripes.name, tiny_vit.name)
+    assert summary["run"] == "study"
+    for name in ("search.json", "search.html"):
+        assert str(stripes.parent) not in (study / name).read_text()
 
 
 def test_a_launcher_is_refused(study, stripes, tiny_vit, monkeypatch):
