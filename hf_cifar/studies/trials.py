@@ -86,7 +86,7 @@ class Watch(TrainerCallback):
 def begin_trial(folder: RunFolder, number: int, parameters: dict[str, Any]) -> dict[str, Any]:
     """Note in trial.json that this process starts or resumes a trial, and return its content.
 
-    Raises: UserError if processes have died in it too often.
+    Raises: UserError if too many processes have died in it without a new checkpoint.
     """
     before, checkpoints = folder.trial(), folder.checkpoints()
     newest = checkpoints[0].name if checkpoints else None
@@ -98,7 +98,7 @@ def begin_trial(folder: RunFolder, number: int, parameters: dict[str, Any]) -> d
         "evaluations": before.get("evaluations", {}),
     }  # fmt: skip
     if starts >= MAX_STARTS:
-        raise UserError(f"{starts} processes have died in it")
+        raise UserError(f"{starts} processes have died in this trial without a new checkpoint")
     write_json(folder.trial_path, facts)
     return facts
 

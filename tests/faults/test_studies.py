@@ -167,12 +167,11 @@ def test_search_kill_of_one_of_two_processes(searches, tmp_path, record_result):
             and (folder / "best" / "run.json").is_file()
             and waits[-1] < 5
         )
-    print(f"longest waits: {sorted(waits)[-3:]}, alone {seconds:.1f} s")
     record_result(
         "-",
         "kill -9 of one of two processes of `search`, 24 trials, at random times",
         "no finished trial is lost, none is there twice, none is left running; the other process waits less "
-        "than 5 s",
+        f"than 5 s (measured: {max(waits):.1f})",
         good,
         20,
     )

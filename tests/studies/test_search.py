@@ -415,7 +415,8 @@ def test_a_trial_that_kills_its_processes_fails(study, tmp_path, stripes, tiny_v
     options = SearchConfig(n_trials=2, space=space)
     summary = run_search(config(folder, stripes, tiny_vit, *flags), options)
     assert [trial["state"] for trial in summary["trials"]] == ["failed", "complete"]
-    assert summary["trials"][0]["reason"] == "3 processes have died in it"
+    reason = "3 processes have died in this trial without a new checkpoint"
+    assert summary["trials"][0]["reason"] == reason
 
 
 @pytest.mark.slow
