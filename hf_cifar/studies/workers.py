@@ -46,7 +46,7 @@ def run_trials(search: Search) -> None:
                     raise UserError(f"{failures} trials in a row failed: {reason}")
                 continue
         if not waiting:
-            logger.info("waiting for other processes to finish their trials")
+            logger.info("waiting for other processes")
         waiting = True
         time.sleep(POLL_SECONDS)
 
@@ -57,6 +57,7 @@ def next_trial(search: Search, claim: contextlib.ExitStack) -> Trial | Literal["
     Only one process may be here at a time."""
     from optuna.trial import TrialState
 
+    sampler, seed = search.options.sampler, search.config.train.seed
     busy, has_setting = False, any(folder.has_run for folder in search.trial_folders())
     for trial in search.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         with contextlib.ExitStack() as attempt:
@@ -65,19 +66,13 @@ def next_trial(search: Search, claim: contextlib.ExitStack) -> Trial | Literal["
             if is_free and not search.out_of_time and (has_setting or not busy):
                 claim.push(attempt.pop_all())
                 logger.info("trial %d resumed: its process has ended", trial.number)
-                return adopt(
-                    search.study,
-                    trial,
-                    search.options.sampler,
-                    search.space,
-                    search.config.train.seed,
-                )
+                return adopt(search.study, trial, sampler, search.space, seed)
             busy |= not is_free
     if search.out_of_time or started(search) >= search.num_trials:
         return "wait" if busy else "none"
     if busy and not has_setting:
         return "wait"
-    found = ask(search.study, search.options.sampler, search.space, search.config.train.seed)
+    found = ask(search.study, sampler, search.space, seed)
     claim.enter_context(claimed_run(search.trial_folder(found.number).path))
     return found
 
