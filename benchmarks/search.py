@@ -21,7 +21,7 @@ from hf_cifar import RunConfig
 from hf_cifar.config.studies import SearchConfig
 from hf_cifar.data.splits import DataSource
 from hf_cifar.logs import quieten
-from hf_cifar.studies.search import search
+from hf_cifar.studies.search import run_search
 
 MODEL = "article_cnn"
 SPACE = {
@@ -66,11 +66,14 @@ def main() -> None:
         source = DataSource(config.data)
         for seed in range(options.seeds):
             for name, sampler in SAMPLERS.items():
-                own = SearchConfig(
-                    n_trials=options.n_trials, sampler=sampler, prune=False, space=str(space)
-                )
                 place = Path(folder, f"{sampler}-{seed}")
-                found = search(config.with_training(output_dir=str(place), seed=seed), own, source)
+                found = run_search(
+                    config.with_training(output_dir=str(place), seed=seed),
+                    SearchConfig(
+                        n_trials=options.n_trials, sampler=sampler, prune=False, space=str(space)
+                    ),
+                    source,
+                )
                 for split, by_name in values.items():
                     by_name[name].append(found["best"]["metrics"][split]["accuracy"])
                 shown = {split: values[split][name][-1] for split in values}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from hf_cifar.commands.command import Command, open_source
 from hf_cifar.config.command_line import parse, wants_help
@@ -13,10 +12,12 @@ from hf_cifar.config.studies import SearchConfig
 from hf_cifar.extras import require
 from hf_cifar.logs import quieten
 from hf_cifar.models.names import check_model_name
+from hf_cifar.runs.folder import RunFolder
 
 CONFIGS = (SearchConfig, *RUN_CONFIGS)
 USAGE = (
-    "hf-cifar search [--n_trials N] [--time_limit TIME] [options] [options of hf-cifar finetune]"
+    "hf-cifar search [--n_trials N] [--time_limit TIME] [--recipe NAME] [--config FILE] [options of hf-cifar "
+    "finetune]"
 )
 DESCRIPTION = (
     "Train a run for each trial, in OUTPUT_DIR/trial-NUMBER, and the best one on validation again, in "
@@ -29,21 +30,23 @@ def search(argv: Sequence[str]) -> int:
     """Search. Mistakes in options, space and images are found before torch is imported."""
     if wants_help(argv):
         parse(CONFIGS, ["--help"], "hf-cifar search", usage=USAGE, description=DESCRIPTION)
-    own, argv = split_options([SearchConfig], argv, "hf-cifar search")
+    options, argv = split_options([SearchConfig], argv, "hf-cifar search")
     config = RunConfig.parse(argv, "hf-cifar search")
     require("optuna", extra="search")
     model = config.model
     check_model_name(
         model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
     )
-    from hf_cifar.report.search import render_summary
-    from hf_cifar.studies import search as studies
     from hf_cifar.studies.search_plan import prepare_search
 
-    prepare_search(config, own)
+    prepare_search(config, options)
     source = open_source(config.data, ["train", "validation"])
+
+    from hf_cifar.report.search import render_summary
+    from hf_cifar.studies.search import run_search
+
     quieten(True)
-    print(render_summary(studies.search(config, own, source), Path(config.train.output_dir)))
+    print(render_summary(run_search(config, options, source), RunFolder(config.train.output_dir)))
     return 0
 
 

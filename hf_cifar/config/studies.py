@@ -65,8 +65,8 @@ class SearchConfig:
     )
     time_limit: str | None = option(
         None,
-        "Start no trial after this time, for example 30m, 2h or 1h30m, and stop the one that trains at a "
-        "checkpoint; then the winner is trained again.",
+        "Time after which no trial starts and the running one stops at a checkpoint, such as 30m or 1h30m; "
+        "then the winner is trained again.",
     )
     sampler: Literal["tpe", "random", "grid"] = option(
         "tpe",

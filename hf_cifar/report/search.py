@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -14,6 +13,7 @@ from hf_cifar.config.space import render_choice
 from hf_cifar.evaluation.tables import render_chosen, render_number
 from hf_cifar.report import charts
 from hf_cifar.report.page import render_template
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.text import duration, render_table
 
 STATES = ("complete", "pruned", "failed", "stopped", "running")
@@ -134,7 +134,7 @@ def counts_of(trials: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{count} {state}" for state, count in counts.items() if count)
 
 
-def render_summary(facts: dict[str, Any], folder: Path) -> str:
+def render_summary(facts: dict[str, Any], study: RunFolder) -> str:
     """Render the trials, best first, and the winner with its metrics for a terminal."""
     trials, names = facts["trials"], list(facts["space"])
     sign = -1 if facts["larger_is_better"] else 1
@@ -171,8 +171,8 @@ def render_summary(facts: dict[str, Any], folder: Path) -> str:
             f"the winner, trial {best['number']}, trained again:",
             render_chosen(metrics, [name for name in headline if name in metrics["validation"]]),
             "",
-            f"recipe: {folder / 'best.yaml'}",
-            f"model: {folder / 'best'}",
-            f"page: {folder / 'search.html'}",
+            f"recipe: {study.recipe_path}",
+            f"model: {study.winner_path}",
+            f"page: {study.search_page_path}",
         ]
     )

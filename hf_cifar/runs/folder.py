@@ -57,6 +57,11 @@ class RunFolder:
         self.page_facts_path = self.path / "report.json"
         self.folds_path = self.path / "folds.json"  # of a cross-validation, see studies/kfold.py
         self.study_path = self.path / "study.json"  # of a search, see studies/search.py
+        self.journal_path = self.path / "journal.log"  # of a search without a database
+        self.search_path = self.path / "search.json"  # its result
+        self.search_page_path = self.path / "search.html"
+        self.recipe_path = self.path / "best.yaml"  # of its winner
+        self.winner_path = self.path / "best"  # the run of its winner
         self.trial_path = self.path / "trial.json"  # of one of its trials, see studies/trials.py
         # Rows of earlier data, see data/stored.py.
         self.stored_path = self.path / "stored.parquet"

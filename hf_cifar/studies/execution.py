@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, release_memory
@@ -81,7 +81,7 @@ def finish(config: RunConfig, state: str, configs: Sequence[RunConfig], source: 
     logger.info("%s: %s", place, folder)
     config = start_or_resume(config)
     if number:
-        config = with_setting_of(configs[0], config)
+        config = with_setting_of(config, [RunFolder(configs[0].train.output_dir)])
     finetune_classifier(config, source.sharing(config.data))
     release_memory()  # a Trainer and its model refer to each other
 
@@ -96,10 +96,12 @@ def start_or_resume(config: RunConfig) -> RunConfig:
     return config.with_training(resume_from_checkpoint=None)
 
 
-def with_setting_of(first: RunConfig, config: RunConfig) -> RunConfig:
-    """Return the options of a run with the setting that the first run of the series found the fastest."""
-    before = RunFolder(first.train.output_dir).load_config()
-    return config.with_training(**requested_setting(config.train, before))
+def with_setting_of(config: RunConfig, folders: Iterable[RunFolder]) -> RunConfig:
+    """Return the options of a run with the compute setting of the first of these folders that has one."""
+    for folder in folders:
+        if folder.has_run:
+            return config.with_training(**requested_setting(config.train, folder.load_config()))
+    return config
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from hf_cifar.config.space import Choices, Space
 from hf_cifar.errors import UserError
 from hf_cifar.extras import require
 from hf_cifar.platform import lock_file
+from hf_cifar.runs.folder import RunFolder
 from hf_cifar.text import one_line
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 logger = logging.getLogger(__name__)
-JOURNAL = "journal.log"  # of a study without a database
 POLL_SECONDS = 0.01  # between two looks at the lock of the journal
 MIN_IMPORTANCE = 4  # different values of finished trials
 
@@ -40,7 +40,7 @@ def open_study(folder: Path, url: str | None, name: str, direction: str) -> Stud
     optuna = require("optuna", extra="search")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", module="optuna")
-    storage = open_journal(folder / JOURNAL) if url is None else open_database(url)
+    storage = open_database(url) if url else open_journal(RunFolder(folder).journal_path)
     return optuna.create_study(
         storage=storage, study_name=name, direction=direction, load_if_exists=True
     )
@@ -219,7 +219,8 @@ def add_trial(study: Study, facts: Mapping[str, Any] | None, space: Space) -> No
 
     facts = facts or {"state": "lost"}
     states = {
-        "complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "running": TrialState.RUNNING,
+        "complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED,
+        "running": TrialState.RUNNING, "stopped": TrialState.RUNNING,
     }  # fmt: skip
     parameters = facts.get("parameters", {})
     distributions = {

@@ -12,20 +12,20 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.config.studies import SearchConfig
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
+from hf_cifar.hub.origin import public_name
 from hf_cifar.report.search import render_page
 from hf_cifar.runs.folder import RunFolder, write_json, write_text
-from hf_cifar.runs.lock import LOCK_FILE, claimed_run
+from hf_cifar.runs.lock import LOCK_FILE
 from hf_cifar.studies.optuna_study import importances
-from hf_cifar.studies.search_plan import BEST, Search, join, prepare_search
+from hf_cifar.studies.search_plan import Search, join, prepare_search
 from hf_cifar.studies.series import is_kept
 from hf_cifar.text import duration
 
 logger = logging.getLogger(__name__)
-RECIPE, SUMMARY, PAGE = "best.yaml", "search.json", "search.html"
 
 
-def search(
-    config: RunConfig, own: SearchConfig | None = None, source: DataSource | None = None
+def run_search(
+    config: RunConfig, options: SearchConfig | None = None, source: DataSource | None = None
 ) -> dict[str, Any]:
     """Run trials, each a run in output_dir/trial-NUMBER, then train the winner again, in output_dir/best.
 
@@ -35,8 +35,8 @@ def search(
 
     Raises: UserError before the first trial for options or folders that do not fit; if no trial has finished.
     """
-    own, began = own or SearchConfig(), time.monotonic()
-    space = prepare_search(config, own)
+    options, began = options or SearchConfig(), time.monotonic()
+    space = prepare_search(config, options)
     from hf_cifar.plan import best_metric  # imports torch
     from hf_cifar.studies.execution import alone_in
     from hf_cifar.studies.workers import POLL_SECONDS, run_trials
@@ -45,76 +45,77 @@ def search(
     if config.train.do_predict:
         _ = source.test_split  # raises now, and not after all trials, if there is none
     metric = best_metric(config.train, multi_label=source.splits.multi_label).removeprefix("eval_")
-    one = Search(
-        config, own, space, source,
+    search = Search(
+        config, options, space, source,
         metric="cross_entropy" if metric == LOSS else metric,  # as metrics.json names it
-        deadline=None if own.seconds is None else began + own.seconds,
+        deadline=None if options.seconds is None else began + options.seconds,
     )  # fmt: skip
-    with alone_in(one.folder.path, POLL_SECONDS):
-        join(one)
-        _ = one.study  # opens it
-    announce(one)
-    run_trials(one)
-    train_winner(one)
-    with alone_in(one.folder.path, POLL_SECONDS):
-        summary = summarise_search(one)
-        write_json(one.folder.path / SUMMARY, summary)
-        write_text(one.folder.path / PAGE, render_page(summary))
-    return summary
+    with alone_in(search.folder.path, POLL_SECONDS):
+        join(search)
+        _ = search.study  # opens it
+    announce(search)
+    run_trials(search)
+    return train_winner(search)
 
 
-def announce(one: Search) -> None:
+def announce(search: Search) -> None:
     """Log the space, how many trials there are, and which given options it replaces."""
-    for name, each in one.space.items():
+    for name, each in search.space.items():
         logger.info("searching --%s: %s", name, each)
-    given, defaults = one.config.options(), RunConfig().options()
-    replaced = [name for name in one.space if given.get(name) != defaults.get(name)]
+    given, defaults = search.config.options(), RunConfig().options()
+    replaced = [name for name in search.space if given.get(name) != defaults.get(name)]
     if replaced:
         values = ", ".join(f"--{name} {given[name]}" for name in replaced)
         logger.info("the space replaces %s", values)
-    limit = "" if one.own.time_limit is None else f", for {one.own.time_limit}"
-    count = "trials" if one.num_trials == float("inf") else f"{one.num_trials:g} trials"
+    limit = "" if search.options.time_limit is None else f", for {search.options.time_limit}"
+    count = "trials" if search.num_trials == float("inf") else f"{search.num_trials:g} trials"
     logger.info(
-        "%s by %s%s, ranked by %s on validation", count, one.own.sampler, limit, words(one.metric)
+        "%s by %s%s, ranked by %s on validation",
+        count,
+        search.options.sampler,
+        limit,
+        words(search.metric),
     )
 
 
-def train_winner(one: Search) -> None:
-    """Write the recipe of the winner, and train it in its own folder, or wait until another process has.
+def train_winner(search: Search) -> dict[str, Any]:
+    """Train the winner in its own folder, unless a process has, and write its recipe, the summary and the
+    page; returns the summary. One process does this at a time, and looks for the winner when it is its turn.
 
     Raises: UserError if no trial is complete.
     """
     from hf_cifar.finetune import finetune_classifier
-    from hf_cifar.studies.execution import start_or_resume
-    from hf_cifar.studies.workers import POLL_SECONDS, best_trial, with_setting_of
+    from hf_cifar.studies.execution import alone_in, start_or_resume, with_setting_of
+    from hf_cifar.studies.workers import POLL_SECONDS, best_trial
 
-    best = best_trial(one)
-    if best is None:
+    if best_trial(search) is None:
         raise UserError(
             "no trial is complete yet; pass a longer --time_limit or more --n_trials: the same command "
             "continues this search"
         )
-    config, folder = one.winner_of(best.params), RunFolder(one.folder.path / BEST)
-    while not (is_kept(config) and folder.trial().get("number") == best.number):
-        with claimed_run(folder.path) as is_free:
-            if not is_free:
-                time.sleep(POLL_SECONDS)
-                continue
-            before = folder.trial().get("number")
-            if before != best.number:
-                if before is not None:
-                    logger.info("trial %d replaces trial %d as the winner", best.number, before)
-                clear(folder)
-                write_json(folder.trial_path, {"number": best.number, "parameters": best.params})
-            write_text(one.folder.path / RECIPE, recipe_of(one, config, best))
-            seconds = one.trial_folder(best.number).trial().get("seconds", 0)
+    study, folder = search.folder, RunFolder(search.folder.winner_path)
+    with alone_in(folder.path, POLL_SECONDS):
+        best = best_trial(search)
+        assert best is not None
+        config, before = search.winner_of(best.params), folder.trial().get("number")
+        if before != best.number:
+            if before is not None:
+                logger.info("trial %d replaces trial %d as the winner", best.number, before)
+            clear(folder)
+            write_json(folder.trial_path, {"number": best.number, "parameters": best.params})
+        write_text(study.recipe_path, recipe_of(search, config, best))
+        if not is_kept(config):
+            seconds = search.trial_folder(best.number).trial().get("seconds", 0)
             logger.info(
                 "training the winner again, trial %d, which took %s: %s",
                 best.number, duration(seconds), folder.path,
             )  # fmt: skip
-            if not is_kept(config):
-                started = with_setting_of(one, [best.number, *one.numbers()], config)
-                finetune_classifier(start_or_resume(started), one.source)
+            folders = [search.trial_folder(best.number), *search.trial_folders()]
+            finetune_classifier(start_or_resume(with_setting_of(config, folders)), search.source)
+        summary = summarise_search(search)
+        write_json(study.search_path, summary)
+        write_text(study.search_page_path, render_page(summary))
+    return summary
 
 
 def clear(folder: RunFolder) -> None:
@@ -124,22 +125,22 @@ def clear(folder: RunFolder) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def recipe_of(one: Search, config: RunConfig, best: Any) -> str:
+def recipe_of(search: Search, config: RunConfig, best: Any) -> str:
     """Return the options of the winner as a file for `hf-cifar finetune --config`."""
     return (
-        f"# The best trial of hf-cifar search, trial {best.number}: {words(one.metric)} on validation "
+        f"# The best trial of hf-cifar search, trial {best.number}: {words(search.metric)} on validation "
         f"{best.value:.4f}.\n{config.to_yaml()}"
     )
 
 
-def summarise_search(one: Search) -> dict[str, Any]:
+def summarise_search(search: Search) -> dict[str, Any]:
     """Return the trials, the winner with its metrics, and the importance of the options, as plain values.
 
     A trial's `value` is its metric on validation; of a pruned one the last before it was stopped.
     """
     trials = []
-    for trial in one.study.get_trials(deepcopy=False):
-        facts = one.trial_folder(trial.number).trial()
+    for trial in search.study.get_trials(deepcopy=False):
+        facts = search.trial_folder(trial.number).trial()
         if "lost" in trial.user_attrs or not facts:
             continue
         trials.append(
@@ -157,16 +158,16 @@ def summarise_search(one: Search) -> dict[str, Any]:
                 if name in facts
             }
         )
-    best = RunFolder(one.folder.path / BEST)
+    best = RunFolder(search.folder.winner_path)
     return {
-        "run": one.folder.path.name,
-        "study": one.folder.study()["name"],
-        **{name: value for name, value in one.shared().items() if name != "options"},
-        "model": one.config.model.model_name_or_path,
-        "data": one.config.data.dataset_name,
-        "larger_is_better": one.larger_is_better,
-        "time_limit": one.own.time_limit,
+        "run": public_name(str(search.folder.path.resolve())),
+        "study": search.folder.study()["name"],
+        **{name: value for name, value in search.shared().items() if name != "options"},
+        "model": public_name(search.config.model.model_name_or_path),
+        "data": public_name(str(search.config.data.dataset_name)),
+        "larger_is_better": search.larger_is_better,
+        "time_limit": search.options.time_limit,
         "trials": trials,
         "best": {**best.trial(), "metrics": best.metrics()},
-        "importances": importances(one.study),
+        "importances": importances(search.study),
     }

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DEFAULT_TRIALS = 30
-BEST = "best"  # folder of the winner
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,7 @@ class Search:
     """
 
     config: RunConfig
-    own: SearchConfig
+    options: SearchConfig
     space: Space
     source: DataSource
     metric: str
@@ -59,11 +58,11 @@ class Search:
     @property
     def num_trials(self) -> float:
         """The number of trials of all processes together."""
-        if self.own.sampler == "grid":
-            return min(self.own.n_trials or float("inf"), len(grid_of(self.space)))
-        if self.own.n_trials is None and self.deadline is not None:
+        if self.options.sampler == "grid":
+            return min(self.options.n_trials or float("inf"), len(grid_of(self.space)))
+        if self.options.n_trials is None and self.deadline is not None:
             return float("inf")
-        return self.own.n_trials or DEFAULT_TRIALS
+        return self.options.n_trials or DEFAULT_TRIALS
 
     @property
     def out_of_time(self) -> bool:
@@ -71,6 +70,10 @@ class Search:
 
     def trial_folder(self, number: int) -> RunFolder:
         return RunFolder(self.folder.path / f"trial-{number}")
+
+    def trial_folders(self) -> list[RunFolder]:
+        """The folders of the trials, in order."""
+        return [self.trial_folder(number) for number in self.numbers()]
 
     def numbers(self) -> list[int]:
         """The numbers of the trials that have a folder, in order."""
@@ -81,8 +84,8 @@ class Search:
         """What the processes of a search must agree on, as plain values."""
         return {
             "metric": self.metric,
-            "sampler": self.own.sampler,
-            "prune": self.own.prune,
+            "sampler": self.options.sampler,
+            "prune": self.options.prune,
             "space": {name: each.plain for name, each in self.space.items()},
             "options": self.config.options(),
         }
@@ -98,7 +101,7 @@ class Search:
     def winner_of(self, parameters: Mapping[str, Any]) -> RunConfig:
         """Return the options of the winner's run, as requested."""
         train = self.config.train
-        return self.options_of(parameters, BEST).with_training(
+        return self.options_of(parameters, self.folder.winner_path.name).with_training(
             do_predict=train.do_predict, check_leakage=train.check_leakage, reject=train.reject
         )
 
@@ -107,7 +110,7 @@ class Search:
         """The study in its storage, with all trials that have a folder."""
         direction = "maximize" if self.larger_is_better else "minimize"
         study = open_study(
-            self.folder.path, self.own.storage, self.folder.study()["name"], direction
+            self.folder.path, self.options.storage, self.folder.study()["name"], direction
         )
         known, numbers = len(study.get_trials(deepcopy=False)), self.numbers()
         if numbers and numbers[-1] >= known:
@@ -125,10 +128,10 @@ class Search:
     def pruner(self) -> Any:
         from optuna.pruners import MedianPruner, NopPruner
 
-        return MedianPruner() if self.own.prune else NopPruner()
+        return MedianPruner() if self.options.prune else NopPruner()
 
 
-def prepare_search(config: RunConfig, own: SearchConfig) -> Space:
+def prepare_search(config: RunConfig, options: SearchConfig) -> Space:
     """Check options and folder before anything is read, and return the space.
 
     Raises: UserError.
@@ -141,9 +144,9 @@ def prepare_search(config: RunConfig, own: SearchConfig) -> Space:
             "hf-cifar search trains each trial in one process; start the same command several times, without "
             "a launcher, and the processes share the trials"
         )
-    space = space_of(own.space, config)
+    space = space_of(options.space, config)
     ranges = [name for name, each in space.items() if not isinstance(each, Choices)]
-    if own.sampler == "grid" and ranges:
+    if options.sampler == "grid" and ranges:
         raise UserError(
             f"--sampler grid needs a list of choices for each option, and {ranges[0]} has a range; write a "
             "--space with lists"
@@ -154,24 +157,24 @@ def prepare_search(config: RunConfig, own: SearchConfig) -> Space:
     return space
 
 
-def join(one: Search) -> None:
+def join(search: Search) -> None:
     """Begin the search in its folder, or check that it is the same one. Raises: UserError."""
-    before, now = one.folder.study(), one.shared()
+    before, now = search.folder.study(), search.shared()
     if not before:
-        write_json(one.folder.study_path, {"name": f"hf-cifar {uuid.uuid4().hex[:12]}", **now})
+        write_json(search.folder.study_path, {"name": f"hf-cifar {uuid.uuid4().hex[:12]}", **now})
         return
     for name in ("metric", "sampler", "prune", "space"):
         if before[name] != now[name]:
             raise UserError(
                 f"--{name.replace('metric', 'metric_for_best_model')} is not that of the search in "
-                f"{one.folder.path}; pass the same, or another --output_dir"
+                f"{search.folder.path}; pass the same, or another --output_dir"
             )
-    then, options = before["options"], now["options"]
-    for name in {**then, **options}:
-        if then.get(name) == options.get(name):
+    earlier, given = before["options"], now["options"]
+    for name in {**earlier, **given}:
+        if earlier.get(name) == given.get(name):
             continue
-        if name in LENGTHS or not may_change(name, one.config):
+        if name in LENGTHS or not may_change(name, search.config):
             raise UserError(
-                f"--{name} is {options.get(name, 'the default')}, but the search in {one.folder.path} began "
-                f"with {then.get(name, 'the default')}; pass the same, or another --output_dir"
+                f"--{name} is {given.get(name, 'the default')}, but the search in {search.folder.path} began "
+                f"with {earlier.get(name, 'the default')}; pass the same, or another --output_dir"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -26,7 +27,6 @@ from hf_cifar.text import one_line
 
 logger = logging.getLogger(__name__)
 MAX_STARTS = 3  # of a trial from the same checkpoint; then it is what kills its processes
-SIGTERM = 15
 
 
 class Pruned(Exception):
@@ -40,16 +40,22 @@ class OutOfTime(Exception):
 class Watch(TrainerCallback):
     """Reports the metric of each evaluation, and stops a trial that is to be pruned or out of time.
 
-    metric: name in `metrics`. evaluated: called with the percentage of the training that is done and the
-    metric; returns True to prune the trial. deadline: by `time.monotonic`. evaluations: the metric by
-    percentage.
+    facts: of trial.json, which is written at each evaluation. metric: name in `metrics`; value: the last one.
+    evaluated: called with the percentage of the training that is done and the metric; returns True to prune
+    the trial. deadline: by `time.monotonic`.
     """
 
     def __init__(
-        self, metric: str, evaluated: Callable[[int, float], bool], deadline: float | None
+        self,
+        folder: RunFolder,
+        facts: dict[str, Any],
+        metric: str,
+        evaluated: Callable[[int, float], bool],
+        deadline: float | None,
     ) -> None:
-        self.metric, self.evaluated, self.deadline = metric, evaluated, deadline
-        self.evaluations: dict[int, float] = {}
+        self.folder, self.facts, self.metric = folder, facts, metric
+        self.evaluated, self.deadline = evaluated, deadline
+        self.value: float | None = None
         self.out_of_time = self.trains = False
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -63,8 +69,10 @@ class Watch(TrainerCallback):
         if not self.trains or value is None:
             return
         percent = round(100 * state.global_step / state.max_steps)
-        self.evaluations[percent] = float(value)
-        if self.evaluated(percent, float(value)) and percent < 100:
+        self.value = float(value)
+        self.facts["evaluations"][str(percent)] = self.value
+        write_json(self.folder.trial_path, self.facts | {"seconds": seconds_of(self.facts)})
+        if self.evaluated(percent, self.value) and percent < 100:
             raise Pruned
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -72,13 +80,13 @@ class Watch(TrainerCallback):
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.out_of_time = state.global_step < state.max_steps
             if self.out_of_time:
-                raise Stopped(SIGTERM)
+                raise Stopped(signal.SIGTERM)
 
 
 def begin_trial(folder: RunFolder, number: int, parameters: dict[str, Any]) -> dict[str, Any]:
     """Note in trial.json that this process starts or resumes a trial, and return its content.
 
-    Raises: UserError if processes have died in it too often.
+    Raises: UserError if too many processes have died in it without a new checkpoint.
     """
     before, checkpoints = folder.trial(), folder.checkpoints()
     newest = checkpoints[0].name if checkpoints else None
@@ -90,7 +98,7 @@ def begin_trial(folder: RunFolder, number: int, parameters: dict[str, Any]) -> d
         "evaluations": before.get("evaluations", {}),
     }  # fmt: skip
     if starts >= MAX_STARTS:
-        raise UserError(f"{starts} processes have died in it")
+        raise UserError(f"{starts} processes have died in this trial without a new checkpoint")
     write_json(folder.trial_path, facts)
     return facts
 
@@ -111,38 +119,35 @@ def run_trial(
     Raises: OutOfTime; Stopped.
     """
     folder = RunFolder(config.train.output_dir)
-    watch = Watch(metric, evaluated, deadline)
+    watch = Watch(folder, facts, metric, evaluated, deadline)
     ends: dict[str, Any] = {"state": "complete"}
     try:
         if not is_kept(config):
             finetune_classifier(start_or_resume(config), source, callbacks=[watch])
         ends["value"] = folder.metrics()["validation"][metric]
     except Pruned:
-        ends = {"state": "pruned", "value": watch.evaluations[max(watch.evaluations)]}
+        ends = {"state": "pruned", "value": watch.value}
     except (UserError, torch.OutOfMemoryError) as error:
         ends = {"state": "failed", "reason": one_line(error, 300)}
     except Stopped:
         # Nobody has died, so the next start is the first one again.
-        ended = facts | {"state": "stopped", "starts": 0} | measured(facts, watch)
-        write_json(folder.trial_path, ended)
+        write_json(folder.trial_path, facts | {"state": "stopped", "starts": 0} | times_of(facts))
         if watch.out_of_time:
             raise OutOfTime from None
         raise
     finally:
         release_memory()
-    return facts | ends | measured(facts, watch)
+    return facts | ends | times_of(facts)
 
 
-def measured(facts: dict[str, Any], watch: Watch) -> dict[str, Any]:
-    """Return the evaluations and the seconds of a trial, of all its processes together."""
-    return {
-        "evaluations": {
-            **facts["evaluations"],
-            **{str(k): v for k, v in watch.evaluations.items()},
-        },
-        "seconds": round(facts["seconds"] + time.time() - facts["started"], 2),
-        "finished": time.time(),
-    }
+def times_of(facts: dict[str, Any]) -> dict[str, float]:
+    """Return the seconds of a trial that ends now, and the time."""
+    return {"seconds": seconds_of(facts), "finished": time.time()}
+
+
+def seconds_of(facts: dict[str, Any]) -> float:
+    """Return the seconds that all processes of a trial together have worked on it until now."""
+    return round(facts["seconds"] + time.time() - facts["started"], 2)
 
 
 def end_trial(folder: RunFolder, facts: dict[str, Any]) -> None:

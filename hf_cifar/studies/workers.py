@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_cifar.config.space import render_choice
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.tables import render_number
-from hf_cifar.plan import requested_setting
 from hf_cifar.runs.lock import claimed_run
-from hf_cifar.studies.execution import alone_in
+from hf_cifar.studies.execution import alone_in, with_setting_of
 from hf_cifar.studies.optuna_study import adopt, ask
 from hf_cifar.studies.search_plan import Search
 from hf_cifar.studies.trials import OutOfTime, begin_trial, end_trial, run_trial
@@ -22,14 +20,13 @@ from hf_cifar.text import duration, one_line
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
-    from hf_cifar.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.2  # between two looks at what other processes are working on
 FAILURES = 5  # in a row, which end the search
 
 
-def run_trials(one: Search) -> None:
+def run_trials(search: Search) -> None:
     """Run trials until the search has enough of them, or its time is up, and no other process runs any.
 
     Raises: UserError if several in a row have failed.
@@ -37,60 +34,64 @@ def run_trials(one: Search) -> None:
     failures, waiting = 0, False
     while True:
         with contextlib.ExitStack() as claim:
-            with alone_in(one.folder.path, POLL_SECONDS):
-                found = next_trial(one, claim)
+            with alone_in(search.folder.path, POLL_SECONDS):
+                found = next_trial(search, claim)
             if found == "none":
                 return
             if found != "wait":
-                state = work_on(one, found)
+                state = work_on(search, found)
                 failures = failures + 1 if state == "failed" else 0
                 if failures >= FAILURES:
-                    reason = one.trial_folder(found.number).trial()["reason"]
+                    reason = search.trial_folder(found.number).trial()["reason"]
                     raise UserError(f"{failures} trials in a row failed: {reason}")
                 continue
         if not waiting:
-            logger.info("waiting for other processes to finish their trials")
+            logger.info("waiting for other processes")
         waiting = True
         time.sleep(POLL_SECONDS)
 
 
-def next_trial(one: Search, claim: contextlib.ExitStack) -> Trial | Literal["none", "wait"]:
+def next_trial(search: Search, claim: contextlib.ExitStack) -> Trial | Literal["none", "wait"]:
     """Return the next trial for this process, whose folder it holds until `claim` is closed: one that no
-    living process works on, or a new one. Only one process may be here at a time."""
+    living process works on, or a new one. Others wait until the first one has picked the compute setting.
+    Only one process may be here at a time."""
     from optuna.trial import TrialState
 
-    busy = False
-    for trial in one.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    sampler, seed = search.options.sampler, search.config.train.seed
+    busy, has_setting = False, any(folder.has_run for folder in search.trial_folders())
+    for trial in search.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         with contextlib.ExitStack() as attempt:
-            folder = one.trial_folder(trial.number).path
+            folder = search.trial_folder(trial.number).path
             is_free = attempt.enter_context(claimed_run(folder))
-            if is_free and not one.out_of_time:
+            if is_free and not search.out_of_time and (has_setting or not busy):
                 claim.push(attempt.pop_all())
-                logger.info("trial %d: continued, nobody is working on it", trial.number)
-                return adopt(one.study, trial, one.own.sampler, one.space, one.config.train.seed)
+                logger.info("trial %d resumed: its process has ended", trial.number)
+                return adopt(search.study, trial, sampler, search.space, seed)
             busy |= not is_free
-    if one.out_of_time or started(one) >= one.num_trials:
+    if search.out_of_time or started(search) >= search.num_trials:
         return "wait" if busy else "none"
-    found = ask(one.study, one.own.sampler, one.space, one.config.train.seed)
-    claim.enter_context(claimed_run(one.trial_folder(found.number).path))
+    if busy and not has_setting:
+        return "wait"
+    found = ask(search.study, sampler, search.space, seed)
+    claim.enter_context(claimed_run(search.trial_folder(found.number).path))
     return found
 
 
-def started(one: Search) -> int:
+def started(search: Search) -> int:
     """Count the trials that have begun, without those of which nothing is left but a number."""
-    trials = one.study.get_trials(deepcopy=False)
+    trials = search.study.get_trials(deepcopy=False)
     return sum(trial.state.name != "WAITING" and "lost" not in trial.user_attrs for trial in trials)
 
 
-def work_on(one: Search, trial: Trial) -> str:
+def work_on(search: Search, trial: Trial) -> str:
     """Start or resume a trial, and tell the study how it ended; returns its state.
 
-    A trial that is stopped at a checkpoint, by a signal or the end of the time, goes on at the next start.
+    A trial that is stopped at a checkpoint, by a signal or the end of the time, resumes at the next start.
     """
     from optuna.exceptions import StorageInternalError
 
     number, parameters = trial.number, trial.params
-    folder, config = one.trial_folder(number), one.options_of(parameters, f"trial-{number}")
+    folder = search.trial_folder(number)
     facts = folder.trial()
     if facts.get("state") not in ("complete", "pruned", "failed"):
         logger.info("trial %d: %s", number, render_parameters(parameters))
@@ -100,63 +101,55 @@ def work_on(one: Search, trial: Trial) -> str:
                 trial.report(value, percent)
                 return trial.should_prune()
             except StorageInternalError as error:
-                logger.warning("the storage of the search does not answer: %s", one_line(error))
+                logger.warning("cannot reach the storage of the search: %s", one_line(error))
                 return False
 
         try:
+            config = search.options_of(parameters, f"trial-{number}")
             facts = begin_trial(folder, number, parameters)
+            # Its own setting first, if it resumes.
+            config = with_setting_of(config, [folder, *search.trial_folders()])
+            facts = run_trial(
+                config, search.source, facts, search.metric, evaluated, search.deadline
+            )
+        except OutOfTime:
+            logger.info("trial %d: stopped at a checkpoint, because the time is up", number)
+            return "stopped"
         except UserError as error:
-            facts = folder.trial() | {
-                "parameters": parameters, "state": "failed", "reason": str(error),
+            facts |= {
+                "number": number, "parameters": parameters, "state": "failed", "reason": str(error),
             }  # fmt: skip
-        else:
-            try:
-                config = with_setting_of(one, one.numbers(), config)
-                facts = run_trial(config, one.source, facts, one.metric, evaluated, one.deadline)
-            except OutOfTime:
-                logger.info("trial %d: stopped at a checkpoint, because the time is up", number)
-                return "stopped"
     end_trial(folder, facts)
-    tell(one, trial, facts)
+    tell(search, trial, facts)
     return facts["state"]
 
 
-def with_setting_of(one: Search, numbers: Sequence[int], config: RunConfig) -> RunConfig:
-    """Return the options of a run with the compute setting of the first of these trials that has one."""
-    for number in numbers:
-        folder = one.trial_folder(number)
-        if folder.has_run:
-            setting = requested_setting(config.train, folder.load_config())
-            return config.with_training(**setting)
-    return config
-
-
-def tell(one: Search, trial: Trial, facts: dict[str, Any]) -> None:
+def tell(search: Search, trial: Trial, facts: dict[str, Any]) -> None:
     """Tell the study how a trial has ended, and log it in a line."""
     from optuna.trial import TrialState
 
     states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
     value = facts["value"] if facts["state"] == "complete" else None
-    one.study.tell(trial.number, value, states.get(facts["state"], TrialState.FAIL), True)
+    search.study.tell(trial.number, value, states.get(facts["state"], TrialState.FAIL), True)
     seconds = duration(facts.get("seconds", 0))
     if facts["state"] == "failed":
         logger.warning("trial %d: failed after %s: %s", trial.number, seconds, facts["reason"])
         return
     pruned = f" at {max(map(int, facts['evaluations']))}%, pruned" if value is None else ""
-    best = best_trial(one)
+    best = best_trial(search)
     logger.info(
         "trial %d: %s %s%s, in %s; best %s",
-        trial.number, one.metric, render_number(facts["value"]), pruned, seconds,
+        trial.number, search.metric, render_number(facts["value"]), pruned, seconds,
         "none yet" if best is None else f"{render_number(best.value)} (trial {best.number})",
     )  # fmt: skip
 
 
-def best_trial(one: Search) -> FrozenTrial | None:
+def best_trial(search: Search) -> FrozenTrial | None:
     """Return the best complete trial; of equal ones the first."""
     from optuna.trial import TrialState
 
-    complete = one.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    sign = -1 if one.larger_is_better else 1
+    complete = search.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    sign = -1 if search.larger_is_better else 1
     return min(complete, key=lambda trial: (sign * (trial.value or 0), trial.number), default=None)
 
 

@@ -14,7 +14,7 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.studies.kfold import cross_validate
 from hf_cifar.studies.optuna_study import open_study
-from hf_cifar.studies.search import search
+from hf_cifar.studies.search import run_search
 from hf_cifar.studies.update import config_of_update, update_run
 
 FOLDS = 4
@@ -109,9 +109,9 @@ def searches(stripes, tiny_vit):
         "--max_steps", "8", "--save_strategy", "steps", "--save_steps", "2", "--calibrate", "false",
         "--probe_images", "0", "--precision", "fp32",
     )  # fmt: skip
-    own = SearchConfig(n_trials=TRIALS)
+    options = SearchConfig(n_trials=TRIALS)
     return lambda folder: (
-        lambda: search(tiny_config(folder, stripes, tiny_vit, *flags), own) and None
+        lambda: run_search(tiny_config(folder, stripes, tiny_vit, *flags), options) and None
     )
 
 
@@ -167,12 +167,11 @@ def test_search_kill_of_one_of_two_processes(searches, tmp_path, record_result):
             and (folder / "best" / "run.json").is_file()
             and waits[-1] < 5
         )
-    print(f"longest waits: {sorted(waits)[-3:]}, alone {seconds:.1f} s")
     record_result(
         "-",
         "kill -9 of one of two processes of `search`, 24 trials, at random times",
         "no finished trial is lost, none is there twice, none is left running; the other process waits less "
-        "than 5 s",
+        f"than 5 s (measured: {max(waits):.1f})",
         good,
         20,
     )

@@ -52,6 +52,6 @@ def test_two_processes_share_a_study_and_one_is_killed(url, tmp_path, stripes, t
     for trial in trials:
         facts = RunFolder(folder / f"trial-{trial.number}").trial()
         assert (facts["parameters"], facts["state"]) == (trial.params, trial.state.name.lower())
-    assert "nobody is working on it" in (tmp_path / "1.log").read_text()
+    assert "its process has ended" in (tmp_path / "1.log").read_text()
     assert not (folder / "journal.log").exists() and (folder / "best" / "run.json").is_file()
     assert "tests@" not in (folder / "study.json").read_text()
