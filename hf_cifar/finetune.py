@@ -161,8 +161,8 @@ def fit(trainer: ImageClassificationTrainer, splits: Splits, plan: Plan) -> Fitt
             seconds = time.perf_counter() - start
         else:
             with listing_unreadable(splits.train, plan.config.data.on_bad_image):
-                output = trainer.train(None if plan.checkpoint is None else str(plan.checkpoint))
-            seconds = output.metrics["train_runtime"]
+                trainer.train(None if plan.checkpoint is None else str(plan.checkpoint))
+            seconds = trainer.resuming.seconds
     if trainer.args.gradient_accumulation_steps != train.gradient_accumulation_steps:
         save_batch(trainer, plan)
     # Curves end here: some trackers would record the final predictions of validation under test.

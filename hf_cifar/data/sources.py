@@ -172,7 +172,7 @@ def _load_hub(name: str, config: DataConfig, streaming: bool) -> DatasetDict | I
         if constants.HF_HUB_OFFLINE:
             raise UserError(
                 f"data set {name} is not in the local cache and HF_HUB_OFFLINE=1 forbids the network; unset "
-                "it, or pass --dataset_name with a local folder or bundled/digits"
+                "it, or pass a local folder or bundled/digits"
             ) from None
         raise UserError(f"cannot load data set {name}: {first_line(error)}") from error
 

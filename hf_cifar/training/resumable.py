@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import random
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -194,9 +195,10 @@ class ResumableTrainer(Trainer):
             )
 
 
-class Resuming(TrainerCallback):
-    """Restores what the Trainer's resume leaves out: early-stopping patience, the best checkpoint's path, and
-    an evaluation that was due when the run stopped. Reports a checkpoint that failed after its step.
+class Resuming(TrainerCallback, ExportableState):
+    """Restores what the Trainer's resume leaves out: early-stopping patience, the best checkpoint's path, an
+    evaluation that was due when the run stopped, and the time that training took until then. Reports a
+    checkpoint that failed after its step.
 
     checkpoint: folder that the run resumes from.
     """
@@ -204,10 +206,23 @@ class Resuming(TrainerCallback):
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
         self.checkpoint: str | None = None
+        self._start, self._seconds_before = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of training so far, before the checkpoint too."""
+        return self._seconds_before + time.perf_counter() - self._start
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, in the Trainer's form."""
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._start, self._seconds_before = time.perf_counter(), 0.0
         if self.checkpoint is None:
             return
+        saved = state.stateful_callbacks.get(type(self).__name__, self.state())
+        self._seconds_before = saved["attributes"]["seconds"]
         trainer, checkpoint = self.trainer, Path(self.checkpoint)
         check_identity(checkpoint, trainer.identity | trainer._step_identity())
         for callback in trainer.callback_handler.callbacks:

@@ -1,5 +1,8 @@
 """hf_cifar.training.trainer: the changes of the subclass, compared with plain torch."""
 
+import json
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -176,7 +179,13 @@ def test_resume_in_mid_epoch_is_bit_exact_with_augmentation(tmp_path, stripes, t
     complete = make_trainer(tmp_path, stripes, tiny_vit, *flags)
     complete.train()
     resumed = make_trainer(tmp_path, stripes, tiny_vit, *flags)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    kept = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
+    start = time.perf_counter()
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    before = kept["Resuming"]["attributes"]["seconds"]
+    assert before > 0  # the time of both parts
+    assert before < resumed.resuming.seconds < before + time.perf_counter() - start
     for name, value in complete.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
