@@ -131,12 +131,8 @@ class _Reader:
         if len(names) < 2 and not known.issuperset(names) and not alone:
             where = self.show(inside + (f"{used['train']}/" if "train" in used else ""))
             raise NoClassFolders(
-                f"{where} has one class folder, {one_line(names[0])}; "
-                + (
-                    "pass --folders classes if it is a class to add"
-                    if known
-                    else "a classifier needs two or more"
-                )
+                f"{where} has one class folder, {one_line(names[0])}; a classifier needs two or more"
+                + (", or pass --folders classes if it is a class to add" if known else "")
             )
         self.warn_of_case(names)
         rows: dict[str, list[tuple[File, str | tuple[str, ...]]]] = {

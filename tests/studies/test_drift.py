@@ -225,8 +225,8 @@ def test_the_benchmark_in_tiny_form(digits_run, tmp_path, monkeypatch):
     (file,) = tmp_path.iterdir()
     clean, corrupted, accuracy = map(json.loads, file.read_text().splitlines())
     assert list(clean["figures"]) == ["clean"] and clean["n"] == 2
-    assert len(corrupted["figures"]) == 5 * (3 + 1) and corrupted["n"] == 1
+    assert len(corrupted["figures"]) == 15 * (3 + 1) and corrupted["n"] == 1
     assert corrupted["counts"]["gaussian_noise, severity 5"]["either"] in (0, 1)
-    assert len(accuracy["accuracy"]) == accuracy["n"] == 1 + 15
+    assert len(accuracy["accuracy"]) == accuracy["n"] == 1 + 15 * 3
     errors = [abs(each["true"] - each["estimate"]) for each in accuracy["accuracy"].values()]
     assert accuracy["mean"] == pytest.approx(np.mean(errors))
