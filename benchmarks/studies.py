@@ -21,6 +21,7 @@ from benchmarks.measure import conditions, summary, write
 from benchmarks.techniques import ALL, CNN, MODELS, SMALL, Options, paired_differences
 from hf_cifar import RunConfig, finetune_classifier
 from hf_cifar.config.studies import CombineConfig
+from hf_cifar.hub.origin import public_name
 from hf_cifar.logs import quieten
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.studies.combine import combine_runs
@@ -160,7 +161,10 @@ def main() -> None:
         for model in options.models if name in only else ():
             chosen = {**data, **(SMALL if model == CNN else {}), **MODELS[model]}
             record(
-                f"{name}, {model}", repeated(measure, chosen, seeds), options.output, options=chosen
+                f"{name}, {model}",
+                repeated(measure, chosen, seeds),
+                options.output,
+                options=chosen | {"dataset_name": public_name(options.dataset_name)},
             )
     if "distillation" in only:
         teacher, _, run = options.teacher.rpartition("=")
