@@ -11,7 +11,7 @@ from hf_cifar.config.run import RunConfig, split_options
 from hf_cifar.config.studies import SearchConfig
 from hf_cifar.extras import require
 from hf_cifar.logs import quieten
-from hf_cifar.models.names import check_model_name
+from hf_cifar.models.names import check_models
 from hf_cifar.runs.folder import RunFolder
 
 CONFIGS = (SearchConfig, *RUN_CONFIGS)
@@ -33,10 +33,7 @@ def search(argv: Sequence[str]) -> int:
     options, argv = split_options([SearchConfig], argv, "hf-cifar search")
     config = RunConfig.parse(argv, "hf-cifar search")
     require("optuna", extra="search")
-    model = config.model
-    check_model_name(
-        model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code
-    )
+    check_models(config)
     from hf_cifar.studies.search_plan import prepare_search
 
     prepare_search(config, options)

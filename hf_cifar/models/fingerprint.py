@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_cifar.models.ensemble import EnsembleForImageClassification
 from hf_cifar.models.exported import ExportedClassifier
 
 CONFIG_KEYS = ("id2label", "problem_type", "thresholds", "value_range")
+ENSEMBLE_KEYS = ("scales", "shifts", "views", "logits_divisor")
 
 
 def model_hash(model: PreTrainedModel, preprocessing: dict[str, Any]) -> str:
@@ -22,6 +24,8 @@ def model_hash(model: PreTrainedModel, preprocessing: dict[str, Any]) -> str:
     found = {name: getattr(model.config, name, None) for name in CONFIG_KEYS}
     if reject := getattr(model.config, "reject", None):
         found["reject"] = reject
+    if isinstance(model, EnsembleForImageClassification):
+        found |= {name: getattr(model.config, name) for name in ENSEMBLE_KEYS}
     found |= {"class": type(model).__name__, "preprocessing": preprocessing}
     digest = hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode())
     if isinstance(model, ExportedClassifier):

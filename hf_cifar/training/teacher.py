@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from hf_cifar.data.store import PreparedStore, ResidentStore, images_of, take_ba
 from hf_cifar.errors import UserError
 from hf_cifar.models.build import load_classifier
 from hf_cifar.models.classifier import Classifier, class_names, describe, label2id
+from hf_cifar.models.fingerprint import model_hash
 from hf_cifar.models.folding import fold_norms
 from hf_cifar.models.heads import linear_head
 from hf_cifar.models.names import check_teacher_name
@@ -102,19 +103,7 @@ class Teacher:
 
     def digest(self) -> str:
         """Return the SHA-256 of the model and its preprocessing, wherever its folder is."""
-        details = (_placeless(self.model.config.to_dict()), self.preprocessing)
-        digest = hashlib.sha256(str(details).encode())
-        for name, value in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-
-def _placeless(value: Any) -> Any:
-    """Return a config, or a part of it, without the folders that models were loaded from."""
-    if isinstance(value, dict):
-        return {k: _placeless(each) for k, each in value.items() if k != "_name_or_path"}
-    return [_placeless(each) for each in value] if isinstance(value, list) else value
+        return model_hash(self.model, self.preprocessing.to_dict())
 
 
 class FixedOutputs:

@@ -17,6 +17,7 @@ from hf_cifar.models.ensemble import (
     cropped,
     mean_logits,
 )
+from hf_cifar.models.fingerprint import model_hash
 
 NAMES = {0: "ant", 1: "bee", 2: "cow"}
 LOADED = """
@@ -100,3 +101,13 @@ def test_it_loads_with_and_without_the_package(members, tmp_path):
     command = [sys.executable, "-c", LOADED, str(tmp_path / "model"), str(tmp_path / "images")]
     subprocess.run(command, check=True, cwd=tmp_path, env={"HF_HOME": str(tmp_path), "PATH": ""})
     torch.testing.assert_close(torch.load(tmp_path / "images"), expected)
+
+
+def test_views_and_temperature_belong_to_the_identity(members):
+    plain = model_hash(ensemble(members, ["image"]), {})
+    assert model_hash(ensemble(members, ["image"]), {}) == plain
+    for other in (
+        ensemble(members, ["image", "flip"]),
+        ensemble(members, ["image"], logits_divisor=2.0),
+    ):
+        assert model_hash(other, {}) != plain
