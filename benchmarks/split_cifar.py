@@ -37,7 +37,8 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.logs import quieten
 from hf_cifar.models.build import build_model
 from hf_cifar.runs.folder import RunFolder
-from hf_cifar.studies.update import config_of_update, update_run
+from hf_cifar.studies.update import update_run
+from hf_cifar.studies.update_options import config_of_update
 from hf_cifar.training.augmenting import augmentation
 from hf_cifar.training.optimizers import default_rate
 from hf_cifar.transforms.preprocessing import Preprocessing

@@ -25,7 +25,8 @@ from hf_cifar.data.sources import load_source
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.logs import quieten
 from hf_cifar.runs.folder import RunFolder
-from hf_cifar.studies.update import config_of_update, update_run
+from hf_cifar.studies.update import update_run
+from hf_cifar.studies.update_options import config_of_update
 
 Options = Mapping[str, object]
 NEW = 2  # classes of the update

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 FLAG = "--old_data"
 
 
-def class_names(run: RunFolder) -> list[str]:
+def classes_of(run: RunFolder) -> list[str]:
     """Return the names of the classes of a run's model, in the order of their ids."""
     return list(Predictions.load(run.path, "validation").id2label.values())
 
@@ -65,7 +65,7 @@ def earlier_splits(run: RunFolder, own: UpdateConfig, *, with_test: bool) -> lis
 
 def splits_of_stored(run: RunFolder, why: str) -> list[Split]:
     """Return the stored rows of an update whose own data cannot be read, with the ids they have there."""
-    stored, names, found = StoredRows.load(run.stored_path), class_names(run), []
+    stored, names, found = StoredRows.load(run.stored_path), classes_of(run), []
     for name in ("train", "validation", "test"):
         rows = with_classes_after(stored.of(name).with_format(None), names, name)
         if len(rows):
@@ -122,7 +122,7 @@ def store_rows(
     splits = earlier_splits(run, own, with_test=config.train.do_predict)
     if not anew:
         splits = [replayed(each, own.replay, config.data.split_seed) for each in splits]
-    write_stored(folder.stored_path, splits, class_names(run), note, embeds=not anew)
+    write_stored(folder.stored_path, splits, classes_of(run), note, embeds=not anew)
     return StoredRows.load(folder.stored_path)
 
 

@@ -25,7 +25,7 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import build_model, load_classifier
 from hf_cifar.models.heads import linear_head
 from hf_cifar.runs.folder import RunFolder
-from hf_cifar.studies.update import config_of_update
+from hf_cifar.studies.update_options import config_of_update
 
 
 def paint(folder, name, count, seed):
@@ -64,6 +64,11 @@ def run(tmp_path_factory, stripes):
 def update(run, data, folder, *flags):
     command = ["update", str(run), "--dataset_name", str(data), "--output_dir", str(folder)]
     return main([*command, "--use_cpu", "--precision", "fp32", *flags])
+
+
+def facts_of(folder):
+    """The content of update.json."""
+    return json.loads(RunFolder(folder).update_path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +137,7 @@ def test_two_updates_of_a_timm_model(stripes, checks, tmp_path):
 def test_an_update_keeps_old_class_ids_and_appends_new_ones(updated, run):
     config = RunFolder(updated).model_config()
     assert config["id2label"] == {"0": "across", "1": "down", "2": "checks"}
-    facts = RunFolder(updated).update()
+    facts = facts_of(updated)
     assert [each["name"] for each in facts["classes"] if each["is_new"]] == ["checks"]
     assert [each["num_stored"] for each in facts["classes"]] == [10, 10, 0]
     assert [each["num_new"] for each in facts["classes"]] == [0, 27, 27]
@@ -162,7 +167,7 @@ def test_forgetting_is_the_paired_difference_on_the_old_rows(updated, run, split
     assert after.labels[old].tolist() == before.labels.tolist()
     only_before = (before.correct & ~after.correct[old]).sum()
     only_after = (~before.correct & after.correct[old]).sum()
-    found = RunFolder(updated).update()["splits"][split]["parts"]
+    found = facts_of(updated)["splits"][split]["parts"]
     assert found["old"]["forgetting"]["value"] == (only_before - only_after) / len(before.labels)
     assert found["old"]["before"]["value"] == before.correct.mean()
     assert found["old"]["after"]["value"] == pytest.approx(after.correct[old].mean())
@@ -190,7 +195,7 @@ def test_an_update_is_a_run_folder(updated, tmp_path, capsys, checks):
 def test_a_second_update_replays_the_stored_rows_of_the_first(updated, stripes, tmp_path, caplog):
     folder = tmp_path / "second"
     assert update(updated, stripes, folder, "--replay", "30") == 0
-    facts = RunFolder(folder).update()
+    facts = facts_of(folder)
     assert [each["num_stored"] for each in facts["classes"]] == [10, 10, 10]
     assert [each["num_new"] for each in facts["classes"]] == [36, 36, 0]
     assert not any(each["is_new"] for each in facts["classes"])
@@ -210,7 +215,7 @@ def test_data_that_are_gone(run, updated, checks, tmp_path, caplog, capsys):
     assert not (tmp_path / "no" / "stored.parquet").exists()
     assert update(tmp_path / "lost-update", checks, tmp_path / "yes", "--replay", "12") == 0
     assert "are used, and none of checks" in caplog.text
-    facts = RunFolder(tmp_path / "yes").update()
+    facts = facts_of(tmp_path / "yes")
     assert [each["num_stored"] for each in facts["classes"]] == [6, 6, 0]
     assert facts["splits"]["validation"]["parts"]["old"]["before"] is not None
 
@@ -225,7 +230,7 @@ def test_training_anew_has_all_old_and_new_rows(run, checks, tmp_path, capsys):
     assert anew.options()["model_name_or_path"] == "scratch/article_cnn"
     assert anew.facts()["num_train"] == RunFolder(run).facts()["num_train"] + 54
     pair = [Predictions.load(each, "validation") for each in (folder, anew.path)]
-    found = RunFolder(folder).update()["splits"]["validation"]["parts"]["new"]
+    found = facts_of(folder)["splits"]["validation"]["parts"]["new"]
     assert found["num_images"] == 6
     accuracy = [each.correct[:6].mean() for each in pair]
     assert found["gain_anew"]["value"] == pytest.approx(accuracy[1] - accuracy[0])
@@ -250,7 +255,7 @@ def test_a_new_label_of_multi_label_data(lights, tmp_path):
     assert update(tmp_path / "run", tmp_path / "new", tmp_path / "up", "--replay", "24") == 0
     config = RunFolder(tmp_path / "up").model_config()
     assert list(config["id2label"].values()) == ["r", "g", "b", "top"]
-    old = RunFolder(tmp_path / "up").update()["splits"]["validation"]["parts"]["old"]
+    old = facts_of(tmp_path / "up")["splits"]["validation"]["parts"]["old"]
     before = Predictions.load(tmp_path / "run", "validation")
     assert old["before"]["value"] == pytest.approx(before.correct.mean())
 
