@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -16,8 +18,10 @@ from hf_cifar.config.run import RunConfig
 from hf_cifar.config.training import TrainingConfig
 from hf_cifar.errors import UserError
 from hf_cifar.runs.folder import RunFolder
+from hf_cifar.runs.processes import is_sharded
 from hf_cifar.runs.resume import EVALUATION
 
+logger = logging.getLogger(__name__)
 # Options of the run that say how data are read, whichever they are. The others select data, and stay behind.
 DATA_KEPT = {
     "train_val_split", "split_seed", "pixel_store", "check_images", "on_bad_image", "max_image_pixels",
@@ -72,9 +76,8 @@ def config_of_update(run: RunFolder, argv: Sequence[str]) -> RunConfig:
         for name, value in before.options().items()
         if name not in left_open and (name in DATA_KEPT or name not in data)
     }
-    if kept["class_balance"] == "none" and not _has_many_labels(run):
-        # Each old class has fewer rows than a new one.
-        kept["class_balance"] = "post_hoc"
+    if kept["class_balance"] == "none":
+        kept["class_balance"] = default_balance(run)
     values = run.facts().get("value_range")
     if values is not None:
         kept["value_range"] = ",".join(map(str, values))
@@ -91,8 +94,37 @@ def config_of_update(run: RunFolder, argv: Sequence[str]) -> RunConfig:
     )  # fmt: skip
 
 
-def _has_many_labels(run: RunFolder) -> bool:
-    return run.model_config().get("problem_type") == "multi_label_classification"
+def default_balance(run: RunFolder) -> Literal["none", "post_hoc"]:
+    """Return post_hoc where it works, because each old class has fewer rows than a new one; else none, and
+    say why."""
+    if run.model_config().get("problem_type") == "multi_label_classification":
+        why = "images have multiple labels"
+    elif is_sharded():
+        why = "FSDP or DeepSpeed divides the head among processes"
+    elif not has_biases(run):
+        why = "the head has no biases"
+    else:
+        return "post_hoc"
+    logger.info("--class_balance none instead of post_hoc, the default of an update: %s", why)
+    return "none"
+
+
+def has_biases(run: RunFolder) -> bool:
+    """Return True if each layer of a saved model with one output for each class has biases, by the header of
+    its weights."""
+    from safetensors import safe_open
+
+    num_labels = len(run.model_config().get("id2label", {}))
+    with safe_open(run.weights_path, "numpy") as weights:
+        names = set(weights.keys())
+        layers = [
+            name.removesuffix("weight")
+            for name in names
+            if name.endswith("weight")
+            and len(shape := weights.get_slice(name).get_shape()) == 2
+            and shape[0] == num_labels
+        ]
+    return all(f"{layer}bias" in names for layer in layers)
 
 
 def _folder_of(tokens: Sequence[str]) -> Path:

@@ -12,6 +12,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List
 from datasets import Image as ImageFeature
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from tiny import tiny_run
 
 from hf_cifar import UserError
@@ -24,6 +25,7 @@ from hf_cifar.evaluation.comparison import compare_predictions
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import build_model, load_classifier
 from hf_cifar.models.heads import linear_head
+from hf_cifar.preflight import check_device
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.studies.update_options import config_of_update
 
@@ -344,3 +346,30 @@ def test_post_hoc_adjustment_is_that_of_the_shares_of_the_training_rows(stripes,
     worse = adjust_classifier(model, given, torch.tensor([10.0, 3000.0]))
     assert worse is given and "the biases stay as they are" in caplog.text
     torch.testing.assert_close(linear_head(model).bias, expected)
+
+
+def test_a_head_that_is_solved_for_can_be_updated(stripes, checks, tiny_vit, tmp_path):
+    solver = ("--freeze", "backbone", "--head_solver", "lbfgs")
+    tiny_run(tmp_path / "run", stripes, tiny_vit, *solver)
+    assert update(tmp_path / "run", checks, tmp_path / "up", "--replay", "20") == 0
+    assert RunFolder(tmp_path / "up").options()["class_balance"] == "post_hoc"
+
+
+def test_the_biases_are_corrected_only_where_that_works(run, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    given = ["--dataset_name", "new", "--output_dir", "up"]
+    assert config_of_update(RunFolder(run), given).train.class_balance == "post_hoc"
+    shutil.copytree(run, tmp_path / "biasless")
+    weights = load_file(run / "model.safetensors")
+    (bias,) = (
+        name for name, each in weights.items() if name.endswith("bias") and each.shape == (2,)
+    )
+    del weights[bias]
+    save_file(weights, tmp_path / "biasless" / "model.safetensors")
+    assert config_of_update(RunFolder(tmp_path / "biasless"), given).train.class_balance == "none"
+    assert "post_hoc, the default of an update: the head has no biases" in caplog.text
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert config_of_update(RunFolder(run), given).train.class_balance == "none"
+    config = config_of_update(RunFolder(run), [*given, "--class_balance", "post_hoc"])
+    with pytest.raises(UserError, match="--class_balance post_hoc cannot be combined with FSDP"):
+        check_device(config)
