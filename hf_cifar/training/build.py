@@ -27,7 +27,7 @@ from hf_cifar.data.splits import Splits, prepare_splits
 from hf_cifar.data.store import PreparedStore, ResidentStore, ShardStore, default_num_workers
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
-from hf_cifar.models.heads import has_new_head
+from hf_cifar.models.heads import has_new_head, require_bias
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.training.arguments import check_libraries, training_arguments
 from hf_cifar.training.augmenting import augmentation
@@ -151,10 +151,10 @@ def balanced_cross_entropy(
     return build_loss(model, train, plain)
 
 
-def check_balance(splits: Splits, config: TrainingConfig) -> None:
+def check_balance(splits: Splits, config: TrainingConfig, model: PreTrainedModel) -> None:
     """Suggest --class_balance if the largest class has far more images than the smallest.
 
-    Raises: UserError for data that cannot be balanced by class.
+    Raises: UserError for data that cannot be balanced by class, or post_hoc for a head without biases.
     """
     train = splits.train
     if splits.multi_label or isinstance(train, Stream):
@@ -168,6 +168,8 @@ def check_balance(splits: Splits, config: TrainingConfig) -> None:
                 f"--class_balance {config.class_balance} is not for {kind}; leave it out"
             )
         return
+    if config.class_balance == "post_hoc":
+        require_bias(model)
     if config.class_balance != "none":
         return
     if advice := imbalance(train, config):

@@ -326,6 +326,7 @@ def test_comparison_needs_the_same_rows(updated, run):
 
 
 def test_post_hoc_adjustment_is_that_of_the_shares_of_the_training_rows(stripes, tmp_path, caplog):
+    caplog.set_level("INFO", "hf_cifar")
     tiny_run(tmp_path / "run", stripes, "scratch/article_cnn", "--calibrate", "false")
     model = load_classifier(str(tmp_path / "run")).model
     weight, bias = (each.detach().clone() for each in linear_head(model).parameters())
@@ -344,6 +345,7 @@ def test_post_hoc_adjustment_is_that_of_the_shares_of_the_training_rows(stripes,
     assert "balanced accuracy on validation 1.0000, before 0.6667" in caplog.text
 
     worse = adjust_classifier(model, given, torch.tensor([10.0, 3000.0]))
+    assert adjusted.post_hoc and not worse.post_hoc
     assert worse is given and "the biases stay as they are" in caplog.text
     torch.testing.assert_close(linear_head(model).bias, expected)
 
@@ -353,10 +355,11 @@ def test_a_head_that_is_solved_for_can_be_updated(stripes, checks, tiny_vit, tmp
     tiny_run(tmp_path / "run", stripes, tiny_vit, *solver)
     assert update(tmp_path / "run", checks, tmp_path / "up", "--replay", "20") == 0
     assert RunFolder(tmp_path / "up").options()["class_balance"] == "post_hoc"
+    assert RunFolder(tmp_path / "up").facts()["post_hoc"] in (True, False)
 
 
 def test_the_biases_are_corrected_only_where_that_works(run, tmp_path, monkeypatch, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "hf_cifar")
     given = ["--dataset_name", "new", "--output_dir", "up"]
     assert config_of_update(RunFolder(run), given).train.class_balance == "post_hoc"
     shutil.copytree(run, tmp_path / "biasless")
