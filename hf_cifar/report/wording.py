@@ -97,7 +97,7 @@ def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
         return ""
     processes = f"{run['processes']} process{'es' if run['processes'] > 1 else ''}"
     race = f"{render_race(run)} " if run.get("race") else ""
-    stored = run["source"].get("stored")
+    stored = run.get("source", {}).get("stored")
     if stored:
         race += (
             f"Continues the run {stored['run']}, {stored['num_train']:,} of whose training images were "
