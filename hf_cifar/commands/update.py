@@ -28,14 +28,13 @@ def update(argv: Sequence[str]) -> int:
         parse(classes, ["--help"], "hf-cifar update", usage=USAGE, description=DESCRIPTION)
     if not argv or argv[0].startswith("-"):
         raise UserError(f"the run comes first: {USAGE}")
+    from hf_cifar.studies.update import update_run
     from hf_cifar.studies.update_options import config_of_update
 
     run = RunFolder(one_run("update", argv[:1]))
     own, rest = split_options([UpdateConfig], argv[1:], "hf-cifar update")
     config = config_of_update(run, rest)
     quieten(is_main_process())
-    from hf_cifar.studies.update import update_run  # imports torch
-
     summary = update_run(run.path, config, own)
     if is_main_process():
         from hf_cifar.report.update import render_update

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,13 @@ logger = logging.getLogger(__name__)
 LOGIT_OF_UNKNOWN = -1e4  # of a class that the old model does not have: probability 0
 
 
-def parts_of(predictions: Predictions, run: RunFolder) -> dict[str, Predictions]:
-    """Divide the predictions of an update into those of new rows and of stored, old ones.
+def parts_of(split: str, run: RunFolder, stored: StoredRows) -> dict[str, Predictions]:
+    """Divide the predictions of a split by an update into those of new rows and of stored, old ones.
 
     Row ids of the new rows stay; those of old rows become their number among the stored rows of the split.
     """
-    stored = StoredRows.load(run.stored_path)
-    offset = stored_offset(run.facts(), predictions.split, stored)
+    predictions = Predictions.load(run.path, split)
+    offset = stored_offset(run.facts(), split, stored)
     is_old = predictions.row_ids >= offset
     return {
         "old": selected(predictions, is_old, predictions.row_ids - offset),
@@ -120,11 +121,11 @@ def summarise_update(run: RunFolder, config: RunConfig, own: UpdateConfig) -> di
     `gain_anew` (anew minus after).
     """
     folder = RunFolder(config.train.output_dir)
-    stored, facts = StoredRows.load(folder.stored_path), folder.facts()
-    names, known = classes_of(folder), classes_of(run)
     anew = RunFolder(folder.path / ANEW) if own.compare_anew else None
+    stored = [StoredRows.load(each.stored_path) for each in (folder, anew) if each is not None]
+    facts, names, known = folder.facts(), classes_of(folder), classes_of(run)
     stored_counts = np.zeros(len(names), int)
-    train = stored.of("train").with_format(None)
+    train = stored[0].of("train").with_format(None)
     if len(train):
         stored_counts[: len(known)] = class_counts(label_array(train), len(known))
     counts = facts["label_counts"]["train"]
@@ -156,16 +157,23 @@ def summarise_update(run: RunFolder, config: RunConfig, own: UpdateConfig) -> di
 
 
 def summarise_split(
-    split: str, run: RunFolder, folder: RunFolder, anew: RunFolder | None, stored: StoredRows
+    split: str,
+    run: RunFolder,
+    folder: RunFolder,
+    anew: RunFolder | None,
+    stored: Sequence[StoredRows],
 ) -> dict[str, Any]:
-    """Return the accuracies and differences of a split, by part, and the recalls before and after."""
-    after = parts_of(Predictions.load(folder.path, split), folder)
+    """Return the accuracies and differences of a split, by part, and the recalls before and after.
+
+    stored: the rows in the folder of the update, and in that of the run that was trained anew.
+    """
+    after = parts_of(split, folder, stored[0])
     before = None
     if len(after["old"].row_ids):
-        before = predictions_before(run, split, stored, after["old"].id2label)
+        before = predictions_before(run, split, stored[0], after["old"].id2label)
     else:
         logger.warning("%s: no old rows to evaluate", split)
-    other = None if anew is None else parts_of(Predictions.load(anew.path, split), anew)
+    other = None if anew is None else parts_of(split, anew, stored[1])
     after["all"] = joint(after)
     if other is not None:
         other["all"] = joint(other)

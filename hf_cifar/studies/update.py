@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, concatenate_datasets
 
 from hf_cifar.config.run import RunConfig
 from hf_cifar.config.studies import UpdateConfig
+from hf_cifar.data.listing import refuse_data_folder
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource
-from hf_cifar.data.stored import StoredRows
+from hf_cifar.data.stored import stored_split
 from hf_cifar.errors import UserError
-from hf_cifar.report.update import render_page
-from hf_cifar.runs.folder import RunFolder, write_json, write_text
+from hf_cifar.runs.folder import RunFolder, require_writable, write_json, write_text
 from hf_cifar.runs.processes import is_main_process, start_processes
-from hf_cifar.studies.forgetting import summarise_update
 from hf_cifar.studies.replay import (
+    EarlierRows,
     classes_of,
     count_copies,
     counts_of,
@@ -41,28 +42,36 @@ def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[st
     """Continue a run with new data, in a folder of its own; the same call continues after an interruption.
 
     config: as `config_of_update` returns it. Returns the content of update.json, see
-    `summarise_update`; {} in a process that is not the first.
+    `forgetting.summarise_update`; {} in a process that is not the first.
 
     Raises: UserError before training for data that cannot be read, or a folder that holds another run.
     """
-    from hf_cifar.studies.execution import alone_in, run_series  # imports torch
-
     files, configs = RunFolder(run), [config]
     if own.compare_anew:
         configs.append(config_anew(files, config))
     check_same(configs)
-    processes = start_processes(config)
+    earlier = EarlierRows(files, own, with_test=config.train.do_predict)
     if is_main_process():
         for each in configs:
-            store_rows(files, each, own, anew=each is not config)
-    processes.wait_for_all()
-    sources = open_sources(configs)
-    if is_main_process():
-        announce(files, sources[0], own)
-    for each, source in zip(configs, sources, strict=True):
-        run_series([each], source)
+            check_output(each, [config.data.dataset_name, files.data().dataset_name, own.old_data])
+    with nothing_left(configs):
+        if is_main_process():
+            for each in configs:
+                store_rows(earlier, each, anew=each is not config)
+            sources = open_sources(configs)
+            announce(earlier, sources[0])
+        from hf_cifar.studies.execution import alone_in, run_series  # imports torch
+
+        start_processes(config).wait_for_all()
+        if not is_main_process():
+            sources = open_sources(configs)
+        for each, source in zip(configs, sources, strict=True):
+            run_series([each], source)
     summary: dict[str, Any] = {}
     if is_main_process():
+        from hf_cifar.report.update import render_page
+        from hf_cifar.studies.forgetting import summarise_update
+
         summary = summarise_update(files, config, own)
         folder = RunFolder(config.train.output_dir)
         with alone_in(folder.path):
@@ -71,13 +80,30 @@ def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[st
     return summary
 
 
+def check_output(config: RunConfig, data: Sequence[str | None]) -> None:
+    """Raises: UserError for an output folder that holds no update, and is the data or holds other runs."""
+    folder = RunFolder(config.train.output_dir)
+    if folder.has_run:
+        return  # see `check_same`
+    folder.refuse_occupied()
+    require_writable(folder.path, "--output_dir")
+    for name in data:
+        refuse_data_folder(folder.path, name)
+
+
 def open_sources(configs: Sequence[RunConfig]) -> list[DataSource]:
-    """Open the data of each run. If they cannot be used, nothing is left of a run that has not begun."""
+    """Open the data of each run, and divide them."""
+    sources = [DataSource(config.data) for config in configs]
+    for source in sources:
+        _ = source.splits
+    return sources
+
+
+@contextlib.contextmanager
+def nothing_left(configs: Sequence[RunConfig]) -> Iterator[None]:
+    """Remove the stored rows of each run that has not begun if the block finds a mistake."""
     try:
-        sources = [DataSource(config.data) for config in configs]
-        for source in sources:
-            _ = source.splits
-        return sources
+        yield
     except UserError:
         for folder in (RunFolder(config.train.output_dir) for config in reversed(configs)):
             if is_main_process() and not folder.has_run:
@@ -87,9 +113,10 @@ def open_sources(configs: Sequence[RunConfig]) -> list[DataSource]:
         raise
 
 
-def announce(run: RunFolder, source: DataSource, own: UpdateConfig) -> None:
-    """State which classes are new, and how many training rows each class has, new and stored."""
-    names, known = list(source.splits.id2label.values()), set(classes_of(run))
+def announce(earlier: EarlierRows, source: DataSource) -> None:
+    """State which classes are new, how many training rows each class has, and which images are in both the
+    new and the old data."""
+    names, known = list(source.splits.id2label.values()), set(classes_of(earlier.run))
     train = source.splits.train
     assert isinstance(train, Split)  # stored rows are not combined with a stream
     counts = counts_of(train)
@@ -101,16 +128,40 @@ def announce(run: RunFolder, source: DataSource, own: UpdateConfig) -> None:
         f": {describe_rows(new, counts[is_new])}" if new else "",
         describe_rows([name for name in names if name in known], counts[~is_new]),
     )  # fmt: skip
-    if not own.replay:
+    replay = earlier.own.replay
+    if not replay:
         logger.warning(
             "--replay 0: no old row is trained on, and the model forgets what the new data do not show"
         )
-    stored = StoredRows.load(str(source.config.stored_rows))
-    if copies := count_copies(train, stored):
-        logger.warning(
-            "%s new training images are also validation or test images of the run, whose accuracy is then "
-            "too high; remove them from %s", f"{copies:,}", source.config.dataset_name,
-        )  # fmt: skip
+    warn_of_copies(earlier, source)
     absent = [name for name, count in zip(names, counts, strict=True) if not count]
-    if absent and own.replay:
+    if absent and replay:
         logger.warning("no training rows of %s", listed(absent))
+
+
+def warn_of_copies(earlier: EarlierRows, source: DataSource) -> None:
+    """Count the images that are trained on by one of the run and its update, and evaluated by the other."""
+    splits, stored, data = source.splits, source.stored, source.config.dataset_name
+    assert isinstance(splits.train, Split) and stored is not None
+    held_out = concatenate_datasets([stored.of(split) for split in ("validation", "test")])
+    if copies := count_copies(own_rows(splits.train), held_out):
+        logger.warning(
+            "%s new training images are also validation or test images of the run, so the accuracy on those "
+            "is too high; remove them from %s", f"{copies:,}", data,
+        )  # fmt: skip
+    evaluated = [splits.validation]
+    if earlier.with_test and "test" in source.rows:
+        evaluated.append(source.test_split)
+    trained_on = earlier.trained_on(stored)
+    for split in evaluated:
+        if copies := count_copies(own_rows(split), trained_on):
+            logger.warning(
+                "%s of %s new %s images are also training images of the run, so the accuracy on new rows is "
+                "too high; leave the images that the run was trained on out of %s",
+                f"{copies:,}", f"{len(own_rows(split)):,}", split.name, data,
+            )  # fmt: skip
+
+
+def own_rows(split: Split) -> Dataset:
+    """Return the rows of a split that are not stored ones."""
+    return split.rows.select(np.flatnonzero(stored_split(split.rows) == ""))

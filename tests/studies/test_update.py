@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,9 @@ from tiny import tiny_run
 from hf_cifar import UserError
 from hf_cifar.cli import main
 from hf_cifar.config.model import ModelConfig
-from hf_cifar.data.stored import StoredRows
+from hf_cifar.config.studies import UpdateConfig
+from hf_cifar.data.splits import DataSource
+from hf_cifar.data.stored import StoredRows, write_stored
 from hf_cifar.data.stratify import equal_rows
 from hf_cifar.evaluate import adjust_classifier
 from hf_cifar.evaluation.comparison import compare_predictions
@@ -26,7 +30,9 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import build_model, load_classifier
 from hf_cifar.models.heads import linear_head
 from hf_cifar.preflight import check_device
+from hf_cifar.run_data import open_data
 from hf_cifar.runs.folder import RunFolder
+from hf_cifar.studies.replay import EarlierRows
 from hf_cifar.studies.update_options import config_of_update
 
 
@@ -150,8 +156,6 @@ def test_an_update_keeps_old_class_ids_and_appends_new_ones(updated, run):
 
 def test_stored_rows_are_those_of_the_draw_with_their_pixels(updated, run, stripes):
     stored = StoredRows.load(updated / "stored.parquet")
-    from hf_cifar.run_data import open_data
-
     train = open_data(RunFolder(run)).splits.train
     kept = equal_rows(train.labels, 20, seed=42)
     assert stored.row_ids("train").tolist() == train.row_ids[kept].tolist()
@@ -376,3 +380,125 @@ def test_the_biases_are_corrected_only_where_that_works(run, tmp_path, monkeypat
     config = config_of_update(RunFolder(run), [*given, "--class_balance", "post_hoc"])
     with pytest.raises(UserError, match="--class_balance post_hoc cannot be combined with FSDP"):
         check_device(config)
+
+
+def files_below(folder):
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+def test_a_folder_that_holds_other_things_stays_as_it_is(run, checks, stripes, tmp_path, capsys):
+    data = shutil.copytree(checks, tmp_path / "data")
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "study.json").write_text("{}")
+    for folder, message in (
+        (data, "holds the data"),
+        (tmp_path / "search", "holds runs of hf-cifar search"),
+        (stripes, "holds the data"),
+    ):
+        before = files_below(folder)
+        assert update(run, data, folder) == 2
+        assert message in capsys.readouterr().err
+        assert files_below(folder) == before
+
+
+def test_a_mistake_leaves_nothing_and_another_try_may_have_other_rows(
+    run, checks, tmp_path, capsys
+):
+    flags = ("--teacher", str(tmp_path / "nowhere"))
+    assert update(run, checks, tmp_path / "up", *flags) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "up").exists()
+    (tmp_path / "up").mkdir()
+    (tmp_path / "up" / "stored.parquet").write_bytes(b"damaged")
+    assert update(run, checks, tmp_path / "up", "--replay", "8", *flags) == 2
+    assert "nowhere" in capsys.readouterr().err
+    splits = EarlierRows(RunFolder(run), UpdateConfig(), with_test=False).splits
+    write_stored(tmp_path / "up" / "stored.parquet", splits, ["across", "down"], {"replay": 3})
+    assert update(run, checks, tmp_path / "up", "--replay", "8") == 0
+    assert sum(each["num_stored"] for each in facts_of(tmp_path / "up")["classes"]) == 8
+    (tmp_path / "up" / "stored.parquet").write_bytes(b"damaged")
+    capsys.readouterr()
+    assert update(run, checks, tmp_path / "up", "--replay", "8") == 2
+    assert "remove it, and start hf-cifar update again" in capsys.readouterr().err
+
+
+def test_empty_cells_are_left_to_the_run(run, tmp_path, stripes, caplog):
+    """Both of the old and the new data, also of a test split."""
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["across", "down"])})
+
+    def rows(split):
+        files = sorted((stripes / split).rglob("*.png"))
+        images = [None, *map(str, files), None]
+        labels = ["across", *(file.parent.name for file in files), "down"]
+        return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+    data = DatasetDict(train=rows("train"), test=rows("test"))
+    data.save_to_disk(tmp_path / "data")
+    skip = ("--on_bad_image", "skip", "--do_predict")
+    tiny_run(tmp_path / "run", tmp_path / "data", "scratch/article_cnn", *skip)
+    flags = ("--replay", "20", "--do_predict", "--compare_anew")
+    assert update(tmp_path / "run", tmp_path / "data", tmp_path / "up", *flags) == 0
+    splits = EarlierRows(RunFolder(tmp_path / "run"), UpdateConfig(), with_test=True).splits
+    assert [len(each) % 2 for each in splits] and len(splits[2]) == 22
+    whole = replace_positions(splits[2])
+    for embeds in (True, False):
+        write_stored(tmp_path / "rows.parquet", [whole], ["across", "down"], {}, embeds=embeds)
+        cells = StoredRows.load(tmp_path / "rows.parquet").of("test").with_format(None)["image"][:]
+        assert cells[0] == cells[-1] == {"bytes": None, "path": None}
+        assert bool(cells[1]["bytes"]) and len(cells) == 24
+
+
+def replace_positions(split):
+    """The split with all rows of its source."""
+    return dataclasses.replace(split, positions=np.arange(len(split.pixels)))
+
+
+def test_new_images_that_the_run_was_trained_on_are_counted(run, stripes, tmp_path, caplog):
+    """NEW is the old folder with more images, and divided anew."""
+    data = shutil.copytree(stripes, tmp_path / "data")
+    paint(data / "train" / "checks", "checks", 20, 0)
+    flags = ("--split_seed", "7", "--do_predict", "--replay", "8")
+    assert update(run, data, tmp_path / "up", *flags) == 0
+    train = {row.tobytes() for row in pixels_of(open_data(RunFolder(run)).splits.train)}
+    validation = DataSource(RunFolder(tmp_path / "up").data()).splits.validation
+    new = pixels_of(validation)[: -len(Predictions.load(run, "validation").row_ids)]
+    copies = sum(row.tobytes() in train for row in new)
+    found = re.search(r"(\d+) of (\d+) new validation images are also training images", caplog.text)
+    assert [int(found[1]), int(found[2])] == [copies, len(new)] and copies > 3
+    assert "new test images are also training" not in caplog.text
+    # Without the data of the run, those that are stored are found.
+    caplog.clear()
+    gone = shutil.copytree(run, tmp_path / "gone")
+    config = (gone / "config.yaml").read_text().splitlines()
+    (gone / "config.yaml").write_text("\n".join(["dataset_name: ./nowhere", *config[1:]]))
+    earlier = EarlierRows(RunFolder(gone), UpdateConfig(), with_test=False)
+    stored = StoredRows.load(tmp_path / "up" / "stored.parquet")
+    assert len(earlier.trained_on(stored)) == 8
+
+
+def pixels_of(split):
+    return [split.decode(i) for i in range(len(split))]
+
+
+def test_mistakes_are_found_without_torch(run, checks, tmp_path):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "study.json").write_text("{}")
+    new, up = str(checks), str(tmp_path / "up")
+    code = f"""
+import sys
+from hf_cifar.cli import main
+for flags in (
+    ["--dataset_name", {new!r}],
+    ["--dataset_name", {new!r}, "--output_dir", {str(run)!r}],
+    ["--dataset_name", {new!r}, "--output_dir", "search"],
+    ["--dataset_name", "./nowhere", "--output_dir", {up!r}],
+    ["--dataset_name", {new!r}, "--output_dir", {up!r}, "--old_data", {new!r}],
+):
+    assert main(["update", {str(run)!r}, *flags]) == 2
+print("torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
+    assert not Path(up).exists()
