@@ -24,6 +24,14 @@ logger = logging.getLogger(__name__)
 LOGIT_OF_UNKNOWN = -1e4  # of a class that the old model does not have: probability 0
 
 
+def trained_on(facts: dict[str, Any], stored: StoredRows) -> np.ndarray:
+    """Return which stored training rows an update was trained on, [N] of booleans, by its run.json: not on
+    unreadable and doubted ones."""
+    ids = stored_offset(facts, "train", stored) + np.arange(len(stored.of("train")))
+    doubted = (facts.get("doubted_rows") or {"row_ids": []})["row_ids"]
+    return ~np.isin(ids, [*facts.get("skipped_rows", {}).get("train", []), *doubted])
+
+
 def parts_of(split: str, run: RunFolder, stored: StoredRows) -> dict[str, Predictions]:
     """Divide the predictions of a split by an update into those of new rows and of stored, old ones.
 
@@ -124,10 +132,11 @@ def summarise_update(run: RunFolder, config: RunConfig, own: UpdateConfig) -> di
     anew = RunFolder(folder.path / ANEW) if own.compare_anew else None
     stored = [StoredRows.load(each.stored_path) for each in (folder, anew) if each is not None]
     facts, names, known = folder.facts(), classes_of(folder), classes_of(run)
+    train, num_known = stored[0].of("train").with_format(None), len(known)
     stored_counts = np.zeros(len(names), int)
-    train = stored[0].of("train").with_format(None)
     if len(train):
-        stored_counts[: len(known)] = class_counts(label_array(train), len(known))
+        kept = trained_on(facts, stored[0])
+        stored_counts[:num_known] = class_counts(label_array(train)[kept], num_known)
     counts = facts["label_counts"]["train"]
     summary: dict[str, Any] = {
         "run": public_name(str(run.path)),

@@ -27,11 +27,12 @@ DATA_KEPT = {
     "train_val_split", "split_seed", "pixel_store", "check_images", "on_bad_image", "max_image_pixels",
     "value_range",
 }  # fmt: skip
-# Options of the run that belong to its output, its machine or its weights.
+# Options of the run that belong to its output, its machine, its weights or its teacher.
 LEFT_OPEN = {
     "model_name_or_path", "model_revision", "grow_head", "output_dir", "run_name", "seeds", "do_predict",
-    "check_leakage", "push_to_hub", "precision", "memory_format", "attention", "torch_compile",
-    "dataloader_num_workers", "freeze_batch_norm", "metric_for_best_model",
+    "check_leakage", "push_to_hub", "hub_model_id", "hub_revision", "teacher", "feature_hint", "precision",
+    "memory_format", "attention", "torch_compile", "dataloader_num_workers", "freeze_batch_norm",
+    "metric_for_best_model",
 }  # fmt: skip
 SET_HERE = (
     "model_name_or_path",

@@ -21,6 +21,7 @@ from hf_cifar import UserError
 from hf_cifar.cli import main
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.studies import UpdateConfig
+from hf_cifar.config.training import TrainingConfig
 from hf_cifar.data.splits import DataSource
 from hf_cifar.data.stored import StoredRows, write_stored
 from hf_cifar.data.stratify import equal_rows
@@ -33,7 +34,7 @@ from hf_cifar.preflight import check_device
 from hf_cifar.run_data import open_data
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.studies.replay import EarlierRows
-from hf_cifar.studies.update_options import config_of_update
+from hf_cifar.studies.update_options import config_anew, config_of_update
 
 
 def paint(folder, name, count, seed):
@@ -322,6 +323,18 @@ def test_options_of_the_run_are_the_defaults(run):
     assert config.data.dataset_name == "new"
 
 
+def test_repository_and_teacher_of_the_run_are_left_behind(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    own = {"teacher": "t", "feature_hint": 0.5, "hub_model_id": "me/old", "hub_revision": "v1"}
+    config = RunFolder(copy).load_config().with_training(**own)
+    RunFolder(copy).save_config(config)
+    given = ["--dataset_name", "new", "--output_dir", str(tmp_path / "up")]
+    updated = config_of_update(RunFolder(copy), given)
+    default = TrainingConfig()
+    assert all(getattr(updated.train, name) == getattr(default, name) for name in own)
+    assert config_anew(RunFolder(copy), updated).train.teacher == "t"
+
+
 def test_comparison_needs_the_same_rows(updated, run):
     with pytest.raises(UserError):
         compare_predictions(
@@ -502,3 +515,52 @@ print("torch" in sys.modules)
     )
     assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
     assert not Path(up).exists()
+
+
+def test_rows_that_clean_labels_leaves_out_are_not_counted(stripes, checks, tmp_path):
+    """Neither as new nor as stored ones."""
+    data = shutil.copytree(stripes, tmp_path / "data")
+    for number in range(6):
+        across, down = (data / "train" / name / f"{number:03}.png" for name in ("across", "down"))
+        swapped = across.read_bytes(), down.read_bytes()
+        down.write_bytes(swapped[0])
+        across.write_bytes(swapped[1])
+    flags = ("--num_train_epochs", "3", "--learning_rate", "1e-3")
+    tiny_run(tmp_path / "run", data, "scratch/article_cnn", *flags)
+    flags = ("--replay", "72", "--clean_labels", "drop")
+    assert update(tmp_path / "run", checks, tmp_path / "up", *flags) == 0
+    facts = RunFolder(tmp_path / "up").facts()
+    assert any(row >= 60 for row in facts["doubted_rows"]["row_ids"])  # stored ones
+    classes = {each["name"]: each for each in facts_of(tmp_path / "up")["classes"]}
+    assert classes["across"]["num_new"] == 0
+    for name, count in facts["label_counts"]["train"].items():
+        assert classes[name]["num_stored"] + classes[name]["num_new"] == count
+
+
+@pytest.mark.parametrize("kind", ["folders", "table", "columns"])
+def test_old_classes_that_only_the_new_test_images_have(kind, run, checks, stripes, tmp_path):
+    data = shutil.copytree(checks, tmp_path / "new")
+    name = "across" if kind == "table" else "Across"
+    shutil.copytree(stripes / "test" / "across", data / "test" / name)
+    files = sorted(data.rglob("*.png"))
+    rows = [(file.parent.parent.name, str(file), file.parent.name) for file in files]
+    if kind == "table":
+        lines = [f"{Path(path).relative_to(data)},{split},{label}" for split, path, label in rows]
+        (data / "labels.csv").write_text("\n".join(["file_name,split,label", *lines]))
+    if kind == "columns":
+        data = tmp_path / "saved"
+        splits = {
+            split: Dataset.from_dict(
+                {
+                    "image": [path for own, path, _ in rows if own == split],
+                    "label": [label for own, _, label in rows if own == split],
+                }
+            ).cast_column("image", ImageFeature())
+            for split in ("train", "test")
+        }
+        DatasetDict(splits).save_to_disk(data)
+    assert update(run, data, tmp_path / "up", "--do_predict", "--replay", "20") == 0
+    found = facts_of(tmp_path / "up")["splits"]["test"]["parts"]
+    assert found["new"]["num_images"] == 33
+    labels = Predictions.load(tmp_path / "up", "test").labels
+    assert np.bincount(labels).tolist() == [22, 22, 11]
