@@ -31,6 +31,7 @@ from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import build_model, load_classifier
 from hf_cifar.models.heads import linear_head
 from hf_cifar.preflight import check_device
+from hf_cifar.report.update import verdict
 from hf_cifar.run_data import open_data
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.studies.replay import EarlierRows
@@ -564,3 +565,16 @@ def test_old_classes_that_only_the_new_test_images_have(kind, run, checks, strip
     assert found["new"]["num_images"] == 33
     labels = Predictions.load(tmp_path / "up", "test").labels
     assert np.bincount(labels).tolist() == [22, 22, 11]
+
+
+def test_the_verdict_of_a_gain_has_its_interval():
+    def text(value, low, high):
+        found = {"value": value, "interval": [low, high]}
+        return verdict({"splits": {"test": {"parts": {"old": {"forgetting": found}}}}})
+
+    assert text(-0.03, -0.04, -0.02) == (
+        "The update gains 3.0 points of accuracy on the old test rows (95% interval +2.0 to +4.0)."
+    )
+    assert "forgets 3.0 points" in text(0.03, 0.02, 0.04)
+    assert "(95% interval +2.0 to +4.0)" in text(0.03, 0.02, 0.04)
+    assert "+1.0 points forgotten (95% interval -1.0 to +3.0)" in text(0.01, -0.01, 0.03)
