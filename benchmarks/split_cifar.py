@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from datasets import disable_progress_bars
 from torch import Tensor, nn
 
-from benchmarks.measure import conditions, summary, write
-from benchmarks.update import SHARED, Options, tokens, write_part
+from benchmarks.studies import accuracy, arguments, record
+from benchmarks.techniques import Options
+from benchmarks.update import SHARED, write_part
 from hf_cifar import RunConfig, finetune_classifier
 from hf_cifar.config.augmentation import AugmentConfig
 from hf_cifar.config.data import DataConfig
@@ -33,11 +34,11 @@ from hf_cifar.data.sources import load_source
 from hf_cifar.data.split import prepare_split
 from hf_cifar.data.splits import DataSource
 from hf_cifar.data.store import build_store
-from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.logs import quieten
 from hf_cifar.models.build import build_model
 from hf_cifar.runs.folder import RunFolder
-from hf_cifar.studies.update import config_of_update, update_run
+from hf_cifar.studies.update import update_run
+from hf_cifar.studies.update_options import config_of_update
 from hf_cifar.training.augmenting import augmentation
 from hf_cifar.training.optimizers import default_rate
 from hf_cifar.transforms.preprocessing import Preprocessing
@@ -169,15 +170,15 @@ def updates(parts: list[str], folder: Path, options: Options, replay: int, own: 
     """Fine-tune on the first task and update with each other one; return the accuracy on all test rows."""
     run = folder / "task-0"
     finetune_classifier(
-        RunConfig.parse(tokens({**options, "dataset_name": parts[0], "output_dir": run}))
+        RunConfig.parse(arguments({**options, "dataset_name": parts[0], "output_dir": run}, SHARED))
     )
     for number, part in enumerate(parts[1:], 1):
         output = folder / f"task-{number}"
-        given = {**SHARED, **own, "dataset_name": part, "output_dir": output}
-        config = config_of_update(RunFolder(run), tokens(given))
+        given = {**own, "dataset_name": part, "output_dir": output}
+        config = config_of_update(RunFolder(run), arguments(given, SHARED))
         update_run(run, config, UpdateConfig(replay=replay))
         run = output
-    return float(Predictions.load(run, "test").correct.mean())
+    return accuracy(run)
 
 
 def accuracies(
@@ -188,7 +189,7 @@ def accuracies(
         write_part(source, folder / f"data-{n}", classes, per_class, seed)
         for n, classes in enumerate(TASKS)
     ]
-    options = {**model_options, **SHARED, "seed": seed}
+    options = {**model_options, "seed": seed}
     found = {}
     plain = {"class_balance": "none", "probe_images": 0, "seed": seed}
     found["plain fine-tuning"] = updates(parts, folder / "plain", options, 0, plain)
@@ -202,15 +203,16 @@ def accuracies(
     every = write_part(source, folder / "data", range(10), per_class, seed)
     run = folder / "joint"
     finetune_classifier(
-        RunConfig.parse(tokens({**options, "dataset_name": every, "output_dir": run}))
+        RunConfig.parse(arguments({**options, "dataset_name": every, "output_dir": run}, SHARED))
     )
-    found["joint training"] = float(Predictions.load(run, "test").correct.mean())
+    found["joint training"] = accuracy(run)
     print(f"seed {seed}: {json.dumps(found)}", flush=True)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    """Measure all methods with each seed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--per_class", type=int, default=500)
@@ -229,13 +231,11 @@ def main() -> None:
     for seed in range(args.seeds):
         with tempfile.TemporaryDirectory() as folder:
             found.append(accuracies(source, Path(folder), seed, args.per_class, model_options))
-    record = {
-        "benchmark": "Split CIFAR-10, five tasks", "unit": "accuracy on test", "n": args.seeds,
-        "per_class": args.per_class, "image_size": args.image_size,
-        "figures": {name: summary([each[name] for each in found]) for name in found[0]},
-        "ratios": {}, "runs": found, **conditions(),
-    }  # fmt: skip
-    write(record, args.output)
+    record(
+        "Split CIFAR-10, five tasks",
+        {name: [each[name] for each in found] for name in found[0]},
+        args.output, unit="accuracy on test", per_class=args.per_class, image_size=args.image_size,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

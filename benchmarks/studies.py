@@ -37,9 +37,9 @@ SHARED: Options = {
 Values = dict[str, list[float]]
 
 
-def arguments(options: Mapping[str, object]) -> list[str]:
+def arguments(options: Mapping[str, object], shared: Options = SHARED) -> list[str]:
     """Return options as a command line."""
-    return [f"--{name}={value}" for name, value in {**SHARED, **options}.items()]
+    return [f"--{name}={value}" for name, value in {**shared, **options}.items()]
 
 
 def accuracy(run: str | Path) -> float:
@@ -116,11 +116,14 @@ def distil(options: Options, seed: int, folder: Path, teacher: str) -> dict[str,
 
 
 def record(name: str, values: Values, output: Path | None, **facts: object) -> None:
-    """Write the accuracies of all seeds, and the differences from the first variant."""
-    differences = paired_differences(values, next(iter(values)))
+    """Write the accuracies of all seeds, and the differences from the first variant. facts: what else to
+    write; they may replace the unit."""
+    first = next(iter(values))
+    # One seed has no interval.
+    differences = paired_differences(values, first) if len(values[first]) > 1 else {}
     write(
         {
-            "benchmark": name, "unit": "accuracy", "n": len(next(iter(values.values()))),
+            "benchmark": name, "unit": "accuracy", "n": len(values[first]),
             "figures": {variant: summary(each) for variant, each in values.items()},
             "ratios": {}, "values": values, "differences": differences, **facts, **conditions(),
         },

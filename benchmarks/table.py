@@ -121,9 +121,14 @@ def updates(records: list[dict]) -> str:
     ]
     for name in record["figures"]:
         values = [[run[name][column] for run in record["runs"]] for column in columns]
-        cells = [f"{statistics.mean(each):.4f} ± {statistics.stdev(each):.4f}" for each in values]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(map(mean_and_spread, values))} |")
     return "\n".join(lines) + "\n"
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Format a mean with its standard deviation, which one value does not have."""
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
 
 
 def rejections(records: list[dict]) -> str:

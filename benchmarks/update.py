@@ -1,9 +1,12 @@
-"""What an update of a run forgets: two new classes after eight, and five tasks of two classes.
+"""What an update of a run forgets: two new classes after eight.
 
-Two classes after eight: EfficientNet-Lite0 is fine-tuned on eight classes of CIFAR-10, and updated with the
-two others, with different numbers of stored rows. Test is read for the report only.
+EfficientNet-Lite0 is fine-tuned on eight classes of CIFAR-10, and updated with the two others, with different
+numbers of stored rows; with --anew, it is also trained anew on all rows. Test is read for the report only.
+With --folder, the runs are kept, and the same command continues there. --try has other updates instead, which
+are printed and not recorded.
 
-python -m benchmarks.update --dataset_name DATA [--seeds 3] [--per_class 200] [--only two]
+python -m benchmarks.update --dataset_name DATA [--seeds 3] [--per_class 200] [--anew] [--folder FOLDER]
+python -m benchmarks.update --dataset_name DATA --folder FOLDER --try '{"teacher": [500, {"teacher": "RUN"}]}'
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from datasets import disable_progress_bars
 
-from benchmarks.measure import conditions, summary, write
+from benchmarks.studies import arguments, record
+from benchmarks.techniques import Options
 from hf_cifar import RunConfig, finetune_classifier
 from hf_cifar.config.data import DataConfig
 from hf_cifar.config.studies import UpdateConfig
@@ -25,9 +29,9 @@ from hf_cifar.data.sources import load_source
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.logs import quieten
 from hf_cifar.runs.folder import RunFolder
-from hf_cifar.studies.update import config_of_update, update_run
+from hf_cifar.studies.update import update_run
+from hf_cifar.studies.update_options import config_of_update
 
-Options = Mapping[str, object]
 NEW = 2  # classes of the update
 TEST_PER_CLASS = 100
 MODEL: Options = {
@@ -45,11 +49,6 @@ UPDATES: dict[str, tuple[int, Options]] = {
     "0 stored, plain fine-tuning": (0, {"class_balance": "none", "probe_images": 0}),
 }
 COMPARED = "500 stored"  # with training anew
-
-
-def tokens(options: Options) -> list[str]:
-    """Return options as a command line."""
-    return [token for name, value in options.items() for token in (f"--{name}", str(value))]
 
 
 def write_part(
@@ -70,11 +69,12 @@ def write_part(
 def accuracies(run: Path, known: int, *, adjusted: bool = True) -> dict[str, float]:
     """Return the accuracy on test of the first `known` classes, of the others, and of all.
 
-    adjusted: False to undo --class_balance post_hoc, by the number of training images of each class.
+    adjusted: False to undo --class_balance post_hoc, by the number of training images of each class, unless
+    validation had rejected it.
     """
     test, folder = Predictions.load(run, "test"), RunFolder(run)
     logits, is_old = test.logits, test.labels < known
-    if not adjusted:
+    if not adjusted and folder.facts().get("post_hoc", True):
         counts = np.array(list(folder.facts()["label_counts"]["train"].values())).clip(min=1)
         logits = logits + np.log(counts)
     correct = logits.argmax(axis=1) == test.labels
@@ -96,9 +96,9 @@ def two_after_eight(
     old = write_part(source, folder / "old", sorted(order[NEW:]), per_class, seed)
     new = write_part(source, folder / "new", sorted(order[:NEW]), per_class, seed)
     run, seeds, known = folder / "run", {"seed": seed}, 10 - NEW
-    options = {**MODEL, **SHARED, **seeds, "dataset_name": old, "output_dir": run}
+    options = {**MODEL, **seeds, "dataset_name": old, "output_dir": run}
     if not RunFolder(run).facts():
-        finetune_classifier(RunConfig.parse(tokens(options)))
+        finetune_classifier(RunConfig.parse(arguments(options, SHARED)))
     before = accuracies(run, known)["old"]
     found: dict[str, dict[str, float]] = {}
 
@@ -109,8 +109,8 @@ def two_after_eight(
 
     for name, (replay, own) in chosen.items():
         output = folder / name.replace(" ", "-")
-        given = {**SHARED, **seeds, "dataset_name": new, "output_dir": output, **own}
-        config = config_of_update(RunFolder(run), tokens(given))
+        given = {**seeds, "dataset_name": new, "output_dir": output, **own}
+        config = config_of_update(RunFolder(run), arguments(given, SHARED))
         asked = UpdateConfig(replay=replay, compare_anew=anew and name == COMPARED)
         seconds = update_run(run, config, asked)["seconds"]
         add(name, accuracies(output, known), seconds["update"])
@@ -123,7 +123,8 @@ def two_after_eight(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    """Measure the updates of each seed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--per_class", type=int, default=200)
@@ -145,14 +146,13 @@ def main() -> None:
             found.append(
                 two_after_eight(source, folder, seed, args.per_class, chosen, anew=args.anew)
             )
-    record = {
-        "benchmark": "update, two classes after eight", "unit": "accuracy lost on the old classes",
-        "n": args.seeds, "per_class": args.per_class, "test_per_class": TEST_PER_CLASS,
-        "figures": {name: summary([each[name]["lost"] for each in found]) for name in found[0]},
-        "ratios": {}, "runs": found, **conditions(),
-    }  # fmt: skip
     if args.tried == "{}":
-        write(record, args.output)
+        record(
+            "update, two classes after eight",
+            {name: [each[name]["lost"] for each in found] for name in found[0]},
+            args.output, unit="accuracy lost on the old classes", runs=found,
+            per_class=args.per_class, test_per_class=TEST_PER_CLASS,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ from hf_cifar.config.evaluation import EvaluateConfig
 from hf_cifar.config.metrics import words
 from hf_cifar.config.model import is_exported
 from hf_cifar.config.objects import InMemory
+from hf_cifar.config.training import TrainingConfig
 from hf_cifar.data.listing import refuse_data_folder
 from hf_cifar.data.split import Split, prepare_split, subset, trained_rows
 from hf_cifar.data.splits import DataSource, is_named, load_other_split
 from hf_cifar.data.store import default_num_workers, images_of
 from hf_cifar.data.stratify import subsample
+from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedStore
 from hf_cifar.evaluation.intervals import wilson
@@ -44,6 +46,7 @@ from hf_cifar.run_data import require_held_out
 from hf_cifar.runs.folder import RunFolder, write_bytes, write_json
 from hf_cifar.runs.processes import computes_on_cpu
 from hf_cifar.text import listed
+from hf_cifar.training.build import counts_of_classes
 from hf_cifar.training.dataset import store_of
 from hf_cifar.training.rejection import (
     check_rejection,
@@ -123,6 +126,19 @@ def evaluate_corrupted(
     }
 
 
+def adapt_classifier(
+    model: PreTrainedModel,
+    validation: Predictions,
+    train: Split | Stream,
+    config: TrainingConfig,
+) -> Predictions:
+    """Correct and calibrate a trained model on its predictions, as the options say; returns the new ones."""
+    if config.class_balance == "post_hoc":
+        assert isinstance(train, Split)  # see `check_balance`
+        validation = adjust_classifier(model, validation, counts_of_classes(train))
+    return calibrate_classifier(model, validation) if config.calibrate else validation
+
+
 def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Predictions:
     """Calibrate a model on its predictions; returns the calibrated predictions.
 
@@ -166,7 +182,8 @@ def adjust_classifier(
     Source: Menon et al., Long-tail Learning via Logit Adjustment, 2021, post-hoc, with tau = 1.
     """
     shift = (counts / counts.mean()).log()
-    adjusted = dataclasses.replace(validation, logits=validation.logits - shift.numpy())
+    logits = validation.logits - shift.numpy()
+    adjusted = dataclasses.replace(validation, logits=logits, post_hoc=True)
     before, after = (
         each.outcome.metric("balanced_accuracy") or 0.0 for each in (validation, adjusted)
     )

@@ -21,7 +21,7 @@ from hf_cifar.data.splits import DataSource, Splits, prepare_splits
 from hf_cifar.data.store import images_of
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
-from hf_cifar.evaluate import adjust_classifier, calibrate_classifier, evaluate_classifier
+from hf_cifar.evaluate import adapt_classifier, evaluate_classifier
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.hub.push import push_run
 from hf_cifar.models.build import build_model
@@ -35,7 +35,7 @@ from hf_cifar.runs.folder import write_bytes, write_json
 from hf_cifar.runs.lock import sole_run
 from hf_cifar.runs.resume import with_restarts
 from hf_cifar.runs.signals import deferred_signals
-from hf_cifar.training.build import build_trainer, counts_of_classes
+from hf_cifar.training.build import build_trainer
 from hf_cifar.training.cleaning import clean_labels
 from hf_cifar.training.dataset import store_of
 from hf_cifar.training.features import FeatureStore, fit_head
@@ -93,7 +93,7 @@ def finetune_classifier(
     with claimed_folder(plan):
         fitted = fit(trainer, splits, plan)
         evaluations, distance = evaluate_run(trainer, splits, test, plan)
-        facts = known | run_facts(trainer, splits, fitted, evaluations[0].temperature)
+        facts = known | run_facts(trainer, splits, fitted, evaluations[0])
         return finish_run(trainer, facts, evaluations, distance, plan)
 
 
@@ -202,13 +202,7 @@ def evaluate_run(
     on_features = isinstance(trainer.eval_dataset, FeatureStore)
     store = store_of(splits.validation, trainer.args) if on_features else trainer.eval_dataset
     validation = evaluate_classifier(trainer, splits.validation, store=store)
-    if train.class_balance == "post_hoc":
-        assert isinstance(splits.train, Split)  # see `check_balance`
-        validation = adjust_classifier(
-            trainer.classifier, validation, counts_of_classes(splits.train)
-        )
-    if train.calibrate:
-        validation = calibrate_classifier(trainer.classifier, validation)
+    validation = adapt_classifier(trainer.classifier, validation, splits.train, train)
     if train.reject is not None:
         assert isinstance(splits.train, Split)  # see `check_rejection`
         images = (

@@ -24,7 +24,6 @@ from hf_cifar.data.store import default_num_workers
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
 from hf_cifar.models.blocks import block_depths, has_statistics
-from hf_cifar.models.heads import require_bias
 from hf_cifar.models.kernels import has_fused_attention
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.runs.folder import RunFolder, write_json
@@ -98,9 +97,7 @@ def plan_run(
     Raises: UserError if the options do not fit the model or the data, or there is nothing to resume from.
     """
     check_cleaning(config, splits)
-    check_balance(splits, config.train)
-    if config.train.class_balance == "post_hoc":
-        require_bias(model)
+    check_balance(splits, config.train, model)
     if config.train.reject is not None:
         check_rejection(splits, model, Preprocessing.from_image_processor(image_processor))
     check_teacher(

@@ -93,7 +93,7 @@ def check_device(config: RunConfig) -> None:
             "--per_device_train_batch_size"
         )
     refused = {name: getattr(train, name) for name in ("ema_decay", "sam_rho", "unfreeze_epochs")}
-    refused |= {"reject": train.reject, "class_balance": train.class_balance == "post_hoc"}
+    refused |= {"reject": train.reject, "class_balance post_hoc": train.class_balance == "post_hoc"}
     refused |= {"lora_rank": config.model.lora_rank, "clean_labels": train.clean_labels != "none"}
     for name, value in refused.items():
         if value and is_sharded():

@@ -17,6 +17,7 @@ from hf_cifar.data.labels import class_counts
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource, Splits
 from hf_cifar.data.streams import Stream
+from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.hub.origin import find_origin, origin_of_model
 from hf_cifar.hub.push import Target
 from hf_cifar.runs.environment import environment
@@ -105,7 +106,7 @@ def run_facts(
     trainer: ImageClassificationTrainer,
     splits: Splits,
     fitted: Fitted,
-    temperature: float,
+    validation: Predictions,
 ) -> dict[str, Any]:
     """Return the facts of a finished run, as plain values: data, work, time and machine."""
     state, device, seconds = trainer.state, trainer.args.device, fitted.seconds
@@ -128,7 +129,8 @@ def run_facts(
         "steps": state.global_step,
         "epochs": state.epoch,
         "best_checkpoint_step": state.best_global_step,
-        "temperature": temperature,
+        "temperature": validation.temperature,
+        "post_hoc": validation.post_hoc,
         "train_seconds": seconds,
         "train_images_per_second": round(len(splits.train) * (state.epoch or 0) / seconds, 1),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -414,4 +414,6 @@ def test_updates_become_a_table():
         "figures": {"500 stored": {}},
     }  # fmt: skip
     assert "| 500 stored | 0.0200 ± 0.0141 | 0.8000 ± 0.0000 |" in table.updates([record])
+    one = record | {"n": 1, "runs": record["runs"][:1]}
+    assert "| 500 stored | 0.0100 | 0.8000 |" in table.updates([one])
     assert table.updates([]) == table.MISSING

@@ -28,7 +28,8 @@ def update(argv: Sequence[str]) -> int:
         parse(classes, ["--help"], "hf-cifar update", usage=USAGE, description=DESCRIPTION)
     if not argv or argv[0].startswith("-"):
         raise UserError(f"the run comes first: {USAGE}")
-    from hf_cifar.studies.update import config_of_update, update_run
+    from hf_cifar.studies.update import update_run
+    from hf_cifar.studies.update_options import config_of_update
 
     run = RunFolder(one_run("update", argv[:1]))
     own, rest = split_options([UpdateConfig], argv[1:], "hf-cifar update")

@@ -154,8 +154,9 @@ class UpdateConfig:
     )
     compare_anew: bool = option(
         False,
-        "Also train the run's own starting model anew on all old and new rows, in OUTPUT_DIR/anew, and "
-        "compare.",
+        "Also train the run's own starting model anew on the new rows and all rows that the run had, in "
+        "OUTPUT_DIR/anew, and compare. If the run is an update, those are its own data and the rows that it "
+        "had stored.",
     )
     old_data: str | None = option(None, MOVED_DATA)
 

@@ -130,7 +130,7 @@ class TrainingConfig:
         "For classes of very different sizes. oversample, undersample: draw each as often as the largest or "
         "smallest one; weights, effective: weight them in the loss, by their size or effective number; "
         "logit_adjustment: add the log of their shares to the logits in the loss; post_hoc: subtract it from "
-        "the biases of the trained head.",
+        "the biases of the trained head, unless that lowers the balanced accuracy on validation.",
     )
     clean_labels: Literal["none", "drop"] = option(
         "none",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +58,9 @@ def _num_bytes(cell: Any) -> int:
     return len(content) if isinstance(content, bytes) else 0
 
 
-def standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
+def standard_columns(
+    splits: DatasetDict, config: DataConfig, known: Sequence[str] = ()
+) -> DatasetDict:
     """Find the image and label columns, rename them, encode the images, and make the labels class labels.
 
     Test splits without labels are left out. Raises: UserError for columns that cannot be identified or read.
@@ -78,7 +80,7 @@ def standard_columns(splits: DatasetDict, config: DataConfig) -> DatasetDict:
             continue
         labelled[split] = rows
     with quiet_datasets():
-        return DatasetDict(encoded_images(with_classes(labelled), data_folder(config)))
+        return DatasetDict(encoded_images(with_classes(labelled, known), data_folder(config)))
 
 
 def image_columns(splits: DatasetDict, config: DataConfig) -> dict[str, Dataset]:

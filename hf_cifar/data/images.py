@@ -9,8 +9,7 @@ import logging
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -273,15 +272,19 @@ def _source_of(cell: dict | None) -> bytes | str:
     return cell["bytes"] if cell.get("bytes") else cell["path"]
 
 
-def read_cell(cell: dict | None) -> dict[str, Any]:
-    """Return a cell with the content of its file in it, and only the name of the file.
+def read_encoded(cell: dict | None) -> bytes:
+    """Read the image file in one cell of an undecoded column, which may be remote; empty for an empty cell.
 
-    Raises: UserError for an empty cell; OSError for a file that cannot be read.
+    Raises: OSError for a file that cannot be read.
     """
-    source = _source_of(cell)
-    assert cell is not None
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    return {"bytes": content, "path": Path(cell["path"]).name if cell.get("path") else None}
+    if not cell or not (cell.get("bytes") or cell.get("path")):
+        return b""
+    if cell.get("bytes"):
+        return cell["bytes"]
+    from datasets.utils.file_utils import xopen
+
+    with xopen(cell["path"], "rb") as file:
+        return file.read()
 
 
 def decode_cell(

@@ -68,18 +68,20 @@ def is_hidden(rows: Dataset) -> bool:
     return set(column.unique().to_pylist()) <= {-1, None}
 
 
-def with_classes(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
-    """Make the labels of every split ids of the same classes: those that have images in the first split.
+def with_classes(splits: Mapping[str, Dataset], known: Sequence[str] = ()) -> dict[str, Dataset]:
+    """Make the labels of every split ids of the same classes: those that have images in the first split, then
+    the other `known` ones of a model.
 
     Classes are matched by name, whatever their order in a split. Those of the first split's ClassLabel keep
     their order, others are sorted; classes without images are left out, and named in a log line.
     Raises: UserError for a label that is missing, or whose class the first split has no image of.
     """
     (first, rows), *_ = splits.items()
-    found = _Labels.read(rows, first)
+    found = _Labels.read(rows, first).with_case_of(known, first)
     check_class_names(found.names)
     counts = np.bincount(found.ids, minlength=len(found.names))
     names = [name for name, count in zip(found.names, counts, strict=True) if count]
+    names += [name for name in known if name not in names]
     labels = {first: found}
     for split in list(splits)[1:]:
         if holds_lists(splits[split].features["label"]) != found.lists:
@@ -88,10 +90,10 @@ def with_classes(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
             raise UserError(
                 f"the labels of split {split} are {feature}, but those of the first split are {kind}"
             )
-        labels[split] = _Labels.read(splits[split], split)
+        labels[split] = _Labels.read(splits[split], split).with_case_of(known, split)
     for split, own in labels.items():
         _refuse_unknown(own, names, split, first)
-    empty = [name for name, count in zip(found.names, counts, strict=True) if not count]
+    empty = sorted(set(found.names) - set(names), key=found.names.index)
     if empty:
         logger.warning(
             "%s of %s classes have no images and are left out: %s",
@@ -122,7 +124,7 @@ def with_known_classes(
     found = _Labels.read(rows, split)
     counts = np.bincount(found.ids, minlength=len(found.names))
     known = set(names)
-    found = replace(found, names=_with_case_of(names, found.names, split))
+    found = found.with_case_of(names, split)
     unknown = [
         f"{shown} ({count:,} image{'' if count == 1 else 's'})"
         for name, shown, count in zip(found.names, found.shown, counts, strict=True)
@@ -139,8 +141,7 @@ def with_known_classes(
 def with_classes_after(rows: Dataset, names: Sequence[str], split: str) -> Dataset:
     """Make the labels of new data ids of the classes `names`, matched by name, and of the new classes, which
     come after these in the order of the data."""
-    found = _Labels.read(rows, split)
-    found = replace(found, names=_with_case_of(names, found.names, split))
+    found = _Labels.read(rows, split).with_case_of(names, split)
     return found.write(rows, list(dict.fromkeys([*names, *found.names])))
 
 
@@ -227,6 +228,10 @@ class _Labels:
         distinct = [distinct[i] for i in order]
         names = [str(int(v) if isinstance(v, float) else v) for v in distinct]
         return cls(names, [repr(value) for value in distinct], positions, rank[codes], lists)
+
+    def with_case_of(self, known: Sequence[str], split: str) -> _Labels:
+        """Return the labels with the names that a model knows for these classes."""
+        return replace(self, names=_with_case_of(known, self.names, split)) if known else self
 
     def write(self, rows: Dataset, names: list[str]) -> Dataset:
         """Replace the column by ids of the classes `names`, which contain every class that has labels."""

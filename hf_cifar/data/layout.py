@@ -135,6 +135,10 @@ class _Reader:
                 + (", or pass --folders classes if it is a class to add" if known else "")
             )
         self.warn_of_case(names)
+        # Classes of the model that train need not have.
+        forms = set(map(form_of, known)) - set(map(form_of, names))
+        found = {name for classes in splits.values() for name in classes}
+        names += sorted(name for name in found if form_of(name) in forms)
         rows: dict[str, list[tuple[File, str | tuple[str, ...]]]] = {
             split: sorted(
                 (file, name)

@@ -67,7 +67,7 @@ def read_source(config: DataConfig, known: Sequence[str] = ()) -> Source:
     splits = DatasetDict(
         {split: splits[split] for split in sorted(splits, key=lambda s: s != "train")}
     )
-    return announced(replace(source, splits=standard_columns(splits, config)), config)
+    return announced(replace(source, splits=standard_columns(splits, config, known)), config)
 
 
 def announced(source: Source, config: DataConfig) -> Source:

@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 
 from hf_cifar.config.data import FULL_RANGE, DataConfig, ValueRange
 from hf_cifar.data.columns import standard_split
-from hf_cifar.data.images import find_value_range
+from hf_cifar.data.images import find_value_range, read_encoded
 from hf_cifar.data.labels import (
     SHOWN_CLASSES,
     class_counts,
@@ -35,7 +35,6 @@ from hf_cifar.data.streams import (
     collect,
     load_streams,
     num_rows,
-    read_encoded,
     require_every_class,
 )
 from hf_cifar.errors import UserError
@@ -108,6 +107,7 @@ class DataSource:
         # Cached properties of this source, which those options do not change.
         if not config.streaming:
             vars(other)["_source"] = self._source
+            vars(other)["stored"] = self.stored
             vars(other)["value_range"] = self.value_range
         return other
 
@@ -132,10 +132,16 @@ class DataSource:
         return load_streams(self.config) if self.config.streaming else self._source.splits
 
     @functools.cached_property
+    def stored(self) -> StoredRows | None:
+        """The rows of earlier data that are added; None without --stored_rows."""
+        path = self.config.stored_rows
+        return None if path is None else StoredRows.load(path)
+
+    @functools.cached_property
     def _source(self) -> Source:
-        if self.config.stored_rows is None:
+        stored = self.stored
+        if stored is None:
             return read_source(self.config)
-        stored = StoredRows.load(self.config.stored_rows)
         source = read_source(self.config, stored.class_names)
         own = _own_validation(source.splits)
         return replace(source, splits=stored.joined(source.splits, _train_name(source.splits), own))
@@ -147,11 +153,10 @@ class DataSource:
         if self.config.streaming:
             return {}
         stored = {}
-        if self.config.stored_rows is not None:
-            rows = StoredRows.load(self.config.stored_rows)
+        if self.stored is not None:
             stored = {
                 "num_own": {split: num_own_rows(own) for split, own in self.rows.items()},
-                "stored": {**rows.note, "num_train": len(rows.of("train"))},
+                "stored": {**self.stored.note, "num_train": len(self.stored.of("train"))},
             }
         return stored | {
             "description": self._source.description,

@@ -20,7 +20,7 @@ import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from hf_cifar.data.columns import quiet_datasets
-from hf_cifar.data.images import read_cell
+from hf_cifar.data.images import read_encoded
 from hf_cifar.data.labels import class_label, holds_lists, with_classes_after
 from hf_cifar.data.split import Split
 from hf_cifar.errors import UserError
@@ -58,7 +58,7 @@ class StoredRows:
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise UserError(
                 f"--stored_rows: {path} holds no stored rows ({type(error).__name__}: "
-                f"{one_line(error, 200)}); restore it, or start hf-cifar update again"
+                f"{one_line(error, 200)}); remove it, and start hf-cifar update again"
             ) from None
 
     @property
@@ -150,6 +150,15 @@ def write_stored(
         temporary.unlink(missing_ok=True)
 
 
+def _stored_cell(cell: dict[str, Any], *, embeds: bool) -> dict[str, Any]:
+    """Return a cell of an image column as it is stored; an empty one stays empty, and is for the run to
+    report. Raises: OSError for a file that cannot be read."""
+    path = cell.get("path") or None
+    if embeds or cell.get("bytes"):
+        return {"bytes": read_encoded(cell) or None, "path": path and Path(path).name}
+    return {"bytes": None, "path": path and os.path.abspath(path)}
+
+
 def _pieces(splits: Sequence[Split], *, embeds: bool) -> Iterator[list[dict[str, Any]]]:
     """Yield rows in pieces of limited size: Arrow holds at most 2 GB of bytes in one."""
     piece: list[dict[str, Any]] = []
@@ -157,14 +166,10 @@ def _pieces(splits: Sequence[Split], *, embeds: bool) -> Iterator[list[dict[str,
     places = ((split, place) for split in splits for place in range(len(split)))
     for split, place in progress(places, "storing rows", total):
         row = split.rows[place]
-        cell = dict(row["image"] or {})
-        if embeds or cell.get("bytes"):
-            try:
-                cell = read_cell(cell)
-            except (UserError, OSError) as error:
-                raise UserError(f"{split.describe_row(place)}: {one_line(error)}") from None
-        else:
-            cell = {"bytes": None, "path": os.path.abspath(cell["path"])}
+        try:
+            cell = _stored_cell(row["image"] or {}, embeds=embeds)
+        except OSError as error:
+            raise UserError(f"{split.describe_row(place)}: {one_line(error)}") from None
         piece.append(
             {
                 "image": cell, "label": row["label"], STORED: split.name,

@@ -11,11 +11,10 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from datasets.distributed import split_dataset_by_node
-from datasets.utils.file_utils import xopen
 
 from hf_cifar.config.data import MAX_IMAGE_PIXELS, DataConfig, ValueRange
 from hf_cifar.data.columns import image_and_label, in_memory, with_standard_names
-from hf_cifar.data.images import decode_image
+from hf_cifar.data.images import decode_image, read_encoded
 from hf_cifar.data.labels import holds_lists
 from hf_cifar.data.sources import open_data_set
 from hf_cifar.errors import UserError
@@ -165,16 +164,6 @@ def num_rows(rows: IterableDataset, split: str) -> int | None:
     """Number of rows of a split that its data set declares; None if it does not."""
     declared = (rows.info.splits or datasets.SplitDict()).get(split)
     return declared.num_examples or None if declared is not None else None
-
-
-def read_encoded(cell: dict | None) -> bytes:
-    """Read the image file in one cell of an undecoded column; empty for an empty cell."""
-    if not cell or not (cell.get("bytes") or cell.get("path")):
-        return b""
-    if cell.get("bytes"):
-        return cell["bytes"]
-    with xopen(cell["path"], "rb") as file:
-        return file.read()
 
 
 def unit_hash(encoded: bytes, seed: int) -> float:

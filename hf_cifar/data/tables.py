@@ -865,9 +865,10 @@ def _alike(names: list[str]) -> list[str]:
 
 
 def _class_names(splits: dict[str, list], table: str, known: Sequence[str] = ()) -> list[str]:
-    """The classes that occur in train, in order: numbers by value, else by text.
+    """The classes that occur in train, in order: numbers by value, else by text; then the `known` ones that
+    only other splits have.
 
-    Raises: UserError for a class that only another split has.
+    Raises: UserError for another class that train lacks.
     """
 
     def classes(rows: list) -> Counter[str]:
@@ -878,9 +879,12 @@ def _class_names(splits: dict[str, list], table: str, known: Sequence[str] = ())
 
     labelled = [splits["train"]] if "train" in splits else list(splits.values())
     found = sum((classes(rows) for rows in labelled), Counter())
+    others: list[str] = []
     for split, rows in splits.items():
-        for name, count in classes(rows).items():
-            if name not in found:
+        for name, count in sorted(classes(rows).items()):
+            if name in known and name not in (*found, *others):
+                others.append(name)
+            elif name not in (*found, *others):
                 raise UserError(
                     f"class {name!r} of {table} is only in {split} ({count:,} images), not in train; "
                     "add training images, or remove its rows"
@@ -889,5 +893,5 @@ def _class_names(splits: dict[str, list], table: str, known: Sequence[str] = ())
         raise NoTable(f"{table} has one class, {listed(found)}; a classifier needs two or more")
     check_class_names(list(found))
     if all(name.removeprefix("-").isdecimal() for name in found):
-        return sorted(found, key=lambda name: (int(name), name))
-    return sorted(found)
+        return sorted(found, key=lambda name: (int(name), name)) + others
+    return sorted(found) + others

@@ -19,9 +19,9 @@ from datasets import Dataset
 
 from hf_cifar.config.data import DataConfig
 from hf_cifar.data.columns import data_folder, image_columns
+from hf_cifar.data.images import read_encoded
 from hf_cifar.data.layout import ORDER
 from hf_cifar.data.sources import announced, open_data_set
-from hf_cifar.data.streams import read_encoded
 from hf_cifar.errors import UserError
 
 LISTED_ROWS = 10_000  # whose names and sizes are in memory at the same time

@@ -79,7 +79,8 @@ class Predictions:
 
     split: "validation", "test" or, of a cross-validation, "out_of_fold". row_ids, labels [N]; logits [N, K].
     Row ids are row numbers in the data set's own split: train, for a validation split taken from it.
-    temperature: the number by which calibration has divided the logits, 1 for none.
+    temperature: the number by which calibration has divided the logits, 1 for none. post_hoc: True if the
+    biases were corrected for the shares of the classes before that; runs record it in run.json.
     For multi-label data, labels are [N, K], 0 or 1, and a class is predicted if its probability reaches
     thresholds [K], or 0.5 without thresholds. skipped_rows: ids of the rows that were left out because
     their images cannot be read. distances [N], rejection: of a model that rejects images, and its thresholds.
@@ -92,6 +93,7 @@ class Predictions:
     logits: np.ndarray
     id2label: dict[int, str]
     temperature: float = 1.0
+    post_hoc: bool = False
     thresholds: np.ndarray | None = None
     skipped_rows: tuple[int, ...] = ()
     distances: np.ndarray | None = None

@@ -164,7 +164,7 @@ def render_card(facts: CardFacts) -> str:
         options=_shown_options(options),
         energy=render_energy(run.get("energy")),
         measured_on=" and ".join(metrics) or "validation",
-        prior=render_prior(options, _temperature(metrics)),
+        prior=render_prior(options, run, _temperature(metrics)),
         license_note=license_note(model),
         environment=list(run["environment"].items()),
         citations=[

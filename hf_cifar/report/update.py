@@ -27,15 +27,14 @@ def verdict(facts: dict[str, Any]) -> str:
     found = facts["splits"][split]["parts"].get("old", {}).get("forgetting")
     if found is None:
         return f"Forgetting is unknown: there are no earlier predictions of {split}."
-    low, high = (100 * end for end in found["interval"])
-    lost, interval = 100 * found["value"], f"95% interval {low:+.1f} to {high:+.1f}"
-    if low > 0:
-        return f"The update forgets {lost:.1f} points of accuracy on the old {split} rows ({interval})."
-    if high < 0:
-        return f"The update gains {-lost:.1f} points of accuracy on the old {split} rows ({interval} lost)."
-    return (
-        f"No clear loss or gain on the old {split} rows: {lost:+.1f} points forgotten ({interval})."
-    )
+    lost, low, high = (100 * value for value in (found["value"], *found["interval"]))
+    if low <= 0 <= high:
+        change = f"No clear loss or gain on the old {split} rows: {lost:+.1f} points forgotten"
+    else:
+        verb = "forgets" if low > 0 else "gains"
+        change = f"The update {verb} {abs(lost):.1f} points of accuracy on the old {split} rows"
+        low, high = sorted((abs(low), abs(high)))
+    return f"{change} (95% interval {low:+.1f} to {high:+.1f})."
 
 
 def render_update(facts: dict[str, Any], folder: str, page: str) -> str:

@@ -19,6 +19,7 @@ def role_of(
         return "Not read before the end of training; no choice depends on it."
     chosen = ["the checkpoint"] if options.get("load_best_model_at_end") else []
     chosen = ["the head's penalty"] if options.get("head_solver") == "lbfgs" else chosen
+    chosen += ["whether to correct the biases"] * (options.get("class_balance") == "post_hoc")
     chosen += ["the learning rate"] if run.get("race") else []
     chosen += ["the temperature"] if "temperature" in metrics else []
     chosen += ["the thresholds of rejection"] if "kept" in metrics else []
@@ -147,7 +148,7 @@ def render_race(run: dict[str, Any]) -> str:
     )
 
 
-def render_prior(options: dict[str, Any], temperature: str) -> str:
+def render_prior(options: dict[str, Any], run: dict[str, Any], temperature: str) -> str:
     """Describe the class frequencies that the probabilities assume, if --class_balance changes them.
 
     temperature: as shown in the card; empty for none.
@@ -155,6 +156,11 @@ def render_prior(options: dict[str, Any], temperature: str) -> str:
     balance = options.get("class_balance", "none")
     if balance == "none":
         return ""
+    if balance == "post_hoc" and not run.get("post_hoc", True):
+        return (
+            "The biases of the head are not corrected for class frequencies (`--class_balance post_hoc`): "
+            "that would lower the balanced accuracy on validation."
+        )
     assumed = "that all classes are equally frequent, unlike in the training images"
     if balance == "effective":  # equalises only classes with fewer than about 1 / (1 - beta) images
         assumed = "class frequencies between equal ones and those of the training images"

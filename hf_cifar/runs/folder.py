@@ -190,10 +190,6 @@ class RunFolder:
         """Return the number, parameters and state of a trial of a search; {} for anything else."""
         return _read(self.trial_path)
 
-    def update(self) -> dict[str, Any]:
-        """Return what an update changed; {} for a run that is none."""
-        return _read(self.update_path)
-
     def metrics(self) -> dict[str, Any]:
         """Return the metrics by split."""
         return _read(self.metrics_path)

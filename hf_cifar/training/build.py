@@ -27,7 +27,7 @@ from hf_cifar.data.splits import Splits, prepare_splits
 from hf_cifar.data.store import PreparedStore, ResidentStore, ShardStore, default_num_workers
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
-from hf_cifar.models.heads import has_new_head
+from hf_cifar.models.heads import has_new_head, require_bias
 from hf_cifar.models.problem_type import is_multi_label
 from hf_cifar.training.arguments import check_libraries, training_arguments
 from hf_cifar.training.augmenting import augmentation
@@ -56,6 +56,8 @@ if TYPE_CHECKING:  # hf_cifar.plan imports this package
 logger = logging.getLogger(__name__)
 # --class_balance is suggested if the largest class has at least this many times the images of the smallest.
 UNEQUAL = 5
+# Values of --class_balance that change neither the loss nor the order of the images.
+PLAIN = ("none", "post_hoc")
 
 
 def build_trainer(
@@ -144,16 +146,15 @@ def balanced_cross_entropy(
 
     If the run balances the classes, each counts the same, as in the metric that picks its best checkpoint.
     """
-    is_plain = config.class_balance in ("none", "post_hoc")
-    balance: Literal["none", "weights"] = "none" if is_plain else "weights"
+    balance: Literal["none", "weights"] = "none" if config.class_balance in PLAIN else "weights"
     plain = replace(config, label_smoothing_factor=0.0, loss="cross_entropy", class_balance=balance)
     return build_loss(model, train, plain)
 
 
-def check_balance(splits: Splits, config: TrainingConfig) -> None:
+def check_balance(splits: Splits, config: TrainingConfig, model: PreTrainedModel) -> None:
     """Suggest --class_balance if the largest class has far more images than the smallest.
 
-    Raises: UserError for data that cannot be balanced by class.
+    Raises: UserError for data that cannot be balanced by class, or post_hoc for a head without biases.
     """
     train = splits.train
     if splits.multi_label or isinstance(train, Stream):
@@ -167,6 +168,8 @@ def check_balance(splits: Splits, config: TrainingConfig) -> None:
                 f"--class_balance {config.class_balance} is not for {kind}; leave it out"
             )
         return
+    if config.class_balance == "post_hoc":
+        require_bias(model)
     if config.class_balance != "none":
         return
     if advice := imbalance(train, config):
@@ -239,11 +242,11 @@ def trains_on_features(
 
     Raises: UserError if the run requires features but the options or the model rule them out.
     """
-    changed = config.train.loss != "cross_entropy" or config.train.class_balance != "none"
+    changed = config.train.loss != "cross_entropy" or config.train.class_balance not in PLAIN
     if config.train.head_solver == "lbfgs" and changed:
         raise UserError(
-            "--head_solver lbfgs minimises plain cross-entropy; leave out --loss and --class_balance, or "
-            "--head_solver"
+            "--head_solver lbfgs minimises plain cross-entropy; leave out --loss and --class_balance, other "
+            "than post_hoc, or --head_solver"
         )
     mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
     if config.computes_features and not mixed and features_suffice(model, preprocessing):

@@ -142,6 +142,16 @@ def test_the_card_says_which_class_shares_the_probabilities_assume(balance):
     assert "Probabilities assume" not in render_card(none) + render_card(FACTS)
 
 
+def test_the_card_says_whether_the_biases_were_corrected():
+    options = OPTIONS | {"class_balance": "post_hoc"}
+    for applied in (True, False):
+        card = render_card(changed(options=options, post_hoc=applied))
+        limits = section(card, "Intended use and limits")
+        assert ("Probabilities assume that all classes are equally frequent" in limits) == applied
+        assert ("The biases of the head are not corrected" in limits) != applied
+        assert "whether to correct the biases" in card
+
+
 def test_the_card_counts_doubted_rows():
     doubted = {"num_rows": 1200, "share": 0.2, "row_ids": [], "labels": [], "suggested": []}
     text = section(render_card(changed(doubted_rows=doubted, num_train=4800)), "Data")

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +14,28 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List
 from datasets import Image as ImageFeature
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from tiny import tiny_run
 
 from hf_cifar import UserError
 from hf_cifar.cli import main
 from hf_cifar.config.model import ModelConfig
-from hf_cifar.data.stored import StoredRows
+from hf_cifar.config.studies import UpdateConfig
+from hf_cifar.config.training import TrainingConfig
+from hf_cifar.data.splits import DataSource
+from hf_cifar.data.stored import StoredRows, write_stored
 from hf_cifar.data.stratify import equal_rows
 from hf_cifar.evaluate import adjust_classifier
 from hf_cifar.evaluation.comparison import compare_predictions
 from hf_cifar.evaluation.predictions import Predictions
 from hf_cifar.models.build import build_model, load_classifier
 from hf_cifar.models.heads import linear_head
+from hf_cifar.preflight import check_device
+from hf_cifar.report.update import verdict
+from hf_cifar.run_data import open_data
 from hf_cifar.runs.folder import RunFolder
-from hf_cifar.studies.update import config_of_update
+from hf_cifar.studies.replay import EarlierRows
+from hf_cifar.studies.update_options import config_anew, config_of_update
 
 
 def paint(folder, name, count, seed):
@@ -64,6 +74,11 @@ def run(tmp_path_factory, stripes):
 def update(run, data, folder, *flags):
     command = ["update", str(run), "--dataset_name", str(data), "--output_dir", str(folder)]
     return main([*command, "--use_cpu", "--precision", "fp32", *flags])
+
+
+def facts_of(folder):
+    """The content of update.json."""
+    return json.loads(RunFolder(folder).update_path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +147,7 @@ def test_two_updates_of_a_timm_model(stripes, checks, tmp_path):
 def test_an_update_keeps_old_class_ids_and_appends_new_ones(updated, run):
     config = RunFolder(updated).model_config()
     assert config["id2label"] == {"0": "across", "1": "down", "2": "checks"}
-    facts = RunFolder(updated).update()
+    facts = facts_of(updated)
     assert [each["name"] for each in facts["classes"] if each["is_new"]] == ["checks"]
     assert [each["num_stored"] for each in facts["classes"]] == [10, 10, 0]
     assert [each["num_new"] for each in facts["classes"]] == [0, 27, 27]
@@ -143,8 +158,6 @@ def test_an_update_keeps_old_class_ids_and_appends_new_ones(updated, run):
 
 def test_stored_rows_are_those_of_the_draw_with_their_pixels(updated, run, stripes):
     stored = StoredRows.load(updated / "stored.parquet")
-    from hf_cifar.run_data import open_data
-
     train = open_data(RunFolder(run)).splits.train
     kept = equal_rows(train.labels, 20, seed=42)
     assert stored.row_ids("train").tolist() == train.row_ids[kept].tolist()
@@ -162,7 +175,7 @@ def test_forgetting_is_the_paired_difference_on_the_old_rows(updated, run, split
     assert after.labels[old].tolist() == before.labels.tolist()
     only_before = (before.correct & ~after.correct[old]).sum()
     only_after = (~before.correct & after.correct[old]).sum()
-    found = RunFolder(updated).update()["splits"][split]["parts"]
+    found = facts_of(updated)["splits"][split]["parts"]
     assert found["old"]["forgetting"]["value"] == (only_before - only_after) / len(before.labels)
     assert found["old"]["before"]["value"] == before.correct.mean()
     assert found["old"]["after"]["value"] == pytest.approx(after.correct[old].mean())
@@ -190,7 +203,7 @@ def test_an_update_is_a_run_folder(updated, tmp_path, capsys, checks):
 def test_a_second_update_replays_the_stored_rows_of_the_first(updated, stripes, tmp_path, caplog):
     folder = tmp_path / "second"
     assert update(updated, stripes, folder, "--replay", "30") == 0
-    facts = RunFolder(folder).update()
+    facts = facts_of(folder)
     assert [each["num_stored"] for each in facts["classes"]] == [10, 10, 10]
     assert [each["num_new"] for each in facts["classes"]] == [36, 36, 0]
     assert not any(each["is_new"] for each in facts["classes"])
@@ -210,7 +223,7 @@ def test_data_that_are_gone(run, updated, checks, tmp_path, caplog, capsys):
     assert not (tmp_path / "no" / "stored.parquet").exists()
     assert update(tmp_path / "lost-update", checks, tmp_path / "yes", "--replay", "12") == 0
     assert "are used, and none of checks" in caplog.text
-    facts = RunFolder(tmp_path / "yes").update()
+    facts = facts_of(tmp_path / "yes")
     assert [each["num_stored"] for each in facts["classes"]] == [6, 6, 0]
     assert facts["splits"]["validation"]["parts"]["old"]["before"] is not None
 
@@ -225,7 +238,7 @@ def test_training_anew_has_all_old_and_new_rows(run, checks, tmp_path, capsys):
     assert anew.options()["model_name_or_path"] == "scratch/article_cnn"
     assert anew.facts()["num_train"] == RunFolder(run).facts()["num_train"] + 54
     pair = [Predictions.load(each, "validation") for each in (folder, anew.path)]
-    found = RunFolder(folder).update()["splits"]["validation"]["parts"]["new"]
+    found = facts_of(folder)["splits"]["validation"]["parts"]["new"]
     assert found["num_images"] == 6
     accuracy = [each.correct[:6].mean() for each in pair]
     assert found["gain_anew"]["value"] == pytest.approx(accuracy[1] - accuracy[0])
@@ -250,7 +263,7 @@ def test_a_new_label_of_multi_label_data(lights, tmp_path):
     assert update(tmp_path / "run", tmp_path / "new", tmp_path / "up", "--replay", "24") == 0
     config = RunFolder(tmp_path / "up").model_config()
     assert list(config["id2label"].values()) == ["r", "g", "b", "top"]
-    old = RunFolder(tmp_path / "up").update()["splits"]["validation"]["parts"]["old"]
+    old = facts_of(tmp_path / "up")["splits"]["validation"]["parts"]["old"]
     before = Predictions.load(tmp_path / "run", "validation")
     assert old["before"]["value"] == pytest.approx(before.correct.mean())
 
@@ -311,6 +324,24 @@ def test_options_of_the_run_are_the_defaults(run):
     assert config.data.dataset_name == "new"
 
 
+def test_repository_and_teacher_of_the_run_are_left_behind(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    own = {
+        "teacher": "t",
+        "distillation_weight": 0.5,
+        "feature_hint": 0.5,
+        "hub_model_id": "me/old",
+        "hub_revision": "v1",
+    }
+    config = RunFolder(copy).load_config().with_training(**own)
+    RunFolder(copy).save_config(config)
+    given = ["--dataset_name", "new", "--output_dir", str(tmp_path / "up")]
+    updated = config_of_update(RunFolder(copy), given)
+    default = TrainingConfig()
+    assert all(getattr(updated.train, name) == getattr(default, name) for name in own)
+    assert config_anew(RunFolder(copy), updated).train.teacher == "t"
+
+
 def test_comparison_needs_the_same_rows(updated, run):
     with pytest.raises(UserError):
         compare_predictions(
@@ -319,6 +350,7 @@ def test_comparison_needs_the_same_rows(updated, run):
 
 
 def test_post_hoc_adjustment_is_that_of_the_shares_of_the_training_rows(stripes, tmp_path, caplog):
+    caplog.set_level("INFO", "hf_cifar")
     tiny_run(tmp_path / "run", stripes, "scratch/article_cnn", "--calibrate", "false")
     model = load_classifier(str(tmp_path / "run")).model
     weight, bias = (each.detach().clone() for each in linear_head(model).parameters())
@@ -337,5 +369,218 @@ def test_post_hoc_adjustment_is_that_of_the_shares_of_the_training_rows(stripes,
     assert "balanced accuracy on validation 1.0000, before 0.6667" in caplog.text
 
     worse = adjust_classifier(model, given, torch.tensor([10.0, 3000.0]))
+    assert adjusted.post_hoc and not worse.post_hoc
     assert worse is given and "the biases stay as they are" in caplog.text
     torch.testing.assert_close(linear_head(model).bias, expected)
+
+
+def test_a_head_that_is_solved_for_can_be_updated(stripes, checks, tiny_vit, tmp_path):
+    solver = ("--freeze", "backbone", "--head_solver", "lbfgs")
+    tiny_run(tmp_path / "run", stripes, tiny_vit, *solver)
+    assert update(tmp_path / "run", checks, tmp_path / "up", "--replay", "20") == 0
+    assert RunFolder(tmp_path / "up").options()["class_balance"] == "post_hoc"
+    assert RunFolder(tmp_path / "up").facts()["post_hoc"] in (True, False)
+
+
+def test_the_biases_are_corrected_only_where_that_works(run, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "hf_cifar")
+    given = ["--dataset_name", "new", "--output_dir", "up"]
+    assert config_of_update(RunFolder(run), given).train.class_balance == "post_hoc"
+    shutil.copytree(run, tmp_path / "biasless")
+    weights = load_file(run / "model.safetensors")
+    (bias,) = (
+        name for name, each in weights.items() if name.endswith("bias") and each.shape == (2,)
+    )
+    del weights[bias]
+    save_file(weights, tmp_path / "biasless" / "model.safetensors")
+    assert config_of_update(RunFolder(tmp_path / "biasless"), given).train.class_balance == "none"
+    assert "post_hoc, the default of an update: the head has no biases" in caplog.text
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert config_of_update(RunFolder(run), given).train.class_balance == "none"
+    config = config_of_update(RunFolder(run), [*given, "--class_balance", "post_hoc"])
+    with pytest.raises(UserError, match="--class_balance post_hoc cannot be combined with FSDP"):
+        check_device(config)
+
+
+def files_below(folder):
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+def test_a_folder_that_holds_other_things_stays_as_it_is(run, checks, stripes, tmp_path, capsys):
+    data = shutil.copytree(checks, tmp_path / "data")
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "study.json").write_text("{}")
+    for folder, message in (
+        (data, "holds the data"),
+        (tmp_path / "search", "holds runs of hf-cifar search"),
+        (stripes, "holds the data"),
+    ):
+        before = files_below(folder)
+        assert update(run, data, folder) == 2
+        assert message in capsys.readouterr().err
+        assert files_below(folder) == before
+
+
+def test_a_mistake_leaves_nothing_and_another_try_may_have_other_rows(
+    run, checks, tmp_path, capsys
+):
+    flags = ("--teacher", str(tmp_path / "nowhere"))
+    assert update(run, checks, tmp_path / "up", *flags) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "up").exists()
+    (tmp_path / "up").mkdir()
+    (tmp_path / "up" / "stored.parquet").write_bytes(b"damaged")
+    assert update(run, checks, tmp_path / "up", "--replay", "8", *flags) == 2
+    assert "nowhere" in capsys.readouterr().err
+    splits = EarlierRows(RunFolder(run), UpdateConfig(), with_test=False).splits
+    write_stored(tmp_path / "up" / "stored.parquet", splits, ["across", "down"], {"replay": 3})
+    assert update(run, checks, tmp_path / "up", "--replay", "8") == 0
+    assert sum(each["num_stored"] for each in facts_of(tmp_path / "up")["classes"]) == 8
+    (tmp_path / "up" / "stored.parquet").write_bytes(b"damaged")
+    capsys.readouterr()
+    assert update(run, checks, tmp_path / "up", "--replay", "8") == 2
+    assert "remove it, and start hf-cifar update again" in capsys.readouterr().err
+
+
+def test_empty_cells_are_left_to_the_run(run, tmp_path, stripes, caplog):
+    """Both of the old and the new data, also of a test split."""
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["across", "down"])})
+
+    def rows(split):
+        files = sorted((stripes / split).rglob("*.png"))
+        images = [None, *map(str, files), None]
+        labels = ["across", *(file.parent.name for file in files), "down"]
+        return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+    data = DatasetDict(train=rows("train"), test=rows("test"))
+    data.save_to_disk(tmp_path / "data")
+    skip = ("--on_bad_image", "skip", "--do_predict")
+    tiny_run(tmp_path / "run", tmp_path / "data", "scratch/article_cnn", *skip)
+    flags = ("--replay", "20", "--do_predict", "--compare_anew")
+    assert update(tmp_path / "run", tmp_path / "data", tmp_path / "up", *flags) == 0
+    splits = EarlierRows(RunFolder(tmp_path / "run"), UpdateConfig(), with_test=True).splits
+    assert [len(each) % 2 for each in splits] and len(splits[2]) == 22
+    whole = replace_positions(splits[2])
+    for embeds in (True, False):
+        write_stored(tmp_path / "rows.parquet", [whole], ["across", "down"], {}, embeds=embeds)
+        cells = StoredRows.load(tmp_path / "rows.parquet").of("test").with_format(None)["image"][:]
+        assert cells[0] == cells[-1] == {"bytes": None, "path": None}
+        assert bool(cells[1]["bytes"]) and len(cells) == 24
+
+
+def replace_positions(split):
+    """The split with all rows of its source."""
+    return dataclasses.replace(split, positions=np.arange(len(split.pixels)))
+
+
+def test_new_images_that_the_run_was_trained_on_are_counted(run, stripes, tmp_path, caplog):
+    """NEW is the old folder with more images, and divided anew."""
+    data = shutil.copytree(stripes, tmp_path / "data")
+    paint(data / "train" / "checks", "checks", 20, 0)
+    flags = ("--split_seed", "7", "--do_predict", "--replay", "8")
+    assert update(run, data, tmp_path / "up", *flags) == 0
+    train = {row.tobytes() for row in pixels_of(open_data(RunFolder(run)).splits.train)}
+    validation = DataSource(RunFolder(tmp_path / "up").data()).splits.validation
+    new = pixels_of(validation)[: -len(Predictions.load(run, "validation").row_ids)]
+    copies = sum(row.tobytes() in train for row in new)
+    found = re.search(r"(\d+) of (\d+) new validation images are also training images", caplog.text)
+    assert [int(found[1]), int(found[2])] == [copies, len(new)] and copies > 3
+    assert "new test images are also training" not in caplog.text
+    # Without the data of the run, those that are stored are found.
+    caplog.clear()
+    gone = shutil.copytree(run, tmp_path / "gone")
+    config = (gone / "config.yaml").read_text().splitlines()
+    (gone / "config.yaml").write_text("\n".join(["dataset_name: ./nowhere", *config[1:]]))
+    earlier = EarlierRows(RunFolder(gone), UpdateConfig(), with_test=False)
+    stored = StoredRows.load(tmp_path / "up" / "stored.parquet")
+    assert len(earlier.trained_on(stored)) == 8
+
+
+def pixels_of(split):
+    return [split.decode(i) for i in range(len(split))]
+
+
+def test_mistakes_are_found_without_torch(run, checks, tmp_path):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "study.json").write_text("{}")
+    new, up = str(checks), str(tmp_path / "up")
+    code = f"""
+import sys
+from hf_cifar.cli import main
+for flags in (
+    ["--dataset_name", {new!r}],
+    ["--dataset_name", {new!r}, "--output_dir", {str(run)!r}],
+    ["--dataset_name", {new!r}, "--output_dir", "search"],
+    ["--dataset_name", "./nowhere", "--output_dir", {up!r}],
+    ["--dataset_name", {new!r}, "--output_dir", {up!r}, "--old_data", {new!r}],
+):
+    assert main(["update", {str(run)!r}, *flags]) == 2
+print("torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
+    assert not Path(up).exists()
+
+
+def test_rows_that_clean_labels_leaves_out_are_not_counted(stripes, checks, tmp_path):
+    """Neither as new nor as stored ones."""
+    data = shutil.copytree(stripes, tmp_path / "data")
+    for number in range(6):
+        across, down = (data / "train" / name / f"{number:03}.png" for name in ("across", "down"))
+        swapped = across.read_bytes(), down.read_bytes()
+        down.write_bytes(swapped[0])
+        across.write_bytes(swapped[1])
+    flags = ("--num_train_epochs", "3", "--learning_rate", "1e-3")
+    tiny_run(tmp_path / "run", data, "scratch/article_cnn", *flags)
+    flags = ("--replay", "72", "--clean_labels", "drop")
+    assert update(tmp_path / "run", checks, tmp_path / "up", *flags) == 0
+    facts = RunFolder(tmp_path / "up").facts()
+    assert any(row >= 60 for row in facts["doubted_rows"]["row_ids"])  # stored ones
+    classes = {each["name"]: each for each in facts_of(tmp_path / "up")["classes"]}
+    assert classes["across"]["num_new"] == 0
+    for name, count in facts["label_counts"]["train"].items():
+        assert classes[name]["num_stored"] + classes[name]["num_new"] == count
+
+
+@pytest.mark.parametrize("kind", ["folders", "table", "columns"])
+def test_old_classes_that_only_the_new_test_images_have(kind, run, checks, stripes, tmp_path):
+    data = shutil.copytree(checks, tmp_path / "new")
+    name = "across" if kind == "table" else "Across"
+    shutil.copytree(stripes / "test" / "across", data / "test" / name)
+    files = sorted(data.rglob("*.png"))
+    rows = [(file.parent.parent.name, str(file), file.parent.name) for file in files]
+    if kind == "table":
+        lines = [f"{Path(path).relative_to(data)},{split},{label}" for split, path, label in rows]
+        (data / "labels.csv").write_text("\n".join(["file_name,split,label", *lines]))
+    if kind == "columns":
+        data = tmp_path / "saved"
+        splits = {
+            split: Dataset.from_dict(
+                {
+                    "image": [path for own, path, _ in rows if own == split],
+                    "label": [label for own, _, label in rows if own == split],
+                }
+            ).cast_column("image", ImageFeature())
+            for split in ("train", "test")
+        }
+        DatasetDict(splits).save_to_disk(data)
+    assert update(run, data, tmp_path / "up", "--do_predict", "--replay", "20") == 0
+    found = facts_of(tmp_path / "up")["splits"]["test"]["parts"]
+    assert found["new"]["num_images"] == 33
+    labels = Predictions.load(tmp_path / "up", "test").labels
+    assert np.bincount(labels).tolist() == [22, 22, 11]
+
+
+def test_the_verdict_of_a_gain_has_its_interval():
+    def text(value, low, high):
+        found = {"value": value, "interval": [low, high]}
+        return verdict({"splits": {"test": {"parts": {"old": {"forgetting": found}}}}})
+
+    assert text(-0.03, -0.04, -0.02) == (
+        "The update gains 3.0 points of accuracy on the old test rows (95% interval +2.0 to +4.0)."
+    )
+    assert "forgets 3.0 points" in text(0.03, 0.02, 0.04)
+    assert "(95% interval +2.0 to +4.0)" in text(0.03, 0.02, 0.04)
+    assert "+1.0 points forgotten (95% interval -1.0 to +3.0)" in text(0.01, -0.01, 0.03)
