@@ -6,15 +6,13 @@ warning; docs/studies.md has the measurements.
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from hf_cifar.audit.class_names import misspelt_names, similar_names
 from hf_cifar.audit.duplicates import Duplicate
 from hf_cifar.audit.survey import Survey
 from hf_cifar.data.labels import SHOWN_CLASSES, class_counts
@@ -31,8 +29,6 @@ ELONGATED = 4.0
 # A property tells a class if this share of its images has it, and at most so many of the others.
 TELLING, RARE_ELSEWHERE, FEWEST_TOLD = 0.5, 0.1, 5
 FEW_IMAGES = 10  # of a class in train
-# A class is probably a misspelling of another one with at least this many times its images.
-TIMES_MISSPELT = 5
 # Shares of images above which duplicates are a warning. In CIFAR-10, 0.7% of train nearly equals another
 # image of train, 1.2% of test one of train, and no image equals another one.
 MANY_EXACT, MANY_NEAR, MANY_NEAR_ACROSS = 0.001, 0.01, 0.02
@@ -230,49 +226,6 @@ def class_findings(train: Survey, validation: Survey) -> Iterator[Finding]:
             f"classes {listing} have almost the same name, and are separate classes",
             "merge their folders or labels if they are one class",
         )  # fmt: skip
-
-
-def similar_names(names: Sequence[str]) -> list[list[str]]:
-    """Group names that differ only in case, spaces, dashes, underscores or a plural s."""
-    groups = defaultdict(list)
-    for name in names:
-        form = re.sub(r"[\W_]+", "", name.casefold())
-        if re.search(r"[^\W\d_]", form):
-            form = form[:-1] if form.endswith("s") and len(form) > 3 else form
-        else:
-            form = name
-        groups[form].append(name)
-    return [same for same in groups.values() if len(same) > 1]
-
-
-def misspelt_names(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Pair names that are one edit apart, of which one has a fifth of the images of the other or fewer.
-
-    An edit is a letter too many, missing or different, or two in the wrong order. Names have at least three
-    letters and no digits. sizes: images by name.
-    """
-    words = [name for name in sizes if len(name) >= 3 and not re.search(r"\d", name)]
-    return [
-        [name, other]
-        for name, other in itertools.combinations(words, 2)
-        if TIMES_MISSPELT * min(sizes[name], sizes[other]) <= max(sizes[name], sizes[other])
-        and len(similar_names([name, other])) == 0
-        and is_one_edit(name.casefold(), other.casefold())
-    ]
-
-
-def shared_start(first: str, second: str) -> int:
-    """Return the number of letters at the start that two words share."""
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
-    return sum(1 for _ in same)
-
-
-def is_one_edit(first: str, second: str) -> bool:
-    """Return True if one letter was added, removed or replaced, or two neighbours were swapped."""
-    start = shared_start(first, second)
-    end = shared_start(first[start:][::-1], second[start:][::-1])
-    one, other = first[start : len(first) - end], second[start : len(second) - end]
-    return max(len(one), len(other)) <= 1 or (len(one) == 2 and one == other[::-1])
 
 
 def duplicate_findings(

@@ -90,11 +90,12 @@ class Splits:
 class DataSource:
     """A data set that is opened once: pass it on instead of loading the data again.
 
-    Its images are freed together with it and the splits made from it.
+    Its images are freed together with it and the splits made from it. own: the data set itself, without
+    stored rows, if it is open already.
     """
 
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
+    def __init__(self, config: DataConfig, own: Source | None = None) -> None:
+        self.config, self._own = config, own
         self._pixels: dict[str, Pixels] = {}
 
     def sharing(self, config: DataConfig) -> DataSource:
@@ -141,8 +142,8 @@ class DataSource:
     def _source(self) -> Source:
         stored = self.stored
         if stored is None:
-            return read_source(self.config)
-        source = read_source(self.config, stored.class_names)
+            return self._own or read_source(self.config)
+        source = self._own or read_source(self.config, stored.class_names)
         own = _own_validation(source.splits)
         return replace(source, splits=stored.joined(source.splits, _train_name(source.splits), own))
 
@@ -156,7 +157,13 @@ class DataSource:
         if self.stored is not None:
             stored = {
                 "num_own": {split: num_own_rows(own) for split, own in self.rows.items()},
-                "stored": {**self.stored.note, "num_train": len(self.stored.of("train"))},
+                "stored": {
+                    **self.stored.note,
+                    "copies": {
+                        split: len(rows) for split, rows in self.stored.note["copies"].items()
+                    },
+                    "num_train": len(self.stored.of("train")),
+                },
             }
         return stored | {
             "description": self._source.description,

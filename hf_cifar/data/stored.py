@@ -6,6 +6,7 @@ rows of data that need no longer be there.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +28,11 @@ from hf_cifar.errors import UserError
 from hf_cifar.progress import progress
 from hf_cifar.text import one_line
 
-NOTE = "stored_rows"  # key in the metadata of the file
+# Keys in the metadata of the file.
+NOTE, KNOWN = "stored_rows", "known_images"
 # Column of a data set with stored rows: the split to which each belongs, "" for the data set's own rows.
 STORED = "stored"
+HASH = np.dtype("<u8")  # of an image
 MOST_ROWS, MOST_BYTES = 1000, 64 * 1024**2  # that are written at once
 
 
@@ -37,11 +40,14 @@ MOST_ROWS, MOST_BYTES = 1000, 64 * 1024**2  # that are written at once
 class StoredRows:
     """Stored rows. rows: columns image (encoded), label, stored (the split), row_id (in the earlier source).
 
-    note: where the rows come from, as plain values.
+    note: where the rows come from, as plain values; its `copies` are the rows of the new data, by split,
+    whose images are known. known: hashes of all images of the earlier run and those before it, sorted, see
+    `image_hashes`.
     """
 
     rows: Dataset
     note: Mapping[str, Any]
+    known: np.ndarray
 
     @classmethod
     def load(cls, path: str | Path) -> StoredRows:
@@ -53,8 +59,9 @@ class StoredRows:
             )
         try:
             table = pyarrow.parquet.read_table(path)
-            note = json.loads(table.schema.metadata[NOTE.encode()])
-            return cls(Dataset(datasets.table.InMemoryTable(table)), note)
+            note, known = (table.schema.metadata[key.encode()] for key in (NOTE, KNOWN))
+            rows = Dataset(datasets.table.InMemoryTable(table))
+            return cls(rows, json.loads(note), np.frombuffer(known, HASH))
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise UserError(
                 f"--stored_rows: {path} holds no stored rows ({type(error).__name__}: "
@@ -76,7 +83,8 @@ class StoredRows:
         return self.rows.select(places).with_format("arrow")
 
     def joined(self, splits: DatasetDict, train: str, validation: str | None) -> DatasetDict:
-        """Append the rows to the splits of a new data set; the classes are the stored ones, then the others.
+        """Append the rows to the splits of a new data set, without its images that the earlier run has; the
+        classes are the stored ones, then the others.
 
         train, validation: names of the data set's own splits; without validation, these rows are in train.
         Raises: UserError for another number of labels per image.
@@ -90,6 +98,8 @@ class StoredRows:
                     f"split {name} has {kinds[not lists]} per image, and the stored rows have "
                     f"{kinds[lists]}; pass data with the same"
                 )
+            if copies := self.note.get("copies", {}).get(name):
+                rows = rows.select(np.setdiff1d(np.arange(len(rows)), copies))
             joined[name] = with_classes_after(rows, self.class_names, name)
         names = class_label(joined[train].features["label"]).names
         known = with_classes_after(self.rows.remove_columns("row_id"), names, "the stored rows")
@@ -107,6 +117,21 @@ class StoredRows:
         return DatasetDict(joined)
 
 
+def image_hashes(rows: Dataset) -> np.ndarray:
+    """Return the first 64 bits of the SHA-256 of each encoded image, [N]; 0 where none can be read."""
+
+    def hash_of(cell: dict[str, Any] | None) -> int:
+        try:
+            content = read_encoded(cell)
+        except OSError:
+            content = b""
+        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") if content else 0
+
+    encoded = rows.select_columns(["image"]).with_format(None)
+    cells = (cell for batch in encoded.iter(100) for cell in batch["image"])
+    return np.fromiter((hash_of(cell) for cell in cells), HASH, len(rows))
+
+
 def stored_split(rows: Dataset) -> np.ndarray:
     """Return the split to which each row belongs if it is stored, else "", [N] of strings."""
     if STORED not in rows.features:
@@ -119,12 +144,14 @@ def write_stored(
     splits: Sequence[Split],
     class_names: Sequence[str],
     note: Mapping[str, Any],
+    known: np.ndarray,
     *,
     embeds: bool = True,
 ) -> None:
     """Write the rows of splits to a file, which appears once it is complete.
 
-    embeds: copy the content of image files; else refer to them, so that they have to stay.
+    note, known: as of `StoredRows`. embeds: copy the content of image files; else refer to them, so that they
+    have to stay.
     Raises: UserError for an image file that cannot be read.
     """
     label = splits[0].pixels.rows.features["label"]
@@ -138,7 +165,8 @@ def write_stored(
         }
     )
     schema = features.arrow_schema
-    schema = schema.with_metadata({**schema.metadata, NOTE: json.dumps(note)})
+    own = {NOTE: json.dumps(note), KNOWN: np.unique(known).astype(HASH).tobytes()}
+    schema = schema.with_metadata({**schema.metadata, **own})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -22,19 +22,47 @@ def states_of(facts: dict[str, Any]) -> list[str]:
 
 
 def verdict(facts: dict[str, Any]) -> str:
-    """Say in words what was forgotten, on the last split."""
-    split = list(facts["splits"])[-1]
-    found = facts["splits"][split]["parts"].get("old", {}).get("forgetting")
+    """Say in words what was forgotten, on test, or on validation if test has no earlier predictions; and
+    whether training anew is better."""
+    splits = facts["splits"]
+    last = list(splits)[-1]
+    split = next((each for each in reversed(splits) if forgetting_of(splits[each])), last)
+    found = forgetting_of(splits[split])
     if found is None:
-        return f"Forgetting is unknown: there are no earlier predictions of {split}."
-    lost, low, high = (100 * value for value in (found["value"], *found["interval"]))
-    if low <= 0 <= high:
-        change = f"No clear loss or gain on the old {split} rows: {lost:+.1f} points forgotten"
+        said = f"Forgetting is unknown: there are no earlier predictions of {split}."
+    elif sign := sign_of(found):
+        verb = "forgets" if sign > 0 else "gains"
+        said = f"The update {verb} {in_points(found)} on the old {split} rows."
     else:
-        verb = "forgets" if low > 0 else "gains"
-        change = f"The update {verb} {abs(lost):.1f} points of accuracy on the old {split} rows"
-        low, high = sorted((abs(low), abs(high)))
-    return f"{change} (95% interval {low:+.1f} to {high:+.1f})."
+        said = f"No clear loss or gain on the old {split} rows: {in_points(found)} forgotten."
+    gain = splits[last]["parts"].get("all", {}).get("gain_anew")
+    if gain is None:
+        return said
+    if sign := sign_of(gain):
+        better = "better" if sign > 0 else "worse"
+        return f"{said} Training anew is {better} by {in_points(gain)} on all {last} rows."
+    unclear = f"Training anew is neither clearly better nor worse on all {last} rows"
+    return f"{said} {unclear}: {in_points(gain)}."
+
+
+def sign_of(found: dict[str, Any]) -> int:
+    """Return the sign of a difference, 0 if its interval contains 0."""
+    low, high = found["interval"]
+    return int(low > 0) - int(high < 0)
+
+
+def in_points(found: dict[str, Any]) -> str:
+    """Format a difference in points with its interval, both without the sign if that is clear."""
+    sign = sign_of(found) or 1
+    value, *ends = (100 * sign * each for each in (found["value"], *found["interval"]))
+    low, high = sorted(ends)
+    shown = f"{value:.1f}" if sign_of(found) else f"{value:+.1f}"
+    return f"{shown} points of accuracy (95% interval {low:+.1f} to {high:+.1f})"
+
+
+def forgetting_of(split: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what was forgotten of the old rows of a split."""
+    return split["parts"].get("old", {}).get("forgetting")
 
 
 def render_update(facts: dict[str, Any], folder: str, page: str) -> str:

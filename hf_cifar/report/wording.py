@@ -103,6 +103,8 @@ def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
             f"Continues the run {stored['run']}, {stored['num_train']:,} of whose training images were "
             "stored and trained on again. "
         )
+        if num_copies := sum(stored.get("copies", {}).values()):
+            race += f"Left out of the new data: {num_copies:,} images that this run has already. "
     work = f"{run['steps']:,} steps" if run["steps"] else "Solved for"
     return (
         f"{run['trainable']}. {work} in {run['train_seconds']:,.0f} s on {run['device']}, {processes}. "

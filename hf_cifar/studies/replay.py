@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from hf_cifar.config.run import RunConfig
 from hf_cifar.config.studies import UpdateConfig
-from hf_cifar.data.images import read_encoded
+from hf_cifar.data.folders import Source
 from hf_cifar.data.labels import SHOWN_CLASSES, class_counts, with_classes_after
 from hf_cifar.data.pixels import Pixels
+from hf_cifar.data.sources import read_source
 from hf_cifar.data.split import Split, subset, without_rows
-from hf_cifar.data.stored import StoredRows, write_stored
+from hf_cifar.data.splits import DataSource
+from hf_cifar.data.stored import StoredRows, image_hashes, write_stored
 from hf_cifar.data.stratify import equal_rows
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
@@ -42,27 +41,43 @@ def classes_of(run: RunFolder) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class EarlierRows:
-    """The rows of a finished run. own: where its data are, and how many rows are wanted. with_test: the
-    update evaluates test."""
+    """The rows of a finished run, and the new data. config: of the update. own: where the run's data are, and
+    how many rows are wanted."""
 
     run: RunFolder
+    config: RunConfig
     own: UpdateConfig
-    with_test: bool
 
     @functools.cached_property
-    def splits(self) -> list[Split]:
-        """Train and validation, and test if it is wanted and there is one; opened once.
+    def new(self) -> Source:
+        """The new data, without rows of the run. Raises: UserError for data that cannot be read."""
+        return read_source(self.config.data, classes_of(self.run))
 
-        If the data of an update can no longer be read, these are the rows that it has stored.
+    @functools.cached_property
+    def source(self) -> DataSource | None:
+        """The data of the run; None if they can no longer be read and the run, an update, has stored rows.
+
         Raises: UserError for any other run whose data cannot be read.
         """
         run, own = self.run, self.own
         try:
-            source = open_data(run, own.old_data, FLAG)
+            return open_data(run, own.old_data, FLAG)
         except UserError as error:
+            if own.old_data is None and self.config.data.dataset_name == run.data().dataset_name:
+                raise UserError(
+                    f"{error}; new images belong in a folder of their own, which is the --dataset_name"
+                ) from None
             if own.old_data is not None or not run.stored_path.is_file():
                 raise
-            return splits_of_stored(run, str(error))
+            logger.warning("%s; only the rows that %s has stored are used", error, run.path)
+            return None
+
+    @functools.cached_property
+    def splits(self) -> list[Split]:
+        """Train and validation, and test if it is wanted and there is one."""
+        run, own, source = self.run, self.own, self.source
+        if source is None:
+            return splits_of_stored(run)
         splits = used_splits(run, source)
         if isinstance(splits.train, Stream):
             if own.replay or own.compare_anew:
@@ -72,21 +87,42 @@ class EarlierRows:
                 )
             return [splits.validation]
         found = [splits.train, splits.validation]
-        if self.with_test and "test" in source.rows:
+        if self.config.train.do_predict and "test" in source.rows:
             skipped = run.metrics().get("test", {}).get("skipped_rows", [])
             found.append(without_rows(source.test_split, skipped))
         return found
 
-    def trained_on(self, stored: StoredRows) -> Dataset:
-        """Return the rows that the run was trained on; those that are stored if its data cannot be read."""
-        with contextlib.suppress(UserError):
-            for split in self.splits:
-                if split.name == "train":
-                    return split.rows
-        return stored.of("train")
+    @functools.cached_property
+    def known(self) -> np.ndarray:
+        """Hashes of the images that the run has, in any split, and of those that earlier runs had, sorted."""
+        source, rows = self.source, [split.rows for split in self.splits]
+        if source is not None and not source.config.streaming:
+            # Also those that the run has left out, and test if it is not wanted.
+            rows = [source.splits.train.rows, source.splits.validation.rows]
+            with contextlib.suppress(UserError):
+                rows.append(source.test_split.rows)
+        hashes = [image_hashes(each) for each in rows]
+        if self.run.stored_path.is_file():
+            hashes.append(StoredRows.load(self.run.stored_path).known)
+        found = np.unique(np.concatenate(hashes))
+        return found[found != 0]
+
+    @functools.cached_property
+    def copies(self) -> dict[str, list[int]]:
+        """The rows of the new data whose image the run has, byte for byte, by split."""
+        found = {}
+        for name, rows in self.new.splits.items():
+            found[name] = np.flatnonzero(np.isin(image_hashes(rows), self.known)).tolist()
+        train = next(iter(found))
+        if len(found[train]) == len(self.new.splits[train]):
+            raise UserError(
+                f"{self.run.path} has all {len(found[train]):,} training images of "
+                f"{self.config.data.dataset_name} already, so there is nothing to add; pass new images"
+            )
+        return found
 
 
-def splits_of_stored(run: RunFolder, why: str) -> list[Split]:
+def splits_of_stored(run: RunFolder) -> list[Split]:
     """Return the stored rows of an update whose own data cannot be read, with the ids they have there."""
     stored, names, found = StoredRows.load(run.stored_path), classes_of(run), []
     for name in ("train", "validation", "test"):
@@ -97,10 +133,8 @@ def splits_of_stored(run: RunFolder, why: str) -> list[Split]:
             found.append(Split(name, pixels, np.arange(len(rows))))
     counts = np.sum([counts_of(each) for each in found], axis=0)
     absent = [name for name, count in zip(names, counts, strict=True) if not count]
-    logger.warning(
-        "%s; only the %s rows that %s has stored are used%s", why, f"{len(stored.rows):,}", run.path,
-        f", and none of {listed(absent, SHOWN_CLASSES)}" if absent else "",
-    )  # fmt: skip
+    if absent:
+        logger.warning("%s has stored no row of %s", run.path, listed(absent, SHOWN_CLASSES))
     return found
 
 
@@ -135,31 +169,27 @@ def store_rows(earlier: EarlierRows, config: RunConfig, *, anew: bool = False) -
     if folder.stored_path.is_file() and is_stored(folder, note):
         return
     splits = earlier.splits
+    note["copies"] = earlier.copies
     if not anew:
         splits = [replayed(each, own.replay, config.data.split_seed) for each in splits]
-    write_stored(folder.stored_path, splits, classes_of(run), note, embeds=not anew)
+    write_stored(folder.stored_path, splits, classes_of(run), note, earlier.known, embeds=not anew)
 
 
 def is_stored(folder: RunFolder, note: dict[str, Any]) -> bool:
-    """Return True if a folder holds the rows of this update; False if it holds others and no run.
+    """Return True if a folder holds this update with its rows; False if it holds no run.
 
     Raises: UserError for other rows with a run, also one that another process is about to begin.
     """
-    try:
-        found = dict(StoredRows.load(folder.stored_path).note)
-    except UserError:
-        if folder.has_run:
-            raise
-        return False
-    if found == note:
-        return True
-    refuse_in_use(folder.path)
-    if folder.has_run:
-        names = enumerated(sorted(name for name in note if note[name] != found.get(name)))
+    if not folder.has_run:
+        refuse_in_use(folder.path)
+        if not folder.has_run:
+            return False
+    found = StoredRows.load(folder.stored_path).note
+    if changed := sorted(name for name in note if note[name] != found.get(name)):
         raise UserError(
-            f"{folder.path} holds an update with another {names}; pass another --output_dir"
+            f"{folder.path} holds an update with another {enumerated(changed)}; pass another --output_dir"
         )
-    return False
+    return True
 
 
 def replayed(split: Split, size: int, seed: int) -> Split:
@@ -167,31 +197,6 @@ def replayed(split: Split, size: int, seed: int) -> Split:
     if split.name != "train":
         return split
     return subset(split, equal_rows(split.labels, size, seed))
-
-
-def count_copies(rows: Dataset, others: Dataset) -> int:
-    """Count the rows whose image is also among others, byte for byte. Those that cannot be read count as
-    different."""
-    sizes = {size for size, _ in _sizes(rows)} & {size for size, _ in _sizes(others)}
-    known = set(_digests(others, sizes))
-    return sum(digest in known for digest in _digests(rows, sizes))
-
-
-def _sizes(rows: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number of bytes of each encoded image, and its cell; no empty ones."""
-    for batch in rows.select_columns(["image"]).with_format(None).iter(100):
-        for cell in batch["image"]:
-            content, path = (cell or {}).get("bytes"), (cell or {}).get("path") or ""
-            with contextlib.suppress(OSError):
-                yield len(content) if content else os.path.getsize(path), cell
-
-
-def _digests(rows: Dataset, sizes: set[int]) -> Iterator[bytes]:
-    """Yield the SHA-256 of the encoded images of these sizes that can be read."""
-    for size, cell in _sizes(rows):
-        if size in sizes:
-            with contextlib.suppress(OSError):
-                yield hashlib.sha256(read_encoded(cell)).digest()
 
 
 def describe_rows(names: Sequence[str], counts: np.ndarray) -> str:

@@ -12,28 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
 
+from hf_cifar.audit.class_names import misspelt_names, similar_names
 from hf_cifar.config.run import RunConfig
 from hf_cifar.config.studies import UpdateConfig
+from hf_cifar.data.folders import Source
 from hf_cifar.data.listing import refuse_data_folder
 from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource
-from hf_cifar.data.stored import stored_split
 from hf_cifar.errors import UserError
 from hf_cifar.runs.folder import RunFolder, require_writable, write_json, write_text
 from hf_cifar.runs.processes import is_main_process, start_processes
 from hf_cifar.studies.replay import (
     EarlierRows,
     classes_of,
-    count_copies,
     counts_of,
     describe_rows,
     store_rows,
 )
 from hf_cifar.studies.series import check_same
 from hf_cifar.studies.update_options import config_anew
-from hf_cifar.text import listed
+from hf_cifar.text import enumerated, listed
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[st
     if own.compare_anew:
         configs.append(config_anew(files, config))
     check_same(configs)
-    earlier = EarlierRows(files, own, with_test=config.train.do_predict)
+    earlier = EarlierRows(files, config, own)
     if is_main_process():
         for each in configs:
             check_output(each, [config.data.dataset_name, files.data().dataset_name, own.old_data])
@@ -58,7 +57,7 @@ def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[st
         if is_main_process():
             for each in configs:
                 store_rows(earlier, each, anew=each is not config)
-            sources = open_sources(configs)
+            sources = open_sources(configs, earlier.new)
             announce(earlier, sources[0])
         from hf_cifar.studies.execution import alone_in, run_series  # imports torch
 
@@ -91,9 +90,9 @@ def check_output(config: RunConfig, data: Sequence[str | None]) -> None:
         refuse_data_folder(folder.path, name)
 
 
-def open_sources(configs: Sequence[RunConfig]) -> list[DataSource]:
-    """Open the data of each run, and divide them."""
-    sources = [DataSource(config.data) for config in configs]
+def open_sources(configs: Sequence[RunConfig], new: Source | None = None) -> list[DataSource]:
+    """Open the data of each run, and divide them. new: the new data, if they are open already."""
+    sources = [DataSource(config.data, new) for config in configs]
     for source in sources:
         _ = source.splits
     return sources
@@ -114,8 +113,15 @@ def nothing_left(configs: Sequence[RunConfig]) -> Iterator[None]:
 
 
 def announce(earlier: EarlierRows, source: DataSource) -> None:
-    """State which classes are new, how many training rows each class has, and which images are in both the
-    new and the old data."""
+    """State which images the run has already, which classes are new, and how many training rows each has."""
+    stored = source.stored
+    assert stored is not None
+    if copies := {split: len(rows) for split, rows in stored.note["copies"].items() if rows}:
+        logger.warning(
+            "left out of %s: %s images that %s has already (%s)", source.config.dataset_name,
+            f"{sum(copies.values()):,}", earlier.run.path,
+            listed([f"{split} {count:,}" for split, count in copies.items()]),
+        )  # fmt: skip
     names, known = list(source.splits.id2label.values()), set(classes_of(earlier.run))
     train = source.splits.train
     assert isinstance(train, Split)  # stored rows are not combined with a stream
@@ -128,40 +134,19 @@ def announce(earlier: EarlierRows, source: DataSource) -> None:
         f": {describe_rows(new, counts[is_new])}" if new else "",
         describe_rows([name for name in names if name in known], counts[~is_new]),
     )  # fmt: skip
+    sizes = earlier.run.facts()["label_counts"]["train"] | dict(
+        zip(new, counts[is_new].tolist(), strict=True)
+    )
+    for same in [*similar_names(list(sizes)), *misspelt_names(sizes)]:
+        if not known.issuperset(same):
+            logger.warning(
+                "%s may be one class; if so, rename the folder or label", enumerated(same)
+            )
     replay = earlier.own.replay
     if not replay:
         logger.warning(
             "--replay 0: no old row is trained on, and the model forgets what the new data do not show"
         )
-    warn_of_copies(earlier, source)
     absent = [name for name, count in zip(names, counts, strict=True) if not count]
     if absent and replay:
         logger.warning("no training rows of %s", listed(absent))
-
-
-def warn_of_copies(earlier: EarlierRows, source: DataSource) -> None:
-    """Count the images that are trained on by one of the run and its update, and evaluated by the other."""
-    splits, stored, data = source.splits, source.stored, source.config.dataset_name
-    assert isinstance(splits.train, Split) and stored is not None
-    held_out = concatenate_datasets([stored.of(split) for split in ("validation", "test")])
-    if copies := count_copies(own_rows(splits.train), held_out):
-        logger.warning(
-            "%s new training images are also validation or test images of the run, so the accuracy on those "
-            "is too high; remove them from %s", f"{copies:,}", data,
-        )  # fmt: skip
-    evaluated = [splits.validation]
-    if earlier.with_test and "test" in source.rows:
-        evaluated.append(source.test_split)
-    trained_on = earlier.trained_on(stored)
-    for split in evaluated:
-        if copies := count_copies(own_rows(split), trained_on):
-            logger.warning(
-                "%s of %s new %s images are also training images of the run, so the accuracy on new rows is "
-                "too high; leave the images that the run was trained on out of %s",
-                f"{copies:,}", f"{len(own_rows(split)):,}", split.name, data,
-            )  # fmt: skip
-
-
-def own_rows(split: Split) -> Dataset:
-    """Return the rows of a split that are not stored ones."""
-    return split.rows.select(np.flatnonzero(stored_split(split.rows) == ""))

@@ -5,8 +5,8 @@ import pytest
 from scipy.special import softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
+from hf_cifar.audit.class_names import misspelt_names, similar_names
 from hf_cifar.audit.discriminants import SHRINKAGE, out_of_fold_probabilities
-from hf_cifar.audit.findings import misspelt_names, similar_names
 from hf_cifar.audit.labels import UNLIKELY, unlikely_pairs
 
 

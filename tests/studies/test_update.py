@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +59,16 @@ def checks(tmp_path_factory):
     for split, count in (("train", 30), ("test", 11)):
         for number, name in enumerate(("checks", "down")):
             paint(root / split / name, name, count, number)
+    return root
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    """More images of known classes."""
+    root = tmp_path_factory.mktemp("more")
+    for split, count in (("train", 40), ("test", 11)):
+        for number, name in enumerate(("across", "down")):
+            paint(root / split / name, name, count, 7 + number + count)
     return root
 
 
@@ -135,10 +144,10 @@ def test_a_grown_head_keeps_the_logits_of_known_classes(name, stripes, tiny_vit,
     assert torch.equal(grown[:, 0], mean) and torch.equal(grown[:, 3], mean)
 
 
-def test_two_updates_of_a_timm_model(stripes, checks, tmp_path):
+def test_two_updates_of_a_timm_model(stripes, checks, more, tmp_path):
     tiny_run(tmp_path / "run", stripes, "scratch/test_resnet", "--image_size", "32")
     assert update(tmp_path / "run", checks, tmp_path / "first", "--replay", "20") == 0
-    assert update(tmp_path / "first", stripes, tmp_path / "second", "--replay", "20") == 0
+    assert update(tmp_path / "first", more, tmp_path / "second", "--replay", "20") == 0
     for name in ("first", "second"):
         model = load_classifier(str(tmp_path / name)).model
         assert model.config.id2label == {0: "across", 1: "down", 2: "checks"}
@@ -200,9 +209,9 @@ def test_an_update_is_a_run_folder(updated, tmp_path, capsys, checks):
     assert "Continues the run run, 20 of whose training images were stored" in card
 
 
-def test_a_second_update_replays_the_stored_rows_of_the_first(updated, stripes, tmp_path, caplog):
+def test_a_second_update_replays_the_stored_rows_of_the_first(updated, more, tmp_path, caplog):
     folder = tmp_path / "second"
-    assert update(updated, stripes, folder, "--replay", "30") == 0
+    assert update(updated, more, folder, "--replay", "30") == 0
     facts = facts_of(folder)
     assert [each["num_stored"] for each in facts["classes"]] == [10, 10, 10]
     assert [each["num_new"] for each in facts["classes"]] == [36, 36, 0]
@@ -222,7 +231,7 @@ def test_data_that_are_gone(run, updated, checks, tmp_path, caplog, capsys):
     assert "--old_data" in capsys.readouterr().err
     assert not (tmp_path / "no" / "stored.parquet").exists()
     assert update(tmp_path / "lost-update", checks, tmp_path / "yes", "--replay", "12") == 0
-    assert "are used, and none of checks" in caplog.text
+    assert "has stored no row of checks" in caplog.text
     facts = facts_of(tmp_path / "yes")
     assert [each["num_stored"] for each in facts["classes"]] == [6, 6, 0]
     assert facts["splits"]["validation"]["parts"]["old"]["before"] is not None
@@ -266,14 +275,6 @@ def test_a_new_label_of_multi_label_data(lights, tmp_path):
     old = facts_of(tmp_path / "up")["splits"]["validation"]["parts"]["old"]
     before = Predictions.load(tmp_path / "run", "validation")
     assert old["before"]["value"] == pytest.approx(before.correct.mean())
-
-
-def test_copies_of_old_validation_images_are_counted(run, stripes, tmp_path, caplog):
-    shutil.copytree(stripes / "train", tmp_path / "new")
-    assert update(run, tmp_path / "new", tmp_path / "run", "--split_seed", "7") == 0
-    held_out = len(Predictions.load(run, "validation").row_ids)
-    found = re.search(r"(\d+) new training images are also validation", caplog.text)
-    assert 1 <= int(found[1]) <= held_out
 
 
 def test_no_replay_is_warned_about(run, checks, tmp_path, caplog):
@@ -432,8 +433,11 @@ def test_a_mistake_leaves_nothing_and_another_try_may_have_other_rows(
     (tmp_path / "up" / "stored.parquet").write_bytes(b"damaged")
     assert update(run, checks, tmp_path / "up", "--replay", "8", *flags) == 2
     assert "nowhere" in capsys.readouterr().err
-    splits = EarlierRows(RunFolder(run), UpdateConfig(), with_test=False).splits
-    write_stored(tmp_path / "up" / "stored.parquet", splits, ["across", "down"], {"replay": 3})
+    given = ["--dataset_name", str(checks), "--output_dir", str(tmp_path / "up")]
+    config = config_of_update(RunFolder(run), given)
+    splits = EarlierRows(RunFolder(run), config, UpdateConfig()).splits
+    path, none = tmp_path / "up" / "stored.parquet", np.zeros(0)
+    write_stored(path, splits, ["across", "down"], {"replay": 3}, none)
     assert update(run, checks, tmp_path / "up", "--replay", "8") == 0
     assert sum(each["num_stored"] for each in facts_of(tmp_path / "up")["classes"]) == 8
     (tmp_path / "up" / "stored.parquet").write_bytes(b"damaged")
@@ -442,27 +446,30 @@ def test_a_mistake_leaves_nothing_and_another_try_may_have_other_rows(
     assert "remove it, and start hf-cifar update again" in capsys.readouterr().err
 
 
-def test_empty_cells_are_left_to_the_run(run, tmp_path, stripes, caplog):
+def test_empty_cells_are_left_to_the_run(tmp_path, stripes, more):
     """Both of the old and the new data, also of a test split."""
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["across", "down"])})
 
-    def rows(split):
-        files = sorted((stripes / split).rglob("*.png"))
+    def rows(folder):
+        files = sorted(folder.rglob("*.png"))
         images = [None, *map(str, files), None]
         labels = ["across", *(file.parent.name for file in files), "down"]
         return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
-    data = DatasetDict(train=rows("train"), test=rows("test"))
-    data.save_to_disk(tmp_path / "data")
+    for name, folder in (("data", stripes), ("new", more)):
+        data = DatasetDict(train=rows(folder / "train"), test=rows(folder / "test"))
+        data.save_to_disk(tmp_path / name)
     skip = ("--on_bad_image", "skip", "--do_predict")
     tiny_run(tmp_path / "run", tmp_path / "data", "scratch/article_cnn", *skip)
     flags = ("--replay", "20", "--do_predict", "--compare_anew")
-    assert update(tmp_path / "run", tmp_path / "data", tmp_path / "up", *flags) == 0
-    splits = EarlierRows(RunFolder(tmp_path / "run"), UpdateConfig(), with_test=True).splits
+    assert update(tmp_path / "run", tmp_path / "new", tmp_path / "up", *flags) == 0
+    config = RunFolder(tmp_path / "up").load_config()
+    splits = EarlierRows(RunFolder(tmp_path / "run"), config, UpdateConfig()).splits
     assert [len(each) % 2 for each in splits] and len(splits[2]) == 22
     whole = replace_positions(splits[2])
     for embeds in (True, False):
-        write_stored(tmp_path / "rows.parquet", [whole], ["across", "down"], {}, embeds=embeds)
+        path, known = tmp_path / "rows.parquet", np.zeros(0)
+        write_stored(path, [whole], ["across", "down"], {}, known, embeds=embeds)
         cells = StoredRows.load(tmp_path / "rows.parquet").of("test").with_format(None)["image"][:]
         assert cells[0] == cells[-1] == {"bytes": None, "path": None}
         assert bool(cells[1]["bytes"]) and len(cells) == 24
@@ -473,31 +480,54 @@ def replace_positions(split):
     return dataclasses.replace(split, positions=np.arange(len(split.pixels)))
 
 
-def test_new_images_that_the_run_was_trained_on_are_counted(run, stripes, tmp_path, caplog):
-    """NEW is the old folder with more images, and divided anew."""
-    data = shutil.copytree(stripes, tmp_path / "data")
-    paint(data / "train" / "checks", "checks", 20, 0)
+def test_images_that_the_run_has_are_left_out_of_the_new_data(run, stripes, tmp_path, caplog):
+    """NEW is a copy of the old folder with more images, and divided anew; then with still more."""
+    grown = shutil.copytree(stripes, tmp_path / "grown")
+    paint(grown / "train" / "checks", "checks", 20, 0)
     flags = ("--split_seed", "7", "--do_predict", "--replay", "8")
-    assert update(run, data, tmp_path / "up", *flags) == 0
-    train = {row.tobytes() for row in pixels_of(open_data(RunFolder(run)).splits.train)}
-    validation = DataSource(RunFolder(tmp_path / "up").data()).splits.validation
-    new = pixels_of(validation)[: -len(Predictions.load(run, "validation").row_ids)]
-    copies = sum(row.tobytes() in train for row in new)
-    found = re.search(r"(\d+) of (\d+) new validation images are also training images", caplog.text)
-    assert [int(found[1]), int(found[2])] == [copies, len(new)] and copies > 3
-    assert "new test images are also training" not in caplog.text
-    # Without the data of the run, those that are stored are found.
+    assert update(run, grown, tmp_path / "up", *flags) == 0
+    counts = {split: len(list((stripes / split).rglob("*.png"))) for split in ("train", "test")}
+    assert f"(train {counts['train']}, test {counts['test']})" in caplog.text
+    source = DataSource(RunFolder(tmp_path / "up").data())
+    train = source.splits.train
+    assert np.bincount(train.labels).tolist() == [4, 4, 18]
+    assert source.test_split.labels.tolist() == open_data(RunFolder(run)).test_split.labels.tolist()
+    assert RunFolder(tmp_path / "up").facts()["source"]["stored"]["copies"] == counts
+    assert "has already" in (tmp_path / "up" / "README.md").read_text()
+    # It also knows the images that it has not stored.
+    paint(tmp_path / "down", "down", 10, 5)
+    for file in (tmp_path / "down").iterdir():
+        shutil.copy(file, grown / "train" / "down" / f"new-{file.name}")
+    shutil.move(grown, tmp_path / "again")
+    shutil.copytree(stripes, grown)
+    paint(grown / "train" / "checks", "checks", 20, 0)
     caplog.clear()
-    gone = shutil.copytree(run, tmp_path / "gone")
-    config = (gone / "config.yaml").read_text().splitlines()
-    (gone / "config.yaml").write_text("\n".join(["dataset_name: ./nowhere", *config[1:]]))
-    earlier = EarlierRows(RunFolder(gone), UpdateConfig(), with_test=False)
-    stored = StoredRows.load(tmp_path / "up" / "stored.parquet")
-    assert len(earlier.trained_on(stored)) == 8
+    assert update(tmp_path / "up", tmp_path / "again", tmp_path / "third", "--replay", "8") == 0
+    assert f"(train {counts['train'] + 20}, test {counts['test']})" in caplog.text
+    assert sum(each["num_new"] for each in facts_of(tmp_path / "third")["classes"]) == 9
 
 
-def pixels_of(split):
-    return [split.decode(i) for i in range(len(split))]
+def test_data_without_new_images_are_refused(run, stripes, tmp_path, capsys):
+    shutil.copytree(stripes / "train", tmp_path / "new")
+    assert update(run, tmp_path / "new", tmp_path / "up") == 2
+    assert "so there is nothing to add" in capsys.readouterr().err
+    assert not (tmp_path / "up").exists()
+
+
+def test_a_folder_that_has_grown_in_its_place_is_explained(stripes, tmp_path, capsys):
+    data = shutil.copytree(stripes, tmp_path / "data")
+    tiny_run(tmp_path / "run", data, "scratch/article_cnn")
+    paint(data / "train" / "checks", "checks", 20, 0)
+    assert update(tmp_path / "run", data, tmp_path / "up") == 2
+    assert "new images belong in a folder of their own" in capsys.readouterr().err
+
+
+def test_new_classes_that_are_named_like_known_ones_are_warned_about(run, tmp_path, caplog):
+    paint(tmp_path / "new" / "Downs", "down", 12, 3)
+    paint(tmp_path / "new" / "acros", "across", 6, 4)
+    assert update(run, tmp_path / "new", tmp_path / "up") == 0
+    assert "down and Downs may be one class" in caplog.text
+    assert "across and acros may be one class" in caplog.text
 
 
 def test_mistakes_are_found_without_torch(run, checks, tmp_path):
@@ -545,10 +575,10 @@ def test_rows_that_clean_labels_leaves_out_are_not_counted(stripes, checks, tmp_
 
 
 @pytest.mark.parametrize("kind", ["folders", "table", "columns"])
-def test_old_classes_that_only_the_new_test_images_have(kind, run, checks, stripes, tmp_path):
+def test_old_classes_that_only_the_new_test_images_have(kind, run, checks, more, tmp_path):
     data = shutil.copytree(checks, tmp_path / "new")
     name = "across" if kind == "table" else "Across"
-    shutil.copytree(stripes / "test" / "across", data / "test" / name)
+    shutil.copytree(more / "test" / "across", data / "test" / name)
     files = sorted(data.rglob("*.png"))
     rows = [(file.parent.parent.name, str(file), file.parent.name) for file in files]
     if kind == "table":
@@ -573,14 +603,32 @@ def test_old_classes_that_only_the_new_test_images_have(kind, run, checks, strip
     assert np.bincount(labels).tolist() == [22, 22, 11]
 
 
+def difference_of(value, low, high):
+    return {"value": value, "interval": [low, high]}
+
+
 def test_the_verdict_of_a_gain_has_its_interval():
-    def text(value, low, high):
-        found = {"value": value, "interval": [low, high]}
-        return verdict({"splits": {"test": {"parts": {"old": {"forgetting": found}}}}})
+    def text(*found):
+        parts = {"old": {"forgetting": difference_of(*found)}}
+        return verdict({"splits": {"test": {"parts": parts}}})
 
     assert text(-0.03, -0.04, -0.02) == (
-        "The update gains 3.0 points of accuracy on the old test rows (95% interval +2.0 to +4.0)."
+        "The update gains 3.0 points of accuracy (95% interval +2.0 to +4.0) on the old test rows."
     )
-    assert "forgets 3.0 points" in text(0.03, 0.02, 0.04)
-    assert "(95% interval +2.0 to +4.0)" in text(0.03, 0.02, 0.04)
-    assert "+1.0 points forgotten (95% interval -1.0 to +3.0)" in text(0.01, -0.01, 0.03)
+    assert "forgets 3.0 points of accuracy (95% interval +2.0 to +4.0)" in text(0.03, 0.02, 0.04)
+    assert (
+        "No clear loss or gain on the old test rows: +1.0 points of accuracy (95% interval -1.0 to +3.0) "
+        "forgotten" in text(0.01, -0.01, 0.03)
+    )
+
+
+def test_the_verdict_falls_back_to_validation_and_compares_with_training_anew():
+    def text(*gain):
+        old = {"old": {"forgetting": difference_of(0.03, 0.02, 0.04)}}
+        new = {"old": {}, "all": {"gain_anew": difference_of(*gain)}}
+        return verdict({"splits": {"validation": {"parts": old}, "test": {"parts": new}}})
+
+    assert "forgets 3.0 points" in text(0, 0, 0) and "old validation rows" in text(0, 0, 0)
+    assert "Training anew is better by 2.0 points" in text(0.02, 0.01, 0.03)
+    assert "Training anew is worse by 2.0 points" in text(-0.02, -0.03, -0.01)
+    assert "neither clearly better nor worse on all test rows: +1.0" in text(0.01, -0.01, 0.03)
