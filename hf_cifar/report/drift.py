@@ -267,6 +267,9 @@ def shares_plot(classes: Sequence[dict[str, Any]]) -> Markup:
     )
 
 
+ESTIMATE = "the estimated accuracy only holds for images of the classes of the run"
+
+
 def render_summary(facts: dict[str, Any]) -> str:
     """Render the samples, the classes and the verdict for a terminal."""
 
@@ -292,5 +295,6 @@ def render_summary(facts: dict[str, Any]) -> str:
             "",
             f"there is drift if p is at most {level['ks']} for a class, or {level['mmd']} for the features",
             facts["verdict"],
+            *([ESTIMATE] if facts["accuracy"] else []),
         ]
     )

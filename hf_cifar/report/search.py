@@ -170,6 +170,7 @@ def render_summary(facts: dict[str, Any], study: RunFolder) -> str:
             "",
             f"the winner, trial {best['number']}, trained again:",
             render_chosen(metrics, [name for name in headline if name in metrics["validation"]]),
+            f"chosen on validation among {len(trials)} trials, so its validation metrics are optimistic",
             "",
             f"recipe: {study.recipe_path}",
             f"model: {study.winner_path}",

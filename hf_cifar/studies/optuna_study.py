@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.01  # between two looks at the lock of the journal
+PROPOSALS = 20  # of a sampler, until the next new combination is taken
 MIN_IMPORTANCE = 4  # different values of finished trials
 
 
@@ -149,7 +151,7 @@ def distributions_of(space: Space) -> dict[str, BaseDistribution]:
 
 
 def build_sampler(name: str, seed: int, number: int) -> BaseSampler:
-    """Return the sampler that proposes the trial of this number; of a grid, see `ask`.
+    """Return the sampler that proposes the trial of this number.
 
     Its random numbers depend on the seed and the number alone: workers do not propose the same, and an
     interrupted search continues as if it had not been.
@@ -163,14 +165,32 @@ def build_sampler(name: str, seed: int, number: int) -> BaseSampler:
 def ask(study: Study, sampler: str, space: Space, seed: int) -> Trial:
     """Begin a new trial, with all parameters. Only one process may be here at a time.
 
-    A grid's next combination is queued first, unless a process died before it took the one in the queue.
+    No combination of a space of lists is proposed twice: the next one is queued first, unless a process died
+    before it took the one in the queue.
     """
     trials = study.get_trials(deepcopy=False)
-    if sampler == "grid" and not any(trial.state.name == "WAITING" for trial in trials):
-        given = [trial.system_attrs.get("fixed_params", {}) | trial.params for trial in trials]
-        study.enqueue_trial(next(each for each in grid_of(space) if each not in given))
     study.sampler = build_sampler(sampler, seed, len(trials))
+    is_queued = any(trial.state.name == "WAITING" for trial in trials)
+    if num_combinations(space) < math.inf and not is_queued:
+        study.enqueue_trial(next_combination(study, sampler, space))
     return study.ask(distributions_of(space))
+
+
+def next_combination(study: Study, sampler: str, space: Space) -> dict[str, Any]:
+    """Return a combination of a space of lists that no trial has: the next one of a grid, or the first new
+    one that the study's sampler proposes."""
+    import optuna
+
+    trials = study.get_trials(deepcopy=False)
+    given = [trial.system_attrs.get("fixed_params", {}) | trial.params for trial in trials]
+    if sampler != "grid":
+        draft = optuna.create_study(direction=study.direction, sampler=study.sampler)
+        draft.add_trials(trials)
+        for _ in range(PROPOSALS):
+            proposed = draft.ask(distributions_of(space)).params
+            if proposed not in given:
+                return proposed
+    return next(each for each in grid_of(space) if each not in given)
 
 
 def adopt(study: Study, trial: FrozenTrial, sampler: str, space: Space, seed: int) -> Trial:
@@ -190,10 +210,16 @@ def adopt(study: Study, trial: FrozenTrial, sampler: str, space: Space, seed: in
     return adopted
 
 
-def grid_of(space: Space) -> list[dict[str, Any]]:
-    """Return every combination of the choices of a space without ranges."""
+def num_combinations(space: Space) -> float:
+    """Return the number of combinations of a space, infinite if it has a range."""
+    sizes = [len(each.values) if isinstance(each, Choices) else math.inf for each in space.values()]
+    return math.prod(sizes)
+
+
+def grid_of(space: Space) -> Iterator[dict[str, Any]]:
+    """Yield every combination of a space of lists."""
     lists = [each.values for each in space.values() if isinstance(each, Choices)]
-    return [dict(zip(space, values, strict=True)) for values in itertools.product(*lists)]
+    return (dict(zip(space, values, strict=True)) for values in itertools.product(*lists))
 
 
 def importances(study: Study) -> dict[str, float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from typing import Any
@@ -68,14 +69,17 @@ def announce(search: Search) -> None:
         values = ", ".join(f"--{name} {given[name]}" for name in replaced)
         logger.info("the space replaces %s", values)
     limit = "" if search.options.time_limit is None else f", for {search.options.time_limit}"
-    count = "trials" if search.num_trials == float("inf") else f"{search.num_trials:g} trials"
+    count = "trials" if search.num_trials == math.inf else f"{search.num_trials:g} trials"
     logger.info(
-        "%s by %s%s, ranked by %s on validation",
-        count,
-        search.options.sampler,
-        limit,
-        words(search.metric),
-    )
+        "%s by %s%s, ranked by %s on %s validation images",
+        count, search.options.sampler, limit, words(search.metric),
+        f"{len(search.source.splits.validation):,}",
+    )  # fmt: skip
+    wanted = search.options.n_trials
+    if wanted is not None and search.num_trials < wanted:
+        logger.warning(
+            "--n_trials %s: the space has only %g combinations", f"{wanted:,}", search.num_trials
+        )
 
 
 def train_winner(search: Search) -> dict[str, Any]:
@@ -89,9 +93,12 @@ def train_winner(search: Search) -> dict[str, Any]:
     from hf_cifar.studies.workers import POLL_SECONDS, best_trial
 
     if best_trial(search) is None:
+        failed = [folder.trial() for folder in search.trial_folders()]
+        failed = [each for each in failed if each["state"] == "failed"]
+        reason = f" ({len(failed)} failed, the last one: {failed[-1]['reason']})" if failed else ""
         raise UserError(
-            "no trial is complete yet; pass a longer --time_limit or more --n_trials: the same command "
-            "continues this search"
+            f"no trial is complete yet{reason}; pass a longer --time_limit or more --n_trials: the same "
+            "command continues this search"
         )
     study, folder = search.folder, RunFolder(search.folder.winner_path)
     with alone_in(folder.path, POLL_SECONDS):

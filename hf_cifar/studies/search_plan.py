@@ -7,6 +7,7 @@ distributes the work; it can be rebuilt from these files.
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.runs.folder import RunFolder, write_json
 from hf_cifar.runs.processes import share_of_launcher
 from hf_cifar.runs.resume import may_change
-from hf_cifar.studies.optuna_study import add_trial, grid_of, open_study
+from hf_cifar.studies.optuna_study import add_trial, num_combinations, open_study
 from hf_cifar.studies.series import LENGTHS, check_series, run_of
 
 if TYPE_CHECKING:
@@ -58,11 +59,9 @@ class Search:
     @property
     def num_trials(self) -> float:
         """The number of trials of all processes together."""
-        if self.options.sampler == "grid":
-            return min(self.options.n_trials or float("inf"), len(grid_of(self.space)))
-        if self.options.n_trials is None and self.deadline is not None:
-            return float("inf")
-        return self.options.n_trials or DEFAULT_TRIALS
+        has_end = self.options.sampler == "grid" or self.deadline is not None
+        wanted = self.options.n_trials or (math.inf if has_end else DEFAULT_TRIALS)
+        return min(wanted, num_combinations(self.space))
 
     @property
     def out_of_time(self) -> bool:

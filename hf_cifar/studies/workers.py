@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_cifar.config.space import render_choice
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.2  # between two looks at what other processes are working on
+PROGRESS = "hf_cifar.progress"
 FAILURES = 5  # in a row, which end the search
 
 
@@ -31,7 +33,7 @@ def run_trials(search: Search) -> None:
 
     Raises: UserError if several in a row have failed.
     """
-    failures, waiting = 0, False
+    failures, waiting, begun = 0, False, False
     while True:
         with contextlib.ExitStack() as claim:
             with alone_in(search.folder.path, POLL_SECONDS):
@@ -39,7 +41,11 @@ def run_trials(search: Search) -> None:
             if found == "none":
                 return
             if found != "wait":
-                state = work_on(search, found)
+                with contextlib.ExitStack() as quiet:
+                    if begun:
+                        quiet.enter_context(without_setup())
+                    state = work_on(search, found)
+                begun = True
                 failures = failures + 1 if state == "failed" else 0
                 if failures >= FAILURES:
                     reason = search.trial_folder(found.number).trial()["reason"]
@@ -49,6 +55,22 @@ def run_trials(search: Search) -> None:
             logger.info("waiting for other processes")
         waiting = True
         time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def without_setup() -> Iterator[None]:
+    """Leave out the notes on how a trial is set up, which are those of the first one; its progress stays."""
+    levels = {"hf_cifar": logging.WARNING, "hf_cifar.studies": logging.INFO, PROGRESS: logging.INFO}
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
+    before = {each: each.level for each in loggers}
+    if logging.getLogger("hf_cifar").isEnabledFor(logging.INFO):
+        for each, level in loggers.items():
+            each.setLevel(level)
+    try:
+        yield
+    finally:
+        for each, level in before.items():
+            each.setLevel(level)
 
 
 def next_trial(search: Search, claim: contextlib.ExitStack) -> Trial | Literal["none", "wait"]:

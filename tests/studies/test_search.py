@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 import time
+from collections import Counter
 
 import optuna
 import pytest
@@ -263,17 +264,28 @@ def test_a_grid_has_every_combination_once(tmp_path, stripes, tiny_vit):
     folder = tmp_path / "study"
     found = proposals(run_search(config(folder, stripes, tiny_vit), options))
     combinations = grid_of({"learning_rate": Choices((1e-3, 5e-3)), "flip": Choices((0.0, 0.5))})
-    assert found == combinations and len(found) == 4
+    assert found == list(combinations) and len(found) == 4
     assert len(proposals(run_search(config(folder, stripes, tiny_vit), options))) == 4
 
 
 def test_a_combination_that_a_dead_process_has_queued_is_not_queued_again(tmp_path):
     given = {"a": Choices((1, 2)), "b": Choices((1, 2))}
     study = open_study(tmp_path, None, "grid", "minimize")
-    study.enqueue_trial(grid_of(given)[0])
+    study.enqueue_trial(next(grid_of(given)))
     for _ in range(4):
         study.tell(ask(study, "grid", given, 0), 0.0)
-    assert [trial.params for trial in study.trials] == grid_of(given)
+    assert [trial.params for trial in study.trials] == list(grid_of(given))
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_no_combination_of_lists_is_proposed_twice(sampler, tmp_path):
+    given = {"a": Choices((1, 2, None)), "b": Choices(("x", "y", "z", "w"))}
+    study = open_study(tmp_path, None, "lists", "minimize")
+    for number in range(12):
+        study.tell(ask(study, sampler, given, 0), float(number % 5))
+    found = [trial.params for trial in study.trials]
+    assert sorted(map(str, found)) == sorted(map(str, grid_of(given)))
+    assert found != list(grid_of(given))  # the sampler chooses the order
 
 
 @pytest.mark.slow
@@ -293,6 +305,9 @@ def test_a_bad_trial_is_pruned(tmp_path, stripes, tiny_vit, caplog):
     states = {record["run"].rpartition("/")[2]: record["state"] for record in list_runs([tmp_path])}
     assert states["trial-5"] == "pruned" and states["trial-0"] == states["best"] == "finished"
     assert not RunFolder(tmp_path / "study" / "trial-5").checkpoints()
+    # The first trial and the winner say how they are set up.
+    lines = [record.getMessage() for record in caplog.records if "models" in record.name]
+    assert set(Counter(lines).values()) == {2}
 
 
 @pytest.mark.slow
@@ -423,11 +438,12 @@ def test_a_trial_that_kills_its_processes_fails(study, tmp_path, stripes, tiny_v
 def test_trials_that_fail(tmp_path, stripes, tiny_vit, caplog):
     path = tmp_path / "space.yaml"
     path.write_text("learning_rate: [5e-3, 1000]\noptim: [adamw_torch, sgd]\n")
-    options = SearchConfig(sampler="grid", space=str(path))
+    options = SearchConfig(n_trials=9, space=str(path))
     flags = ("--max_grad_norm", "0", "--warmup_steps", "0", "--num_train_epochs", "3")
     summary = run_search(config(tmp_path / "study", stripes, tiny_vit, *flags), options)
+    assert "--n_trials 9: the space has only 4 combinations" in caplog.text
     states = [trial["state"] for trial in summary["trials"]]
-    assert "failed" in states and states.count("complete") >= 2
+    assert "failed" in states and states.count("complete") >= 2 and len(states) == 4
     failed = summary["trials"][states.index("failed")]
     assert failed["parameters"]["learning_rate"] == 1000 and "diverged" in failed["reason"]
     assert f"trial {failed['number']}: failed after" in caplog.text
@@ -475,6 +491,11 @@ def test_a_search_in_which_all_fails_ends(tmp_path, stripes, tiny_vit):
     path = tmp_path / "space.yaml"
     path.write_text("layer_decay: {low: 0.5, high: 0.9}\n")
     flags = ("--model_name_or_path", "scratch/article_mlp")
+    with pytest.raises(UserError, match=r"no trial is complete yet \(2 failed, .* has no stages"):
+        run_search(
+            config(tmp_path / "two", stripes, tiny_vit, *flags),
+            SearchConfig(n_trials=2, space=str(path)),
+        )
     with pytest.raises(UserError, match=r"5 trials in a row failed: .* has no stages"):
         run_search(
             config(tmp_path / "study", stripes, tiny_vit, *flags), SearchConfig(space=str(path))
