@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,8 +31,13 @@ def model_hash(model: PreTrainedModel, preprocessing: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode())
     if isinstance(model, ExportedClassifier):
         digest.update(model.content)
-    for name, value in sorted(model.state_dict().items()):
+    add_weights(digest, model.state_dict())
+    return digest.hexdigest()
+
+
+def add_weights(digest: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Add the names, types, shapes and bytes of weights to a hash of `hashlib`."""
+    for name, value in sorted(weights.items()):
         value = value.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -34,6 +34,7 @@ from hf_cifar.data.splits import Splits
 from hf_cifar.data.store import build_store, images_of
 from hf_cifar.data.stratify import assign_folds
 from hf_cifar.errors import UserError
+from hf_cifar.models.fingerprint import add_weights
 from hf_cifar.text import listed
 from hf_cifar.training.autotune import computing_as
 from hf_cifar.training.build import build_trainer, features_of
@@ -296,9 +297,7 @@ def key_of_trainings(model: PreTrainedModel, train: Split, fold_of: np.ndarray, 
     digest = hashlib.sha256(json.dumps([options, where, pixels], default=str).encode())
     for array in (train.labels, fold_of):
         digest.update(array.tobytes())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
+    add_weights(digest, model.state_dict())
     return digest.hexdigest()
 
 

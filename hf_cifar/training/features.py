@@ -25,6 +25,7 @@ from hf_cifar.data.cache import load_array, one_process_at_a_time, save_array
 from hf_cifar.data.split import Split
 from hf_cifar.data.store import PreparedStore, ResidentStore, images_of, take_batch
 from hf_cifar.errors import UserError
+from hf_cifar.models.fingerprint import add_weights
 from hf_cifar.models.heads import head_parameter_names, linear_head, set_head
 from hf_cifar.progress import progress
 from hf_cifar.training.losses import Loss, evaluation_loss
@@ -151,10 +152,7 @@ def feature_store(
     pixels = images_of(split).pixel_hash or split.pixels.key_of(split.rows)
     digest = hashlib.sha256(f"{pixels} {details}".encode())
     head = head_parameter_names(model)
-    for name, value in model.state_dict().items():
-        if name not in head:
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
+    add_weights(digest, {k: each for k, each in model.state_dict().items() if k not in head})
     key = digest.hexdigest()
     with one_process_at_a_time(key):
         features = load_array(key)
