@@ -105,7 +105,7 @@ def distil(options: Options, seed: int, folder: Path, teacher: str) -> dict[str,
     for name, own in {
         "alone": {},
         "teacher": {"teacher": teacher},
-        "teacher, temperature 8": {"teacher": teacher, "distillation_temperature": 8},
+        "teacher, temperature 4": {"teacher": teacher, "distillation_temperature": 4},
         "teacher, feature hint": {"teacher": teacher, "feature_hint": 1},
     }.items():
         output = folder / name.replace(",", "").replace(" ", "-")

@@ -139,7 +139,7 @@ def test_what_becomes_of_several_runs_becomes_a_table(results, stripes, tmp_path
     teacher = str(tmp_path / "kfold" / "fold-1")
     taught = studies.distil(options, 0, tmp_path / "distil", teacher)
     assert len(together) == 8 and len(folds) == 5
-    assert list(taught) == ["alone", "teacher", "teacher, temperature 8", "teacher, feature hint"]
+    assert list(taught) == ["alone", "teacher", "teacher, temperature 4", "teacher, feature hint"]
     assert all(0 <= value <= 1 for found in (together, folds, taught) for value in found.values())
     studies.record("kfold, tiny", {name: [v, v + 0.1] for name, v in folds.items()}, None)
     (record,) = map(json.loads, (results / "results" / "cpu.jsonl").read_text().splitlines())

@@ -37,7 +37,7 @@ Schedule = Literal[
 ]  # fmt: skip
 # Options of a run without distillation.
 WITHOUT_TEACHER = {
-    "teacher": None, "distillation_weight": 0.9, "distillation_temperature": 4.0, "feature_hint": 0.0,
+    "teacher": None, "distillation_weight": 0.9, "distillation_temperature": 8.0, "feature_hint": 0.0,
 }  # fmt: skip
 SAME_FOLDER = ("true", "last", "latest")  # of --resume_from_checkpoint
 

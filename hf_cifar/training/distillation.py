@@ -47,7 +47,7 @@ class Distillation:
         teacher: Teacher | None = None,
         *,
         weight: float = 0.9,
-        temperature: float = 4.0,
+        temperature: float = 8.0,
         feature_hint: float = 0.0,
         fixed: FixedOutputs | None = None,
     ) -> None:
