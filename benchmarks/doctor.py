@@ -1,10 +1,10 @@
-"""Faults planted into images of CIFAR-10, and which of them hf-cifar doctor names; and its time.
+"""Faults planted into images of CIFAR-10: which of them hf-cifar doctor finds, and how long it takes.
 
 python -m benchmarks.doctor --dataset_name DATA [--train 9000] [--test 1000]
 python -m benchmarks.doctor --dataset_name DATA --labels [--train 9000]
 
-The same images without faults must have no warning. With --labels: the scores of pairs of classes, without
-and with a tenth of one class labelled as another. Other work on the machine makes the times upper bounds.
+The same images without faults must give no warning. With --labels: the scores of pairs of classes, without
+and with a tenth of one class labelled as another. If the machine is busy, the times are upper bounds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FLAGS = (
 
 
 def write_images(root: Path, dataset_name: str, train: int, test: int) -> None:
-    """Write images as files, as JPEG or PNG as they are: train, validation and test, in class folders."""
+    """Write images as files, JPEG or PNG as they are, in class folders: train, validation and test."""
     held_out = max(1, train // 10)
     data = DataConfig(dataset_name, max_train_samples=train - held_out, max_eval_samples=held_out)
     source = DataSource(data)
@@ -67,7 +67,7 @@ def write_images(root: Path, dataset_name: str, train: int, test: int) -> None:
 
 
 class Planter:
-    """Plants faults into a folder written by `write_images`, each into images of its own."""
+    """Plants faults into a folder written by `write_images`, each into different images."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.generator = root, np.random.default_rng(SEED)

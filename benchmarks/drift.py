@@ -1,6 +1,6 @@
-"""How often `hf-cifar drift` finds drift: in test images of a run as they are, and corrupted.
+"""How often `hf-cifar drift` finds drift: in test images of a run, unchanged and corrupted.
 
-Each draw compares other images of test with other validation images of the run, by the tests of the command.
+Each draw compares random test images with random validation images of the run, by the tests of the command.
 
 python -m benchmarks.drift --run RUN [--draws 100] [--num_images 500] [--pool 1000]
 """

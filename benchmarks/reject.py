@@ -1,11 +1,11 @@
-"""What --reject keeps and rejects: images of CIFAR-10's test, digits, noise and photographs.
+"""What --reject keeps and rejects: CIFAR-10's test images, digits, noise and photographs.
 
-Each model answers a label, or that an image is of none of its classes. Three rules keep the same share of
-validation images: a threshold on confidence alone, one on distance alone, and both, as the model has
-them. A run that is given is copied; the models are trained anew, each seed on a split of its own.
+A model answers with a label, or that an image is of none of its classes. Three rules keep the same share of
+validation images: a threshold on confidence alone, one on distance alone, and both, as in the model. Runs
+that are given are copied; models are trained here, each seed on its own split.
 
 The photographs are tiles of pictures that scikit-learn and scikit-image ship, and that show none of the ten
-classes. There are few pictures, so the interval of their share is over pictures, not tiles.
+classes. There are few pictures, so the interval of their share resamples pictures, not tiles.
 
 python -m benchmarks.reject --dataset_name DATA [--runs NAME=RUN ...] [--models article_cnn] [--seeds 3]
 """
@@ -66,8 +66,8 @@ def noise(seed: int = 0) -> dict[str, Images]:
 
 
 def digits() -> Images:
-    """Return handwritten digits as they are, of 8 x 8 pixels. The model's own preprocessing enlarges them;
-    digits that are enlarged without smoothing before that are easier to reject."""
+    """Return handwritten digits, unchanged, of 8 x 8 pixels. The model's own preprocessing enlarges them;
+    digits that are first enlarged without smoothing are easier to reject."""
     pixels = (load_digits().images[:DIGITS] * (255 / 16)).round().astype(np.uint8)
     return [np.repeat(each[..., None], 3, 2) for each in pixels]
 
@@ -139,7 +139,7 @@ def share_over(pictures: Sequence[np.ndarray]) -> dict[str, object]:
 
 
 def judge(run: Path, data: DataConfig) -> dict[str, dict[str, dict[str, object]]]:
-    """Return what each rule keeps of a run's test, and rejects of other images."""
+    """Return what each rule keeps of a run's test images, and rejects of other images."""
     judged = Judge(run)
     test = subsample(DataSource(data).test_split, TEST_IMAGES, seed=0)
     assert test.id2label == judged.predictor.model.config.id2label
@@ -177,7 +177,7 @@ def given_run(run: str, folder: Path) -> Path:
 
 
 def trained_run(model: str, dataset_name: str, seed: int, folder: Path) -> Path:
-    """Train a model with --reject, on a split of its own."""
+    """Train a model with --reject, on its own split."""
     run = folder / f"{model}-{seed}".replace(", ", "-").replace(" ", "-")
     chosen = {
         **SHARED, "max_train_samples": 10_000, **MODELS[model], "do_predict": "false", "calibrate": "true",
@@ -212,7 +212,7 @@ def compare(name: str, runs: Sequence[Path], output: Path | None = None) -> None
 
 
 def main() -> None:
-    """Measure the given runs, one by one, and three trainings of each model."""
+    """Measure the given runs, one by one, and several runs of each model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--runs", nargs="+", default=[], help="NAME=FOLDER")

@@ -1,6 +1,6 @@
-"""TPE against random search with as many trials, by `hf-cifar search`; the winner is evaluated on test.
+"""TPE against random search with equally many trials of `hf-cifar search`; the winner is evaluated on test.
 
-Both start with the same ten random trials of a seed, so the differences are paired. There is no pruning.
+For each seed, both start with the same ten random trials, so the differences are paired. There is no pruning.
 
 python -m benchmarks.search --dataset_name DATA [--n_trials 24] [--seeds 5] [--max_train_samples 2000]
 """

@@ -1,9 +1,10 @@
-"""Split CIFAR-10, class-incremental: five tasks of two classes, after which all ten are told apart.
+"""Split CIFAR-10, class-incremental: five tasks of two classes, evaluated on all ten classes at the end.
 
-Plain fine-tuning and replay are `hf-cifar update`, once a task. DER++, the peer, is written here after
-Buzzega et al., Dark Experience for General Continual Learning, 2020: rows are stored with the logits that
-they had when they were seen, in a reservoir, and these logits are targets of a mean squared error. Joint
-training sees all tasks at once. All share the pretrained network, views, optimiser, rate, batch and epochs.
+Plain fine-tuning and replay use `hf-cifar update`, once per task. DER++, for comparison, is implemented here
+after Buzzega et al., Dark Experience for General Continual Learning, 2020: rows are stored in a reservoir,
+with the logits that the model gave them at the time, which are the targets of a mean squared error. Joint
+training sees all tasks at once. All share the pretrained network, views, optimiser, learning rate, batch and
+epochs.
 
 python -m benchmarks.split_cifar --dataset_name DATA [--seeds 3] [--per_class 500] [--image_size 64]
 """
@@ -51,7 +52,7 @@ WEIGHTS = {200: (0.1, 0.5), 500: (0.2, 0.5)}
 
 
 class Reservoir:
-    """A sample of all rows that were seen, each with the same probability, and their logits at that time."""
+    """A uniform sample of all rows seen so far, with their logits at the time (reservoir sampling)."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seen = size, 0
@@ -98,7 +99,7 @@ def der_plus_plus_loss(
 def der_plus_plus(
     parts: list[str], names: list[str], model_options: Options, seed: int, size: int
 ) -> float:
-    """Train with DER++ on one task after the other; return the accuracy on the test rows of all."""
+    """Train with DER++ on one task after another; return the accuracy on the test rows of all tasks."""
     torch.manual_seed(seed)
     epochs = int(str(model_options["num_train_epochs"]))
     config = ModelConfig(

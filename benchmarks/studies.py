@@ -1,8 +1,8 @@
-"""The effect of making one result of many runs: ensembles, soups, views, folds and a student.
+"""The effect of combining many runs into one result: ensembles, soups, views, folds and a student.
 
-combine: three runs of each model with other seeds, and their combinations. kfold: five folds, their ensemble,
-and a student of it. distillation: a student alone and with a teacher, which is a finished run
-on the same split, seed by seed. All are evaluated on test.
+combine: three runs of each model with different seeds, and their combinations. kfold: five folds, their
+ensemble, and a student of it. distillation: a student with and without a teacher, which is a finished run on
+the same split, seed by seed. All are evaluated on test.
 
 python -m benchmarks.studies --dataset_name DATA [--only combine] [--models article_cnn] [--teacher NAME=RUN]
 """
@@ -100,7 +100,7 @@ def kfold(options: Options, seed: int, folder: Path) -> dict[str, float]:
 
 
 def distil(options: Options, seed: int, folder: Path, teacher: str) -> dict[str, float]:
-    """Return the accuracies of a model trained alone and with a teacher, in the same steps and views."""
+    """Return the accuracies of a model trained alone and with a teacher, with the same steps and views."""
     found = {}
     for name, own in {
         "alone": {},

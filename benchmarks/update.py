@@ -1,9 +1,9 @@
 """What an update of a run forgets: two new classes after eight.
 
-EfficientNet-Lite0 is fine-tuned on eight classes of CIFAR-10, and updated with the two others, with different
-numbers of stored rows; with --anew, it is also trained anew on all rows. Test is read for the report only.
-With --folder, the runs are kept, and the same command continues there. --try has other updates instead, which
-are printed and not recorded.
+EfficientNet-Lite0 is fine-tuned on eight classes of CIFAR-10, and updated with the other two, with different
+numbers of stored rows; with --anew, it is also trained anew on all rows. Test is only read for the report.
+With --folder, the runs are kept, and the same command continues there. --try measures other updates instead,
+which are printed and not recorded.
 
 python -m benchmarks.update --dataset_name DATA [--seeds 3] [--per_class 200] [--anew] [--folder FOLDER]
 python -m benchmarks.update --dataset_name DATA --folder FOLDER --try '{"teacher": [500, {"teacher": "RUN"}]}'

@@ -114,7 +114,7 @@ def evaluate_corrupted(
         accuracy[name].append(hits(CorruptedStore(store, name, severity)) / count)
     mean = float(np.mean(list(accuracy.values())))
     logger.info(
-        "accuracy on %s images: %.4f under corruptions, mean of %d kinds at %d severities; %.4f without",
+        "accuracy on %s images: %.4f under corruptions (mean of %d kinds at %d severities); %.4f without",
         f"{count:,}", mean, len(CORRUPTIONS), len(SEVERITIES), clean / count,
     )  # fmt: skip
     return {
@@ -132,7 +132,7 @@ def adapt_classifier(
     train: Split | Stream,
     config: TrainingConfig,
 ) -> Predictions:
-    """Correct and calibrate a trained model on its predictions, as the options say; returns the new ones."""
+    """Correct and calibrate a trained model, as the options say; returns its new predictions."""
     if config.class_balance == "post_hoc":
         assert isinstance(train, Split)  # see `check_balance`
         validation = adjust_classifier(model, validation, counts_of_classes(train))
@@ -175,10 +175,10 @@ def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Pre
 def adjust_classifier(
     model: PreTrainedModel, validation: Predictions, counts: Tensor
 ) -> Predictions:
-    """Subtract the log of the classes' shares of the training images from the logits, by the biases of the
-    head: the probabilities are then those for equally frequent classes. Returns the adjusted predictions.
+    """Subtract the log of each class's share of the training images from the biases of the head. The
+    probabilities are then those for equally frequent classes. Returns the adjusted predictions.
 
-    If that lowers the balanced accuracy on validation, the model does not change. counts: [K], at least 1.
+    If this would lower the balanced accuracy on validation, nothing changes. counts: [K], at least 1.
     Source: Menon et al., Long-tail Learning via Logit Adjustment, 2021, post-hoc, with tau = 1.
     """
     shift = (counts / counts.mean()).log()
@@ -192,7 +192,7 @@ def adjust_classifier(
         shift_logits(model, shift)
     logger.info(
         "--class_balance post_hoc: balanced accuracy on validation %.4f, before %.4f%s",
-        after, before, "; the biases stay as they are" if is_worse else "",
+        after, before, "; the biases are not changed" if is_worse else "",
     )  # fmt: skip
     return validation if is_worse else adjusted
 
@@ -290,10 +290,10 @@ def evaluating(
 def train_of_run(
     config: EvaluateConfig, data: DataConfig, model: PreTrainedModel, preprocessing: Preprocessing
 ) -> Split:
-    """Return images that a run trained on, to fit a distance to. `split_to_evaluate` has checked that the
-    data are the same.
+    """Return training images of a run, to fit a distance to. `split_to_evaluate` has checked that the data
+    are the same.
 
-    Raises: UserError for a folder without a run, and data or a model that --reject does not support.
+    Raises: UserError for a folder without a run, or for data or a model that --reject does not support.
     """
     run = RunFolder(config.model_name_or_path)
     if not run.has_run or not is_same_source(run.data(), data):
@@ -325,7 +325,7 @@ def save_rejection(run: RunFolder, model: PreTrainedModel, distance: Distance) -
     write_bytes(run.reject_path, distance.to_bytes())
     if "test" in run.metrics():
         logger.info(
-            "the metrics of test do not have these thresholds yet; run: hf-cifar evaluate "
+            "the test metrics do not include these thresholds yet; run: hf-cifar evaluate "
             "--model_name_or_path %s --split test", run.path,
         )  # fmt: skip
     settings = run.model_config() | {"reject": model.config.reject}

@@ -17,8 +17,8 @@ def open_data(
 ) -> DataSource:
     """Open the data of a run. dataset_name: where they are now, if they have moved. flag: its option.
 
-    Raises: UserError for data that are missing, were a Python object, or have changed: images that the run
-    trained on could then be in validation.
+    Raises: UserError for data that are missing, were a Python object, or have changed (validation could then
+    have images that the run was trained on).
     """
     require_held_out(run)
     data = run.data()
@@ -31,18 +31,17 @@ def open_data(
     except UserError as error:
         if dataset_name is not None:
             raise
-        raise UserError(f"{error}; if the data has moved, pass its place as {flag}") from None
+        raise UserError(f"{error}; if the data has moved, pass its location as {flag}") from None
     if recorded is not None and found != recorded:
         raise UserError(
-            f"{data.dataset_name} does not hold the data of {run.path}, or it has changed; "
+            f"{data.dataset_name} does not hold the data of {run.path}, or the data has changed; "
             f"restore it, or pass the folder where the data is now as {flag}"
         )
     return source
 
 
 def require_held_out(run: RunFolder) -> None:
-    """Raises: UserError for a combination of runs in which each validation image of one was trained on by
-    another."""
+    """Raises: UserError for a combination of runs that were trained on each other's validation images."""
     if not run.facts().get("combined", {}).get("has_validation", True):
         raise UserError(
             f"{run.path} combines runs that were trained on each other's validation images, so none was held "
@@ -51,7 +50,7 @@ def require_held_out(run: RunFolder) -> None:
 
 
 def used_splits(run: RunFolder, source: DataSource) -> Splits:
-    """Return the splits of a run without the rows that it left out, unreadable and doubted ones."""
+    """Return the splits of a run without the rows that it left out, which are unreadable or doubted."""
     facts, splits = run.facts(), source.splits
     skipped = facts.get("skipped_rows", {}).get("validation", [])
     validation = without_rows(splits.validation, skipped)

@@ -212,7 +212,7 @@ def test_an_existing_run_gets_the_same_thresholds_without_training(runs, tmp_pat
     shutil.copytree(runs / "plain", tmp_path / "run")
     argv = ["evaluate", "--model_name_or_path", str(tmp_path / "run"), "--use_cpu"]
     assert main([*argv, "--reject", "0.9"]) == 0
-    assert "the metrics of test do not have these thresholds yet" in caplog.text
+    assert "the test metrics do not include these thresholds yet" in caplog.text
     new, old = (
         RunFolder(folder).model_config()["reject"] for folder in (tmp_path / "run", runs / "reject")
     )

@@ -1,4 +1,4 @@
-"""Names of classes that are probably one class."""
+"""Class names that probably mean the same class."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-# A class is probably a misspelling of another one with at least this many times its images.
+# A class is probably a misspelling of another one that has at least this many times as many images.
 TIMES_MISSPELT = 5
 
 
@@ -25,10 +25,10 @@ def similar_names(names: Sequence[str]) -> list[list[str]]:
 
 
 def misspelt_names(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Pair names that are one edit apart, of which one has a fifth of the images of the other or fewer.
+    """Pair names that are one edit apart, if one has at most a fifth of the other's images.
 
-    An edit is a letter too many, missing or different, or two in the wrong order. Names have at least three
-    letters and no digits. sizes: images by name.
+    An edit is an added, missing or different letter, or two swapped neighbours. Only names with at least
+    three letters and without digits are paired. sizes: number of images by name.
     """
     words = [name for name in sizes if len(name) >= 3 and not re.search(r"\d", name)]
     return [

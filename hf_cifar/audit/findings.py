@@ -1,7 +1,7 @@
 """Findings about a data set, from surveys of its splits: what is wrong, how bad it is, and what to do.
 
-Nothing here reads images or needs torch. The thresholds were chosen on CIFAR-10, of which nothing is a
-warning; docs/studies.md has the measurements.
+Nothing here reads images or needs torch. The thresholds were chosen so that CIFAR-10 gives no warning;
+docs/studies.md has the measurements.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 HUGE, HUGE_PIXELS, TINY, TINY_SIDE = 100, 1e6, 4, 32
 # Longer to shorter side of an image whose edges a crop would lose, if most are not like that.
 ELONGATED = 4.0
-# A property tells a class if this share of its images has it, and at most so many of the others.
+# A property gives a class away if at least TELLING of its images have it, and at most RARE_ELSEWHERE of the
+# others.
 TELLING, RARE_ELSEWHERE, FEWEST_TOLD = 0.5, 0.1, 5
 FEW_IMAGES = 10  # of a class in train
 # Shares of images above which duplicates are a warning. In CIFAR-10, 0.7% of train nearly equals another
@@ -35,7 +36,7 @@ MANY_EXACT, MANY_NEAR, MANY_NEAR_ACROSS = 0.001, 0.01, 0.02
 
 
 class Example(NamedTuple):
-    """An image, or a pair of images, that a finding names: the split and position of each, and why."""
+    """An image, or a pair of images, of a finding: the split and position of each, and why."""
 
     places: tuple[tuple[str, int], ...]
     note: str = ""
@@ -45,7 +46,7 @@ class Example(NamedTuple):
 class Finding:
     """Something found: error (training would be refused), warning or note.
 
-    name: what kind of finding. text: what was found. action: what to do; empty if the text says it.
+    name: the kind of finding. text: what was found. action: what to do; empty if the text says it.
     """
 
     level: Level
@@ -79,7 +80,7 @@ def examples_of(survey: Survey, rows: Array, notes: Sequence[str] = ()) -> tuple
 
 
 def image_findings(survey: Survey) -> Iterator[Finding]:
-    """Find images of extreme sizes, blank ones, and those of another kind of file than most."""
+    """Find images of extreme sizes, blank images, and images whose kind of file differs from most."""
     yield from _sizes(survey)
     yield from _blank(survey)
     good = survey.readable
@@ -87,9 +88,9 @@ def image_findings(survey: Survey) -> Iterator[Finding]:
     if 0 < len(deep) < len(good):
         yield Finding(
             "warning", "more than 8 bits",
-            f"{of_images(deep, survey)} {_verb(deep, 'has', 'have')} more than 8 bits per value, among "
-            "images of 8 bits; their values are scaled by one range",
-            "check that both look alike on the page; convert them to 8 bits, or set --value_range",
+            f"{of_images(deep, survey)} {_verb(deep, 'has', 'have')} more than 8 bits per value, unlike the "
+            "others; their values are scaled by one common range",
+            "check on the page that both kinds look alike; convert them to 8 bits, or set --value_range",
             examples_of(survey, deep),
         )  # fmt: skip
     elif len(deep):
@@ -102,7 +103,7 @@ def image_findings(survey: Survey) -> Iterator[Finding]:
         yield Finding(
             "note", "grey images",
             f"{of_images(grey, survey)} {_verb(grey)} grey, and the others are in colour",
-            "nothing to do, unless the model will see images of one kind only; then convert all to it",
+            "nothing to do, unless the model will see only one kind of image; then convert all to that kind",
             examples_of(survey, grey),
         )  # fmt: skip
     if len(alpha):
@@ -110,7 +111,7 @@ def image_findings(survey: Survey) -> Iterator[Finding]:
             "note", "alpha channel",
             f"{of_images(alpha, survey)} {_verb(alpha, 'has', 'have')} an alpha channel; transparent "
             "parts become white",
-            "paste them onto another background if white is wrong",
+            "paste them onto another background if white is unsuitable",
             examples_of(survey, alpha),
         )  # fmt: skip
 
@@ -130,7 +131,7 @@ def _sizes(survey: Survey) -> Iterator[Finding]:
     actions = {
         "huge": "check that each is one image and not a scan of many; scale them down, which also saves time",
         "tiny": "remove thumbnails and icons, or find the originals",
-        "elongated": "crop them yourself, or pass --resize_mode pad, which shows them whole",
+        "elongated": "crop them yourself, or pass --resize_mode pad, which keeps the whole image",
     }
     middle = "{1} x {0}".format(*np.median(size, axis=0).astype(int))
     for kind, mask in kinds.items():
@@ -150,20 +151,20 @@ def _blank(survey: Survey) -> Iterator[Finding]:
     rows = np.flatnonzero(survey.blank)
     if not len(rows):
         return
-    text = f"{of_images(rows, survey)} {_verb(rows)} blank: of one colour"
+    text = f"{of_images(rows, survey)} {_verb(rows)} blank (a single colour)"
     labels, names = survey.split.labels, survey.split.id2label
     if labels.ndim == 1:
         total, blank = (class_counts(each, len(names)) for each in (labels, labels[rows]))
         most = [names[k] for k in np.flatnonzero((blank > total / 2) & (total > 0)).tolist()]
         text += f"; most images of class {listed(most, SHOWN_CLASSES)} are" if most else ""
     yield Finding(
-        "warning", "blank images", text, "remove them, or replace them by the originals",
+        "warning", "blank images", text, "remove them, or replace them with the originals",
         examples_of(survey, rows),
     )  # fmt: skip
 
 
 def telling_properties(survey: Survey) -> Iterator[Finding]:
-    """Find classes that can be told by a property of their files, which a model will learn instead."""
+    """Find classes that a property of their files gives away, which a model will learn instead."""
     labels, names, good = survey.split.labels, survey.split.id2label, survey.readable
     if labels.ndim != 1:
         return
@@ -179,10 +180,10 @@ def telling_properties(survey: Survey) -> Iterator[Finding]:
         for label in np.flatnonzero(told).tolist():
             rows = good[mask[good] & (labels[good] == label)]
             yield Finding(
-                "warning", "class told by its files",
+                "warning", "class given away by its files",
                 f"train: {share[label]:.0%} of class {names[label]!r} {words}, and {others[label]:.0%} of "
                 "the other images; a model will learn that instead of what the images show",
-                "make the images of all classes alike, for example convert them in one way",
+                "make the files of all classes alike, for example by converting all of them in the same way",
                 examples_of(survey, rows),
             )  # fmt: skip
 
@@ -213,7 +214,7 @@ def class_findings(train: Survey, validation: Survey) -> Iterator[Finding]:
     if missing:
         yield Finding(
             "warning", "not in validation",
-            f"validation: {len(missing)} of {len(names)} classes have no images, so nothing is measured of "
+            f"validation: {len(missing)} of {len(names)} classes have no images, so nothing is measured for "
             f"them: {listed(missing, SHOWN_CLASSES)}",
             "add images of them to validation, or pass a larger --train_val_split",
         )  # fmt: skip
@@ -231,8 +232,10 @@ def class_findings(train: Survey, validation: Survey) -> Iterator[Finding]:
 def duplicate_findings(
     first: Survey, second: Survey, pairs: Sequence[Duplicate], *, compare_labels: bool = True
 ) -> Iterator[Finding]:
-    """Find copies of images within a split, or of images of `first` in `second`, and different labels of one
-    image. compare_labels: False for test, of which only pixels are read."""
+    """Find duplicates within a split, or between `first` and `second`, and duplicates with different labels.
+
+    compare_labels: False for test, of which only pixels are read.
+    """
     within, name, other = first is second, first.split.name, second.split.name
     where = f"another image of {name}" if within else f"an image of {other}"
     many_near = MANY_NEAR if within else MANY_NEAR_ACROSS
@@ -243,9 +246,9 @@ def duplicate_findings(
             continue
         share = len(copies) / max(1, len(first.split))
         level: Level = "warning" if share > many or (exact and not within) else "note"
-        action = "remove the copies, or a model counts these images more often than others"
+        action = "remove the copies; otherwise these images count more than others in training"
         if not within:
-            action = f"remove them from {other}: metrics on {name} are too good with them"
+            action = f"remove them from {other}; otherwise metrics on {name} are too good"
         if not exact:
             action = f"look at the pairs on the page; if they are copies, {action}"
         yield Finding(
@@ -265,7 +268,7 @@ def duplicate_findings(
             f"{count_of(len(different), 'pair')} of duplicates, {exact_ones:,} of them exact, "
             f"{'has' if len(different) == 1 else 'have'} different labels ({name}"
             + ("" if within else f" and {other}") + ")",
-            "at least one label of each is wrong, or the image shows both classes: fix or remove them",
+            "at least one label of each pair is wrong, or the image shows both classes: fix or remove them",
             tuple(_pair(first, second, pair) for pair in different),
         )  # fmt: skip
 

@@ -169,7 +169,7 @@ def _quality(scores: Array, labels: Array) -> Array:
 
 
 class UnlikelyPair(NamedTuple):
-    """Labels `given` of images that look like class `suggested`, and very unlikely like `given`.
+    """Images labelled `given` that look like class `suggested`, and for which `given` is very unlikely.
 
     rows: their positions. expected: how many there would be if the probabilities were right.
     """
@@ -188,9 +188,9 @@ class UnlikelyPair(NamedTuple):
 def unlikely_pairs(probabilities: Array, labels: Array) -> list[UnlikelyPair]:
     """Count labels [N] with a probability of at most `UNLIKELY`, by pairs of classes; highest score first.
 
-    A weak head disagrees with many right labels, but if its probabilities [N, K] fit the labels overall, it
-    says how many: the sum of the probabilities. Only more than that speaks against the labels. So labels that
-    the head often confuses, such as a cat and a dog, are not found.
+    A weak head disagrees with many correct labels, but if its probabilities [N, K] fit the labels overall,
+    their sum is the number to expect. Only a larger number is evidence against the labels. So wrong labels
+    between classes that the head often confuses, such as cat and dog, are not found.
     """
     found, predicted = [], probabilities.argmax(axis=1)
     for suggested in np.unique(predicted).tolist():

@@ -17,10 +17,10 @@ from hf_cifar.errors import UserError
 from hf_cifar.progress import Progress
 
 Array = np.ndarray
-# The largest difference of two colours of a pixel in a grey image; 2 is what JPEG adds to grey pixels.
+# The largest difference between the channels of a pixel in a grey image; JPEG alone causes a difference of 2.
 GREY = 3
-# An image with a lower standard deviation, of values 0..255, in all colours is blank. The lowest among
-# 20,000 images of CIFAR-10 is 8.4.
+# An image is blank if the standard deviation of its values, 0..255, is lower in every channel. The lowest
+# among 20,000 images of CIFAR-10 is 8.4.
 BLANK = 2.0
 SMALL = 8  # px per side of the colour thumbnails
 COLUMNS = ("height", "width", "deep", "alpha", "grey", "blank")

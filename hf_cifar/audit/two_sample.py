@@ -1,4 +1,4 @@
-"""Two-sample tests: may two sets of images come from one distribution?
+"""Two-sample tests: could two sets of images come from the same distribution?
 
 Kolmogorov-Smirnov on each column of a model's outputs (black-box shift detection, Lipton et al. 2018,
 Rabanser et al. 2019), and the maximum mean discrepancy (MMD) of feature vectors, with a permutation test
@@ -16,13 +16,13 @@ from scipy.linalg import eigh
 Array = np.ndarray
 PERMUTATIONS = 499  # and more if the level is so low that these could not reach it
 AT_ONCE = 250  # permutations in memory
-# Most principal components of the features, and images for each of them.
+# Largest number of principal components of the features, and images needed for each of them.
 COMPONENTS, IMAGES_EACH = 128, 10
 
 
 class Discrepancy(NamedTuple):
-    """MMD of two samples. squared: unbiased estimate of its square, which may be below 0. components: of the
-    features. bandwidth: of the kernel, a distance."""
+    """MMD of two samples. squared: unbiased estimate of its square, which may be negative. components: number
+    of principal components of the features. bandwidth: of the kernel, a distance."""
 
     squared: float
     p: float
@@ -34,7 +34,7 @@ class Discrepancy(NamedTuple):
 def ks_test(reference: Array, new: Array) -> tuple[Array, Array]:
     """Compare each column of [N, K] and [M, K]; return statistics [K] and two-sided p-values [K].
 
-    The p-values are exact without ties; with ties, they are too large rather than too small.
+    The p-values are exact without ties, and conservative with ties.
     """
     statistics = np.array([_largest_gap(a, b) for a, b in zip(reference.T, new.T, strict=True)])
     found = {gap: _tail(gap, len(reference), len(new)) for gap in set(statistics.tolist())}
@@ -52,8 +52,8 @@ def _largest_gap(a: Array, b: Array) -> float:
 def _tail(gap: float, n: int, m: int) -> float:
     """Probability that samples of n and m values from one continuous distribution have at least this gap.
 
-    An ordering of the pooled values is a lattice path from (0, 0) to (n, m). This counts the paths that stay
-    nearer to the diagonal, row by row, as shares of all paths to each point (as R's psmirnov does).
+    Each ordering of the pooled values is a lattice path from (0, 0) to (n, m). This counts the paths that
+    stay closer to the diagonal, row by row, as a share of all paths to each point (as R's psmirnov does).
     """
     n, m = sorted((n, m))
     least = round(gap * n * m)  # |i m - j n| of the points (i, j) that a path must not reach
@@ -93,11 +93,11 @@ def whitened(features: Array) -> Array:
 
 
 def mmd_test(reference: Array, new: Array, level: float, seed: int) -> Discrepancy:
-    """Test whether features [N, D] and [M, D], N and M at least 2, have one distribution.
+    """Test whether features [N, D] and [M, D], N and M at least 2, have the same distribution.
 
     The features are whitened, and the kernel is exp(-d^2 / (2 b^2)) with the median distance of all pairs as
     bandwidth b; both depend on all images together, so the test is exact. The p-value is the share of random
-    divisions of all images with at least this discrepancy, the given one included.
+    divisions of all images, the given one included, that have at least this discrepancy.
     level: the significance level that the number of permutations must be able to reach.
     """
     n, pooled = len(reference), whitened(np.concatenate([reference, new]))
@@ -118,8 +118,8 @@ def mmd_test(reference: Array, new: Array, level: float, seed: int) -> Discrepan
 
 
 def gaussian_kernel(points: Array) -> tuple[Array, float]:
-    """Kernel [N, N] of the rows of [N, D], 0 on its diagonal because an image with itself does not count, and
-    the median distance, which is its bandwidth."""
+    """Kernel [N, N] of the rows of [N, D], with a diagonal of 0 because an image is not compared with itself,
+    and its bandwidth, the median distance."""
     distances = squared_distances(points, points)
     median = float(np.median(distances[np.triu_indices(len(points), 1)]))
     bandwidth = math.sqrt(median) or 1.0  # 0 if most images are the same
@@ -129,8 +129,8 @@ def gaussian_kernel(points: Array) -> tuple[Array, float]:
 
 
 def discrepancies(kernel: Array, first: Array) -> Array:
-    """Unbiased squared MMD [P] of P divisions of all images. kernel [N, N]: 0 on its diagonal. first [N, P]:
-    1 for the images of the first sample."""
+    """Unbiased squared MMD [P] of P divisions of all images. kernel [N, N]: with a diagonal of 0. first
+    [N, P]: 1 for the images of the first sample."""
     first = first.astype(np.float64)
     n = first[:, 0].sum()
     m = len(kernel) - n
@@ -144,7 +144,8 @@ def discrepancies(kernel: Array, first: Array) -> Array:
 def neighbour_distances(images: Array, reference: Array, k: int, *, same: bool = False) -> Array:
     """Distance [N] of each row of `images` to its k-th nearest row of `reference`.
 
-    same: both are the same rows, and a row is not its own neighbour. If there are fewer rows, the furthest.
+    same: both are the same rows, and a row is not its own neighbour. With fewer than k rows, the furthest one
+    counts.
     """
     distances = squared_distances(images, reference)
     if same:

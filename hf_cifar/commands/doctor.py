@@ -19,8 +19,8 @@ from hf_cifar.runs.resume import with_restarts
 CONFIGS = (DoctorConfig, *RUN_CONFIGS)
 USAGE = "hf-cifar doctor DATA [options of hf-cifar finetune]"
 DESCRIPTION = (
-    "Examine a data set and a recipe before training. DATA is --dataset_name. The options are those of "
-    "hf-cifar finetune, with its recipes and config files, and those below. The exit status is 0 if training "
+    "Examine a data set and a recipe before training. DATA is --dataset_name. The options are those below "
+    "and those of hf-cifar finetune, with its recipes and config files. The exit status is 0 if training "
     "would start, 1 if it would be refused, and 2 for a mistake in the command itself."
 )
 
@@ -46,7 +46,7 @@ def doctor(argv: Sequence[str]) -> int:
         write_text(Path(config.output), render_page(found, title))
     print(render_text(found))
     if not config.output:
-        print("--output FILE.html writes a page with the images that are named")
+        print("--output FILE.html writes a page with the images of each finding")
     return 1 if found.refused else 0
 
 

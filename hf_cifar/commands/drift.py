@@ -17,12 +17,13 @@ def drift(config: DriftConfig, arguments: Sequence[str]) -> int:
     """Compare images with those of a run; exit status 1 if there is drift."""
     if len(arguments) != 2:
         raise UserError(
-            f"drift takes the folder of a run and the images, not {len(arguments)} names"
+            f"drift takes two arguments, the folder of a run and the images, not {len(arguments)}"
         )
     name, data = arguments
     if is_exported(name):
         raise UserError(
-            f"{name} has no features or record of its data; pass the folder of the run that was exported"
+            f"{name} has neither features nor a record of its data; pass the folder of the run that was "
+            "exported"
         )
     run = one_run("drift", [name])
     RunFolder(run).require_finished()

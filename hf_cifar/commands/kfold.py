@@ -18,8 +18,8 @@ from hf_cifar.runs.processes import is_main_process
 USAGE = "hf-cifar kfold [--folds N] [--recipe NAME] [--config FILE] [options of hf-cifar finetune]"
 DESCRIPTION = (
     "Train a run for each fold, in OUTPUT_DIR/fold-NUMBER, and evaluate the predictions of all of them "
-    "together. The same command continues an interrupted one; processes that are started with it at the same "
-    "time share the folds."
+    "together. The same command continues after an interruption; several processes started with it at the "
+    "same time share the folds."
 )
 
 
@@ -64,7 +64,7 @@ def submit(
 
     if job.job != "slurm":
         raise UserError(
-            f"--job {job.job} runs one training; pass --job slurm for all folds, or submit a job of "
+            f"--job {job.job} submits a single run; pass --job slurm for all folds, or submit a job of "
             "hf-cifar finetune for each --fold"
         )
     check_job(config)

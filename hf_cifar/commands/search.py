@@ -20,9 +20,9 @@ USAGE = (
     "finetune]"
 )
 DESCRIPTION = (
-    "Train a run for each trial, in OUTPUT_DIR/trial-NUMBER, and the best one on validation again, in "
-    "OUTPUT_DIR/best. The same command continues an interrupted search; processes that are started with it "
-    "at the same time, on any machines that share OUTPUT_DIR, share the trials."
+    "Train a run for each trial, in OUTPUT_DIR/trial-NUMBER, and then the best one on validation again, in "
+    "OUTPUT_DIR/best. The same command continues after an interruption; several processes started with it at "
+    "the same time, on any machines that share OUTPUT_DIR, share the trials."
 )
 
 
@@ -47,4 +47,4 @@ def search(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMAND = Command("search for the best options of a run, alone or in many processes", search)
+COMMAND = Command("search for the best options of a run, in one process or many", search)

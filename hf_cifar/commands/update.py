@@ -17,7 +17,7 @@ from hf_cifar.runs.processes import is_main_process
 USAGE = "hf-cifar update RUN --dataset_name NEW --output_dir DIR [--replay N] [options of hf-cifar finetune]"
 DESCRIPTION = (
     "Continue a finished run with new rows and new classes. The run's options are the defaults; those given "
-    "here replace them. The same command continues an interrupted one."
+    "here replace them. The same command continues after an interruption."
 )
 
 

@@ -208,7 +208,7 @@ def render_default(value: Any) -> str:
 
 
 def bare_values(classes: Sequence[Any]) -> dict[str, str]:
-    """Return the values of the options that may stand without one: true, or what the field says."""
+    """Return the values of the options that may be given without one: true, or what the field says."""
     found: dict[str, str] = {}
     for each in classes:
         kinds = field_types(each)

@@ -85,8 +85,8 @@ class DataConfig:
     )
     group_column_name: str | None = option(
         None,
-        "Column of what images have in common, such as the patient or the camera: validation and every fold "
-        "get whole groups.",
+        "Column that groups images, for example by patient or camera: no group is divided between training "
+        "and validation, or between folds.",
     )
     train_val_split: float = option(
         0.1,
@@ -97,11 +97,13 @@ class DataConfig:
         42, "Seed of the train/validation split and of every subsample.", low=0, high=2**32 - 1
     )
     num_folds: int | None = option(
-        None, "Divide train into this many folds, stratified, instead of --train_val_split.", low=2
+        None,
+        "Divide train into this many stratified folds, instead of using --train_val_split.",
+        low=2,
     )
     fold: int | None = option(
         None,
-        "Number of the fold that is validation, from 1; train is the others. hf-cifar kfold runs each.",
+        "Number of the fold to validate on, from 1; train is the others. hf-cifar kfold runs all folds.",
         low=1,
     )
     imbalance_factor: float = option(
@@ -152,7 +154,7 @@ class DataConfig:
 
     stored_rows: str | None = option(
         None,
-        "Parquet file with rows of earlier data that hf-cifar update has stored: they are added to train, "
+        "Parquet file with rows of earlier data, written by hf-cifar update: they are added to train, "
         "validation and test, and their classes come first.",
         may_change=True, public=False,
     )  # fmt: skip
@@ -170,7 +172,7 @@ class DataConfig:
             raise UserError("--streaming and --pixel_store resident cannot be combined")
         if self.fold is not None and self.fold > (self.num_folds or 0):
             raise UserError(
-                f"--fold is {self.fold}, and "
+                f"--fold is {self.fold}, but "
                 + (
                     "--num_folds is not given"
                     if self.num_folds is None

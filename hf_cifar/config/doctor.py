@@ -17,7 +17,7 @@ class DoctorConfig:
 
     json: str | None = option(None, "File for the findings as JSON, ending with .json.")
     output: str | None = option(
-        None, "File for a page with the findings and the images that they name, ending with .html."
+        None, "File for a page with the findings and their images, ending with .html."
     )
 
     def __post_init__(self) -> None:

@@ -40,14 +40,14 @@ class EvaluateConfig:
     fp16: bool = option(False, "Evaluate under float16 autocast (GPU).")
     reject: float | None = option(
         None,
-        "Fit thresholds to the run's validation images, of which this share is kept, as finetune --reject "
-        "does, and save them beside the model; 0.95 without a value.",
+        "Share of the run's validation images to keep: fit thresholds that reject images, as finetune "
+        "--reject does, and save them with the model; 0.95 if no value is given.",
         low=0.5, high=0.999, bare="0.95",
     )  # fmt: skip
     corruptions: int = option(
         0,
         "Also measure the accuracy under the fifteen common corruptions of CIFAR-10-C at five severities, on "
-        "this many images (stratified), which takes 76 predictions of each; 0 for none.",
+        "this many images (stratified), each of which is predicted 76 times; 0 for none.",
         low=0,
     )
     use_cpu: bool = option(False, "Evaluate on the CPU even if there is a GPU.")

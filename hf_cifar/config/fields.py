@@ -28,7 +28,7 @@ def option(
     text: shown in `--help` and docs/options.md. low, high: inclusive bounds of a number. group: heading in
     `--help` from this option on; the class's name if none was given. may_change: a resumed run may change it.
     saved: config.yaml records it; not for secrets and options that do not affect the run. public: a model
-    card may show it. bare: the value of the flag without one; true for a BOOL.
+    card may show it. bare: the value of the flag when it is given without one; true for a BOOL.
     """
     metadata = {
         "help": text, "low": low, "high": high, "group": group, "may_change": may_change,

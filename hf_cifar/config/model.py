@@ -77,8 +77,8 @@ class ModelConfig:
     )  # fmt: skip
     grow_head: bool = option(
         False,
-        "Keep the head's weights of the classes that the checkpoint knows, matched by name, and append the "
-        "other classes of the data, instead of a new head; hf-cifar update does so.",
+        "Instead of a new head, keep the checkpoint's head for the classes that it knows, matched by name, "
+        "and append the other classes of the data; hf-cifar update does so.",
     )
     trust_remote_code: bool = option(
         False,

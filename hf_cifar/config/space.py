@@ -21,7 +21,7 @@ from hf_cifar.errors import UserError
 from hf_cifar.text import nearest_hint, one_line
 
 KEYS = ("low", "high", "log")
-# Options that say how a trial is judged, or where it goes; those of the data too.
+# Options that say how a trial is evaluated, or where it is written; those of the data are shared too.
 SHARED = (
     "seed", "seeds", "metric_for_best_model", "greater_is_better", "do_predict", "check_leakage",
     "resume_from_checkpoint", "trust_remote_code",

@@ -39,12 +39,12 @@ class KFoldConfig:
     _argument_group_name = "cross-validation"
 
     folds: int = option(
-        5, "Number of folds; each is validation of one run, which trains on the others.", low=2
+        5, "Number of folds; each run validates on one of them, and trains on the others.", low=2
     )
     distill_into: str | None = option(
         None,
-        "Then combine the folds into an ensemble, and train one model to give its probabilities, in "
-        "OUTPUT_DIR/student: a model, or a recipe or YAML file with options that replace those of the folds.",
+        "Then combine the folds into an ensemble, and distil it into this student, in OUTPUT_DIR/student: a "
+        "model, or a recipe or YAML file with options that replace those of the folds.",
     )
 
     def __post_init__(self) -> None:
@@ -65,22 +65,22 @@ class SearchConfig:
     )
     time_limit: str | None = option(
         None,
-        "Time after which no trial starts and the running one stops at a checkpoint, such as 30m or 1h30m; "
+        "Time, such as 30m or 1h30m, after which no trial starts and the running one stops at a checkpoint; "
         "then the winner is trained again.",
     )
     sampler: Literal["tpe", "random", "grid"] = option(
         "tpe",
-        "tpe: tree-structured Parzen estimator, which learns from earlier trials; random: independent draws; "
+        "tpe: tree-structured Parzen estimator, which learns from earlier trials; random: random values; "
         "grid: every combination of the lists of --space.",
     )
     prune: bool = option(
         True,
-        "Stop a trial whose metric on validation is below the median of the others at the same point.",
+        "Stop a trial whose metric on validation is worse than the median of the others at the same point.",
     )
     space: str | None = option(
         None,
         "YAML file with a range {low: X, high: X, log: true} or a list of choices for each option to search; "
-        "default: learning rate, weight decay and a few others, by kind of training.",
+        "default: learning rate, weight decay and a few others, depending on what is trained.",
     )
     storage: str | None = option(
         None,
@@ -122,12 +122,13 @@ class CombineConfig:
     method: Literal["ensemble", "uniform_soup", "greedy_soup"] = option(
         "ensemble",
         "ensemble: the mean of the runs' probabilities; uniform_soup: one network with the mean of their "
-        "weights; greedy_soup: of those runs only that do not lower the accuracy on validation, best first.",
+        "weights; greedy_soup: the same, of only those runs that do not lower the accuracy on validation, "
+        "added best first.",
     )
     views: Literal["image", "flip", "crops", "auto"] = option(
         "image",
-        "Average over views of each image: image, itself only; flip, also its mirror image; crops, also five "
-        "crops of it; auto: the best on validation.",
+        "Views of each image to average over. image: only the image; flip: also its mirror image; crops: "
+        "also five crops; auto: the best of these on validation.",
     )
     do_predict: bool = option(False, "Also evaluate the combined run on test.")
     per_device_eval_batch_size: int = option(64, "Images per batch.", low=1)
@@ -148,15 +149,15 @@ class UpdateConfig:
 
     replay: int = option(
         500,
-        "Training rows of the run, the same number of each class, that are stored and trained on together "
-        "with the new ones; 0 for none.",
+        "Number of the run's training rows, equally many of each class, to store and train on together with "
+        "the new ones; 0 for none.",
         low=0,
     )
     compare_anew: bool = option(
         False,
-        "Also train the run's own starting model anew on the new rows and all rows that the run had, in "
-        "OUTPUT_DIR/anew, and compare. If the run is an update, those are its own data and the rows that it "
-        "had stored.",
+        "Also train anew on the new rows and all rows of the run, from the model that the run started from, "
+        "in OUTPUT_DIR/anew, and compare. If the run is itself an update, its rows are its own data and the "
+        "rows that it had stored.",
     )
     old_data: str | None = option(None, MOVED_DATA)
 
@@ -166,7 +167,7 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class DriftConfig:
-    """Which images to compare with those of a run, and how strictly."""
+    """Which images to compare with those of a run, and how."""
 
     _argument_group_name = "drift"
 
@@ -176,25 +177,26 @@ class DriftConfig:
     image_column_name: str | None = option(
         None, "Image column of DATA; default: found by its type or name."
     )
-    split: str | None = option(None, "Split of DATA to examine; default: all together.")
+    split: str | None = option(None, "Split of DATA to compare; default: all splits together.")
     alpha: float = option(
         0.05,
-        "Largest probability of finding drift in images of the same distribution; the tests share it.",
+        "Largest probability of a false alarm, of both tests together.",
         low=0.001,
         high=0.5,
     )
     num_images: int = option(
         2000,
-        "Images of the run and of DATA to compare, at most; of more, that many are drawn with a fixed seed.",
+        "Largest number of images of the run, and of DATA, to compare; if there are more, that many are "
+        "drawn with a fixed seed.",
         low=20,
         high=10_000,
     )
     output_dir: str | None = option(
         None,
-        "New folder for the page drift.html and its facts drift.json; default: none are written.",
+        "New folder for the page drift.html and its numbers, drift.json; default: neither is written.",
     )
     gallery_size: int = option(
-        24, "Pictures on the page: those least like the run's images; 0 for none.", low=0
+        24, "Number of images on the page, those least like the run's images; 0 for none.", low=0
     )
     dataset_name: str | None = option(None, MOVED_DATA)
     use_cpu: bool = option(False, "Compute on the CPU even if there is a GPU.")

@@ -139,13 +139,13 @@ class TrainingConfig:
     )
     teacher: str | None = option(
         None,
-        "Distillation: folder or Hub id of a model fine-tuned on these classes, or on some of them, whose "
-        "probabilities for each training image the model also learns.",
+        "Teacher for distillation: folder or Hub id of a model fine-tuned on these classes, or on some of "
+        "them. The model also learns its probabilities for each training image.",
         public=False,
     )
     distillation_weight: float = option(
         WITHOUT_TEACHER["distillation_weight"],
-        "With --teacher: weight of its part of the loss; that of the labels gets the rest.",
+        "With --teacher: weight of the distillation loss; the loss of the labels has the rest.",
         low=0,
         high=1,
     )
@@ -157,8 +157,8 @@ class TrainingConfig:
     )
     feature_hint: float = option(
         0.0,
-        "With --teacher: weight of a term that makes images of a batch as similar to each other, by the "
-        "features before the head, as they are for the teacher; 0 turns it off.",
+        "With --teacher: weight of a loss that matches the similarities between the images of a batch, by "
+        "the features before the head, to those of the teacher; 0 turns it off.",
         low=0,
         high=1e6,
     )
@@ -259,7 +259,7 @@ class TrainingConfig:
         None,
         "Share of validation images to keep: fit thresholds on confidence and on distance from the training "
         "images, so that hf-cifar predict and serve answer 'unknown' for images of none of the classes; 0.95 "
-        "without a value.",
+        "if no value is given.",
         low=0.5, high=0.999, bare="0.95",
     )  # fmt: skip
     check_leakage: bool = option(

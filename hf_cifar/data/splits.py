@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # mistakes in data are found without importing torch
 logger = logging.getLogger(__name__)
 # Training images examined for more than 8 bits; of a stream, the first ones.
 IMAGES_FOR_RANGE, STREAMED_FOR_RANGE = 500, 64
-# The name of all images of train, each predicted by a model that was not trained on it.
+# The name of the split of all images of train, each predicted by a model that was not trained on it.
 OUT_OF_FOLD = "out_of_fold"
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
 
@@ -99,9 +99,9 @@ class DataSource:
         self._pixels: dict[str, Pixels] = {}
 
     def sharing(self, config: DataConfig) -> DataSource:
-        """Return the same data divided by other options; the two share their images, decoded once.
+        """Return the same data divided by other options; both share the decoded images.
 
-        config: may differ from that of this source in the options that choose rows only.
+        config: may differ from that of this source only in the options that choose rows.
         """
         other = DataSource(config)
         other._pixels = self._pixels
@@ -198,7 +198,7 @@ class DataSource:
 
 
 def num_own_rows(rows: Dataset) -> int:
-    """Return the number of rows of a data set itself, which come before the stored ones."""
+    """Return the number of the data set's own rows, which come before the stored ones."""
     return int(np.count_nonzero(stored_split(rows) == ""))
 
 
@@ -263,7 +263,7 @@ def prepare_splits(
         except UnreadableImages:
             logger.warning("a validation image cannot be read; checking the training images")
     train, validation = readable(train, validation, on_bad_image=config.on_bad_image)
-    # A class may have had none before: an update keeps the classes of its run.
+    # A class may have had no images before: an update keeps the classes of its run.
     names = list(splits.id2label.values())
     absent = class_counts(splits.train.labels, len(names)) == 0
     require_every_class_of(train.labels, names, train.source_split, absent)
@@ -359,13 +359,13 @@ def _divide(
     groups = None if config.group_column_name is None else _groups_of(rows, config)
     if config.num_folds is None and groups is None:
         return stratified(labels, config.train_val_split, names, config.split_seed, split)
-    # Validation of whole groups is one of the folds that would have about its size.
+    # With whole groups, validation is one fold of about its size.
     num_folds = config.num_folds or max(2, round(1 / config.train_val_split))
     number = config.fold or (1 if config.num_folds is None else None)
     if number is None:
         raise UserError(
-            f"--num_folds {num_folds} needs --fold, the number of the one that is validation, from 1 to "
-            f"{num_folds}; hf-cifar kfold --folds {num_folds} runs all of them"
+            f"--num_folds {num_folds} needs --fold, the number of the fold to validate on, from 1 to "
+            f"{num_folds}; hf-cifar kfold --folds {num_folds} runs all folds"
         )
     num_units = len(rows) if groups is None else len(np.unique(groups))
     if config.num_folds is None:
@@ -373,11 +373,11 @@ def _divide(
     if num_folds > num_units or num_units < 2:
         units = "images" if groups is None else f"groups in column {config.group_column_name!r}"
         raise UserError(
-            f"{split} has {num_units:,} {units}, too few for {num_folds} folds; pass fewer, or add some"
+            f"{split} has {num_units:,} {units}, too few for {num_folds} folds; pass fewer folds, or add data"
         )
     if config.num_folds and _own_validation(source.rows):
         logger.warning(
-            "the folds divide %s; the data set's own validation split takes no part", split
+            "the folds divide %s; the data set's own validation split is not used", split
         )
     fold_of = assign_folds(labels, num_folds, config.split_seed, groups)
     in_fold = fold_of == number - 1
@@ -396,7 +396,7 @@ def _groups_of(rows: Dataset, config: DataConfig) -> np.ndarray:
     missing = [position for position, value in enumerate(values) if value in (None, "")]
     if missing:
         logger.warning(
-            "%s of %s images have no value in column %r, and each is a group of its own",
+            "%s of %s images have no value in column %r; each of them is a group of its own",
             f"{len(missing):,}", f"{len(values):,}", config.group_column_name,
         )  # fmt: skip
     numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
@@ -421,7 +421,7 @@ def _whole_split(name: str, pixels: Pixels) -> Split:
 
 
 def _with_stored(split: Split) -> Split:
-    """Add the stored rows of a split after those that were chosen of the data set."""
+    """Append the stored rows of a split to those chosen from the data set."""
     stored = np.flatnonzero(stored_split(split.pixels.rows) == split.name)
     return replace(split, positions=np.concatenate([split.positions, stored]))
 

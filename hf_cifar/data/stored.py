@@ -1,7 +1,7 @@
 """Rows of earlier data in one Parquet file: encoded images, labels, and the split that each belongs to.
 
-`hf-cifar update` writes it into the folder of a run, so that later runs can train on, and be evaluated on,
-rows of data that need no longer be there.
+`hf-cifar update` writes it into the folder of a run, so that later runs can train and evaluate on rows of
+data that are no longer available.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class StoredRows:
     """Stored rows. rows: columns image (encoded), label, stored (the split), row_id (in the earlier source).
 
     note: where the rows come from, as plain values; its `copies` are the rows of the new data, by split,
-    whose images are known. known: hashes of all images of the earlier run and those before it, sorted, see
-    `image_hashes`.
+    whose images are known. known: sorted hashes of all images of the earlier run and of the runs before it,
+    see `image_hashes`.
     """
 
     rows: Dataset
@@ -83,11 +83,12 @@ class StoredRows:
         return self.rows.select(places).with_format("arrow")
 
     def joined(self, splits: DatasetDict, train: str, validation: str | None) -> DatasetDict:
-        """Append the rows to the splits of a new data set, without its images that the earlier run has; the
-        classes are the stored ones, then the others.
+        """Append the rows to the splits of a new data set, from which images of the earlier run are left out.
+        The stored classes come first, then the others.
 
-        train, validation: names of the data set's own splits; without validation, these rows are in train.
-        Raises: UserError for another number of labels per image.
+        train, validation: names of the data set's own splits; without a validation split, the stored
+        validation rows are appended to train.
+        Raises: UserError if only one of the two has multiple labels per image.
         """
         lists = holds_lists(self.rows.features["label"])
         joined = {}
@@ -95,7 +96,7 @@ class StoredRows:
             if holds_lists(rows.features["label"]) != lists:
                 kinds = ("one label", "lists of labels")
                 raise UserError(
-                    f"split {name} has {kinds[not lists]} per image, and the stored rows have "
+                    f"split {name} has {kinds[not lists]} per image, but the stored rows have "
                     f"{kinds[lists]}; pass data with the same"
                 )
             if copies := self.note.get("copies", {}).get(name):
@@ -148,10 +149,10 @@ def write_stored(
     *,
     embeds: bool = True,
 ) -> None:
-    """Write the rows of splits to a file, which appears once it is complete.
+    """Write the rows of splits to a file, which appears only when it is complete.
 
-    note, known: as of `StoredRows`. embeds: copy the content of image files; else refer to them, so that they
-    have to stay.
+    note, known: see `StoredRows`. embeds: copy the content of image files; otherwise refer to the files,
+    which must then remain.
     Raises: UserError for an image file that cannot be read.
     """
     label = splits[0].pixels.rows.features["label"]
@@ -179,8 +180,10 @@ def write_stored(
 
 
 def _stored_cell(cell: dict[str, Any], *, embeds: bool) -> dict[str, Any]:
-    """Return a cell of an image column as it is stored; an empty one stays empty, and is for the run to
-    report. Raises: OSError for a file that cannot be read."""
+    """Return a cell of an image column as it is stored; an empty cell stays empty, and the run reports it.
+
+    Raises: OSError for a file that cannot be read.
+    """
     path = cell.get("path") or None
     if embeds or cell.get("bytes"):
         return {"bytes": read_encoded(cell) or None, "path": path and Path(path).name}

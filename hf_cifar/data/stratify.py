@@ -41,8 +41,8 @@ def equal_rows(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     """Choose `size` row numbers, sorted, as equally divided among the classes as possible.
 
     The rows are shuffled and numbered within their class; those with the lowest numbers are chosen, so that
-    a smaller choice is part of a larger one. Of labels [N, K], a row has the lowest of its classes' numbers,
-    and rows without a label come last.
+    a smaller choice is part of a larger one. For labels [N, K], a row has the lowest number that it has in
+    any of its classes, and rows without a label come last.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     shuffled, numbers = labels[order], np.full(len(labels), len(labels))
@@ -160,8 +160,8 @@ def assign_folds(
 def _folds_of_groups(
     labels: np.ndarray, num_folds: int, groups: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
-    """Assign groups to folds one by one, those with the most uneven classes first, each to the fold where the
-    classes are then the most even over the folds; if equal, to the smallest.
+    """Assign groups to folds one by one, those with the most uneven classes first. Each goes to the fold that
+    makes the classes most even over the folds; of equal ones, to the smallest.
 
     Source: scikit-learn, StratifiedGroupKFold.
     """

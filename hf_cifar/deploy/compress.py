@@ -237,7 +237,8 @@ def exported(run: Path, file: Path, name: str, made: str, trust_remote_code: boo
         model, image_processor = load_classifier(str(run), trust_remote_code=trust_remote_code)
         if rejection_of(model) is not None:
             logger.info(
-                "%s: its versions here give every image a class, without --reject", run.name
+                "%s: the versions made here assign a class to every image, without --reject",
+                run.name,
             )
             forget_rejection(model)
         to_file = ExportConfig(output=str(file), parity_images=0)

@@ -72,7 +72,7 @@ def write_space(models: Mapping[str, PredictConfig], space: Path) -> Iterator[Pa
         packages = list(PACKAGES)
         if any(read_object(source / CONFIG).get("reject") for source in sources.values()):
             logger.info(
-                "the Space answers with a class for every image: pipeline does not reject any"
+                "the Space assigns a class to every image, because pipeline does not reject images"
             )
         for name, source in zip(names, sources.values(), strict=True):
             target = folder / MODELS / name

@@ -150,7 +150,7 @@ class StepTimes(TrainerCallback):
 
 
 def _whole_steps(num_images: int, batch: int) -> int:
-    """Return how many images to time steps on: no batch is smaller than the others, unless all images are."""
+    """Return how many images to time steps on: only whole batches, unless all images are fewer."""
     return min(STEPS, num_images // batch) * batch or num_images
 
 
@@ -166,7 +166,7 @@ def _some(
 
 
 def _preparation(splits: Splits, preprocessing: Preprocessing, plan: Plan) -> dict[str, float]:
-    """Return the seconds and bytes that preparing all images takes, as far as that is not done yet."""
+    """Return the seconds and bytes that it takes to prepare the images that are not prepared yet."""
     found = {"seconds": 0.0, "bytes": 0}
     for split, augmented in ((splits.train, True), (splits.validation, False)):
         assert isinstance(split, Split)
@@ -227,15 +227,15 @@ def render_cost(cost: dict[str, Any]) -> list[str]:
         f", and {gigabytes(disk['image_bytes'])} of prepared images" if disk["image_bytes"] else ""
     )
     steps = (
-        f"; {cost['steps']:,} steps of {cost['batch']} images, {cost['seconds_per_step']:.3g} s each, the "
-        f"median of {cost['timed_steps']}"
+        f"; {cost['steps']:,} steps of {cost['batch']} images, {cost['seconds_per_step']:.3g} s each (median "
+        f"of {cost['timed_steps']})"
         if cost["steps"] else "; the head is solved without steps"
     )  # fmt: skip
     return [
         f"time: about {duration(cost['seconds'])}{runs}{f' ({parts})' if parts else ''}{steps} on "
         f"{cost['device']} in {cost['precision']}",
         f"memory: about {gigabytes(memory['process_bytes'])} of "
-        f"{gigabytes(memory['total_bytes'])}, this check included{gpu}",
+        f"{gigabytes(memory['total_bytes'])}, including this check{gpu}",
         f"disk: {gigabytes(disk['run_bytes'])} for the model and its checkpoints{images}; "
         f"{gigabytes(disk['free_bytes'])} are free",
     ]
@@ -249,7 +249,7 @@ def cost_findings(cost: dict[str, Any]) -> list[Finding]:
     return [
         Finding(
             "warning", "little memory",
-            f"after a few steps only {gigabytes(memory['available_bytes'])} of memory are available",
+            f"after a few steps, only {gigabytes(memory['available_bytes'])} of memory are left",
             "pass a smaller --per_device_train_batch_size, or --pixel_store disk",
         )
     ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Examine a data set and a recipe before training: refusals, images, classes, duplicates, labels, cost.
 
-It runs the checks of `finetune_classifier` in their order and goes on after a refusal, as far as the next
-check does not need what is missing. Test is read for its pixels only, as by --check_leakage.
+It runs the checks of `finetune_classifier` in the same order, and continues after a refusal with every check
+that does not need what is missing. Only the pixels of test are read, as with --check_leakage.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from hf_cifar.training.build import imbalance
 from hf_cifar.training.race import GUESS
 
 logger = logging.getLogger(__name__)
-# Near duplicates of more images are not looked for: every image is compared with every other one.
+# Near duplicates are not searched for among more images: every image is compared with every other one.
 MOST_COMPARED = 100_000
 # Images that are smaller than the model's input by this factor cost more time than they have detail.
 ENLARGED = 3
@@ -55,7 +55,7 @@ Built = tuple[PreTrainedModel, BaseImageProcessor]
 
 @dataclass(frozen=True, eq=False)
 class Examination:
-    """What was found: plain values, the findings, errors first, and the surveys by name of the split."""
+    """What was found: plain values; the findings, errors first; and the surveys, by name of the split."""
 
     facts: dict[str, Any]
     findings: list[Finding]
@@ -68,7 +68,7 @@ class Examination:
 
 
 def examine(config: RunConfig) -> Examination:
-    """Examine the data and the recipe of a run; nothing is trained to the end, and nothing is written but
+    """Examine the data and the recipe of a run. No training is completed, and nothing is written except
     prepared images and features in the cache."""
     start, seeds = time.perf_counter(), config.train.seeds
     config = config.with_training(seeds=1)
@@ -146,7 +146,7 @@ def _plain(example: Example, surveys: dict[str, Survey]) -> dict[str, Any]:
 
 
 def describe(name: str, position: int, surveys: dict[str, Survey]) -> dict[str, Any]:
-    """Identify an image: the source's own split and row, the file if any, and the label, but not of test."""
+    """Identify an image: split and row in the source, its file, if any, and its label, except for test."""
     split = surveys[name].split
     found = {
         "split": split.source_split, "row": int(split.row_ids[position]), "path": split.path_of(position),
@@ -160,7 +160,7 @@ def describe(name: str, position: int, surveys: dict[str, Survey]) -> dict[str, 
 
 
 def _test_of(source: DataSource) -> Split | None:
-    """Return test, of which only pixels are read, or None without a labelled one."""
+    """Return test, of which only pixels are read; None if there is no labelled test split."""
     try:
         return source.test_split
     except UserError:
@@ -219,9 +219,11 @@ def _of_data(surveys: dict[str, Survey], config: RunConfig) -> list[Finding]:
         found.append(Finding("warning", "imbalance", advice))
     near = sum(len(survey.split) for survey in surveys.values()) <= MOST_COMPARED
     if not near:
-        text = f"near duplicates were not looked for, because there are more than {MOST_COMPARED:,} images"
+        text = f"near duplicates were not searched for, because there are more than {MOST_COMPARED:,} images"
         found.append(
-            Finding("note", "near duplicates", text, "pass --max_train_samples to look at a part")
+            Finding(
+                "note", "near duplicates", text, "pass --max_train_samples to search some images"
+            )
         )
     found += duplicate_findings(train, train, compare_fingerprints(train.prints, near=near))
     for first, second in (("validation", "train"), ("test", "train"), ("test", "validation")):
@@ -264,7 +266,7 @@ def _prepared(
     """Build the model and plan the run, as far as both are possible."""
     built = plan = None
     set_seed(config.train.seed)
-    # A race would take a tenth of the run, and measuring precisions minutes if the compiler is tried.
+    # A race would take a tenth of the run, and measuring precisions takes minutes if the compiler is tried.
     changes: dict[str, Any] = {}
     if config.train.learning_rate == "auto":
         changes["learning_rate"] = GUESS  # any has the same cost
@@ -300,7 +302,7 @@ def _enlarged(train: Survey, image_processor: BaseImageProcessor) -> list[Findin
     return [
         Finding(
             "note", "enlarged images",
-            f"the images of {median} px are enlarged to the model's {side} px",
+            f"images of {median} px are enlarged to the model's {side} px",
             f"a smaller --image_size, such as {ENLARGED * median}, costs less; compare both",
         )
     ]  # fmt: skip
@@ -310,5 +312,5 @@ def _stream_note(config: RunConfig) -> Finding:
     return Finding(
         "note", "stream",
         f"{config.data.dataset_name} is streamed, so its training images were not examined",
-        "pass the data without --streaming, and --max_train_samples, to examine a part",
+        "pass --max_train_samples instead of --streaming to examine some of them",
     )  # fmt: skip

@@ -135,7 +135,7 @@ def _shown(example: Any, surveys: dict[str, Survey]) -> dict[str, Any]:
 
 
 def _bars(facts: dict[str, Any]) -> Markup | None:
-    """Draw the images of each class in train, as a share of the largest class."""
+    """Draw the number of images of each class in train, as a share of that of the largest class."""
     counts = facts.get("classes", {}).get("train", {})
     if not counts or not max(counts.values()):
         return None

@@ -13,7 +13,7 @@ PACKAGE = "hf_cifar"
 
 
 class Refusals:
-    """The messages of errors, each once, in the words of `hf-cifar finetune`. warnings: those logged."""
+    """Error messages, each once, as `hf-cifar finetune` words them. warnings: those that were logged."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
@@ -34,7 +34,7 @@ class Refusals:
 
     @contextlib.contextmanager
     def hearing(self) -> Iterator[None]:
-        """Note the warnings that the package logs in the block, which are not printed twice."""
+        """Note the warnings that the package logs in the block."""
         listener, logger = _Listener(self.warnings), logging.getLogger(PACKAGE)
         logger.addHandler(listener)
         try:

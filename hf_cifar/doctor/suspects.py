@@ -1,4 +1,4 @@
-"""Doubt labels by the features of a small model, with linear heads that have not seen the image."""
+"""Find suspicious labels, by linear heads on a small model's features that were not fitted to the image."""
 
 from __future__ import annotations
 
@@ -37,19 +37,23 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 BUNDLED_MODEL, IMAGE_SIZE = "bundled/efficientnet_lite0", 64
-# The features may take this long; more images than that allows are left out, at random.
+# Features are computed for this long; images that do not fit into this time are left out, at random.
 SECONDS, BATCH = 25.0, 64
 MARGIN = 3
-FEWEST = 500  # images; with fewer, features of pixels cover all images instead
-# A pair of classes is a warning from this score of `unlikely_pairs` on, and this share of the class, and at
-# least this many labels, above what is expected. On 9,000 images of clean CIFAR-10, the highest of 90 scores
-# was 5.3 to 7.0; with 10% of the trucks labelled frog it was 25 to 30, and 5% to 6% of the frogs.
+FEWEST = 500  # images; if there is time for fewer, the pixels of all images are the features
+# A pair of classes is a warning if its score, see `unlikely_pairs`, is at least SCORE, and the number of
+# labels above the expected one is at least EXCESS and SHARE of the class. On 9,000 images of clean CIFAR-10,
+# the highest of 90 scores was 5.3 to 7.0; with 10% of the trucks labelled frog it was 25 to 30, and the
+# number was 5% to 6% of the frogs.
 SCORE, SHARE, EXCESS = 10.0, 0.02, 5
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features [M, D] of some images of train, by their positions [M]. of, trust: in words."""
+    """Features [M, D] of some images of train, by their positions [M].
+
+    of, trust: what they are, and how far to trust them, in words.
+    """
 
     values: np.ndarray
     positions: np.ndarray
@@ -69,20 +73,20 @@ class Candidate(NamedTuple):
 def doubted(
     train: Survey, config: RunConfig, built: tuple[PreTrainedModel, BaseImageProcessor] | None
 ) -> tuple[dict[str, Any], list[Finding]]:
-    """Return what the labels of train look like, as plain values, and the findings.
+    """Return facts about the labels of train, as plain values, and the findings.
 
     built: the model of the recipe, if it could be built.
     """
     split = train.good
     if split.labels.ndim == 2:
-        return {"checked": 0, "reason": "images have more than one label, and are not checked"}, []
+        return {"checked": 0, "reason": "not checked, because images have multiple labels"}, []
     features = compute_features(train, config, built)
     rows = subset(split, features.positions)
     folds = checked_folds(rows, config.data.split_seed)
     checked = np.flatnonzero(folds >= 0)
     if len(np.unique(rows.labels[checked])) < 2:
         return {
-            "checked": 0, "reason": f"fewer than two classes have {FOLDS} images, so none is checked"
+            "checked": 0, "reason": f"not checked, because fewer than two classes have {FOLDS} images"
         }, []  # fmt: skip
     probabilities = out_of_fold_probabilities(
         features.values, rows.labels, folds, len(rows.id2label)
@@ -102,17 +106,17 @@ def doubted(
     listing = tuple(
         Example(
             ((train.split.name, int(places[row])),),
-            f"looks like {rows.id2label[int(suggested[row])]}, as labelled "
+            f"looks like {rows.id2label[int(suggested[row])]}; probability of its label "
             f"{probabilities[row, labels[row]]:.1%}",
         )
         for row in order[:SHOWN_CLASSES]
     )
     text = (
         f"confident learning doubts {number:,} of {count_of(len(labels), 'label')} "
-        f"({number / len(labels):.1%}), by linear heads on {features.of}, which are right on "
-        f"{accuracy:.1%} of them; {features.trust}"
+        f"({number / len(labels):.1%}), with linear heads on {features.of}, whose accuracy is "
+        f"{accuracy:.1%}; {features.trust}"
     )
-    action = "look at the first ones on the page; --clean_labels drop leaves out those that the run doubts"
+    action = "look at the first ones on the page; --clean_labels drop leaves out those that the run finds"
     found.append(Finding("note", "doubted labels", text, action if listing else "", listing))
     return facts, found
 
@@ -135,7 +139,7 @@ def _pair_findings(
             "warning", "suspicious labels",
             f"{len(pair.rows):,} of {total:,} images labelled {given!r} look like {suggested!r} "
             f"({pair.expected:.0f} expected by chance), by {facts['features']}",
-            f"look at them on the page and correct the labels; or --clean_labels drop; {facts['trust']}",
+            f"look at them on the page and correct the labels, or pass --clean_labels drop; {facts['trust']}",
             tuple(
                 Example((("train", int(places[row])),), f"{given}, looks like {suggested}")
                 for row in pair.rows
@@ -146,7 +150,7 @@ def _pair_findings(
 def compute_features(
     train: Survey, config: RunConfig, built: tuple[PreTrainedModel, BaseImageProcessor] | None
 ) -> Features:
-    """Return the features of the pretrained model that can see most images in `SECONDS`, else of pixels."""
+    """Return features of the pretrained model that covers the most images in `SECONDS`, or else of pixels."""
     split, count = train.good, len(train.good)
     best: Candidate | None = None
     for each in _candidates(split, config, built):
@@ -157,10 +161,10 @@ def compute_features(
         pixels = train.colours[train.readable].reshape(count, -1) / np.float32(255)
         return Features(
             pixels, np.arange(count), f"the pixels at {SMALL} x {SMALL}",
-            "trust it little: pixels show gross mistakes at most, so pip install 'hf-cifar[bundled]' for a "
-            "pretrained model",
+            "a weak hint: pixels show only gross mistakes; pip install 'hf-cifar[bundled]' for a pretrained "
+            "model",
         )  # fmt: skip
-    # The short measurement may be too low; the clock decides.
+    # The short measurement may underestimate the speed, so more images are prepared, and the clock decides.
     positions = representative_rows(split.labels, MARGIN * most, config.data.split_seed)
     part = prepare_split(
         subset(split, positions), best.preprocessing, kind=config.data.pixel_store, on_bad_image="skip"
@@ -169,7 +173,7 @@ def compute_features(
 
     def batches() -> Iterator[Tensor]:
         end = time.perf_counter() + SECONDS
-        # At random, so that those of each class are alike however many there is time for.
+        # At random, so that classes are covered equally, however many images there is time for.
         order = np.random.default_rng(config.data.split_seed).permutation(len(part))
         for start in range(0, len(order), BATCH):
             if time.perf_counter() > end and start >= FEWEST:
@@ -190,7 +194,7 @@ def compute_features(
         np.concatenate(values), positions,
         f"features of {best.name} at {side} px"
         + ("" if len(positions) >= count else f", of {len(positions):,} images chosen at random"),
-        "trust it no further: mistakes between classes that look alike are not found",
+        "only a hint: mistakes between classes that look alike are not found",
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Blur of CIFAR-10-C: defocus, glass, motion and zoom.
 
-Images are float [N, C, H, W] from 0 to 1. Lengths are those for 32 px, times `scale_of` the images; pixels
-of the edge are repeated outside it.
+Images are float [N, C, H, W] from 0 to 1. Lengths are for 32 px, and are multiplied by `scale_of` the images.
+Beyond the edges, the outermost pixels are repeated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def gaussian_filter(images: Tensor, sigma: float, reach: int | None = None) -> T
 
 
 def defocus_blur(images: Tensor, severity: int, generators: Sequence[Generator]) -> Tensor:
-    """Average over a disk, smoothed by a Gaussian of 3 x 3 px (of 32)."""
+    """Average over a disk, smoothed by a Gaussian of 3 x 3 px (for 32 px)."""
     scale = scale_of(images)
     radius, sigma = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))[severity - 1]
     radius, sigma = radius * scale, sigma * scale
@@ -51,8 +51,8 @@ def defocus_blur(images: Tensor, severity: int, generators: Sequence[Generator])
 def glass_blur(images: Tensor, severity: int, generators: Sequence[Generator]) -> Tensor:
     """Blur, exchange pixels with random neighbours, and blur again.
 
-    Each pixel takes the value of one up to `delta` px above and to the left, or less than that below and to
-    the right. This is what the published code does where it means to swap two pixels.
+    Each pixel takes the value of one that is up to `delta` px above or to the left, or fewer below or to the
+    right. The published code means to swap two pixels, but does this.
     """
     sigma, delta, rounds = (
         (0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)
@@ -104,14 +104,14 @@ def motion_blur(images: Tensor, severity: int, generators: Sequence[Generator]) 
 
 
 def enlarge(images: Tensor, factor: float) -> Tensor:
-    """Enlarge images about their centre, bilinearly, and cut off what leaves the frame."""
+    """Enlarge images about their centre, bilinearly, and crop them to their size."""
     matrix = torch.eye(2, 3, device=images.device) / factor
     grid = F.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def zoom_blur(images: Tensor, severity: int, generators: Sequence[Generator]) -> Tensor:
-    """Average over the image and ever larger ones, in steps of 1%."""
+    """Average over the image and enlarged copies of it, in steps of 1%."""
     largest = (6, 11, 15, 20, 25)[severity - 1]
     total = images.clone()
     for percent in range(largest + 1):

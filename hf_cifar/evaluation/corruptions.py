@@ -2,11 +2,11 @@
 
 Kinds and parameters are those of CIFAR-10-C: Hendrycks and Dietterich 2019, Benchmarking Neural Network
 Robustness to Common Corruptions and Perturbations, and their code, make_cifar_c.py. They are for 32 px: for
-other sizes, lengths in pixels (blur, displacements, flakes, crystals) are multiplied by the shorter side,
-divided by 32. Strengths and shares stay as they are: pixelate and JPEG are milder for large images.
+other sizes, lengths in pixels (blur, displacements, flakes, crystals) are multiplied by the shorter side
+divided by 32. Strengths and proportions are not changed: pixelate and JPEG are milder for large images.
 
-Differences: frost is drawn instead of cut from photographs. Beyond the edges, blur repeats the last pixel.
-Zoom blur is exact about the centre, elastic deformation interpolates once, not twice, and values are rounded.
+Differences: frost is generated instead of cropped from photographs. Beyond the edges, blur repeats the last
+pixel. Zoom blur is centred exactly, elastic deformation interpolates once, not twice, and values are rounded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Digital corruptions of CIFAR-10-C: contrast, elastic deformation, pixels and JPEG.
+"""Digital corruptions of CIFAR-10-C: contrast, elastic deformation, pixelation and JPEG.
 
 Images are float [N, 3, H, W] from 0 to 1.
 """
@@ -21,7 +21,7 @@ from hf_cifar.transforms.resizing import resize_exactly
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Return images from 0 to 1 as whole numbers from 0 to 255."""
+    """Return images from 0 to 1 as integers from 0 to 255."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -33,7 +33,7 @@ def contrast(images: Tensor, severity: int, generators: Sequence[Generator]) -> 
 
 
 def elastic_transform(images: Tensor, severity: int, generators: Sequence[Generator]) -> Tensor:
-    """Move three points of the image, and with them the rest, and stretch it locally.
+    """Apply a random affine transform, given by three moved points, and stretch the image locally.
 
     Lengths are shares of the side. From severity 1 to 5, the points move less and the local stretches grow.
     """
@@ -50,7 +50,7 @@ def elastic_transform(images: Tensor, severity: int, generators: Sequence[Genera
     identity = torch.eye(2, 3, device=device).expand(count, 2, 3)
     points = F.affine_grid(identity, list(images.shape), align_corners=False)
     if strength:
-        # White noise averages out more over more pixels; the scale makes up for it.
+        # White noise averages out more over more pixels; the scale compensates for this.
         noise = 2 * draw(torch.rand, generators, (2, height, width), device) - 1
         noise = gaussian_filter(noise, smoothness * side, round(3 * smoothness * side))
         points = points + 2 * strength * scale_of(images) * noise.permute(0, 2, 3, 1)
@@ -71,7 +71,7 @@ def pixelate(images: Tensor, severity: int, generators: Sequence[Generator]) -> 
 
 
 def jpeg_compression(images: Tensor, severity: int, generators: Sequence[Generator]) -> Tensor:
-    """Compress as JPEG, with colours at half the resolution, the usual setting."""
+    """Compress as JPEG, with colours at half the resolution, as is usual."""
     quality = (80, 65, 58, 50, 40)[severity - 1]
     decoded = []
     for image in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy():

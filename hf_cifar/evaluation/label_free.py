@@ -16,10 +16,10 @@ def estimated_accuracy(
 ) -> tuple[float, Array]:
     """Estimate the accuracy on new images, 0..1, with its bootstrapped 95% interval [2].
 
-    probabilities [N, K] and correct [N] of labelled images, probabilities `new` [M, K]. It is the share of
-    new images whose negative entropy reaches the threshold that as many labelled images reach as are
-    classified correctly: average thresholded confidence (Garg et al. 2022). It assumes images of the same
-    classes; the interval only includes the sampling of the images.
+    probabilities [N, K] and correct [N] of labelled images; probabilities `new` [M, K]. The estimate is the
+    share of new images whose negative entropy reaches a threshold, chosen so that the share of labelled
+    images that reach it is their accuracy: average thresholded confidence (Garg et al. 2022). It assumes
+    images of the same classes; the interval only covers the sampling of the images.
     """
     known, others = _negative_entropies(probabilities), _negative_entropies(new)
     generator = np.random.default_rng(seed)

@@ -29,13 +29,13 @@ def uniform(
 
 
 def gaussian_noise(images: Tensor, severity: int, generators: Sequence[Generator]) -> Tensor:
-    """Add normal noise to every pixel and channel."""
+    """Add Gaussian noise to every pixel and channel."""
     strength = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
     return images + strength * draw(torch.randn, generators, images.shape[1:], images.device)
 
 
 def shot_noise(images: Tensor, severity: int, generators: Sequence[Generator]) -> Tensor:
-    """Count photons: Poisson noise, of which white has the given number."""
+    """Add Poisson noise, as if counting photons; a white pixel has the given mean number."""
     photons = (500, 250, 100, 75, 50)[severity - 1]
     counts = [
         torch.poisson(rates, generator=generator)
@@ -45,7 +45,7 @@ def shot_noise(images: Tensor, severity: int, generators: Sequence[Generator]) -
 
 
 def impulse_noise(images: Tensor, severity: int, generators: Sequence[Generator]) -> Tensor:
-    """Set a share of the values, of each channel on its own, to 0 or 1 (salt and pepper)."""
+    """Set a share of the values, in each channel independently, to 0 or 1 (salt and pepper)."""
     share = (0.01, 0.02, 0.03, 0.05, 0.07)[severity - 1]
     place = draw(torch.rand, generators, images.shape[1:], images.device)
     return torch.where(place < share, (place < share / 2).to(images.dtype), images)

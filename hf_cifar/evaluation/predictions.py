@@ -77,13 +77,14 @@ def metric_intervals(
 class Predictions:
     """A model's logits for the images of one split.
 
-    split: "validation", "test" or, of a cross-validation, "out_of_fold". row_ids, labels [N]; logits [N, K].
+    split: "validation", "test" or, for a cross-validation, "out_of_fold". row_ids, labels [N]; logits [N, K].
     Row ids are row numbers in the data set's own split: train, for a validation split taken from it.
     temperature: the number by which calibration has divided the logits, 1 for none. post_hoc: True if the
-    biases were corrected for the shares of the classes before that; runs record it in run.json.
+    biases were first corrected for the class frequencies; runs record it in run.json.
     For multi-label data, labels are [N, K], 0 or 1, and a class is predicted if its probability reaches
     thresholds [K], or 0.5 without thresholds. skipped_rows: ids of the rows that were left out because
-    their images cannot be read. distances [N], rejection: of a model that rejects images, and its thresholds.
+    their images cannot be read. distances [N], rejection: distances and thresholds of a model that rejects
+    images.
     saved_metrics: the split's part of metrics.json, if loaded from a folder.
     """
 
@@ -139,7 +140,7 @@ class Predictions:
 
     @functools.cached_property
     def kept(self) -> np.ndarray | None:
-        """True for each image [N] that keeps its label; None for a model that rejects none."""
+        """True for each image [N] that keeps its label; None for a model that does not reject images."""
         if self.rejection is None or self.distances is None:
             return None
         return ~self.rejection.rejects(self.confidences, self.distances)

@@ -1,4 +1,4 @@
-"""What rejection costs and gains: the share of images that keep their label, and the accuracy of these."""
+"""Metrics of rejection: the share of images that keep their label, and the accuracy on these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CURVE_POINTS = 100
 
 
 def kept_metrics(kept: np.ndarray, correct: np.ndarray) -> dict[str, float | None]:
-    """Return the share of images that are kept, and the share of these that are correct; None if none is.
+    """Return the share of images that are kept, and the accuracy on these, which is None if none is kept.
 
     kept, correct: True or False for each image [N].
     """
@@ -30,13 +30,13 @@ def kept_intervals(kept: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
 
 
 def risk_coverage(confidences: np.ndarray, correct: np.ndarray) -> list[list[float]]:
-    """Return the points [share kept, their accuracy] if only the most confident images are kept, at most
-    `CURVE_POINTS`, with the smallest share first.
+    """Return up to `CURVE_POINTS` points [share kept, accuracy on these] of keeping only the most confident
+    images, with the smallest share first.
 
     Source: Geifman and El-Yaniv, Selective Classification for Deep Neural Networks, 2017.
     """
     hits = np.cumsum(correct[np.argsort(-confidences, kind="stable")])
     count = len(hits)
-    # With fewer images, the accuracy says little.
+    # The accuracy on fewer images says little.
     numbers = np.unique(np.linspace(max(1, count // 20), count, CURVE_POINTS).astype(int))
     return [[float(number / count), float(hits[number - 1] / number)] for number in numbers]

@@ -1,8 +1,8 @@
-"""The distance of an image from the training images, in the space of the features.
+"""The distance of an image from the training images, in feature space.
 
-The feature is the input of the head, scaled to length 1. The distance is Mahalanobis' to the nearest class:
-each class has the mean of its training images, and all share one covariance, which is shrunk because there
-are few images for its size.
+The feature is the input of the head, scaled to length 1. The distance is the Mahalanobis distance to the
+nearest class: each class has the mean of its training images, and all share one covariance matrix, estimated
+with shrinkage because there are few images for its size.
 
 Sources: Lee et al., A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial
 Attacks, 2018; Mueller and Hein, Mahalanobis++: Improving OOD Detection via Feature Normalization, 2025;
@@ -43,7 +43,7 @@ class RejectableOutput(ImageClassifierOutput):
 class Distance(nn.Module):
     """Features [N, D] -> distances [N], in float32 whatever the features are.
 
-    center [D]: is subtracted from features of length 1. whitening [D, D]: these are multiplied by it.
+    center [D] is subtracted from features of length 1, which are then multiplied by whitening [D, D].
     means [K, D]: of the classes, after both.
     """
 
@@ -83,7 +83,7 @@ class Distance(nn.Module):
             return squares.clamp_min(0).amin(dim=1).sqrt()
 
     def to_bytes(self) -> bytes:
-        """Return the content of the file that lies beside a model."""
+        """Return the content of the file beside a model."""
         return save({name: value.cpu().contiguous() for name, value in self.state_dict().items()})
 
 
@@ -130,7 +130,7 @@ def rejecting(model: PreTrainedModel, distance: Distance, head: str) -> PreTrain
     width = getattr(layer, "in_features", None)
     if width != len(distance.center):
         raise UserError(
-            f"{REJECT} is for {len(distance.center)} features, and the model has {width}; restore both files"
+            f"{REJECT} is for {len(distance.center)} features, but the model has {width}; restore both files"
         )
     copied.add_module("distance", copy.deepcopy(distance).to(next(model.parameters()).device))
     seen = threading.local()

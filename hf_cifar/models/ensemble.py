@@ -30,11 +30,11 @@ CROP = 0.875  # side of a crop, relative to the image
 
 
 class EnsembleConfig(PreTrainedConfig):
-    """What an ensemble consists of.
+    """The parts of an ensemble.
 
-    members: the config of each member. scales, shifts: [members][3], what each member multiplies a pixel
-    value by, and then adds, because its own normalisation differs from that of the image processor. views: of
-    each image, see VIEWS. logits_divisor: a temperature.
+    members: the config of each member. scales, shifts: [members][3]; pixel values are multiplied by the
+    scale, and the shift is added, for members whose normalisation differs from that of the image processor.
+    views: of each image, see VIEWS. logits_divisor: a temperature.
     """
 
     model_type = "image_classifier_ensemble"
@@ -74,7 +74,7 @@ class EnsembleForImageClassification(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Keep the weights of the members, which initialise themselves."""
+        """Do nothing: the members initialise their own weights."""
 
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None
@@ -124,7 +124,7 @@ def flipped(pixel_values: Tensor) -> Tensor:
 
 
 def cropped(pixel_values: Tensor, top: float, left: float) -> Tensor:
-    """Cut out a window of 0.875 of the sides, and enlarge it to the size of the image.
+    """Crop a window of 0.875 of each side, and enlarge it to the size of the image.
 
     top, left: position of the window, 0..1.
     """

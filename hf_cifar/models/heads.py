@@ -62,7 +62,7 @@ def _linear_layers_of_head(model: PreTrainedModel) -> list[nn.Linear]:
 
 
 def divide_logits(model: PreTrainedModel, divisor: float) -> bool:
-    """Divide the logits by scaling the layers that compute them; those of an ensemble, in its config.
+    """Divide the logits by scaling the layers that compute them; for an ensemble, by its config.
 
     Returns False if that is impossible.
     """
@@ -87,7 +87,7 @@ def require_bias(model: PreTrainedModel) -> None:
 
 
 def shift_logits(model: PreTrainedModel, shift: Tensor) -> None:
-    """Subtract a number from the logits of each class, [K], by the biases of the head."""
+    """Subtract a number for each class, [K], from the logits, by changing the biases of the head."""
     with torch.no_grad():
         for layer in output_layers(model):
             layer.bias.sub_(shift.to(layer.bias))
@@ -119,7 +119,7 @@ def zero_head(model: PreTrainedModel, new: set[str]) -> None:
 
 
 def grow_head(model: PreTrainedModel, id2label: dict[int, str]) -> None:
-    """Give the head of a model the classes `id2label`, and the rows that it had for those it knows by name.
+    """Give the head of a model the classes `id2label`; those that it already has, by name, keep their rows.
 
     The row of a new class has zero weights and the mean bias of the old ones until `probe_new_rows` fits it;
     `new_rows` of the model are the ids of these classes. Raises: UserError for a head of another kind than

@@ -1,4 +1,4 @@
-"""When a model answers that an image is of none of its classes: the thresholds in its config."""
+"""Thresholds, in a model's config, for answering that an image is of none of its classes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ METHOD = "mahalanobis"  # how `models.distance` measures distance
 
 @dataclass(frozen=True)
 class Rejection:
-    """Thresholds of an answer that is none of the classes, for a model with one label per image.
+    """Thresholds for answering with none of the classes, for a model with one label per image.
 
     keep: the share of validation images that keep their label. min_confidence: the lowest probability, 0..1,
-    of a label that is answered. max_distance: the largest distance, see `models.distance`. answer: the word
-    for the others. head: the name of the module whose input is the feature.
+    with which an image keeps its label. max_distance: the largest distance, see `models.distance`. answer:
+    the answer for the other images. head: the name of the module whose input is the feature.
     """
 
     keep: float
@@ -40,8 +40,8 @@ class Rejection:
     ) -> Rejection:
         """Fit both thresholds to the confidences and distances [N] of validation images.
 
-        Each threshold alone rejects the same number of images, the largest one with which at least the share
-        `keep` has neither a lower confidence nor a larger distance.
+        Each threshold alone rejects the same number of images: the largest number for which both together
+        keep at least the share `keep`.
         """
         count = len(confidences)
         ranks = np.minimum(_ranks(confidences), _ranks(-distances))
@@ -51,7 +51,7 @@ class Rejection:
 
     def rejects(self, confidences: np.ndarray, distances: np.ndarray) -> np.ndarray:
         """Return True for each image [N] that gets the answer instead of its label."""
-        # A distance that is not a number is beyond every threshold.
+        # NaN is beyond every threshold.
         near = np.less_equal(distances, self.max_distance)
         return np.less(confidences, self.min_confidence) | np.logical_not(near)
 
@@ -61,12 +61,12 @@ class Rejection:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Return for each value [N] how many are lower."""
+    """Return for each value how many values are lower, [N]."""
     return np.searchsorted(np.sort(values), values)
 
 
 def answer_for(class_names: Iterable[str]) -> str:
-    """Return the word for images of none of these classes. Raises: UserError if all are classes."""
+    """Return the answer for images of none of these classes. Raises: UserError if every answer is a class."""
     taken = {name.casefold().strip() for name in class_names}
     for answer in ANSWERS:
         if answer not in taken:
@@ -102,13 +102,13 @@ def rejection_in(config: dict[str, Any]) -> Rejection | None:
         ) from None
     if values["method"] != METHOD:
         raise UserError(
-            f"the model rejects images by {values['method']!r}, which this version does not know; update "
-            "hf-cifar, or remove 'reject' from its config.json"
+            f"the model rejects images with the method {values['method']!r}, which this version does not "
+            "know; update hf-cifar, or remove 'reject' from its config.json"
         )
     return Rejection(**values)
 
 
 def forget_rejection(model: PreTrainedModel) -> None:
-    """Drop the thresholds of an earlier training from a model's config: its features will be others."""
+    """Drop the thresholds of an earlier training from a model's config, because its features will change."""
     if model.config.to_dict().get("reject"):
         model.config.reject = None

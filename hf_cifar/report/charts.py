@@ -315,7 +315,7 @@ def scatter(
     words: Sequence[str] = (),
     line: Sequence[tuple[float, float]] = (),
 ) -> str:
-    """Draw points (x, y, text). best: position of the point that stands out. words: names of x = 0, 1, ...
+    """Draw points (x, y, text). best: position of the highlighted point. words: names of x = 0, 1, ...
     line: through the chart, dashed."""
     xs, ys, _ = zip(*points, strict=True)
     ends = (-0.5, len(words) - 0.5) if words else _spread(min(xs), max(xs))
@@ -347,7 +347,7 @@ def parallel_coordinates(
 
     axes: by name, its label and ticks (position, text); positions are 0..1. lines: a position on each axis,
     and the text of the line; the position on the last axis, 1 for the best, says how strong a line is. best:
-    number of the line that stands out.
+    number of the highlighted line.
     """
     width, top, bottom = 2 * WIDTH, 34, HEIGHT + 20
     left, right = 40, width - 60

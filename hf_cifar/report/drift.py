@@ -1,4 +1,4 @@
-"""drift.json and drift.html: two samples of images compared, by what a model computes of them."""
+"""drift.json and drift.html: two samples of images compared, by a model's outputs for them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from hf_cifar.report.page import picture, render_template
 from hf_cifar.text import listed, render_table
 
 SEED = 0  # of the permutations
-NEIGHBOUR = 5  # whose distance says how strange a picture is
+NEIGHBOUR = 5  # whose distance says how strange an image is
 RARE = 0.01  # share of the reference images that count as further away than usual
 POINTS = 101  # of a drawn distribution
-ENOUGH = 500  # images that show small differences too, see docs/techniques.md
+ENOUGH = 500  # images show small differences too, see docs/techniques.md
 SHOWN_CLASSES, SUMMARY_CLASSES = 30, 10  # in the plot, and on a terminal
 SAMPLES = {"reference": "validation", "new": "new images"}
 
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What a model computes of a sample of images. features: [N, D]; outcome: with logits [N, K]."""
+    """A model's outputs for a sample of images. features: [N, D]; outcome: with logits [N, K]."""
 
     features: np.ndarray
     outcome: Outcome
@@ -40,7 +40,7 @@ class Outputs:
 def run_tests(
     reference: Outputs, new: Outputs, names: Sequence[str], alpha: float, seed: int = SEED
 ) -> dict[str, Any]:
-    """Test whether two samples have one distribution; the probability of a false alarm is at most alpha.
+    """Test whether two samples have the same distribution; the probability of a false alarm is at most alpha.
 
     Each of the two tests gets half of it, and each class an equal part of the first half (Bonferroni).
     """
@@ -66,8 +66,8 @@ def compare_outputs(
     alpha: float,
     gallery_size: int = 0,
 ) -> dict[str, Any]:
-    """Compare two samples: tests, verdict, classes, confidence and distances, and the strangest new images by
-    their positions, as plain values."""
+    """Compare two samples: tests, verdict, classes, confidence, distances, and the positions of the strangest
+    new images, as plain values."""
     samples = {"reference": reference, "new": new}
     names = list(id2label.values())
     tests = run_tests(reference, new, names, alpha)
@@ -138,8 +138,8 @@ def mean(values: np.ndarray) -> dict[str, Any]:
 
 
 def calibrated_outcomes(samples: Samples) -> tuple[dict[str, Outcome], float]:
-    """Return the outcomes calibrated on the labels of the reference, and the temperature, about 1 for a
-    calibrated run; multi-label outcomes as they are."""
+    """Return the outcomes calibrated on the labels of the reference, and the temperature, which is about 1
+    for a calibrated run; multi-label outcomes are not changed."""
     outcomes = {name: each.outcome for name, each in samples.items()}
     reference = outcomes["reference"]
     if reference.multi_label:
@@ -205,9 +205,11 @@ def verdict(facts: dict[str, Any]) -> str:
         found.append(f"features ({p_value(tests['mmd']['p'], 'p = ')})")
     if found:
         where = ", and its ".join(found)
-        return f"Drift: these images are not like those of the run, by the model's {where}."
+        return (
+            f"Drift: these images are not like those of the run, according to the model's {where}."
+        )
     count = facts["num_images"]["new"]
-    size = "" if count >= ENOUGH else ", and so few only show large differences"
+    size = "" if count >= ENOUGH else "; so few images only show large differences"
     return f"No drift found in {count:,} images{size}."
 
 
@@ -246,7 +248,7 @@ def render_page(facts: dict[str, Any], pictures: Mapping[int, np.ndarray]) -> st
 
 
 def shares_plot(classes: Sequence[dict[str, Any]]) -> Markup:
-    """Draw the predicted share of each class in both samples; of many classes, those that differ most."""
+    """Draw the predicted share of each class in both samples; if there are many, those that differ most."""
 
     def gap(each: dict[str, Any]) -> float:
         return abs(each["share"]["new"]["value"] - each["share"]["reference"]["value"])
@@ -267,7 +269,7 @@ def shares_plot(classes: Sequence[dict[str, Any]]) -> Markup:
     )
 
 
-ESTIMATE = "the estimated accuracy only holds for images of the classes of the run"
+ESTIMATE = "the estimated accuracy is only valid for images of the run's classes"
 
 
 def render_summary(facts: dict[str, Any]) -> str:

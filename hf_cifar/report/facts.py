@@ -169,7 +169,7 @@ def single_label_facts(evaluated: Predictions, metrics: dict[str, Any]) -> dict[
 
 
 def rejection_facts(evaluated: Predictions) -> dict[str, Any] | None:
-    """Thresholds, and accuracy by the share of images kept; None for a model that rejects no image."""
+    """Thresholds, and accuracy by the share of images kept; None for a model that does not reject images."""
     if evaluated.rejection is None:
         return None
     curve = risk_coverage(evaluated.confidences, evaluated.correct)

@@ -1,4 +1,4 @@
-"""search.html: the trials of a search, what they found, and which options matter."""
+"""search.html: the trials of a search, their results, and which options matter."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def render_page(facts: dict[str, Any]) -> str:
 
 
 def plots_of(facts: dict[str, Any], complete: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Draw history, importance, slices and parallel coordinates of the complete trials."""
+    """Draw the history, importances, slices and parallel coordinates of the complete trials."""
     best = [each["number"] for each in complete].index(facts["best"]["number"])
     metric = words(facts["metric"])
     bars = {name: (share, None) for name, share in (facts["importances"] or {}).items()}

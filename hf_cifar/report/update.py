@@ -22,8 +22,8 @@ def states_of(facts: dict[str, Any]) -> list[str]:
 
 
 def verdict(facts: dict[str, Any]) -> str:
-    """Say in words what was forgotten, on test, or on validation if test has no earlier predictions; and
-    whether training anew is better."""
+    """Say in words what was forgotten, on test (or on validation if there are no earlier predictions of
+    test), and whether training anew is better."""
     splits = facts["splits"]
     last = list(splits)[-1]
     split = next((each for each in reversed(splits) if forgetting_of(splits[each])), last)
@@ -34,7 +34,7 @@ def verdict(facts: dict[str, Any]) -> str:
         verb = "forgets" if sign > 0 else "gains"
         said = f"The update {verb} {in_points(found)} on the old {split} rows."
     else:
-        said = f"No clear loss or gain on the old {split} rows: {in_points(found)} forgotten."
+        said = f"No clear loss or gain on the old {split} rows: forgetting is {in_points(found)}."
     gain = splits[last]["parts"].get("all", {}).get("gain_anew")
     if gain is None:
         return said
@@ -52,7 +52,7 @@ def sign_of(found: dict[str, Any]) -> int:
 
 
 def in_points(found: dict[str, Any]) -> str:
-    """Format a difference in points with its interval, both without the sign if that is clear."""
+    """Format a difference in points with its interval; if its sign is clear, as if it were positive."""
     sign = sign_of(found) or 1
     value, *ends = (100 * sign * each for each in (found["value"], *found["interval"]))
     low, high = sorted(ends)
@@ -86,13 +86,13 @@ def render_update(facts: dict[str, Any], folder: str, page: str) -> str:
 
 
 def render_cost(facts: dict[str, Any]) -> str:
-    """Say how many rows were trained on, and how long that took."""
+    """Say how long training took, and on how many rows."""
     texts = [
         f"{name} {duration(facts['seconds'][state])} on {facts['num_train'][state]:,} rows"
-        for state, name in (("update", "the update"), ("anew", "anew"))
+        for state, name in (("update", "update"), ("anew", "anew"))
         if state in facts["seconds"]
     ]
-    return f"Training took: {'; '.join(texts)}."
+    return f"Training time: {'; '.join(texts)}."
 
 
 def _cell(found: dict[str, Any] | None) -> str:
@@ -123,7 +123,7 @@ def render_page(facts: dict[str, Any]) -> str:
 
 
 def recall_plot(split: str, found: dict[str, Any]) -> Markup:
-    """Draw the recall of each class before and after; of many classes, those that change most."""
+    """Draw the recall of each class before and after; if there are many classes, those that change most."""
 
     def change(each: dict[str, Any]) -> float:
         before = each["before"] or {"value": 0.0}

@@ -100,11 +100,11 @@ def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
     stored = (run.get("source") or {}).get("stored")
     if stored:
         race += (
-            f"Continues the run {stored['run']}, {stored['num_train']:,} of whose training images were "
-            "stored and trained on again. "
+            f"Continues the run {stored['run']}; {stored['num_train']:,} of its training images were stored "
+            "and trained on again. "
         )
         if num_copies := sum(stored.get("copies", {}).values()):
-            race += f"Left out of the new data: {num_copies:,} images that this run has already. "
+            race += f"Left out of the new data: {num_copies:,} images that this run already has. "
     work = f"{run['steps']:,} steps" if run["steps"] else "Solved for"
     return (
         f"{run['trainable']}. {work} in {run['train_seconds']:,.0f} s on {run['device']}, {processes}. "
@@ -120,7 +120,8 @@ def render_teacher(run: dict[str, Any], options: dict[str, Any]) -> str:
     kind = "the run " if teacher["has_seen_validation"] is not None else ""
     return (
         f"Distilled from {kind}`{teacher['name']}`, whose probabilities at temperature "
-        f"{options['distillation_temperature']:g} have {options['distillation_weight']:.0%} of the loss. "
+        f"{options['distillation_temperature']:g} have a weight of {options['distillation_weight']:.0%} in "
+        "the loss. "
     )
 
 
@@ -160,8 +161,8 @@ def render_prior(options: dict[str, Any], run: dict[str, Any], temperature: str)
         return ""
     if balance == "post_hoc" and not run.get("post_hoc", True):
         return (
-            "The biases of the head are not corrected for class frequencies (`--class_balance post_hoc`): "
-            "that would lower the balanced accuracy on validation."
+            "The biases of the head are not corrected for class frequencies (`--class_balance post_hoc`), "
+            "because that would lower the balanced accuracy on validation."
         )
     assumed = "that all classes are equally frequent, unlike in the training images"
     if balance == "effective":  # equalises only classes with fewer than about 1 / (1 - beta) images

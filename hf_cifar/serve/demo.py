@@ -79,7 +79,7 @@ def build_page(models: Mapping[str, Predictor], examples: Sequence[Path]) -> gr.
     for name, predictor in models.items():
         if predictor.rejection is not None:
             logger.info(
-                "the demo shows the classes of every image, also where hf-cifar predict answers %r for %s",
+                "the demo shows classes for every image, even where hf-cifar predict answers %r for %s",
                 predictor.rejection.answer, name,
             )  # fmt: skip
     title = enumerated(list(models))

@@ -1,4 +1,4 @@
-"""Combine finished runs into one: an ensemble, or a soup, one network with the mean of their weights.
+"""Combine finished runs into one: an ensemble, or a soup (one network with the mean of their weights).
 
 Sources: Wortsman et al., Model Soups, 2022; Szegedy et al., Going Deeper with Convolutions, 2014, for crops.
 """
@@ -46,10 +46,10 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 Batches = Callable[[], Iterator[Tensor]]
-STATISTICS_IMAGES = 2_000  # of train, on which batch norm's statistics of a soup are computed
+STATISTICS_IMAGES = 2_000  # of train, to compute the batch norm statistics of a soup
 CROPS = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
 VIEWS = {"image": ["image"], "flip": ["image", "flip"], "crops": ["image", "flip", *CROPS]}
-# Facts of a run that its combination with others shares.
+# Facts of the first run that the combined run takes over.
 SHARED_FACTS = (
     "model", "dataset", "source", "split_hash", "source_splits", "num_train", "num_validation",
     "skipped_rows", "value_range", "label_counts", "pixel_hashes",
@@ -75,10 +75,9 @@ class Member:
 def combine_runs(folders: Sequence[str | Path], config: CombineConfig) -> dict[str, Any]:
     """Combine finished runs, and leave a run folder in `config.output_dir`.
 
-    Everything that is chosen is chosen on validation: the runs of a greedy soup, the views, and the
-    temperature or thresholds. If the runs have different validation images, such as those of folds, some
-    member was trained on each of them: nothing is chosen or evaluated there. Returns what `render_combined`
-    shows.
+    All choices are made on validation: the runs of a greedy soup, the views, and the temperature or
+    thresholds. If the runs have different validation images, such as folds, some member was trained on each
+    of these images, so nothing is chosen or evaluated on them. Returns what `render_combined` shows.
 
     Raises: UserError for runs that cannot be combined, or a folder with other files.
     """
@@ -88,8 +87,8 @@ def combine_runs(folders: Sequence[str | Path], config: CombineConfig) -> dict[s
     check_members(members, config)
     if rejecting := [m.run.path.name for m in members if rejection_of(m.classifier.model)]:
         logger.warning(
-            "the thresholds of --reject of %s are left out: the combined run answers with a class for every "
-            "image", listed(rejecting),
+            "the --reject thresholds of %s are left out: the combined run assigns a class to every image",
+            listed(rejecting),
         )  # fmt: skip
     source = open_data(members[0].run, config.dataset_name)
     splits = used_splits(members[0].run, source)
@@ -101,8 +100,9 @@ def combine_runs(folders: Sequence[str | Path], config: CombineConfig) -> dict[s
         )
     else:
         logger.warning(
-            "each validation image was trained on by one of the runs, which have different ones: nothing is "
-            "evaluated there%s", "" if config.do_predict else "; --do_predict evaluates test",
+            "the runs have different validation images, and other runs were trained on them, so nothing "
+            "is evaluated on validation%s",
+            "" if config.do_predict else "; pass --do_predict to evaluate on test",
         )  # fmt: skip
 
     def predict(model: PreTrainedModel, split: Split) -> Predictions:
@@ -180,8 +180,8 @@ def check_members(members: Sequence[Member], config: CombineConfig) -> None:
             )
         if _shape(member.preprocessing) != _shape(first.preprocessing):
             raise UserError(
-                f"{member.run.path} sees images of {_size(member)}, and {first.run.path} of {_size(first)}, "
-                "or resizes them in another way; combine runs with the same --image_size and --resize_mode"
+                f"{member.run.path} takes images of {_size(member)}, and {first.run.path} of {_size(first)}, "
+                "or resizes them differently; combine runs with the same --image_size and --resize_mode"
             )
     if config.method != "ensemble":
         for member in members[1:]:
@@ -198,8 +198,8 @@ def check_members(members: Sequence[Member], config: CombineConfig) -> None:
     ]  # fmt: skip
     if chooses and not shares_validation(members):
         raise UserError(
-            f"{chooses[0]} chooses on validation, and the runs have different validation images, on which "
-            "others were trained; pass another value"
+            f"{chooses[0]} chooses on validation, but the runs have different validation images, and other "
+            "runs were trained on them; pass another value"
         )
 
 
@@ -229,7 +229,7 @@ def _tensors(member: Member) -> dict[str, torch.Size]:
 def ensemble_of(
     models: Sequence[PreTrainedModel], members: Sequence[Member], views: Sequence[str]
 ) -> EnsembleForImageClassification:
-    """Return the ensemble of models, one for each member, whose input is normalised as for the first."""
+    """Return the ensemble of models, one for each member; its input is normalised as that of the first."""
     first, config = members[0].preprocessing, models[0].config
     scales, shifts = [], []
     for member in members:
@@ -259,8 +259,8 @@ def ensemble_of(
 def soup(members: Sequence[Member], batches: Batches) -> PreTrainedModel:
     """Return one network with the mean of the members' weights.
 
-    Each member's temperature is taken out of its head first. The statistics of batch norms are computed anew
-    on batches of training images if the members have different ones; frozen ones are the same in all.
+    Each member's temperature is first removed from its head. Batch norm statistics are recomputed on batches
+    of training images if they differ between the members; frozen ones do not.
     """
     states = []
     for member in members:
@@ -284,7 +284,7 @@ def soup(members: Sequence[Member], batches: Batches) -> PreTrainedModel:
 
 @torch.no_grad()
 def update_statistics(model: nn.Module, batches: Batches) -> None:
-    """Compute the running statistics of all batch norms, as the mean over batches of images."""
+    """Recompute the running statistics of all batch norms, as the mean over batches of images."""
     norms = [
         module
         for module in model.modules()
@@ -312,7 +312,7 @@ def statistics_batches(
     """
     if isinstance(train, Stream):
         raise UserError(
-            "a soup needs training images for its batch norms, and the runs have read a stream; pass "
+            "a soup needs training images for its batch norms, but the runs were trained on a stream; pass "
             "--method ensemble"
         )
     rows = representative_rows(train.labels, STATISTICS_IMAGES, seed=0)
@@ -325,8 +325,8 @@ def greedy(
     soup_of: Callable[[Sequence[Member]], PreTrainedModel],
     predict: Callable[[PreTrainedModel], Predictions],
 ) -> list[Member]:
-    """Return the members of the greedy soup: from the best on validation on, each that does not lower the
-    accuracy of the soup there."""
+    """Return the members of the greedy soup: added best first, each only if it does not lower the accuracy of
+    the soup on validation."""
     accuracy = {
         member.run.path: Predictions.load(member.run.path, "validation").correct.mean()
         for member in members
@@ -337,7 +337,7 @@ def greedy(
         found = predict(soup_of([*chosen, member])).correct.mean()
         kept = found >= best
         logger.info(
-            "%s: accuracy of the soup on validation %.4f, before %.4f; %s",
+            "%s: accuracy of the soup on validation %.4f, without this run %.4f; %s",
             member.run.path.name, found, best, "kept" if kept else "left out",
         )  # fmt: skip
         if kept:
@@ -452,7 +452,7 @@ def render_combined(result: dict[str, Any]) -> str:
     lines = [describe_combined(combined)]
     if combined["left_out"]:
         lines.append(
-            f"left out, because they lower the accuracy on validation: {listed(combined['left_out'])}"
+            f"left out, because they would lower the accuracy on validation: {listed(combined['left_out'])}"
         )
     name = Path(result["folder"]).name
     for split, found in result["comparisons"].items():

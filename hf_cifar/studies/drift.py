@@ -1,4 +1,4 @@
-"""Are these pictures like those a run was trained on? The reference is the run's own validation images."""
+"""Test whether images are like those of a run. The reference is the run's own validation images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 SEED = 0  # of the drawn images
-FEWEST = 20  # images that can show anything
+FEWEST = 20  # images; fewer show nothing
 BATCH = 64
 
 
@@ -102,8 +102,8 @@ def open_images(
     )  # fmt: skip
     if is_same_source(own, data) and config.split != "test":
         logger.warning(
-            "%s is the data of the run: the model knows its training images, which may count as drift; pass "
-            "--split test, or other data", data_name,
+            "%s is the data of the run: the model was trained on these images, which may count as drift; "
+            "pass --split test, or other data", data_name,
         )  # fmt: skip
     return load_images(data, config.split), data
 
@@ -118,16 +118,16 @@ def write_drift(output: Path, facts: dict[str, Any], new: Split) -> None:
 
 
 def draw(count: int, most: int) -> np.ndarray:
-    """Return the numbers of up to `most` of `count` images, sorted; all if there are no more."""
+    """Draw up to `most` of `count` images, and return their numbers, sorted."""
     return np.sort(np.random.default_rng(SEED).permutation(count)[:most])
 
 
 def check_size(split: Split, available: int, what: str) -> None:
-    """State how many images are used if not all are. Raises: UserError for too few."""
+    """Log how many images are used if not all are. Raises: UserError for too few."""
     if len(split) < FEWEST:
         raise UserError(
-            f"there are only {len(split)} {what}, and drift cannot be told from fewer than {FEWEST}; pass "
-            "another run, or more images"
+            f"there are only {len(split)} {what}, and drift cannot be detected with fewer than {FEWEST}; "
+            "pass another run, or more images"
         )
     if len(split) + len(split.skipped) < available:
         numbers = f"{len(split):,}", f"{available:,}"
@@ -137,8 +137,8 @@ def check_size(split: Split, available: int, what: str) -> None:
 def unlabelled_split(
     images: UnlabelledImages, rows: np.ndarray, model: PreTrainedModel, data: DataConfig
 ) -> Split:
-    """Make a split of some images, in which every label is the first class, or none; its row ids are their
-    numbers."""
+    """Make a split of some images. Its labels are placeholders: the first class, or none for multi-label
+    models. Its row ids are the numbers of the images."""
     label: Any = ClassLabel(
         names=[model.config.id2label[i] for i in range(model.config.num_labels)]
     )
@@ -158,8 +158,8 @@ def unlabelled_split(
 
 
 def compute_outputs(model: PreTrainedModel, split: Split, preprocessing: Preprocessing) -> Outputs:
-    """Compute the outputs of a prepared split; features come from the disk cache if they were computed
-    before. For a model without one feature vector per image, they are the logits."""
+    """Compute the outputs of a prepared split. Features are loaded from the disk cache if they were computed
+    before; a model without one feature vector per image has its logits as features."""
     device = next(model.parameters()).device
     store = build_store(split, device=device)
     head = linear_head(model)
@@ -170,7 +170,8 @@ def compute_outputs(model: PreTrainedModel, split: Split, preprocessing: Preproc
         features = found.cpu().numpy()
     else:
         logger.info(
-            "%s: the features are the logits, because the head is not one linear layer", split.name
+            "%s: the logits are used as features, because the head is not one linear layer",
+            split.name,
         )
         parts = []
         for batch in progress(
@@ -183,7 +184,7 @@ def compute_outputs(model: PreTrainedModel, split: Split, preprocessing: Preproc
     bad = int((~np.isfinite(features)).any(axis=1).sum())
     if bad:
         raise UserError(
-            f"the model's features of {bad:,} of {len(features):,} {split.name} are not finite; pass another "
-            "run"
+            f"the model's features for {bad:,} of {len(features):,} {split.name} are not finite; pass "
+            "another run"
         )
     return Outputs(features, outcome_of(logits, split.labels, thresholds=thresholds_of(model)))

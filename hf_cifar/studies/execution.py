@@ -21,15 +21,15 @@ from hf_cifar.studies.series import is_kept
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 1.0  # between two looks at what other processes are working on
+WAIT_SECONDS = 1.0  # between checks of what other processes are working on
 FINISHED, TAKEN, FREE = "finished", "taken", "free"
 
 
 def run_series(configs: Sequence[RunConfig], source: DataSource) -> None:
     """Finish every run, each in its own folder; they share the images of `source`.
 
-    Finished runs are kept if the options resume, and interrupted ones resume. Other processes may work on the
-    same series, here or on other machines that share the folder: each takes the runs that no other one is
+    If the options resume, finished runs are kept and interrupted ones resume. Other processes may work on the
+    same series, on this machine or on others that share the folder: each takes runs that no other process is
     working on, and takes over those of a process that has died. All runs use the setting that
     `--precision auto` picks for the first.
     """
@@ -45,7 +45,7 @@ def run_series(configs: Sequence[RunConfig], source: DataSource) -> None:
         if len(pending) == before:
             if not waiting and processes.is_main:
                 names = ", ".join(Path(config.train.output_dir).name for config in pending)
-                logger.info("waiting for %s: other processes are working on them", names)
+                logger.info("waiting for other processes, which are working on %s", names)
             waiting = True
             time.sleep(WAIT_SECONDS)
 
@@ -54,7 +54,7 @@ def run_series(configs: Sequence[RunConfig], source: DataSource) -> None:
 def claimed(config: RunConfig, first: RunConfig, processes: Processes) -> Iterator[str]:
     """Claim a run for this process and those that train with it, and yield its state.
 
-    FREE is claimed until the block ends or the process dies; TAKEN is claimed by another one, or has to wait
+    FREE: claimed here until the block ends or the process dies. TAKEN: claimed by another process, or waiting
     until the first run of the series has picked the setting.
     """
     waits = config is not first and not RunFolder(first.train.output_dir).has_run
@@ -72,7 +72,7 @@ def claimed(config: RunConfig, first: RunConfig, processes: Processes) -> Iterat
 
 
 def finish(config: RunConfig, state: str, configs: Sequence[RunConfig], source: DataSource) -> None:
-    """Start or resume a run that is free, and say which one it is."""
+    """Start or resume a run that is free, and log which one it is."""
     number, folder = configs.index(config), config.train.output_dir
     place = f"run {number + 1} of {len(configs)}"
     if state == FINISHED:
@@ -87,7 +87,7 @@ def finish(config: RunConfig, state: str, configs: Sequence[RunConfig], source: 
 
 
 def start_or_resume(config: RunConfig) -> RunConfig:
-    """Resume from a checkpoint if there is one; else start, also after a run without a checkpoint."""
+    """Resume if there is a checkpoint; otherwise start, even if an earlier run left no checkpoint."""
     folder = RunFolder(config.train.output_dir)
     if not config.train.resumes or folder.checkpoints():
         return config
@@ -106,7 +106,7 @@ def with_setting_of(config: RunConfig, folders: Iterable[RunFolder]) -> RunConfi
 
 @contextlib.contextmanager
 def alone_in(folder: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """Wait until no other process is in this block for the same folder, and look every `wait_seconds`."""
+    """Wait until no other process is in this block for the same folder, checking every `wait_seconds`."""
     while True:
         with claimed_run(folder) as is_free:
             if is_free:

@@ -21,21 +21,21 @@ from hf_cifar.studies.replay import classes_of, stored_offset
 from hf_cifar.studies.update_options import ANEW
 
 logger = logging.getLogger(__name__)
-LOGIT_OF_UNKNOWN = -1e4  # of a class that the old model does not have: probability 0
+LOGIT_OF_UNKNOWN = -1e4  # of a class that the old model does not know: probability 0
 
 
 def trained_on(facts: dict[str, Any], stored: StoredRows) -> np.ndarray:
-    """Return which stored training rows an update was trained on, [N] of booleans, by its run.json: not on
-    unreadable and doubted ones."""
+    """Return which stored training rows an update was trained on, [N] of booleans, by its run.json: all but
+    the unreadable and doubted ones."""
     ids = stored_offset(facts, "train", stored) + np.arange(len(stored.of("train")))
     doubted = (facts.get("doubted_rows") or {"row_ids": []})["row_ids"]
     return ~np.isin(ids, [*facts.get("skipped_rows", {}).get("train", []), *doubted])
 
 
 def parts_of(split: str, run: RunFolder, stored: StoredRows) -> dict[str, Predictions]:
-    """Divide the predictions of a split by an update into those of new rows and of stored, old ones.
+    """Divide an updated run's predictions of a split into those of new rows and of old, stored ones.
 
-    Row ids of the new rows stay; those of old rows become their number among the stored rows of the split.
+    New rows keep their row ids; those of old rows become their numbers among the stored rows of the split.
     """
     predictions = Predictions.load(run.path, split)
     offset = stored_offset(run.facts(), split, stored)
@@ -47,7 +47,7 @@ def parts_of(split: str, run: RunFolder, stored: StoredRows) -> dict[str, Predic
 
 
 def selected(predictions: Predictions, rows: np.ndarray, row_ids: np.ndarray) -> Predictions:
-    """Return the predictions of some rows, a mask [N], with other ids."""
+    """Return the predictions of the rows of a mask [N], with new ids."""
     return dataclasses.replace(
         predictions, row_ids=row_ids[rows], labels=predictions.labels[rows],
         logits=predictions.logits[rows], skipped_rows=(), saved_metrics={},
@@ -110,7 +110,7 @@ def negative(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def joint(parts: dict[str, Predictions]) -> Predictions:
-    """Return the predictions of both parts together; old rows have ids after those of the new ones."""
+    """Return the predictions of both parts together; the ids of old rows follow those of the new ones."""
     new, old = parts["new"], parts["old"]
     first = 1 + max(new.row_ids.tolist(), default=-1)
     return dataclasses.replace(
@@ -125,8 +125,8 @@ def summarise_update(run: RunFolder, config: RunConfig, own: UpdateConfig) -> di
     """Return what an update learnt and forgot, as plain values.
 
     `splits` holds, by split and part (old rows, new rows, all), the accuracy `after` the update, `before` it,
-    `anew` if trained anew, and differences with paired intervals: `forgetting` (before minus after) and
-    `gain_anew` (anew minus after).
+    the accuracy `anew` if trained anew, and differences with paired intervals: `forgetting` (before minus
+    after) and `gain_anew` (anew minus after).
     """
     folder = RunFolder(config.train.output_dir)
     anew = RunFolder(folder.path / ANEW) if own.compare_anew else None
@@ -174,7 +174,7 @@ def summarise_split(
 ) -> dict[str, Any]:
     """Return the accuracies and differences of a split, by part, and the recalls before and after.
 
-    stored: the rows in the folder of the update, and in that of the run that was trained anew.
+    stored: the stored rows of the update, and of the run that was trained anew.
     """
     after = parts_of(split, folder, stored[0])
     before = None

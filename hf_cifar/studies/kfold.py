@@ -28,15 +28,16 @@ def cross_validate(
     source: DataSource | None = None,
     student: RunConfig | None = None,
 ) -> dict[str, Any]:
-    """Run one complete run for each fold, in output_dir/fold-NUMBER, and collect their predictions.
+    """Train a complete run for each fold, in output_dir/fold-NUMBER, and collect their predictions.
 
     Each image of train is predicted once, by the run that was not trained on it: these predictions are in
     predictions/out_of_fold.parquet, their metrics in metrics.json, and report.html shows them. The same
     call continues after an interruption, and other processes may make it at the same time; see `run_series`.
-    student: the options of a model that learns from all of them together, see `student_of`.
-    Returns the content of folds.json, see `summarise_folds`.
+    student: the options of a model that learns from the ensemble of all runs, see `student_of`.
+    Returns the content of folds.json, see `summarise_folds`. `together` has the metrics on test of the
+    ensemble and of its student, and is empty without a student or --do_predict.
 
-    Raises: UserError before the first run for options or folders that hold other runs.
+    Raises: UserError before the first run, for options that do not fit or folders that hold other runs.
     """
     from hf_cifar.studies.execution import alone_in, run_series  # imports torch
 
@@ -63,7 +64,7 @@ def cross_validate(
 
 
 def runs_of_folds(config: RunConfig, folds: int) -> list[RunConfig]:
-    """Return the options of each run: those of a single run whose validation is one of the folds.
+    """Return the options of each run: those of a single run that validates on one of the folds.
 
     Raises: UserError for options of a single run, or a folder that holds other runs.
     """
@@ -113,8 +114,7 @@ def summarise_folds(configs: Sequence[RunConfig]) -> dict[str, Any]:
     """Return the spread of the headline metrics over the folds, as plain values.
 
     `metrics` holds, by split and metric, `values` in the order of the folds, their `mean`, and their standard
-    deviation `std` (of a sample: n - 1). `together` has the metrics on test of the ensemble and of its
-    student, or is empty. There is no interval of the mean: the runs share most of their
+    deviation `std` (of a sample: n - 1). There is no interval of the mean: the runs share most of their
     training images, so their metrics are not independent. `accuracy_intervals` are those of the folds.
     """
     folders = [RunFolder(config.train.output_dir) for config in configs]

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 logger = logging.getLogger(__name__)
-POLL_SECONDS = 0.01  # between two looks at the lock of the journal
-PROPOSALS = 20  # of a sampler, until the next new combination is taken
-MIN_IMPORTANCE = 4  # different values of finished trials
+POLL_SECONDS = 0.01  # between attempts to lock the journal
+PROPOSALS = 20  # of a sampler; if none is new, the next new combination is taken
+MIN_IMPORTANCE = 4  # different values of complete trials that importances need
 
 
 def open_study(folder: Path, url: str | None, name: str, direction: str) -> Study:
-    """Open the study of a search, or create it. url: of a database, else a journal in the folder.
+    """Open the study of a search, or create it. url: of a database; default: a journal in the folder.
 
     Raises: UserError if the storage cannot be opened.
     """
@@ -49,7 +49,7 @@ def open_study(folder: Path, url: str | None, name: str, direction: str) -> Stud
 
 
 def open_journal(path: Path) -> BaseStorage:
-    """Open a journal file; one that cannot be read is moved aside, and begun again."""
+    """Open a journal file; one that cannot be read is renamed, and a new one is started."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
@@ -59,15 +59,17 @@ def open_journal(path: Path) -> BaseStorage:
     except (ValueError, LookupError) as error:
         damaged = path.with_suffix(".damaged")
         path.replace(damaged)
-        logger.warning("%s cannot be read (%s); it is now %s", path, one_line(error, 80), damaged)
+        logger.warning(
+            "%s cannot be read (%s); it is renamed to %s", path, one_line(error, 80), damaged
+        )
         return JournalStorage(JournalFileBackend(str(path), lock))
 
 
 class JournalLock:
     """The lock of a journal, which the system releases at once if its process dies; optuna's own lock files
-    make others wait for 30 seconds. A line that a process died in is removed.
+    make others wait for 30 seconds. An incomplete line of a process that died is removed.
 
-    A file system without locks is for one process, as it is for the run folders of a search.
+    On a file system without locks, only one process may search, as the run folders need locks too.
     """
 
     def __init__(self, journal: Path) -> None:
@@ -93,7 +95,7 @@ class JournalLock:
 
 
 def remove_partial_line(path: Path) -> None:
-    """Remove what follows the last line end of a file, if anything does."""
+    """Remove an incomplete last line of a file."""
     with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
         size = file.seek(0, 2)
         if not size:
@@ -153,8 +155,8 @@ def distributions_of(space: Space) -> dict[str, BaseDistribution]:
 def build_sampler(name: str, seed: int, number: int) -> BaseSampler:
     """Return the sampler that proposes the trial of this number.
 
-    Its random numbers depend on the seed and the number alone: workers do not propose the same, and an
-    interrupted search continues as if it had not been.
+    Its random numbers depend only on the seed and the number: workers do not propose the same values, and an
+    interrupted search continues as if it had not been interrupted.
     """
     from optuna.samplers import RandomSampler, TPESampler
 
@@ -165,8 +167,8 @@ def build_sampler(name: str, seed: int, number: int) -> BaseSampler:
 def ask(study: Study, sampler: str, space: Space, seed: int) -> Trial:
     """Begin a new trial, with all parameters. Only one process may be here at a time.
 
-    No combination of a space of lists is proposed twice: the next one is queued first, unless a process died
-    before it took the one in the queue.
+    No combination of a space of lists is proposed twice: the next new one is queued first, unless the queue
+    still has one because a process died before it took it.
     """
     trials = study.get_trials(deepcopy=False)
     study.sampler = build_sampler(sampler, seed, len(trials))
@@ -194,8 +196,8 @@ def next_combination(study: Study, sampler: str, space: Space) -> dict[str, Any]
 
 
 def adopt(study: Study, trial: FrozenTrial, sampler: str, space: Space, seed: int) -> Trial:
-    """Return a running trial whose process has died, with all parameters: it may have died before it had
-    them."""
+    """Return a running trial whose process has died, with all parameters: the process may have died before
+    all were set."""
     from optuna.trial import Trial
 
     study.sampler = build_sampler(sampler, seed, trial.number)
@@ -223,8 +225,8 @@ def grid_of(space: Space) -> Iterator[dict[str, Any]]:
 
 
 def importances(study: Study) -> dict[str, float] | None:
-    """Return the share of each parameter in the quality of the trials, by PED-ANOVA, the largest first; None
-    for too few finished trials."""
+    """Return the importance of each parameter, by PED-ANOVA, as shares, largest first; None for too few
+    complete trials."""
     from optuna.importance import get_param_importances
     from optuna.trial import TrialState
 

@@ -42,7 +42,7 @@ def classes_of(run: RunFolder) -> list[str]:
 @dataclass(frozen=True, eq=False)
 class EarlierRows:
     """The rows of a finished run, and the new data. config: of the update. own: where the run's data are, and
-    how many rows are wanted."""
+    how many rows to store."""
 
     run: RunFolder
     config: RunConfig
@@ -65,7 +65,7 @@ class EarlierRows:
         except UserError as error:
             if own.old_data is None and self.config.data.dataset_name == run.data().dataset_name:
                 raise UserError(
-                    f"{error}; new images belong in a folder of their own, which is the --dataset_name"
+                    f"{error}; put new images in a folder of their own, and pass it as --dataset_name"
                 ) from None
             if own.old_data is not None or not run.stored_path.is_file():
                 raise
@@ -82,8 +82,8 @@ class EarlierRows:
         if isinstance(splits.train, Stream):
             if own.replay or own.compare_anew:
                 raise UserError(
-                    f"{run.path} has read a stream, whose rows cannot be drawn again; pass --replay 0, "
-                    "without --compare_anew"
+                    f"{run.path} was trained on a stream, whose rows cannot be read again; pass --replay 0, "
+                    "and leave out --compare_anew"
                 )
             return [splits.validation]
         found = [splits.train, splits.validation]
@@ -94,10 +94,10 @@ class EarlierRows:
 
     @functools.cached_property
     def known(self) -> np.ndarray:
-        """Hashes of the images that the run has, in any split, and of those that earlier runs had, sorted."""
+        """Hashes, sorted, of the images of the run, in any split, and of those of earlier runs."""
         source, rows = self.source, [split.rows for split in self.splits]
         if source is not None and not source.config.streaming:
-            # Also those that the run has left out, and test if it is not wanted.
+            # Also the images that the run has left out, and those of test even if it is not evaluated.
             rows = [source.splits.train.rows, source.splits.validation.rows]
             with contextlib.suppress(UserError):
                 rows.append(source.test_split.rows)
@@ -109,15 +109,15 @@ class EarlierRows:
 
     @functools.cached_property
     def copies(self) -> dict[str, list[int]]:
-        """The rows of the new data whose image the run has, byte for byte, by split."""
+        """The rows of the new data, by split, whose images the run has already, byte for byte."""
         found = {}
         for name, rows in self.new.splits.items():
             found[name] = np.flatnonzero(np.isin(image_hashes(rows), self.known)).tolist()
         train = next(iter(found))
         if len(found[train]) == len(self.new.splits[train]):
             raise UserError(
-                f"{self.run.path} has all {len(found[train]):,} training images of "
-                f"{self.config.data.dataset_name} already, so there is nothing to add; pass new images"
+                f"{self.run.path} already has all {len(found[train]):,} training images of "
+                f"{self.config.data.dataset_name}, so there is nothing to add; pass new images"
             )
         return found
 
@@ -134,7 +134,7 @@ def splits_of_stored(run: RunFolder) -> list[Split]:
     counts = np.sum([counts_of(each) for each in found], axis=0)
     absent = [name for name, count in zip(names, counts, strict=True) if not count]
     if absent:
-        logger.warning("%s has stored no row of %s", run.path, listed(absent, SHOWN_CLASSES))
+        logger.warning("%s has stored no rows of %s", run.path, listed(absent, SHOWN_CLASSES))
     return found
 
 
@@ -152,10 +152,10 @@ def stored_offset(facts: dict[str, Any], split: str, stored: StoredRows) -> int:
 
 
 def store_rows(earlier: EarlierRows, config: RunConfig, *, anew: bool = False) -> None:
-    """Store the rows of a run for an update in its folder, unless they are there.
+    """Store the rows of a run that an update needs, in the update's folder, unless they are there already.
 
-    anew: store all training rows, for training anew, and files by name only. Rows of another update that has
-    not begun to train are replaced.
+    anew: store all training rows, for training anew, and only the names of image files. Rows of another
+    update that has not begun to train are replaced.
     Raises: UserError for a folder with rows of another update, or data that cannot be read.
     """
     run, own, folder = earlier.run, earlier.own, RunFolder(config.train.output_dir)
@@ -178,7 +178,7 @@ def store_rows(earlier: EarlierRows, config: RunConfig, *, anew: bool = False) -
 def is_stored(folder: RunFolder, note: dict[str, Any]) -> bool:
     """Return True if a folder holds this update with its rows; False if it holds no run.
 
-    Raises: UserError for other rows with a run, also one that another process is about to begin.
+    Raises: UserError for a run with other rows, also if another process is about to begin it.
     """
     if not folder.has_run:
         refuse_in_use(folder.path)
@@ -187,13 +187,13 @@ def is_stored(folder: RunFolder, note: dict[str, Any]) -> bool:
     found = StoredRows.load(folder.stored_path).note
     if changed := sorted(name for name in note if note[name] != found.get(name)):
         raise UserError(
-            f"{folder.path} holds an update with another {enumerated(changed)}; pass another --output_dir"
+            f"{folder.path} holds another update (different {enumerated(changed)}); pass another --output_dir"
         )
     return True
 
 
 def replayed(split: Split, size: int, seed: int) -> Split:
-    """Return the rows of a split to store: of train, up to `size` ones; all others."""
+    """Return the rows of a split to store: up to `size` of train, and all of another split."""
     if split.name != "train":
         return split
     return subset(split, equal_rows(split.labels, size, seed))

@@ -1,4 +1,4 @@
-"""A search for the best options: trials that are complete runs, proposed by optuna, and the winner again."""
+"""A search for the best options: complete runs as trials, proposed by optuna; the winner is trained again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def run_search(
     the same time: trials of a process that has died are taken over, from their last checkpoint. Returns the
     content of search.json, see `summarise_search`.
 
-    Raises: UserError before the first trial for options or folders that do not fit; if no trial has finished.
+    Raises: UserError before the first trial, for options or folders that do not fit; and if no trial is
+    complete at the end.
     """
     options, began = options or SearchConfig(), time.monotonic()
     space = prepare_search(config, options)
@@ -67,7 +68,7 @@ def announce(search: Search) -> None:
     replaced = [name for name in search.space if given.get(name) != defaults.get(name)]
     if replaced:
         values = ", ".join(f"--{name} {given[name]}" for name in replaced)
-        logger.info("the space replaces %s", values)
+        logger.info("these options are searched, so their given values are not used: %s", values)
     limit = "" if search.options.time_limit is None else f", for {search.options.time_limit}"
     count = "trials" if search.num_trials == math.inf else f"{search.num_trials:g} trials"
     logger.info(
@@ -83,8 +84,8 @@ def announce(search: Search) -> None:
 
 
 def train_winner(search: Search) -> dict[str, Any]:
-    """Train the winner in its own folder, unless a process has, and write its recipe, the summary and the
-    page; returns the summary. One process does this at a time, and looks for the winner when it is its turn.
+    """Train the winner in its own folder, unless that is done, and write its recipe, the summary and the
+    page; returns the summary. Only one process does this at a time, and it then looks for the winner again.
 
     Raises: UserError if no trial is complete.
     """
@@ -114,7 +115,7 @@ def train_winner(search: Search) -> dict[str, Any]:
         if not is_kept(config):
             seconds = search.trial_folder(best.number).trial().get("seconds", 0)
             logger.info(
-                "training the winner again, trial %d, which took %s: %s",
+                "training the winner again (trial %d, which took %s): %s",
                 best.number, duration(seconds), folder.path,
             )  # fmt: skip
             folders = [search.trial_folder(best.number), *search.trial_folders()]
@@ -143,7 +144,7 @@ def recipe_of(search: Search, config: RunConfig, best: Any) -> str:
 def summarise_search(search: Search) -> dict[str, Any]:
     """Return the trials, the winner with its metrics, and the importance of the options, as plain values.
 
-    A trial's `value` is its metric on validation; of a pruned one the last before it was stopped.
+    A trial's `value` is its metric on validation; for a pruned trial, the last one before it was stopped.
     """
     trials = []
     for trial in search.study.get_trials(deepcopy=False):

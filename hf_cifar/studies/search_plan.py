@@ -1,7 +1,7 @@
 """What the processes of a search share: options, space, metric and study. Imports no torch.
 
-It is in study.json, and what each trial has found in its own trial.json. The storage of optuna only
-distributes the work; it can be rebuilt from these files.
+This is in study.json, and the results of each trial are in its own trial.json. Optuna's storage only
+distributes the work, and can be rebuilt from these files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DEFAULT_TRIALS = 30
 class Search:
     """A search with its options, checked: what all of its processes share.
 
-    config: options of every trial that the space does not set. deadline: by `time.monotonic`.
+    config: the options that the space does not set, for every trial. deadline: by `time.monotonic`.
     """
 
     config: RunConfig
@@ -90,7 +90,7 @@ class Search:
         }
 
     def options_of(self, parameters: Mapping[str, Any], name: str) -> RunConfig:
-        """Return the options of the run of a trial, in a folder; they never read test."""
+        """Return the options of a trial's run, in the folder `name`; it never reads test."""
         config = self.config.with_options(**parameters)
         return run_of(
             config, name, metric_for_best_model=self.metric, resume_from_checkpoint="last",
@@ -165,7 +165,7 @@ def join(search: Search) -> None:
     for name in ("metric", "sampler", "prune", "space"):
         if before[name] != now[name]:
             raise UserError(
-                f"--{name.replace('metric', 'metric_for_best_model')} is not that of the search in "
+                f"--{name.replace('metric', 'metric_for_best_model')} differs from that of the search in "
                 f"{search.folder.path}; pass the same, or another --output_dir"
             )
     earlier, given = before["options"], now["options"]

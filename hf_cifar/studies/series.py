@@ -28,8 +28,8 @@ def check_series(config: RunConfig, what: str) -> None:
         )
     if train.resumes and not train.resumes_last:
         raise UserError(
-            f"{what} resumes with --resume_from_checkpoint last, not from the one checkpoint "
-            f"{train.resume_from_checkpoint}"
+            f"{what} resumes with --resume_from_checkpoint last, not from a single checkpoint "
+            f"({train.resume_from_checkpoint})"
         )
     if RunFolder(train.output_dir).has_run:
         raise UserError(f"{train.output_dir} holds a single run; pass another --output_dir")
@@ -45,7 +45,7 @@ def run_of(config: RunConfig, name: str, **changes: Any) -> RunConfig:
 
 
 def is_kept(config: RunConfig) -> bool:
-    """Return True if a resumed series has this run already, with every requested metric."""
+    """Return True if a resumed series already has this run, with every requested metric."""
     folder = RunFolder(config.train.output_dir)
     if not config.train.resumes or not folder.facts():
         return False

@@ -21,8 +21,8 @@ ENSEMBLE, STUDENT = "ensemble", "student"  # folders of a study
 
 
 def student_of(name: str, argv: Sequence[str], prog: str) -> RunConfig:
-    """Return the options of a student: those of the command line, then those of `name`, which is a recipe, a
-    YAML file of options, or a model; but the data and the folder are those of the command line.
+    """Return the options of a student: those of the command line, replaced by those of `name`, which is a
+    recipe, a YAML file of options, or a model. Data and output folder are always those of the command line.
 
     Raises: UserError for anything else.
     """
@@ -43,7 +43,7 @@ def student_of(name: str, argv: Sequence[str], prog: str) -> RunConfig:
         )
     if config.train.head_solver == "lbfgs":
         raise UserError(
-            "a student trains in steps, and --head_solver lbfgs has none; leave it out, or set it to "
+            "a student is trained in steps, but --head_solver lbfgs has none; leave it out, or set it to "
             "optimizer in the student's file"
         )
     folder = Path(config.train.output_dir)
@@ -64,8 +64,8 @@ def require_one_process() -> None:
 def distil(runs: Sequence[RunConfig], student: RunConfig, source: DataSource) -> None:
     """Combine finished runs into an ensemble, and train a student of it, unless that has been done.
 
-    The folders of the ensemble and the student are beside those of the runs. Other processes may do the same,
-    but none that trains together with this one.
+    The folders of the ensemble and the student are beside those of the runs. Other processes may make the
+    same call, but none under the same launcher.
 
     """
     from hf_cifar.studies.combine import combine_runs  # these import torch

@@ -26,7 +26,8 @@ from hf_cifar.studies.series import is_kept
 from hf_cifar.text import one_line
 
 logger = logging.getLogger(__name__)
-MAX_STARTS = 3  # of a trial from the same checkpoint; then it is what kills its processes
+# Starts of a trial from the same checkpoint; after that, the trial must be what kills its processes.
+MAX_STARTS = 3
 
 
 class Pruned(Exception):
@@ -38,11 +39,11 @@ class OutOfTime(Exception):
 
 
 class Watch(TrainerCallback):
-    """Reports the metric of each evaluation, and stops a trial that is to be pruned or out of time.
+    """Reports the metric of each evaluation, and stops a trial that is pruned or out of time.
 
-    facts: of trial.json, which is written at each evaluation. metric: name in `metrics`; value: the last one.
-    evaluated: called with the percentage of the training that is done and the metric; returns True to prune
-    the trial. deadline: by `time.monotonic`.
+    facts: content of trial.json, which is written at each evaluation. metric: its name in `metrics`; value:
+    the last one. evaluated: called with the percentage of the training that is done and the metric; returns
+    True to prune the trial. deadline: by `time.monotonic`.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Watch(TrainerCallback):
 
 
 def begin_trial(folder: RunFolder, number: int, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Note in trial.json that this process starts or resumes a trial, and return its content.
+    """Record in trial.json that this process starts or resumes a trial, and return its content.
 
     Raises: UserError if too many processes have died in it without a new checkpoint.
     """
@@ -130,7 +131,7 @@ def run_trial(
     except (UserError, torch.OutOfMemoryError) as error:
         ends = {"state": "failed", "reason": one_line(error, 300)}
     except Stopped:
-        # Nobody has died, so the next start is the first one again.
+        # The process did not die, so the count of starts begins again.
         write_json(folder.trial_path, facts | {"state": "stopped", "starts": 0} | times_of(facts))
         if watch.out_of_time:
             raise OutOfTime from None
@@ -141,12 +142,12 @@ def run_trial(
 
 
 def times_of(facts: dict[str, Any]) -> dict[str, float]:
-    """Return the seconds of a trial that ends now, and the time."""
+    """Return the seconds that a trial which ends now took, and the current time."""
     return {"seconds": seconds_of(facts), "finished": time.time()}
 
 
 def seconds_of(facts: dict[str, Any]) -> float:
-    """Return the seconds that all processes of a trial together have worked on it until now."""
+    """Return the seconds that all processes of a trial have worked on it so far."""
     return round(facts["seconds"] + time.time() - facts["started"], 2)
 
 

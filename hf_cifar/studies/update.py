@@ -1,4 +1,4 @@
-"""Continue a finished run with new rows and classes: old rows are replayed, and what it forgets is measured.
+"""Continue a finished run with new rows and classes: replay old rows, and measure what is forgotten.
 
 Source: Chaudhry et al., On Tiny Episodic Memories in Continual Learning, 2019.
 """
@@ -80,7 +80,7 @@ def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[st
 
 
 def check_output(config: RunConfig, data: Sequence[str | None]) -> None:
-    """Raises: UserError for an output folder that holds no update, and is the data or holds other runs."""
+    """Raises: UserError for an output folder that holds other runs, or is the data."""
     folder = RunFolder(config.train.output_dir)
     if folder.has_run:
         return  # see `check_same`
@@ -100,7 +100,7 @@ def open_sources(configs: Sequence[RunConfig], new: Source | None = None) -> lis
 
 @contextlib.contextmanager
 def nothing_left(configs: Sequence[RunConfig]) -> Iterator[None]:
-    """Remove the stored rows of each run that has not begun if the block finds a mistake."""
+    """If the block finds a mistake, remove the stored rows of each run that has not begun."""
     try:
         yield
     except UserError:
@@ -113,12 +113,12 @@ def nothing_left(configs: Sequence[RunConfig]) -> Iterator[None]:
 
 
 def announce(earlier: EarlierRows, source: DataSource) -> None:
-    """State which images the run has already, which classes are new, and how many training rows each has."""
+    """Log which images the run already has, which classes are new, and how many training rows each has."""
     stored = source.stored
     assert stored is not None
     if copies := {split: len(rows) for split, rows in stored.note["copies"].items() if rows}:
         logger.warning(
-            "left out of %s: %s images that %s has already (%s)", source.config.dataset_name,
+            "left out of %s: %s images that %s already has (%s)", source.config.dataset_name,
             f"{sum(copies.values()):,}", earlier.run.path,
             listed([f"{split} {count:,}" for split, count in copies.items()]),
         )  # fmt: skip
@@ -145,7 +145,7 @@ def announce(earlier: EarlierRows, source: DataSource) -> None:
     replay = earlier.own.replay
     if not replay:
         logger.warning(
-            "--replay 0: no old row is trained on, and the model forgets what the new data do not show"
+            "--replay 0: no old rows are trained on, so the model forgets what is not in the new data"
         )
     absent = [name for name, count in zip(names, counts, strict=True) if not count]
     if absent and replay:

@@ -22,7 +22,7 @@ from hf_cifar.runs.processes import is_sharded
 from hf_cifar.runs.resume import EVALUATION
 
 logger = logging.getLogger(__name__)
-# Options of the run that say how data are read, whichever they are. The others select data, and stay behind.
+# Options that say how any data are read, and are taken over from the run. The others select data.
 DATA_KEPT = {
     "train_val_split", "split_seed", "pixel_store", "check_images", "on_bad_image", "max_image_pixels",
     "value_range",
@@ -65,11 +65,11 @@ def config_of_update(run: RunFolder, argv: Sequence[str]) -> RunConfig:
             raise UserError(f"--{name} is missing; pass {what}")
     if "ensemble" in run.model_config().get("model_type", ""):
         raise UserError(
-            f"{run.path} is an ensemble, which cannot be trained on; update one of its runs"
+            f"{run.path} is an ensemble, which cannot be trained further; update one of its runs"
         )
     before = run.load_config()
     data = {each.name for each in dataclasses.fields(DataConfig)}
-    # When to evaluate and save belongs together.
+    # The options of when to evaluate and save belong together.
     left_open = LEFT_OPEN | (set() if flags.isdisjoint(EVALUATION) else EVALUATION)
     kept = {
         name: value
@@ -95,8 +95,8 @@ def config_of_update(run: RunFolder, argv: Sequence[str]) -> RunConfig:
 
 
 def default_balance(run: RunFolder) -> Literal["none", "post_hoc"]:
-    """Return post_hoc where it works, because each old class has fewer rows than a new one; else none, and
-    say why."""
+    """Return post_hoc, because each old class has fewer rows than a new one; or none where that does not
+    work, and log why."""
     if run.model_config().get("problem_type") == "multi_label_classification":
         why = "images have multiple labels"
     elif is_sharded():
@@ -110,8 +110,8 @@ def default_balance(run: RunFolder) -> Literal["none", "post_hoc"]:
 
 
 def has_biases(run: RunFolder) -> bool:
-    """Return True if each layer of a saved model with one output for each class has biases, by the header of
-    its weights."""
+    """Return True if every layer of a saved model with one output per class has biases, by the header of its
+    weights."""
     from safetensors import safe_open
 
     num_labels = len(run.model_config().get("id2label", {}))
@@ -133,8 +133,8 @@ def _folder_of(tokens: Sequence[str]) -> Path:
 
 
 def config_anew(run: RunFolder, config: RunConfig) -> RunConfig:
-    """Return the options of the same training from the model that the run, or the first one of its chain,
-    started from."""
+    """Return the options of the same training, but from the model that the run (or the first run of its
+    chain) started from."""
     before = run.load_config()
     while before.model.grow_head:
         run = RunFolder(str(before.model.model_name_or_path))

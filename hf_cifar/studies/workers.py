@@ -1,4 +1,4 @@
-"""The processes of a search: each takes trials until there are enough, also those of a process that died."""
+"""The processes of a search: each takes trials, also those of processes that died, until there are enough."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-POLL_SECONDS = 0.2  # between two looks at what other processes are working on
+POLL_SECONDS = 0.2  # between checks of what other processes are working on
 PROGRESS = "hf_cifar.progress"
 FAILURES = 5  # in a row, which end the search
 
 
 def run_trials(search: Search) -> None:
-    """Run trials until the search has enough of them, or its time is up, and no other process runs any.
+    """Run trials until the search has enough of them or its time is up, and no other process is running one.
 
     Raises: UserError if several in a row have failed.
     """
@@ -59,7 +59,7 @@ def run_trials(search: Search) -> None:
 
 @contextlib.contextmanager
 def without_setup() -> Iterator[None]:
-    """Leave out the notes on how a trial is set up, which are those of the first one; its progress stays."""
+    """Do not log how a trial is set up, which is the same as for the first one; its progress is logged."""
     levels = {"hf_cifar": logging.WARNING, "hf_cifar.studies": logging.INFO, PROGRESS: logging.INFO}
     loggers = {logging.getLogger(name): level for name, level in levels.items()}
     before = {each: each.level for each in loggers}
@@ -74,8 +74,8 @@ def without_setup() -> Iterator[None]:
 
 
 def next_trial(search: Search, claim: contextlib.ExitStack) -> Trial | Literal["none", "wait"]:
-    """Return the next trial for this process, whose folder it holds until `claim` is closed: one that no
-    living process works on, or a new one. Others wait until the first one has picked the compute setting.
+    """Return the next trial for this process: one that no living process works on, or a new one. Its folder
+    is locked until `claim` is closed. Other trials wait until the first one has picked the compute setting.
     Only one process may be here at a time."""
     from optuna.trial import TrialState
 
@@ -100,7 +100,7 @@ def next_trial(search: Search, claim: contextlib.ExitStack) -> Trial | Literal["
 
 
 def started(search: Search) -> int:
-    """Count the trials that have begun, without those of which nothing is left but a number."""
+    """Count the trials that have begun, except lost ones, of which only the number is left."""
     trials = search.study.get_trials(deepcopy=False)
     return sum(trial.state.name != "WAITING" and "lost" not in trial.user_attrs for trial in trials)
 
@@ -108,7 +108,7 @@ def started(search: Search) -> int:
 def work_on(search: Search, trial: Trial) -> str:
     """Start or resume a trial, and tell the study how it ended; returns its state.
 
-    A trial that is stopped at a checkpoint, by a signal or the end of the time, resumes at the next start.
+    A trial that is stopped at a checkpoint, by a signal or the time limit, resumes at the next start.
     """
     from optuna.exceptions import StorageInternalError
 
@@ -129,7 +129,7 @@ def work_on(search: Search, trial: Trial) -> str:
         try:
             config = search.options_of(parameters, f"trial-{number}")
             facts = begin_trial(folder, number, parameters)
-            # Its own setting first, if it resumes.
+            # If it resumes, its own setting comes first.
             config = with_setting_of(config, [folder, *search.trial_folders()])
             facts = run_trial(
                 config, search.source, facts, search.metric, evaluated, search.deadline
@@ -167,7 +167,7 @@ def tell(search: Search, trial: Trial, facts: dict[str, Any]) -> None:
 
 
 def best_trial(search: Search) -> FrozenTrial | None:
-    """Return the best complete trial; of equal ones the first."""
+    """Return the best complete trial; among equal ones, the first."""
     from optuna.trial import TrialState
 
     complete = search.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

@@ -122,8 +122,8 @@ def build_trainer(
 
 
 def counts_of_classes(train: Split) -> Tensor:
-    """Return the number of training images of each class [K]; one that an update keeps without images counts
-    as one image."""
+    """Return the number of training images of each class [K]; a class without images, which an update may
+    keep, counts as one."""
     return torch.from_numpy(class_counts(train.labels, len(train.id2label)).clip(min=1)).float()
 
 

@@ -1,7 +1,7 @@
-"""Distillation: a model learns the probabilities that a teacher gives each image, beside its label.
+"""Distillation: a model learns the probabilities that a teacher gives each image, as well as its label.
 
-The teacher sees the pixels that the model sees: the same random view, resized and normalised for it. Where
-the view of each image is always the same, its outputs are computed once.
+The teacher sees the same pixels as the model: the same random view, resized and normalised for the teacher.
+If the view of each image is always the same, the teacher's outputs are computed once.
 Sources: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Beyer et al., Knowledge
 Distillation: A Good Teacher Is Patient and Consistent, 2022; Tung and Mori, Similarity-Preserving Knowledge
 Distillation, 2019.
@@ -37,9 +37,10 @@ logger = logging.getLogger(__name__)
 class Distillation:
     """The part of the training loss that a teacher adds; without a teacher, nothing changes.
 
-    The loss becomes (1 - weight) * loss + weight * T^2 * KL(teacher || student) + feature_hint * the distance
-    between the similarities of a batch's images, see `divergence` and `similarity_distance`. Both have
-    probabilities at temperature T, of the teacher's classes. fixed: the teacher's outputs, if they are known.
+    The loss becomes (1 - weight) * loss + weight * T^2 * KL(teacher || student) + feature_hint * (distance
+    between the similarities of the batch's images), see `divergence` and `similarity_distance`. Both models'
+    probabilities are at temperature T, and for the teacher's classes. fixed: the teacher's outputs, if they
+    have been computed.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Distillation:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What must be the same when the run is resumed."""
+        """What must not change when the run is resumed."""
         return {} if self.teacher is None else {"teacher": self.teacher.digest()}
 
     def outputs(
@@ -100,8 +101,8 @@ def divergence(
 ) -> Tensor:
     """Return T^2 * KL(teacher || student) at temperature T, the mean over images. logits, teacher [N, K].
 
-    T^2 keeps the size of the gradients when T changes. multi_label: each class has a probability of its own;
-    the mean over classes too, like the loss of the labels.
+    With T^2, the gradients keep their size when T changes. multi_label: each class has its own probability,
+    and the mean is over classes too, like the loss of the labels.
     """
     own, others = logits / temperature, teacher / temperature
     if not multi_label:
@@ -117,7 +118,7 @@ def divergence(
 
 
 def similarity_distance(features: Tensor, teacher: Tensor) -> Tensor:
-    """Return the squared distance of the similarities between N images, divided by N^2.
+    """Return the squared distance between the similarities of N images, divided by N^2.
 
     features [N, D], teacher [N, E]; D and E may differ. The similarities are scalar products, with each row
     scaled to length 1.
@@ -153,7 +154,7 @@ def build_distillation(
         fixed = outputs_of(teacher, train, store, preprocessing, args.dataloader_num_workers)
     logger.info(
         "teacher: %s; its outputs are computed %s",
-        options.teacher, "once, because no view is random" if fixed else "for the views of each step",
+        options.teacher, "once, because no view is random" if fixed else "in each step",
     )  # fmt: skip
     return Distillation(
         teacher,

@@ -1,7 +1,7 @@
-"""Fit when a model answers that an image is of none of its classes: on validation, after calibration.
+"""Fit the thresholds at which a model answers that an image is of none of its classes, after calibration.
 
-Distances are fitted to training images, and the thresholds to validation images, which are as far from the
-training images as other new ones of the same kind.
+The distance is fitted to training images, and the thresholds to validation images, whose distances are like
+those of other new images of the same kind.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hf_cifar.training.trainer import ImageClassificationTrainer
 from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
-TRAIN_IMAGES = 10_000  # at most, for the means of the classes and their covariance
+TRAIN_IMAGES = 10_000  # at most, for the class means and the covariance
 MAX_WIDTH = 8192  # of a feature: the saved file grows with its square
 
 
@@ -41,12 +41,12 @@ def check_rejection(splits: Splits, model: PreTrainedModel, preprocessing: Prepr
     """Raises: UserError for data or a model that --reject does not support."""
     if not isinstance(splits.train, Split):
         raise UserError(
-            "--reject reads training images again after training, and a stream is not kept; leave out one of "
-            "--reject and --streaming"
+            "--reject reads training images again after training, and a stream is not stored; leave out "
+            "either --reject or --streaming"
         )
     if splits.multi_label:
         raise UserError(
-            "--reject needs one label per image, and this data is multi-label, where an image may have no "
+            "--reject needs one label per image, but the data is multi-label, where an image may have no "
             "label; leave it out"
         )
     answer_for(splits.id2label.values())
@@ -54,11 +54,11 @@ def check_rejection(splits: Splits, model: PreTrainedModel, preprocessing: Prepr
     if head is None or not has_feature_vectors(model, preprocessing):
         raise UserError(
             "--reject needs a head that is one linear layer on one feature vector per image, and "
-            f"{describe(model)} has another; leave it out, or pass another model"
+            f"{describe(model)} has another kind of head; leave it out, or pass another model"
         )
     if head.in_features > MAX_WIDTH:
         raise UserError(
-            f"--reject takes features of up to {MAX_WIDTH:,} numbers, and {describe(model)} has "
+            f"--reject works with up to {MAX_WIDTH:,} features, and {describe(model)} has "
             f"{head.in_features:,}; leave it out, or pass another model"
         )
 
@@ -75,8 +75,8 @@ def fit_to_reject(
     predictions: Predictions,
     keep: float,
 ) -> tuple[Predictions, Distance]:
-    """Fit a distance to a store of training images, and both thresholds to the calibrated predictions of
-    validation, whose images another store has. The thresholds go into the model's config.
+    """Fit a distance to training images, and both thresholds to the calibrated predictions for validation
+    images. train, validation: stores of these images. The thresholds are written into the model's config.
 
     Returns the predictions with their distances and the thresholds, and the distance.
     """
@@ -93,8 +93,8 @@ def fit_to_reject(
     model.config.reject = rejection.to_dict()
     found = dataclasses.replace(predictions, distances=distances, rejection=rejection)
     logger.info(
-        "images are answered %r below a confidence of %.3f, or beyond a distance of %.1f%s: %.1f%% of "
-        "validation keeps its label, with an accuracy of %.4f; of all, it is %.4f",
+        "the answer is %r below a confidence of %.3f or beyond a distance of %.1f%s: %.1f%% of the "
+        "validation images keep their label, with an accuracy of %.4f; on all of them it is %.4f",
         answer, rejection.min_confidence, rejection.max_distance,
         "" if answer == ANSWERS[0] else f" ({ANSWERS[0]!r} is a class)",
         100 * found.metrics["kept"], found.metrics["accuracy_kept"], found.metrics["accuracy"],
@@ -108,8 +108,9 @@ def reject_images(
     predictions: Predictions,
     distance: Distance | None,
 ) -> Predictions:
-    """Return the predictions of a store's images with their distances, and the thresholds in the model's
-    config. distance: None for an exported model, which computes it itself.
+    """Return the predictions for a store's images with their distances and the model's thresholds.
+
+    distance: None for an exported model, which computes distances itself.
     """
     model, rejection = trainer.classifier, rejection_of(trainer.classifier)
     assert rejection is not None

@@ -1,4 +1,4 @@
-"""A teacher: a finished model that sees the images that another one trains on."""
+"""A teacher: a finished model that sees the images on which a student is trained."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class Outputs(NamedTuple):
 class Teacher:
     """A finished model that sees the images of a student.
 
-    id2label: the student's classes, which include those of the teacher. columns: their ids, in the teacher's
-    order. gives_features: `Outputs` have features, the inputs of the head. setting: how the model computes;
-    default: in float32.
+    id2label: the student's classes, which include those of the teacher. columns: the student's ids of the
+    teacher's classes, in the teacher's order. gives_features: `Outputs` include the features, which are the
+    inputs of the head. setting: how the model computes; default: in float32.
     """
 
     def __init__(
@@ -152,27 +152,27 @@ def load_teacher(
     model = classifier.model
     if unknown := [label for label in class_names(model) if label not in id2label.values()]:
         raise UserError(
-            f"--teacher {name} has the classes {listed(unknown, 5)}, which the data lack; pass a model "
-            "fine-tuned on these classes"
+            f"--teacher {name} has the classes {listed(unknown, 5)}, which are not in the data; pass a model "
+            "fine-tuned on the classes of the data"
         )
     if is_multi_label(model) != is_multi_label(student):
         kinds = ("one label", "any number of labels")
         raise UserError(
-            f"--teacher {name} gives an image {kinds[is_multi_label(model)]}, and the data "
+            f"--teacher {name} gives an image {kinds[is_multi_label(model)]}, but in the data it has "
             f"{kinds[is_multi_label(student)]}; pass a model fine-tuned on such data"
         )
     if value_range_of(model) != value_range_of(student):
         raise UserError(
-            f"--teacher {name} was trained on images of another range of values; pass a model fine-tuned on "
-            "these images"
+            f"--teacher {name} was trained on images with another range of values; pass a model fine-tuned "
+            "on these images"
         )
     hint = config.train.feature_hint > 0
     of_teacher = Preprocessing.from_image_processor(classifier.image_processor)
     for each, view in ((model, of_teacher), (student, preprocessing)):
         if hint and (linear_head(each) is None or not has_feature_vectors(each, view)):
             raise UserError(
-                "--feature_hint compares the inputs of heads that are one linear layer, and "
-                f"{describe(each)} has another; leave it out"
+                "--feature_hint needs models whose head is one linear layer, and "
+                f"{describe(each)} has another kind of head; leave it out"
             )
     return classifier
 
@@ -186,7 +186,7 @@ def outputs_of(
 ) -> FixedOutputs:
     """Compute the outputs for each image of a split, as in evaluation, or load them from the disk cache.
 
-    preprocessing: the student's. Processes on one machine wait for the first one.
+    preprocessing: the student's. Only one process on a machine computes them; the others wait.
     """
     pixels = images_of(split).pixel_hash or split.pixels.key_of(split.rows)
     details = (pixels, teacher.digest(), teacher.setting, teacher.gives_features, preprocessing)
@@ -223,10 +223,10 @@ def _computed(
 
 
 def facts_of_teacher(config: RunConfig, split_hash: str) -> dict[str, object] | None:
-    """Return what a run records of its teacher; None without one.
+    """Return what a run records about its teacher; None without one.
 
-    has_seen_validation: the teacher, a run on this machine, or the teacher that it had itself, was trained on
-    another split, so perhaps on the images of this run's validation; None if unknown.
+    has_seen_validation: True if the teacher, which is a run on this machine, or its own teacher was trained
+    on another split, and so perhaps on validation images of this run; None if unknown.
     """
     train = config.train
     if train.teacher is None:

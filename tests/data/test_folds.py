@@ -68,8 +68,9 @@ def test_a_group_is_never_divided(scans, options, caplog):
     splits = load(str(scans), group_column_name="patient", **options)
     first, second = groups_of(splits.train), groups_of(splits.validation)
     assert not (first & second) - {""} and first | second == {*PATIENTS, ""}
-    assert "2 of 50 images have no value in column 'patient', and each is a group of its own" in (
-        caplog.text
+    assert (
+        "2 of 50 images have no value in column 'patient'; each of them is a group of its own"
+        in (caplog.text)
     )
     size = len(splits.validation)
     # Ten patients, of whom one has three named images, and two images alone.
@@ -86,8 +87,8 @@ def test_groups_of_a_data_set_in_memory_and_of_numbers(make_rows):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fold": 1}, "--fold is 1, and --num_folds is not given"),
-        ({"num_folds": 3, "fold": 4}, "--fold is 4, and there are 3"),
+        ({"fold": 1}, "--fold is 1, but --num_folds is not given"),
+        ({"num_folds": 3, "fold": 4}, "--fold is 4, but there are 3"),
         ({"num_folds": 1, "fold": 1}, "--num_folds is 1; it must be at least 2"),
         ({"num_folds": 3}, "--num_folds 3 needs --fold, .* from 1 to 3"),
         ({"num_folds": 51, "fold": 1}, "train has 50 images, too few for 51 folds"),
@@ -112,4 +113,4 @@ def test_an_own_validation_split_takes_no_part_in_folds(save, make_rows, caplog)
     data = save(train=make_rows(LABELS, TWO), validation=make_rows([0, 1], TWO))
     splits = load(str(data), num_folds=2, fold=1)
     assert len(splits.validation) == 25
-    assert "the data set's own validation split takes no part" in caplog.text
+    assert "the data set's own validation split is not used" in caplog.text

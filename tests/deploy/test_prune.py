@@ -84,14 +84,16 @@ def test_data_that_has_moved_is_read_from_its_new_place(tmp_path, stripes, tiny_
         return prune_run(tmp_path / "run", config)
 
     with pytest.raises(
-        UserError, match=r"old.*; if the data has moved, pass its place as --dataset_name"
+        UserError, match=r"old.*; if the data has moved, pass its location as --dataset_name"
     ):
         prune()
     prune(dataset_name=str(new))
     assert RunFolder(tmp_path / "small").data().dataset_name == str(new)
     shutil.rmtree(tmp_path / "small")
     next((new / "train").rglob("*.png")).unlink()
-    with pytest.raises(UserError, match=r"does not hold the data of .*run, or it has changed"):
+    with pytest.raises(
+        UserError, match=r"does not hold the data of .*run, or the data has changed"
+    ):
         prune(dataset_name=str(new))
     assert not (tmp_path / "small").exists()
 

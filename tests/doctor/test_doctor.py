@@ -60,8 +60,8 @@ def test_planted_faults_are_named(found, faulty):
     assert unreadable["level"] == "error" and len(unreadable["images"]) == 2
     assert "--on_bad_image skip" in unreadable["text"]
     expected = {
-        "huge images": "1200 x 1100", "elongated images": "160 x 16", "blank images": "of one colour",
-        "more than 8 bits": "scaled by one range", "similar class names": "'waves'",
+        "huge images": "1200 x 1100", "elongated images": "160 x 16", "blank images": "a single colour",
+        "more than 8 bits": "scaled by one common range", "similar class names": "'waves'",
         "few images": "Wave (", "imbalance": "--class_balance",
         "duplicates with different labels": "different labels",
         "exact duplicates, test and train": "equals an image of train",
@@ -145,7 +145,7 @@ def test_multi_label_data_is_examined(lights, tiny_vit, tmp_path):
     _, config = read_options(tiny_options(tmp_path / "run", lights, tiny_vit))
     examined = examine(config)
     assert not examined.refused
-    assert "more than one label" in examined.facts["labels"]["reason"]
+    assert "multiple labels" in examined.facts["labels"]["reason"]
     assert set(examined.facts["classes"]["train"]) == set("rgb")
 
 
@@ -161,7 +161,7 @@ def test_a_class_that_is_told_by_its_files_is_named(stripes, tiny_vit, tmp_path)
         path = root / "train" / "down" / f"{number:03}.png"
         Image.open(path).convert("L").save(path)
     _, config = read_options(tiny_options(tmp_path / "run", root, tiny_vit))
-    (told,) = named(examine(config).facts, "class told by its files")
+    (told,) = named(examine(config).facts, "class given away by its files")
     assert "100% of class 'down' are grey" in told["text"]
 
 

@@ -172,7 +172,7 @@ def test_search_kill_of_one_of_two_processes(searches, tmp_path, record_result):
     record_result(
         "-",
         "kill -9 of one of two processes of `search`, 24 trials, at random times",
-        "no finished trial is lost, none is there twice, none is left running; the other process waits less "
+        "no finished trial is lost or duplicated, and none is left running; the other process waits less "
         f"than 5 s (measured: {max(waits):.1f})",
         good,
         20,

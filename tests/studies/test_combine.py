@@ -124,7 +124,7 @@ def test_batch_norm_statistics_of_a_soup_are_those_of_training_images(tmp_path, 
 def test_thresholds_of_rejection_are_left_out_and_named(runs, tmp_path, stripes, method, caplog):
     tiny_run(tmp_path / "rejects", stripes, CNN, "--seed", "4", "--reject")
     combined([tmp_path / "rejects", runs[0]], tmp_path / "both", method=method)
-    assert "the thresholds of --reject of rejects are left out" in caplog.text
+    assert "the --reject thresholds of rejects are left out" in caplog.text
     assert not load_classifier(str(tmp_path / "both")).model.config.to_dict().get("reject")
 
 
@@ -156,7 +156,7 @@ def test_runs_with_other_validation_images_are_evaluated_on_test_only(tmp_path, 
         ([], "takes the folders of finished runs"),
         (["RUN"], "alone cannot be combined; pass more runs, or --views flip"),
         (["RUN", "RUN"], "a run is given twice"),
-        (["RUN", "VIT"], "sees images of"),
+        (["RUN", "VIT"], "takes images of"),
         (["RUN", "missing"], "holds no finished run"),
         (["RUN", "OTHER", "--output_dir", "RUN"], "holds other files"),
         (["RUN", "OTHER", "--method", "soup"], "--method does not take 'soup'"),

@@ -86,7 +86,7 @@ def test_digits_of_test_are_no_drift(digits_run, pictures, capsys):
     argv = ["drift", str(digits_run), str(pictures / "same"), "--use_cpu", "--alpha", "0.01"]
     assert main(argv) == 0
     first = capsys.readouterr().out
-    assert "No drift found in 120 images, and so few only show large differences." in first
+    assert "No drift found in 120 images; so few images only show large differences." in first
     assert main(argv) == 0
     assert capsys.readouterr().out == first  # the same call gives the same answer
     assert main(["drift", str(digits_run), "bundled/digits", "--split", "test", "--use_cpu"]) == 0
@@ -119,7 +119,7 @@ def test_many_images_are_sampled_and_that_is_stated(digits_run, caplog):
     assert "the data of the run" not in caplog.text
     config = DriftConfig(num_images=50, use_cpu=True)
     detect_drift(digits_run, "bundled/digits", config)
-    assert "bundled/digits is the data of the run: the model knows its training" in caplog.text
+    assert "bundled/digits is the data of the run: the model was trained on" in caplog.text
 
 
 def test_multi_label_runs(tmp_path, lights, tiny_vit, caplog):
@@ -146,7 +146,7 @@ def test_a_head_of_two_layers_is_compared_by_its_logits(tmp_path, stripes, caplo
     tiny_run(tmp_path / "run", stripes, model, *flags)
     facts = detect_drift(tmp_path / "run", str(stripes), DriftConfig(split="test", use_cpu=True))
     assert not facts["has_features"] and facts["tests"]["mmd"]["components"] <= 2
-    assert "the features are the logits" in caplog.text
+    assert "the logits are used as features" in caplog.text
 
 
 def test_mistakes_are_one_line_and_nothing_is_written(
@@ -162,10 +162,10 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     (tmp_path / "few").mkdir()
     shutil.copy(pictures / "same" / "000.png", tmp_path / "few")
     cases = (
-        ([str(digits_run)], "drift takes the folder of a run and the images, not 1 names"),
+        ([str(digits_run)], "drift takes two arguments, the folder of a run and the images, not 1"),
         ([str(tmp_path / "model.onnx"), same], "pass the folder of the run that was exported"),
         ([same, same], "holds no finished run"),
-        ([str(moved), same], "if the data has moved, pass its place as --dataset_name"),
+        ([str(moved), same], "if the data has moved, pass its location as --dataset_name"),
         ([str(digits_run), str(tmp_path / "none")], "none"),
         ([str(digits_run), str(tmp_path / "few")], "only 1 readable images of"),
         ([str(finished_vit), same], "only 8 validation images of the run"),

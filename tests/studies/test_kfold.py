@@ -197,7 +197,7 @@ def test_the_data_of_a_student_are_those_of_the_folds(tmp_path, stripes, tiny_vi
         (["--folds", "4"], "--num_folds is 4, but the run in .*fold-1 started with 3"),
         (["--flip", "0.1"], "--flip is 0.1, but the run in .*fold-1 started with 0.5"),
         (["--num_train_epochs", "3"], "--num_train_epochs is 3, but the finished run in"),
-        (["--job", "hf_jobs", "--flavor", "cpu-basic"], "--job hf_jobs runs one training"),
+        (["--job", "hf_jobs", "--flavor", "cpu-basic"], "--job hf_jobs submits a single run"),
     ],
 )
 def test_mistakes_are_one_line_and_change_nothing(study, stripes, tiny_vit, flags, message, capsys):

@@ -149,7 +149,7 @@ LAST = ("--resume_from_checkpoint", "last")
     ("flags", "message"),
     [
         (["--push_to_hub"], "--push_to_hub pushes one model"),
-        (["--resume_from_checkpoint", "x/checkpoint-9"], "not from the one checkpoint x/checkp"),
+        (["--resume_from_checkpoint", "x/checkpoint-9"], "not from a single checkpoint"),
         (["--seeds", "0"], "--seeds is 0; it must be in 1"),
         (["--seed", str(2**32 - 1)], "--seed is 4294967296; it must be in"),
         ([], "holds runs with --seeds"),

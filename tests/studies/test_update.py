@@ -206,7 +206,7 @@ def test_an_update_is_a_run_folder(updated, tmp_path, capsys, checks):
     assert main(["predict", "--model_name_or_path", name, "--use_cpu", str(image)]) == 0
     assert json.loads(capsys.readouterr().out)["label"] == "checks"
     card = (folder / "README.md").read_text()
-    assert "Continues the run run, 20 of whose training images were stored" in card
+    assert "Continues the run run; 20 of its training images were stored" in card
 
 
 def test_a_second_update_replays_the_stored_rows_of_the_first(updated, more, tmp_path, caplog):
@@ -231,7 +231,7 @@ def test_data_that_are_gone(run, updated, checks, tmp_path, caplog, capsys):
     assert "--old_data" in capsys.readouterr().err
     assert not (tmp_path / "no" / "stored.parquet").exists()
     assert update(tmp_path / "lost-update", checks, tmp_path / "yes", "--replay", "12") == 0
-    assert "has stored no row of checks" in caplog.text
+    assert "has stored no rows of checks" in caplog.text
     facts = facts_of(tmp_path / "yes")
     assert [each["num_stored"] for each in facts["classes"]] == [6, 6, 0]
     assert facts["splits"]["validation"]["parts"]["old"]["before"] is not None
@@ -310,7 +310,8 @@ def test_another_update_in_the_same_folder_is_refused(updated, run, checks, caps
     flags = ("--replay", "30", "--do_predict", "--learning_rate", "1e-3")
     assert update(run, checks, updated, *flags) == 2
     assert (
-        "holds an update with another replay; pass another --output_dir" in capsys.readouterr().err
+        "holds another update (different replay); pass another --output_dir"
+        in capsys.readouterr().err
     )
     with pytest.raises(UserError, match="is the run itself"):
         config_of_update(RunFolder(run), ["--dataset_name", "new", "--output_dir", str(run)])
@@ -371,7 +372,7 @@ def test_post_hoc_adjustment_is_that_of_the_shares_of_the_training_rows(stripes,
 
     worse = adjust_classifier(model, given, torch.tensor([10.0, 3000.0]))
     assert adjusted.post_hoc and not worse.post_hoc
-    assert worse is given and "the biases stay as they are" in caplog.text
+    assert worse is given and "the biases are not changed" in caplog.text
     torch.testing.assert_close(linear_head(model).bias, expected)
 
 
@@ -493,7 +494,7 @@ def test_images_that_the_run_has_are_left_out_of_the_new_data(run, stripes, tmp_
     assert np.bincount(train.labels).tolist() == [4, 4, 18]
     assert source.test_split.labels.tolist() == open_data(RunFolder(run)).test_split.labels.tolist()
     assert RunFolder(tmp_path / "up").facts()["source"]["stored"]["copies"] == counts
-    assert "has already" in (tmp_path / "up" / "README.md").read_text()
+    assert "already has" in (tmp_path / "up" / "README.md").read_text()
     # It also knows the images that it has not stored.
     paint(tmp_path / "down", "down", 10, 5)
     for file in (tmp_path / "down").iterdir():
@@ -519,7 +520,7 @@ def test_a_folder_that_has_grown_in_its_place_is_explained(stripes, tmp_path, ca
     tiny_run(tmp_path / "run", data, "scratch/article_cnn")
     paint(data / "train" / "checks", "checks", 20, 0)
     assert update(tmp_path / "run", data, tmp_path / "up") == 2
-    assert "new images belong in a folder of their own" in capsys.readouterr().err
+    assert "put new images in a folder of their own" in capsys.readouterr().err
 
 
 def test_new_classes_that_are_named_like_known_ones_are_warned_about(run, tmp_path, caplog):
@@ -617,8 +618,8 @@ def test_the_verdict_of_a_gain_has_its_interval():
     )
     assert "forgets 3.0 points of accuracy (95% interval +2.0 to +4.0)" in text(0.03, 0.02, 0.04)
     assert (
-        "No clear loss or gain on the old test rows: +1.0 points of accuracy (95% interval -1.0 to +3.0) "
-        "forgotten" in text(0.01, -0.01, 0.03)
+        "No clear loss or gain on the old test rows: forgetting is +1.0 points of accuracy (95% interval "
+        "-1.0 to +3.0)." in text(0.01, -0.01, 0.03)
     )
 
 

@@ -241,7 +241,7 @@ def test_a_student_passes_on_what_its_teacher_has_seen(finished_vit, tmp_path, s
         (["--teacher", "nothing/here"], "--teacher: nothing/here .* pass the folder of a run"),
         (["--teacher", "model.onnx"], "--teacher model.onnx is not a fine-tuned model"),
         (["--teacher", "bundled/efficientnet_lite0"], "is not a fine-tuned model"),
-        (["--teacher", "THREE"], "has the classes LABEL_0, LABEL_1, LABEL_2, which the data lack"),
+        (["--teacher", "THREE"], "has the classes LABEL_0, LABEL_1, LABEL_2, which are not in the data"),
         (["--teacher", "VIT", "--feature_hint", "1", "--model_name_or_path", TWO_HEADS], "one linear layer"),
         (["--teacher", "VIT", "--distillation_weight", "2"], "it must be in 0..1"),
     ],
@@ -261,4 +261,4 @@ def test_a_frozen_backbone_sees_the_images_again(finished_vit, tmp_path, stripes
     caplog.set_level("INFO", logger="hf_cifar")
     flags = ["--teacher", str(finished_vit), "--freeze", "backbone"]
     tiny_run(tmp_path / "run", stripes, tiny_vit, *flags)
-    assert "features of" not in caplog.text and "for the views of each step" in caplog.text
+    assert "features of" not in caplog.text and "computed in each step" in caplog.text
