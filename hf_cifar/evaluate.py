@@ -184,15 +184,18 @@ def adjust_classifier(
     shift = (counts / counts.mean()).log()
     logits = validation.logits - shift.numpy()
     adjusted = dataclasses.replace(validation, logits=logits, post_hoc=True)
-    before, after = (
-        each.outcome.metric("balanced_accuracy") or 0.0 for each in (validation, adjusted)
-    )
+
+    def values(name: str) -> tuple[float, float]:
+        after, before = (each.outcome.metric(name) or 0.0 for each in (adjusted, validation))
+        return after, before
+
+    after, before = values("balanced_accuracy")
     is_worse = after < before
     if not is_worse:
         shift_logits(model, shift)
     logger.info(
-        "--class_balance post_hoc: balanced accuracy on validation %.4f, before %.4f%s",
-        after, before, "; the biases are not changed" if is_worse else "",
+        "--class_balance post_hoc: balanced accuracy on validation %.4f, before %.4f; accuracy %.4f, before "
+        "%.4f%s", after, before, *values("accuracy"), "; the biases are not changed" if is_worse else "",
     )  # fmt: skip
     return validation if is_worse else adjusted
 

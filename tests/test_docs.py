@@ -1,6 +1,7 @@
 """README and docs: facts that can become outdated are compared with the code."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_cifar.cli import COMMANDS, main
+from hf_cifar.config import studies
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -21,6 +23,15 @@ def load_script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_every_option_of_the_studies_is_in_the_page_of_options():
+    page = (ROOT / "docs" / "options.md").read_text()
+    for config in vars(studies).values():
+        if dataclasses.is_dataclass(config):
+            shown = (each for each in dataclasses.fields(config) if each.metadata.get("help"))
+            for field in shown:
+                assert f"| `--{field.name}` |" in page, f"{config.__name__}.{field.name}"
 
 
 @pytest.mark.parametrize("name", ["options.md", "files.md"])

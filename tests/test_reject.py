@@ -75,6 +75,13 @@ print(len(load_distance(model_folder("me/model", None, False)).center))
 """
 
 
+def test_few_validation_images_are_warned_about(runs, tmp_path, caplog):
+    copy = shutil.copytree(runs / "plain", tmp_path / "plain")
+    argv = ["evaluate", "--model_name_or_path", str(copy), "--reject", "0.9", "--use_cpu"]
+    assert main(argv) == 0
+    assert "the thresholds are set by 2.4 of 24 validation images" in caplog.text
+
+
 def test_a_model_from_the_hub_comes_with_its_distance(runs, tmp_path):
     with Hub() as hub:
         hub.fill("models", "me/model", runs / "reject")

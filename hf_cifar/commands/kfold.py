@@ -15,6 +15,7 @@ from hf_cifar.logs import quieten
 from hf_cifar.models.names import check_models
 from hf_cifar.runs.processes import is_main_process
 
+CONFIGS = (KFoldConfig, *RUN_CONFIGS, JobConfig)
 USAGE = "hf-cifar kfold [--folds N] [--recipe NAME] [--config FILE] [options of hf-cifar finetune]"
 DESCRIPTION = (
     "Train a run for each fold, in OUTPUT_DIR/fold-NUMBER, and evaluate the predictions of all of them "
@@ -26,8 +27,7 @@ DESCRIPTION = (
 def kfold(argv: Sequence[str]) -> int:
     """Cross-validate. Mistakes in options and images are found before torch is imported."""
     if wants_help(argv):
-        classes = (KFoldConfig, *RUN_CONFIGS, JobConfig)
-        parse(classes, ["--help"], "hf-cifar kfold", usage=USAGE, description=DESCRIPTION)
+        parse(CONFIGS, ["--help"], "hf-cifar kfold", usage=USAGE, description=DESCRIPTION)
     from hf_cifar.studies.kfold import cross_validate, render_folds, runs_of_folds
     from hf_cifar.studies.series import check_same
     from hf_cifar.studies.student import require_one_process, student_of

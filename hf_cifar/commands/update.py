@@ -14,6 +14,7 @@ from hf_cifar.logs import quieten
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import is_main_process
 
+CONFIGS = (UpdateConfig, *RUN_CONFIGS)
 USAGE = "hf-cifar update RUN --dataset_name NEW --output_dir DIR [--replay N] [options of hf-cifar finetune]"
 DESCRIPTION = (
     "Continue a finished run with new rows and new classes. The run's options are the defaults; those given "
@@ -24,8 +25,7 @@ DESCRIPTION = (
 def update(argv: Sequence[str]) -> int:
     """Update a run. Mistakes in options are found before torch is imported."""
     if wants_help(argv):
-        classes = (UpdateConfig, *RUN_CONFIGS)
-        parse(classes, ["--help"], "hf-cifar update", usage=USAGE, description=DESCRIPTION)
+        parse(CONFIGS, ["--help"], "hf-cifar update", usage=USAGE, description=DESCRIPTION)
     if not argv or argv[0].startswith("-"):
         raise UserError(f"the run comes first: {USAGE}")
     from hf_cifar.studies.update import update_run

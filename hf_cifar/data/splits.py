@@ -296,15 +296,19 @@ def load_other_split(config: DataConfig, name: str, class_names: Sequence[str]) 
     rows = with_known_classes(rows, class_names, source_split)
     limit, values = config.max_image_pixels, requested_range(config)
     whole = _whole_split(name, Pixels(source_split, rows, row_ids, limit, values))
-    counts = class_counts(whole.labels, len(class_names))
-    absent = [each for each, count in zip(class_names, counts, strict=True) if not count]
-    if absent:
+    _state_absent(whole, f"{source_split} of {config.dataset_name}")
+    return _sampled(whole, "max_eval_samples", config)
+
+
+def _state_absent(split: Split, where: str) -> None:
+    """Log the classes of which a split has no images: no metric is about them."""
+    names = list(split.id2label.values())
+    counts = class_counts(split.labels, len(names))
+    if absent := [name for name, count in zip(names, counts, strict=True) if not count]:
         logger.info(
-            "%s of the model's %s classes have no images in %s of %s: %s",
-            f"{len(absent):,}", f"{len(class_names):,}", source_split, config.dataset_name,
+            "%s of %s classes have no images in %s: %s", f"{len(absent):,}", f"{len(names):,}", where,
             listed(absent, SHOWN_CLASSES),
         )  # fmt: skip
-    return _sampled(whole, "max_eval_samples", config)
 
 
 def is_named(split: Split) -> bool:
@@ -412,7 +416,9 @@ def _test_split(source: DataSource) -> Split:
         rows, row_ids = collect("test", source.rows["test"], config.max_eval_samples)
         return _whole_split("test", source.pixels_of("test", rows, row_ids))
     test = _whole_split("test", source.pixels("test"))
-    return _with_stored(_sampled(test, "max_eval_samples", config))
+    test = _with_stored(_sampled(test, "max_eval_samples", config))
+    _state_absent(test, "test")
+    return test
 
 
 def _whole_split(name: str, pixels: Pixels) -> Split:

@@ -102,6 +102,13 @@ class StoredRows:
             if copies := self.note.get("copies", {}).get(name):
                 rows = rows.select(np.setdiff1d(np.arange(len(rows)), copies))
             joined[name] = with_classes_after(rows, self.class_names, name)
+        with quiet_datasets():
+            return self._appended(joined, train, validation)
+
+    def _appended(
+        self, joined: dict[str, Dataset], train: str, validation: str | None
+    ) -> DatasetDict:
+        """Append the rows to splits that have their classes already."""
         names = class_label(joined[train].features["label"]).names
         known = with_classes_after(self.rows.remove_columns("row_id"), names, "the stored rows")
         part = np.array(self.rows[STORED][:])
@@ -186,7 +193,11 @@ def _stored_cell(cell: dict[str, Any], *, embeds: bool) -> dict[str, Any]:
     """
     path = cell.get("path") or None
     if embeds or cell.get("bytes"):
-        return {"bytes": read_encoded(cell) or None, "path": path and Path(path).name}
+        # The last folder often is the class, and tells files of the same name apart.
+        return {
+            "bytes": read_encoded(cell) or None,
+            "path": path and "/".join(Path(path).parts[-2:]),
+        }
     return {"bytes": None, "path": path and os.path.abspath(path)}
 
 

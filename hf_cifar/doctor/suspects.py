@@ -109,7 +109,7 @@ def doubted(
             f"looks like {rows.id2label[int(suggested[row])]}; probability of its label "
             f"{probabilities[row, labels[row]]:.1%}",
         )
-        for row in order[:SHOWN_CLASSES]
+        for row in order[: min(number, SHOWN_CLASSES)]
     )
     text = (
         f"confident learning doubts {number:,} of {count_of(len(labels), 'label')} "

@@ -16,7 +16,9 @@ def render_number(value: float | int | None) -> str:
 
 
 def render_cell(metrics: dict[str, Any], name: str) -> str:
-    """Format a metric with its 95% interval, if it has one."""
+    """Format a metric with its 95% interval, if it has one; that of a class without images as -."""
+    if metrics.get("num_images") == 0 and name != "num_images":
+        return "-"
     interval = metrics.get("intervals", {}).get(name)
     value = render_number(metrics.get(name))
     return f"{value} [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else value

@@ -33,6 +33,7 @@ from hf_cifar.report.wording import (
     render_prior,
     render_procedure,
     render_skipped,
+    render_stored,
     role_of,
     validation_source,
 )
@@ -153,6 +154,7 @@ def render_card(facts: CardFacts) -> str:
         dataset_link=_link(dataset),
         dataset_license=dataset["license_name"] or dataset["license"],
         num_train=f"{run['num_train']:,}",
+        stored=render_stored(run),
         num_validation=f"{run['num_validation']:,}",
         validation_source=validation_source(run, options),
         hashed=hashed(options),
@@ -346,6 +348,7 @@ def _weakest(metrics: dict[str, Any]) -> str:
     return ", ".join(
         f"{one_line(name)} ({render_number(own['f1'])})"
         for name, own in _ranked(metrics)[:NUM_WEAKEST]
+        if own["f1"] < 1
     )
 
 

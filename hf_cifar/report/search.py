@@ -16,6 +16,7 @@ from hf_cifar.report.page import render_template
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.text import duration, render_table
 
+NO_IMPORTANCE = "too few complete trials with different results"
 STATES = ("complete", "pruned", "failed", "stopped", "running")
 
 
@@ -33,6 +34,7 @@ def render_page(facts: dict[str, Any]) -> str:
         ],
         render_choice=render_choice,
         duration=duration,
+        no_importance=NO_IMPORTANCE,
     )
 
 
@@ -154,6 +156,7 @@ def render_summary(facts: dict[str, Any], study: RunFolder) -> str:
     ]
     header = ["trial", "state", f"validation {facts['metric']}", *names, "time"]
     best, metrics = facts["best"], facts["best"]["metrics"]
+    num_complete = sum(each["state"] == "complete" for each in trials)
     headline = list(dict.fromkeys([facts["metric"], *shown("headline", metrics["validation"])]))
     lines = [render_table(header, rows, left=2), "", counts_of(trials)]
     lines += [
@@ -164,13 +167,15 @@ def render_summary(facts: dict[str, Any], study: RunFolder) -> str:
     if facts["importances"]:
         shares = ", ".join(f"{name} {share:.2f}" for name, share in facts["importances"].items())
         lines.append(f"importance: {shares}")
+    else:
+        lines.append(f"importance: unknown; {NO_IMPORTANCE}")
     return "\n".join(
         [
             *lines,
             "",
             f"the winner, trial {best['number']}, trained again:",
             render_chosen(metrics, [name for name in headline if name in metrics["validation"]]),
-            f"chosen on validation among {len(trials)} trials, so its validation metrics are optimistic",
+            f"the best of {num_complete} complete trials on validation, so its metrics there are optimistic",
             "",
             f"recipe: {study.recipe_path}",
             f"model: {study.winner_path}",

@@ -112,6 +112,17 @@ def render_procedure(run: dict[str, Any], options: dict[str, Any]) -> str:
     )
 
 
+def render_stored(run: dict[str, Any]) -> str:
+    """Say which of the training images an update has from its run; empty for other runs."""
+    stored = (run.get("source") or {}).get("stored")
+    if not stored:
+        return ""
+    return (
+        f" ({stored['num_train']:,} of them from the run {stored['run']}, whose validation images are "
+        "included too)"
+    )
+
+
 def render_teacher(run: dict[str, Any], options: dict[str, Any]) -> str:
     """Describe the teacher of a distillation; empty without one."""
     teacher = run.get("teacher")

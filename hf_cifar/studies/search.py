@@ -91,7 +91,7 @@ def train_winner(search: Search) -> dict[str, Any]:
     """
     from hf_cifar.finetune import finetune_classifier
     from hf_cifar.studies.execution import alone_in, start_or_resume, with_setting_of
-    from hf_cifar.studies.workers import POLL_SECONDS, best_trial
+    from hf_cifar.studies.workers import POLL_SECONDS, best_trial, best_trials
 
     if best_trial(search) is None:
         failed = [folder.trial() for folder in search.trial_folders()]
@@ -105,6 +105,11 @@ def train_winner(search: Search) -> dict[str, Any]:
     with alone_in(folder.path, POLL_SECONDS):
         best = best_trial(search)
         assert best is not None
+        if (tied := len(best_trials(search))) > 1:
+            logger.info(
+                "%d trials share the best %s; trial %d has the lowest cross-entropy",
+                tied, words(search.metric), best.number,
+            )  # fmt: skip
         config, before = search.winner_of(best.params), folder.trial().get("number")
         if before != best.number:
             if before is not None:

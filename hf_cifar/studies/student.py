@@ -16,6 +16,7 @@ from hf_cifar.models.names import check_models
 from hf_cifar.runs.folder import RunFolder
 from hf_cifar.runs.processes import share_of_launcher
 from hf_cifar.studies.series import run_of
+from hf_cifar.text import nearest_hint
 
 ENSEMBLE, STUDENT = "ensemble", "student"  # folders of a study
 
@@ -36,7 +37,10 @@ def student_of(name: str, argv: Sequence[str], prog: str) -> RunConfig:
     config = RunConfig.parse([*argv, *own], prog).with_training(output_dir=folds.train.output_dir)
     # A file may be the config.yaml of a run on other data.
     config = dataclasses.replace(config, data=folds.data)
-    check_models(config)
+    try:
+        check_models(config)
+    except UserError as error:
+        raise UserError(f"--distill_into: {error}{nearest_hint(name, recipe_names())}") from None
     if config.train.teacher is not None:
         raise UserError(
             f"the student's teacher is the ensemble of the folds; leave out --teacher {config.train.teacher}"

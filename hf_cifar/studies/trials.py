@@ -125,7 +125,8 @@ def run_trial(
     try:
         if not is_kept(config):
             finetune_classifier(start_or_resume(config), source, callbacks=[watch])
-        ends["value"] = folder.metrics()["validation"][metric]
+        found = folder.metrics()["validation"]
+        ends |= {"value": found[metric], "cross_entropy": found.get("cross_entropy")}
     except Pruned:
         ends = {"state": "pruned", "value": watch.value}
     except (UserError, torch.OutOfMemoryError) as error:

@@ -6,6 +6,7 @@ Source: Chaudhry et al., On Tiny Episodic Memories in Continual Learning, 2019.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from hf_cifar.studies.replay import (
     store_rows,
 )
 from hf_cifar.studies.series import check_same
-from hf_cifar.studies.update_options import config_anew
+from hf_cifar.studies.update_options import ANEW, config_anew
 from hf_cifar.text import enumerated, listed
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,10 @@ def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[st
     Raises: UserError before training for data that cannot be read, or a folder that holds another run.
     """
     files, configs = RunFolder(run), [config]
+    anew = RunFolder(Path(config.train.output_dir) / ANEW)
+    if anew.facts() and not own.compare_anew:
+        own = dataclasses.replace(own, compare_anew=True)
+        logger.info("%s is there, so the comparison stays", anew.path)
     if own.compare_anew:
         configs.append(config_anew(files, config))
     check_same(configs)

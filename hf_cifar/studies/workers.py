@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -167,12 +168,22 @@ def tell(search: Search, trial: Trial, facts: dict[str, Any]) -> None:
 
 
 def best_trial(search: Search) -> FrozenTrial | None:
-    """Return the best complete trial; among equal ones, the first."""
+    """Return the best complete trial; among equals the one with the lowest cross-entropy, or the first."""
+    return next(iter(best_trials(search)), None)
+
+
+def best_trials(search: Search) -> list[FrozenTrial]:
+    """Return the complete trials that share the best value of the metric, as `best_trial` ranks them."""
     from optuna.trial import TrialState
 
+    def rank(trial: FrozenTrial) -> tuple[float, int]:
+        found = search.trial_folder(trial.number).trial().get("cross_entropy")
+        return math.inf if found is None else found, trial.number
+
     complete = search.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    sign = -1 if search.larger_is_better else 1
-    return min(complete, key=lambda trial: (sign * (trial.value or 0), trial.number), default=None)
+    values = [trial.value or 0.0 for trial in complete]
+    best = (max if search.larger_is_better else min)(values, default=None)
+    return sorted((trial for trial in complete if (trial.value or 0.0) == best), key=rank)
 
 
 def render_parameters(parameters: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ from hf_cifar.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 TRAIN_IMAGES = 10_000  # at most, for the class means and the covariance
+FEW_REJECTED = 5  # validation images: the thresholds depend on single ones
 MAX_WIDTH = 8192  # of a feature: the saved file grows with its square
 
 
@@ -99,6 +100,13 @@ def fit_to_reject(
         "" if answer == ANSWERS[0] else f" ({ANSWERS[0]!r} is a class)",
         100 * found.metrics["kept"], found.metrics["accuracy_kept"], found.metrics["accuracy"],
     )  # fmt: skip
+    expected = (1 - keep) * len(predictions.labels)
+    if expected < FEW_REJECTED:
+        logger.warning(
+            "--reject: the thresholds are set by %.1f of %s validation images, so the share of other images "
+            "that keep their label may be far from %g%%",
+            expected, f"{len(predictions.labels):,}", 100 * keep,
+        )  # fmt: skip
     return found, distance
 
 

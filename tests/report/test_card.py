@@ -166,10 +166,7 @@ def test_classes_and_weaknesses_are_from_the_last_split():
     text = render_card(FACTS)
     assert "| cat | 600 | 0.6000 | 0.5000 [0.4600, 0.5400] | 0.5455 |" in section(text, "Per class")
     weak = section(text, "Known weaknesses")
-    assert (
-        "On test, the classes with the lowest F1 are cat (0.5455), dog (0.7467), ship (1.0000)."
-        in weak
-    )
+    assert "On test, the classes with the lowest F1 are cat (0.5455), dog (0.7467)." in weak
     assert weak.index("| cat | dog | 290 | 48.3% |") < weak.index("| dog | cat | 120 | 20.0% |")
 
 

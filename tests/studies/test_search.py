@@ -19,6 +19,7 @@ from hf_cifar.cli import main
 from hf_cifar.config.space import Choices, Range, space_of
 from hf_cifar.config.studies import SearchConfig
 from hf_cifar.data.splits import DataSource
+from hf_cifar.report.search import render_summary
 from hf_cifar.runs.folder import RunFolder, write_json
 from hf_cifar.runs.listing import list_runs
 from hf_cifar.runs.lock import claimed_run
@@ -34,7 +35,7 @@ from hf_cifar.studies.optuna_study import (
 from hf_cifar.studies.search import run_search
 from hf_cifar.studies.search_plan import Search, join
 from hf_cifar.studies.trials import begin_trial, run_trial
-from hf_cifar.studies.workers import next_trial
+from hf_cifar.studies.workers import best_trial, best_trials, next_trial
 
 SPACE = "learning_rate: {low: 1e-4, high: 2e-2, log: true}\nlr_scheduler_type: [linear, cosine]\n"
 
@@ -99,7 +100,9 @@ def test_the_winner_is_the_best_trial_and_its_recipe_is_that_run(study, tmp_path
     summary = json.loads((study / "search.json").read_text())
     number = summary["best"]["number"]
     values = [trial["value"] for trial in summary["trials"]]
-    assert values[number] == max(values) and values.index(max(values)) == number
+    tied = [trial for trial, value in enumerate(values) if value == max(values)]
+    entropies = [RunFolder(study / f"trial-{k}").trial()["cross_entropy"] for k in tied]
+    assert number == tied[entropies.index(min(entropies))]
     assert weights(study / "best") == weights(study / f"trial-{number}")
     argv = ["--config", str(study / "best.yaml"), "--output_dir", str(tmp_path / "again")]
     assert main(["finetune", *argv]) == 0
@@ -446,6 +449,11 @@ def test_trials_that_fail(tmp_path, stripes, tiny_vit, caplog):
     assert "failed" in states and states.count("complete") >= 2 and len(states) == 4
     failed = summary["trials"][states.index("failed")]
     assert failed["parameters"]["learning_rate"] == 1000 and "diverged" in failed["reason"]
+    shown = render_summary(summary, RunFolder(tmp_path / "study"))
+    number = states.count("complete")
+    assert f"the best of {number} complete trials on validation" in shown
+    assert "importance: unknown; too few complete trials" in shown
+    assert "Importance: unknown; too few" in (tmp_path / "study" / "search.html").read_text()
     assert f"trial {failed['number']}: failed after" in caplog.text
 
 
@@ -485,6 +493,27 @@ def test_evaluations_are_written_when_they_are_made(tmp_path, stripes, tiny_vit)
     (first, at_half), (second, at_end) = seen
     assert first["evaluations"] == at_half and second["evaluations"] == at_half | at_end
     assert first["state"] == "running" and 0 < first["seconds"] < second["seconds"]
+
+
+@pytest.mark.parametrize("entropies", [(0.5, 0.4, 0.6), (None, None, None)])
+def test_the_winner_among_equal_trials_has_the_lowest_cross_entropy(
+    entropies, tmp_path, stripes, tiny_vit
+):
+    asked = config(tmp_path / "study", stripes, tiny_vit)
+    space = {"learning_rate": Choices((1e-3, 2e-3, 3e-3, 4e-3))}
+    found = Search(asked, SearchConfig(), space, DataSource(asked.data), "accuracy", None)
+    found.folder.path.mkdir()
+    join(found)
+    for number, (value, entropy) in enumerate(
+        zip((0.9, 0.9, 0.9, 0.8), (*entropies, 0.1), strict=True)
+    ):
+        trial = ask(found.study, "grid", space, 0)
+        facts = {"number": number, "state": "complete", "value": value, "cross_entropy": entropy}
+        found.trial_folder(number).path.mkdir()
+        write_json(found.trial_folder(number).trial_path, facts)
+        found.study.tell(trial, value)
+    assert best_trial(found).number == (1 if entropies[0] else 0)
+    assert len(best_trials(found)) == 3
 
 
 def test_a_search_in_which_all_fails_ends(tmp_path, stripes, tiny_vit):

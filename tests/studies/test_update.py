@@ -172,7 +172,7 @@ def test_stored_rows_are_those_of_the_draw_with_their_pixels(updated, run, strip
     assert stored.row_ids("train").tolist() == train.row_ids[kept].tolist()
     cell = stored.of("train").with_format(None)[3]["image"]
     assert cell["bytes"] == Path(train.rows[int(kept[3])]["image"]["path"]).read_bytes()
-    assert "/" not in cell["path"]
+    assert cell["path"] == "/".join(Path(train.rows[int(kept[3])]["image"]["path"]).parts[-2:])
     assert len(stored.row_ids("validation")) == len(Predictions.load(run, "validation").row_ids)
     assert len(stored.row_ids("test")) == 22
 
@@ -207,6 +207,7 @@ def test_an_update_is_a_run_folder(updated, tmp_path, capsys, checks):
     assert json.loads(capsys.readouterr().out)["label"] == "checks"
     card = (folder / "README.md").read_text()
     assert "Continues the run run; 20 of its training images were stored" in card
+    assert "74 training images (20 of them from the run run, whose validation images are" in card
 
 
 def test_a_second_update_replays_the_stored_rows_of_the_first(updated, more, tmp_path, caplog):
@@ -252,7 +253,8 @@ def test_training_anew_has_all_old_and_new_rows(run, checks, tmp_path, capsys):
     accuracy = [each.correct[:6].mean() for each in pair]
     assert found["gain_anew"]["value"] == pytest.approx(accuracy[1] - accuracy[0])
     assert "trained anew" in (folder / "update.html").read_text()
-    assert update(run, checks, folder, "--replay", "8", "--compare_anew") == 0
+    # Once it is there, the comparison stays.
+    assert update(run, checks, folder, "--replay", "8") == 0
     assert capsys.readouterr().out == out
 
 
@@ -290,6 +292,16 @@ def test_one_new_class_in_a_folder(run, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     assert update(run, tmp_path / "new", tmp_path / "run", "--folders", "classes") == 0
     assert len(RunFolder(tmp_path / "run").model_config()["id2label"]) == 3
+
+
+def test_a_class_without_test_images_is_named_and_has_no_metrics(run, tmp_path, caplog, capsys):
+    caplog.set_level("INFO", "hf_cifar")
+    paint(tmp_path / "new" / "checks", "checks", 20, 0)
+    flags = ("--folders", "classes", "--do_predict")
+    assert update(run, tmp_path / "new", tmp_path / "run", *flags) == 0
+    assert "1 of 3 classes have no images in test: checks" in caplog.text
+    assert "| checks | 0 | - | - | - |" in (tmp_path / "run" / "README.md").read_text()
+    assert main(["report", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize(
