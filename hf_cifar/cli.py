@@ -70,6 +70,9 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+CONTINUED = ("kfold", "search", "update")  # by the same command, after an interruption
+
+
 @handled_signals(stop_at_once, signal.SIGTERM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; a user's mistake is one line on stderr and exit status 2."""
@@ -95,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         if is_main_process():
-            print(f"hf-cifar: stopped by {signal.Signals(number).name}", file=sys.stderr)
+            hint = "; the same command continues" if argv and argv[0] in CONTINUED else ""
+            print(f"hf-cifar: stopped by {signal.Signals(number).name}{hint}", file=sys.stderr)
         return 128 + number
 
 

@@ -34,8 +34,17 @@ def render_text(examination: Examination) -> str:
         lines.append(f"labels: {facts['labels']['reason']}")
     if "test" in examination.surveys:
         lines.append("test: only its pixels were read, to find copies; its labels were not used")
-    lines += render_cost(facts["cost"]) if "cost" in facts else []
+    lines += _cost(examination)
     return "\n".join([*lines, "", verdict(examination)])
+
+
+def _cost(examination: Examination) -> list[str]:
+    """Render the cost of the run in lines, or say why it is not known."""
+    if "cost" in examination.facts:
+        return render_cost(examination.facts["cost"])
+    if examination.refused:
+        return ["time, memory and disk: unknown, because training would be refused"]
+    return []
 
 
 def verdict(examination: Examination) -> str:
@@ -114,7 +123,7 @@ def render_page(examination: Examination, title: str) -> str:
         plurals=PLURALS,
         verdict=verdict(examination),
         bars=_bars(facts),
-        cost=render_cost(facts["cost"]) if "cost" in facts else [],
+        cost=_cost(examination),
         classes=_classes(facts) if "splits" in facts else "",
         reads_test="test" in examination.surveys,
     )

@@ -117,6 +117,7 @@ def test_data_that_cannot_be_opened_is_a_refusal(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "error: no data set" in printed and "nonsense_net" in printed
     assert "training would be refused: 2 errors" in printed
+    assert "time, memory and disk: unknown, because training would be refused" in printed
 
 
 @pytest.mark.parametrize(
