@@ -23,7 +23,7 @@ from hf_cifar.config.data import DataConfig
 from hf_cifar.config.fields import field_names
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.recipes import expand_tokens
-from hf_cifar.config.training import TrainingConfig
+from hf_cifar.config.training import WITHOUT_TEACHER, TrainingConfig
 from hf_cifar.errors import UserError
 
 CONFIG_FILE = "config.yaml"  # in the folder of a run: its settled options
@@ -89,13 +89,16 @@ class RunConfig:
         return cls.parse(["--config", str(path)])
 
     def options(self) -> dict[str, Any]:
-        """Return all options by name, as in config.yaml: without tokens and unset ones."""
+        """Return all options by name, as in config.yaml: without tokens, unset ones, and options of
+        distillation where there is no teacher."""
         values = {
             each.name: getattr(config, each.name)
             for config in (self.data, self.augment, self.model, self.train)
             for each in dataclasses.fields(config)
             if each.metadata.get("saved", True)
         }
+        if self.train.teacher is None:
+            values = {name: value for name, value in values.items() if name not in WITHOUT_TEACHER}
         values |= self.trainer
         return {name: _plain(value) for name, value in values.items() if value is not None}
 

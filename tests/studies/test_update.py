@@ -347,8 +347,10 @@ def test_repository_and_teacher_of_the_run_are_left_behind(run, tmp_path):
         "hub_model_id": "me/old",
         "hub_revision": "v1",
     }
+    assert "distillation" not in RunFolder(copy).config_path.read_text()  # it has no teacher
     config = RunFolder(copy).load_config().with_training(**own)
     RunFolder(copy).save_config(config)
+    assert "distillation_weight: 0.5" in RunFolder(copy).config_path.read_text()
     given = ["--dataset_name", "new", "--output_dir", str(tmp_path / "up")]
     updated = config_of_update(RunFolder(copy), given)
     default = TrainingConfig()
