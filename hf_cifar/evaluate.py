@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import operator
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -190,7 +191,8 @@ def adjust_classifier(
         return after, before
 
     after, before = values("balanced_accuracy")
-    is_worse = after < before
+    # Of equal ones, the accuracy decides.
+    is_worse = after < before or (after == before and operator.lt(*values("accuracy")))
     if not is_worse:
         shift_logits(model, shift)
     logger.info(

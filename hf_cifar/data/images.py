@@ -9,6 +9,7 @@ import logging
 import os
 import struct
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -281,6 +282,8 @@ def read_encoded(cell: dict | None) -> bytes:
         return b""
     if cell.get("bytes"):
         return cell["bytes"]
+    if "://" not in cell["path"]:
+        return Path(cell["path"]).read_bytes()
     from datasets.utils.file_utils import xopen
 
     with xopen(cell["path"], "rb") as file:

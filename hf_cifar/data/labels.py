@@ -37,6 +37,19 @@ def class_label(feature: Any) -> Any:
     return feature.feature if holds_lists(feature) else feature
 
 
+def named_labels(rows: Dataset) -> list[Any]:
+    """Return the name of each row's label, or the set of its names; None where the label is hidden."""
+    names, labels = class_label(rows.features["label"]).names, rows.with_format(None)["label"][:]
+    return [
+        frozenset(names[k] for k in label)
+        if isinstance(label, list)
+        else None
+        if label is None or label < 0
+        else names[label]
+        for label in labels
+    ]
+
+
 def label_array(rows: Dataset) -> np.ndarray:
     """Read the standard label column: class ids [N] int64; for lists [N, K] uint8, 1 for each class."""
     feature = rows.features["label"]

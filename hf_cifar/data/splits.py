@@ -28,7 +28,7 @@ from hf_cifar.data.labels import (
 from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.sources import Source, announced, open_data_set, read_source
 from hf_cifar.data.split import Split, UnreadableImages, readable, with_images
-from hf_cifar.data.stored import StoredRows, stored_split
+from hf_cifar.data.stored import COPY, StoredRows, stored_split, without_known_splits
 from hf_cifar.data.stratify import assign_folds, few_shot, long_tail, stratified, subsample
 from hf_cifar.data.streams import (
     Stream,
@@ -144,8 +144,9 @@ class DataSource:
         if stored is None:
             return self._own or read_source(self.config)
         source = self._own or read_source(self.config, stored.class_names)
-        own = _own_validation(source.splits)
-        return replace(source, splits=stored.joined(source.splits, _train_name(source.splits), own))
+        splits = without_known_splits(source.splits, stored.note["copies"])
+        joined = stored.joined(splits, _train_name(splits), _own_validation(splits))
+        return replace(source, splits=joined)
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -199,7 +200,12 @@ class DataSource:
 
 def num_own_rows(rows: Dataset) -> int:
     """Return the number of the data set's own rows, which come before the stored ones."""
-    return int(np.count_nonzero(stored_split(rows) == ""))
+    return int(np.count_nonzero(np.isin(stored_split(rows), ("", COPY))))
+
+
+def _own_places(rows: Dataset) -> np.ndarray:
+    """Return the places of the rows of a data set itself that are used, sorted."""
+    return np.flatnonzero(stored_split(rows) == "")
 
 
 def range_of_rows(rows: Dataset | IterableDataset, config: DataConfig) -> ValueRange | None:
@@ -336,15 +342,17 @@ def _splits(source: DataSource) -> Splits:
     config, rows = source.config, source.rows
     train_name = _train_name(rows)
     train = source.pixels(train_name)
-    labels = label_array(train.rows)[: num_own_rows(train.rows)]
+    own_rows = _own_places(train.rows)
+    labels = label_array(train.rows)[own_rows]
     names = class_label(train.rows.features["label"]).names
     _require_classes(names, config)
     own = _own_validation(rows)
     if own is not None and config.num_folds is None:
         validation = _whole_split("validation", source.pixels(own))
-        train_rows = np.arange(len(labels))
+        train_rows = own_rows
     else:
-        train_rows, validation_rows = _divide(source, labels, names, train_name)
+        parts = _divide(source, own_rows, labels, names, train_name)
+        train_rows, validation_rows = (own_rows[part] for part in parts)
         validation = Split("validation", train, validation_rows)
     train_split = long_tail(
         Split("train", train, train_rows), config.imbalance_factor, config.split_seed
@@ -356,10 +364,10 @@ def _splits(source: DataSource) -> Splits:
 
 
 def _divide(
-    source: DataSource, labels: np.ndarray, names: list[str], split: str
+    source: DataSource, own_rows: np.ndarray, labels: np.ndarray, names: list[str], split: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Divide the rows of train into two sorted arrays of row numbers: train and validation."""
-    config, rows = source.config, source.rows[split].select(range(len(labels)))
+    """Divide rows of train into two sorted arrays of places among them: train and validation."""
+    config, rows = source.config, source.rows[split].select(own_rows)
     groups = None if config.group_column_name is None else _groups_of(rows, config)
     if config.num_folds is None and groups is None:
         return stratified(labels, config.train_val_split, names, config.split_seed, split)
@@ -423,7 +431,7 @@ def _test_split(source: DataSource) -> Split:
 
 def _whole_split(name: str, pixels: Pixels) -> Split:
     """Return all rows of a source's own split, without stored ones."""
-    return Split(name, pixels, np.arange(num_own_rows(pixels.rows)))
+    return Split(name, pixels, _own_places(pixels.rows))
 
 
 def _with_stored(split: Split) -> Split:

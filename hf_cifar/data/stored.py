@@ -30,8 +30,9 @@ from hf_cifar.text import one_line
 
 # Keys in the metadata of the file.
 NOTE, KNOWN = "stored_rows", "known_images"
-# Column of a data set with stored rows: the split to which each belongs, "" for the data set's own rows.
-STORED = "stored"
+# Column of a data set with stored rows: the split to which each belongs, "" for the data set's own rows, and
+# COPY for those of them that are not used, because the earlier run has the image.
+STORED, COPY = "stored", "copy"
 HASH = np.dtype("<u8")  # of an image
 MOST_ROWS, MOST_BYTES = 1000, 64 * 1024**2  # that are written at once
 
@@ -83,8 +84,8 @@ class StoredRows:
         return self.rows.select(places).with_format("arrow")
 
     def joined(self, splits: DatasetDict, train: str, validation: str | None) -> DatasetDict:
-        """Append the rows to the splits of a new data set, from which images of the earlier run are left out.
-        The stored classes come first, then the others.
+        """Append the rows to the splits of a new data set, and mark its images that the earlier run has. The
+        stored classes come first, then the others.
 
         train, validation: names of the data set's own splits; without a validation split, the stored
         validation rows are appended to train.
@@ -99,30 +100,33 @@ class StoredRows:
                     f"split {name} has {kinds[not lists]} per image, but the stored rows have "
                     f"{kinds[lists]}; pass data with the same"
                 )
-            if copies := self.note.get("copies", {}).get(name):
-                rows = rows.select(np.setdiff1d(np.arange(len(rows)), copies))
-            joined[name] = with_classes_after(rows, self.class_names, name)
-        with quiet_datasets():
-            return self._appended(joined, train, validation)
-
-    def _appended(
-        self, joined: dict[str, Dataset], train: str, validation: str | None
-    ) -> DatasetDict:
-        """Append the rows to splits that have their classes already."""
+            part = np.full(len(rows), "", object)
+            part[self.note["copies"].get(name, [])] = COPY
+            rows = with_classes_after(rows, self.class_names, name)
+            joined[name] = rows.add_column(STORED, part.tolist(), feature=Value("string"))
         names = class_label(joined[train].features["label"]).names
         known = with_classes_after(self.rows.remove_columns("row_id"), names, "the stored rows")
         part = np.array(self.rows[STORED][:])
         for split in ("train", "validation", "test"):
             home = {"train": train, "validation": validation or train}.get(split, split)
             places = np.flatnonzero(part == split)
-            if home in joined and STORED not in joined[home].features:
-                own = joined[home]
-                joined[home] = own.add_column(STORED, [""] * len(own), feature=Value("string"))
             if len(places):
                 more = known.select(places)
                 given = [joined[home]] if home in joined else []
                 joined[home] = datasets.concatenate_datasets([*given, more])
         return DatasetDict(joined)
+
+
+def without_known_splits(splits: DatasetDict, copies: Mapping[str, list[int]]) -> DatasetDict:
+    """Return a new data set without those splits of which the earlier run has all images; train stays."""
+    train = next(iter(splits))
+    return DatasetDict(
+        {
+            name: rows
+            for name, rows in splits.items()
+            if name == train or len(copies.get(name, [])) < len(rows)
+        }
+    )
 
 
 def image_hashes(rows: Dataset) -> np.ndarray:
@@ -137,7 +141,8 @@ def image_hashes(rows: Dataset) -> np.ndarray:
 
     encoded = rows.select_columns(["image"]).with_format(None)
     cells = (cell for batch in encoded.iter(100) for cell in batch["image"])
-    return np.fromiter((hash_of(cell) for cell in cells), HASH, len(rows))
+    shown = progress(cells, "comparing images", len(rows))
+    return np.fromiter((hash_of(cell) for cell in shown), HASH, len(rows))
 
 
 def stored_split(rows: Dataset) -> np.ndarray:

@@ -14,12 +14,12 @@ import numpy as np
 from hf_cifar.config.run import RunConfig
 from hf_cifar.config.studies import UpdateConfig
 from hf_cifar.data.folders import Source
-from hf_cifar.data.labels import SHOWN_CLASSES, class_counts, with_classes_after
+from hf_cifar.data.labels import SHOWN_CLASSES, class_counts, named_labels, with_classes_after
 from hf_cifar.data.pixels import Pixels
 from hf_cifar.data.sources import read_source
 from hf_cifar.data.split import Split, subset, without_rows
 from hf_cifar.data.splits import DataSource
-from hf_cifar.data.stored import StoredRows, image_hashes, write_stored
+from hf_cifar.data.stored import HASH, StoredRows, image_hashes, write_stored
 from hf_cifar.data.stratify import equal_rows
 from hf_cifar.data.streams import Stream
 from hf_cifar.errors import UserError
@@ -93,32 +93,52 @@ class EarlierRows:
         return found
 
     @functools.cached_property
-    def known(self) -> np.ndarray:
-        """Hashes, sorted, of the images of the run, in any split, and of those of earlier runs."""
+    def labels(self) -> dict[int, Any]:
+        """Names of the labels of the run's images, in any split, by the hash of the image."""
         source, rows = self.source, [split.rows for split in self.splits]
         if source is not None and not source.config.streaming:
             # Also the images that the run has left out, and those of test even if it is not evaluated.
             rows = [source.splits.train.rows, source.splits.validation.rows]
             with contextlib.suppress(UserError):
                 rows.append(source.test_split.rows)
-        hashes = [image_hashes(each) for each in rows]
+        return {
+            image: label
+            for each in rows
+            for image, label in zip(image_hashes(each).tolist(), named_labels(each), strict=True)
+            if image
+        }
+
+    @functools.cached_property
+    def known(self) -> np.ndarray:
+        """Hashes of the run's images, and of those of the runs before it."""
+        found = np.fromiter(self.labels, HASH, len(self.labels))
         if self.run.stored_path.is_file():
-            hashes.append(StoredRows.load(self.run.stored_path).known)
-        found = np.unique(np.concatenate(hashes))
-        return found[found != 0]
+            found = np.concatenate([found, StoredRows.load(self.run.stored_path).known])
+        return found
 
     @functools.cached_property
     def copies(self) -> dict[str, list[int]]:
         """The rows of the new data, by split, whose images the run has already, byte for byte."""
-        found = {}
+        found, num_relabelled = {}, 0
         for name, rows in self.new.splits.items():
-            found[name] = np.flatnonzero(np.isin(image_hashes(rows), self.known)).tolist()
-        train = next(iter(found))
+            hashes = image_hashes(rows)
+            places = np.flatnonzero(np.isin(hashes, self.known))
+            found[name] = places.tolist()
+            labels = named_labels(rows)
+            num_relabelled += sum(
+                labels[place] != self.labels.get(hashes[place], labels[place]) for place in places
+            )
+        train, data = next(iter(found)), self.config.data.dataset_name
         if len(found[train]) == len(self.new.splits[train]):
             raise UserError(
-                f"{self.run.path} already has all {len(found[train]):,} training images of "
-                f"{self.config.data.dataset_name}, so there is nothing to add; pass new images"
+                f"{self.run.path} already has all {len(found[train]):,} training images of {data}, so there "
+                "is nothing to add; pass new images"
             )
+        if num_relabelled:
+            logger.warning(
+                "%s images of %s have another label than in %s, which has them already; an update does not "
+                "correct labels", f"{num_relabelled:,}", data, self.run.path,
+            )  # fmt: skip
         return found
 
 

@@ -125,8 +125,7 @@ def run_trial(
     try:
         if not is_kept(config):
             finetune_classifier(start_or_resume(config), source, callbacks=[watch])
-        found = folder.metrics()["validation"]
-        ends |= {"value": found[metric], "cross_entropy": found.get("cross_entropy")}
+        ends["value"] = folder.metrics()["validation"][metric]
     except Pruned:
         ends = {"state": "pruned", "value": watch.value}
     except (UserError, torch.OutOfMemoryError) as error:

@@ -23,6 +23,7 @@ from hf_cifar.data.split import Split
 from hf_cifar.data.splits import DataSource
 from hf_cifar.errors import UserError
 from hf_cifar.runs.folder import RunFolder, require_writable, write_json, write_text
+from hf_cifar.runs.lock import claimed_run
 from hf_cifar.runs.processes import is_main_process, start_processes
 from hf_cifar.studies.replay import (
     EarlierRows,
@@ -47,10 +48,6 @@ def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[st
     Raises: UserError before training for data that cannot be read, or a folder that holds another run.
     """
     files, configs = RunFolder(run), [config]
-    anew = RunFolder(Path(config.train.output_dir) / ANEW)
-    if anew.facts() and not own.compare_anew:
-        own = dataclasses.replace(own, compare_anew=True)
-        logger.info("%s is there, so the comparison stays", anew.path)
     if own.compare_anew:
         configs.append(config_anew(files, config))
     check_same(configs)
@@ -76,8 +73,10 @@ def update_run(run: str | Path, config: RunConfig, own: UpdateConfig) -> dict[st
         from hf_cifar.report.update import render_page
         from hf_cifar.studies.forgetting import summarise_update
 
-        summary = summarise_update(files, config, own)
         folder = RunFolder(config.train.output_dir)
+        if RunFolder(folder.path / ANEW).facts():  # a finished comparison stays
+            own = dataclasses.replace(own, compare_anew=True)
+        summary = summarise_update(files, config, own)
         with alone_in(folder.path):
             write_json(folder.update_path, summary)
             write_text(folder.update_page_path, render_page(summary))
@@ -110,8 +109,11 @@ def nothing_left(configs: Sequence[RunConfig]) -> Iterator[None]:
         yield
     except UserError:
         for folder in (RunFolder(config.train.output_dir) for config in reversed(configs)):
+            if is_main_process() and folder.stored_path.exists():
+                with claimed_run(folder.path) as is_free:
+                    if is_free and not folder.has_run:
+                        folder.stored_path.unlink(missing_ok=True)
             if is_main_process() and not folder.has_run:
-                folder.stored_path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # it has other files
                     folder.path.rmdir()
         raise
@@ -139,9 +141,14 @@ def announce(earlier: EarlierRows, source: DataSource) -> None:
         f": {describe_rows(new, counts[is_new])}" if new else "",
         describe_rows([name for name in names if name in known], counts[~is_new]),
     )  # fmt: skip
-    sizes = earlier.run.facts()["label_counts"]["train"] | dict(
-        zip(new, counts[is_new].tolist(), strict=True)
-    )
+    if missing := [name for name in new if not counts[names.index(name)]]:
+        raise UserError(
+            f"{earlier.run.path} already has all training images of the new class {enumerated(missing)}, "
+            "with other labels; pass new images, or train anew"
+        )
+    # Of a stream, nothing is counted.
+    sizes = earlier.run.facts().get("label_counts", {}).get("train", {})
+    sizes = sizes | dict(zip(new, counts[is_new].tolist(), strict=True))
     for same in [*similar_names(list(sizes)), *misspelt_names(sizes)]:
         if not known.issuperset(same):
             logger.warning(

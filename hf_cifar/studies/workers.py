@@ -177,8 +177,8 @@ def best_trials(search: Search) -> list[FrozenTrial]:
     from optuna.trial import TrialState
 
     def rank(trial: FrozenTrial) -> tuple[float, int]:
-        found = search.trial_folder(trial.number).trial().get("cross_entropy")
-        return math.inf if found is None else found, trial.number
+        metrics = search.trial_folder(trial.number).metrics().get("validation", {})
+        return metrics.get("cross_entropy", math.inf), trial.number
 
     complete = search.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     values = [trial.value or 0.0 for trial in complete]

@@ -104,7 +104,8 @@ def test_the_winner_is_the_best_trial_and_its_recipe_is_that_run(study, tmp_path
     number = summary["best"]["number"]
     values = [trial["value"] for trial in summary["trials"]]
     tied = [trial for trial, value in enumerate(values) if value == max(values)]
-    entropies = [RunFolder(study / f"trial-{k}").trial()["cross_entropy"] for k in tied]
+    metrics = [RunFolder(study / f"trial-{k}").metrics()["validation"] for k in tied]
+    entropies = [found["cross_entropy"] for found in metrics]
     assert number == tied[entropies.index(min(entropies))]
     assert weights(study / "best") == weights(study / f"trial-{number}")
     argv = ["--config", str(study / "best.yaml"), "--output_dir", str(tmp_path / "again")]
@@ -527,9 +528,11 @@ def test_the_winner_among_equal_trials_has_the_lowest_cross_entropy(
         zip((0.9, 0.9, 0.9, 0.8), (*entropies, 0.1), strict=True)
     ):
         trial = ask(found.study, "grid", space, 0)
-        facts = {"number": number, "state": "complete", "value": value, "cross_entropy": entropy}
-        found.trial_folder(number).path.mkdir()
-        write_json(found.trial_folder(number).trial_path, facts)
+        folder = found.trial_folder(number)
+        folder.path.mkdir()
+        write_json(folder.trial_path, {"number": number, "state": "complete", "value": value})
+        if entropy is not None:
+            write_json(folder.metrics_path, {"validation": {"cross_entropy": entropy}})
         found.study.tell(trial, value)
     assert best_trial(found).number == (1 if entropies[0] else 0)
     assert len(best_trials(found)) == 3

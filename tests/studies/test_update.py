@@ -18,9 +18,11 @@ from tiny import tiny_run
 
 from hf_cifar import UserError
 from hf_cifar.cli import main
+from hf_cifar.config.data import DataConfig
 from hf_cifar.config.model import ModelConfig
 from hf_cifar.config.studies import UpdateConfig
 from hf_cifar.config.training import TrainingConfig
+from hf_cifar.data.sources import load_source
 from hf_cifar.data.splits import DataSource
 from hf_cifar.data.stored import StoredRows, write_stored
 from hf_cifar.data.stratify import equal_rows
@@ -33,7 +35,8 @@ from hf_cifar.preflight import check_device
 from hf_cifar.report.update import verdict
 from hf_cifar.run_data import open_data
 from hf_cifar.runs.folder import RunFolder
-from hf_cifar.studies.replay import EarlierRows
+from hf_cifar.runs.lock import claimed_run
+from hf_cifar.studies.replay import EarlierRows, store_rows
 from hf_cifar.studies.update_options import config_anew, config_of_update
 
 
@@ -520,6 +523,61 @@ def test_images_that_the_run_has_are_left_out_of_the_new_data(run, stripes, tmp_
     assert update(tmp_path / "up", tmp_path / "again", tmp_path / "third", "--replay", "8") == 0
     assert f"(train {counts['train'] + 20}, test {counts['test']})" in caplog.text
     assert sum(each["num_new"] for each in facts_of(tmp_path / "third")["classes"]) == 9
+
+
+def test_splits_of_known_images_and_other_labels_for_them(
+    run, stripes, checks, tmp_path, caplog, capsys
+):
+    """Validation and test of NEW are the run's, and some training images have another label."""
+    new = tmp_path / "new"
+    shutil.copytree(checks / "train", new / "train")
+    shutil.copytree(stripes / "test", new / "validation")
+    shutil.copytree(stripes / "test", new / "test")
+    shutil.copy(
+        next((stripes / "train" / "across").glob("*.png")), new / "train" / "down" / "0.png"
+    )
+    assert update(run, new, tmp_path / "up", "--replay", "8") == 0
+    assert "1 images of" in caplog.text and "have another label than in" in caplog.text
+    own = DataSource(RunFolder(tmp_path / "up").data())
+    assert "test" not in own.rows
+    validation = own.splits.validation
+    assert validation.source_split == "train" and (validation.labels == 2).sum() == 3
+    # The ids are those of NEW itself, with the image that is left out.
+    assert len(own.splits.train.row_ids) == 54 + 8 and own.splits.train.row_ids[53] > 53
+    shutil.rmtree(new / "train" / "checks")
+    shutil.copytree(stripes / "train" / "down", new / "train" / "poodle")
+    assert update(run, new, tmp_path / "other") == 2
+    assert "already has all training images of the new class poodle" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_another_start_does_not_remove_the_rows_of_one_that_has_begun(
+    run, checks, tmp_path, capsys
+):
+    folder = tmp_path / "up"
+    with claimed_run(folder) as is_free:
+        assert is_free
+        given = ["--dataset_name", str(checks), "--output_dir", str(folder)]
+        config = config_of_update(RunFolder(run), given)
+        store_rows(EarlierRows(RunFolder(run), config, UpdateConfig()), config)
+        argv = ["update", str(run), *given, "--use_cpu"]
+        done = subprocess.run(
+            [sys.executable, "-m", "hf_cifar", *argv], capture_output=True, text=True
+        )
+        assert done.returncode == 2 and "in use" in done.stderr
+        assert (folder / "stored.parquet").is_file()
+
+
+def test_a_run_of_a_stream_can_be_updated_without_its_rows(stripes, checks, tmp_path):
+    data = tmp_path / "rows"
+    data.mkdir()
+    rows = load_source(DataConfig(dataset_name=str(stripes)))["train"]
+    rows.shuffle(seed=0).to_parquet(str(data / "train.parquet"))
+    sizes = ("--max_train_samples", "60", "--max_eval_samples", "20")
+    flags = ("--streaming", "--max_steps", "3", *sizes)
+    tiny_run(tmp_path / "run", data, "scratch/article_cnn", *flags)
+    assert update(tmp_path / "run", checks, tmp_path / "up", "--replay", "0") == 0
+    assert [each["num_new"] for each in facts_of(tmp_path / "up")["classes"]] == [0, 27, 27]
 
 
 def test_data_without_new_images_are_refused(run, stripes, tmp_path, capsys):
