@@ -190,8 +190,8 @@ def test_the_data_of_a_student_are_those_of_the_folds(tmp_path, stripes, tiny_vi
     [
         (["--distill_into", "nowhere.yaml"], "--config: no file nowhere.yaml"),
         (
-            ["--distill_into", "article_cmm"],
-            r"--distill_into: article_cmm .* \(nearest: article_cnn\)",
+            ["--distill_into", "artcle_cnn"],
+            r"--distill_into: artcle_cnn .* \(nearest: article_cnn\)",
         ),
         (["--folds", "1"], "--folds is 1; it must be at least 2"),
         (["--num_folds", "3"], "--num_folds does not work with hf-cifar kfold"),
