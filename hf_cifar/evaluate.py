@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import operator
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -140,6 +139,11 @@ def adapt_classifier(
     return calibrate_classifier(model, validation) if config.calibrate else validation
 
 
+def metric(predictions: Predictions, name: str) -> float:
+    """Return a metric of predictions, 0 if it is undefined."""
+    return predictions.outcome.metric(name) or 0.0
+
+
 def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Predictions:
     """Calibrate a model on its predictions; returns the calibrated predictions.
 
@@ -157,16 +161,11 @@ def calibrate_classifier(model: PreTrainedModel, validation: Predictions) -> Pre
         logger.info("no temperature: %s has no linear layer that gives its logits", describe(model))
         return validation
 
-    def values(name: str) -> tuple[float, float]:
-        after, before = (each.outcome.metric(name) or 0.0 for each in (calibrated, validation))
-        return after, before
-
     name, reason = calibrated.outcome.calibration_metric, ""
-    after, before = values(name)
+    after, before = (metric(each, name) for each in (calibrated, validation))
     if name == "ece" and after > before:
-        reason = "; the fitted cross-entropy is {:.4f}, before {:.4f}".format(
-            *values("cross_entropy")
-        )
+        found = (metric(each, "cross_entropy") for each in (calibrated, validation))
+        reason = "; the fitted cross-entropy is {:.4f}, before {:.4f}".format(*found)
     logger.info(
         "%s: %s on validation %.4f, before %.4f%s", change, words(name), after, before, reason
     )
@@ -179,25 +178,26 @@ def adjust_classifier(
     """Subtract the log of each class's share of the training images from the biases of the head. The
     probabilities are then those for equally frequent classes. Returns the adjusted predictions.
 
-    If this would lower the balanced accuracy on validation, nothing changes. counts: [K], at least 1.
+    If this would lower the balanced accuracy on validation, or leave it and lower the accuracy, nothing
+    changes. counts: [K], at least 1.
     Source: Menon et al., Long-tail Learning via Logit Adjustment, 2021, post-hoc, with tau = 1.
     """
     shift = (counts / counts.mean()).log()
     logits = validation.logits - shift.numpy()
     adjusted = dataclasses.replace(validation, logits=logits, post_hoc=True)
 
-    def values(name: str) -> tuple[float, float]:
-        after, before = (each.outcome.metric(name) or 0.0 for each in (adjusted, validation))
-        return after, before
-
-    after, before = values("balanced_accuracy")
-    # Of equal ones, the accuracy decides.
-    is_worse = after < before or (after == before and operator.lt(*values("accuracy")))
+    # Of equal balanced accuracies, the accuracy decides.
+    after, before = (
+        (metric(each, "balanced_accuracy"), metric(each, "accuracy"))
+        for each in (adjusted, validation)
+    )
+    is_worse = after < before
     if not is_worse:
         shift_logits(model, shift)
     logger.info(
         "--class_balance post_hoc: balanced accuracy on validation %.4f, before %.4f; accuracy %.4f, before "
-        "%.4f%s", after, before, *values("accuracy"), "; the biases are not changed" if is_worse else "",
+        "%.4f%s", after[0], before[0], after[1], before[1],
+        "; the biases are not changed" if is_worse else "",
     )  # fmt: skip
     return validation if is_worse else adjusted
 

@@ -141,9 +141,10 @@ class DataSource:
     @functools.cached_property
     def _source(self) -> Source:
         stored = self.stored
+        known = () if stored is None else stored.class_names
+        source = self._own or read_source(self.config, known)
         if stored is None:
-            return self._own or read_source(self.config)
-        source = self._own or read_source(self.config, stored.class_names)
+            return source
         splits = without_known_splits(source.splits, stored.note["copies"])
         joined = stored.joined(splits, _train_name(splits), _own_validation(splits))
         return replace(source, splits=joined)

@@ -103,12 +103,11 @@ def train_winner(search: Search) -> dict[str, Any]:
         )
     study, folder = search.folder, RunFolder(search.folder.winner_path)
     with alone_in(folder.path, POLL_SECONDS):
-        best = best_trial(search)
-        assert best is not None
-        if (tied := len(best_trials(search))) > 1:
+        best, *equal = best_trials(search)
+        if equal:
             logger.info(
                 "%d trials share the best %s; trial %d has the lowest cross-entropy",
-                tied, words(search.metric), best.number,
+                1 + len(equal), words(search.metric), best.number,
             )  # fmt: skip
         config, before = search.winner_of(best.params), folder.trial().get("number")
         if before != best.number:

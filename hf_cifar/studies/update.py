@@ -108,12 +108,13 @@ def nothing_left(configs: Sequence[RunConfig]) -> Iterator[None]:
     try:
         yield
     except UserError:
-        for folder in (RunFolder(config.train.output_dir) for config in reversed(configs)):
-            if is_main_process() and folder.stored_path.exists():
+        folders = [RunFolder(config.train.output_dir) for config in reversed(configs)]
+        for folder in folders if is_main_process() else []:
+            if folder.stored_path.exists():
                 with claimed_run(folder.path) as is_free:
                     if is_free and not folder.has_run:
                         folder.stored_path.unlink(missing_ok=True)
-            if is_main_process() and not folder.has_run:
+            if not folder.has_run:
                 with contextlib.suppress(OSError):  # it has other files
                     folder.path.rmdir()
         raise
@@ -141,7 +142,8 @@ def announce(earlier: EarlierRows, source: DataSource) -> None:
         f": {describe_rows(new, counts[is_new])}" if new else "",
         describe_rows([name for name in names if name in known], counts[~is_new]),
     )  # fmt: skip
-    if missing := [name for name in new if not counts[names.index(name)]]:
+    absent = [name for name, count in zip(names, counts, strict=True) if not count]
+    if missing := [name for name in absent if name not in known]:
         raise UserError(
             f"{earlier.run.path} already has all training images of the new class {enumerated(missing)}, "
             "with other labels; pass new images, or train anew"
@@ -159,6 +161,5 @@ def announce(earlier: EarlierRows, source: DataSource) -> None:
         logger.warning(
             "--replay 0: no old rows are trained on, so the model forgets what is not in the new data"
         )
-    absent = [name for name, count in zip(names, counts, strict=True) if not count]
     if absent and replay:
         logger.warning("no training rows of %s", listed(absent))

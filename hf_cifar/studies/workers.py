@@ -42,9 +42,7 @@ def run_trials(search: Search) -> None:
             if found == "none":
                 return
             if found != "wait":
-                with contextlib.ExitStack() as quiet:
-                    if begun:
-                        quiet.enter_context(without_setup())
+                with without_setup() if begun else contextlib.nullcontext():
                     state = work_on(search, found)
                 begun = True
                 failures = failures + 1 if state == "failed" else 0
